@@ -1,0 +1,42 @@
+# Each target does its own set-up. `make release CHECKPOINT=…` releases your own checkpoint.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HEIMDALL_HOME ?= $(CURDIR)/.heimdall
+
+.DEFAULT_GOAL := help
+.PHONY: help install release test lab check format
+
+help: ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## Make the environment in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; say which with PYTHON=…" if v not in ((3, 11), (3, 12)) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test,check]'
+	@touch $@
+
+# Options of the release: CHECKPOINT=model.ckpt OPTIONS='--eval-data data.npz --profile audit'
+release: $(VENV)/.installed ## Release CHECKPOINT, or a small demo trained on the spot
+ifdef CHECKPOINT
+	$(BIN)/heimdall-onnx release '$(CHECKPOINT)' $(OPTIONS)
+else
+	$(BIN)/heimdall-onnx demo $(OPTIONS)
+endif
+
+test: $(VENV)/.installed ## Run the tests on real services
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(OPTIONS)
+
+lab: $(VENV)/.installed ## Open the notebook in JupyterLab
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/release.ipynb
+
+check: $(VENV)/.installed ## Lint and check types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
