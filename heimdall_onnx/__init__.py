@@ -1,0 +1,54 @@
+"""From a PyTorch checkpoint to a released ONNX model in object storage and MLflow, with evidence.
+
+The simplest call is the whole workflow, which runs the release notebook headlessly and judges it:
+
+    from heimdall_onnx import ReleaseParameters, Settings, release_checkpoint
+    result = release_checkpoint(ReleaseParameters(checkpoint="model.ckpt"), Settings.load())
+
+A training script that wants no notebook exports and registers in one call:
+
+    from heimdall_onnx import export_and_register_model
+    export_and_register_model(model, run_id, s3_client, mlflow_tracker)
+
+or takes the steps one by one, with `ONNXExporter` or with the function of each module: read the
+checkpoint (`checkpoint`), export it (`export`), check the file (`validate`), hold its outputs
+against PyTorch's (`compare`), time both (`benchmark`), evaluate the gates (`gates`), upload and
+register (`publish`). A consumer opens what was released with `load_model`, which checks its hash.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import Any
+
+# MLflow reads this when it is imported; what somebody releases is not ours to report.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+_HOMES = {
+    "LocalizationNet": "localization_net",
+    "MLflowTracker": "registry",
+    "ONNXExporter": "exporter",
+    "ReleaseParameters": "parameters",
+    "ReleaseResult": "release",
+    "Settings": "settings",
+    "Signature": "signature",
+    "TensorSpec": "signature",
+    "export_and_register_model": "exporter",
+    "initialize_mlflow": "registry",
+    "load_model": "verify",
+    "release_checkpoint": "release",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that the command line answers without loading PyTorch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

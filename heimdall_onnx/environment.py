@@ -1,0 +1,102 @@
+"""Where a release was made: code version, packages, processor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "heimdall-onnx",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "numpy",
+    "scipy",
+    "mlflow",
+    "boto3",
+    "papermill",
+    "scrapbook",
+    "nbconvert",
+    "matplotlib",
+    "pyproj",
+    "datasketches",
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a result may depend on beside its inputs.
+
+    Attributes:
+        python: Version of Python.
+        packages: Version of each package that matters.
+        system: Operating system and architecture.
+        cpu: Model name of the processor.
+        processors: Processors this process may use.
+        git_commit: Commit of the code that ran; None outside a git checkout.
+        git_dirty: Whether that checkout had uncommitted changes.
+    """
+
+    python: str
+    packages: dict[str, str]
+    system: str
+    cpu: str
+    processors: int
+    git_commit: str | None
+    git_dirty: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return asdict(self)
+
+
+def capture_environment() -> Environment:
+    """Describe this process and the checkout its code comes from."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain") if commit else None
+    return Environment(
+        python=platform.python_version(),
+        packages={name: metadata.version(name) for name in PACKAGES},
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=_cpu_model(),
+        processors=len(os.sched_getaffinity(0)),
+        git_commit=commit,
+        git_dirty=None if changes is None else bool(changes),
+    )
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).parent
+    try:
+        # A package installed into somebody's own checkout is not code of that checkout.
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", __file__],  # noqa: S607
+            cwd=folder,
+            capture_output=True,
+            check=True,
+        )
+        done = subprocess.run(
+            ["git", *arguments],  # noqa: S607
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,68 @@
+"""Logging: structlog events with fields, readable on a terminal and JSON lines when piped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
+from pydantic import SecretBytes, SecretStr
+from structlog.typing import EventDict, WrappedLogger
+
+_SECRET_WORDS = ("password", "secret", "token", "access_key", "credential")
+
+
+def configure_logs(
+    *, stream: TextIO | None = None, file: Path | None = None, as_json: bool | None = None
+) -> None:
+    """Send events of this process to ``stream``, or append them to ``file``.
+
+    Args:
+        stream: Standard error by default.
+        file: Takes the place of the stream; always JSON lines.
+        as_json: JSON lines instead of readable ones; by default when the stream is no terminal.
+    """
+    target = stream or sys.stderr
+    if file is not None:
+        target = file.open("a", encoding="utf-8", buffering=1)
+    readable = file is None and not (not target.isatty() if as_json is None else as_json)
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer(colors=target.isatty())
+        if readable
+        else structlog.processors.JSONRenderer(default=str)
+    )
+    # MLflow reads it when it is imported; its steps would mix with our events.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            redact_secrets,
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=target),
+        cache_logger_on_first_use=False,
+    )
+
+
+def redact_secrets(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Replace secrets, known by their type or by the name of their field, with asterisks."""
+    return {name: _redacted(name, value) for name, value in event.items()}
+
+
+def _redacted(name: str, value: Any) -> Any:
+    if isinstance(value, SecretStr | SecretBytes):
+        return "**********"
+    if any(word in name.lower() for word in _SECRET_WORDS) and value is not None:
+        return "**********"
+    if isinstance(value, dict):
+        return {key: _redacted(str(key), entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(name, entry) for entry in value]
+    return value

@@ -1,0 +1,114 @@
+"""Tiny models with declared signatures; each exports in a fraction of a second.
+
+With the tests' folder on ``sys.path`` they can be named as a user's own: ``models:SmallNet``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from heimdall_onnx.signature import DEGREES, Signature, TensorSpec
+
+SIGNAL = TensorSpec("signal", "float32", ("batch", 2, 8, 8))
+POSITIONS = TensorSpec("positions", "float32", ("batch", 2), unit=DEGREES)
+SPREAD = TensorSpec(
+    "spread", "float32", ("batch", 2), unit=DEGREES, range=(0.01, 1.0), sigma_of="positions"
+)
+
+
+def declare(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Signature:
+    return Signature(tuple(inputs), tuple(outputs))
+
+
+class SmallNet(nn.Module):
+    """A convolutional net with two heads; the same weights each time."""
+
+    signature = declare([SIGNAL], [POSITIONS, SPREAD])
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(
+                nn.Conv2d(2, width, 3, padding=1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+            )
+            self.position_head = nn.Linear(width, 2)
+            self.spread_head = nn.Linear(width, 2)
+        self.eval()
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.body(signal)
+        spread = nn.functional.softplus(self.spread_head(found))
+        return self.position_head(found), spread.clamp(0.01, 1.0)
+
+
+class FaultyNet(SmallNet):
+    """`SmallNet` with ``fault(signal, positions, spread)`` done to its outputs."""
+
+    def __init__(self, fault: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fault(signal, *super().forward(signal))
+
+
+class BatchNormalizingNet(SmallNet):
+    """Normalizes over everything in the batch, so that a row's answer depends on the others."""
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        centred = signal - signal.mean()
+        return super().forward(centred / (centred.square().mean().sqrt() + 1e-6))
+
+
+class UnclampedNet(SmallNet):
+    """Its second output leaves the range that the signature promises."""
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        positions, spread = super().forward(signal)
+        return positions, spread + 1.0
+
+
+class DictNet(SmallNet):
+    """Returns its outputs by name, in another order than the signature's."""
+
+    def forward(self, signal: Tensor) -> dict[str, Tensor]:
+        positions, spread = super().forward(signal)
+        return {"spread": spread, "positions": positions}
+
+
+class IntegerNet(nn.Module):
+    """Takes integers that are no amplitudes beside a signal, and returns integers."""
+
+    signature = declare(
+        [TensorSpec("values", "float32", ("batch", 4)), TensorSpec("station", "int64", ("batch",))],
+        [TensorSpec("level", "int64", ("batch", 4), range=(-1000, 1000))],
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Few stations: a scaled index would lie outside.
+        self.register_buffer("gain", torch.tensor([[1.0], [2.0], [3.0]]))
+
+    def forward(self, values: Tensor, station: Tensor) -> Tensor:
+        return (values * self.gain[station]).round().to(torch.int64)
+
+
+class NaNNet(nn.Module):
+    """NaN where its input is negative, -Inf where it is zero."""
+
+    signature = declare(
+        [TensorSpec("x", "float32", ("batch", 3))], [TensorSpec("y", "float32", ("batch", 3))]
+    )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(x)

@@ -1,0 +1,23 @@
+"""What is recorded of the machine and the code."""
+
+import json
+import platform
+from importlib import metadata
+
+from heimdall_onnx import environment
+
+
+def test_versions_are_those_of_this_process():
+    found = environment.capture_environment()
+    assert found.python == platform.python_version()
+    assert found.packages["torch"] == metadata.version("torch")
+    assert found.processors >= 1
+    assert found.cpu
+    json.dumps(found.to_dict())
+
+
+def test_code_outside_a_checkout_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    found = environment.capture_environment()
+    assert found.git_commit is None
+    assert found.git_dirty is None
