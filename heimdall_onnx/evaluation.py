@@ -1,0 +1,180 @@
+"""Evaluation data: the inputs on which the ONNX model must agree with the PyTorch one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.errors import DataError
+from heimdall_onnx.signature import Arrays, Signature
+
+SYNTHETIC_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Inputs of the model, sample axis first, and what is known about them.
+
+    Attributes:
+        inputs: One array per input of the signature, N samples each.
+        positions: True positions (N, 2) in degrees latitude and longitude, or None.
+        meta: Provenance and feature parameters as the file records them.
+        source: File name, or ``"synthetic inputs"``.
+        sha256: SHA-256 of the file; None for synthetic inputs.
+        receivers: Name to (latitude, longitude) in degrees, where the file gives them.
+    """
+
+    inputs: Arrays = field(repr=False)
+    positions: npt.NDArray[np.float64] | None = field(repr=False)
+    meta: dict[str, Any] = field(repr=False)
+    source: str
+    sha256: str | None
+    receivers: dict[str, tuple[float, float]]
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return int(next(iter(self.inputs.values())).shape[0])
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the inputs are random numbers rather than data."""
+        return self.sha256 is None
+
+    def rows(self, indices: npt.ArrayLike) -> Arrays:
+        """The inputs at ``indices``, taken modulo the number of samples."""
+        wrapped = np.asarray(indices) % self.count
+        return {name: array[wrapped] for name, array in self.inputs.items()}
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Arrays]]:
+        """All samples in order, at most ``size`` at a time."""
+        for start in range(0, self.count, size):
+            part = slice(start, min(start + size, self.count))
+            yield part, {name: array[part] for name, array in self.inputs.items()}
+
+    def head(self, count: int) -> EvaluationData:
+        """The first ``count`` samples."""
+        return EvaluationData(
+            {name: array[:count] for name, array in self.inputs.items()},
+            None if self.positions is None else self.positions[:count],
+            self.meta,
+            self.source,
+            self.sha256,
+            self.receivers,
+        )
+
+
+def load_evaluation_data(path: Path | str | None, signature: Signature) -> EvaluationData:
+    """Read an ``.npz`` with one array per input, or make synthetic inputs where there is none.
+
+    Args:
+        path: The file; ``positions`` (N, 2) and ``meta`` (JSON text) in it are optional. None
+            gives 64 seeded standard-normal samples.
+        signature: What the arrays must fit.
+
+    Raises:
+        DataError: If the file can't be read or does not fit; every problem is named.
+    """
+    if path is None:
+        inputs = signature.random_inputs(SYNTHETIC_SAMPLES)
+        return EvaluationData(inputs, None, {}, "synthetic inputs", None, {})
+    path = Path(path)
+    arrays, sha256 = _read_npz(path)
+    wanted = [spec.name for spec in signature.inputs]
+    inputs = {name: arrays[name] for name in wanted if name in arrays}
+    problems: list[str] = []
+    count = None
+    try:
+        count = signature.check_inputs(inputs or arrays, str(path))
+    except DataError as error:
+        problems.append(str(error))
+    positions = _read_positions(arrays, count, problems)
+    meta = _read_meta(arrays, problems)
+    receivers = _read_receivers(meta, problems)
+    if problems:
+        raise DataError(f"evaluation data {path} can't be used:\n  - " + "\n  - ".join(problems))
+    return EvaluationData(inputs, positions, meta, path.name, sha256, receivers)
+
+
+def _read_npz(path: Path) -> tuple[Arrays, str]:
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise DataError("it is a single array (.npy)")
+            with archive:
+                members = {name: archive[name] for name in archive.files}
+    except Exception as error:  # zipfile, zlib and NumPy share no narrower base
+        raise DataError(
+            f"evaluation data {path} can't be read: {error}. Expected an .npz of plain arrays, "
+            "one per input of the model, as `heimdall-onnx features` writes it"
+        ) from error
+    # What is no array comes out of a zip file as bytes.
+    return {name: a for name, a in members.items() if isinstance(a, np.ndarray)}, sha256
+
+
+def _read_meta(arrays: Arrays, problems: list[str]) -> dict[str, Any]:
+    if "meta" not in arrays:
+        return {}
+    try:
+        meta = json.loads(str(arrays["meta"][()]))
+    except (json.JSONDecodeError, RecursionError) as error:
+        problems.append(f"`meta` is not JSON text: {error}")
+        return {}
+    if not isinstance(meta, dict):
+        problems.append(f"`meta` must be a JSON object, found {type(meta).__name__}")
+        return {}
+    if (centre := meta.get("centre")) is not None:
+        try:
+            latitude, longitude = map(float, centre)
+        except (TypeError, ValueError):
+            latitude = longitude = float("nan")
+        if not (abs(latitude) <= 90 and abs(longitude) <= 180):
+            problems.append(f"`meta.centre` must be a latitude and a longitude, found {centre!r}")
+    return meta
+
+
+def _read_positions(
+    arrays: Arrays, count: int | None, problems: list[str]
+) -> npt.NDArray[np.float64] | None:
+    positions = arrays.get("positions")
+    if positions is None:
+        return None
+    samples = positions.shape[:1] if count is None else (count,)
+    if positions.shape != (*samples, 2) or not np.issubdtype(positions.dtype, np.floating):
+        problems.append(
+            f"`positions` must be floating-point degrees of shape ({count or 'samples'}, 2), found "
+            f"{positions.dtype} {positions.shape}"
+        )
+        return None
+    degrees = positions.astype(np.float64)
+    elsewhere = np.flatnonzero(~(np.abs(degrees) <= (90.0, 180.0)).all(axis=1))
+    if elsewhere.size:
+        problems.append(
+            "`positions` must be latitudes in [-90, 90] and longitudes in [-180, 180]; they are "
+            f"not in {elsewhere.size} samples, first in sample {elsewhere[0]}"
+        )
+    return degrees
+
+
+def _read_receivers(meta: dict[str, Any], problems: list[str]) -> dict[str, tuple[float, float]]:
+    try:
+        return {
+            str(entry["name"]): (float(entry["latitude"]), float(entry["longitude"]))
+            for entry in meta.get("receivers", [])
+        }
+    except (TypeError, KeyError, ValueError) as error:
+        problems.append(
+            "`meta.receivers` must be a list of objects with name, latitude and "
+            f"longitude ({error!r})"
+        )
+        return {}
