@@ -1,0 +1,38 @@
+"""Where a run keeps its files, and what it takes where nothing was given."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+from heimdall_onnx.logs import configure_logs
+from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.settings import Settings
+
+
+def new_run_folder(settings: Settings) -> Path:
+    """A folder name of its own for a run below the settings' home; not made yet."""
+    return settings.home / "runs" / f"{datetime.now(UTC):%Y%m%d_%H%M%S}-{uuid4().hex[:8]}"
+
+
+def prepare(parameters: ReleaseParameters, settings: Settings) -> ReleaseParameters:
+    """Complete the parameters of a notebook and make its folder.
+
+    Without a checkpoint the demo's is taken, and made if it is not there yet (up to two
+    minutes), with its evaluation data. Events go to ``events.jsonl`` in the folder, so that they
+    don't mix with the report.
+    """
+    updates: dict[str, str] = {}
+    if not parameters.output_dir:
+        updates["output_dir"] = str(new_run_folder(settings))
+    folder = Path(updates.get("output_dir", parameters.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    configure_logs(file=folder / "events.jsonl")
+    if not parameters.checkpoint:
+        from heimdall_onnx.demo import make_demo
+
+        demo = make_demo(settings.home / "demo")
+        updates["checkpoint"] = str(demo.checkpoint)
+        updates["eval_data"] = parameters.eval_data or str(demo.eval_data)
+    return parameters.model_copy(update=updates)

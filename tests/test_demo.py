@@ -1,0 +1,127 @@
+"""The demo: its files, its record, its reuse."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from heimdall_onnx import demo as module
+from heimdall_onnx.checkpoint import load_checkpoint
+from heimdall_onnx.demo import make_demo
+from heimdall_onnx.errors import DataError, ParameterError
+from heimdall_onnx.evaluation import load_evaluation_data
+from heimdall_onnx.ground import distance_m, middle_of
+from heimdall_onnx.signature import LOCALIZATION_SIGNATURE
+from heimdall_onnx.simulate import RECEIVERS
+
+SHORT = {"seconds": 0.5, "eval_samples": 40}
+
+
+@pytest.fixture(scope="module")
+def shares():
+    return []
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, shares):
+    folder = tmp_path_factory.mktemp("demo") / "new"
+    return make_demo(folder, **SHORT, progress=lambda share, what: shares.append((share, what)))
+
+
+def test_the_checkpoint_is_in_lightning_s_layout_and_safe_to_read(demo):
+    content = torch.load(demo.checkpoint, weights_only=True)
+    assert content["hyper_parameters"] == {"backbone_size": "tiny", "seed": 0}
+    assert all(name.startswith("model.") for name in content["state_dict"])
+    assert content["global_step"] == sum(demo.steps)
+    assert {"epoch", "pytorch-lightning_version"} <= content.keys()
+    assert load_checkpoint(demo.checkpoint).layout == "lightning"
+
+
+def test_the_errors_reported_are_those_of_the_files(demo):
+    data = load_evaluation_data(demo.eval_data, LOCALIZATION_SIGNATURE)
+    with torch.inference_mode():
+        inputs = torch.from_numpy(data.inputs["mel_spectrogram"])
+        positions, _ = load_checkpoint(demo.checkpoint).model(inputs)
+    error = np.median(distance_m(positions.numpy(), data.positions))
+    assert error == pytest.approx(demo.median_error_m, rel=1e-3)
+    centre = np.broadcast_to(middle_of(data.positions, data.meta), data.positions.shape)
+    baseline = np.median(distance_m(centre, data.positions))
+    assert baseline == pytest.approx(demo.baseline_median_error_m, rel=1e-6)
+
+
+def test_the_evaluation_data_say_where_they_come_from(demo):
+    data = load_evaluation_data(demo.eval_data, LOCALIZATION_SIGNATURE)
+    assert data.count == demo.eval_samples == 40
+    assert data.receivers == RECEIVERS
+    assert data.meta["provenance"] == "simulated"
+    assert data.meta["seed"] == 0
+    assert data.meta["features"]["channels"] == "receivers"
+    assert data.meta["centre"] != data.positions.mean(axis=0).tolist()  # the training centre
+
+
+def test_training_has_not_seen_the_evaluation_data(demo):
+    data = load_evaluation_data(demo.eval_data, LOCALIZATION_SIGNATURE)
+    pool = module._simulate([0, 0], demo.train_samples).positions
+    np.testing.assert_allclose(pool.mean(0).tolist(), data.meta["centre"])  # what it trained on
+    assert not set(map(tuple, data.positions)) & set(map(tuple, pool.numpy()))
+
+
+def test_progress_goes_from_0_to_1(demo, shares):
+    numbers = [share for share, _ in shares]
+    assert numbers[0] == 0
+    assert numbers[-1] == 1
+    assert numbers == sorted(numbers)
+    assert shares[-1][1] == "evaluating"
+
+
+def test_an_equal_call_takes_the_demo_that_is_there(demo):
+    again = make_demo(demo.checkpoint.parent, **SHORT)
+    assert again == replace(demo, reused=True)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"eval_samples": 41}])
+def test_another_recipe_is_not_taken_for_this_one(demo, change):
+    recipe = json.loads((demo.checkpoint.parent / "demo.json").read_bytes())["recipe"]
+    assert module._existing(demo.checkpoint.parent, recipe) is not None
+    assert module._existing(demo.checkpoint.parent, recipe | change) is None
+
+
+@pytest.mark.parametrize("name", ["demo.ckpt", "demo-eval.npz", "demo.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_an_incomplete_demo_is_not_reused(demo, tmp_path, name, damage):
+    for path in demo.checkpoint.parent.iterdir():
+        (tmp_path / path.name).hardlink_to(path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if damage == "cut off":
+        (tmp_path / name).write_bytes(content[:-1])
+    recipe = json.loads((demo.checkpoint.parent / "demo.json").read_bytes())["recipe"]
+    assert module._existing(tmp_path, recipe) is None
+
+
+def test_its_folder_holds_nothing_else(demo):
+    names = {path.name for path in demo.checkpoint.parent.iterdir()}
+    assert names == {"demo.ckpt", "demo-eval.npz", "demo.json"}
+
+
+@pytest.mark.parametrize(
+    "bad", [{"seconds": 0}, {"seconds": math.nan}, {"seed": -1}, {"eval_samples": 0}]
+)
+def test_parameters_out_of_range_are_refused(tmp_path, bad):
+    with pytest.raises(ParameterError, match=next(iter(bad))):
+        make_demo(tmp_path, **bad)
+
+
+def test_a_folder_that_can_t_be_written_is_an_input_error(demo, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="can't be written"):
+        module._write(
+            replace(demo, eval_data=tmp_path / "file" / "x.npz"),
+            torch.nn.Linear(1, 1),
+            module._simulate([0, 1], 1),
+            torch.zeros(2),
+            {"seed": 0},
+        )
