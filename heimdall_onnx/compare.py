@@ -1,0 +1,530 @@
+"""Parity: where, by how much and on which inputs the ONNX model differs from the PyTorch one.
+
+The documented gate (mean absolute error) hides single bad elements, so it never stands alone:
+elements, non-finite values, the noise floor of float32 and batch independence are gated as well.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+from onnxruntime import InferenceSession
+from torch import nn
+
+from heimdall_onnx.departure import Departure, first_departure
+from heimdall_onnx.errors import EvidenceError
+from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.gates import Gate
+from heimdall_onnx.ground import GroundAccumulator, GroundReport, middle_of
+from heimdall_onnx.inference import run_onnx, run_pytorch
+from heimdall_onnx.signature import Arrays, Signature
+from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
+
+log = structlog.get_logger(__name__)
+
+EVALUATION = "evaluation data"
+RTOL = 1.3e-6  # torch.testing's default for float32
+ADVERSARIAL_FACTOR = 10.0
+NOISE_FLOOR_FACTOR = 2.0
+PLOTTED_SAMPLES = 2000
+SMALL_BATCH_SAMPLES = 12
+
+
+@dataclass(frozen=True)
+class ParityCell:
+    """Agreement on one kind of input at one batch size.
+
+    Attributes:
+        kind: ``"evaluation data"`` or an adversarial kind.
+        batch_size: Samples in a call.
+        samples: Samples compared.
+        outputs: Statistics per output, in the signature's order.
+    """
+
+    kind: str
+    batch_size: int
+    samples: int
+    outputs: tuple[ErrorStatistics, ...]
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """Both float32 models against PyTorch in float64.
+
+    Attributes:
+        output: Name of the output.
+        samples: Evaluation samples used.
+        onnx_error: The ONNX model's mean absolute error.
+        pytorch_error: The float32 PyTorch model's own mean absolute error.
+        ulp: One unit in the last place at the output's mean magnitude.
+    """
+
+    output: str
+    samples: int
+    onnx_error: float
+    pytorch_error: float
+    ulp: float
+
+    @property
+    def limit(self) -> float:
+        """The largest error that rounding alone explains: twice PyTorch's own plus one ULP."""
+        return NOISE_FLOOR_FACTOR * self.pytorch_error + self.ulp
+
+
+@dataclass(frozen=True)
+class BatchIndependence:
+    """How much a row's answer moves when other rows share its batch.
+
+    Attributes:
+        largest_error: Largest absolute change of any element of the ONNX model's outputs.
+        excess: Largest change in units of what is allowed, atol + rtol·|alone|.
+        neighbour: The kind of neighbour that moved it most.
+        output: The output that moved most.
+        comparisons: Row-beside-neighbours pairs compared.
+    """
+
+    largest_error: float
+    excess: float
+    neighbour: str
+    output: str
+    comparisons: int
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Everything that `compare_outputs` found.
+
+    Attributes:
+        signature: The model's signature.
+        source: The evaluation data's name.
+        samples: Evaluation samples compared.
+        tolerance: The documented limit of the mean absolute error, and atol of the elements.
+        rtol: Relative part of the element tolerance.
+        cells: Agreement by kind of input and batch size; the first is the whole evaluation data
+            at the largest batch size that it fills.
+        noise_floor: Per floating-point output.
+        independence: Batch independence of the ONNX model.
+        ground: Positions in metres; None where no output holds positions.
+        pytorch: The PyTorch model's outputs on the first evaluation samples, for figures.
+        onnx: The ONNX model's outputs on the same samples.
+        worst_inputs: The batch in which an element exceeded its tolerance most.
+        worst_where: Kind and batch size of that batch, in words.
+    """
+
+    signature: Signature
+    source: str
+    samples: int
+    tolerance: float
+    rtol: float
+    cells: tuple[ParityCell, ...]
+    noise_floor: tuple[NoiseFloor, ...]
+    independence: BatchIndependence
+    ground: GroundReport | None
+    pytorch: Arrays = field(repr=False)
+    onnx: Arrays = field(repr=False)
+    worst_inputs: Arrays = field(repr=False)
+    worst_where: str
+
+    @property
+    def evaluation(self) -> tuple[ErrorStatistics, ...]:
+        """Statistics per output over the whole evaluation data."""
+        return self.cells[0].outputs
+
+    def gates(self) -> tuple[Gate, ...]:
+        """Every parity gate, evaluated."""
+        evaluation = [c for c in self.cells if c.kind == EVALUATION]
+        adversarial = [c for c in self.cells if c.kind != EVALUATION]
+        return (
+            self._mean_gate(evaluation),
+            self._element_gate("elements on evaluation data", evaluation, 1.0),
+            self._element_gate("elements on adversarial inputs", adversarial, ADVERSARIAL_FACTOR),
+            self._nonfinite_gate(),
+            *(self._noise_gate(floor) for floor in self.noise_floor),
+            Gate.at_most(
+                "batch independence",
+                1.0,
+                self.independence.excess,
+                f"in units of the tolerance; {self.independence.output} beside "
+                f"{self.independence.neighbour}: {self.independence.largest_error:.3g}",
+            ),
+            *self._range_gates(),
+        )
+
+    def _mean_gate(self, cells: list[ParityCell]) -> Gate:
+        cell, worst = max(
+            ((c, o) for c in cells for o in c.outputs), key=lambda pair: _nan_last(pair[1].mean)
+        )
+        return Gate.at_most(
+            "mean absolute error",
+            self.tolerance,
+            worst.mean,
+            f"{worst.output}, batch {cell.batch_size}",
+        )
+
+    def _element_gate(self, name: str, cells: list[ParityCell], factor: float) -> Gate:
+        found = [
+            f"{o.output}: {o.violations} of {o.count} on {c.kind}, batch {c.batch_size}, "
+            f"largest error {o.maximum:.3g}"
+            for c in cells
+            for o in c.outputs
+            if o.violations
+        ]
+        count = sum(o.violations for c in cells for o in c.outputs)
+        limit = f"0 beyond {factor * self.tolerance:g} + {factor * self.rtol:g}·|reference|"
+        return Gate(name, limit, count, not found, "; ".join(found))
+
+    def _nonfinite_gate(self) -> Gate:
+        return Gate.none_of(
+            "NaN and Inf in the same places",
+            (
+                f"{o.output}: {o.nonfinite_mismatches} of {o.count} on {c.kind}, "
+                f"batch {c.batch_size}"
+                for c in self.cells
+                for o in c.outputs
+                if o.nonfinite_mismatches
+            ),
+        )
+
+    @staticmethod
+    def _noise_gate(floor: NoiseFloor) -> Gate:
+        return Gate.at_most(
+            f"noise floor of {floor.output}",
+            floor.limit,
+            floor.onnx_error,
+            f"mean error against float64 over {floor.samples} samples; "
+            f"PyTorch float32: {floor.pytorch_error:.3g}",
+        )
+
+    def _range_gates(self) -> list[Gate]:
+        gates = []
+        for index, spec in enumerate(self.signature.outputs):
+            if spec.range is None:
+                continue
+            found = [cell.outputs[index] for cell in self.cells]
+            low, high = min(o.lowest for o in found), max(o.highest for o in found)
+            nonfinite = sum(o.nonfinite for o in found)
+            bottom, top = spec.range
+            if np.issubdtype(np.dtype(spec.dtype), np.floating):
+                # The limits as the graph's own dtype holds them: 0.01 is not a float32.
+                bottom, top = map(float, np.asarray(spec.range, spec.dtype))
+            gates.append(
+                Gate(
+                    f"range of {spec.name}",
+                    f"in [{spec.range[0]:g}, {spec.range[1]:g}]",
+                    f"[{low:.4g}, {high:.4g}]",
+                    bottom <= low <= high <= top and not nonfinite,
+                    f"{nonfinite} elements are NaN or Inf" if nonfinite else "",
+                )
+            )
+        return gates
+
+
+def compare_outputs(
+    model: nn.Module,
+    session: InferenceSession,
+    data: EvaluationData,
+    signature: Signature,
+    *,
+    tolerance: float = 1e-5,
+    batch_size: int = 8,
+    reference_samples: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> ParityReport:
+    """Compare the ONNX model with the PyTorch model on evaluation data and adversarial inputs.
+
+    Statistics are streamed, so memory does not grow with the number of samples.
+
+    Args:
+        model: The PyTorch model, in eval mode.
+        session: The ONNX model, opened as it will be deployed.
+        data: Evaluation inputs, N samples.
+        signature: Names, dtypes and ranges of inputs and outputs.
+        tolerance: Limit of the mean absolute error and absolute part of the element tolerance
+            (ten times that on adversarial inputs), in the outputs' units.
+        batch_size: The largest batch size; 1, 2 and 3 are compared as well.
+        reference_samples: Evaluation samples, evenly spaced, for the float64 reference.
+        progress: Called with (samples done, samples in all) over the evaluation data.
+
+    Raises:
+        EvidenceError: If a model can't run on an input of the signature's shape, PyTorch's not in
+            float64, or the outputs have different shapes.
+    """
+    run = _Pair(model, session, signature, tolerance)
+    largest = max(batch_size, 1)
+    ground = _ground(data, signature)
+    first = min(largest, data.count)
+    cells = [_compare_evaluation(run, data, first, ground, progress)]
+    for size in sorted({1, 2, 3, largest} - {first}):
+        # Whole batches only: a shorter one at the end would be another batch size.
+        rows = np.arange(-(-min(SMALL_BATCH_SAMPLES, data.count) // size) * size)
+        cells.append(run.compare(EVALUATION, data.rows(rows), size))
+    for size in sorted({1, 2, 3, largest}):
+        base = data.rows(np.arange(max(size, 2)))
+        cells += [
+            run.compare(kind, inputs, size) for kind, inputs in adversarial_inputs(base).items()
+        ]
+    report = ParityReport(
+        signature=signature,
+        source=data.source,
+        samples=data.count,
+        tolerance=tolerance,
+        rtol=RTOL,
+        cells=tuple(cells),
+        noise_floor=_noise_floor(run, data, reference_samples, largest),
+        independence=_batch_independence(run, data),
+        ground=ground.result() if ground else None,
+        pytorch=run.kept(0),
+        onnx=run.kept(1),
+        worst_inputs=run.worst_inputs,
+        worst_where=run.worst_where,
+    )
+    log.info(
+        "compared",
+        samples=data.count,
+        cells=len(cells),
+        mean_error={o.output: o.mean for o in report.evaluation},
+    )
+    return report
+
+
+def locate_departure(report: ParityReport, model: nn.Module, onnx_path: Path) -> Departure | None:
+    """Name the first module whose output differs, on the worst inputs, if a parity gate failed.
+
+    Returns:
+        None where every parity gate holds, or where no module departs with the graph
+        optimizations off: the fault then lies in a fusion of ONNX Runtime's, between the rows of
+        a batch, or below what can be told from rounding inside the network.
+    """
+    if all(gate.passed for gate in report.gates()):
+        return None
+    return first_departure(model, onnx_path, report.worst_inputs, tolerance=report.tolerance)
+
+
+def adversarial_inputs(base: Arrays) -> dict[str, Arrays]:
+    """Inputs made from ``base`` that a wrong export is likely to betray itself on.
+
+    Zeros, a constant, amplitudes ×0.01 and ×100, and one silent channel (index 0 of axis 1).
+    Only floating-point inputs are changed: scaling an index would make it another kind of input.
+    """
+
+    def silence(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        quiet = array.copy()
+        quiet[:, :1] = 0
+        return quiet
+
+    kinds: dict[str, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
+        "zeros": np.zeros_like,
+        "constant": np.ones_like,
+        "amplitude ×0.01": lambda a: a * a.dtype.type(0.01),
+        "amplitude ×100": lambda a: a * a.dtype.type(100),
+        "silent channel": lambda a: silence(a) if a.ndim > 1 else np.zeros_like(a),
+    }
+    return {
+        kind: {
+            name: change(array) if np.issubdtype(array.dtype, np.floating) else array
+            for name, array in base.items()
+        }
+        for kind, change in kinds.items()
+    }
+
+
+class _Pair:
+    """Both models side by side, and what is remembered of them while batches stream by."""
+
+    def __init__(
+        self, model: nn.Module, session: InferenceSession, signature: Signature, tolerance: float
+    ) -> None:
+        self.model, self.session, self.signature = model, session, signature
+        self.tolerance = tolerance
+        self.worst_inputs: Arrays = {}
+        self.worst_where = ""
+        self._worst_excess = -1.0
+        self._kept: list[tuple[Arrays, Arrays]] = []
+        self._kept_samples = 0
+
+    def pytorch(self, inputs: Arrays) -> Arrays:
+        return run_pytorch(self.model, inputs, self.signature)
+
+    def onnx(self, inputs: Arrays) -> Arrays:
+        return run_onnx(self.session, inputs, self.signature)
+
+    def accumulators(self, kind: str) -> list[ErrorAccumulator]:
+        factor = 1.0 if kind == EVALUATION else ADVERSARIAL_FACTOR
+        return [
+            ErrorAccumulator(spec, atol=factor * self.tolerance, rtol=factor * RTOL)
+            for spec in self.signature.outputs
+        ]
+
+    def compare(self, kind: str, inputs: Arrays, size: int) -> ParityCell:
+        accumulators = self.accumulators(kind)
+        count = next(iter(inputs.values())).shape[0]
+        for start in range(0, count, size):
+            batch = {name: array[start : start + size] for name, array in inputs.items()}
+            self.add(accumulators, kind, batch, start)
+        return ParityCell(kind, size, count, tuple(a.result() for a in accumulators))
+
+    def add(
+        self,
+        accumulators: list[ErrorAccumulator],
+        kind: str,
+        batch: Arrays,
+        start: int,
+    ) -> tuple[Arrays, Arrays]:
+        expected, found = self.pytorch(batch), self.onnx(batch)
+        for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True):
+            if expected[spec.name].shape != found[spec.name].shape:
+                raise EvidenceError(
+                    f"{spec.name} has shape {found[spec.name].shape} where PyTorch gives "
+                    f"{expected[spec.name].shape}: an axis is frozen inside the graph"
+                )
+            accumulator.update(expected[spec.name], found[spec.name], start)
+        self._remember_worst(kind, batch, expected, found)
+        return expected, found
+
+    def _remember_worst(self, kind: str, batch: Arrays, expected: Arrays, found: Arrays) -> None:
+        factor = 1.0 if kind == EVALUATION else ADVERSARIAL_FACTOR
+        excess = max(
+            _excess(expected[s.name], found[s.name], factor * self.tolerance, factor * RTOL)[0]
+            for s in self.signature.outputs
+        )
+        if excess > self._worst_excess:
+            self._worst_excess = excess
+            self.worst_inputs = batch
+            self.worst_where = f"{kind}, batch {next(iter(batch.values())).shape[0]}"
+
+    def keep(self, expected: Arrays, found: Arrays) -> None:
+        if self._kept_samples < PLOTTED_SAMPLES:
+            self._kept.append((expected, found))
+            self._kept_samples += len(next(iter(expected.values())))
+
+    def kept(self, side: int) -> Arrays:
+        return {
+            spec.name: np.concatenate([pair[side][spec.name] for pair in self._kept])
+            for spec in self.signature.outputs
+        }
+
+
+def _compare_evaluation(
+    run: _Pair,
+    data: EvaluationData,
+    size: int,
+    ground: GroundAccumulator | None,
+    progress: Callable[[int, int], None] | None,
+) -> ParityCell:
+    accumulators = run.accumulators(EVALUATION)
+    position = run.signature.position_output
+    for part, batch in data.batches(size):
+        expected, found = run.add(accumulators, EVALUATION, batch, part.start)
+        run.keep(expected, found)
+        if ground is not None and position is not None:
+            truth = None if data.positions is None else data.positions[part]
+            ground.update(expected[position.name], found[position.name], truth)
+        if progress is not None:
+            progress(part.stop, data.count)
+    return ParityCell(EVALUATION, size, data.count, tuple(a.result() for a in accumulators))
+
+
+def _ground(data: EvaluationData, signature: Signature) -> GroundAccumulator | None:
+    position = signature.position_output
+    if position is None or position.shape[1:] != (2,):
+        return None
+    return GroundAccumulator(middle_of(data.positions, data.meta))
+
+
+def _noise_floor(
+    run: _Pair, data: EvaluationData, samples: int, size: int
+) -> tuple[NoiseFloor, ...]:
+    rows = np.unique(np.linspace(0, data.count - 1, min(samples, data.count)).astype(int))
+    double = copy.deepcopy(run.model).double()
+    totals = {
+        spec.name: np.zeros(4)  # ONNX error, PyTorch error, magnitude, elements
+        for spec in run.signature.outputs
+        if np.issubdtype(np.dtype(spec.dtype), np.floating)
+    }
+    for start in range(0, rows.size, size):
+        batch = data.rows(rows[start : start + size])
+        exact = _run_double(double, batch, run.signature)
+        single, found = run.pytorch(batch), run.onnx(batch)
+        for name, total in totals.items():
+            # NaN and Inf have a gate of their own.
+            finite = np.isfinite(exact[name]) & np.isfinite(single[name])
+            truth = exact[name][finite].astype(np.float64)
+            total += (
+                np.abs(found[name][finite] - truth).sum(),
+                np.abs(single[name][finite] - truth).sum(),
+                np.abs(truth).sum(),
+                truth.size,
+            )
+    floors = []
+    for name, sums in totals.items():
+        onnx, pytorch, magnitude = sums[:3] / sums[3] if sums[3] else np.full(3, np.nan)
+        ulp = float(np.spacing(magnitude.astype(found[name].dtype)))
+        floors.append(NoiseFloor(name, int(rows.size), float(onnx), float(pytorch), ulp))
+    return tuple(floors)
+
+
+def _run_double(model: nn.Module, batch: Arrays, signature: Signature) -> Arrays:
+    inputs = {
+        name: array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
+        for name, array in batch.items()
+    }
+    try:
+        return run_pytorch(model, inputs, signature)
+    except EvidenceError as error:
+        raise EvidenceError(
+            f"no reference in float64, against which rounding is measured: {error}. The model's "
+            "code must leave the precision of its inputs and weights alone"
+        ) from error
+
+
+def _batch_independence(run: _Pair, data: EvaluationData) -> BatchIndependence:
+    # A constant row must be among the neighbours: z-scored ones share mean and spread with the
+    # row itself, which hides a normalization that runs over the batch.
+    worst = BatchIndependence(0.0, 0.0, "none", run.signature.outputs[0].name, 0)
+    comparisons = 0
+    for row in range(min(3, data.count)):
+        one = data.rows([row])
+        alone = run.onnx(one)
+        neighbours = {**adversarial_inputs(one), EVALUATION: data.rows([row + 1])}
+        for kind, other in neighbours.items():
+            beside = run.onnx(
+                {name: np.concatenate([other[name], one[name], other[name]]) for name in one}
+            )
+            for spec in run.signature.outputs:
+                comparisons += 1
+                excess, error = _excess(
+                    alone[spec.name], beside[spec.name][1:2], run.tolerance, RTOL
+                )
+                if excess > worst.excess:
+                    worst = BatchIndependence(error, excess, kind, spec.name, 0)
+    return BatchIndependence(
+        worst.largest_error, worst.excess, worst.neighbour, worst.output, comparisons
+    )
+
+
+def _excess(
+    reference: npt.NDArray[Any], value: npt.NDArray[Any], atol: float, rtol: float
+) -> tuple[float, float]:
+    """Largest error in units of what is allowed, and as it is; infinite where not comparable."""
+    if reference.shape != value.shape:
+        return float("inf"), float("inf")
+    a, b = reference.astype(np.float64), value.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+    error = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
+    return (
+        float(np.max(error / (atol + rtol * np.abs(a)), initial=0)),
+        float(np.max(error, initial=0)),
+    )
+
+
+def _nan_last(value: float) -> float:
+    return float("inf") if np.isnan(value) else value

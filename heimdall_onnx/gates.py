@@ -1,0 +1,143 @@
+"""Gates and the verdict: every gate is evaluated, then the run fails once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from heimdall_onnx.errors import GateError
+
+if TYPE_CHECKING:
+    from heimdall_onnx.compare import ParityReport
+    from heimdall_onnx.parameters import ReleaseParameters
+    from heimdall_onnx.validate import ModelInfo
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A named condition with its limit and the value that was measured.
+
+    Attributes:
+        name: What is gated, e.g. ``"mean absolute error"``.
+        limit: The condition in words, e.g. ``"≤ 1e-05"``.
+        measured: The measured value.
+        passed: Whether the condition holds.
+        detail: Where the measured value was found, or what is wrong.
+    """
+
+    name: str
+    limit: str
+    measured: float | int | str
+    passed: bool
+    detail: str = ""
+
+    @classmethod
+    def at_most(cls, name: str, limit: float, measured: float, detail: str = "") -> Gate:
+        """A gate that holds for ``measured <= limit``; NaN never passes."""
+        return cls(name, f"≤ {limit:g}", measured, bool(measured <= limit), detail)
+
+    @classmethod
+    def none_of(cls, name: str, problems: Iterable[str]) -> Gate:
+        """A gate that holds when there are no ``problems``, which become its detail."""
+        found = tuple(problems)
+        return cls(name, "0 problems", len(found), not found, "; ".join(found))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy; a measured NaN or Inf becomes text, as JSON has neither."""
+        measured = self.measured
+        if isinstance(measured, float) and not math.isfinite(measured):
+            measured = str(measured)
+        return {
+            "name": self.name,
+            "limit": self.limit,
+            "measured": measured,
+            "passed": self.passed,
+            "detail": self.detail,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All gates of a run together.
+
+    Attributes:
+        gates: Every gate, evaluated.
+        profile: How much was measured (``smoke``, ``quick`` or ``audit``).
+    """
+
+    gates: tuple[Gate, ...]
+    profile: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are gates and every one holds."""
+        return bool(self.gates) and all(gate.passed for gate in self.gates)
+
+    @property
+    def failed_gates(self) -> tuple[Gate, ...]:
+        """The gates that do not hold."""
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+    def reasons(self) -> str:
+        """Every gate that does not hold, with its limit and measured value, one a line."""
+        lines = [
+            f"{g.name}: expected {g.limit}, measured {_number(g.measured)}"
+            + (f" ({g.detail})" if g.detail else "")
+            for g in self.failed_gates
+        ]
+        return f"{len(lines)} of {len(self.gates)} gates failed:\n  - " + "\n  - ".join(lines)
+
+    def require(self) -> None:
+        """Return if every gate holds.
+
+        Raises:
+            GateError: With the `reasons`.
+        """
+        if not self.passed:
+            raise GateError(self.reasons())
+
+    def to_markdown(self) -> str:
+        """The gates as a Markdown table, failed ones first."""
+        rows = sorted(self.gates, key=lambda gate: gate.passed)
+        return "\n".join(
+            ["| gate | result | limit | measured | where |", "|---|---|---|---|---|"]
+            + [
+                f"| {escape_markdown(g.name)} | {'pass' if g.passed else '**FAIL**'} "
+                f"| {escape_markdown(g.limit)} | {escape_markdown(_number(g.measured))} "
+                f"| {escape_markdown(g.detail)} |"
+                for g in rows
+            ]
+        )
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+
+def file_gates(info: ModelInfo, opset: int) -> tuple[Gate, ...]:
+    """The gates on the file itself: the opset that was asked for, and the signature."""
+    return (
+        Gate("opset", f"= {opset}", info.opset_version, info.opset_version == opset),
+        Gate.none_of("signature", info.signature_problems),
+    )
+
+
+def decide(parameters: ReleaseParameters, info: ModelInfo, parity: ParityReport) -> Verdict:
+    """Evaluate every gate of a release."""
+    return Verdict((*file_gates(info, parameters.opset), *parity.gates()), parameters.profile)
+
+
+_MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "&\\`*{}[]<>|#"})
+
+
+def escape_markdown(text: str) -> str:
+    """``text`` as one line of inert Markdown: no table breaks, no HTML, no links.
+
+    Renderers make links of bare addresses too, so these lose their colon.
+    """
+    return " ".join(text.split()).translate(_MARKDOWN).replace("://", "&#58;//")
+
+
+def _number(value: float | int | str) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,214 @@
+"""An exported graph seen by the PyTorch modules its nodes come from.
+
+Exporters record a node's module: the one based on ``torch.export`` in the node's metadata, the
+TorchScript one in the node's name (``/backbone/backbone.0/Conv``).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from heimdall_onnx.errors import EvidenceError, InvalidModelError
+from heimdall_onnx.onnx_file import read_initializers, read_structure
+from heimdall_onnx.signature import Arrays
+
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+_INLINE_BYTES = 1024
+
+
+class ScopedGraph:
+    """The values that enter and leave each module, and what they are for given inputs.
+
+    Args:
+        path: The ONNX file; its values are computed without graph optimization.
+        modules: Every name in ``model.named_modules(remove_duplicate=False)``.
+
+    Raises:
+        InvalidModelError: If ONNX Runtime can't load the file.
+    """
+
+    def __init__(self, path: Path, modules: Iterable[str]) -> None:
+        model = read_structure(path)
+        self._nodes = [
+            (node.op_type, node.name, tuple(_consumed(node)), tuple(filter(None, node.output)))
+            for node in model.graph.node
+        ]
+        resolver = _ScopeResolver(modules)
+        self._members: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(model.graph.node):
+            for scope in dict.fromkeys(resolver(node)):
+                self._members[scope].append(index)
+        self._consumers: dict[str, list[int]] = defaultdict(list)
+        for index, (_, _, consumed, _) in enumerate(self._nodes):
+            for name in consumed:
+                self._consumers[name].append(index)
+        self._producer = {name: index for index, node in enumerate(self._nodes) for name in node[3]}
+        self._outputs = {value.name for value in model.graph.output}
+        self._session = _open(model, path, self._crossing(), {*self._consumers, *self._outputs})
+
+    def leaving(self, scope: str) -> list[str]:
+        """Values that the module's nodes produce and something outside it uses."""
+        members = set(self._members[scope])
+        return [
+            name
+            for index in self._members[scope]
+            for name in self._nodes[index][3]
+            if name in self._outputs or any(c not in members for c in self._consumers[name])
+        ]
+
+    def entering(self, scope: str, before: int) -> list[str]:
+        """Values that the module's nodes use and nodes outside it, up to ``before``, produce."""
+        members = set(self._members[scope])
+        used = (name for index in self._members[scope] for name in self._nodes[index][2])
+        return [
+            name
+            for name in dict.fromkeys(used)
+            if self._producer.get(name, before) < before and self._producer[name] not in members
+        ]
+
+    def position(self, name: str) -> int:
+        """Where in the graph's execution order the value is produced."""
+        return self._producer[name]
+
+    def first(self, scope: str) -> int:
+        """Where in the graph's execution order the module's nodes begin."""
+        return self._members[scope][0]
+
+    def has(self, scope: str) -> bool:
+        """Whether the graph has nodes of this module."""
+        return bool(self._members[scope])
+
+    def operators(self, scope: str, count: int) -> tuple[str, ...]:
+        """The first ``count`` nodes of the module, as ``"Op name"``, constants left out."""
+        nodes = [self._nodes[index] for index in self._members[scope]]
+        return tuple(f"{op} {name}".strip() for op, name, _, _ in nodes if op != "Constant")[:count]
+
+    def reaches(self, name: str, targets: set[str], blocked: set[str]) -> bool:
+        """Whether one of ``targets`` depends on ``name`` other than through ``blocked`` values."""
+        waiting, seen = [name], set(blocked)
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            if name in targets:
+                return True
+            seen.add(name)
+            waiting += [out for node in self._consumers[name] for out in self._nodes[node][3]]
+        return False
+
+    def compute(self, names: Iterable[str], inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """The named values for ``inputs``; those that are no tensors are left out.
+
+        Raises:
+            EvidenceError: If ONNX Runtime can't run the graph on them.
+        """
+        wanted = list(dict.fromkeys(names))
+        if not wanted:
+            return {}
+        try:
+            values = self._session.run(wanted, dict(inputs))
+        except Exception as error:  # ONNX Runtime's errors share no narrower base
+            raise EvidenceError(f"ONNX Runtime can't run the graph: {error}") from error
+        return {n: v for n, v in zip(wanted, values, strict=True) if isinstance(v, np.ndarray)}
+
+    def _crossing(self) -> list[str]:
+        scopes = [scope for scope in self._members if scope]
+        end = len(self._nodes)
+        names = [n for s in scopes for n in (*self.leaving(s), *self.entering(s, end))]
+        return [name for name in dict.fromkeys(names) if name not in self._outputs]
+
+
+class _ScopeResolver:
+    """Finds the modules, outermost first, that a node belongs to."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._modules = sorted(filter(None, modules), key=len)
+        self._names = set(self._modules)
+        self._endings: dict[tuple[str, str], str | None] = {}
+
+    def __call__(self, node: onnx.NodeProto) -> list[str]:
+        for entry in node.metadata_props:
+            if entry.key == NAME_SCOPES:
+                return [s for s in ast.literal_eval(entry.value)[:-1] if s in self._names]
+        return self._from_name(node.name)
+
+    def _from_name(self, name: str) -> list[str]:
+        """TorchScript gives each module by the end of its name, a second call as ``name_1``."""
+        scopes: list[str] = []
+        for part in name.split("/")[1:-1]:
+            inside = f"{scopes[-1]}." if scopes else ""
+            found = self._ending(inside, part) or self._ending(inside, re.sub(r"_\d+$", "", part))
+            if found is None:
+                break
+            scopes.append(found)
+        return scopes
+
+    def _ending(self, inside: str, part: str) -> str | None:
+        """The outermost module inside ``inside`` whose name ends in ``part``."""
+        if (inside, part) not in self._endings:
+            fitting = (m for m in self._modules if f".{m}".endswith(f".{part}"))
+            self._endings[inside, part] = next((m for m in fitting if m.startswith(inside)), None)
+        return self._endings[inside, part]
+
+
+def _consumed(node: onnx.NodeProto) -> Iterator[str]:
+    """Names the node uses, those that its subgraphs capture included."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                yield from _consumed(inner)
+
+
+def _open(
+    model: onnx.ModelProto, path: Path, names: Iterable[str], used: set[str]
+) -> ort.InferenceSession:
+    """Open the graph with ``names`` as further outputs.
+
+    Large weights are handed over as arrays: in the serialized model, ONNX Runtime would hold them
+    several times over while it loads.
+    """
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    weights = {}
+    for tensor in read_initializers(path):
+        if tensor.name not in used:
+            continue
+        array = _array(tensor, path)
+        if array.nbytes < _INLINE_BYTES:  # shapes and axes, which must be known when it loads
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array, tensor.name))
+            continue
+        weights[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+        stub = model.graph.initializer.add(
+            name=tensor.name, dims=tensor.dims, data_type=tensor.data_type
+        )
+        stub.data_location = onnx.TensorProto.EXTERNAL
+        stub.external_data.add(key="location", value="handed-over")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # PyTorch computes between the runs, and would do so beside threads that spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        options.add_external_initializers(list(weights), list(weights.values()))
+        return ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ONNX Runtime's errors share no narrower base
+        raise InvalidModelError(f"ONNX Runtime can't load {path}: {error}") from error
+
+
+def _array(tensor: onnx.TensorProto, path: Path) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(onnx.numpy_helper.to_array(tensor, str(path.parent)))
+    except Exception as error:  # whatever broken tensor data makes onnx and NumPy raise
+        raise InvalidModelError(f"{path}: {tensor.name} can't be read: {error}") from error

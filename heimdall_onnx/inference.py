@@ -1,0 +1,135 @@
+"""Running a model, PyTorch or ONNX, on named arrays.
+
+Each framework is imported where it is used: a process that measures one of them must not carry
+the other's memory and threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.errors import EvidenceError, InvalidModelError
+from heimdall_onnx.signature import Arrays, Signature
+
+if TYPE_CHECKING:
+    import torch
+    from onnxruntime import InferenceSession
+    from torch import nn
+
+
+def run_pytorch(
+    model: nn.Module, inputs: Mapping[str, npt.NDArray[Any]], signature: Signature
+) -> Arrays:
+    """Run ``model`` on ``inputs``, passed in the signature's order, without gradients.
+
+    The arrays go to the model's own device, floating-point ones in the model's own precision; a
+    model without any weights takes them as they are.
+
+    Raises:
+        EvidenceError: If the model fails, or returns other outputs than the signature names.
+    """
+    import torch
+
+    state = [*model.parameters(), *model.buffers()]
+    device = state[0].device if state else torch.device("cpu")
+    precision = next((t.dtype for t in state if t.is_floating_point()), None)
+
+    def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+        value = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return value.to(precision) if value.is_floating_point() else value
+
+    arguments = [tensor(inputs[spec.name]) for spec in signature.inputs]
+    try:
+        with torch.inference_mode():
+            result = model(*arguments)
+    except Exception as error:  # the model's own code
+        shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
+        raise EvidenceError(f"{type(model).__name__} can't run on {shapes}: {error}") from error
+    names = [spec.name for spec in signature.outputs]
+    if isinstance(result, torch.Tensor):
+        result = [result]
+    named = isinstance(result, Mapping)
+    if not set(names) <= set(result) if named else len(result) != len(names):
+        raise EvidenceError(
+            f"{type(model).__name__} returned {sorted(result) if named else len(result)} outputs; "
+            f"its signature names {names}"
+        )
+    outputs = result if named else dict(zip(names, result, strict=True))
+    return {name: outputs[name].cpu().numpy() for name in names}
+
+
+def open_session(
+    path: Path | str,
+    *,
+    threads: int | None = None,
+    optimized: bool = True,
+    spinning: bool = True,
+) -> InferenceSession:
+    """Open an ONNX file on the CPU execution provider.
+
+    Args:
+        path: The file.
+        threads: Intra-op threads; None leaves the choice to ONNX Runtime.
+        optimized: At ONNX Runtime's deployment level (all); otherwise none at all.
+        spinning: Whether idle threads wait actively. It changes no result; in a process that
+            runs PyTorch as well, threads that spin take the processor from it.
+
+    Raises:
+        InvalidModelError: If ONNX Runtime can't load it.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no narrower base
+        raise InvalidModelError(f"ONNX Runtime can't load {path}: {error}") from error
+
+
+def run_onnx(
+    session: InferenceSession, inputs: Mapping[str, npt.NDArray[Any]], signature: Signature
+) -> Arrays:
+    """Run ``session`` on ``inputs`` and return the signature's outputs by name.
+
+    Raises:
+        EvidenceError: If ONNX Runtime refuses the inputs, a frozen batch axis for example.
+    """
+    names = [spec.name for spec in signature.outputs]
+    try:
+        values = session.run(names, {spec.name: inputs[spec.name] for spec in signature.inputs})
+    except Exception as error:  # ONNX Runtime's errors share no narrower base
+        shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
+        raise EvidenceError(f"ONNX Runtime can't run the model on {shapes}: {error}") from error
+    return dict(zip(names, values, strict=True))
+
+
+def load_pytorch(
+    path: Path, inputs: Arrays, signature: Signature, threads: int
+) -> Callable[[], Arrays]:
+    """Read a model that this program pickled itself and return a call of it on the CPU."""
+    import torch
+
+    torch.set_num_threads(threads)
+    # Written a moment ago by the parent process: not an untrusted checkpoint.
+    model = torch.load(path, map_location="cpu", weights_only=False)
+    return partial(run_pytorch, model, inputs, signature)
+
+
+def load_onnx(
+    path: Path, inputs: Arrays, signature: Signature, threads: int
+) -> Callable[[], Arrays]:
+    """Open an ONNX file and return a call of it on ``inputs``."""
+    return partial(run_onnx, open_session(path, threads=threads), inputs, signature)

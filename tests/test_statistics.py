@@ -1,0 +1,327 @@
+import gc
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from heimdall_onnx.signature import TensorSpec
+from heimdall_onnx.statistics import WORST_SAMPLES, ErrorAccumulator, Quantiles
+
+SPEC = TensorSpec("positions", "float32", ("batch", 2), unit="metres")
+ATOL, RTOL = 1e-5, 1.3e-6
+EXACT = {"count", "maximum", "violations", "nonfinite", "nonfinite_mismatches", "lowest", "highest"}
+FLOATS = st.floats(-1e6, 1e6, width=32)
+
+
+def collect(reference, value, sizes=None, spec=SPEC):
+    accumulator = ErrorAccumulator(spec, atol=ATOL, rtol=RTOL)
+    start = 0
+    for size in sizes or [len(reference)]:
+        part = slice(start, start + size)
+        accumulator.update(reference[part], value[part], start)
+        start += size
+    return accumulator.result()
+
+
+def pair(count=100, error=1e-5, seed=0):
+    rng = np.random.default_rng(seed)
+    reference = rng.standard_normal((count, 2)).astype(np.float32)
+    noise = rng.standard_normal((count, 2)) * error
+    return reference, (reference + noise).astype(np.float32)
+
+
+def order_statistic(values, rank):
+    ordered = np.sort(values.astype(np.float32).ravel())
+    return ordered[min(math.floor(rank * ordered.size + 1e-9), ordered.size - 1)]
+
+
+def test_every_statistic_is_what_numpy_finds_on_the_whole_data():
+    reference, value = pair()
+    found = collect(reference, value, [7] * 14 + [2])
+    a, b = reference.astype(np.float64), value.astype(np.float64)
+    error = np.abs(a - b)
+    ulps = error / np.spacing(np.abs(reference)).astype(np.float64)
+    assert (found.output, found.unit, found.count) == ("positions", "metres", 200)
+    assert found.mean == pytest.approx(error.mean(), rel=1e-12)
+    assert found.maximum == error.max()
+    assert found.violations == (error > ATOL + RTOL * np.abs(a)).sum() > 0
+    assert found.nonfinite_mismatches == found.nonfinite == 0
+    assert (found.lowest, found.highest) == (b.min(), b.max())
+    cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+    assert found.cosine == pytest.approx(cosine, rel=1e-12)
+    # Up to some hundred values nothing is thrown away, so these are order statistics exactly.
+    assert found.p50 == order_statistic(error, 0.5)
+    assert found.p99 == order_statistic(error, 0.99)
+    assert found.p999 == order_statistic(error, 0.999)
+    assert found.ulp_p50 == order_statistic(ulps, 0.5)
+    assert found.ulp_p999 == order_statistic(ulps, 0.999)
+    edges = np.array(found.error_edges, np.float32)
+    at_or_below = (error.astype(np.float32).ravel()[:, None] <= edges).mean(axis=0)
+    np.testing.assert_allclose(found.error_cdf, at_or_below, atol=1e-6)
+
+
+def test_error_that_is_exactly_allowed_is_no_violation():
+    spec = TensorSpec("y", "float64", ("batch",))
+    at_limit = ATOL + RTOL * 2.0
+    accumulator = ErrorAccumulator(spec, atol=at_limit, rtol=0)
+    zero = np.zeros(2)
+    accumulator.update(zero, np.array([at_limit, np.nextafter(at_limit, 1)]), 0)
+    assert accumulator.result().violations == 1
+
+
+@pytest.mark.parametrize(("reference", "value", "violations"), [(2.0, 1.0, 0), (1.0, 2.0, 1)])
+def test_tolerance_grows_with_the_reference_not_with_the_value(reference, value, violations):
+    accumulator = ErrorAccumulator(TensorSpec("y", "float64", ("batch",)), atol=0, rtol=0.5)
+    accumulator.update(np.array([reference]), np.array([value]), 0)
+    assert accumulator.result().violations == violations
+
+
+@given(
+    data=hnp.arrays(np.float32, st.tuples(st.integers(1, 60), st.just(4)), elements=FLOATS),
+    cuts=st.lists(st.integers(1, 10), min_size=60, max_size=60),
+)
+def test_splitting_into_batches_changes_nothing(data, cuts):
+    reference, value = data[:, :2], data[:, 2:]
+    sizes, left = [], len(data)
+    for cut in cuts:
+        sizes.append(min(cut, left))
+        left -= sizes[-1]
+        if not left:
+            break
+    whole, parts = collect(reference, value), collect(reference, value, sizes)
+    for name, expected in whole.summary().items():
+        found = getattr(parts, name)
+        if name in EXACT or isinstance(expected, str):
+            assert found == expected, name
+        else:
+            assert found == pytest.approx(expected, rel=1e-9, nan_ok=True), name
+    assert parts.worst == whole.worst
+    assert parts.error_cdf == whole.error_cdf
+
+
+def test_order_of_batches_does_not_matter():
+    reference, value = pair(64)
+    forward, backward = (ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL) for _ in range(2))
+    starts = range(0, 64, 8)
+    for accumulator, order in ((forward, starts), (backward, reversed(starts))):
+        for start in order:
+            part = slice(start, start + 8)
+            accumulator.update(reference[part], value[part], start)
+    assert backward.result().worst == forward.result().worst
+    expected = forward.result().summary()
+    for name, found in backward.result().summary().items():
+        assert found == (
+            expected[name] if isinstance(found, str) else pytest.approx(expected[name])
+        )
+
+
+def test_quantiles_of_a_million_values_are_as_close_as_promised():
+    values = np.abs(np.random.default_rng(0).standard_normal(1_000_000)).astype(np.float32)
+    quantiles = Quantiles()
+    for part in np.array_split(values, 100):
+        quantiles.update(part)
+    for rank in (0.5, 0.9, 0.99, 0.999):
+        true = (values < quantiles(rank)).mean()
+        assert abs(true - rank) <= 0.02 * (1 - rank), rank
+    points = np.array([0.1, 1.0, 3.0])
+    true = (values[:, None] <= points.astype(np.float32)).mean(axis=0)
+    assert (np.abs(quantiles.cdf(points) - true) <= 0.02 * (1 - true)).all()
+
+
+def test_memory_does_not_grow_with_the_number_of_samples():
+    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    reference, value = pair(1000)
+    retained, sizes = [], []
+    tracemalloc.start()
+    try:
+        for part in range(100):
+            accumulator.update(reference, value + np.float32(part * 1e-7), part * 1000)
+            if part in (9, 99):
+                retained.append(accumulator._errors._sketch.num_retained)
+                gc.collect()
+                sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert accumulator.result().count == 200_000
+    assert retained[1] < 3 * retained[0] < 20_000
+    assert sizes[1] < sizes[0] + 10_000
+    assert len(accumulator.result().worst) == WORST_SAMPLES
+
+
+def test_nan_on_both_sides_is_agreement():
+    reference, value = pair(10, error=0)
+    reference[3, 1] = value[3, 1] = np.nan
+    found = collect(reference, value)
+    assert (found.nonfinite_mismatches, found.violations, found.nonfinite) == (0, 0, 1)
+    assert (found.count, found.mean, found.maximum) == (20, 0, 0)
+    assert np.isfinite(found.cosine)
+
+
+def test_mean_is_taken_over_the_elements_that_can_be_compared():
+    reference, value = pair(10, error=1e-3)
+    reference[:5] = value[:5] = np.nan
+    error = np.abs(reference.astype(np.float64) - value)
+    assert collect(reference, value).mean == pytest.approx(np.nanmean(error), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("reference", "value"),
+    [
+        (np.nan, 1.0),
+        (1.0, np.nan),
+        (np.inf, 1.0),
+        (1.0, np.inf),
+        (np.inf, -np.inf),
+        (-np.inf, np.inf),
+        (np.nan, np.inf),
+        (np.inf, np.nan),
+    ],
+)
+def test_nan_or_inf_that_differs_is_as_wrong_as_can_be(reference, value):
+    a, b = pair(10, error=0)
+    a[4, 0], b[4, 0] = reference, value
+    found = collect(a, b)
+    assert (found.nonfinite_mismatches, found.violations) == (1, 1)
+    assert found.mean == found.maximum == np.inf
+    assert (found.worst[0].sample, found.worst[0].error) == (4, np.inf)
+    assert found.nonfinite == (not np.isfinite(value))
+
+
+def test_inf_of_the_same_sign_is_agreement():
+    a, b = pair(10, error=0)
+    a[4] = b[4] = (np.inf, -np.inf)
+    found = collect(a, b)
+    assert (found.nonfinite_mismatches, found.violations, found.maximum) == (0, 0, 0)
+    assert found.nonfinite == 2
+    assert np.isfinite([found.lowest, found.highest]).all()
+
+
+@pytest.mark.parametrize("shape", [(10, 3), (9, 2), (10,), (10, 2, 1)])
+def test_wrong_shape_makes_every_element_a_mismatch(shape):
+    found = collect(np.zeros((10, 2), np.float32), np.zeros(shape, np.float32))
+    assert found.nonfinite_mismatches == found.count == 20
+    assert not found.mean <= 1e-5
+
+
+def test_one_batch_of_wrong_shape_spoils_a_good_rest():
+    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    reference, _ = pair(8)
+    accumulator.update(reference, reference, 0)
+    accumulator.update(reference, reference[:4], 8)
+    found = accumulator.result()
+    assert (found.mean, found.maximum, found.nonfinite_mismatches) == (np.inf, np.inf, 16)
+
+
+def test_equal_outputs_have_no_error_at_all():
+    reference, _ = pair()
+    found = collect(reference, reference.copy())
+    zeros = (found.mean, found.maximum, found.p50, found.p999, found.ulp_p50, found.ulp_p999)
+    assert zeros == (0,) * 6
+    assert found.violations == 0
+    assert found.cosine == pytest.approx(1, rel=1e-15)
+    assert set(found.error_cdf) == {1.0}
+
+
+def test_nothing_to_compare_is_not_agreement():
+    found = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL).result()
+    assert (found.count, found.worst) == (0, ())
+    assert np.isnan([found.mean, found.maximum, found.p50, found.ulp_p50, found.cosine]).all()
+    assert np.isnan(found.error_cdf).all()
+
+
+def test_empty_batch_adds_nothing():
+    reference, value = pair(8)
+    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    accumulator.update(reference[:0], value[:0], 0)
+    accumulator.update(reference, value, 0)
+    assert accumulator.result() == collect(reference, value)
+
+
+def test_worst_samples_come_with_their_indices_and_values_largest_first():
+    reference, _ = pair(100)
+    value = reference.copy()
+    planted = {93: 0.5, 2: 0.4, 55: 0.3, 54: 0.2}
+    for sample, error in planted.items():
+        value[sample, sample % 2] += np.float32(error)
+    found = collect(reference, value, [10] * 10).worst
+    assert len(found) == WORST_SAMPLES
+    assert [w.sample for w in found[:4]] == list(planted)
+    for worst in found:
+        assert worst.reference == tuple(map(float, reference[worst.sample]))
+        assert worst.value == tuple(map(float, value[worst.sample]))
+        error = np.abs(value[worst.sample].astype(float) - reference[worst.sample])
+        assert worst.error == error.max()
+
+
+@pytest.mark.parametrize("sizes", [[20], [3, 17], [17, 3], [1] * 20])
+def test_of_equally_bad_samples_the_first_are_kept(sizes):
+    zeros = np.zeros((20, 2), np.float32)
+    samples = [w.sample for w in collect(zeros, zeros, sizes).worst]
+    assert samples == list(range(WORST_SAMPLES))
+
+
+def test_a_constant_error_of_one_ulp_is_one_ulp():
+    reference, _ = pair()
+    found = collect(reference, np.nextafter(reference, np.float32(np.inf)))
+    assert found.ulp_p50 == found.ulp_p999 == 1
+
+
+def test_ulps_are_the_references():
+    below = np.nextafter(np.float32(1), np.float32(0))
+    spec = TensorSpec("y", "float32", ("batch",))
+    assert collect(np.ones(1, np.float32), np.array([below]), spec=spec).ulp_p50 == 0.5
+
+
+def test_error_next_to_zero_is_an_infinity_of_ulps_without_a_warning():
+    found = collect(np.zeros((4, 2), np.float32), np.full((4, 2), 1e-6, np.float32))
+    assert (found.ulp_p50, found.violations) == (np.inf, 0)
+
+
+def test_cdf_counts_values_at_an_edge_as_below():
+    quantiles = Quantiles()
+    quantiles.update(np.array([1.0, 2.0, 2.0, 3.0]))
+    assert quantiles.cdf(np.array([0.5, 2.0, 3.0])).tolist() == [0, 0.75, 1]
+
+
+def test_integer_outputs_are_compared_without_ulps():
+    spec = TensorSpec("level", "int64", ("batch", 2))
+    reference = np.arange(20).reshape(10, 2)
+    value = reference.copy()
+    value[7, 1] += 3
+    found = collect(reference, value, spec=spec)
+    assert (found.violations, found.maximum, found.mean) == (1, 3, 3 / 20)
+    assert (found.lowest, found.highest) == (0, 19)
+    assert np.isnan([found.ulp_p50, found.ulp_p999]).all()
+
+
+def test_sample_of_many_elements_shows_its_first_eight():
+    reference = np.zeros((2, 5, 5), np.float32)
+    found = collect(reference, reference + 1)
+    assert [len(w.reference) for w in found.worst] == [8, 8]
+
+
+def test_scalar_per_sample_is_compared_too():
+    found = collect(np.zeros(3, np.float32), np.array([0, 0, 2], np.float32))
+    assert (found.worst[0].sample, found.maximum, found.count) == (2, 2, 3)
+
+
+def test_cosine_of_opposite_outputs_is_minus_one():
+    reference, _ = pair()
+    assert collect(reference, -reference).cosine == pytest.approx(-1, rel=1e-12)
+
+
+def test_summary_holds_scalars_only():
+    summary = collect(*pair()).summary()
+    assert all(isinstance(v, float | int | str) for v in summary.values())
+    assert {"mean", "maximum", "violations", "p999"} <= set(summary)
+
+
+def test_quantiles_leave_nan_out():
+    quantiles = Quantiles()
+    assert np.isnan(quantiles(0.5))
+    quantiles.update(np.array([np.nan, 1.0, np.nan]))
+    assert (quantiles(0), quantiles(0.5), quantiles(1)) == (1, 1, 1)
