@@ -1,0 +1,408 @@
+"""Latency of each contender, in a worker process of its own, as it would be deployed.
+
+In one process the contenders spoil each other: the waiting threads of one spin while the other
+computes. So each has a process; they take turns in blocks of calls, in randomized ABBA order
+(each round is ABBA or BAAB, which cancels a linear drift of the machine's speed), and while one
+works the others sleep on a pipe.
+
+Percentiles come with distribution-free confidence intervals from order statistics (Conover,
+Practical Nonparametric Statistics, 3rd ed., section 3.2). They take the calls as independent;
+neighbouring calls of a real machine are not quite, so read them as lower bounds of the spread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import numpy.typing as npt
+import structlog
+import torch
+from scipy import stats
+from torch import nn
+
+from heimdall_onnx.errors import BenchmarkError
+from heimdall_onnx.inference import load_onnx, load_pytorch
+from heimdall_onnx.signature import Arrays, Signature
+
+log = structlog.get_logger(__name__)
+
+Floats = npt.NDArray[np.float64]
+
+PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+CONFIDENCE = 0.95
+BLOCK_CALLS = 10
+WARMUP_CALLS = 5
+# Two pairs of blocks each: six pairs are the fewest that bound a median with 95% confidence.
+MIN_ROUNDS = 3
+_WORKER_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """A percentile of the latency with its confidence interval.
+
+    Attributes:
+        percentile: In (0, 100).
+        value_ms: Milliseconds.
+        low_ms: Lower end of the interval.
+        high_ms: Upper end of the interval.
+    """
+
+    percentile: float
+    value_ms: float
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True)
+class ContenderLatency:
+    """What was measured of one contender.
+
+    Attributes:
+        name: ``"PyTorch"`` or ``"ONNX Runtime"``.
+        samples_ms: Latency of every counted call, in order, milliseconds.
+        blocks: Index of the block that each call belongs to.
+        load_ms: Reading the model: session creation for ONNX Runtime.
+        first_call_ms: The first call after that.
+        warmup_calls: Further calls that were not counted.
+        percentiles: Those with enough samples behind them.
+        mean_ms: Mean of the counted calls.
+        peak_memory_bytes: Largest resident size of its process.
+    """
+
+    name: str
+    samples_ms: Floats = field(repr=False)
+    blocks: npt.NDArray[np.int64] = field(repr=False)
+    load_ms: float
+    first_call_ms: float
+    warmup_calls: int
+    percentiles: tuple[Percentile, ...]
+    mean_ms: float
+    peak_memory_bytes: int
+
+    @property
+    def median_ms(self) -> float:
+        """Median of the counted calls."""
+        return float(np.median(self.samples_ms))
+
+    def percentile(self, wanted: float) -> Percentile | None:
+        """The percentile ``wanted``, or None where too few samples stand behind it."""
+        return next((p for p in self.percentiles if p.percentile == wanted), None)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Paired ratio of block medians, PyTorch over ONNX Runtime.
+
+    Attributes:
+        ratio: Median over the pairs; above 1 the ONNX model is faster.
+        low: Lower end of its confidence interval.
+        high: Upper end.
+        pairs: Number of pairs.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """Everything that `measure_latency` found.
+
+    Attributes:
+        batch_size: Samples in a call.
+        threads: Intra-op threads of each contender.
+        pytorch: The PyTorch model, eager.
+        onnx: The ONNX model on ONNX Runtime's CPU execution provider.
+        speedup: PyTorch's latency over ONNX Runtime's.
+        load_average: Of the machine over the last minute, before and after.
+        confidence: Of every interval.
+    """
+
+    batch_size: int
+    threads: int
+    pytorch: ContenderLatency
+    onnx: ContenderLatency
+    speedup: Speedup
+    load_average: tuple[float, float]
+    confidence: float = CONFIDENCE
+
+
+def measure_latency(
+    model: nn.Module,
+    onnx_path: Path,
+    inputs: Arrays,
+    signature: Signature,
+    *,
+    calls: int = 200,
+    min_seconds: float = 0.0,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatencyReport:
+    """Measure the PyTorch model against the ONNX model on the CPU.
+
+    Args:
+        model: The PyTorch model, in eval mode.
+        onnx_path: The ONNX file.
+        inputs: One call's inputs; their batch size is the one measured.
+        signature: Names and order of inputs and outputs.
+        calls: Counted calls of each contender, at least.
+        min_seconds: Go on until the blocks have taken this long as well.
+        threads: Intra-op threads of each; None takes the processors this process may use.
+        seed: Of the order in which the contenders take turns.
+        progress: Called with (calls done, calls wanted) of each contender.
+
+    Raises:
+        BenchmarkError: If the model can't be pickled, or a worker process dies, fails or does not
+            answer in time.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
+        model_file = Path(folder) / "model.pkl"
+        _write_model(model, model_file)
+        workers = [
+            stack.enter_context(Worker(name, job, Path(folder), threads))
+            for name, job in (
+                (PYTORCH, partial(load_pytorch, model_file, inputs, signature, threads)),
+                (ONNX, partial(load_onnx, onnx_path.absolute(), inputs, signature, threads)),
+            )
+        ]
+        for worker in workers:
+            worker.start()
+        order = _take_turns(workers, calls, min_seconds, random.Random(seed), progress)
+        report = LatencyReport(
+            batch_size=len(next(iter(inputs.values()))),
+            threads=threads,
+            pytorch=workers[0].latency(),
+            onnx=workers[1].latency(),
+            speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
+            load_average=(before, os.getloadavg()[0]),
+        )
+    log.info(
+        "measured",
+        speedup=round(report.speedup.ratio, 3),
+        rounds=order,
+        threads=threads,
+        batch_size=report.batch_size,
+    )
+    return report
+
+
+def _write_model(model: nn.Module, path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(model, file, pickle_module=cloudpickle)
+    except Exception as error:  # whatever an attribute of the model raises that can't be pickled
+        raise BenchmarkError(
+            f"{type(model).__name__} can't be handed to a process of its own: {error}. Every "
+            "attribute of it must be picklable"
+        ) from error
+
+
+def _take_turns(
+    workers: Sequence[Worker],
+    calls: int,
+    min_seconds: float,
+    rng: random.Random,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Run ABBA or BAAB rounds until there are enough calls; return the number of rounds."""
+    started, done, rounds = time.monotonic(), 0, 0
+    block = max(1, min(BLOCK_CALLS, calls // (2 * MIN_ROUNDS)))
+    while done < calls or rounds < MIN_ROUNDS or time.monotonic() - started < min_seconds:
+        first, second = rng.sample(list(workers), 2)
+        for worker in (first, second, second, first):
+            worker.run_block(block)
+        done, rounds = done + 2 * block, rounds + 1
+        if progress is not None:
+            progress(min(done, calls), calls)
+    return rounds
+
+
+@cache
+def min_samples(percentile: float) -> int:
+    """Samples needed before a percentile is worth printing.
+
+    The fewest for which, with 99% confidence, at least two of them lie at or beyond the
+    percentile, so that it is not merely the largest value seen.
+    """
+    n = 2
+    while stats.binom.cdf(1, n, 1 - percentile / 100) >= 0.01:
+        n += 1
+    return n
+
+
+def percentiles_with_intervals(samples_ms: Floats) -> tuple[Percentile, ...]:
+    """Every percentile of `PERCENTILES` that ``samples_ms`` are enough for."""
+    found = []
+    for percentile in PERCENTILES:
+        if samples_ms.size < min_samples(percentile):
+            continue
+        interval = stats.quantile_test(samples_ms, p=percentile / 100).confidence_interval(
+            CONFIDENCE
+        )
+        # With the fewest samples allowed a two-sided end can fall beyond the largest one, where
+        # order statistics know no bound.
+        found.append(
+            Percentile(
+                percentile,
+                float(np.percentile(samples_ms, percentile)),
+                float(interval.low),
+                float(interval.high if np.isfinite(interval.high) else samples_ms.max()),
+            )
+        )
+    return tuple(found)
+
+
+def paired_speedup(slow: Sequence[Floats], fast: Sequence[Floats]) -> Speedup:
+    """Ratio of the medians of blocks that ran next to each other, with its interval.
+
+    With fewer than six pairs, too few for the confidence, the interval is their whole range.
+
+    Args:
+        slow: Blocks of the contender in the numerator, milliseconds, in order.
+        fast: Blocks of the other; the i-th ran in the same half of a round as the i-th of
+            ``slow``.
+    """
+    ratios = np.array(
+        [np.median(a) / np.median(b) for a, b in zip(slow, fast, strict=True)], dtype=np.float64
+    )
+    interval = stats.quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
+    low, high = (
+        float(end) if np.isfinite(end) else float(bound)
+        for end, bound in ((interval.low, ratios.min()), (interval.high, ratios.max()))
+    )
+    return Speedup(float(np.median(ratios)), low, high, ratios.size)
+
+
+class Worker:
+    """A contender in its own process, driven over pipes; ends when the pipe closes.
+
+    Args:
+        name: The contender's name.
+        job: Picklable; called in the worker, it loads the model and returns the call to time.
+        folder: Where the job is handed over.
+        threads: Put into the environment for libraries that read it at import.
+    """
+
+    def __init__(self, name: str, job: Callable[[], Any], folder: Path, threads: int) -> None:
+        self.name, self.blocks = name, list[Floats]()
+        self._job = folder / f"{name.replace(' ', '-')}.pkl"
+        self._job.write_bytes(pickle.dumps(job))
+        self._log = folder / f"{name.replace(' ', '-')}.log"
+        self._environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        self._loaded: dict[str, Any] = {}
+        self._peak = 0
+
+    def __enter__(self) -> Worker:
+        """Start the process."""
+        with self._log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "heimdall_onnx.worker", str(self._job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=self._environment,
+                text=True,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def start(self) -> None:
+        """Load the model, make the first call and the warm-up."""
+        self._loaded = self._ask({"load": True, "warmup": WARMUP_CALLS})
+
+    def run_block(self, calls: int) -> None:
+        """Time ``calls`` calls after one uncounted, which brings the model back into cache."""
+        answer = self._ask({"calls": calls})
+        self.blocks.append(np.array(answer["ns"], dtype=np.float64) / 1e6)
+        self._peak = answer["peak_memory_bytes"]
+
+    def latency(self) -> ContenderLatency:
+        """What has been measured so far."""
+        samples = np.concatenate(self.blocks)
+        return ContenderLatency(
+            name=self.name,
+            samples_ms=samples,
+            blocks=np.repeat(np.arange(len(self.blocks)), [b.size for b in self.blocks]),
+            load_ms=self._loaded["load_ns"] / 1e6,
+            first_call_ms=self._loaded["first_call_ns"] / 1e6,
+            warmup_calls=WARMUP_CALLS + len(self.blocks),
+            percentiles=percentiles_with_intervals(samples),
+            mean_ms=float(samples.mean()),
+            peak_memory_bytes=self._peak,
+        )
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._read_line()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise BenchmarkError(f"the worker process of {self.name} ended: {self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BenchmarkError(f"{self.name} failed in its worker process: {answer['error']}")
+        return answer
+
+    def _read_line(self) -> str:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(_WORKER_TIMEOUT_S):
+                raise BenchmarkError(
+                    f"the worker process of {self.name} gave no answer in {_WORKER_TIMEOUT_S:g} s"
+                )
+        return self._process.stdout.readline()
+
+    def _last_words(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return f"exit status {self._process.returncode}; {lines[-1] if lines else 'no message'}"
