@@ -1,0 +1,223 @@
+"""What all figures share: `Chart`, colours, the heading, and how numbers and names are written."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+# Okabe and Ito's palette, "Color Universal Design", 2008. The contenders also differ in marker
+# and line style.
+PYTORCH_COLOR = "#0072B2"
+ONNX_COLOR = "#D55E00"
+ELEMENT_COLORS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+INK = "#222222"
+QUIET_INK = "#595959"
+
+WIDTH = 8.0  # inches; legible at half of it, so no text is below 9 points
+_DPI = 110
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.edgecolor": QUIET_INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "axes.titlepad": 8,
+    "lines.linewidth": 1.6,
+    "axes.unicode_minus": True,
+}
+
+_UNITS = "km|m|mm|µm|ms|degrees"
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with its answer in words; in a notebook it shows itself as PNG.
+
+    A bare Matplotlib figure made without pyplot would show there as text only.
+
+    Attributes:
+        figure: The figure, unknown to pyplot.
+        title: The answer that the figure gives.
+        alt: The numbers behind it as text, for whoever can't see the figure.
+    """
+
+    figure: Figure = field(repr=False)
+    title: str
+    alt: str
+
+    def to_png(self) -> bytes:
+        """The figure as PNG; equal figures give equal bytes."""
+        buffer = io.BytesIO()
+        with _styled(), warnings.catch_warnings():
+            # A receiver may be named in a script that the font lacks: it is drawn as boxes.
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            self.figure.savefig(
+                buffer,
+                format="png",
+                dpi=_DPI,
+                metadata={"Software": None},
+                pil_kwargs={"optimize": True},
+            )
+        return buffer.getvalue()
+
+    def save(self, path: Path | str) -> Path:
+        """Write the PNG to ``path`` and return that."""
+        path = Path(path)
+        path.write_bytes(self.to_png())
+        return path
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+        image = base64.b64encode(self.to_png()).decode("ascii")
+        return (
+            {"image/png": image, "text/plain": f"{self.title}. {self.alt}"},
+            {"image/png": {"alt": f"{self.title}. {self.alt}"}},
+        )
+
+
+def _styled() -> Any:
+    # Matplotlib's own defaults first: a user's matplotlibrc must not change the report.
+    return matplotlib.style.context(["default", _STYLE])
+
+
+def styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Make ``draw`` work in the report's style, whatever the user's own is."""
+
+    @wraps(draw)
+    def wrapper(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _styled():
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def new_figure(title: str, subtitle: str, *, width: float = WIDTH, height: float) -> Figure:
+    """A figure with its heading; ``height`` inches below the heading are left for the axes."""
+    # Characters to an inch of DejaVu Sans, bold 12 points and regular 9.5 points, on average.
+    heading = _wrap(title, int(width * 9.7))
+    below = _wrap(subtitle, int(width * 13))
+    title_height = 0.2 * (heading.count("\n") + 1)
+    head = 0.12 + title_height + 0.06 + 0.17 * (below.count("\n") + 1) + 0.06
+    total = height + head
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - head / total), w_pad=0.06, h_pad=0.06)
+    figure = Figure(figsize=(width, total), layout=layout)
+    left = 0.1 / width
+    figure.text(
+        left, 1 - 0.1 / total, plain(heading), va="top", size=12, weight="bold", color=INK
+    ).set_gid("title")
+    figure.text(
+        left,
+        1 - (0.16 + title_height) / total,
+        plain(below),
+        va="top",
+        size=9.5,
+        color=QUIET_INK,
+    ).set_gid("subtitle")
+    return figure
+
+
+def _wrap(text: str, width: int) -> str:
+    """``text`` in even lines of at most ``width`` characters, no number torn from its unit."""
+    text = re.sub(rf"(?<=\d) (?=({_UNITS})\b)", "\N{NO-BREAK SPACE}", text)
+    lines = textwrap.wrap(text, width)
+    while len(narrower := textwrap.wrap(text, width - 1)) == len(lines) > 1:
+        lines, width = narrower, width - 1
+    return "\n".join(lines)
+
+
+def no_grid(axes: Axes) -> None:
+    """Take grid, ticks and frame away, for panels that hold something else than a plot."""
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def say(axes: Axes, text: str) -> None:
+    """Put words where there is nothing to draw."""
+    no_grid(axes)
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, plain(text), ha="center", va="center", transform=axes.transAxes, size=10)
+
+
+def plain(text: str) -> str:
+    """``text`` as it is: a dollar sign in a name must not start a formula."""
+    return text.replace("$", r"\$")
+
+
+def name(text: str, limit: int = 28) -> str:
+    """A name from outside on one line of at most ``limit`` characters."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def number(value: float, digits: int = 2) -> str:
+    """``value`` to ``digits`` significant digits: ``3.1e-6``, ``0.42``, ``1,234``."""
+    if not math.isfinite(value):
+        return str(value)
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}e{int(exponent)}"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    places = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    text = f"{value:.{places}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def share(fraction: float) -> str:
+    """A fraction in per cent; what is not quite all or nothing is not rounded to it."""
+    percent = 100 * fraction
+    if 0 < percent < 0.1:
+        return "< 0.1%"
+    if 99.9 < percent < 100:
+        return "> 99.9%"
+    return f"{percent:.3g}%"
+
+
+# From this many metres on a length is given in this unit of so many metres.
+_LENGTHS = ((1e3, 1e3, "km"), (0.1, 1.0, "m"), (1e-4, 1e-3, "mm"), (0.0, 1e-6, "µm"))
+
+
+def metre_scale(metres: float) -> tuple[float, str]:
+    """Metres in the unit that suits ``metres``, and that unit's name."""
+    if not metres > 0 or not math.isfinite(metres):
+        return 1.0, "m"
+    return next((factor, unit) for least, factor, unit in _LENGTHS if metres >= least)
+
+
+def distance(metres: float) -> str:
+    """A length in the unit that suits it: ``0.42 mm``, ``85 km``."""
+    factor, unit = metre_scale(metres)
+    return f"{number(metres / factor)} {unit}"
+
+
+def count_of(count: int, noun: str) -> str:
+    """``1 sample``, ``1,024 samples``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
