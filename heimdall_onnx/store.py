@@ -1,0 +1,427 @@
+"""The bucket: integrity-checked transfers, conditional writes and release folders on any S3 store.
+
+Every function takes a boto3 client (see `make_client`), so that the caller decides which store is
+meant. Whatever botocore raises becomes a `StoreError` that says what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from boto3.s3.transfer import TransferConfig
+from botocore.exceptions import ClientError
+
+from heimdall_onnx.errors import DataError, ObjectExistsError, ParameterError, StoreError
+from heimdall_onnx.store_client import error_code, store_errors
+from heimdall_onnx.store_client import make_client as make_client
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+log = structlog.get_logger(__name__)
+
+MANIFEST = "manifest.json"
+
+_CHUNK_BYTES = 1 << 20
+_TRANSFER = TransferConfig(
+    multipart_threshold=64 << 20, multipart_chunksize=16 << 20, max_concurrency=4
+)
+_CLAIM_TRIES = 120
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object in the store.
+
+    Attributes:
+        uri: Its address, ``s3://bucket/key``.
+        bucket: Bucket name.
+        key: Key within the bucket.
+        size_bytes: Its length.
+        sha256: SHA-256 of its content in hexadecimal; empty where the object does not record one.
+    """
+
+    uri: str
+    bucket: str
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+def parse_uri(uri: str) -> tuple[str, str]:
+    """Split ``s3://bucket/key`` into bucket and key (the key may be empty).
+
+    Raises:
+        ParameterError: If it is not an ``s3://`` address.
+    """
+    match = re.fullmatch(r"s3://([^/]+)(?:/(.*))?", uri)
+    if match is None:
+        raise ParameterError(f"not the address of an object: {uri!r}; expected s3://bucket/key")
+    return match[1], match[2] or ""
+
+
+def format_uri(bucket: str, key: str) -> str:
+    """The address of an object; `parse_uri` reads it back."""
+    return f"s3://{bucket}/{key}"
+
+
+def ensure_bucket(client: S3Client, bucket: str) -> None:
+    """Make the bucket unless it is there; several callers may do so at once."""
+    with store_errors(client, f"make bucket {bucket}"):
+        try:
+            client.head_bucket(Bucket=bucket)
+            return
+        except ClientError as error:
+            if error_code(error) not in {"404", "NoSuchBucket"}:
+                raise
+        region = client.meta.region_name
+        # us-east-1 is the one region that S3 refuses to see named.
+        where: dict[str, Any] = (
+            {}
+            if region == "us-east-1"
+            else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        )
+        try:
+            client.create_bucket(Bucket=bucket, **where)
+        except ClientError as error:
+            if error_code(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+                raise
+            client.head_bucket(Bucket=bucket)
+
+
+def upload_file(
+    client: S3Client,
+    path: Path,
+    bucket: str,
+    key: str,
+    *,
+    sha256: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    content_type: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> StoredObject:
+    """Upload a file, read it back and compare; large files go in parts.
+
+    Args:
+        client: Client of the store.
+        path: The file.
+        bucket: Bucket, which must exist.
+        key: Key of the object; an existing object is replaced.
+        sha256: SHA-256 that the file must have; it is computed where it isn't given.
+        metadata: Object metadata; ``sha256`` is always added.
+        content_type: MIME type.
+        progress: Called from transfer threads with the number of bytes sent since its last call.
+
+    Raises:
+        DataError: If the file can't be read or hasn't the given SHA-256.
+        ParameterError: If the metadata is not portable between stores.
+        StoreError: If the store fails, or returns something else than was sent (the object is
+            deleted then).
+    """
+    found = hash_file(path)
+    if sha256 is not None and found != sha256:
+        raise DataError(f"{path} has changed: expected SHA-256 {sha256}, found {found}")
+    extra = _extra_args(found, metadata, content_type)
+    with store_errors(client, f"upload {path} to {format_uri(bucket, key)}"):
+        client.upload_file(
+            str(path),
+            bucket,
+            key,
+            ExtraArgs={**extra, "ChecksumAlgorithm": "SHA256"},
+            Callback=progress,
+            Config=_TRANSFER,
+        )
+    return _verify(client, bucket, key, found)
+
+
+def upload_bytes(
+    client: S3Client,
+    data: bytes,
+    bucket: str,
+    key: str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    content_type: str | None = None,
+    if_absent: bool = False,
+) -> StoredObject:
+    """Upload a small object, read it back and compare.
+
+    Args:
+        client: Client of the store.
+        data: Content.
+        bucket: Bucket, which must exist.
+        key: Key of the object.
+        metadata: Object metadata; ``sha256`` is always added.
+        content_type: MIME type.
+        if_absent: Refuse to replace an existing object, atomically.
+
+    Raises:
+        ObjectExistsError: If ``if_absent`` and there is such an object.
+        ParameterError: If the metadata is not portable between stores.
+        StoreError: If the store fails, or returns something else than was sent (the object is
+            deleted then).
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    extra: dict[str, Any] = _extra_args(sha256, metadata, content_type)
+    if if_absent:
+        extra["IfNoneMatch"] = "*"
+    with store_errors(client, f"upload {format_uri(bucket, key)}"):
+        client.put_object(Bucket=bucket, Key=key, Body=data, ChecksumAlgorithm="SHA256", **extra)
+    return _verify(client, bucket, key, sha256)
+
+
+def claim_version(
+    client: S3Client,
+    bucket: str,
+    prefix: str,
+    *,
+    name: str,
+    content: Callable[[str], bytes],
+    now: datetime | None = None,
+) -> str:
+    """Claim a release folder ``{prefix}/v{YYYYMMDD_HHMMSS}/`` (UTC) that nobody else has.
+
+    The folder belongs to whoever writes the object ``name`` into it first; a taken second is
+    passed over for the next one.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket, which must exist.
+        prefix: Folder of the releases.
+        name: The object that stakes the claim, e.g. ``"metadata.json"``.
+        content: Gives that object's content for a version.
+        now: Time of the release; the present by default.
+
+    Returns:
+        The version, e.g. ``"v20261120_143000"``.
+
+    Raises:
+        StoreError: If the store fails, or two minutes' worth of versions are taken.
+    """
+    start = now or datetime.now(UTC)
+    for second in range(_CLAIM_TRIES):
+        version = f"v{(start + timedelta(seconds=second)).astimezone(UTC):%Y%m%d_%H%M%S}"
+        try:
+            upload_bytes(
+                client,
+                content(version),
+                bucket,
+                f"{prefix.strip('/')}/{version}/{name}",
+                content_type="application/json" if name.endswith(".json") else None,
+                if_absent=True,
+            )
+        except ObjectExistsError:
+            continue
+        log.info("version claimed", version=version, bucket=bucket)
+        return version
+    raise StoreError(
+        f"no free version below {format_uri(bucket, prefix)}: the {_CLAIM_TRIES} seconds from "
+        f"{start:%Y-%m-%d %H:%M:%S} UTC are all taken"
+    )
+
+
+def download_file(
+    client: S3Client, bucket: str, key: str, path: Path, *, sha256: str | None = None
+) -> str:
+    """Download an object and check it; the file appears whole or not at all.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket.
+        key: Key of the object.
+        path: Where to; an existing file is replaced.
+        sha256: SHA-256 to expect; the one recorded in the object's metadata by default.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        StoreError: If the store fails or the content is not what was expected.
+    """
+    uri = format_uri(bucket, key)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        with store_errors(client, f"download {uri}"), partial.open("xb") as file:
+            response = client.get_object(Bucket=bucket, Key=key)
+            digest = hashlib.sha256()
+            for chunk in response["Body"].iter_chunks(_CHUNK_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+        found = digest.hexdigest()
+        expected = sha256 or response["Metadata"].get("sha256", found)
+        if found != expected:
+            raise StoreError(
+                f"{uri} is damaged: expected SHA-256 {expected}, found {found}; nothing was kept"
+            )
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return found
+
+
+def read_bytes(client: S3Client, bucket: str, key: str) -> bytes:
+    """The content of a small object."""
+    with store_errors(client, f"read {format_uri(bucket, key)}"):
+        return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+
+
+def read_json(client: S3Client, bucket: str, key: str) -> Any:
+    """The content of a JSON object.
+
+    Raises:
+        StoreError: If the store fails or the content is not JSON.
+    """
+    try:
+        return json.loads(read_bytes(client, bucket, key))
+    except ValueError as error:
+        raise StoreError(f"{format_uri(bucket, key)} is not JSON: {error}") from error
+
+
+def head(client: S3Client, bucket: str, key: str) -> StoredObject:
+    """Size and recorded SHA-256 of an object, without its content."""
+    with store_errors(client, f"look at {format_uri(bucket, key)}"):
+        response = client.head_object(Bucket=bucket, Key=key)
+    return StoredObject(
+        format_uri(bucket, key),
+        bucket,
+        key,
+        response["ContentLength"],
+        response["Metadata"].get("sha256", ""),
+    )
+
+
+def exists(client: S3Client, bucket: str, key: str) -> bool:
+    """Whether there is such an object; a missing bucket counts as a missing object."""
+    with store_errors(client, f"look at {format_uri(bucket, key)}"):
+        try:
+            client.head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error_code(error) in {"404", "NoSuchKey", "NoSuchBucket"}:
+                return False
+            raise
+    return True
+
+
+def list_keys(client: S3Client, bucket: str, prefix: str) -> tuple[str, ...]:
+    """The keys that begin with ``prefix``, sorted."""
+    with store_errors(client, f"list {format_uri(bucket, prefix)}"):
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return tuple(sorted(entry["Key"] for page in pages for entry in page.get("Contents", [])))
+
+
+def list_versions(client: S3Client, bucket: str, prefix: str) -> tuple[str, ...]:
+    """The releases in ``prefix``, oldest first: the folders that hold a ``manifest.json``."""
+    folder = prefix.strip("/") + "/"
+    names = (key.removeprefix(folder).split("/") for key in list_keys(client, bucket, folder))
+    return tuple(sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == MANIFEST))
+
+
+def delete_prefix(client: S3Client, bucket: str, prefix: str) -> int:
+    """Delete every object whose key begins with ``prefix`` and return how many there were.
+
+    Raises:
+        ParameterError: If the prefix is empty, which would empty the bucket.
+        StoreError: If the store fails or keeps an object.
+    """
+    if not prefix.strip("/"):
+        raise ParameterError("an empty prefix would delete the whole bucket")
+    keys = list_keys(client, bucket, prefix)
+    with store_errors(client, f"delete {format_uri(bucket, prefix)}"):
+        for start in range(0, len(keys), 1000):
+            batch = [{"Key": key} for key in keys[start : start + 1000]]
+            response = client.delete_objects(
+                Bucket=bucket,
+                Delete={"Objects": batch, "Quiet": True},  # type: ignore[typeddict-item]
+            )
+            if failed := response.get("Errors", []):
+                raise StoreError(
+                    f"{len(failed)} objects of {format_uri(bucket, prefix)} could not be deleted, "
+                    f"first {failed[0].get('Key')}: {failed[0].get('Message')}"
+                )
+    return len(keys)
+
+
+def copy_object(
+    client: S3Client, bucket: str, key: str, to_bucket: str, to_key: str
+) -> StoredObject:
+    """Copy an object within the store, in parts where it is large, then read it back and compare.
+
+    Raises:
+        StoreError: If the store fails, or the copy differs from the recorded SHA-256 (the copy is
+            deleted then).
+    """
+    source, target = format_uri(bucket, key), format_uri(to_bucket, to_key)
+    with store_errors(client, f"copy {source} to {target}"):
+        response = client.head_object(Bucket=bucket, Key=key)
+        # A copy in parts would lose the metadata, so it is always given anew.
+        extra = {
+            "Metadata": response["Metadata"],
+            "MetadataDirective": "REPLACE",
+            "ContentType": response.get("ContentType", "binary/octet-stream"),
+        }
+        client.copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, ExtraArgs=extra)
+    expected = response["Metadata"].get("sha256") or hash_object(client, bucket, key)[0]
+    return _verify(client, to_bucket, to_key, expected)
+
+
+def hash_object(client: S3Client, bucket: str, key: str) -> tuple[str, int]:
+    """SHA-256 in hexadecimal and length in bytes of an object's content, as read back."""
+    digest, size = hashlib.sha256(), 0
+    with store_errors(client, f"read back {format_uri(bucket, key)}"):
+        for chunk in client.get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal.
+
+    Raises:
+        DataError: If the file can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}") from error
+
+
+def _extra_args(
+    sha256: str, metadata: Mapping[str, str] | None, content_type: str | None
+) -> dict[str, Any]:
+    entries = {**(metadata or {}), "sha256": sha256}
+    problems = [
+        f"{name}={value!r}"
+        for name, value in entries.items()
+        if not re.fullmatch("[a-z0-9-]+", name) or not re.fullmatch("[!-~]([ -~]*[!-~])?", value)
+    ]
+    if problems:
+        raise ParameterError(
+            "object metadata must have keys of a-z, 0-9 and '-' and values of printable ASCII, "
+            f"since stores rewrite others; found {', '.join(problems)}"
+        )
+    return {"Metadata": entries} | ({"ContentType": content_type} if content_type else {})
+
+
+def _verify(client: S3Client, bucket: str, key: str, expected: str) -> StoredObject:
+    uri = format_uri(bucket, key)
+    found, size = hash_object(client, bucket, key)
+    if found != expected:
+        with store_errors(client, f"delete the damaged {uri}"):
+            client.delete_object(Bucket=bucket, Key=key)
+        raise StoreError(
+            f"{uri} reads back differently: expected SHA-256 {expected}, found {found} "
+            f"({size} bytes); it was deleted, run again"
+        )
+    log.debug("object stored", uri=uri, size_bytes=size, sha256=found)
+    return StoredObject(uri, bucket, key, size, found)

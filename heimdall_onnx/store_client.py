@@ -1,0 +1,147 @@
+"""A client of the S3 store, and its errors in plain words."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.exceptions import Boto3Error
+from botocore import exceptions as aws
+from botocore.config import Config
+
+from heimdall_onnx.errors import ObjectExistsError, SettingsError, StoreError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.settings import Settings
+
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+_EXISTS_CODES = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+_CREDENTIALS = "check MLFLOW_S3_ACCESS_KEY_ID and MLFLOW_S3_SECRET_ACCESS_KEY"
+_FORBIDDEN = f"access is forbidden: the key may be wrong or not allowed this; {_CREDENTIALS}"
+_REASONS = {
+    "InvalidAccessKeyId": f"the store does not know the access key; {_CREDENTIALS}",
+    "SignatureDoesNotMatch": f"the secret key is wrong; {_CREDENTIALS}",
+    "AccessDenied": _FORBIDDEN,
+    "403": _FORBIDDEN,
+    "NoSuchBucket": "there is no such bucket; check its name or create it",
+    "NoSuchKey": "there is no such object",
+    "404": "there is no such object or bucket",
+    "PreconditionFailed": "there is already an object of that name",
+    "412": "there is already an object of that name",
+    "ConditionalRequestConflict": "somebody else is writing an object of that name",
+    "BadDigest": "the data was damaged on its way; try again",
+    "XAmzContentChecksumMismatch": "the data was damaged on its way; try again",
+    "RequestTimeTooSkewed": "this machine's clock and the store's differ too much; set the clock",
+    "SlowDown": "the store is overloaded; try again later",
+    "ServiceUnavailable": "the store is overloaded; try again later",
+}
+_UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.EndpointConnectionError)
+
+
+def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int = 3) -> S3Client:
+    """A client of the configured store that gives up on an unreachable one within seconds.
+
+    Without credentials in the settings boto3's usual chain is asked (environment, profile, role).
+
+    Args:
+        settings: With the store's address.
+        read_timeout_s: How long an answer may take to begin.
+        attempts: How often a call that failed on its way is made, the first time included.
+
+    Raises:
+        SettingsError: If there is no usable address; `ensure_store` provides the embedded store's.
+    """
+    endpoint = settings.s3_endpoint_url
+    if endpoint is None:
+        raise SettingsError(
+            "MLFLOW_S3_ENDPOINT_URL is not set and the embedded store was not started"
+        )
+    key_id, secret = settings.s3_access_key_id, settings.s3_secret_access_key
+    if (key_id is None) != (secret is None):
+        raise SettingsError(
+            "MLFLOW_S3_ACCESS_KEY_ID and MLFLOW_S3_SECRET_ACCESS_KEY must be set together; "
+            "only one of them is"
+        )
+    session = boto3.session.Session()
+    try:
+        return session.client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id=key_id.get_secret_value() if key_id else None,
+            aws_secret_access_key=secret.get_secret_value() if secret else None,
+            region_name=session.region_name or "us-east-1",
+            config=Config(
+                signature_version="s3v4",
+                s3={"addressing_style": "path"},
+                connect_timeout=2,
+                read_timeout=read_timeout_s,
+                retries={"mode": "standard", "total_max_attempts": attempts},
+                # botocore would send loopback traffic through a proxy of the environment.
+                proxies={} if urlsplit(endpoint).hostname in _LOOPBACK else None,
+            ),
+        )
+    except ValueError as error:
+        raise SettingsError(
+            "MLFLOW_S3_ENDPOINT_URL is not an address; expected e.g. http://127.0.0.1:9000"
+        ) from error
+
+
+@contextlib.contextmanager
+def store_errors(client: S3Client, doing: str) -> Iterator[None]:
+    """Turn what botocore raises into a `StoreError`: what failed, where, why, what to do.
+
+    Args:
+        client: The client in use; its address appears in the message.
+        doing: What was tried, e.g. ``"upload s3://bucket/key"``.
+    """
+    try:
+        yield
+    except (aws.BotoCoreError, aws.ClientError, Boto3Error) as error:
+        where = redact_url(client.meta.endpoint_url)
+        kind = ObjectExistsError if error_code(_root(error)) in _EXISTS_CODES else StoreError
+        raise kind(f"could not {doing} at {where}: {explain_store_error(error)}") from error
+
+
+def redact_url(text: str) -> str:
+    """The text with user names and passwords of addresses in it replaced by ``***``."""
+    # Greedy up to the last @: a password may hold any character but white space and quotes.
+    text = re.sub(r"(?<=://)[^\s'\"]*@", "***@", text)
+    return re.sub(r"(?<=password=)[^&\s'\"]+", "***", text)
+
+
+def explain_store_error(error: Exception) -> str:
+    """Why a call to a store failed and what to do, in plain words without credentials."""
+    error = _root(error)
+    if isinstance(error, aws.ClientError):
+        message = error.response.get("Error", {}).get("Message", "no reason given")
+        return _REASONS.get(error_code(error), f"the store answered {error_code(error)}: {message}")
+    if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError):
+        return f"there are no credentials; {_CREDENTIALS}"
+    if isinstance(error, aws.SSLError):
+        return "its certificate was not accepted; check MLFLOW_S3_ENDPOINT_URL and AWS_CA_BUNDLE"
+    if isinstance(error, _UNREACHABLE):
+        return (
+            f"the store can't be reached ({type(error).__name__}); check that it runs and that "
+            "MLFLOW_S3_ENDPOINT_URL is its address"
+        )
+    return redact_url(str(error))
+
+
+def error_code(error: Exception) -> str:
+    """The S3 error code of a refusal, or nothing where the store did not answer."""
+    if not isinstance(error, aws.ClientError):
+        return ""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _root(error: Exception) -> Exception:
+    # boto3's transfer errors wrap the one that tells the reason.
+    inner = error.__context__ if isinstance(error, Boto3Error) else None
+    return inner if isinstance(inner, Exception) else error
