@@ -1,0 +1,82 @@
+"""What is written about a model beside the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from torch import nn
+
+from heimdall_onnx.benchmark import LatencyReport
+from heimdall_onnx.compare import ParityReport
+from heimdall_onnx.signature import Signature
+
+
+def describe_model(
+    model: nn.Module,
+    signature: Signature,
+    *,
+    size_bytes: int,
+    sha256: str,
+    run_id: str,
+    inference_metrics: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The documented metadata of a release, JSON-serialisable.
+
+    Args:
+        model: The PyTorch model.
+        signature: Its signature; dynamic axes are shown by their names.
+        size_bytes: Size of the ONNX file.
+        sha256: Its SHA-256, hexadecimal.
+        run_id: MLflow run that it belongs to.
+        inference_metrics: Parity and latency figures.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    backbone = getattr(model, "backbone_size", None)
+    return {
+        "model_type": type(model).__name__,
+        "backbone": f"ConvNeXt-{str(backbone).capitalize()}" if backbone else None,
+        "input_shape": list(signature.inputs[0].shape),
+        "output_names": [spec.name for spec in signature.outputs],
+        "output_shapes": {spec.name: list(spec.shape) for spec in signature.outputs},
+        "export_date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "onnx_file_size_bytes": size_bytes,
+        "onnx_file_size_mb": round(size_bytes / 1e6, 3),
+        "onnx_file_sha256": sha256,
+        "mlflow_run_id": run_id,
+        "pytorch_params": {
+            "total": total,
+            "trainable": trainable,
+            "frozen": total - trainable,
+        },
+        "inference_metrics": dict(inference_metrics or {}),
+    }
+
+
+def summarize_metrics(parity: ParityReport, latency: LatencyReport) -> dict[str, float]:
+    """Parity and latency as flat metrics, finite ones only, under names that stay the same."""
+    metrics: dict[str, float] = {
+        "speedup": latency.speedup.ratio,
+        "speedup_low": latency.speedup.low,
+        "speedup_high": latency.speedup.high,
+        "inference_time_pytorch_ms": latency.pytorch.median_ms,
+        "inference_time_onnx_ms": latency.onnx.median_ms,
+        "inference_memory_pytorch_bytes": latency.pytorch.peak_memory_bytes,
+        "inference_memory_onnx_bytes": latency.onnx.peak_memory_bytes,
+    }
+    for output in parity.evaluation:
+        metrics |= {
+            f"{output.output}_mae": output.mean,
+            f"{output.output}_max_abs_error": output.maximum,
+            f"{output.output}_p99_abs_error": output.p99,
+        }
+    if parity.ground is not None:
+        metrics["displacement_p99_m"] = parity.ground.displacement_p99_m
+        for task in parity.ground.task:
+            who = task.who.lower().replace(" ", "_")
+            metrics[f"error_{who}_median_m"] = task.median_m
+            metrics[f"error_{who}_p95_m"] = task.p95_m
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

@@ -1,0 +1,384 @@
+"""MLflow: runs, model versions, tags and aliases, with errors in plain words."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import structlog
+
+from heimdall_onnx.errors import DataError, ParameterError, RegistryError
+from heimdall_onnx.mlmodel import write_mlmodel_folder as write_mlmodel_folder
+from heimdall_onnx.registry_errors import probe, registry_errors
+from heimdall_onnx.services import ensure_store
+from heimdall_onnx.settings import Settings, with_driver
+from heimdall_onnx.store import ensure_bucket, parse_uri
+from heimdall_onnx.store_client import make_client, redact_url
+
+with warnings.catch_warnings():
+    # In a notebook MLflow's progress bars ask for a widget library that nothing here needs.
+    warnings.filterwarnings("ignore", ".*IProgress not found")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+log = structlog.get_logger(__name__)
+
+STAGES = ("None", "Staging", "Production", "Archived")
+
+# MLflow would try for four minutes, and print addresses to standard output.
+_PROCESS_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version of a registered model.
+
+    Attributes:
+        name: The registered model.
+        version: Its version, e.g. ``"3"``.
+        source: Address of the folder that MLflow loads it from.
+        run_id: The run it came from, or None.
+        stage: ``"None"``, ``"Staging"``, ``"Production"`` or ``"Archived"``.
+        tags: Its tags.
+    """
+
+    name: str
+    version: str
+    source: str
+    run_id: str | None
+    stage: str
+    tags: Mapping[str, str]
+
+
+class MLflowTracker:
+    """One MLflow server or database, and one experiment in it.
+
+    The experiment is made where it is missing. MLflow's fluent functions (``mlflow.log_metric`` and
+    the like) act on the same address from then on, and on the run that `start_run` starts.
+
+    Args:
+        tracking_uri: ``http(s)://…``, ``sqlite:///…`` or ``postgresql://…`` as MLflow or a person
+            would write it.
+        artifact_uri: Where a new experiment keeps its artifacts; the bucket must exist when the
+            first artifact is logged (`initialize_mlflow` makes it).
+        experiment_name: Experiment of the runs.
+
+    Raises:
+        SettingsError: If ``tracking_uri`` is none of these addresses, or needs a missing driver.
+        RegistryError: If it can't be reached within seconds or refuses.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        artifact_uri: str = "s3://heimdall-mlflow",
+        experiment_name: str = "heimdall-localization",
+    ) -> None:
+        self._uri = with_driver(tracking_uri)
+        for name, value in _PROCESS_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        probe(self._uri)
+        mlflow.set_tracking_uri(self._uri)
+        self._client = mlflow.MlflowClient(self._uri, self._uri)
+        self.experiment_name = experiment_name
+        self.experiment_id = self._ensure_experiment(experiment_name, artifact_uri)
+
+    def __repr__(self) -> str:
+        return f"MLflowTracker({redact_url(self._uri)!r}, {self.experiment_name!r})"
+
+    def start_run(
+        self,
+        run_name: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+    ) -> str:
+        """Start a run, or go on with ``run_id``, and make it the active one.
+
+        Going on with the run that is active already changes nothing.
+
+        Raises:
+            RegistryError: If another run is active, or there is no such run.
+        """
+        active = mlflow.active_run()
+        if active is not None and active.info.run_id == run_id:
+            return str(run_id)
+        if active is not None:
+            raise RegistryError(
+                f"run {active.info.run_id} is active; end it before another one is started"
+            )
+        with self._errors(f"go on with run {run_id}" if run_id else "start a run"):
+            mlflow.set_tracking_uri(self._uri)
+            run = mlflow.start_run(
+                run_id=run_id,
+                run_name=run_name,
+                experiment_id=None if run_id else self.experiment_id,
+                tags=_strings(tags),
+            )
+        return str(run.info.run_id)
+
+    def end_run(self, status: str = "FINISHED") -> None:
+        """End the active run, if there is one, as ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        with self._errors("end the run"):
+            mlflow.end_run(status)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters of the active run; MLflow refuses to change one."""
+        run_id = self._active_run_id()
+        with self._errors("log parameters"):
+            mlflow.log_params(dict(params), run_id=run_id)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics of the active run."""
+        run_id = self._active_run_id()
+        values = {name: float(value) for name, value in metrics.items()}
+        with self._errors("log metrics"):
+            mlflow.log_metrics(values, step=step, run_id=run_id)
+
+    def log_artifact(
+        self, path: str | Path, artifact_path: str | None = None, *, run_id: str | None = None
+    ) -> None:
+        """Keep a file or folder as an artifact of a run, by default of the active one.
+
+        Args:
+            path: The file or folder.
+            artifact_path: Folder among the run's artifacts.
+            run_id: The run.
+
+        Raises:
+            DataError: If there is no such file.
+            RegistryError: If MLflow or its artifact store can't be reached or refuses.
+        """
+        if not Path(path).exists():
+            raise DataError(f"there is no file {path} to log as an artifact")
+        run_id = run_id or self._active_run_id()
+        with self._errors(f"log artifact {Path(path).name}"):
+            self._client.log_artifact(run_id, str(path), artifact_path)
+
+    def register_model(
+        self,
+        name: str,
+        source: str,
+        run_id: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        description: str | None = None,
+    ) -> str:
+        """Register the folder ``source`` as a new version and return the version.
+
+        Raises:
+            RegistryError: If ``source`` holds no ``MLmodel``, so that MLflow could not load it, or
+                MLflow can't be reached or refuses.
+        """
+        self._check_source(source)
+        with self._errors(f"register {source} as {name}"):
+            try:
+                self._client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            version = self._client.create_model_version(
+                name, source, run_id=run_id, tags=_strings(tags), description=description
+            )
+        log.info("model version registered", name=name, version=str(version.version))
+        return str(version.version)
+
+    def transition_model_stage(self, name: str, version: str, stage: str) -> bool:
+        """Move a version to a stage.
+
+        MLflow has announced the end of stages; aliases replace them.
+
+        Returns:
+            False where the server has no stages any more.
+
+        Raises:
+            ParameterError: If there is no such stage.
+            RegistryError: If MLflow can't be reached or refuses.
+        """
+        if stage not in STAGES:
+            raise ParameterError(f"there is no stage {stage!r}; expected one of {STAGES}")
+        with self._errors(f"move version {version} of {name} to {stage}"):
+            if not hasattr(self._client, "transition_model_version_stage"):
+                return False
+            try:
+                with warnings.catch_warnings():
+                    # The announcement itself; there is nothing the user could do about it.
+                    warnings.simplefilter("ignore", FutureWarning)
+                    self._client.transition_model_version_stage(name, version, stage)
+            except MlflowException as error:
+                if error.error_code != "ENDPOINT_NOT_FOUND":
+                    raise
+                return False
+        return True
+
+    def get_run_info(self, run_id: str) -> dict[str, Any]:
+        """What is known of a run.
+
+        Returns:
+            ``{run_id, run_name, experiment_id, status, start_time, end_time, artifact_uri, params,
+            metrics, tags}``, the times in milliseconds since 1970.
+        """
+        with self._errors(f"read run {run_id}"):
+            return _describe_run(self._client.get_run(run_id))
+
+    def get_best_run(self, metric: str, mode: str = "min") -> dict[str, Any] | None:
+        """The finished run of the experiment with the least or greatest last value of a metric.
+
+        Args:
+            metric: Name of the metric.
+            mode: ``"min"`` or ``"max"``.
+
+        Returns:
+            The run as `get_run_info` describes it; None where no run has a value.
+        """
+        if mode not in ("min", "max"):
+            raise ParameterError(f"mode must be 'min' or 'max', found {mode!r}")
+        with self._errors(f"look for the best {metric}"):
+            runs = self._client.search_runs(
+                [self.experiment_id],
+                filter_string="attributes.status = 'FINISHED'",
+                order_by=[f"metrics.`{metric}` {'ASC' if mode == 'min' else 'DESC'}"],
+                max_results=1,
+            )
+        if not runs or math.isnan(runs[0].data.metrics.get(metric, math.nan)):
+            return None
+        return _describe_run(runs[0])
+
+    def set_alias(self, name: str, version: str, alias: str) -> None:
+        """Point an alias at a version, and away from the one it pointed at.
+
+        Raises:
+            ParameterError: If MLflow keeps that alias for itself.
+            RegistryError: If MLflow can't be reached or refuses.
+        """
+        if re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
+            raise ParameterError(
+                f"MLflow keeps the aliases 'latest' and 'v1', 'v2', … for itself; found {alias!r}"
+            )
+        with self._errors(f"set alias {alias} of {name}"):
+            self._client.set_registered_model_alias(name, alias, version)
+
+    def set_version_tags(self, name: str, version: str, tags: Mapping[str, Any]) -> None:
+        """Add tags to a version, or change them."""
+        with self._errors(f"tag version {version} of {name}"):
+            for key, value in _strings(tags).items():
+                self._client.set_model_version_tag(name, version, key, value)
+
+    def get_version(self, name: str, version: str) -> RegisteredVersion:
+        """A version by its number."""
+        with self._errors(f"find version {version} of {name}"):
+            return _describe_version(self._client.get_model_version(name, version))
+
+    def version_by_alias(self, name: str, alias: str) -> RegisteredVersion:
+        """The version that an alias points at."""
+        with self._errors(f"find {name}@{alias}"):
+            return _describe_version(self._client.get_model_version_by_alias(name, alias))
+
+    def delete_version(self, name: str, version: str) -> None:
+        """Delete a version and the aliases that point at it; one that is gone is no error."""
+        with self._errors(f"delete version {version} of {name}"):
+            try:
+                self._client.delete_model_version(name, version)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+
+    def _active_run_id(self) -> str:
+        active = mlflow.active_run()
+        if active is None:
+            raise RegistryError("no run is active; call start_run first")
+        return str(active.info.run_id)
+
+    def _ensure_experiment(self, name: str, artifact_uri: str) -> str:
+        with self._errors(f"open experiment {name}"):
+            experiment = self._client.get_experiment_by_name(name)
+            if experiment is None:
+                try:
+                    return str(self._client.create_experiment(name, artifact_uri))
+                except MlflowException as error:
+                    # Somebody else has made it since.
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                    experiment = self._client.get_experiment_by_name(name)
+        if experiment.lifecycle_stage != "active":
+            raise RegistryError(
+                f"experiment {name!r} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME"
+            )
+        return str(experiment.experiment_id)
+
+    def _check_source(self, source: str) -> None:
+        if not source.startswith("s3://"):
+            return
+        with self._errors(f"look into {source}"):
+            files = mlflow.artifacts.list_artifacts(artifact_uri=source.rstrip("/"))
+        if not any(Path(file.path).name == "MLmodel" for file in files):
+            raise RegistryError(
+                f"{source} can't be registered: it holds no MLmodel, so MLflow could not load it; "
+                f"found {sorted(file.path for file in files) or 'nothing'}"
+            )
+
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        with registry_errors(self._uri, doing):
+            yield
+
+
+def initialize_mlflow(settings: Settings) -> MLflowTracker:
+    """A tracker as the settings say, with the bucket of its artifacts.
+
+    MLflow's own S3 client finds the store's address and credentials in the environment afterwards.
+
+    Raises:
+        SettingsError: If the tracking address can't be used.
+        StoreError: If the store can't be reached or refuses.
+        RegistryError: If MLflow can't be reached or refuses.
+    """
+    settings = ensure_store(settings)
+    settings.apply()
+    # MLflow uses boto3's default session, which keeps the first credentials that it found.
+    boto3.setup_default_session()
+    if settings.artifact_uri.startswith("s3://"):
+        ensure_bucket(make_client(settings), parse_uri(settings.artifact_uri)[0])
+    return MLflowTracker(
+        settings.tracking_uri.get_secret_value(), settings.artifact_uri, settings.experiment_name
+    )
+
+
+def _strings(tags: Mapping[str, Any] | None) -> dict[str, str]:
+    return {key: str(value) for key, value in (tags or {}).items()}
+
+
+def _describe_run(run: Any) -> dict[str, Any]:
+    return {
+        "run_id": run.info.run_id,
+        "run_name": run.info.run_name,
+        "experiment_id": run.info.experiment_id,
+        "status": run.info.status,
+        "start_time": run.info.start_time,
+        "end_time": run.info.end_time,
+        "artifact_uri": run.info.artifact_uri,
+        "params": dict(run.data.params),
+        "metrics": dict(run.data.metrics),
+        "tags": dict(run.data.tags),
+    }
+
+
+def _describe_version(version: Any) -> RegisteredVersion:
+    return RegisteredVersion(
+        version.name,
+        str(version.version),
+        str(version.source),
+        version.run_id or None,
+        str(version.current_stage),
+        dict(version.tags),
+    )
