@@ -1,0 +1,182 @@
+"""The parameters of a release: one model for the runner, the notebook and the command line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from heimdall_onnx.errors import ParameterError
+
+ProfileName = Literal["smoke", "quick", "audit"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is measured.
+
+    Attributes:
+        calls: Counted calls of each contender, at least.
+        min_seconds: Least duration of the latency measurement, seconds.
+        reference_samples: Evaluation samples compared with PyTorch in float64.
+        max_samples: Evaluation samples used; None takes all.
+    """
+
+    calls: int
+    min_seconds: float
+    reference_samples: int
+    max_samples: int | None
+
+
+PROFILES: dict[ProfileName, Profile] = {
+    "smoke": Profile(calls=30, min_seconds=0, reference_samples=8, max_samples=8),
+    "quick": Profile(calls=200, min_seconds=0, reference_samples=32, max_samples=None),
+    "audit": Profile(calls=1024, min_seconds=60, reference_samples=256, max_samples=None),
+}
+
+# Names that make an S3 key, an MLflow name and a line of Markdown without surprises.
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_PREFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
+
+
+class ReleaseParameters(BaseModel):
+    """What a release is made of; the fields are the notebook's parameters, in its order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    checkpoint: str = ""
+    model: str = "heimdall_onnx.localization_net:LocalizationNet"
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    eval_data: str = ""
+    name: str = Field("heimdall-localization-onnx", pattern=_NAME, max_length=200)
+    bucket: str = Field("heimdall-models", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    prefix: str = Field("models/localization", pattern=_PREFIX, max_length=500)
+    # MLflow takes no dots in an alias.
+    alias: str = Field("staging", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=255)
+    tolerance: float = Field(1e-5, gt=0)
+    opset: int = Field(20, ge=9, le=23)
+    do_constant_folding: bool = True
+    batch_size: int = Field(8, ge=1, le=4096)
+    latency_batch_size: int = Field(1, ge=1, le=4096)
+    threads: int = Field(0, ge=0, le=1024)
+    profile: ProfileName = "quick"
+    variants: Literal["none"] = "none"
+    seed: int = Field(0, ge=0)
+    run_id: str = Field("", pattern=r"^([0-9a-zA-Z][0-9a-zA-Z_-]{0,255})?$")
+    output_dir: str = ""
+    publish: bool = False
+
+    @field_validator("model_kwargs", mode="before")
+    @classmethod
+    def _json_text(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value or "{}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from error
+
+    @field_validator(
+        "tolerance",
+        "opset",
+        "batch_size",
+        "latency_batch_size",
+        "threads",
+        "seed",
+        mode="before",
+    )
+    @classmethod
+    def _no_truth_value(cls, value: object) -> object:
+        # Pydantic would take True for 1, which as a tolerance gates nothing.
+        if isinstance(value, bool):
+            raise ValueError("expected a number, found a truth value")
+        return value
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, value: str) -> str:
+        if value.lower() == "latest" or (value[:1].lower() == "v" and value[1:].isdigit()):
+            raise ValueError("MLflow reserves `latest` and `vN`; take another alias")
+        return value
+
+    @property
+    def limits(self) -> Profile:
+        """How much the chosen profile measures."""
+        return PROFILES[self.profile]
+
+    @property
+    def thread_count(self) -> int | None:
+        """Threads of each contender; None for all processors this process may use."""
+        return self.threads or None
+
+    @property
+    def eval_data_path(self) -> Path | None:
+        """The evaluation data's file; None for synthetic inputs."""
+        return Path(self.eval_data) if self.eval_data else None
+
+    @property
+    def onnx_path(self) -> Path:
+        """Where the export goes."""
+        return Path(self.output_dir) / "model.onnx"
+
+
+def check_parameters(values: Mapping[str, Any]) -> ReleaseParameters:
+    """Make parameters of ``values``.
+
+    Raises:
+        ParameterError: Naming every unknown name with its nearest known ones, and every value
+            that has the wrong type or is out of range.
+    """
+    try:
+        return ReleaseParameters.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [_explain(entry) for entry in error.errors(include_url=False)]
+        raise ParameterError(
+            "these parameters can't be used:\n  - " + "\n  - ".join(problems)
+        ) from None
+
+
+def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
+    """The parameters as they stand in a notebook's namespace, checked.
+
+    papermill only warns about a name that the notebook does not know, so the names in the cell
+    it injected are read back and checked as well.
+
+    Raises:
+        ParameterError: As `check_parameters`.
+    """
+    known = set(ReleaseParameters.model_fields)
+    names = known | injected_names(namespace.get("In", ()))
+    return check_parameters({name: namespace[name] for name in names if name in namespace})
+
+
+def injected_names(history: Sequence[str]) -> set[str]:
+    """Names assigned by the cells of ``history`` that papermill injected."""
+    return {
+        target.id
+        for source in history
+        if source.startswith("# Parameters")
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _explain(entry: Any) -> str:
+    name = ".".join(map(str, entry["loc"]))
+    if entry["type"] != "extra_forbidden":
+        return f"{name} = {entry['input']!r}: {entry['msg']}"
+    near = difflib.get_close_matches(name, ReleaseParameters.model_fields, n=3, cutoff=0.5)
+    known = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else (f"known are {', '.join(ReleaseParameters.model_fields)}")
+    )
+    return f"{name} is not a parameter; {known}"

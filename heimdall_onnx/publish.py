@@ -1,0 +1,352 @@
+"""From a passed verdict to a folder in the bucket and a version in the registry, without alias.
+
+What a notebook's run has claimed is written into a journal beside its files before it is used, so
+that the runner can take it back with `withdraw` even if the kernel died.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from torch import nn
+
+from heimdall_onnx.errors import HeimdallError
+from heimdall_onnx.export import ExportResult
+from heimdall_onnx.gates import Verdict
+from heimdall_onnx.metadata import describe_model
+from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.registry import MLflowTracker, initialize_mlflow, write_mlmodel_folder
+from heimdall_onnx.services import ensure_store
+from heimdall_onnx.settings import Settings
+from heimdall_onnx.signature import Signature
+from heimdall_onnx.store import (
+    MANIFEST,
+    StoredObject,
+    claim_version,
+    delete_prefix,
+    ensure_bucket,
+    head,
+    list_keys,
+    make_client,
+    read_json,
+    upload_file,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+log = structlog.get_logger(__name__)
+
+METADATA = "metadata.json"
+CONTENT_TYPES = {
+    ".onnx": "application/octet-stream",
+    ".json": "application/json",
+    ".html": "text/html; charset=utf-8",
+    ".ipynb": "application/x-ipynb+json",
+}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The services of a run.
+
+    Attributes:
+        settings: With the address and credentials that are really in use.
+        client: S3 client.
+        tracker: MLflow.
+    """
+
+    settings: Settings
+    client: S3Client = field(repr=False)
+    tracker: MLflowTracker = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that was not taken.
+
+    Attributes:
+        reason: Why, in words.
+    """
+
+    reason: str
+
+    def _repr_markdown_(self) -> str:
+        return f"**Skipped:** {self.reason}"
+
+
+@dataclass(frozen=True)
+class UploadedRelease:
+    """A release folder without its report and manifest.
+
+    Attributes:
+        version: ``vYYYYMMDD_HHMMSS``, UTC.
+        folder_uri: ``s3://bucket/prefix/version``.
+        s3_uri: The model in it.
+        sha256: SHA-256 of the model, read back from the store.
+        run_id: MLflow run of the release.
+        metadata: Content of ``metadata.json``.
+        objects: Everything in the folder.
+    """
+
+    version: str
+    folder_uri: str
+    s3_uri: str
+    sha256: str
+    run_id: str
+    metadata: dict[str, Any] = field(repr=False)
+    objects: tuple[StoredObject, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class RegisteredRelease:
+    """A version in the registry.
+
+    Attributes:
+        model_name: The registered model.
+        model_version: Its version.
+        source: The release folder.
+    """
+
+    model_name: str
+    model_version: str
+    source: str
+
+
+class Journal:
+    """What a run has claimed so far, in a file beside its other files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "journal.json"
+
+    def read(self) -> dict[str, Any]:
+        """All entries; empty when nothing was claimed."""
+        if not self._path.is_file():
+            return {}
+        entries: dict[str, Any] = json.loads(self._path.read_text())
+        return entries
+
+    def write(self, **entries: Any) -> None:
+        """Add ``entries``, atomically."""
+        draft = self._path.with_suffix(".tmp")
+        draft.write_text(json.dumps({**self.read(), **entries}))
+        draft.replace(self._path)
+
+
+def connect(settings: Settings) -> Connection:
+    """Start the embedded store if it is the one in use, and reach store and MLflow.
+
+    Raises:
+        ServiceError: If one of them can't be reached or refuses.
+    """
+    settings = ensure_store(settings)
+    return Connection(settings, make_client(settings), initialize_mlflow(settings))
+
+
+def upload_release(
+    settings: Settings,
+    parameters: ReleaseParameters,
+    verdict: Verdict,
+    model: nn.Module,
+    signature: Signature,
+    exported: ExportResult,
+    metrics: Mapping[str, float],
+) -> UploadedRelease | Skipped:
+    """Claim a version and upload the model with what MLflow needs beside it.
+
+    Nothing is uploaded unless the parameters ask for it and every gate holds. The metadata is
+    written first, conditionally, which is what claims the version.
+
+    Raises:
+        ServiceError: If a service can't be reached, refuses, or returns other bytes.
+    """
+    if not parameters.publish:
+        return Skipped("nothing is published unless the parameter `publish` is true")
+    if not verdict.passed:
+        return Skipped(f"{len(verdict.failed_gates)} gates failed")
+    connection = connect(settings)
+    journal = Journal(exported.path.parent)
+    run_id = parameters.run_id or connection.tracker.start_run(run_name="release")
+    described = describe_model(
+        model,
+        signature,
+        size_bytes=exported.size_bytes,
+        sha256=exported.sha256,
+        run_id=run_id,
+        inference_metrics=metrics,
+    )
+    client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
+    ensure_bucket(client, bucket)
+
+    def content(version: str) -> bytes:
+        journal.write(bucket=bucket, prefix=prefix, version=version, run_id=run_id)
+        return to_json({**described, "version": version})
+
+    version = claim_version(client, bucket, prefix, name=METADATA, content=content)
+    objects = _upload_folder(
+        client, bucket, f"{prefix}/{version}", exported, signature, run_id, described
+    )
+    folder_uri = f"s3://{bucket}/{prefix}/{version}"
+    log.info("uploaded", version=version, folder=folder_uri, objects=len(objects))
+    return UploadedRelease(
+        version=version,
+        folder_uri=folder_uri,
+        s3_uri=f"{folder_uri}/model.onnx",
+        sha256=next(o.sha256 for o in objects if o.key.endswith("/model.onnx")),
+        run_id=run_id,
+        metadata={**described, "version": version},
+        objects=objects,
+    )
+
+
+def _upload_folder(
+    client: S3Client,
+    bucket: str,
+    folder: str,
+    exported: ExportResult,
+    signature: Signature,
+    run_id: str,
+    described: Mapping[str, Any],
+) -> tuple[StoredObject, ...]:
+    with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as beside:
+        write_mlmodel_folder(
+            Path(beside), signature, model_size_bytes=exported.size_bytes, run_id=run_id
+        )
+        model = [
+            upload_file(
+                client,
+                exported.path,
+                bucket,
+                f"{folder}/model.onnx",
+                sha256=exported.sha256,
+                metadata=object_metadata(described),
+                content_type=CONTENT_TYPES[".onnx"],
+            )
+        ]
+        others = [*exported.external_data, *sorted(Path(beside).iterdir())]
+        return (
+            *model,
+            *(upload_file(client, path, bucket, f"{folder}/{path.name}") for path in others),
+            head(client, bucket, f"{folder}/{METADATA}"),
+        )
+
+
+def object_metadata(described: Mapping[str, Any]) -> dict[str, str]:
+    """The documented metadata of a model object; stores allow ``[a-z0-9-]`` in its keys."""
+    return {
+        "export-date": str(described["export_date"]),
+        "model-type": str(described["model_type"]),
+        "format": "onnx",
+        "file-size": str(described["onnx_file_size_bytes"]),
+    }
+
+
+def version_tags(described: Mapping[str, Any]) -> dict[str, str]:
+    """The documented tags of a registered version."""
+    return {
+        "framework": "pytorch",
+        "format": "onnx",
+        "input_shape": str(described["input_shape"]),
+        "output_count": str(len(described["output_names"])),
+        "sha256": str(described["onnx_file_sha256"]),
+    }
+
+
+def register_release(
+    settings: Settings,
+    parameters: ReleaseParameters,
+    uploaded: UploadedRelease | Skipped,
+    metrics: Mapping[str, float],
+) -> RegisteredRelease | Skipped:
+    """Log the run's parameters and metrics and register the release folder, without an alias.
+
+    Raises:
+        RegistryError: If MLflow can't be reached or refuses.
+    """
+    if isinstance(uploaded, Skipped):
+        return uploaded
+    tracker = connect(settings).tracker
+    journal = Journal(Path(parameters.output_dir))
+    tracker.start_run(run_id=uploaded.run_id)
+    # A run that is released into has parameters of its own, or of a release before; MLflow refuses
+    # to change one, so ours carry a prefix.
+    before = tracker.get_run_info(uploaded.run_id)["params"]
+    again = any(name.startswith("release.") for name in before)
+    prefix = f"release.{uploaded.version}" if again else "release"
+    logged = parameters.model_dump(mode="json", exclude={"output_dir", "run_id", "publish"})
+    tracker.log_params({f"{prefix}.{name}": value for name, value in logged.items()})
+    tracker.log_metrics(dict(metrics))
+    version = tracker.register_model(
+        parameters.name,
+        uploaded.folder_uri,
+        run_id=uploaded.run_id,
+        tags=version_tags(uploaded.metadata),
+        description=f"ONNX release {uploaded.version}",
+    )
+    journal.write(model_name=parameters.name, model_version=version)
+    if not parameters.run_id:
+        tracker.end_run()
+    log.info("registered", model_name=parameters.name, model_version=version)
+    return RegisteredRelease(parameters.name, version, uploaded.folder_uri)
+
+
+def withdraw(connection: Connection, folder: Path) -> tuple[str, ...]:
+    """Take back what the run in ``folder`` has claimed: its version and its release folder.
+
+    Returns:
+        What could not be taken back, in words; empty when nothing is left.
+    """
+    entries = Journal(folder).read()
+    left = []
+    for what, step in _withdrawals(connection, entries):
+        try:
+            step()
+        except HeimdallError as error:
+            log.warning("not withdrawn", what=what, reason=str(error))
+            left.append(f"{what}: {error}")
+    return tuple(left)
+
+
+def _withdrawals(
+    connection: Connection, entries: Mapping[str, Any]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    if "model_version" in entries:
+        name, version = entries["model_name"], entries["model_version"]
+        yield (
+            f"version {version} of {name}",
+            partial(connection.tracker.delete_version, name, version),
+        )
+    if "version" in entries:
+        bucket, folder = entries["bucket"], f"{entries['prefix']}/{entries['version']}/"
+        yield (
+            f"s3://{bucket}/{folder}",
+            partial(_delete_own_folder, connection.client, bucket, folder, entries["run_id"]),
+        )
+
+
+def _delete_own_folder(client: S3Client, bucket: str, folder: str, run_id: str) -> None:
+    # The journal is written before the claim, so the folder may be somebody else's, or nobody's.
+    if not list_keys(client, bucket, folder + METADATA):
+        return
+    if read_json(client, bucket, folder + METADATA).get("mlflow_run_id") != run_id:
+        return
+    # Without its manifest it is no release, whatever else can't be deleted.
+    delete_prefix(client, bucket, folder + MANIFEST)
+    delete_prefix(client, bucket, folder)
+
+
+def to_json(data: Mapping[str, Any]) -> bytes:
+    """``data`` as readable JSON; NaN and Inf are refused, as JSON has neither."""
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def content_type(name: str) -> str:
+    """Media type by suffix."""
+    return CONTENT_TYPES.get(Path(name).suffix, "application/octet-stream")

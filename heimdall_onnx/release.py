@@ -1,0 +1,520 @@
+"""The runner: executes the notebook headlessly, judges it from outside, and finishes.
+
+A notebook can't contain its own hash, nor see that its kernel died. So this process, outside the
+kernel, decides: it puts the verdict first, renders the HTML, uploads both, writes the manifest
+last, and only then moves the alias. Whatever goes wrong before that is taken back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from heimdall_onnx.errors import (
+    EvidenceError,
+    HeimdallError,
+    NotebookError,
+    ParameterError,
+    ServiceError,
+    SettingsError,
+    error_class,
+)
+from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.publish import Connection, connect, content_type, to_json, withdraw
+from heimdall_onnx.report import (
+    Judgement,
+    figures,
+    judge_notebook,
+    put_verdict_first,
+    render_html,
+)
+from heimdall_onnx.settings import Settings
+from heimdall_onnx.store import (
+    MANIFEST,
+    claim_version,
+    ensure_bucket,
+    upload_bytes,
+    upload_file,
+)
+from heimdall_onnx.workspace import new_run_folder
+
+log = structlog.get_logger(__name__)
+
+REPORT, REPORT_HTML = "report.ipynb", "report.html"
+MANIFEST_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ReleaseResult:
+    """How a release ended; everything JSON-serialisable.
+
+    Attributes:
+        success: Whether the release is complete and offered under its alias.
+        exit_code: 0 released, 2 bad input, 3 a gate or the notebook failed, 4 a service failed.
+        verdict: ``pass`` or ``fail``; a smoke profile is named in it.
+        version: Release version, ``vYYYYMMDD_HHMMSS``; of the failed report if it failed.
+        s3_uri: The model.
+        report_uri: The executed notebook.
+        report_html_uri: Its rendering.
+        manifest_uri: The manifest.
+        model_name: Registered model.
+        model_version: Its version in the registry.
+        run_id: MLflow run.
+        speedup: PyTorch's latency over ONNX Runtime's; None if it was not measured.
+        gates: Every gate that was evaluated.
+        local_report: The report on this machine: rendered, or the notebook as far as it came.
+        error: What went wrong; None on success.
+    """
+
+    success: bool
+    exit_code: int
+    verdict: str
+    version: str | None = None
+    s3_uri: str | None = None
+    report_uri: str | None = None
+    report_html_uri: str | None = None
+    manifest_uri: str | None = None
+    model_name: str | None = None
+    model_version: str | None = None
+    run_id: str | None = None
+    speedup: float | None = None
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    local_report: str | None = None
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy; without ``error`` on success."""
+        result = asdict(self)
+        if self.error is None:
+            del result["error"]
+        return result
+
+
+def notebook_path() -> Path:
+    """The release notebook: in the installed package, or in the checkout beside it."""
+    package = Path(__file__).parent
+    installed = package / "notebooks" / "release.ipynb"
+    return installed if installed.is_file() else package.parent / "notebooks" / "release.ipynb"
+
+
+def release_checkpoint(
+    parameters: ReleaseParameters,
+    settings: Settings,
+    *,
+    notebook: Path | None = None,
+    cell_timeout: int | None = None,
+    progress: bool = False,
+) -> ReleaseResult:
+    """Run the whole workflow headlessly.
+
+    Errors of this package end up in the result, so that a caller has one thing to look at.
+
+    Args:
+        parameters: What to release; `publish` and `output_dir` are set here.
+        settings: Where the services are.
+        notebook: Another notebook than the one that comes with the package.
+        cell_timeout: Seconds that one cell may take.
+        progress: Show a progress bar by cell on standard error.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C or SIGTERM, after what was begun has been taken back.
+    """
+    run = _Run(parameters, settings)
+    try:
+        with _sigterm_interrupts(), structlog.contextvars.bound_contextvars(release=run.id):
+            return run.execute(notebook or notebook_path(), cell_timeout, progress)
+    except HeimdallError as error:
+        return run.failed(error)
+
+
+class _Run:
+    """One release from its parameters to its result."""
+
+    def __init__(self, parameters: ReleaseParameters, settings: Settings) -> None:
+        self.folder = new_run_folder(settings)
+        self.id = self.folder.name
+        self.parameters = parameters.model_copy(
+            update={
+                "publish": True,
+                "output_dir": str(self.folder),
+                "checkpoint": _absolute(parameters.checkpoint),
+                "eval_data": _absolute(parameters.eval_data),
+            }
+        )
+        self.settings = settings
+        self.result = ReleaseResult(success=False, exit_code=1, verdict="fail")
+        self._status_before = ""
+        self._judgement: Judgement | None = None
+        self._offered = False
+        self._alias_before: str | None = None
+
+    def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
+        if not self.parameters.checkpoint:
+            raise ParameterError("there is no checkpoint to release: its path is empty")
+        self._make_folder()
+        connection = connect(self.settings)
+        given = self.parameters.run_id
+        if given:
+            self._status_before = connection.tracker.get_run_info(given)["status"]
+        run_id = connection.tracker.start_run(run_name=f"release {self.id}", run_id=given or None)
+        structlog.contextvars.bind_contextvars(run_id=run_id)
+        self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
+        self.parameters = self.parameters.model_copy(update={"run_id": run_id})
+        status = "KILLED"
+        try:
+            judgement = self._run_notebook(notebook, connection.settings, cell_timeout, progress)
+            if judgement.passed:
+                result = self._finish(connection, judgement)
+                status = "FINISHED"
+            else:
+                status = "FAILED"
+                result = self._keep_failed(connection, judgement)
+        except HeimdallError as error:
+            status = "FAILED"
+            left = self._take_back(connection)
+            self._mark_failed(connection, error)
+            if left:
+                raise type(error)(f"{error}\nCould not be taken back: {'; '.join(left)}") from error
+            raise
+        except BaseException:
+            # Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay.
+            self._take_back(connection)
+            raise
+        finally:
+            self._end_run(connection, status)
+        return result
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise SettingsError(
+                f"HEIMDALL_HOME must be a folder that can be written to; {self.folder} can't be "
+                f"made: {error.strerror}"
+            ) from error
+
+    def failed(self, error: HeimdallError) -> ReleaseResult:
+        return replace(
+            self.result,
+            success=False,
+            exit_code=error.exit_code,
+            verdict=self._verdict(passed=False),
+            local_report=self.result.local_report or self._unrendered_report(),
+            error=str(error),
+        )
+
+    def _unrendered_report(self) -> str | None:
+        report = self.folder / REPORT
+        return str(report) if report.is_file() else None
+
+    def _run_notebook(
+        self, notebook: Path, settings: Settings, cell_timeout: int | None, progress: bool
+    ) -> Judgement:
+        import papermill
+        from nbclient.exceptions import CellTimeoutError
+        from papermill.exceptions import PapermillException
+
+        report = self.folder / REPORT
+        stopped = ""
+        log.info("running", notebook=notebook.name, folder=str(self.folder))
+        try:
+            with _kernel_environment(settings):
+                papermill.execute_notebook(
+                    str(notebook),
+                    str(report),
+                    parameters=self.parameters.model_dump(mode="json"),
+                    kernel_name="python3",
+                    progress_bar=progress,
+                    log_output=False,
+                    execution_timeout=cell_timeout,
+                    # It warns of unencrypted TCP, which stays on loopback, and prints a traceback
+                    # when it is interrupted; what matters of it is in the notebook.
+                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+                )
+        except (PapermillException, CellTimeoutError, RuntimeError) as error:
+            # Its text is a traceback of the kernel's; the file says the same and is judged below.
+            stopped = type(error).__name__
+            log.info("notebook stopped", kind=stopped)
+        if not report.is_file():
+            raise NotebookError(f"papermill wrote no notebook for {notebook} ({stopped})")
+        judgement = judge_notebook(report)
+        if stopped and not judgement.problem:
+            # A kernel that dies in the very last cell leaves a file in which all is well.
+            judgement = replace(judgement, problem=f"the notebook was stopped by {stopped}")
+        self._judgement = judgement
+        return judgement
+
+    def _finish(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
+        """Report, manifest and alias of a release whose model is uploaded and registered."""
+        done = judgement.record
+        uploaded, registered = done["uploaded"], done["registered"]
+        version, folder_uri = uploaded["version"], uploaded["folder_uri"]
+        self.result = replace(self.result, speedup=done["speedup"], gates=done["gates"])
+        self._write_report(judgement, version, passed=True)
+        key = f"{self.parameters.prefix}/{version}"
+        reports = [
+            upload_file(
+                connection.client,
+                self.folder / name,
+                self.parameters.bucket,
+                f"{key}/{name}",
+                content_type=content_type(name),
+            )
+            for name in (REPORT, REPORT_HTML)
+        ]
+        objects = {o["key"]: o for o in uploaded["objects"]}
+        objects |= {o.key: asdict(o) for o in reports}
+        self._log_artifacts(connection)
+        self._offer(connection, judgement, objects, folder_uri)
+        return replace(
+            self.result,
+            success=True,
+            exit_code=0,
+            verdict=self._verdict(passed=True),
+            version=version,
+            model_version=registered["model_version"],
+            s3_uri=uploaded["s3_uri"],
+            report_uri=f"{folder_uri}/{REPORT}",
+            report_html_uri=f"{folder_uri}/{REPORT_HTML}",
+            manifest_uri=f"{folder_uri}/{MANIFEST}",
+            local_report=str(self.folder / REPORT_HTML),
+        )
+
+    def _offer(
+        self,
+        connection: Connection,
+        judgement: Judgement,
+        objects: dict[str, dict[str, Any]],
+        folder_uri: str,
+    ) -> None:
+        """Manifest last, then the tags that name it, then the alias."""
+        registered = judgement.record["registered"]
+        name, version = registered["model_name"], registered["model_version"]
+        manifest = to_json(self._manifest(judgement, objects))
+        upload_bytes(
+            connection.client,
+            manifest,
+            self.parameters.bucket,
+            f"{self.parameters.prefix}/{judgement.record['uploaded']['version']}/{MANIFEST}",
+            content_type="application/json",
+            if_absent=True,
+        )
+        connection.tracker.set_version_tags(
+            name,
+            version,
+            {
+                "manifest_uri": f"{folder_uri}/{MANIFEST}",
+                "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+                "report_uri": f"{folder_uri}/{REPORT}",
+                "verdict": self._verdict(passed=True),
+            },
+        )
+        alias = self.parameters.alias
+        if alias in ("staging", "production"):
+            connection.tracker.transition_model_stage(name, version, alias.capitalize())
+        self._alias_before = _alias_target(connection, name, alias)
+        connection.tracker.set_alias(name, version, alias)
+        self._offered = True
+
+    def _manifest(self, judgement: Judgement, objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        done = judgement.record
+        environment = done["environment"]
+        return {
+            "schema_version": MANIFEST_SCHEMA,
+            "version": done["uploaded"]["version"],
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "verdict": self._verdict(passed=True),
+            "gates": done["gates"],
+            "objects": [
+                {"key": o["key"], "size": o["size_bytes"], "sha256": o["sha256"]}
+                for o in sorted(objects.values(), key=lambda o: str(o["key"]))
+            ],
+            "parameters": self.parameters.model_dump(mode="json"),
+            "checkpoint": done["checkpoint"],
+            "evaluation_data": done["evaluation_data"],
+            "git": {"commit": environment["git_commit"], "dirty": environment["git_dirty"]},
+            "environment": environment,
+            "threads": done["threads"],
+            "mlflow": {
+                "run_id": self.result.run_id,
+                "model_name": done["registered"]["model_name"],
+                "model_version": done["registered"]["model_version"],
+            },
+        }
+
+    def _keep_failed(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
+        """Keep the report of a run that failed, since that is the one to be understood."""
+        error = _error_of(judgement)
+        self.result = replace(
+            self.result,
+            gates=judgement.record.get("gates", []),
+            speedup=judgement.record.get("speedup"),
+        )
+        self._take_back(connection)
+        if isinstance(error, EvidenceError):
+            try:
+                self._upload_failed_report(connection, judgement)
+            except ServiceError as trouble:
+                # The verdict stands, whether or not its report could be kept there.
+                log.warning("report not kept", reason=str(trouble), local=str(self.folder))
+        return self.failed(error)
+
+    def _upload_failed_report(self, connection: Connection, judgement: Judgement) -> None:
+        bucket, prefix = self.parameters.bucket, f"{self.parameters.prefix}/failed"
+        self._write_report(judgement, f"failed run {self.id}", passed=False)
+        ensure_bucket(connection.client, bucket)
+        report = (self.folder / REPORT).read_bytes()
+        version = claim_version(
+            connection.client, bucket, prefix, name=REPORT, content=lambda _: report
+        )
+        upload_file(
+            connection.client,
+            self.folder / REPORT_HTML,
+            bucket,
+            f"{prefix}/{version}/{REPORT_HTML}",
+            content_type=content_type(REPORT_HTML),
+        )
+        address = f"s3://{bucket}/{prefix}/{version}"
+        self.result = replace(
+            self.result,
+            version=version,
+            report_uri=f"{address}/{REPORT}",
+            report_html_uri=f"{address}/{REPORT_HTML}",
+            local_report=str(self.folder / REPORT_HTML),
+        )
+        self._log_artifacts(connection)
+
+    def _write_report(
+        self, judgement: Judgement, title: str, *, passed: bool, error: str = ""
+    ) -> None:
+        done = judgement.record
+        facts = {
+            "model": self.parameters.name,
+            "profile": self.parameters.profile
+            + (" (a test run, not evidence)" if self.parameters.profile == "smoke" else ""),
+            "checkpoint": done.get("checkpoint", {}).get("sha256", self.parameters.checkpoint),
+            "evaluation data": done.get("evaluation_data", {}).get("source", "not read"),
+            "speedup": done.get("speedup_text", "not measured"),
+            "MLflow run": self.parameters.run_id,
+        }
+        if passed:
+            facts |= {
+                "address": done["uploaded"]["s3_uri"],
+                "SHA-256 of the model": done["uploaded"]["sha256"],
+                "registered as version": done["registered"]["model_version"],
+            }
+        else:
+            facts["what went wrong"] = error or str(_error_of(judgement))
+            facts["first departing module"] = done.get("departure") or "not determined"
+        report = self.folder / REPORT
+        put_verdict_first(report, passed=passed, title=title, facts=facts)
+        render_html(report, f"{self.parameters.name} {title}")
+
+    def _log_artifacts(self, connection: Connection) -> None:
+        tracker = connection.tracker
+        for name in (REPORT, REPORT_HTML):
+            tracker.log_artifact(self.folder / name, "report")
+        pictures = self.folder / "figures"
+        pictures.mkdir(exist_ok=True)
+        for name, png in figures(self.folder / REPORT):
+            (pictures / name).write_bytes(png)
+            tracker.log_artifact(pictures / name, "figures")
+
+    def _take_back(self, connection: Connection) -> tuple[str, ...]:
+        """Withdraw what this run has claimed, unless it is offered already."""
+        if self._offered:
+            return ()
+        left = withdraw(connection, self.folder)
+        if left:
+            log.error("could not be taken back", left=left)
+        name, alias = self.parameters.name, self.parameters.alias
+        if self._alias_before and _alias_target(connection, name, alias) != self._alias_before:
+            # The registry moved the alias and failed to say so; deleting the version lost it.
+            connection.tracker.set_alias(name, self._alias_before, alias)
+        return left
+
+    def _mark_failed(self, connection: Connection, error: HeimdallError) -> None:
+        """Make the report of a passed notebook say that its release failed all the same."""
+        if self._judgement is None or not self._judgement.passed:
+            return
+        judgement = replace(self._judgement, problem="the release was not completed")
+        self._write_report(judgement, f"failed run {self.id}", passed=False, error=str(error))
+        self.result = replace(self.result, local_report=str(self.folder / REPORT_HTML))
+        try:
+            self._log_artifacts(connection)
+        except ServiceError as trouble:
+            log.warning("report not kept in MLflow", reason=str(trouble))
+
+    def _end_run(self, connection: Connection, status: str) -> None:
+        # A run that was handed to us belongs to the training that made it, and keeps its status.
+        try:
+            connection.tracker.end_run(self._status_before or status)
+        except ServiceError as error:
+            log.warning("MLflow run not ended", reason=str(error))
+        for model in self.folder.glob("model.onnx*"):
+            model.unlink()
+
+    def _verdict(self, *, passed: bool) -> str:
+        word = "pass" if passed else "fail"
+        return f"{word} (smoke)" if self.parameters.profile == "smoke" else word
+
+
+def _error_of(judgement: Judgement) -> HeimdallError:
+    """The error that stopped the notebook, as the class it was raised as."""
+    known = error_class(judgement.error_name)
+    if known is not None:
+        return known(judgement.error_message)
+    if judgement.error_name:
+        return NotebookError(f"{judgement.problem}: {judgement.error_message}")
+    return NotebookError(judgement.problem or "a gate failed")
+
+
+def _alias_target(connection: Connection, name: str, alias: str) -> str | None:
+    """The version that holds the alias; None if there is none or it can't be asked."""
+    try:
+        return connection.tracker.version_by_alias(name, alias).version
+    except ServiceError:
+        return None
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path else ""
+
+
+@contextmanager
+def _kernel_environment(settings: Settings) -> Iterator[None]:
+    """Hand the settings that are really in use to the kernel, which inherits the environment."""
+    before = dict(os.environ)
+    settings.apply()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C, so that a stopped pipeline cleans up behind itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

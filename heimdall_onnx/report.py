@@ -1,0 +1,209 @@
+"""The executed notebook as a report: recording, judging from outside, verdict cell, HTML."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+
+from heimdall_onnx.benchmark import LatencyReport
+from heimdall_onnx.checkpoint import LoadedModel
+from heimdall_onnx.compare import ParityReport
+from heimdall_onnx.departure import Departure
+from heimdall_onnx.environment import capture_environment
+from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.gates import Gate, Verdict, escape_markdown
+from heimdall_onnx.metadata import summarize_metrics
+from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
+
+RECORD = "release"
+NO_ALTERNATIVE = 'alt="No description has been provided for this image"'
+
+
+def record_results(
+    *,
+    loaded: LoadedModel,
+    data: EvaluationData,
+    parity: ParityReport,
+    departure: Departure | None,
+    latency: LatencyReport,
+    verdict: Verdict,
+    uploaded: UploadedRelease | Skipped,
+    registered: RegisteredRelease | Skipped,
+) -> None:
+    """Keep in the running notebook what the runner must know of it, as JSON."""
+    import scrapbook
+
+    speedup = latency.speedup
+    results = {
+        "profile": verdict.profile,
+        "gates": [gate.to_dict() for gate in verdict.gates],
+        "checkpoint": {"file": loaded.path.name, "sha256": loaded.sha256},
+        "evaluation_data": {
+            "source": data.source,
+            "sha256": data.sha256,
+            "samples": data.count,
+        },
+        "metrics": summarize_metrics(parity, latency),
+        "speedup": speedup.ratio,
+        "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
+        f"{latency.batch_size} on {latency.threads} threads",
+        "threads": latency.threads,
+        "departure": None if departure is None else departure.scope,
+        "environment": capture_environment().to_dict(),
+        "uploaded": None if isinstance(uploaded, Skipped) else asdict(uploaded),
+        "registered": None if isinstance(registered, Skipped) else asdict(registered),
+    }
+    scrapbook.glue(RECORD, results, encoder="json")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `record_results` kept in an executed notebook; empty if it never got that far."""
+    import scrapbook
+
+    scraps = scrapbook.read_notebook(str(path)).scraps
+    return dict(scraps[RECORD].data) if RECORD in scraps else {}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the executed file itself says about its run.
+
+    Attributes:
+        problem: Why the notebook did not run to its end; empty if it did.
+        error_name: Class of the error that stopped it; empty if none.
+        error_message: That error's message.
+        record: What the notebook recorded.
+        verdict: The recorded gates; None if the notebook never got that far.
+    """
+
+    problem: str
+    error_name: str
+    error_message: str
+    record: dict[str, Any] = field(repr=False)
+    verdict: Verdict | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every cell ran without error and every recorded gate holds."""
+        return not self.problem and self.verdict is not None and self.verdict.passed
+
+
+def judge_notebook(path: Path) -> Judgement:
+    """Judge an executed notebook from its file alone.
+
+    papermill marks every cell of a dead kernel ``completed`` and takes ``sys.exit(0)`` for
+    success, so neither its status nor its return is believed: each code cell must have been
+    executed, in order, without an error output, and the record must be there.
+    """
+    cells = [c for c in read_notebook(path).cells if c.cell_type == "code" and c.source.strip()]
+    record = read_record(path)
+    verdict = _recorded_verdict(record)
+    for number, cell in enumerate(cells, start=1):
+        error = next((o for o in cell.outputs if o.output_type == "error"), None)
+        where = f"code cell {number} of {len(cells)} ({cell.source.strip().splitlines()[0]!r})"
+        if error is not None:
+            problem = f"{where} raised {error.ename}"
+            return Judgement(problem, error.ename, error.evalue, record, verdict)
+        if cell.execution_count is None:
+            problem = (
+                f"{where} never finished: the kernel died, the cell ran out of time, or an "
+                "earlier cell ended the kernel"
+            )
+            return Judgement(problem, "", "", record, verdict)
+    counts = [cell.execution_count for cell in cells]
+    if counts != sorted(counts):
+        return Judgement("the code cells ran out of order", "", "", record, verdict)
+    if verdict is None:
+        return Judgement("the notebook recorded no gates", "", "", record, verdict)
+    return Judgement("", "", "", record, verdict)
+
+
+def _recorded_verdict(record: dict[str, Any]) -> Verdict | None:
+    if "gates" not in record:
+        return None
+    return Verdict(tuple(Gate(**gate) for gate in record["gates"]), record["profile"])
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """Read a notebook file."""
+    return nbformat.read(path, as_version=4)
+
+
+def put_verdict_first(path: Path, *, passed: bool, title: str, facts: dict[str, str]) -> None:
+    """Put the verdict as the first cell of an executed notebook.
+
+    Args:
+        path: The notebook, changed in place.
+        passed: The verdict.
+        title: What it is about, e.g. the release version.
+        facts: What a reviewer must see at once: label to value, shown as inert text.
+    """
+    notebook = read_notebook(path)
+    mark = "✔ PASS" if passed else "✘ FAIL"
+    lines = [f"# {mark} — {escape_markdown(title)}", "", "| | |", "|---|---|"]
+    lines += [f"| **{label}** | {escape_markdown(value)} |" for label, value in facts.items()]
+    verdict = _recorded_verdict(read_record(path))
+    if verdict is not None:
+        lines += ["", verdict.to_markdown()]
+    cell = nbformat.v4.new_markdown_cell(
+        "\n".join(lines), id="verdict", metadata={"tags": ["verdict"]}
+    )
+    notebook.cells = [cell, *(c for c in notebook.cells if c.get("id") != "verdict")]
+    nbformat.write(notebook, path)
+
+
+def render_html(path: Path, title: str) -> Path:
+    """Render an executed notebook beside itself as one HTML file that needs no network."""
+    exporter = HTMLExporter(
+        template_name="lab",
+        embed_images=True,
+        # nbconvert would fetch these from a CDN; the report has neither formulas nor widgets.
+        require_js_url="",
+        mathjax_url="",
+        mermaid_js_url="",
+        jquery_url="",
+    )
+    notebook = read_notebook(path)
+    for cell in notebook.cells:
+        # The record is for programs; nbconvert would warn that it can't show it.
+        cell.outputs = [o for o in cell.get("outputs", []) if not _is_record(o)]
+    html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
+    for alternative in _alternatives(notebook):
+        # nbconvert's template leaves out the text that a figure brings along.
+        html = html.replace(NO_ALTERNATIVE, f'alt="{escape(alternative)}"', 1)
+    target = path.with_suffix(".html")
+    target.write_text(html, encoding="utf-8")
+    return target
+
+
+def _alternatives(notebook: NotebookNode) -> Iterator[str]:
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                described = output.metadata.get("image/png", {}).get("alt")
+                yield described or f"Figure of the cell {cell.id}"
+
+
+def _is_record(output: NotebookNode) -> bool:
+    return "scrapbook" in output.get("metadata", {})
+
+
+def figures(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and PNG of every figure in an executed notebook, named after its cell."""
+    for cell in read_notebook(path).cells:
+        images = [
+            output.data["image/png"]
+            for output in cell.get("outputs", [])
+            if "image/png" in output.get("data", {})
+        ]
+        for number, image in enumerate(images):
+            suffix = f"-{number + 1}" if number else ""
+            yield f"{cell.id}{suffix}.png", base64.b64decode(image)

@@ -1,0 +1,128 @@
+"""The committed notebook: its form, and that it runs by itself."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from heimdall_onnx.demo import make_demo
+from heimdall_onnx.release import notebook_path
+from heimdall_onnx.report import judge_notebook, read_record
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(notebook_path(), 4)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A home whose demo is there already, so that the defaults need no training."""
+    folder = tmp_path_factory.mktemp("notebook-home")
+    make_demo(folder / "demo", seconds=3)
+    return folder
+
+
+def test_committed_notebook_carries_no_outputs(notebook):
+    for cell in notebook.cells:
+        assert not cell.get("outputs"), cell.id
+        assert not cell.get("execution_count"), cell.id
+
+
+def test_only_the_first_code_cell_imports_and_none_defines(notebook):
+    first, *others = [c.source for c in notebook.cells if c.cell_type == "code"]
+    assert "import" in first
+    logic = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.If)
+    for source in others:
+        assert not [n for n in ast.walk(ast.parse(source)) if isinstance(n, logic)], source
+
+
+def test_one_cell_is_tagged_parameters_with_a_typed_and_explained_line_each(notebook):
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    for line in cell.source.splitlines():
+        assert ": " in line.split("=")[0], line
+        assert "  # " in line, line
+
+
+def test_papermill_can_explain_every_parameter():
+    inspected = papermill.inspect_notebook(str(notebook_path()))
+    assert len(inspected) > 15
+    assert all(p["help"] and p["inferred_type_name"] != "None" for p in inspected.values())
+
+
+def test_every_section_is_numbered_and_opens_with_prose(notebook):
+    sections = [c.source for c in notebook.cells if c.source.startswith("## ")]
+    assert [s.split(".")[0] for s in sections] == [f"## {n}" for n in range(1, len(sections) + 1)]
+    assert all(len(s.splitlines()) > 2 for s in sections)
+
+
+@pytest.mark.slow
+def test_notebook_runs_with_its_defaults_and_publishes_nothing(home, tmp_path):
+    # nbval runs every cell in a kernel, as JupyterLab's "run all" would.
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "--nbval-lax", str(notebook_path())),
+            *("-q", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings="),
+            *("-o", "timeout=300", f"--rootdir={tmp_path}"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,  # nbval leaves its sockets where it runs
+        env={**os.environ, "HEIMDALL_HOME": str(home)},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert not (home / "seaweedfs").exists()
+    assert not (home / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_papermill_alone_gives_a_report(home, tmp_path):
+    executed = tmp_path / "out.ipynb"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "papermill", str(notebook_path()), str(executed)),
+            *("-p", "profile", "smoke", "-p", "output_dir", str(tmp_path / "run")),
+            "--no-progress-bar",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HEIMDALL_HOME": str(home)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert judge_notebook(executed).passed
+    assert read_record(executed)["uploaded"] is None
+    assert (tmp_path / "run" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-p", "tolerence", "1"), "did you mean tolerance"),
+        (("-p", "batch_size", "many"), "batch_size"),
+        (("-p", "profile", "quik"), "smoke"),
+    ],
+    ids=["unknown", "mistyped", "misspelt"],
+)
+def test_bad_parameter_through_papermill_stops_the_notebook(home, tmp_path, arguments, words):
+    executed = tmp_path / "out.ipynb"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "papermill", str(notebook_path()), str(executed)),
+            *(*arguments, "--no-progress-bar"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HEIMDALL_HOME": str(home)},
+    )
+    assert done.returncode != 0
+    judgement = judge_notebook(executed)
+    assert judgement.error_name == "ParameterError"
+    assert words in judgement.error_message

@@ -1,0 +1,123 @@
+"""Uploading, registering, and taking back exactly what a run has claimed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from models import SmallNet
+
+from heimdall_onnx.errors import StoreError
+from heimdall_onnx.export import export_model
+from heimdall_onnx.gates import Gate, Verdict
+from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.publish import (
+    Connection,
+    Journal,
+    Skipped,
+    connect,
+    register_release,
+    to_json,
+    upload_release,
+    withdraw,
+)
+from heimdall_onnx.store import list_keys
+
+pytestmark = pytest.mark.services
+
+PASSED = Verdict((Gate("a", "= 1", 1, True),), "quick")
+FAILED = Verdict((Gate("a", "= 1", 2, False),), "quick")
+
+
+@pytest.fixture
+def settings(embedded_settings, tmp_path):
+    return embedded_settings.model_copy(update={"home": tmp_path})
+
+
+@pytest.fixture
+def connection(settings, reset_mlflow) -> Connection:
+    return connect(settings)
+
+
+@pytest.fixture
+def parameters(bucket, tmp_path) -> ReleaseParameters:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return ReleaseParameters(bucket=bucket, name="net", publish=True, output_dir=str(folder))
+
+
+@pytest.fixture
+def exported(parameters):
+    return export_model(SmallNet(), parameters.onnx_path)
+
+
+def upload(settings, parameters, exported, verdict=PASSED):
+    model = SmallNet()
+    return upload_release(
+        settings, parameters, verdict, model, model.signature, exported, {"speedup": 2.0}
+    )
+
+
+def test_nothing_is_uploaded_without_being_asked(settings, parameters, exported, s3, bucket):
+    quiet = parameters.model_copy(update={"publish": False})
+    assert isinstance(upload(settings, quiet, exported), Skipped)
+    assert list_keys(s3, bucket, "") == ()
+
+
+def test_nothing_is_uploaded_after_a_failed_gate(settings, parameters, exported, s3, bucket):
+    skipped = upload(settings, parameters, exported, FAILED)
+    assert skipped == Skipped("1 gates failed")
+    assert register_release(settings, parameters, skipped, {}) is skipped
+    assert list_keys(s3, bucket, "") == ()
+
+
+def test_uploaded_folder_has_no_manifest_yet(
+    settings, connection, parameters, exported, s3, bucket
+):
+    uploaded = upload(settings, parameters, exported)
+    names = {key.rsplit("/", 1)[1] for key in list_keys(s3, bucket, "")}
+    assert {"model.onnx", "MLmodel", "metadata.json"} <= names
+    assert "manifest.json" not in names
+    assert uploaded.sha256 == exported.sha256
+    assert {o.key for o in uploaded.objects} == set(list_keys(s3, bucket, ""))
+
+
+def test_everything_claimed_is_taken_back(settings, connection, parameters, exported, s3, bucket):
+    uploaded = upload(settings, parameters, exported)
+    registered = register_release(settings, parameters, uploaded, {"speedup": 2.0})
+    assert connection.tracker.get_version("net", registered.model_version).source
+    assert withdraw(connection, exported.path.parent) == ()
+    assert list_keys(s3, bucket, "") == ()
+    with pytest.raises(Exception, match="net"):
+        connection.tracker.get_version("net", registered.model_version)
+
+
+def test_withdrawing_twice_or_nothing_is_no_error(connection, parameters, exported):
+    assert withdraw(connection, exported.path.parent) == ()
+    assert withdraw(connection, exported.path.parent) == ()
+
+
+def test_a_folder_claimed_by_another_run_is_never_deleted(connection, s3, bucket, tmp_path):
+    key = "models/localization/v1/metadata.json"
+    s3.put_object(Bucket=bucket, Key=key, Body=json.dumps({"mlflow_run_id": "theirs"}).encode())
+    Journal(tmp_path).write(
+        bucket=bucket, prefix="models/localization", version="v1", run_id="ours"
+    )
+    assert withdraw(connection, tmp_path) == ()
+    assert list_keys(s3, bucket, "") == (key,)
+
+
+def test_what_cannot_be_taken_back_is_said(connection, parameters, settings, exported):
+    upload(settings, parameters, exported)
+
+    class Unreachable:
+        def __getattr__(self, name):
+            raise StoreError("the store is gone")
+
+    left = withdraw(replace(connection, client=Unreachable()), exported.path.parent)
+    assert len(left) == 1
+    assert "the store is gone" in left[0]
+
+
+def test_json_refuses_what_json_does_not_have():
+    with pytest.raises(ValueError, match="JSON"):
+        to_json({"x": float("nan")})

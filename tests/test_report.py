@@ -1,0 +1,218 @@
+"""Judging an executed notebook from its file, the verdict cell, and the HTML."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import nbformat
+import papermill
+import pytest
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from papermill.exceptions import PapermillException
+
+from heimdall_onnx import report
+
+RECORDED = """
+import scrapbook
+scrapbook.glue("release", {"profile": "quick", "gates": [
+    {"name": "mean absolute error", "limit": "≤ 1e-05", "measured": 1e-7, "passed": True,
+     "detail": ""}]}, encoder="json")
+"""
+PICTURE = """
+from IPython.display import Image
+Image(b"\\x89PNG\\r\\n\\x1a\\n" + bytes(60), format="png")
+"""
+
+
+def write(path: Path, *sources: str) -> Path:
+    cells = [new_code_cell(source) for source in sources]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "p", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
+    return path
+
+
+def execute(folder: Path, *sources: str, **options) -> Path:
+    """Run a notebook as the runner does, whatever papermill thinks of its end."""
+    source, executed = write(folder / "source.ipynb", *sources), folder / "report.ipynb"
+    # How papermill ends is what must not matter.
+    with contextlib.suppress(PapermillException, DeadKernelError, CellTimeoutError):
+        papermill.execute_notebook(
+            str(source), str(executed), progress_bar=False, kernel_name="python3", **options
+        )
+    return executed
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Path:
+    return execute(tmp_path_factory.mktemp("complete"), RECORDED, PICTURE, "1 + 1")
+
+
+def test_complete_notebook_passes(complete):
+    judgement = report.judge_notebook(complete)
+    assert judgement.passed
+    assert judgement.problem == ""
+    assert judgement.verdict.gates[0].name == "mean absolute error"
+
+
+def test_cell_with_an_error_is_named_with_its_error(tmp_path):
+    judgement = report.judge_notebook(execute(tmp_path, RECORDED, "1 / 0", "2"))
+    assert not judgement.passed
+    assert "code cell 2 of 3" in judgement.problem
+    assert judgement.error_name == "ZeroDivisionError"
+    assert judgement.verdict is not None
+
+
+def test_killed_kernel_never_passes(tmp_path):
+    executed = execute(tmp_path, RECORDED, "import os; os.kill(os.getpid(), 9)", "2")
+    assert not report.judge_notebook(executed).passed
+
+
+def test_exit_with_zero_never_passes(tmp_path):
+    executed = execute(tmp_path, RECORDED, "import sys; sys.exit(0)")
+    assert not report.judge_notebook(executed).passed
+
+
+def test_cell_out_of_time_never_passes(tmp_path):
+    executed = execute(tmp_path, RECORDED, "import time; time.sleep(60)", execution_timeout=2)
+    assert not report.judge_notebook(executed).passed
+
+
+def test_notebook_without_a_record_never_passes(tmp_path):
+    judgement = report.judge_notebook(execute(tmp_path, "1"))
+    assert judgement.problem == "the notebook recorded no gates"
+
+
+def test_failed_gate_never_passes(tmp_path):
+    failing = RECORDED.replace("True", "False")
+    judgement = report.judge_notebook(execute(tmp_path, failing))
+    assert judgement.problem == ""
+    assert not judgement.passed
+
+
+def test_cells_run_out_of_order_never_pass(complete, tmp_path):
+    notebook = nbformat.read(complete, 4)
+    notebook.cells[0].execution_count = 99
+    changed = tmp_path / "report.ipynb"
+    nbformat.write(notebook, changed)
+    assert "out of order" in report.judge_notebook(changed).problem
+
+
+def test_markdown_and_empty_cells_need_no_execution(tmp_path):
+    done = new_code_cell("1", execution_count=1)
+    cells = [new_markdown_cell("text"), new_code_cell(""), done]
+    path = tmp_path / "report.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    assert report.judge_notebook(path).problem == "the notebook recorded no gates"
+
+
+def test_verdict_is_the_first_cell_with_failed_gates_first(complete, tmp_path):
+    path = Path(shutil.copy(complete, tmp_path))
+    report.put_verdict_first(path, passed=True, title="v1", facts={"model": "m"})
+    first = nbformat.read(path, 4).cells[0]
+    assert first.source.startswith("# ✔ PASS — v1")
+    assert "mean absolute error" in first.source
+
+
+def test_putting_the_verdict_twice_leaves_one(complete, tmp_path):
+    path = Path(shutil.copy(complete, tmp_path))
+    report.put_verdict_first(path, passed=True, title="v1", facts={})
+    report.put_verdict_first(path, passed=False, title="v1", facts={})
+    sources = [cell.source for cell in nbformat.read(path, 4).cells]
+    assert [s.split(" — ")[0] for s in sources if "# ✔" in s or "# ✘" in s] == ["# ✘ FAIL"]
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>alert(1)</script>", "[a](http://evil)", "a | b\n# c", "`x` ![i](u)"]
+)
+def test_facts_are_inert_text(complete, tmp_path, text):
+    path = Path(shutil.copy(complete, tmp_path))
+    report.put_verdict_first(path, passed=True, title=text, facts={"what": text})
+    html = report.render_html(path, "t").read_text()
+    body = html[html.index("<body") :]
+    assert "<script>alert" not in body
+    assert 'href="http://evil"' not in body
+    assert "<h1>c" not in body
+
+
+def test_every_figure_has_its_alternative_text(tmp_path):
+    def picture(**metadata):
+        return new_output("display_data", data={"image/png": "AAAA"}, metadata=metadata)
+
+    described = picture(**{"image/png": {"alt": 'median "3" ms'}})
+    cells = [
+        new_code_cell("a", outputs=[described]),
+        new_code_cell("b", outputs=[picture()], id="b"),
+    ]
+    path = tmp_path / "n.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    html = report.render_html(path, "t").read_text()
+    assert 'alt="median &quot;3&quot; ms"' in html
+    assert 'alt="Figure of the cell b"' in html
+    assert "No description" not in html
+
+
+def test_figures_are_named_after_their_cells(complete):
+    cells = nbformat.read(complete, 4).cells
+    assert [name for name, _ in report.figures(complete)] == [f"{cells[1].id}.png"]
+
+
+def test_two_figures_of_one_cell_get_two_names(tmp_path):
+    image = new_output("display_data", data={"image/png": "AAAA"})
+    cell = new_code_cell("x", outputs=[image, image], id="plot")
+    path = tmp_path / "n.ipynb"
+    nbformat.write(new_notebook(cells=[cell]), path)
+    assert [name for name, _ in report.figures(path)] == ["plot.png", "plot-2.png"]
+
+
+def open_in_chromium(page: str, folder: Path) -> tuple[set[str], list[str], str]:
+    """Hosts asked for, console messages and the resulting document of a page, without network."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("Debian's chromium is not installed; it opens the report as a reader would")
+    log = folder / "net.json"
+    done = subprocess.run(
+        [
+            *(program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *("--disable-quic", "--host-resolver-rules=MAP * ~NOTFOUND"),
+            *("--enable-logging=stderr", f"--log-net-log={log}", "--virtual-time-budget=8000"),
+            *(f"--user-data-dir={folder / 'profile'}", "--dump-dom", page),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    events = json.loads(log.read_text())["events"]
+    urls = [event.get("params", {}).get("url", "") for event in events]
+    hosts = {urlsplit(u).hostname or "" for u in urls if u.startswith(("http", "ws"))}
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    return hosts, console, done.stdout
+
+
+def test_chromium_check_sees_requests_and_errors(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text('<script src="http://cdn.test/x.js"></script><script>nope()</script>')
+    hosts, console, _ = open_in_chromium(page.as_uri(), tmp_path)
+    assert "cdn.test" in hosts
+    assert any("nope is not defined" in line for line in console)
+
+
+def test_report_opens_offline_without_a_request_or_console_error(complete, tmp_path):
+    path = Path(shutil.copy(complete, tmp_path))
+    report.put_verdict_first(path, passed=True, title="v1", facts={"model": "m"})
+    html = report.render_html(path, "title of the report")
+    (tmp_path / "empty.html").write_text("<p>empty</p>")
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    # Chromium talks to its maker by itself; only what the page adds counts.
+    own, _, _ = open_in_chromium((tmp_path / "empty.html").as_uri(), tmp_path / "1")
+    hosts, console, document = open_in_chromium(html.as_uri(), tmp_path / "2")
+    assert hosts <= own
+    assert console == []
+    assert "✔ PASS" in document
+    assert "<title>title of the report</title>" in document

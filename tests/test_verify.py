@@ -1,0 +1,149 @@
+"""A release that was changed anywhere is found out, and is not opened."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import SmallNet
+from releases import smoke
+
+from heimdall_onnx.errors import ParameterError, StoreError, VerificationError
+from heimdall_onnx.export import export_model
+from heimdall_onnx.publish import connect
+from heimdall_onnx.release import release_checkpoint
+from heimdall_onnx.store import list_keys, upload_file
+from heimdall_onnx.verify import load_model, read_manifest, verify_release
+
+pytestmark = pytest.mark.services
+
+BUCKET = "test-verify"
+
+
+@pytest.fixture(scope="module")
+def settings(embedded_settings, tmp_path_factory):
+    return embedded_settings.model_copy(update={"home": tmp_path_factory.mktemp("verify")})
+
+
+@pytest.fixture(scope="module")
+def released(settings, small):
+    result = release_checkpoint(smoke(small, BUCKET), settings)
+    assert result.success, result.error
+    return result
+
+
+@pytest.fixture
+def folder(released) -> str:
+    return released.s3_uri.removesuffix("/model.onnx")
+
+
+@pytest.fixture
+def connection(settings, reset_mlflow):
+    return connect(settings)
+
+
+@pytest.fixture
+def tampered(s3, folder):
+    """Change objects of the release; everything is put back afterwards."""
+    prefix = folder.removeprefix(f"s3://{BUCKET}/")
+    before = {}
+    for key in list_keys(s3, BUCKET, prefix):
+        stored = s3.get_object(Bucket=BUCKET, Key=key)
+        before[key] = (stored["Body"].read(), stored["Metadata"])
+
+    def change(name: str, body: bytes | None) -> None:
+        key = f"{prefix}/{name}"
+        if body is None:
+            s3.delete_object(Bucket=BUCKET, Key=key)
+        else:
+            s3.put_object(Bucket=BUCKET, Key=key, Body=body)
+
+    yield change
+    for key in set(list_keys(s3, BUCKET, prefix)) - set(before):
+        s3.delete_object(Bucket=BUCKET, Key=key)
+    for key, (body, metadata) in before.items():
+        s3.put_object(Bucket=BUCKET, Key=key, Body=body, Metadata=metadata)
+
+
+def differing(connection, folder: str) -> set[str]:
+    return {f.what.rsplit("/", 1)[-1] for f in verify_release(connection, folder) if not f.holds}
+
+
+def test_untouched_release_holds(connection, folder):
+    assert differing(connection, folder) == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "MLmodel", "metadata.json", "report.ipynb", "report.html"]
+)
+def test_changed_object_is_named(connection, folder, tampered, name):
+    tampered(name, b"x")
+    assert differing(connection, folder) == {name}
+
+
+def test_missing_object_is_named(connection, folder, tampered):
+    tampered("report.html", None)
+    assert differing(connection, folder) == {"report.html"}
+
+
+def test_added_object_is_named(connection, folder, tampered):
+    tampered("added.txt", b"x")
+    assert differing(connection, folder) == {"added.txt"}
+
+
+def test_rewritten_manifest_does_not_match_the_registry(connection, folder, tampered):
+    manifest = read_manifest(connection, folder)
+    tampered("manifest.json", json.dumps(manifest).encode())
+    assert any("manifest_sha256" in what for what in differing(connection, folder))
+
+
+def test_folder_without_manifest_is_no_release(connection, folder, tampered):
+    tampered("manifest.json", None)
+    with pytest.raises(VerificationError, match="is not a release"):
+        verify_release(connection, folder)
+
+
+def test_changed_model_is_not_opened(settings, folder, released, tampered):
+    tampered("model.onnx", b"x")
+    for kept in Path(settings.home, "models").glob("*/model.onnx"):
+        kept.unlink()
+    with pytest.raises(VerificationError, match="is not what was recorded"):
+        load_model(f"{folder}/model.onnx", settings=settings)
+    assert not list(Path(settings.home, "models").glob("*/model.onnx"))
+
+
+def test_rewritten_manifest_is_not_believed_through_the_registry(
+    settings, connection, folder, tampered
+):
+    tampered("manifest.json", json.dumps(read_manifest(connection, folder)).encode())
+    with pytest.raises(VerificationError, match="not the one that was registered"):
+        load_model("models:/test-model@staging", settings=settings)
+
+
+def test_damaged_local_copy_is_fetched_again(settings, folder, released):
+    session = load_model(folder, settings=settings)
+    (kept,) = Path(settings.home, "models").glob("*/model.onnx")
+    kept.write_bytes(b"damaged")
+    again = load_model(folder, settings=settings)
+    x = {"signal": np.ones((2, 2, 8, 8), np.float32)}
+    np.testing.assert_array_equal(session.run(None, x)[0], again.run(None, x)[0])
+
+
+def test_bare_object_is_opened_by_its_recorded_hash(settings, s3, bucket, tmp_path, released):
+    exported = export_model(SmallNet(), tmp_path / "m.onnx")
+    upload_file(s3, exported.path, bucket, "bare.onnx")
+    assert load_model(f"s3://{bucket}/bare.onnx", settings=settings).get_inputs()
+    s3.put_object(Bucket=bucket, Key="unknown.onnx", Body=exported.path.read_bytes())
+    with pytest.raises(VerificationError, match="records no SHA-256"):
+        load_model(f"s3://{bucket}/unknown.onnx", settings=settings)
+
+
+@pytest.mark.parametrize("uri", ["model.onnx", "http://x/y", "models:/name", "models:/a/b"])
+def test_address_of_another_kind_is_refused(settings, released, uri):
+    with pytest.raises(ParameterError, match="is no address of a model"):
+        load_model(uri, settings=settings)
+
+
+def test_object_that_is_not_there_is_said_to_be_missing(settings, bucket, released):
+    with pytest.raises(StoreError, match=r"none\.onnx"):
+        load_model(f"s3://{bucket}/none.onnx", settings=settings)
