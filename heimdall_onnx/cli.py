@@ -1,0 +1,328 @@
+"""The command line: passes values through and turns results into output and exit codes.
+
+Progress and messages go to standard error; results go to standard output. Everything heavy is
+imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from heimdall_onnx.errors import HeimdallError, ParameterError
+
+if TYPE_CHECKING:
+    from heimdall_onnx.publish import Connection
+    from heimdall_onnx.release import ReleaseResult
+    from heimdall_onnx.settings import Settings
+
+INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except HeimdallError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            context.exit(INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--json-logs", is_flag=True, help="Log as JSON lines on a terminal too.")
+@click.version_option(package_name="heimdall-onnx")
+def main(json_logs: bool) -> None:
+    """Release PyTorch checkpoints as ONNX models, with their evidence."""
+    from heimdall_onnx.logs import configure_logs
+
+    configure_logs(as_json=True if json_logs else None)
+
+
+def _release_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of `release` and `demo`; None means the default of the parameters."""
+    for option in (
+        click.option("--name", help="Name of the registered model."),
+        click.option("--bucket", help="Bucket of the releases."),
+        click.option("--prefix", help="Folder of the releases in the bucket."),
+        click.option("--tolerance", type=float, help="Limit of the mean absolute error."),
+        click.option("--alias", help="Registry alias that is moved to the release."),
+        click.option("--profile", help="How much is measured: smoke, quick or audit."),
+        click.option("--variants", help="Further forms of the model beside fp32."),
+        click.option("--run-id", help="MLflow run to log into."),
+        click.option(
+            "-p",
+            "extra",
+            nargs=2,
+            multiple=True,
+            metavar="NAME VALUE",
+            help="Any other parameter of the notebook; may be repeated.",
+        ),
+        click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell."),
+        click.option(
+            "--notebook",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Another notebook.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option("--model", help="Model class, pkg.mod:Class.")
+@click.option("--model-kwargs", help="Its keyword arguments, JSON.")
+@click.option("--eval-data", help="Evaluation inputs, .npz.")
+@_release_options
+def release(**options: Any) -> None:
+    """Release CHECKPOINT: run the notebook headlessly, judge it, publish, move the alias."""
+    _release(**options)
+
+
+@main.command()
+@_release_options
+def demo(**options: Any) -> None:
+    """Make a small trained checkpoint, if there is none yet, and release it."""
+    from heimdall_onnx.demo import make_demo
+    from heimdall_onnx.settings import Settings
+
+    folder = Settings.load().home / "demo"
+    click.echo(f"demo checkpoint in {folder}; training takes two minutes if it is new", err=True)
+    made = make_demo(folder)
+    click.echo(
+        f"{'taken as it is' if made.reused else 'trained'}: median error "
+        f"{made.median_error_m / 1000:.0f} km, always answering the middle "
+        f"{made.baseline_median_error_m / 1000:.0f} km",
+        err=True,
+    )
+    _release(checkpoint=str(made.checkpoint), eval_data=str(made.eval_data), **options)
+
+
+def _release(
+    *,
+    extra: Sequence[tuple[str, str]],
+    cell_timeout: int | None,
+    notebook: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    from heimdall_onnx.settings import Settings
+
+    # Read before anything heavy is imported, so that a misspelt name is answered at once.
+    values = {k: v for k, v in options.items() if v is not None} | dict(extra)
+    try:
+        from heimdall_onnx.parameters import check_parameters
+
+        if own := {"publish", "output_dir"} & {name for name, _ in extra}:
+            raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the command sets it")
+        parameters = check_parameters(values)
+        settings = Settings.load()
+    except HeimdallError as error:
+        if as_json:
+            from heimdall_onnx.release import ReleaseResult
+
+            failed = ReleaseResult(False, error.exit_code, "fail", error=str(error))
+            click.echo(json.dumps(failed.to_dict()))
+        raise
+    from heimdall_onnx.release import release_checkpoint
+
+    result = release_checkpoint(
+        parameters,
+        settings,
+        notebook=notebook,
+        cell_timeout=cell_timeout,
+        progress=sys.stderr.isatty() or not as_json,
+    )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), allow_nan=False))
+    else:
+        click.echo(_summary(result), err=not result.success)
+    if result.error:
+        click.echo(f"error: {result.error}", err=True)
+    click.get_current_context().exit(result.exit_code)
+
+
+def _summary(result: ReleaseResult) -> str:
+    lines = [("verdict", result.verdict)]
+    if result.speedup is not None:
+        lines.append(("speedup", f"{result.speedup:.2f}× (PyTorch over ONNX Runtime)"))
+    lines += [
+        (label, value)
+        for label, value in (
+            ("model", result.s3_uri),
+            ("report", result.report_uri),
+            ("rendered", result.report_html_uri),
+            ("manifest", result.manifest_uri),
+            ("registered", result.model_version and f"{result.model_name} {result.model_version}"),
+            ("MLflow run", result.run_id),
+        )
+        if value
+    ]
+    text = "\n".join(f"{label:<11}{value}" for label, value in lines)
+    if result.local_report:
+        text += f"\n\nread the report:   file://{result.local_report}"
+    if result.success:
+        text += (
+            f'\nopen the model:    python -c "import heimdall_onnx; '
+            f"print(heimdall_onnx.load_model('{result.s3_uri}'))\""
+            f"\ncheck the release: heimdall-onnx verify {result.version}"
+            "\nbrowse in MLflow:  heimdall-onnx services up"
+        )
+    return text
+
+
+@main.command()
+@click.argument(
+    "recordings", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORDING…"
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.npz")
+@click.option("--channels", type=click.Choice(["receivers", "iqm"]), default="receivers")
+@click.option(
+    "--position",
+    nargs=2,
+    type=float,
+    metavar="LAT LON",
+    help="True position of the transmitter, degrees.",
+)
+@click.option(
+    "--receiver",
+    "receivers",
+    multiple=True,
+    nargs=3,
+    type=(str, float, float),
+    metavar="NAME LAT LON",
+    help="Position of a receiver, degrees; may be repeated.",
+)
+@click.option("--n-fft", type=int, help="Samples in a Fourier transform.")
+@click.option("--hop-length", type=int, help="Samples between frames.")
+def features(
+    recordings: tuple[Path, ...],
+    output: Path,
+    channels: str,
+    position: tuple[float, float] | None,
+    receivers: Sequence[tuple[str, float, float]],
+    **parameters: int | None,
+) -> None:
+    """Turn IQ recordings into evaluation inputs."""
+    from heimdall_onnx.features import FeatureParameters, write_features
+
+    chosen = {k: v for k, v in parameters.items() if v is not None}
+    made = write_features(
+        recordings,
+        output,
+        parameters=FeatureParameters(channels=channels, **chosen),  # type: ignore[arg-type]
+        position=position,
+        receivers={name: (lat, lon) for name, lat, lon in receivers} or None,
+    )
+    click.echo(f"{made.path}: {made.count} windows, SHA-256 {made.sha256}")
+
+
+@main.group()
+def services() -> None:
+    """The embedded store and MLflow, on loopback."""
+
+
+def _show_services(call: Callable[[Settings], Sequence[Any]]) -> None:
+    from heimdall_onnx.settings import Settings
+
+    for status in call(Settings.load()):
+        state = "running" if status.running else "stopped"
+        detail = f"{status.address or '':<28}log {status.log}" if status.log else status.address
+        click.echo(f"{status.name:<12}{state:<10}{detail or ''}")
+
+
+@services.command()
+def up() -> None:
+    """Start what is not running."""
+    from heimdall_onnx.services import services_up
+
+    _show_services(services_up)
+
+
+@services.command()
+def down() -> None:
+    """Stop both; their data stays."""
+    from heimdall_onnx.services import services_down
+
+    _show_services(services_down)
+
+
+@services.command()
+def status() -> None:
+    """Say what is running, and where."""
+    from heimdall_onnx.services import services_status
+
+    _show_services(services_status)
+
+
+def _place_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--bucket", default="heimdall-models", show_default=True)(command)
+    return click.option("--prefix", default="models/localization", show_default=True)(command)
+
+
+def _connect() -> Connection:
+    from heimdall_onnx.publish import connect
+    from heimdall_onnx.settings import Settings
+
+    return connect(Settings.load())
+
+
+@main.command("list")
+@_place_options
+def list_(bucket: str, prefix: str) -> None:
+    """List the releases, oldest first."""
+    from heimdall_onnx.store import list_versions
+    from heimdall_onnx.verify import read_manifest
+
+    connection = _connect()
+    for version in list_versions(connection.client, bucket, prefix):
+        manifest = read_manifest(connection, f"s3://{bucket}/{prefix}/{version}")
+        named = manifest["mlflow"]
+        click.echo(
+            f"{version}  {manifest['verdict']:<12}"
+            f"{named['model_name']} version {named['model_version']}"
+        )
+
+
+@main.command()
+@click.argument("version")
+@_place_options
+def show(version: str, bucket: str, prefix: str) -> None:
+    """Print the manifest of VERSION, which may also be an s3:// address."""
+    from heimdall_onnx.verify import read_manifest
+
+    manifest = read_manifest(_connect(), _folder(version, bucket, prefix))
+    click.echo(json.dumps(manifest, indent=2, ensure_ascii=False))
+
+
+@main.command()
+@click.argument("version")
+@_place_options
+def verify(version: str, bucket: str, prefix: str) -> None:
+    """Download VERSION again and hold it against its manifest and the registry."""
+    from heimdall_onnx.errors import VerificationError
+    from heimdall_onnx.verify import verify_release
+
+    findings = verify_release(_connect(), _folder(version, bucket, prefix))
+    for finding in findings:
+        click.echo(f"{'holds' if finding.holds else 'DIFFERS':<9}{finding.what}")
+        if not finding.holds:
+            click.echo(f"         expected {finding.expected}\n         found    {finding.found}")
+    wrong = [finding for finding in findings if not finding.holds]
+    if wrong:
+        raise VerificationError(
+            f"{len(wrong)} of {len(findings)} findings differ; don't use this release"
+        )
+
+
+def _folder(version: str, bucket: str, prefix: str) -> str:
+    return version if version.startswith("s3://") else f"s3://{bucket}/{prefix}/{version}"

@@ -1,0 +1,165 @@
+"""The command line passes values through and turns results into exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from scipy.io import wavfile
+
+from heimdall_onnx.cli import main
+from heimdall_onnx.demo import make_demo
+from heimdall_onnx.settings import Settings
+
+pytestmark = pytest.mark.services
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "heimdall_onnx", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli-home")
+    make_demo(folder / "demo", seconds=3)
+    return folder
+
+
+@pytest.fixture
+def configured(embedded_settings: Settings, home: Path) -> None:
+    """The environment as a user of these services would set it."""
+    embedded_settings.model_copy(update={"home": home}).apply()
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{home / 'mlflow.db'}"
+
+
+def test_help_names_every_command():
+    text = call("--help").output
+    for command in ("release", "features", "demo", "services", "list", "show", "verify"):
+        assert command in text
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; import heimdall_onnx.cli; "
+        "print([m for m in ('torch', 'mlflow', 'onnxruntime', 'boto3', 'matplotlib', 'scipy') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_unknown_option_is_bad_usage():
+    assert call("release", "x.ckpt", "--nonsense").exit_code == 2
+
+
+def test_unknown_parameter_suggests_the_nearest(configured):
+    done = run("release", "x.ckpt", "-p", "tolerence", "1", "--json")
+    assert done.returncode == 2
+    assert "did you mean tolerance" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["success"] is False
+
+
+def test_mistyped_parameter_is_bad_input(configured):
+    result = call("release", "x.ckpt", "-p", "batch_size", "many")
+    assert result.exit_code == 2
+    assert "batch_size" in result.output
+
+
+def test_missing_checkpoint_is_bad_input_and_named(configured):
+    done = run("release", "missing.ckpt", "--json")
+    assert done.returncode == 2
+    assert "missing.ckpt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_demo_is_released_listed_shown_verified_and_noticed_when_changed(configured, s3, bucket):
+    done = run("demo", "--profile", "smoke", "--bucket", bucket, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) >= {
+        *("success", "verdict", "version", "s3_uri", "report_uri", "report_html_uri"),
+        *("manifest_uri", "model_name", "model_version", "run_id", "speedup", "gates"),
+    }
+    assert result["s3_uri"].endswith("/model.onnx")
+
+    version = result["version"]
+    assert version in call("list", "--bucket", bucket).output
+    shown = call("show", version, "--bucket", bucket)
+    assert json.loads(shown.output)["version"] == version
+    assert call("verify", version, "--bucket", bucket).exit_code == 0
+
+    key = f"models/localization/{version}/metadata.json"
+    s3.put_object(Bucket=bucket, Key=key, Body=b"{}")
+    changed = call("verify", version, "--bucket", bucket)
+    assert changed.exit_code == 3
+    assert "metadata.json" in changed.output
+
+
+def test_summary_names_addresses_and_what_to_do_next(configured, bucket):
+    result = call("demo", "--profile", "smoke", "--bucket", bucket)
+    assert result.exit_code == 0, result.output
+    for words in ("pass (smoke)", "speedup", "s3://", "file://", "load_model", "verify"):
+        assert words in result.output
+
+
+def test_show_of_no_release_says_so(configured, bucket):
+    result = call("show", "v20000101_000000", "--bucket", bucket)
+    assert result.exit_code == 3
+    assert "is not a release" in result.output
+
+
+def test_store_out_of_reach_is_a_service_failure(configured):
+    done = run("list", env={**os.environ, "MLFLOW_S3_ENDPOINT_URL": "http://127.0.0.1:9"})
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+
+
+def test_features_of_plain_recordings(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = []
+    for name in "abc":
+        samples = (rng.standard_normal((24000, 2)) * 1000).astype(np.int16)
+        paths.append(tmp_path / f"{name}.wav")
+        wavfile.write(paths[-1], 12000, samples)
+    output = tmp_path / "out.npz"
+    result = call("features", *paths, "-o", output, "--position", 50.0, 9.0)
+    assert result.exit_code == 0, result.output
+    with np.load(output) as made:
+        assert made["mel_spectrogram"].shape[1:] == (3, 128, 32)
+        assert (made["positions"] == (50.0, 9.0)).all()
+
+
+def test_features_of_a_broken_recording_are_bad_input(tmp_path):
+    (tmp_path / "x.wav").write_bytes(b"RIFF")
+    result = call("features", tmp_path / "x.wav", "-o", tmp_path / "o.npz", "--channels", "iqm")
+    assert result.exit_code == 2
+    assert "x.wav" in result.output
+    assert not (tmp_path / "o.npz").exists()
+
+
+def test_services_go_up_and_down(tmp_path):
+    os.environ["HEIMDALL_HOME"] = str(tmp_path / "home")
+    try:
+        up = call("services", "up")
+        assert up.exit_code == 0, up.output
+        assert up.output.count("running") == 2
+        assert "http://127.0.0.1:" in up.output
+    finally:
+        down = call("services", "down")
+    assert down.stdout.count("stopped  ") == 2
+    assert call("services", "status").stdout.count("stopped  ") == 2
