@@ -34,7 +34,6 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 import torch
-from scipy import stats
 from torch import nn
 
 from heimdall_onnx.errors import BenchmarkError
@@ -248,6 +247,8 @@ def min_samples(percentile: float) -> int:
     The fewest for which, with 99% confidence, at least two of them lie at or beyond the
     percentile, so that it is not merely the largest value seen.
     """
+    from scipy import stats
+
     n = 2
     while stats.binom.cdf(1, n, 1 - percentile / 100) >= 0.01:
         n += 1
@@ -256,6 +257,8 @@ def min_samples(percentile: float) -> int:
 
 def percentiles_with_intervals(samples_ms: Floats) -> tuple[Percentile, ...]:
     """Every percentile of `PERCENTILES` that ``samples_ms`` are enough for."""
+    from scipy import stats
+
     found = []
     for percentile in PERCENTILES:
         if samples_ms.size < min_samples(percentile):
@@ -286,6 +289,8 @@ def paired_speedup(slow: Sequence[Floats], fast: Sequence[Floats]) -> Speedup:
         fast: Blocks of the other; the i-th ran in the same half of a round as the i-th of
             ``slow``.
     """
+    from scipy import stats
+
     ratios = np.array(
         [np.median(a) / np.median(b) for a, b in zip(slow, fast, strict=True)], dtype=np.float64
     )

@@ -17,9 +17,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
 import structlog
 import torch
 from torch import nn
@@ -35,6 +34,9 @@ from heimdall_onnx.export_checks import (
 )
 from heimdall_onnx.onnx_file import write_model
 from heimdall_onnx.signature import Signature, signature_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 log = structlog.get_logger(__name__)
 
@@ -211,6 +213,8 @@ def _torchscript(
     )
     scattered = [p for p in path.parent.iterdir() if p != path]
     if scattered or path.stat().st_size > _ONE_FILE_LIMIT:
+        import onnx_ir as ir
+
         raw = path.parent / "raw"
         raw.mkdir()
         for file in (path, *scattered):
@@ -287,6 +291,8 @@ def _strip_node(node: ir.Node) -> None:
 
 def _name_axes(model: ir.Model, signature: Signature) -> None:
     """Call the outputs' symbolic axes what the signature calls them, not by their formula."""
+    import onnx_ir as ir
+
     axes = {spec.name: named_axes(spec) for spec in signature.outputs}
     for value in model.graph.outputs:
         if value.shape is None or len(value.shape) == 0:

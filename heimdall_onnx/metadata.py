@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from heimdall_onnx.benchmark import LatencyReport
-from heimdall_onnx.compare import ParityReport
-from heimdall_onnx.signature import Signature
+    from heimdall_onnx.benchmark import LatencyReport
+    from heimdall_onnx.compare import ParityReport
+    from heimdall_onnx.signature import Signature
 
 
 def describe_model(

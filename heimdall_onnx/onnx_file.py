@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import onnx
-import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from heimdall_onnx.errors import InvalidModelError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _GRAPH = 7  # ModelProto.graph
 _INITIALIZER = 5  # GraphProto.initializer
@@ -82,6 +84,8 @@ def write_model(model: ir.Model, path: Path, *, external_data: str, limit: int) 
     Raises:
         OSError: If a file can't be written.
     """
+    import onnx_ir as ir
+
     initializers = dict(model.graph.initializers)
     # Encoding only what can fit: a larger model would be encoded here for nothing.
     if sum(_tensor(value).nbytes for value in initializers.values()) <= limit:
@@ -111,6 +115,8 @@ def _tensor(initializer: ir.Value) -> ir.TensorProtocol:
 
 
 def _encode(initializer: ir.Value) -> bytes:
+    import onnx_ir as ir
+
     tensor = _tensor(initializer)
     if isinstance(tensor, ir.ExternalTensor):
         tensor = ir.Tensor(tensor.numpy(), dtype=tensor.dtype)

@@ -15,17 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from torch import nn
 
 from heimdall_onnx.errors import HeimdallError
-from heimdall_onnx.export import ExportResult
-from heimdall_onnx.gates import Verdict
 from heimdall_onnx.metadata import describe_model
-from heimdall_onnx.parameters import ReleaseParameters
-from heimdall_onnx.registry import MLflowTracker, initialize_mlflow, write_mlmodel_folder
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
-from heimdall_onnx.signature import Signature
 from heimdall_onnx.store import (
     MANIFEST,
     StoredObject,
@@ -41,6 +35,13 @@ from heimdall_onnx.store import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from torch import nn
+
+    from heimdall_onnx.export import ExportResult
+    from heimdall_onnx.gates import Verdict
+    from heimdall_onnx.parameters import ReleaseParameters
+    from heimdall_onnx.registry import MLflowTracker
+    from heimdall_onnx.signature import Signature
 
 log = structlog.get_logger(__name__)
 
@@ -146,6 +147,8 @@ def connect(settings: Settings) -> Connection:
     Raises:
         ServiceError: If one of them can't be reached or refuses.
     """
+    from heimdall_onnx.registry import initialize_mlflow
+
     settings = ensure_store(settings)
     return Connection(settings, make_client(settings), initialize_mlflow(settings))
 
@@ -215,6 +218,8 @@ def _upload_folder(
     run_id: str,
     described: Mapping[str, Any],
 ) -> tuple[StoredObject, ...]:
+    from heimdall_onnx.mlmodel import write_mlmodel_folder
+
     with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as beside:
         write_mlmodel_folder(
             Path(beside), signature, model_size_bytes=exported.size_bytes, run_id=run_id

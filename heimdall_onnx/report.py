@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nbformat
-from nbconvert import HTMLExporter
-from nbformat import NotebookNode
-
-from heimdall_onnx.benchmark import LatencyReport
-from heimdall_onnx.checkpoint import LoadedModel
-from heimdall_onnx.compare import ParityReport
-from heimdall_onnx.departure import Departure
 from heimdall_onnx.environment import capture_environment
-from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.gates import Gate, Verdict, escape_markdown
 from heimdall_onnx.metadata import summarize_metrics
 from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+    from heimdall_onnx.benchmark import LatencyReport
+    from heimdall_onnx.checkpoint import LoadedModel
+    from heimdall_onnx.compare import ParityReport
+    from heimdall_onnx.departure import Departure
+    from heimdall_onnx.evaluation import EvaluationData
 
 RECORD = "release"
 NO_ALTERNATIVE = 'alt="No description has been provided for this image"'
@@ -134,6 +134,8 @@ def _recorded_verdict(record: dict[str, Any]) -> Verdict | None:
 
 def read_notebook(path: Path) -> NotebookNode:
     """Read a notebook file."""
+    import nbformat
+
     return nbformat.read(path, as_version=4)
 
 
@@ -146,6 +148,8 @@ def put_verdict_first(path: Path, *, passed: bool, title: str, facts: dict[str, 
         title: What it is about, e.g. the release version.
         facts: What a reviewer must see at once: label to value, shown as inert text.
     """
+    import nbformat
+
     notebook = read_notebook(path)
     mark = "✔ PASS" if passed else "✘ FAIL"
     lines = [f"# {mark} — {escape_markdown(title)}", "", "| | |", "|---|---|"]
@@ -162,6 +166,8 @@ def put_verdict_first(path: Path, *, passed: bool, title: str, facts: dict[str, 
 
 def render_html(path: Path, title: str) -> Path:
     """Render an executed notebook beside itself as one HTML file that needs no network."""
+    from nbconvert import HTMLExporter
+
     exporter = HTMLExporter(
         template_name="lab",
         embed_images=True,
