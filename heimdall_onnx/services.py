@@ -321,9 +321,12 @@ def _mlflow_environment(settings: Settings) -> dict[str, str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_S3_ENDPOINT_URL": settings.s3_endpoint_url or "",
     }
-    if settings.s3_access_key_id and settings.s3_secret_access_key:
-        environment["AWS_ACCESS_KEY_ID"] = settings.s3_access_key_id.get_secret_value()
-        environment["AWS_SECRET_ACCESS_KEY"] = settings.s3_secret_access_key.get_secret_value()
+    if credentials := settings.credentials:
+        environment["AWS_ACCESS_KEY_ID"] = credentials.access_key_id.get_secret_value()
+        environment["AWS_SECRET_ACCESS_KEY"] = credentials.secret_access_key.get_secret_value()
+        environment.pop("AWS_SESSION_TOKEN", None)
+        if credentials.session_token:
+            environment["AWS_SESSION_TOKEN"] = credentials.session_token.get_secret_value()
     return environment
 
 

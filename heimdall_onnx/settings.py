@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from dotenv import find_dotenv
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_onnx.errors import SettingsError
+
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+class Credentials(NamedTuple):
+    """What signs a request to the store."""
+
+    access_key_id: SecretStr
+    secret_access_key: SecretStr
+    session_token: SecretStr | None = None
 
 
 class Settings(BaseSettings):
@@ -23,33 +36,34 @@ class Settings(BaseSettings):
         mlflow_tracking_uri: ``http(s)://…``, ``sqlite:///…`` or ``postgresql://…``; None means
             SQLite below ``home``.
         s3_endpoint_url: The S3 store; None means that the embedded store is started.
-        s3_access_key_id: With ``s3_secret_access_key``, the store's credentials; None leaves the
-            choice to boto3's usual chain.
+        s3_access_key_id: With ``s3_secret_access_key``, the store's credentials; see
+            `credentials` for what takes their place.
+        s3_secret_access_key: Its other half.
+        aws_access_key_id: With the next two, the usual AWS variables.
+        aws_secret_access_key: Its other half.
+        aws_session_token: Of temporary credentials.
         artifact_uri: Where MLflow keeps the artifacts of new experiments.
         experiment_name: MLflow experiment of the release runs.
         home: Folder of the embedded services and of local working files.
         recordings: Folder with real recordings, for tests and measurements.
     """
 
-    model_config = SettingsConfigDict(extra="ignore", frozen=True)
+    # Compose files and CI systems pass what is not set as an empty string.
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, env_ignore_empty=True)
 
     mlflow_tracking_uri: SecretStr | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
     s3_endpoint_url: str | None = Field(None, validation_alias="MLFLOW_S3_ENDPOINT_URL")
-    s3_access_key_id: SecretStr | None = Field(
-        None, validation_alias=AliasChoices("MLFLOW_S3_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID")
-    )
+    s3_access_key_id: SecretStr | None = Field(None, validation_alias="MLFLOW_S3_ACCESS_KEY_ID")
     s3_secret_access_key: SecretStr | None = Field(
-        None, validation_alias=AliasChoices("MLFLOW_S3_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY")
+        None, validation_alias="MLFLOW_S3_SECRET_ACCESS_KEY"
     )
+    aws_access_key_id: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
+    aws_secret_access_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
+    aws_session_token: SecretStr | None = Field(None, validation_alias="AWS_SESSION_TOKEN")
     artifact_uri: str = Field("s3://heimdall-mlflow", validation_alias="MLFLOW_ARTIFACT_URI")
     experiment_name: str = Field("heimdall-localization", validation_alias="MLFLOW_EXPERIMENT_NAME")
     home: Path = Field(Path(".heimdall"), validation_alias="HEIMDALL_HOME")
     recordings: Path | None = Field(None, validation_alias="HEIMDALL_RECORDINGS")
-
-    @field_validator("mlflow_tracking_uri", "s3_endpoint_url", "recordings", mode="before")
-    @classmethod
-    def _empty_means_unset(cls, value: object) -> object:
-        return None if value == "" else value
 
     @field_validator("home")
     @classmethod
@@ -66,6 +80,29 @@ class Settings(BaseSettings):
         if self.mlflow_tracking_uri is None:
             return SecretStr(f"sqlite:///{self.home / 'mlflow.db'}")
         return SecretStr(with_driver(self.mlflow_tracking_uri.get_secret_value()))
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """The store's credentials; None leaves the choice to boto3's chain (profile, role).
+
+        That is the pair that begins with ``MLFLOW_S3_``, else the one that begins with ``AWS_``
+        and its token; halves of two pairs are never put together.
+
+        Raises:
+            SettingsError: If only one half of a pair is set.
+        """
+        for prefix, key_id, secret, token in (
+            ("MLFLOW_S3", self.s3_access_key_id, self.s3_secret_access_key, None),
+            ("AWS", self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token),
+        ):
+            if key_id and secret:
+                return Credentials(key_id, secret, token)
+            if key_id or secret:
+                raise SettingsError(
+                    f"{prefix}_ACCESS_KEY_ID and {prefix}_SECRET_ACCESS_KEY must be set together; "
+                    "only one of them is"
+                )
+        return None
 
     @classmethod
     def load(cls) -> Settings:
@@ -90,21 +127,30 @@ class Settings(BaseSettings):
         """Put every setting into the environment.
 
         Child processes inherit it from there, and MLflow's own S3 client finds the store's
-        address and credentials.
+        address and credentials, and no proxy in front of a store on this machine.
         """
-        for name, value in (
-            ("MLFLOW_TRACKING_URI", self.tracking_uri),
-            ("MLFLOW_S3_ENDPOINT_URL", self.s3_endpoint_url),
-            ("AWS_ACCESS_KEY_ID", self.s3_access_key_id),
-            ("AWS_SECRET_ACCESS_KEY", self.s3_secret_access_key),
-            ("MLFLOW_ARTIFACT_URI", self.artifact_uri),
-            ("MLFLOW_EXPERIMENT_NAME", self.experiment_name),
-            ("HEIMDALL_HOME", str(self.home)),
-        ):
-            if value is not None:
-                os.environ[name] = (
-                    value.get_secret_value() if isinstance(value, SecretStr) else value
-                )
+        os.environ |= {
+            "MLFLOW_TRACKING_URI": self.tracking_uri.get_secret_value(),
+            "MLFLOW_ARTIFACT_URI": self.artifact_uri,
+            "MLFLOW_EXPERIMENT_NAME": self.experiment_name,
+            "HEIMDALL_HOME": str(self.home),
+        }
+        if self.s3_endpoint_url is not None:
+            os.environ["MLFLOW_S3_ENDPOINT_URL"] = self.s3_endpoint_url
+        if urlsplit(self.s3_endpoint_url or "").hostname in LOOPBACK_HOSTS:
+            beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+            os.environ["no_proxy"] = ",".join(filter(None, (beside, *LOOPBACK_HOSTS)))
+        if credentials := self.credentials:
+            names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+            for name, value in zip(names, credentials, strict=True):
+                if value is None:
+                    os.environ.pop(name, None)  # a token of other credentials
+                else:
+                    os.environ[name] = value.get_secret_value()
+            if credentials.session_token is None:
+                # Over a pair of ours that may be there for another store.
+                for name in names[:2]:
+                    os.environ[name.replace("AWS", "MLFLOW_S3")] = os.environ[name]
 
 
 def with_driver(uri: str) -> str:

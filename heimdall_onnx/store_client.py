@@ -14,13 +14,12 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from heimdall_onnx.errors import ObjectExistsError, SettingsError, StoreError
+from heimdall_onnx.settings import LOOPBACK_HOSTS
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
     from heimdall_onnx.settings import Settings
-
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 _EXISTS_CODES = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
 _CREDENTIALS = "check MLFLOW_S3_ACCESS_KEY_ID and MLFLOW_S3_SECRET_ACCESS_KEY"
@@ -56,19 +55,15 @@ def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int
         attempts: How often a call that failed on its way is made, the first time included.
 
     Raises:
-        SettingsError: If there is no usable address; `ensure_store` provides the embedded store's.
+        SettingsError: If there is no usable address, or half a pair of credentials;
+            `ensure_store` provides the embedded store's.
     """
     endpoint = settings.s3_endpoint_url
     if endpoint is None:
         raise SettingsError(
             "MLFLOW_S3_ENDPOINT_URL is not set and the embedded store was not started"
         )
-    key_id, secret = settings.s3_access_key_id, settings.s3_secret_access_key
-    if (key_id is None) != (secret is None):
-        raise SettingsError(
-            "MLFLOW_S3_ACCESS_KEY_ID and MLFLOW_S3_SECRET_ACCESS_KEY must be set together; "
-            "only one of them is"
-        )
+    key_id, secret, token = settings.credentials or (None, None, None)
     session = boto3.session.Session()
     try:
         return session.client(
@@ -76,6 +71,7 @@ def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int
             endpoint_url=endpoint,
             aws_access_key_id=key_id.get_secret_value() if key_id else None,
             aws_secret_access_key=secret.get_secret_value() if secret else None,
+            aws_session_token=token.get_secret_value() if token else None,
             region_name=session.region_name or "us-east-1",
             config=Config(
                 signature_version="s3v4",
@@ -84,7 +80,7 @@ def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int
                 read_timeout=read_timeout_s,
                 retries={"mode": "standard", "total_max_attempts": attempts},
                 # botocore would send loopback traffic through a proxy of the environment.
-                proxies={} if urlsplit(endpoint).hostname in _LOOPBACK else None,
+                proxies={} if urlsplit(endpoint).hostname in LOOPBACK_HOSTS else None,
             ),
         )
     except ValueError as error:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from heimdall_onnx.errors import SettingsError
-from heimdall_onnx.settings import Settings, with_driver
+from heimdall_onnx.settings import Credentials, Settings, with_driver
 
 VARIABLES = {
     "MLFLOW_TRACKING_URI": "postgresql://user:tracking-secret@db/mlflow",
@@ -21,12 +21,17 @@ VARIABLES = {
     "HEIMDALL_HOME": "/srv/heimdall",
     "HEIMDALL_RECORDINGS": "/srv/recordings",
 }
+AWS = {
+    "AWS_ACCESS_KEY_ID": "aws-id",
+    "AWS_SECRET_ACCESS_KEY": "aws-secret",
+    "AWS_SESSION_TOKEN": "aws-token",
+}
 
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder to work in, and none of the variables set."""
-    for name in (*VARIABLES, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+    for name in (*VARIABLES, *AWS, "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -87,21 +92,32 @@ def test_the_environment_wins_over_the_dotenv_file(
 def test_the_usual_aws_variables_serve_where_ours_are_not_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "aws-id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws-secret")
-    settings = Settings.load()
-    assert settings.s3_access_key_id.get_secret_value() == "aws-id"
-    assert settings.s3_secret_access_key.get_secret_value() == "aws-secret"
+    assert Settings.load().credentials is None
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    assert plain(Settings.load().credentials) == ["aws-id", "aws-secret", "aws-token"]
+
+
+def test_halves_of_two_pairs_are_never_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLFLOW_S3_ACCESS_KEY_ID", "our-id")
-    assert Settings.load().s3_access_key_id.get_secret_value() == "our-id"
+    with pytest.raises(SettingsError, match=r"MLFLOW_S3_SECRET_ACCESS_KEY must be set together"):
+        _ = Settings.load().credentials
+    monkeypatch.setenv("MLFLOW_S3_SECRET_ACCESS_KEY", "our-secret")
+    assert plain(Settings.load().credentials) == ["our-id", "our-secret", None]
 
 
-@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL"])
+def plain(credentials: Credentials | None) -> list[str | None]:
+    assert credentials is not None
+    return [value and value.get_secret_value() for value in credentials]
+
+
+@pytest.mark.parametrize("name", [*VARIABLES, *AWS])
 def test_an_empty_variable_is_an_unset_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unset = Settings.load()
     monkeypatch.setenv(name, "")
-    settings = Settings.load()
-    assert settings.s3_endpoint_url is None
-    assert settings.tracking_uri.get_secret_value().startswith("sqlite:////")
+    assert Settings.load() == unset
 
 
 def test_the_home_does_not_depend_on_where_one_stands_later(
@@ -167,6 +183,44 @@ def test_applied_settings_reach_child_processes(monkeypatch: pytest.MonkeyPatch)
     expected = {n: v for n, v in VARIABLES.items() if n != "HEIMDALL_RECORDINGS"}
     expected["MLFLOW_TRACKING_URI"] = with_driver(VARIABLES["MLFLOW_TRACKING_URI"])
     assert again == expected
+
+
+def test_temporary_credentials_replace_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.load()
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
+    settings.apply()
+    assert {name: os.environ[name] for name in AWS} == AWS
+
+
+def test_a_token_does_not_stay_beside_credentials_it_was_not_made_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
+    monkeypatch.setenv("MLFLOW_S3_ACCESS_KEY_ID", "of another store")
+    settings = Settings(_env_file=None).model_copy(
+        update={"s3_access_key_id": SecretStr("id"), "s3_secret_access_key": SecretStr("secret")}
+    )
+    settings.apply()
+    assert "AWS_SESSION_TOKEN" not in os.environ
+    assert plain(Settings.load().credentials) == ["id", "secret", None]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "expected"),
+    [
+        ("http://127.0.0.1:9000", "internal.example,127.0.0.1,localhost,::1"),
+        ("https://s3.example", "internal.example"),
+    ],
+)
+def test_no_proxy_stands_before_a_store_on_this_machine(
+    endpoint: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "internal.example")
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", endpoint)
+    Settings.load().apply()
+    assert os.environ.get("no_proxy", os.environ["NO_PROXY"]) == expected
 
 
 def test_what_is_unset_stays_unset() -> None:
