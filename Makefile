@@ -27,7 +27,7 @@ else
 endif
 
 test: $(VENV)/.installed ## Run the tests on real services
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(OPTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(OPTIONS)
 
 lab: $(VENV)/.installed ## Open the notebook in JupyterLab
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/release.ipynb

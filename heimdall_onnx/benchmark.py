@@ -32,15 +32,15 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import numpy.typing as npt
-import structlog
 import torch
 from torch import nn
 
 from heimdall_onnx.errors import BenchmarkError
 from heimdall_onnx.inference import load_onnx, load_pytorch
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.signature import Arrays, Signature
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 Floats = npt.NDArray[np.float64]
 
@@ -168,7 +168,8 @@ def measure_latency(
         signature: Names and order of inputs and outputs.
         calls: Counted calls of each contender, at least.
         min_seconds: Go on until the blocks have taken this long as well.
-        threads: Intra-op threads of each; None takes the processors this process may use.
+        threads: Intra-op threads of each; None takes as many as PyTorch does in this process,
+            which is what ``OMP_NUM_THREADS`` says, else its processors.
         seed: Of the order in which the contenders take turns.
         progress: Called with (calls done, calls wanted) of each contender.
 
@@ -176,7 +177,7 @@ def measure_latency(
         BenchmarkError: If the model can't be pickled, or a worker process dies, fails or does not
             answer in time.
     """
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or torch.get_num_threads()
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
         model_file = Path(folder) / "model.pkl"

@@ -18,16 +18,16 @@ from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
-import structlog
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from heimdall_onnx.errors import CheckpointError, HeimdallError, ParameterError
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.signature import Signature, signature_of
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 DEFAULT_MODEL = "heimdall_onnx.localization_net:LocalizationNet"
 _LIGHTNING_PREFIX = "model."

@@ -55,7 +55,7 @@ def _release_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--tolerance", type=float, help="Limit of the mean absolute error."),
         click.option("--alias", help="Registry alias that is moved to the release."),
         click.option("--profile", help="How much is measured: smoke, quick or audit."),
-        click.option("--variants", help="Further forms of the model beside fp32."),
+        click.option("--variants", help="Further forms of the model beside fp32; none so far."),
         click.option("--run-id", help="MLflow run to log into."),
         click.option(
             "-p",
@@ -85,29 +85,39 @@ def _release_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_release_options
 def release(**options: Any) -> None:
     """Release CHECKPOINT: run the notebook headlessly, judge it, publish, move the alias."""
-    _release(**options)
+    _release(lambda settings: {}, **options)
 
 
 @main.command()
 @_release_options
 def demo(**options: Any) -> None:
     """Make a small trained checkpoint, if there is none yet, and release it."""
-    from heimdall_onnx.demo import make_demo
-    from heimdall_onnx.settings import Settings
+    _release(_make_demo, **options)
 
-    folder = Settings.load().home / "demo"
+
+def _make_demo(settings: Settings) -> dict[str, str]:
+    """The demo's files as parameters of a release."""
+    from heimdall_onnx.demo import make_demo
+
+    folder = settings.home / "demo"
     click.echo(f"demo checkpoint in {folder}; training takes two minutes if it is new", err=True)
-    made = make_demo(folder)
+    with click.progressbar(
+        length=100, file=sys.stderr, item_show_func=lambda what: what or ""
+    ) as bar:
+        made = make_demo(
+            folder, progress=lambda share, what: bar.update(int(100 * share) - bar.pos, what)
+        )
     click.echo(
         f"{'taken as it is' if made.reused else 'trained'}: median error "
         f"{made.median_error_m / 1000:.0f} km, always answering the middle "
         f"{made.baseline_median_error_m / 1000:.0f} km",
         err=True,
     )
-    _release(checkpoint=str(made.checkpoint), eval_data=str(made.eval_data), **options)
+    return {"checkpoint": str(made.checkpoint), "eval_data": str(made.eval_data)}
 
 
 def _release(
+    inputs: Callable[[Settings], dict[str, str]],
     *,
     extra: Sequence[tuple[str, str]],
     cell_timeout: int | None,
@@ -126,6 +136,7 @@ def _release(
             raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the command sets it")
         parameters = check_parameters(values)
         settings = Settings.load()
+        parameters = parameters.model_copy(update=inputs(settings))
     except HeimdallError as error:
         if as_json:
             from heimdall_onnx.release import ReleaseResult
@@ -145,13 +156,14 @@ def _release(
     if as_json:
         click.echo(json.dumps(result.to_dict(), allow_nan=False))
     else:
-        click.echo(_summary(result), err=not result.success)
+        click.echo(summary(result), err=not result.success)
     if result.error:
         click.echo(f"error: {result.error}", err=True)
     click.get_current_context().exit(result.exit_code)
 
 
-def _summary(result: ReleaseResult) -> str:
+def summary(result: ReleaseResult) -> str:
+    """What a person wants to know of a release, and what to do next."""
     lines = [("verdict", result.verdict)]
     if result.speedup is not None:
         lines.append(("speedup", f"{result.speedup:.2f}× (PyTorch over ONNX Runtime)"))
@@ -280,17 +292,29 @@ def _connect() -> Connection:
 @_place_options
 def list_(bucket: str, prefix: str) -> None:
     """List the releases, oldest first."""
-    from heimdall_onnx.store import list_versions
+    from heimdall_onnx.errors import VerificationError
+    from heimdall_onnx.store import bucket_exists, list_versions
     from heimdall_onnx.verify import read_manifest
 
     connection = _connect()
+    if not bucket_exists(connection.client, bucket):
+        click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
+        return
+    unreadable = []
     for version in list_versions(connection.client, bucket, prefix):
-        manifest = read_manifest(connection, f"s3://{bucket}/{prefix}/{version}")
+        try:
+            manifest = read_manifest(connection, f"s3://{bucket}/{prefix}/{version}")
+        except VerificationError as error:
+            unreadable.append(version)
+            click.echo(f"{version}  {error}")
+            continue
         named = manifest["mlflow"]
         click.echo(
             f"{version}  {manifest['verdict']:<12}"
             f"{named['model_name']} version {named['model_version']}"
         )
+    if unreadable:
+        raise VerificationError(f"the manifest can't be read of {', '.join(unreadable)}")
 
 
 @main.command()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 from onnxruntime import InferenceSession
 from torch import nn
 
@@ -24,10 +23,11 @@ from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.gates import Gate
 from heimdall_onnx.ground import GroundAccumulator, GroundReport, middle_of
 from heimdall_onnx.inference import run_onnx, run_pytorch
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 EVALUATION = "evaluation data"
 RTOL = 1.3e-6  # torch.testing's default for float32

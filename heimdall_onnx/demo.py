@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +30,10 @@ from heimdall_onnx.features import (
 )
 from heimdall_onnx.fit import BATCH, Captures, Progress, fit
 from heimdall_onnx.ground import distance_m
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.simulate import CHANNEL, PARAMETERS, RECEIVERS, simulate_captures
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _VERSION = 1  # of simulation and training; another one makes an old demo be made anew
 _LARGEST_POOL = 2048

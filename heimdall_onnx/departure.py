@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from heimdall_onnx.graph_scopes import ScopedGraph
 from heimdall_onnx.inference import run_pytorch
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.signature import Arrays, signature_of
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 ROOT = "(model)"
 # Rounding within a faithful export of ConvNeXt, tiny and large, at opsets 14 and 20, reaches

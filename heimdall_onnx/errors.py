@@ -19,6 +19,7 @@ HeimdallError                      exit 1
     ├── StoreError                 the object store
     │   └── ObjectExistsError      an object that must not be overwritten is already there
     └── RegistryError              the model registry
+        └── NotRegisteredError     it has no such model, version or run
 ```
 """
 
@@ -103,6 +104,10 @@ class ObjectExistsError(StoreError):
 
 class RegistryError(ServiceError):
     """The model registry could not be reached, or refused."""
+
+
+class NotRegisteredError(RegistryError):
+    """The model registry has no model, version or run of that name."""
 
 
 def error_class(name: str) -> type[HeimdallError] | None:

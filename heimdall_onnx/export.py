@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 import torch
 from torch import nn
 
@@ -32,13 +31,14 @@ from heimdall_onnx.export_checks import (
     prove_axes,
     short_reason,
 )
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.onnx_file import write_model
 from heimdall_onnx.signature import Signature, signature_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 OPSETS = range(9, 24)
 _FIRST_TORCH_EXPORT_OPSET = 18

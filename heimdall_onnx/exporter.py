@@ -8,16 +8,22 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from torch import nn
 
 from heimdall_onnx.benchmark import measure_latency, min_samples
 from heimdall_onnx.compare import compare_outputs, locate_departure
-from heimdall_onnx.errors import HeimdallError, ParameterError, ParityError, RegistryError
+from heimdall_onnx.errors import (
+    HeimdallError,
+    InvalidModelError,
+    ParameterError,
+    ParityError,
+    RegistryError,
+)
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import eval_mode, export_model
 from heimdall_onnx.gates import Verdict
 from heimdall_onnx.inference import open_session
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
 from heimdall_onnx.publish import METADATA, object_metadata, to_json, version_tags
 from heimdall_onnx.registry import STAGES, MLflowTracker, write_mlmodel_folder
@@ -29,6 +35,7 @@ from heimdall_onnx.store import (
     ensure_bucket,
     exists,
     hash_file,
+    head,
     parse_uri,
     upload_file,
 )
@@ -37,7 +44,7 @@ from heimdall_onnx.validate import ModelInfo, validate_model
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class ONNXExporter:
@@ -151,12 +158,16 @@ class ONNXExporter:
         ``model-type`` is the class this exporter exported it from, else ``unknown``.
 
         Raises:
-            InvalidModelError: If the file is no valid ONNX model.
+            InvalidModelError: If the file is no valid ONNX model, or not the whole of one.
             StoreError: If the store can't be reached, refuses, or returns other bytes.
         """
         path = Path(onnx_path)
         now = datetime.now(UTC)
-        validate_model(path)
+        if validate_model(path).size_bytes != path.stat().st_size:
+            raise InvalidModelError(
+                f"{path} keeps its weights in files beside it, and one object can't hold them all; "
+                "release it with release_checkpoint, which uploads a folder"
+            )
         ensure_bucket(self.s3_client, bucket_name)
         described: dict[str, Any] = {
             "export_date": now.isoformat(timespec="seconds"),
@@ -212,18 +223,26 @@ class ONNXExporter:
         """Register an uploaded model under an alias (and the stage of the same name).
 
         MLflow loads only folders. A bare object is copied within the store into one, ``vX.onnx``
-        to ``vX/model.onnx``, with an ``MLmodel`` beside it; the object itself stays.
+        to ``vX/model.onnx``, with an ``MLmodel`` beside it; the object itself stays. A folder that
+        was registered for another content of the same object stays too, and a new one is made.
 
         Returns:
             ``{model_name, model_version, stage, s3_uri}``.
 
         Raises:
-            ParameterError: If MLflow has no such stage.
+            ParameterError: If MLflow has no such stage, or ``metadata`` is not what
+                `get_model_metadata` returns.
             StoreError: If the object can't be read or copied.
             RegistryError: If MLflow can't be reached or refuses.
         """
         if stage not in STAGES:
             raise ParameterError(f"stage must be one of {', '.join(STAGES)}, found {stage!r}")
+        needed = {"mlflow_run_id", "input_shape", "output_names", "onnx_file_sha256"}
+        if missing := needed - metadata.keys():
+            raise ParameterError(
+                f"metadata must be what get_model_metadata returns; it lacks "
+                f"{', '.join(sorted(missing))}"
+            )
         source = self._loadable_folder(s3_uri, metadata)
         run_id = str(metadata["mlflow_run_id"])
         with tempfile.TemporaryDirectory(prefix="heimdall-metadata-") as folder:
@@ -252,13 +271,14 @@ class ONNXExporter:
         folder = str(PurePosixPath(key).with_suffix(""))
         if PurePosixPath(key).name == "model.onnx":
             folder = str(PurePosixPath(key).parent)
+        digest = str(metadata["onnx_file_sha256"])
         if exists(self.s3_client, bucket, f"{folder}/MLmodel"):
-            return f"s3://{bucket}/{folder}"
+            if head(self.s3_client, bucket, f"{folder}/model.onnx").sha256 == digest:
+                return f"s3://{bucket}/{folder}"
+            folder = f"{folder}-{digest[:12]}"
         with tempfile.TemporaryDirectory(prefix="heimdall-register-") as scratch:
             model, beside = Path(scratch) / "model.onnx", Path(scratch) / "mlmodel"
-            download_file(
-                self.s3_client, bucket, key, model, sha256=metadata.get("onnx_file_sha256")
-            )
+            download_file(self.s3_client, bucket, key, model, sha256=digest)
             beside.mkdir()
             write_mlmodel_folder(
                 beside,
@@ -268,7 +288,8 @@ class ONNXExporter:
             )
             if key != f"{folder}/model.onnx":
                 copy_object(self.s3_client, bucket, key, bucket, f"{folder}/model.onnx")
-            for path in sorted(beside.iterdir()):
+            # MLmodel last: it is what makes the folder count.
+            for path in sorted(beside.iterdir(), key=lambda path: path.name == "MLmodel"):
                 upload_file(self.s3_client, path, bucket, f"{folder}/{path.name}")
         return f"s3://{bucket}/{folder}"
 

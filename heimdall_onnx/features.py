@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 
 from heimdall_onnx.errors import DataError, ParameterError
 from heimdall_onnx.events import AlignedRecordings, align_recordings, group_recordings
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.mel import FeatureParameters, mel_windows
 from heimdall_onnx.recordings import Recording, read_recording
 
@@ -31,7 +31,7 @@ __all__ = [
     "write_features",
 ]
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 SCHEMA = 1
 CHANNELS = 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,14 +29,30 @@ def configure_logs(
     target = stream or sys.stderr
     if file is not None:
         target = file.open("a", encoding="utf-8", buffering=1)
-    readable = file is None and not (not target.isatty() if as_json is None else as_json)
-    renderer: Any = (
-        structlog.dev.ConsoleRenderer(colors=target.isatty())
-        if readable
-        else structlog.processors.JSONRenderer(default=str)
-    )
+    as_json = file is not None or (not target.isatty() if as_json is None else as_json)
     # MLflow reads it when it is imported; its steps would mix with our events.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    _configure(structlog.WriteLoggerFactory(file=target), as_json, colors=target.isatty())
+
+
+def get_logger(name: str) -> Any:
+    """A logger for the module ``name``.
+
+    Where the program that imports this package has configured nothing, events go to standard
+    error: structlog's own default is standard output, which belongs to the program.
+    """
+    if not structlog.is_configured():
+        # Looked up for every event, since tests and notebooks put another stream there.
+        _configure(lambda *_: structlog.WriteLogger(sys.stderr), as_json=False, colors=False)
+    return structlog.get_logger(name)
+
+
+def _configure(factory: Callable[..., Any], as_json: bool, colors: bool) -> None:
+    renderer: Any = (
+        structlog.processors.JSONRenderer(default=str)
+        if as_json
+        else structlog.dev.ConsoleRenderer(colors=colors)
+    )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -46,7 +63,7 @@ def configure_logs(
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=target),
+        logger_factory=factory,
         cache_logger_on_first_use=False,
     )
 

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from heimdall_onnx.errors import HeimdallError
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.registry import MLflowTracker
     from heimdall_onnx.signature import Signature
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 METADATA = "metadata.json"
 CONTENT_TYPES = {
@@ -189,7 +188,13 @@ def upload_release(
     ensure_bucket(client, bucket)
 
     def content(version: str) -> bytes:
-        journal.write(bucket=bucket, prefix=prefix, version=version, run_id=run_id)
+        journal.write(
+            bucket=bucket,
+            prefix=prefix,
+            version=version,
+            run_id=run_id,
+            model_name=parameters.name,
+        )
         return to_json({**described, "version": version})
 
     version = claim_version(client, bucket, prefix, name=METADATA, content=content)
@@ -278,7 +283,6 @@ def register_release(
     if isinstance(uploaded, Skipped):
         return uploaded
     tracker = connect(settings).tracker
-    journal = Journal(Path(parameters.output_dir))
     tracker.start_run(run_id=uploaded.run_id)
     # A run that is released into has parameters of its own, or of a release before; MLflow refuses
     # to change one, so ours carry a prefix.
@@ -292,10 +296,10 @@ def register_release(
         parameters.name,
         uploaded.folder_uri,
         run_id=uploaded.run_id,
-        tags=version_tags(uploaded.metadata),
+        # Without the hash nothing loads it; that is tagged when the release is complete.
+        tags={k: v for k, v in version_tags(uploaded.metadata).items() if k != "sha256"},
         description=f"ONNX release {uploaded.version}",
     )
-    journal.write(model_name=parameters.name, model_version=version)
     if not parameters.run_id:
         tracker.end_run()
     log.info("registered", model_name=parameters.name, model_version=version)
@@ -322,18 +326,21 @@ def withdraw(connection: Connection, folder: Path) -> tuple[str, ...]:
 def _withdrawals(
     connection: Connection, entries: Mapping[str, Any]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    if "model_version" in entries:
-        name, version = entries["model_name"], entries["model_version"]
-        yield (
-            f"version {version} of {name}",
-            partial(connection.tracker.delete_version, name, version),
-        )
-    if "version" in entries:
-        bucket, folder = entries["bucket"], f"{entries['prefix']}/{entries['version']}/"
-        yield (
-            f"s3://{bucket}/{folder}",
-            partial(_delete_own_folder, connection.client, bucket, folder, entries["run_id"]),
-        )
+    if "version" not in entries:
+        return
+    bucket, folder = entries["bucket"], f"{entries['prefix']}/{entries['version']}"
+    name, uri, run_id = entries["model_name"], f"s3://{bucket}/{folder}", entries["run_id"]
+    yield (
+        f"the version of {name} with source {uri}",
+        partial(_delete_own_versions, connection.tracker, name, uri, run_id),
+    )
+    yield uri, partial(_delete_own_folder, connection.client, bucket, f"{folder}/", run_id)
+
+
+def _delete_own_versions(tracker: MLflowTracker, name: str, source: str, run_id: str) -> None:
+    # By its source: a kernel may die between registering and noting the version's number.
+    for version in tracker.find_versions(name, source, run_id):
+        tracker.delete_version(name, version)
 
 
 def _delete_own_folder(client: S3Client, bucket: str, folder: str, run_id: str) -> None:

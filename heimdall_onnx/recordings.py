@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 from scipy.io import wavfile
 
 from heimdall_onnx.errors import DataError
+from heimdall_onnx.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 MAX_FILE_BYTES = 512 * 2**20
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import structlog
 
 from heimdall_onnx.errors import DataError, ParameterError, RegistryError
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.mlmodel import write_mlmodel_folder as write_mlmodel_folder
 from heimdall_onnx.registry_errors import probe, registry_errors
 from heimdall_onnx.services import ensure_store
@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     import mlflow
     from mlflow.exceptions import MlflowException
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 STAGES = ("None", "Staging", "Production", "Archived")
 
@@ -283,6 +283,18 @@ class MLflowTracker:
         """The version that an alias points at."""
         with self._errors(f"find {name}@{alias}"):
             return _describe_version(self._client.get_model_version_by_alias(name, alias))
+
+    def alias_target(self, name: str, alias: str) -> str | None:
+        """The version that an alias points at, or None."""
+        with self._errors(f"look at the aliases of {name}"):
+            target = self._client.get_registered_model(name).aliases.get(alias)
+        return None if target is None else str(target)
+
+    def find_versions(self, name: str, source: str, run_id: str) -> tuple[str, ...]:
+        """The versions of a model that a run has registered from a folder."""
+        with self._errors(f"look for versions of {name} from {source}"):
+            found = self._client.search_model_versions(f"run_id = '{run_id}'")
+        return tuple(str(v.version) for v in found if v.name == name and v.source == source)
 
     def delete_version(self, name: str, version: str) -> None:
         """Delete a version and the aliases that point at it; one that is gone is no error."""

@@ -15,7 +15,7 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
 
-from heimdall_onnx.errors import RegistryError, SettingsError
+from heimdall_onnx.errors import NotRegisteredError, RegistryError, SettingsError
 from heimdall_onnx.store_client import explain_store_error, redact_url
 
 _CONNECT_TIMEOUT_S = 5
@@ -29,6 +29,8 @@ _REASONS = {
 @contextlib.contextmanager
 def registry_errors(uri: str, doing: str) -> Iterator[None]:
     """Turn what MLflow raises into a `RegistryError`: what failed, where, why, what to do.
+
+    What it does not know becomes a `NotRegisteredError`.
 
     Args:
         uri: The tracking address; its password does not appear in the message.
@@ -47,7 +49,9 @@ def registry_errors(uri: str, doing: str) -> Iterator[None]:
         message = f"could not {doing} at {redact_url(uri)}: {_explain(error, uri)}"
         # A traceback would show the original's text.
         leaks = _explain(error, "") != _explain(error, uri) or redact_url(str(error)) != str(error)
-        raise RegistryError(message) from (None if leaks else error)
+        missing = getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+        kind = NotRegisteredError if missing else RegistryError
+        raise kind(message) from (None if leaks else error)
 
 
 def _explain(error: Exception, uri: str) -> str:

@@ -29,6 +29,7 @@ from heimdall_onnx.errors import (
     SettingsError,
     error_class,
 )
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import Connection, connect, content_type, to_json, withdraw
 from heimdall_onnx.report import (
@@ -48,7 +49,7 @@ from heimdall_onnx.store import (
 )
 from heimdall_onnx.workspace import new_run_folder
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 REPORT, REPORT_HTML = "report.ipynb", "report.html"
 MANIFEST_SCHEMA = 1
@@ -131,7 +132,10 @@ def release_checkpoint(
     """
     run = _Run(parameters, settings)
     try:
-        with _sigterm_interrupts(), structlog.contextvars.bound_contextvars(release=run.id):
+        with (
+            _sigterm_interrupts(),
+            structlog.contextvars.bound_contextvars(release=run.id, run_id=parameters.run_id),
+        ):
             return run.execute(notebook or notebook_path(), cell_timeout, progress)
     except HeimdallError as error:
         return run.failed(error)
@@ -184,7 +188,7 @@ class _Run:
             left = self._take_back(connection)
             self._mark_failed(connection, error)
             if left:
-                raise type(error)(f"{error}\nCould not be taken back: {'; '.join(left)}") from error
+                raise _with_left(error, left) from error
             raise
         except BaseException:
             # Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay.
@@ -257,7 +261,12 @@ class _Run:
     def _finish(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
         """Report, manifest and alias of a release whose model is uploaded and registered."""
         done = judgement.record
-        uploaded, registered = done["uploaded"], done["registered"]
+        uploaded, registered = done.get("uploaded"), done.get("registered")
+        if not (uploaded and registered):
+            raise NotebookError(
+                "the notebook passed but has recorded no upload and no registration; it must call "
+                "upload_release, register_release and record_results as the release notebook does"
+            )
         version, folder_uri = uploaded["version"], uploaded["folder_uri"]
         self.result = replace(self.result, speedup=done["speedup"], gates=done["gates"])
         self._write_report(judgement, version, passed=True)
@@ -313,6 +322,7 @@ class _Run:
             name,
             version,
             {
+                "sha256": judgement.record["uploaded"]["sha256"],
                 "manifest_uri": f"{folder_uri}/{MANIFEST}",
                 "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
                 "report_uri": f"{folder_uri}/{REPORT}",
@@ -322,7 +332,7 @@ class _Run:
         alias = self.parameters.alias
         if alias in ("staging", "production"):
             connection.tracker.transition_model_stage(name, version, alias.capitalize())
-        self._alias_before = _alias_target(connection, name, alias)
+        self._alias_before = connection.tracker.alias_target(name, alias)
         connection.tracker.set_alias(name, version, alias)
         self._offered = True
 
@@ -360,7 +370,9 @@ class _Run:
             gates=judgement.record.get("gates", []),
             speedup=judgement.record.get("speedup"),
         )
-        self._take_back(connection)
+        left = self._take_back(connection)
+        if left:
+            error = _with_left(error, left)
         if isinstance(error, EvidenceError):
             try:
                 self._upload_failed_report(connection, judgement)
@@ -431,17 +443,26 @@ class _Run:
             tracker.log_artifact(pictures / name, "figures")
 
     def _take_back(self, connection: Connection) -> tuple[str, ...]:
-        """Withdraw what this run has claimed, unless it is offered already."""
+        """Withdraw what this run has claimed, unless it is offered already; say what is left."""
         if self._offered:
             return ()
-        left = withdraw(connection, self.folder)
+        left = (*self._restore_alias(connection), *withdraw(connection, self.folder))
         if left:
             log.error("could not be taken back", left=left)
-        name, alias = self.parameters.name, self.parameters.alias
-        if self._alias_before and _alias_target(connection, name, alias) != self._alias_before:
-            # The registry moved the alias and failed to say so; deleting the version lost it.
-            connection.tracker.set_alias(name, self._alias_before, alias)
         return left
+
+    def _restore_alias(self, connection: Connection) -> Iterator[str]:
+        """Move the alias back if the registry moved it and failed to say so."""
+        before, alias = self._alias_before, self.parameters.alias
+        if before is None or self._judgement is None:
+            return
+        registered = self._judgement.record["registered"]
+        name = registered["model_name"]
+        try:
+            if connection.tracker.alias_target(name, alias) == registered["model_version"]:
+                connection.tracker.set_alias(name, before, alias)
+        except ServiceError as error:
+            yield f"alias {alias} of {name}, which was at version {before}: {error}"
 
     def _mark_failed(self, connection: Connection, error: HeimdallError) -> None:
         """Make the report of a passed notebook say that its release failed all the same."""
@@ -479,12 +500,8 @@ def _error_of(judgement: Judgement) -> HeimdallError:
     return NotebookError(judgement.problem or "a gate failed")
 
 
-def _alias_target(connection: Connection, name: str, alias: str) -> str | None:
-    """The version that holds the alias; None if there is none or it can't be asked."""
-    try:
-        return connection.tracker.version_by_alias(name, alias).version
-    except ServiceError:
-        return None
+def _with_left(error: HeimdallError, left: tuple[str, ...]) -> HeimdallError:
+    return type(error)(f"{error}\nCould not be taken back: {'; '.join(left)}")
 
 
 def _absolute(path: str) -> str:

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import structlog
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import SecretStr
 
 from heimdall_onnx.daemon import LOOPBACK, Daemon, free_ports, is_listening, write_private
 from heimdall_onnx.errors import RegistryError, StoreError
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.store_client import make_client
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 _START_TIMEOUT_S = 90.0
 _ANSWER_TIMEOUT_S = 15.0

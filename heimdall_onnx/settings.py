@@ -17,7 +17,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_onnx.errors import SettingsError
 
-
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 

@@ -87,17 +87,19 @@ class Signature:
         return cls(tuple(map(spec, data["inputs"])), tuple(map(spec, data["outputs"])))
 
     def random_inputs(self, count: int, seed: int = 0) -> Arrays:
-        """Standard-normal inputs: one array of ``count`` samples per input, cast to its dtype.
+        """Random inputs: one array of ``count`` samples per input.
 
+        Floating-point inputs are standard normal, others 0 or 1, since they may be indices.
         Dynamic axes other than the batch get length 8.
         """
         rng = np.random.default_rng(seed)
-        return {
-            spec.name: rng.standard_normal(
-                (count, *(n if isinstance(n, int) else 8 for n in spec.shape[1:]))
-            ).astype(spec.dtype)
-            for spec in self.inputs
-        }
+        arrays = {}
+        for spec in self.inputs:
+            shape = (count, *(n if isinstance(n, int) else 8 for n in spec.shape[1:]))
+            normal = np.issubdtype(np.dtype(spec.dtype), np.floating)
+            values = rng.standard_normal(shape) if normal else rng.integers(0, 2, shape)
+            arrays[spec.name] = values.astype(spec.dtype)
+        return arrays
 
     def check_inputs(self, arrays: Mapping[str, npt.NDArray[Any]], source: str) -> int:
         """Check that ``arrays`` can be fed to the model and return the number of samples.

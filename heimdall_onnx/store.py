@@ -10,24 +10,25 @@ import hashlib
 import json
 import re
 import secrets
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from heimdall_onnx.errors import DataError, ObjectExistsError, ParameterError, StoreError
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.store_client import error_code, store_errors
 from heimdall_onnx.store_client import make_client as make_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 MANIFEST = "manifest.json"
 
@@ -74,15 +75,23 @@ def format_uri(bucket: str, key: str) -> str:
     return f"s3://{bucket}/{key}"
 
 
-def ensure_bucket(client: S3Client, bucket: str) -> None:
-    """Make the bucket unless it is there; several callers may do so at once."""
-    with store_errors(client, f"make bucket {bucket}"):
+def bucket_exists(client: S3Client, bucket: str) -> bool:
+    """Whether there is such a bucket."""
+    with store_errors(client, f"look for bucket {bucket}"):
         try:
             client.head_bucket(Bucket=bucket)
-            return
         except ClientError as error:
-            if error_code(error) not in {"404", "NoSuchBucket"}:
-                raise
+            if error_code(error) in {"404", "NoSuchBucket"}:
+                return False
+            raise
+    return True
+
+
+def ensure_bucket(client: S3Client, bucket: str) -> None:
+    """Make the bucket unless it is there; several callers may do so at once."""
+    if bucket_exists(client, bucket):
+        return
+    with store_errors(client, f"make bucket {bucket}"):
         region = client.meta.region_name
         # us-east-1 is the one region that S3 refuses to see named.
         where: dict[str, Any] = (
@@ -119,7 +128,8 @@ def upload_file(
         sha256: SHA-256 that the file must have; it is computed where it isn't given.
         metadata: Object metadata; ``sha256`` is always added.
         content_type: MIME type.
-        progress: Called from transfer threads with the number of bytes sent since its last call.
+        progress: Called from transfer threads with the number of bytes sent since its last call; by
+            default every tenth of a large file is logged.
 
     Raises:
         DataError: If the file can't be read or hasn't the given SHA-256.
@@ -137,7 +147,7 @@ def upload_file(
             bucket,
             key,
             ExtraArgs={**extra, "ChecksumAlgorithm": "SHA256"},
-            Callback=progress,
+            Callback=progress or _logged(path),
             Config=_TRANSFER,
         )
     return _verify(client, bucket, key, found)
@@ -371,6 +381,22 @@ def copy_object(
         client.copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, ExtraArgs=extra)
     expected = response["Metadata"].get("sha256") or hash_object(client, bucket, key)[0]
     return _verify(client, to_bucket, to_key, expected)
+
+
+def _logged(path: Path) -> Callable[[int], None]:
+    """Log every tenth of a file that is sent in parts."""
+    total, lock = max(1, path.stat().st_size), threading.Lock()
+    sent = 0
+
+    def count(size: int) -> None:
+        nonlocal sent
+        with lock:
+            before, sent = sent, sent + size
+            tenths = 10 * sent // total
+            if total >= _TRANSFER.multipart_threshold and tenths > 10 * before // total:
+                log.info("uploading", file=path.name, percent=10 * tenths, size_bytes=total)
+
+    return count
 
 
 def hash_object(client: S3Client, bucket: str, key: str) -> tuple[str, int]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import structlog
 
 from heimdall_onnx.errors import InvalidModelError
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.onnx_file import read_initializers, read_structure
 from heimdall_onnx.signature import Signature, TensorSpec
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)

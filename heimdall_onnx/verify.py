@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.errors import ParameterError, VerificationError
+from heimdall_onnx.errors import NotRegisteredError, ParameterError, VerificationError
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.publish import Connection, connect
 from heimdall_onnx.registry import RegisteredVersion
@@ -117,7 +117,11 @@ def _check_registry(
     connection: Connection, bucket: str, folder: str, manifest: Mapping[str, Any]
 ) -> Iterator[Finding]:
     name, version = manifest["mlflow"]["model_name"], manifest["mlflow"]["model_version"]
-    registered = connection.tracker.get_version(name, version)
+    try:
+        registered = connection.tracker.get_version(name, version)
+    except NotRegisteredError:
+        yield Finding(f"{name} version {version}", False, "a registered version", "none")
+        return
     content = read_bytes(connection.client, bucket, f"{folder}/{MANIFEST}")
     model = next(e for e in manifest["objects"] if e["key"] == f"{folder}/model.onnx")
     for what, expected, found in (

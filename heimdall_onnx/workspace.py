@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
+import structlog
+
 from heimdall_onnx.logs import configure_logs
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.settings import Settings
@@ -29,6 +31,8 @@ def prepare(parameters: ReleaseParameters, settings: Settings) -> ReleaseParamet
     folder = Path(updates.get("output_dir", parameters.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     configure_logs(file=folder / "events.jsonl")
+    if parameters.run_id:
+        structlog.contextvars.bind_contextvars(run_id=parameters.run_id)
     if not parameters.checkpoint:
         from heimdall_onnx.demo import make_demo
 

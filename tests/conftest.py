@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
 import pytest
+import structlog
 from releases import Inputs, make_small_inputs
 
 from heimdall_onnx import services, store
@@ -49,10 +50,18 @@ def pytest_configure() -> None:
     _CLEAN.update(os.environ)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Whole files go to a worker in this order: the long ones first, so that none is left alone.
+    long = {"services", "slow"}
+    items.sort(key=lambda item: not long & {mark.name for mark in item.iter_markers()})
+
+
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Whatever a test, or a fixture of its module, puts into the environment ends with it."""
+    """What a test, or a fixture of its module, puts into environment and logging ends with it."""
+    logs = structlog.get_config()
     yield
+    structlog.configure(**logs)
     for name in os.environ.keys() - _CLEAN.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update(_CLEAN)
@@ -105,6 +114,20 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="session")
+def make_settings(
+    embedded_settings: Settings, empty_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Settings]:
+    """Makes settings of the embedded store with a home and a registry of their own."""
+
+    def make(name: str) -> Settings:
+        home = tmp_path_factory.mktemp(name)
+        shutil.copyfile(empty_database, home / "mlflow.db")
+        return embedded_settings.model_copy(update={"home": home})
+
+    return make
 
 
 @pytest.fixture

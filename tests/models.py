@@ -78,6 +78,13 @@ class UnclampedNet(SmallNet):
         return positions, spread + 1.0
 
 
+class BranchingNet(SmallNet):
+    """Its control flow depends on what is in the input, which no tracer can follow."""
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(-signal if signal.sum() > 0 else signal)
+
+
 class DictNet(SmallNet):
     """Returns its outputs by name, in another order than the signature's."""
 

@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 from scipy.io import wavfile
 
-from heimdall_onnx.cli import main
+from heimdall_onnx.cli import main, summary
 from heimdall_onnx.demo import make_demo
+from heimdall_onnx.release import ReleaseResult
 from heimdall_onnx.settings import Settings
 
 pytestmark = pytest.mark.services
@@ -37,6 +38,13 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli-home")
     make_demo(folder / "demo", seconds=3)
     return folder
+
+
+@pytest.fixture(scope="module")
+def released(embedded_settings: Settings, home: Path) -> subprocess.CompletedProcess[str]:
+    """The demo, released into the default bucket."""
+    embedded_settings.model_copy(update={"home": home}).apply()
+    return run("demo", "--profile", "smoke", "--json")
 
 
 @pytest.fixture
@@ -87,34 +95,65 @@ def test_missing_checkpoint_is_bad_input_and_named(configured):
     assert "Traceback" not in done.stderr
 
 
-def test_demo_is_released_listed_shown_verified_and_noticed_when_changed(configured, s3, bucket):
-    done = run("demo", "--profile", "smoke", "--bucket", bucket, "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_demo_prints_its_result_as_json(released):
+    assert released.returncode == 0, released.stderr
+    result = json.loads(released.stdout.splitlines()[-1])
     assert set(result) >= {
         *("success", "verdict", "version", "s3_uri", "report_uri", "report_html_uri"),
         *("manifest_uri", "model_name", "model_version", "run_id", "speedup", "gates"),
     }
     assert result["s3_uri"].endswith("/model.onnx")
 
-    version = result["version"]
-    assert version in call("list", "--bucket", bucket).output
-    shown = call("show", version, "--bucket", bucket)
-    assert json.loads(shown.output)["version"] == version
-    assert call("verify", version, "--bucket", bucket).exit_code == 0
 
-    key = f"models/localization/{version}/metadata.json"
-    s3.put_object(Bucket=bucket, Key=key, Body=b"{}")
-    changed = call("verify", version, "--bucket", bucket)
+def test_nothing_printed_holds_a_credential(released, embedded_settings):
+    for secret in embedded_settings.credentials[:2]:
+        assert secret.get_secret_value() not in released.stdout + released.stderr
+
+
+def test_summary_names_addresses_and_what_to_do_next(released):
+    text = summary(ReleaseResult(**json.loads(released.stdout.splitlines()[-1])))
+    for words in ("pass (smoke)", "speedup", "s3://", "file://", "load_model", "verify"):
+        assert words in text
+
+
+def test_release_is_listed_shown_verified_and_noticed_when_changed(released, configured, s3):
+    version = json.loads(released.stdout.splitlines()[-1])["version"]
+    assert f"{version}  pass (smoke)" in call("list").output
+    shown = call("show", version)
+    assert json.loads(shown.stdout)["version"] == version
+    assert call("verify", version).exit_code == 0
+
+    folder = f"models/localization/{version}"
+    s3.put_object(Bucket="heimdall-models", Key=f"{folder}/metadata.json", Body=b"{}")
+    changed = call("verify", version)
     assert changed.exit_code == 3
     assert "metadata.json" in changed.output
 
 
-def test_summary_names_addresses_and_what_to_do_next(configured, bucket):
-    result = call("demo", "--profile", "smoke", "--bucket", bucket)
-    assert result.exit_code == 0, result.output
-    for words in ("pass (smoke)", "speedup", "s3://", "file://", "load_model", "verify"):
-        assert words in result.output
+def test_manifest_that_cannot_be_read_does_not_hide_the_others(released, configured, s3):
+    version = json.loads(released.stdout.splitlines()[-1])["version"]
+    key = "models/localization/v20000101_000000/manifest.json"
+    s3.put_object(Bucket="heimdall-models", Key=key, Body=b"{")
+    listed = call("list")
+    s3.delete_object(Bucket="heimdall-models", Key=key)
+    assert listed.exit_code == 3
+    assert "v20000101_000000" in listed.stderr
+    assert f"{version}  pass (smoke)" in listed.stdout
+
+
+def test_list_before_the_first_release_is_empty(configured):
+    listed = call("list", "--bucket", "not-there-yet")
+    assert listed.exit_code == 0
+    assert listed.stdout == ""
+    assert "no bucket not-there-yet yet" in listed.stderr
+
+
+def test_bad_parameter_of_the_demo_is_answered_before_it_is_trained(tmp_path):
+    os.environ["HEIMDALL_HOME"] = str(tmp_path)
+    result = call("demo", "--profile", "quik", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["exit_code"] == 2
+    assert not (tmp_path / "demo").exists()
 
 
 def test_show_of_no_release_says_so(configured, bucket):

@@ -219,8 +219,9 @@ def test_unfaithful_export_is_refused_in_one_line(tmp_path, capfd, forward, opse
     assert model.training
     assert list(tmp_path.iterdir()) == []
     printed = capfd.readouterr()
-    assert re.sub(r"(?m)^.*\b(exporter_warning|exported)\b.*\n", "", printed.out) == ""
-    assert printed.err == ""
+    assert printed.out == ""
+    # Our own events; the exporters print more, and graphs.
+    assert re.sub(r"(?m)^.*\b(exporter_warning|exported)\b.*\n", "", printed.err) == ""
 
 
 def test_unsupported_operator_is_named(tmp_path):

@@ -9,13 +9,7 @@ import pytest
 import structlog
 from pydantic import SecretStr
 
-from heimdall_onnx.logs import configure_logs
-
-
-@pytest.fixture(autouse=True)
-def _restored():
-    yield
-    structlog.reset_defaults()
+from heimdall_onnx.logs import configure_logs, get_logger
 
 
 def lines(**fields) -> list[dict]:
@@ -45,6 +39,24 @@ def test_piped_events_are_json_lines_with_their_fields():
 def test_secrets_are_redacted_by_type_and_by_name(fields):
     (event,) = lines(**fields)
     assert "hunter2" not in json.dumps(event)
+
+
+def test_a_program_that_configured_nothing_finds_its_standard_output_clean(capsys):
+    structlog.reset_defaults()
+    get_logger("test").debug("not told")
+    get_logger("test").info("happened", password="hunter2")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "happened" in printed.err
+    assert "hunter2" not in printed.err
+    assert "not told" not in printed.err
+
+
+def test_a_program_that_configured_its_own_logs_keeps_them():
+    events = []
+    structlog.configure(processors=[lambda *args: events.append(args[2]) or ""])
+    get_logger("test").info("happened")
+    assert [event["event"] for event in events] == ["happened"]
 
 
 def test_terminal_gets_readable_lines():

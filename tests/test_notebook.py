@@ -79,7 +79,7 @@ def test_notebook_runs_with_its_defaults_and_publishes_nothing(home, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
-    assert not (home / "seaweedfs").exists()
+    assert not (home / "store").exists()
     assert not (home / "mlflow.db").exists()
 
 

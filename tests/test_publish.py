@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from models import SmallNet
 
-from heimdall_onnx.errors import StoreError
+from heimdall_onnx.errors import NotRegisteredError, StoreError, VerificationError
 from heimdall_onnx.export import export_model
 from heimdall_onnx.gates import Gate, Verdict
 from heimdall_onnx.parameters import ReleaseParameters
@@ -21,6 +21,7 @@ from heimdall_onnx.publish import (
     withdraw,
 )
 from heimdall_onnx.store import list_keys
+from heimdall_onnx.verify import load_model
 
 pytestmark = pytest.mark.services
 
@@ -29,8 +30,8 @@ FAILED = Verdict((Gate("a", "= 1", 2, False),), "quick")
 
 
 @pytest.fixture
-def settings(embedded_settings, tmp_path):
-    return embedded_settings.model_copy(update={"home": tmp_path})
+def settings(make_settings):
+    return make_settings("publish")
 
 
 @pytest.fixture
@@ -91,6 +92,25 @@ def test_everything_claimed_is_taken_back(settings, connection, parameters, expo
         connection.tracker.get_version("net", registered.model_version)
 
 
+def test_version_that_nobody_noted_is_found_by_its_source(
+    settings, connection, parameters, exported
+):
+    uploaded = upload(settings, parameters, exported)
+    # As when the kernel dies right after registering.
+    version = connection.tracker.register_model("net", uploaded.folder_uri, run_id=uploaded.run_id)
+    other = connection.tracker.register_model("net", uploaded.folder_uri)
+    assert withdraw(connection, exported.path.parent) == ()
+    assert connection.tracker.get_version("net", other)
+    with pytest.raises(NotRegisteredError):
+        connection.tracker.get_version("net", version)
+
+
+def test_registered_version_is_not_opened_before_it_is_complete(settings, parameters, exported):
+    registered = register_release(settings, parameters, upload(settings, parameters, exported), {})
+    with pytest.raises(VerificationError, match="not completely"):
+        load_model(f"models:/net/{registered.model_version}", settings=settings)
+
+
 def test_withdrawing_twice_or_nothing_is_no_error(connection, parameters, exported):
     assert withdraw(connection, exported.path.parent) == ()
     assert withdraw(connection, exported.path.parent) == ()
@@ -100,7 +120,11 @@ def test_a_folder_claimed_by_another_run_is_never_deleted(connection, s3, bucket
     key = "models/localization/v1/metadata.json"
     s3.put_object(Bucket=bucket, Key=key, Body=json.dumps({"mlflow_run_id": "theirs"}).encode())
     Journal(tmp_path).write(
-        bucket=bucket, prefix="models/localization", version="v1", run_id="ours"
+        bucket=bucket,
+        prefix="models/localization",
+        version="v1",
+        run_id="ours",
+        model_name="net",
     )
     assert withdraw(connection, tmp_path) == ()
     assert list_keys(s3, bucket, "") == (key,)

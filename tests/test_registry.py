@@ -344,9 +344,8 @@ def test_another_store_in_the_same_process_is_used(
         _env_file=None,
         HEIMDALL_HOME=tmp_path / "home",
         MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'mlflow.db'}",
-        MLFLOW_S3_ENDPOINT_URL="",
         MLFLOW_EXPERIMENT_NAME="other",
-    )
+    ).model_copy(update={"s3_endpoint_url": None})
     try:
         tracker = initialize_mlflow(bare)
         run_id = tracker.start_run()

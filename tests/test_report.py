@@ -1,15 +1,13 @@
 """Judging an executed notebook from its file, the verdict cell, and the HTML."""
 
 import contextlib
-import json
 import shutil
-import subprocess
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import nbformat
 import papermill
 import pytest
+from browser import open_in_chromium
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.exceptions import PapermillException
@@ -168,51 +166,9 @@ def test_two_figures_of_one_cell_get_two_names(tmp_path):
     assert [name for name, _ in report.figures(path)] == ["plot.png", "plot-2.png"]
 
 
-def open_in_chromium(page: str, folder: Path) -> tuple[set[str], list[str], str]:
-    """Hosts asked for, console messages and the resulting document of a page, without network."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("Debian's chromium is not installed; it opens the report as a reader would")
-    log = folder / "net.json"
-    done = subprocess.run(
-        [
-            *(program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *("--disable-quic", "--host-resolver-rules=MAP * ~NOTFOUND"),
-            *("--enable-logging=stderr", f"--log-net-log={log}", "--virtual-time-budget=8000"),
-            *(f"--user-data-dir={folder / 'profile'}", "--dump-dom", page),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    events = json.loads(log.read_text())["events"]
-    urls = [event.get("params", {}).get("url", "") for event in events]
-    hosts = {urlsplit(u).hostname or "" for u in urls if u.startswith(("http", "ws"))}
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return hosts, console, done.stdout
-
-
 def test_chromium_check_sees_requests_and_errors(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text('<script src="http://cdn.test/x.js"></script><script>nope()</script>')
     hosts, console, _ = open_in_chromium(page.as_uri(), tmp_path)
     assert "cdn.test" in hosts
     assert any("nope is not defined" in line for line in console)
-
-
-def test_report_opens_offline_without_a_request_or_console_error(complete, tmp_path):
-    path = Path(shutil.copy(complete, tmp_path))
-    report.put_verdict_first(path, passed=True, title="v1", facts={"model": "m"})
-    html = report.render_html(path, "title of the report")
-    (tmp_path / "empty.html").write_text("<p>empty</p>")
-    (tmp_path / "1").mkdir()
-    (tmp_path / "2").mkdir()
-    # Chromium talks to its maker by itself; only what the page adds counts.
-    own, _, _ = open_in_chromium((tmp_path / "empty.html").as_uri(), tmp_path / "1")
-    hosts, console, document = open_in_chromium(html.as_uri(), tmp_path / "2")
-    assert hosts <= own
-    assert console == []
-    assert "✔ PASS" in document
-    assert "<title>title of the report</title>" in document

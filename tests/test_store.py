@@ -108,7 +108,7 @@ def test_an_unreachable_store_fails_within_seconds_without_its_secret(unused_por
     client = store.make_client(settings_for(f"http://127.0.0.1:{unused_port}"))
     started = time.monotonic()
     with pytest.raises(
-        StoreError, match=r"make bucket bucket at http://127.*can't be reached"
+        StoreError, match=r"look for bucket bucket at http://127.*can't be reached"
     ) as caught:
         store.ensure_bucket(client, "bucket")
     assert time.monotonic() - started < 10

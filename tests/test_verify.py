@@ -21,8 +21,8 @@ BUCKET = "test-verify"
 
 
 @pytest.fixture(scope="module")
-def settings(embedded_settings, tmp_path_factory):
-    return embedded_settings.model_copy(update={"home": tmp_path_factory.mktemp("verify")})
+def settings(make_settings):
+    return make_settings("verify")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,13 @@ def test_rewritten_manifest_does_not_match_the_registry(connection, folder, tamp
     manifest = read_manifest(connection, folder)
     tampered("manifest.json", json.dumps(manifest).encode())
     assert any("manifest_sha256" in what for what in differing(connection, folder))
+
+
+def test_version_that_is_not_registered_is_a_finding(connection, folder, tampered):
+    manifest = read_manifest(connection, folder)
+    manifest["mlflow"]["model_version"] = "999"
+    tampered("manifest.json", json.dumps(manifest).encode())
+    assert differing(connection, folder) == {"test-model version 999"}
 
 
 def test_folder_without_manifest_is_no_release(connection, folder, tampered):
