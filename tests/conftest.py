@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import boto3
 import pytest
 import structlog
+from filelock import FileLock
 from releases import Inputs, make_small_inputs
 
 from heimdall_onnx import services, store
@@ -97,6 +98,21 @@ def bucket(s3: S3Client) -> str:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """A checkpoint and evaluation data of a model that takes no time."""
     return make_small_inputs(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose demo is there already, of a few seconds' training."""
+    from heimdall_onnx.demo import make_demo
+
+    # Made once for all workers, in the folder that their own have in common.
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-demo"
+    with FileLock(f"{shared}.lock"):
+        make_demo(shared, seconds=3)
+    home = tmp_path_factory.mktemp("demo-home")
+    shutil.copytree(shared, home / "demo")
+    return home
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ from click.testing import CliRunner, Result
 from scipy.io import wavfile
 
 from heimdall_onnx.cli import main, summary
-from heimdall_onnx.demo import make_demo
 from heimdall_onnx.release import ReleaseResult
 from heimdall_onnx.settings import Settings
 
@@ -34,10 +34,11 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("cli-home")
-    make_demo(folder / "demo", seconds=3)
-    return folder
+def home(demo_home: Path, empty_database: Path, tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("cli-home")
+    shutil.copytree(demo_home / "demo", home / "demo")
+    shutil.copyfile(empty_database, home / "mlflow.db")
+    return home
 
 
 @pytest.fixture(scope="module")

@@ -253,10 +253,10 @@ class Small(LocalizationNet):
 
 class TestONNXExportWorkflow:
     def test_complete_export_workflow(
-        self, s3, sqlite_tracker, run_id, model, tmp_path, embedded_settings
+        self, s3, sqlite_tracker, run_id, tmp_path, embedded_settings
     ):
         result = export_and_register_model(
-            model, run_id, s3, sqlite_tracker, output_dir=tmp_path / "out"
+            Small(), run_id, s3, sqlite_tracker, output_dir=tmp_path / "out"
         )
         assert set(result) == {
             "success",

@@ -10,7 +10,6 @@ import nbformat
 import papermill
 import pytest
 
-from heimdall_onnx.demo import make_demo
 from heimdall_onnx.release import notebook_path
 from heimdall_onnx.report import judge_notebook, read_record
 
@@ -20,14 +19,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def notebook():
     return nbformat.read(notebook_path(), 4)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A home whose demo is there already, so that the defaults need no training."""
-    folder = tmp_path_factory.mktemp("notebook-home")
-    make_demo(folder / "demo", seconds=3)
-    return folder
 
 
 def test_committed_notebook_carries_no_outputs(notebook):
@@ -64,7 +55,7 @@ def test_every_section_is_numbered_and_opens_with_prose(notebook):
 
 
 @pytest.mark.slow
-def test_notebook_runs_with_its_defaults_and_publishes_nothing(home, tmp_path):
+def test_notebook_runs_with_its_defaults_and_publishes_nothing(demo_home, tmp_path):
     # nbval runs every cell in a kernel, as JupyterLab's "run all" would.
     done = subprocess.run(
         [
@@ -75,26 +66,27 @@ def test_notebook_runs_with_its_defaults_and_publishes_nothing(home, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,  # nbval leaves its sockets where it runs
-        env={**os.environ, "HEIMDALL_HOME": str(home)},
+        env={**os.environ, "HEIMDALL_HOME": str(demo_home)},
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
-    assert not (home / "store").exists()
-    assert not (home / "mlflow.db").exists()
+    assert not (demo_home / "store").exists()
+    assert not (demo_home / "mlflow.db").exists()
 
 
 @pytest.mark.slow
-def test_papermill_alone_gives_a_report(home, tmp_path):
+def test_papermill_alone_gives_a_report(small, tmp_path):
     executed = tmp_path / "out.ipynb"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "papermill", str(notebook_path()), str(executed)),
             *("-p", "profile", "smoke", "-p", "output_dir", str(tmp_path / "run")),
-            "--no-progress-bar",
+            *("-p", "checkpoint", str(small.checkpoint), "-p", "model", small.model),
+            *("-p", "eval_data", str(small.eval_data), "--no-progress-bar"),
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "HEIMDALL_HOME": str(home)},
+        env={**os.environ, "HEIMDALL_HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert judge_notebook(executed).passed
@@ -111,7 +103,7 @@ def test_papermill_alone_gives_a_report(home, tmp_path):
     ],
     ids=["unknown", "mistyped", "misspelt"],
 )
-def test_bad_parameter_through_papermill_stops_the_notebook(home, tmp_path, arguments, words):
+def test_bad_parameter_through_papermill_stops_the_notebook(tmp_path, arguments, words):
     executed = tmp_path / "out.ipynb"
     done = subprocess.run(
         [
@@ -120,7 +112,7 @@ def test_bad_parameter_through_papermill_stops_the_notebook(home, tmp_path, argu
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "HEIMDALL_HOME": str(home)},
+        env={**os.environ, "HEIMDALL_HOME": str(tmp_path)},
     )
     assert done.returncode != 0
     judgement = judge_notebook(executed)

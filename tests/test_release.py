@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from browser import open_in_chromium
+from models import SmallNet
 from releases import (
     PREFIX,
     Inputs,
@@ -39,14 +40,12 @@ from heimdall_onnx.verify import verify_release
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Inputs:
-    """An untrained checkpoint in Lightning's layout and labelled evaluation data."""
+    """A checkpoint as Lightning leaves it, and labelled evaluation data."""
     folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    weights = LocalizationNet(backbone_size="tiny").state_dict()
+    weights = SmallNet().state_dict()
     torch.save(
         {
             "state_dict": {f"model.{name}": value for name, value in weights.items()},
-            "hyper_parameters": {"backbone_size": "tiny"},
             "pytorch-lightning_version": "2.6.0",
         },
         folder / "model.ckpt",
@@ -54,11 +53,11 @@ def inputs(tmp_path_factory) -> Inputs:
     rng = np.random.default_rng(0)
     np.savez(
         folder / "eval.npz",
-        mel_spectrogram=rng.standard_normal((12, 3, 128, 32)).astype(np.float32),
+        signal=rng.standard_normal((12, 2, 8, 8)).astype(np.float32),
         positions=rng.uniform((46, 4), (51, 11), (12, 2)),
         meta=json.dumps({"receivers": [{"name": "A", "latitude": 47.0, "longitude": 8.0}]}),
     )
-    return Inputs(folder / "model.ckpt", folder / "eval.npz")
+    return Inputs(folder / "model.ckpt", folder / "eval.npz", "models:SmallNet")
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ def test_release_passes_every_gate_and_says_smoke(released):
         "NaN and Inf in the same places",
         "noise floor of positions",
         "batch independence",
-        "range of uncertainties",
+        "range of spread",
     } <= names
     assert all(gate["passed"] for gate in released.result.gates)
 
@@ -198,20 +197,20 @@ def test_run_holds_metrics_figures_and_report(released, mlflow_environment):
 def test_every_way_to_open_the_model_gives_the_same_numbers(
     released, inputs, s3, tmp_path, mlflow_environment, reset_mlflow
 ):
-    x = np.load(inputs.eval_data)["mel_spectrogram"][:3]
+    x = np.load(inputs.eval_data)["signal"][:3]
     path = tmp_path / "model.onnx"
     s3.download_file(released.bucket, f"{released.folder}/model.onnx", str(path))
-    expected = onnxruntime.InferenceSession(path).run(None, {"mel_spectrogram": x})
+    expected = onnxruntime.InferenceSession(path).run(None, {"signal": x})
     mlflow.set_tracking_uri(released.settings.tracking_uri.get_secret_value())
     uri = "models:/test-model@staging"
     loaded = mlflow.onnx.load_model(uri)
     assert loaded == onnx.load(path)
-    by_pyfunc = mlflow.pyfunc.load_model(uri).predict({"mel_spectrogram": x})
+    by_pyfunc = mlflow.pyfunc.load_model(uri).predict({"signal": x})
     for address in (uri, released.result.s3_uri, released.result.s3_uri.rsplit("/", 1)[0]):
         session = heimdall_onnx.load_model(address, settings=released.settings)
-        np.testing.assert_array_equal(session.run(None, {"mel_spectrogram": x}), expected)
+        np.testing.assert_array_equal(session.run(None, {"signal": x}), expected)
     np.testing.assert_allclose(by_pyfunc["positions"], expected[0], atol=1e-6)
-    np.testing.assert_allclose(by_pyfunc["uncertainties"], expected[1], atol=1e-6)
+    np.testing.assert_allclose(by_pyfunc["spread"], expected[1], atol=1e-6)
 
 
 def test_stored_report_opens_with_the_verdict(released, s3):
@@ -336,7 +335,7 @@ def test_release_on_a_server_with_postgresql(
     mlflow.onnx.load_model("models:/on-a-server@staging")
 
 
-def test_real_recordings_go_through_features_and_release(settings, inputs, s3, bucket, tmp_path):
+def test_real_recordings_go_through_features_and_release(settings, s3, bucket, tmp_path):
     folder = os.environ.get("HEIMDALL_RECORDINGS")
     recordings = sorted(Path(folder).rglob("*_iq.wav")) if folder else []
     if not recordings:
@@ -354,7 +353,11 @@ def test_real_recordings_go_through_features_and_release(settings, inputs, s3, b
             "pa0rdt": (51.500500, 3.600690),
         },
     )
-    result = release_checkpoint(smoke(inputs, bucket, eval_data=str(made.path)), settings)
+    torch.save(LocalizationNet(backbone_size="tiny").state_dict(), tmp_path / "tiny.pt")
+    parameters = smoke(
+        Inputs(tmp_path / "tiny.pt", made.path), bucket, model_kwargs={"backbone_size": "tiny"}
+    )
+    result = release_checkpoint(parameters, settings)
     assert result.success, result.error
     manifest = read_json(s3, bucket, f"{PREFIX}/{result.version}/manifest.json")
     assert manifest["evaluation_data"]["sha256"] == made.sha256
