@@ -7,6 +7,7 @@ imported by the command that needs it.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -183,11 +184,15 @@ def summary(result: ReleaseResult) -> str:
     if result.local_report:
         text += f"\n\nread the report:   file://{result.local_report}"
     if result.success:
+        # As they can be typed here: the environment need not be the activated one.
+        here = shutil.which("python") == sys.executable
+        python = "python" if here else sys.executable
+        program = "heimdall-onnx" if here else f"{sys.executable} -m heimdall_onnx"
         text += (
-            f'\nopen the model:    python -c "import heimdall_onnx; '
+            f'\nopen the model:    {python} -c "import heimdall_onnx; '
             f"print(heimdall_onnx.load_model('{result.s3_uri}'))\""
-            f"\ncheck the release: heimdall-onnx verify {result.version}"
-            "\nbrowse in MLflow:  heimdall-onnx services up"
+            f"\ncheck the release: {program} verify {result.version}"
+            f"\nbrowse in MLflow:  {program} services up"
         )
     return text
 
