@@ -7,6 +7,7 @@ imported by the command that needs it.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -137,7 +138,9 @@ def _release(
             raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the command sets it")
         parameters = check_parameters(values)
         settings = Settings.load()
-        parameters = parameters.model_copy(update=inputs(settings))
+        given = dict(extra)
+        made = {name: path for name, path in inputs(settings).items() if name not in given}
+        parameters = parameters.model_copy(update=made)
     except HeimdallError as error:
         if as_json:
             from heimdall_onnx.release import ReleaseResult
@@ -186,12 +189,13 @@ def summary(result: ReleaseResult) -> str:
     if result.success:
         # As they can be typed here: the environment need not be the activated one.
         here = shutil.which("python") == sys.executable
-        python = "python" if here else sys.executable
-        program = "heimdall-onnx" if here else f"{sys.executable} -m heimdall_onnx"
+        python = "python" if here else shlex.quote(sys.executable)
+        program = "heimdall-onnx" if here else f"{python} -m heimdall_onnx"
+        folder = str(result.s3_uri).removesuffix("/model.onnx")
         text += (
             f'\nopen the model:    {python} -c "import heimdall_onnx; '
             f"print(heimdall_onnx.load_model('{result.s3_uri}'))\""
-            f"\ncheck the release: {program} verify {result.version}"
+            f"\ncheck the release: {program} verify {folder}"
             f"\nbrowse in MLflow:  {program} services up"
         )
     return text
@@ -308,7 +312,7 @@ def list_(bucket: str, prefix: str) -> None:
     unreadable = []
     for version in list_versions(connection.client, bucket, prefix):
         try:
-            manifest = read_manifest(connection, f"s3://{bucket}/{prefix}/{version}")
+            manifest = read_manifest(connection, _folder(version, bucket, prefix))
         except VerificationError as error:
             unreadable.append(version)
             click.echo(f"{version}  {error}")
@@ -354,4 +358,6 @@ def verify(version: str, bucket: str, prefix: str) -> None:
 
 
 def _folder(version: str, bucket: str, prefix: str) -> str:
-    return version if version.startswith("s3://") else f"s3://{bucket}/{prefix}/{version}"
+    return (
+        version if version.startswith("s3://") else f"s3://{bucket}/{prefix.strip('/')}/{version}"
+    )

@@ -35,6 +35,7 @@ from heimdall_onnx.store import (
     ensure_bucket,
     exists,
     hash_file,
+    hash_object,
     head,
     parse_uri,
     upload_file,
@@ -272,10 +273,15 @@ class ONNXExporter:
         if PurePosixPath(key).name == "model.onnx":
             folder = str(PurePosixPath(key).parent)
         digest = str(metadata["onnx_file_sha256"])
-        if exists(self.s3_client, bucket, f"{folder}/MLmodel"):
-            if head(self.s3_client, bucket, f"{folder}/model.onnx").sha256 == digest:
+        stem = folder
+        for folder in (stem, f"{stem}-{digest[:12]}"):
+            if not exists(self.s3_client, bucket, f"{folder}/MLmodel"):
+                break
+            there = f"{folder}/model.onnx"
+            # An object that others have put there records no hash.
+            recorded = head(self.s3_client, bucket, there).sha256
+            if digest == (recorded or hash_object(self.s3_client, bucket, there)[0]):
                 return f"s3://{bucket}/{folder}"
-            folder = f"{folder}-{digest[:12]}"
         with tempfile.TemporaryDirectory(prefix="heimdall-register-") as scratch:
             model, beside = Path(scratch) / "model.onnx", Path(scratch) / "mlmodel"
             download_file(self.s3_client, bucket, key, model, sha256=digest)

@@ -322,11 +322,12 @@ class _Run:
             name,
             version,
             {
-                "sha256": judgement.record["uploaded"]["sha256"],
                 "manifest_uri": f"{folder_uri}/{MANIFEST}",
                 "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
                 "report_uri": f"{folder_uri}/{REPORT}",
                 "verdict": self._verdict(passed=True),
+                # Last: a version with a hash and no manifest would be opened without one.
+                "sha256": judgement.record["uploaded"]["sha256"],
             },
         )
         alias = self.parameters.alias

@@ -127,7 +127,11 @@ class Settings(BaseSettings):
 
         Child processes inherit it from there, and MLflow's own S3 client finds the store's
         address and credentials, and no proxy in front of a store on this machine.
+
+        Raises:
+            SettingsError: If only one half of a pair of credentials is set.
         """
+        credentials = self.credentials
         os.environ |= {
             "MLFLOW_TRACKING_URI": self.tracking_uri.get_secret_value(),
             "MLFLOW_ARTIFACT_URI": self.artifact_uri,
@@ -136,20 +140,32 @@ class Settings(BaseSettings):
         }
         if self.s3_endpoint_url is not None:
             os.environ["MLFLOW_S3_ENDPOINT_URL"] = self.s3_endpoint_url
-        if urlsplit(self.s3_endpoint_url or "").hostname in LOOPBACK_HOSTS:
-            beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-            os.environ["no_proxy"] = ",".join(filter(None, (beside, *LOOPBACK_HOSTS)))
-        if credentials := self.credentials:
-            names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-            for name, value in zip(names, credentials, strict=True):
+        if is_loopback(self.s3_endpoint_url or ""):
+            beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+            hosts = (*filter(None, beside.split(",")), *LOOPBACK_HOSTS)
+            os.environ["no_proxy"] = ",".join(dict.fromkeys(hosts))
+        if credentials is not None:
+            # Nothing stays of another pair, nor a token of other credentials.
+            ours = self.s3_access_key_id is not None
+            for name, value in (
+                ("MLFLOW_S3_ACCESS_KEY_ID", credentials.access_key_id if ours else None),
+                ("MLFLOW_S3_SECRET_ACCESS_KEY", credentials.secret_access_key if ours else None),
+                ("AWS_ACCESS_KEY_ID", credentials.access_key_id),
+                ("AWS_SECRET_ACCESS_KEY", credentials.secret_access_key),
+                ("AWS_SESSION_TOKEN", credentials.session_token),
+            ):
                 if value is None:
-                    os.environ.pop(name, None)  # a token of other credentials
+                    os.environ.pop(name, None)
                 else:
                     os.environ[name] = value.get_secret_value()
-            if credentials.session_token is None:
-                # Over a pair of ours that may be there for another store.
-                for name in names[:2]:
-                    os.environ[name.replace("AWS", "MLFLOW_S3")] = os.environ[name]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is one of this machine; one that can't be read is not."""
+    try:
+        return urlsplit(address).hostname in LOOPBACK_HOSTS
+    except ValueError:
+        return False
 
 
 def with_driver(uri: str) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -14,7 +13,7 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from heimdall_onnx.errors import ObjectExistsError, SettingsError, StoreError
-from heimdall_onnx.settings import LOOPBACK_HOSTS
+from heimdall_onnx.settings import is_loopback
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -80,7 +79,7 @@ def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int
                 read_timeout=read_timeout_s,
                 retries={"mode": "standard", "total_max_attempts": attempts},
                 # botocore would send loopback traffic through a proxy of the environment.
-                proxies={} if urlsplit(endpoint).hostname in LOOPBACK_HOSTS else None,
+                proxies={} if is_loopback(endpoint) else None,
             ),
         )
     except ValueError as error:

@@ -83,15 +83,17 @@ def read_manifest(connection: Connection, folder_uri: str) -> dict[str, Any]:
             "shows those that are"
         )
     try:
-        manifest = json.loads(read_bytes(connection.client, bucket, key))
+        manifest: dict[str, Any] = json.loads(read_bytes(connection.client, bucket, key))
     except ValueError as error:
         raise VerificationError(f"{folder_uri}/{MANIFEST} is not JSON: {error}") from error
     model_key = f"{folder.rstrip('/')}/model.onnx"
-    if not (
-        isinstance(manifest, dict)
-        and {"objects", "mlflow", "verdict"} <= manifest.keys()
-        and any(entry.get("key") == model_key for entry in manifest["objects"])
-    ):
+    try:
+        named, keys = manifest["mlflow"], {entry["key"] for entry in manifest["objects"]}
+        whole = model_key in keys and {"model_name", "model_version"} <= named.keys()
+        whole = whole and isinstance(manifest["verdict"], str)
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
         raise VerificationError(f"{folder_uri}/{MANIFEST} is no manifest of a release with a model")
     return manifest
 

@@ -131,11 +131,14 @@ def test_release_is_listed_shown_verified_and_noticed_when_changed(released, con
     assert "metadata.json" in changed.output
 
 
-def test_manifest_that_cannot_be_read_does_not_hide_the_others(released, configured, s3):
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'{"objects": ["x"], "mlflow": {}, "verdict": null}', b'{"mlflow": null}']
+)
+def test_manifest_that_cannot_be_read_does_not_hide_the_others(released, configured, s3, body):
     version = json.loads(released.stdout.splitlines()[-1])["version"]
     key = "models/localization/v20000101_000000/manifest.json"
-    s3.put_object(Bucket="heimdall-models", Key=key, Body=b"{")
-    listed = call("list")
+    s3.put_object(Bucket="heimdall-models", Key=key, Body=body)
+    listed = call("list", "--prefix", "models/localization/")
     s3.delete_object(Bucket="heimdall-models", Key=key)
     assert listed.exit_code == 3
     assert "v20000101_000000" in listed.stderr

@@ -28,9 +28,11 @@ from releases import (
 
 import heimdall_onnx
 from heimdall_onnx import release
+from heimdall_onnx.errors import RegistryError
 from heimdall_onnx.features import write_features
 from heimdall_onnx.localization_net import LocalizationNet
 from heimdall_onnx.publish import connect
+from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.release import ReleaseResult, release_checkpoint
 from heimdall_onnx.report import figures
 from heimdall_onnx.settings import Settings
@@ -270,7 +272,9 @@ def test_local_run_folder_keeps_the_report_but_no_second_model(released):
     assert not list(local.parent.glob("*.onnx*"))
 
 
-def test_second_release_takes_the_alias_and_a_third_that_fails_leaves_it(released, small, tmp_path):
+def test_second_release_takes_the_alias_and_a_third_that_fails_leaves_it(
+    released, small, tmp_path, monkeypatch
+):
     before = released.result
     after = release_checkpoint(
         smoke(small, released.bucket),
@@ -282,9 +286,19 @@ def test_second_release_takes_the_alias_and_a_third_that_fails_leaves_it(release
     client = mlflow.MlflowClient(released.settings.tracking_uri.get_secret_value())
     found = client.get_model_version_by_alias("test-model", "staging")
     assert str(found.version) == after.model_version != before.model_version
-    failing = changed_notebook(tmp_path, "register", "1 / 0")
-    third = release_checkpoint(smoke(small, released.bucket), released.settings, notebook=failing)
-    assert third.exit_code == 3
+    set_alias, faults = MLflowTracker.set_alias, iter([True])
+
+    def moved_but_failed(tracker, *arguments):
+        set_alias(tracker, *arguments)
+        if next(faults, False):
+            raise RegistryError("the answer was lost")
+
+    monkeypatch.setattr(MLflowTracker, "set_alias", moved_but_failed)
+    third = release_checkpoint(
+        smoke(small, released.bucket), released.settings, notebook=changed_notebook(tmp_path)
+    )
+    assert third.exit_code == 4
+    assert "the answer was lost" in third.error
     found = client.get_model_version_by_alias("test-model", "staging")
     assert str(found.version) == after.model_version
     assert len(versions(released.settings)) == 2

@@ -190,8 +190,22 @@ def test_temporary_credentials_replace_all_others(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     settings = Settings.load()
     monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
+    monkeypatch.setenv("MLFLOW_S3_ACCESS_KEY_ID", "of another store")
+    monkeypatch.setenv("MLFLOW_S3_SECRET_ACCESS_KEY", "of another store")
     settings.apply()
     assert {name: os.environ[name] for name in AWS} == AWS
+    assert plain(Settings.load().credentials) == ["aws-id", "aws-secret", "aws-token"]
+
+
+def test_aws_credentials_may_be_replaced_after_they_were_applied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "first")
+    Settings.load().apply()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "second")
+    assert plain(Settings.load().credentials) == ["second", "second", None]
 
 
 def test_a_token_does_not_stay_beside_credentials_it_was_not_made_for(
@@ -219,6 +233,7 @@ def test_no_proxy_stands_before_a_store_on_this_machine(
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "internal.example")
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", endpoint)
+    Settings.load().apply()
     Settings.load().apply()
     assert os.environ.get("no_proxy", os.environ["NO_PROXY"]) == expected
 
