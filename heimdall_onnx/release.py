@@ -252,7 +252,11 @@ class _Run:
         if not report.is_file():
             raise NotebookError(f"papermill wrote no notebook for {notebook} ({stopped})")
         judgement = judge_notebook(report)
-        if stopped and not judgement.problem:
+        if stopped == CellTimeoutError.__name__:
+            # The kernel is interrupted as it ends, which may leave an error of its own in the cell.
+            problem = f"a cell took longer than the {cell_timeout} s it may: {judgement.problem}"
+            judgement = replace(judgement, problem=problem, error_name="", error_message="")
+        elif stopped and not judgement.problem:
             # A kernel that dies in the very last cell leaves a file in which all is well.
             judgement = replace(judgement, problem=f"the notebook was stopped by {stopped}")
         self._judgement = judgement
