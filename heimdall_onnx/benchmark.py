@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -248,12 +249,11 @@ def min_samples(percentile: float) -> int:
     The fewest for which, with 99% confidence, at least two of them lie at or beyond the
     percentile, so that it is not merely the largest value seen.
     """
-    from scipy import stats
+    from scipy.special import bdtr
 
-    n = 2
-    while stats.binom.cdf(1, n, 1 - percentile / 100) >= 0.01:
-        n += 1
-    return n
+    beyond = 1 - percentile / 100
+    counts = range(2, 10**9)
+    return counts[bisect(counts, -0.01, key=lambda n: -bdtr(1, n, beyond))]
 
 
 def percentiles_with_intervals(samples_ms: Floats) -> tuple[Percentile, ...]:

@@ -94,21 +94,13 @@ def test_papermill_alone_gives_a_report(small, tmp_path):
     assert (tmp_path / "run" / "model.onnx").is_file()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("-p", "tolerence", "1"), "did you mean tolerance"),
-        (("-p", "batch_size", "many"), "batch_size"),
-        (("-p", "profile", "quik"), "smoke"),
-    ],
-    ids=["unknown", "mistyped", "misspelt"],
-)
-def test_bad_parameter_through_papermill_stops_the_notebook(tmp_path, arguments, words):
+def test_bad_parameters_through_papermill_stop_the_notebook(tmp_path):
     executed = tmp_path / "out.ipynb"
+    bad = ("-p", "tolerence", "1", "-p", "batch_size", "many", "-p", "profile", "quik")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "papermill", str(notebook_path()), str(executed)),
-            *(*arguments, "--no-progress-bar"),
+            *(*bad, "--no-progress-bar"),
         ],
         capture_output=True,
         text=True,
@@ -117,4 +109,5 @@ def test_bad_parameter_through_papermill_stops_the_notebook(tmp_path, arguments,
     assert done.returncode != 0
     judgement = judge_notebook(executed)
     assert judgement.error_name == "ParameterError"
-    assert words in judgement.error_message
+    for words in ("did you mean tolerance", "batch_size", "smoke"):
+        assert words in judgement.error_message

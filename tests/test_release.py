@@ -304,20 +304,6 @@ def test_second_release_takes_the_alias_and_a_third_that_fails_leaves_it(
     assert len(versions(released.settings)) == 2
 
 
-def test_training_run_that_is_given_is_logged_into(settings, small, bucket, mlflow_environment):
-    tracker = connect(settings).tracker
-    run_id = tracker.start_run(run_name="training")
-    tracker.log_params({"profile": "of the training", "seed": 42})
-    tracker.end_run("RUNNING")
-    result = release_checkpoint(smoke(small, bucket, run_id=run_id), settings)
-    assert result.success, result.error
-    assert result.run_id == run_id
-    run = mlflow.MlflowClient(settings.tracking_uri.get_secret_value()).get_run(run_id)
-    assert run.data.params["profile"] == "of the training"
-    assert run.data.params["release.profile"] == "smoke"
-    assert run.info.status == "RUNNING"
-
-
 # On an MLflow server, and on real recordings
 
 
@@ -333,7 +319,9 @@ def test_release_on_a_server_with_postgresql(
         }
     )
     settings.apply()
-    result = release_checkpoint(smoke(small, bucket, name="on-a-server"), settings)
+    result = release_checkpoint(
+        smoke(small, bucket, name="on-a-server"), settings, notebook=changed_notebook(tmp_path)
+    )
     assert result.success, result.error
     with urllib.request.urlopen(
         f"{mlflow_server}/api/2.0/mlflow/registered-models/alias?name=on-a-server&alias=staging"

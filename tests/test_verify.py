@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from models import SmallNet
-from releases import smoke
+from releases import changed_notebook, smoke
 
 from heimdall_onnx.errors import ParameterError, StoreError, VerificationError
 from heimdall_onnx.export import export_model
@@ -26,8 +26,9 @@ def settings(make_settings):
 
 
 @pytest.fixture(scope="module")
-def released(settings, small):
-    result = release_checkpoint(smoke(small, BUCKET), settings)
+def released(settings, small, tmp_path_factory):
+    notebook = changed_notebook(tmp_path_factory.mktemp("notebook"))
+    result = release_checkpoint(smoke(small, BUCKET), settings, notebook=notebook)
     assert result.success, result.error
     return result
 
