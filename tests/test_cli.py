@@ -45,7 +45,7 @@ def home(demo_home: Path, empty_database: Path, tmp_path_factory) -> Path:
 def released(embedded_settings: Settings, home: Path) -> subprocess.CompletedProcess[str]:
     """The demo, released into the default bucket."""
     embedded_settings.model_copy(update={"home": home}).apply()
-    return run("demo", "--profile", "smoke", "--json")
+    return run("demo", "--profile", "smoke", "-p", "opset", "14", "--json")
 
 
 @pytest.fixture

@@ -294,15 +294,14 @@ def test_large_weights_are_handed_over_unchanged(net, exported, inputs, tmp_path
     assert first_departure(net, path, inputs).scope == "blocks.1.inner.2"
 
 
-@BOTH
-def test_reference_model_departs_only_where_it_was_changed(tmp_path, opset):
+def test_reference_model_departs_only_where_it_was_changed(tmp_path):
     torch.manual_seed(0)
     model = LocalizationNet(backbone_size="tiny").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("layer_scale"):
                 parameter.fill_(0.3)  # as after training; at 1e-6 a block contributes nothing
-    path = export_model(model, tmp_path / "a.onnx", opset=opset).path
+    path = export_model(model, tmp_path / "a.onnx", opset=14).path
     x = {"mel_spectrogram": np.random.default_rng(0).standard_normal((2, 3, 128, 32)).astype("f4")}
     assert first_departure(model, path, x) is None
     with torch.no_grad():

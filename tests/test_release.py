@@ -39,6 +39,8 @@ from heimdall_onnx.settings import Settings
 from heimdall_onnx.store import read_json, upload_bytes
 from heimdall_onnx.verify import verify_release
 
+pytestmark = pytest.mark.services
+
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Inputs:

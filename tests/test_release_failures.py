@@ -27,6 +27,8 @@ from heimdall_onnx.publish import connect
 from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.settings import Settings
 
+pytestmark = pytest.mark.services
+
 
 @pytest.fixture
 def settings(make_settings) -> Settings:
