@@ -73,6 +73,17 @@ class Settings(BaseSettings):
         except RuntimeError as error:
             raise ValueError("names the home folder of a user that does not exist") from error
 
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _without_password(cls, value: str | None) -> str | None:
+        # Libraries repeat the address in their errors, and S3 signs with keys, never with these.
+        if "@" in (value or ""):
+            raise ValueError(
+                "must not hold a user name or a password; set MLFLOW_S3_ACCESS_KEY_ID and "
+                "MLFLOW_S3_SECRET_ACCESS_KEY"
+            )
+        return value
+
     @property
     def tracking_uri(self) -> SecretStr:
         """The tracking address as SQLAlchemy and MLflow need it; it may hold a password."""

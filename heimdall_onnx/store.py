@@ -180,12 +180,20 @@ def upload_bytes(
         StoreError: If the store fails, or returns something else than was sent (the object is
             deleted then).
     """
-    sha256 = hashlib.sha256(data).hexdigest()
+    sha256, write_id = hashlib.sha256(data).hexdigest(), secrets.token_hex(16)
     extra: dict[str, Any] = _extra_args(sha256, metadata, content_type)
     if if_absent:
         extra["IfNoneMatch"] = "*"
-    with store_errors(client, f"upload {format_uri(bucket, key)}"):
-        client.put_object(Bucket=bucket, Key=key, Body=data, ChecksumAlgorithm="SHA256", **extra)
+        extra["Metadata"]["write-id"] = write_id
+    try:
+        with store_errors(client, f"upload {format_uri(bucket, key)}"):
+            client.put_object(
+                Bucket=bucket, Key=key, Body=data, ChecksumAlgorithm="SHA256", **extra
+            )
+    except ObjectExistsError:
+        # A call whose answer was lost is repeated, and finds the object that it has made itself.
+        if not _was_written(client, bucket, key, write_id):
+            raise
     return _verify(client, bucket, key, sha256)
 
 
@@ -437,6 +445,18 @@ def _extra_args(
             f"since stores rewrite others; found {', '.join(problems)}"
         )
     return {"Metadata": entries} | ({"ContentType": content_type} if content_type else {})
+
+
+def _was_written(client: S3Client, bucket: str, key: str, write_id: str) -> bool:
+    with store_errors(client, f"look at {format_uri(bucket, key)}"):
+        try:
+            there = client.head_object(Bucket=bucket, Key=key)["Metadata"]
+        except ClientError as error:
+            # Somebody else's write may be under way, or be taken back already.
+            if error_code(error) in {"404", "NoSuchKey"}:
+                return False
+            raise
+    return there.get("write-id") == write_id
 
 
 def _verify(client: S3Client, bucket: str, key: str, expected: str) -> StoredObject:

@@ -101,7 +101,10 @@ def store_errors(client: S3Client, doing: str) -> Iterator[None]:
     except (aws.BotoCoreError, aws.ClientError, Boto3Error) as error:
         where = redact_url(client.meta.endpoint_url)
         kind = ObjectExistsError if error_code(_root(error)) in _EXISTS_CODES else StoreError
-        raise kind(f"could not {doing} at {where}: {explain_store_error(error)}") from error
+        # A traceback would show the original's text.
+        leaks = redact_url(str(error)) != str(error)
+        message = f"could not {doing} at {where}: {explain_store_error(error)}"
+        raise kind(message) from (None if leaks else error)
 
 
 def redact_url(text: str) -> str:
