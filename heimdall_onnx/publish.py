@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,7 @@ class Journal:
     """What a run has claimed so far, in a file beside its other files."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._path = folder / "journal.json"
 
     def read(self) -> dict[str, Any]:
@@ -132,6 +134,10 @@ class Journal:
             return {}
         entries: dict[str, Any] = json.loads(self._path.read_text())
         return entries
+
+    def clear(self) -> None:
+        """Forget what was claimed before."""
+        self._path.unlink(missing_ok=True)
 
     def write(self, **entries: Any) -> None:
         """Add ``entries``, atomically."""
@@ -164,7 +170,8 @@ def upload_release(
     """Claim a version and upload the model with what MLflow needs beside it.
 
     Nothing is uploaded unless the parameters ask for it and every gate holds. The metadata is
-    written first, conditionally, which is what claims the version.
+    written first, conditionally, which is what claims the version. What a failed upload has claimed
+    is taken back, so that it can be called again.
 
     Raises:
         ServiceError: If a service can't be reached, refuses, or returns other bytes.
@@ -175,16 +182,43 @@ def upload_release(
         return Skipped(f"{len(verdict.failed_gates)} gates failed")
     connection = connect(settings)
     journal = Journal(exported.path.parent)
-    run_id = parameters.run_id or connection.tracker.start_run(run_name="release")
-    described = describe_model(
-        model,
-        signature,
-        size_bytes=exported.size_bytes,
-        sha256=exported.sha256,
-        run_id=run_id,
-        inference_metrics=metrics,
-    )
-    client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
+    with _run_of(connection, parameters, journal) as run_id:
+        described = describe_model(
+            model,
+            signature,
+            size_bytes=exported.size_bytes,
+            sha256=exported.sha256,
+            run_id=run_id,
+            inference_metrics=metrics,
+        )
+        return _upload(connection.client, parameters, journal, described, exported, signature)
+
+
+@contextmanager
+def _run_of(
+    connection: Connection, parameters: ReleaseParameters, journal: Journal
+) -> Iterator[str]:
+    """The run that was given, or one of our own; an error takes back what it has claimed."""
+    journal.clear()
+    run_id = parameters.run_id or connection.tracker.create_run("release")
+    try:
+        yield run_id
+    except BaseException:
+        withdraw(connection, journal.folder)
+        if not parameters.run_id:
+            connection.tracker.close_run(run_id, "FAILED")
+        raise
+
+
+def _upload(
+    client: S3Client,
+    parameters: ReleaseParameters,
+    journal: Journal,
+    described: Mapping[str, Any],
+    exported: ExportResult,
+    signature: Signature,
+) -> UploadedRelease:
+    bucket, prefix, run_id = parameters.bucket, parameters.prefix, described["mlflow_run_id"]
     ensure_bucket(client, bucket)
 
     def content(version: str) -> bytes:
@@ -283,15 +317,15 @@ def register_release(
     if isinstance(uploaded, Skipped):
         return uploaded
     tracker = connect(settings).tracker
-    tracker.start_run(run_id=uploaded.run_id)
     # A run that is released into has parameters of its own, or of a release before; MLflow refuses
     # to change one, so ours carry a prefix.
     before = tracker.get_run_info(uploaded.run_id)["params"]
     again = any(name.startswith("release.") for name in before)
     prefix = f"release.{uploaded.version}" if again else "release"
     logged = parameters.model_dump(mode="json", exclude={"output_dir", "run_id", "publish"})
-    tracker.log_params({f"{prefix}.{name}": value for name, value in logged.items()})
-    tracker.log_metrics(dict(metrics))
+    named = {f"{prefix}.{name}": value for name, value in logged.items()}
+    tracker.log_params(named, run_id=uploaded.run_id)
+    tracker.log_metrics(metrics, run_id=uploaded.run_id)
     version = tracker.register_model(
         parameters.name,
         uploaded.folder_uri,
@@ -301,7 +335,7 @@ def register_release(
         description=f"ONNX release {uploaded.version}",
     )
     if not parameters.run_id:
-        tracker.end_run()
+        tracker.close_run(uploaded.run_id, "FINISHED")
     log.info("registered", model_name=parameters.name, model_version=version)
     return RegisteredRelease(parameters.name, version, uploaded.folder_uri)
 

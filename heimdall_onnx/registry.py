@@ -6,9 +6,11 @@ import contextlib
 import math
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ with warnings.catch_warnings():
     # In a notebook MLflow's progress bars ask for a widget library that nothing here needs.
     warnings.filterwarnings("ignore", ".*IProgress not found")
     import mlflow
+    from mlflow.entities import Metric, Param
     from mlflow.exceptions import MlflowException
+    from mlflow.tracking.context.registry import resolve_tags
 
 log = get_logger(__name__)
 
@@ -65,8 +69,9 @@ class RegisteredVersion:
 class MLflowTracker:
     """One MLflow server or database, and one experiment in it.
 
-    The experiment is made where it is missing. MLflow's fluent functions (``mlflow.log_metric`` and
-    the like) act on the same address from then on, and on the run that `start_run` starts.
+    The experiment is made where it is missing, as soon as it is needed. MLflow's fluent functions
+    (``mlflow.log_metric`` and the like) act on the same address, and on the run that `start_run`
+    starts, from that call on.
 
     Args:
         tracking_uri: ``http(s)://…``, ``sqlite:///…`` or ``postgresql://…`` as MLflow or a person
@@ -90,10 +95,18 @@ class MLflowTracker:
         for name, value in _PROCESS_DEFAULTS.items():
             os.environ.setdefault(name, value)
         probe(self._uri)
-        mlflow.set_tracking_uri(self._uri)
         self._client = mlflow.MlflowClient(self._uri, self._uri)
         self.experiment_name = experiment_name
-        self.experiment_id = self._ensure_experiment(experiment_name, artifact_uri)
+        self._artifact_uri = artifact_uri
+
+    @cached_property
+    def experiment_id(self) -> str:
+        """The experiment's id; the experiment is made if there is none of its name.
+
+        Raises:
+            RegistryError: If it is deleted, or MLflow can't be reached or refuses.
+        """
+        return self._ensure_experiment(self.experiment_name, self._artifact_uri)
 
     def __repr__(self) -> str:
         return f"MLflowTracker({redact_url(self._uri)!r}, {self.experiment_name!r})"
@@ -133,18 +146,36 @@ class MLflowTracker:
         with self._errors("end the run"):
             mlflow.end_run(status)
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log parameters of the active run; MLflow refuses to change one."""
-        run_id = self._active_run_id()
-        with self._errors("log parameters"):
-            mlflow.log_params(dict(params), run_id=run_id)
+    def create_run(self, run_name: str) -> str:
+        """A new run beside the active one, if there is one; `close_run` ends it.
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics of the active run."""
-        run_id = self._active_run_id()
-        values = {name: float(value) for name, value in metrics.items()}
+        Neither the process's active run nor one that ``MLFLOW_RUN_ID`` names is touched.
+        """
+        experiment_id = self.experiment_id
+        with self._errors("create a run"):
+            run = self._client.create_run(experiment_id, run_name=run_name, tags=resolve_tags())
+        return str(run.info.run_id)
+
+    def close_run(self, run_id: str, status: str) -> None:
+        """End a run that `create_run` made, as ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        with self._errors(f"end run {run_id}"):
+            self._client.set_terminated(run_id, status)
+
+    def log_params(self, params: Mapping[str, Any], *, run_id: str | None = None) -> None:
+        """Log parameters of a run, by default of the active one; MLflow refuses to change one."""
+        run_id = run_id or self._active_run_id()
+        logged = [Param(name, str(value)) for name, value in params.items()]
+        with self._errors("log parameters"):
+            self._client.log_batch(run_id, params=logged)
+
+    def log_metrics(
+        self, metrics: Mapping[str, float], step: int | None = None, *, run_id: str | None = None
+    ) -> None:
+        """Log metrics of a run, by default of the active one."""
+        run_id, now = run_id or self._active_run_id(), int(1000 * time.time())
+        logged = [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
         with self._errors("log metrics"):
-            mlflow.log_metrics(values, step=step, run_id=run_id)
+            self._client.log_batch(run_id, metrics=logged)
 
     def log_artifact(
         self, path: str | Path, artifact_path: str | None = None, *, run_id: str | None = None
@@ -332,7 +363,9 @@ class MLflowTracker:
         if not source.startswith("s3://"):
             return
         with self._errors(f"look into {source}"):
-            files = mlflow.artifacts.list_artifacts(artifact_uri=source.rstrip("/"))
+            files = mlflow.artifacts.list_artifacts(
+                artifact_uri=source.rstrip("/"), tracking_uri=self._uri
+            )
         if not any(Path(file.path).name == "MLmodel" for file in files):
             raise RegistryError(
                 f"{source} can't be registered: it holds no MLmodel, so MLflow could not load it; "
@@ -346,7 +379,7 @@ class MLflowTracker:
 
 
 def initialize_mlflow(settings: Settings) -> MLflowTracker:
-    """A tracker as the settings say, with the bucket of its artifacts.
+    """A tracker as the settings say, with its experiment and the bucket of its artifacts.
 
     MLflow's own S3 client finds the store's address and credentials in the environment afterwards.
 
@@ -361,6 +394,18 @@ def initialize_mlflow(settings: Settings) -> MLflowTracker:
     boto3.setup_default_session()
     if settings.artifact_uri.startswith("s3://"):
         ensure_bucket(make_client(settings), parse_uri(settings.artifact_uri)[0])
+    tracker = open_registry(settings)
+    log.debug("MLflow reached", experiment_id=tracker.experiment_id)
+    return tracker
+
+
+def open_registry(settings: Settings) -> MLflowTracker:
+    """A tracker to read with: nothing is made, and the process's environment stays as it is.
+
+    Raises:
+        SettingsError: If the tracking address can't be used.
+        RegistryError: If MLflow can't be reached or refuses.
+    """
     return MLflowTracker(
         settings.tracking_uri.get_secret_value(), settings.artifact_uri, settings.experiment_name
     )

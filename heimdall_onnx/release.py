@@ -11,7 +11,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,8 +21,8 @@ from typing import Any
 import structlog
 
 from heimdall_onnx.errors import (
-    EvidenceError,
     HeimdallError,
+    InputError,
     NotebookError,
     ParameterError,
     ServiceError,
@@ -133,7 +133,7 @@ def release_checkpoint(
     run = _Run(parameters, settings)
     try:
         with (
-            _sigterm_interrupts(),
+            _on_signals(_interrupt, signal.SIGTERM),
             structlog.contextvars.bound_contextvars(release=run.id, run_id=parameters.run_id),
         ):
             return run.execute(notebook or notebook_path(), cell_timeout, progress)
@@ -157,7 +157,6 @@ class _Run:
         )
         self.settings = settings
         self.result = ReleaseResult(success=False, exit_code=1, verdict="fail")
-        self._status_before = ""
         self._judgement: Judgement | None = None
         self._offered = False
         self._alias_before: str | None = None
@@ -167,10 +166,13 @@ class _Run:
             raise ParameterError("there is no checkpoint to release: its path is empty")
         self._make_folder()
         connection = connect(self.settings)
-        given = self.parameters.run_id
-        if given:
-            self._status_before = connection.tracker.get_run_info(given)["status"]
-        run_id = connection.tracker.start_run(run_name=f"release {self.id}", run_id=given or None)
+        tracker, given = connection.tracker, self.parameters.run_id
+        # Never the process's active run, which is its caller's, as are name and end of a given one.
+        run_id = (
+            str(tracker.get_run_info(given)["run_id"])
+            if given
+            else tracker.create_run(f"release {self.id}")
+        )
         structlog.contextvars.bind_contextvars(run_id=run_id)
         self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
         self.parameters = self.parameters.model_copy(update={"run_id": run_id})
@@ -185,17 +187,25 @@ class _Run:
                 result = self._keep_failed(connection, judgement)
         except HeimdallError as error:
             status = "FAILED"
-            left = self._take_back(connection)
-            self._mark_failed(connection, error)
+            with _uninterrupted():
+                left = self._take_back(connection)
+                upload = not isinstance(error, InputError)
+                self._mark_failed(connection, str(error), upload=upload)
             if left:
                 raise _with_left(error, left) from error
             raise
-        except BaseException:
+        except BaseException as error:
             # Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay.
-            self._take_back(connection)
+            with _uninterrupted():
+                self._take_back(connection)
+                self._mark_failed(connection, type(error).__name__, upload=False)
             raise
         finally:
-            self._end_run(connection, status)
+            with _uninterrupted():
+                if not given:
+                    self._close_run(connection, run_id, status)
+                for model in self.folder.glob("model.onnx*"):
+                    model.unlink()
         return result
 
     def _make_folder(self) -> None:
@@ -338,8 +348,9 @@ class _Run:
         if alias in ("staging", "production"):
             connection.tracker.transition_model_stage(name, version, alias.capitalize())
         self._alias_before = connection.tracker.alias_target(name, alias)
-        connection.tracker.set_alias(name, version, alias)
-        self._offered = True
+        with _uninterrupted():
+            connection.tracker.set_alias(name, version, alias)
+            self._offered = True
 
     def _manifest(self, judgement: Judgement, objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
         done = judgement.record
@@ -378,17 +389,32 @@ class _Run:
         left = self._take_back(connection)
         if left:
             error = _with_left(error, left)
-        if isinstance(error, EvidenceError):
-            try:
-                self._upload_failed_report(connection, judgement)
-            except ServiceError as trouble:
-                # The verdict stands, whether or not its report could be kept there.
-                log.warning("report not kept", reason=str(trouble), local=str(self.folder))
+        if not isinstance(error, InputError):
+            self._keep_report(connection, judgement, str(error), upload=True)
         return self.failed(error)
 
-    def _upload_failed_report(self, connection: Connection, judgement: Judgement) -> None:
+    def _mark_failed(self, connection: Connection, reason: str, *, upload: bool) -> None:
+        """Make the report of a passed notebook say that its release failed all the same."""
+        if self._offered or self._judgement is None or not self._judgement.passed:
+            return
+        judgement = replace(self._judgement, problem="the release was not completed")
+        self._keep_report(connection, judgement, reason, upload=upload)
+
+    def _keep_report(
+        self, connection: Connection, judgement: Judgement, error: str, *, upload: bool
+    ) -> None:
+        self._write_report(judgement, f"failed run {self.id}", passed=False, error=error)
+        self.result = replace(self.result, local_report=str(self.folder / REPORT_HTML))
+        try:
+            if upload:
+                self._upload_failed_report(connection)
+            self._log_artifacts(connection)
+        except ServiceError as trouble:
+            # The verdict stands, whether or not its report could be kept there.
+            log.warning("report not kept", reason=str(trouble), local=str(self.folder))
+
+    def _upload_failed_report(self, connection: Connection) -> None:
         bucket, prefix = self.parameters.bucket, f"{self.parameters.prefix}/failed"
-        self._write_report(judgement, f"failed run {self.id}", passed=False)
         ensure_bucket(connection.client, bucket)
         report = (self.folder / REPORT).read_bytes()
         version = claim_version(
@@ -407,9 +433,7 @@ class _Run:
             version=version,
             report_uri=f"{address}/{REPORT}",
             report_html_uri=f"{address}/{REPORT_HTML}",
-            local_report=str(self.folder / REPORT_HTML),
         )
-        self._log_artifacts(connection)
 
     def _write_report(
         self, judgement: Judgement, title: str, *, passed: bool, error: str = ""
@@ -431,21 +455,21 @@ class _Run:
                 "registered as version": done["registered"]["model_version"],
             }
         else:
-            facts["what went wrong"] = error or str(_error_of(judgement))
+            facts["what went wrong"] = error
             facts["first departing module"] = done.get("departure") or "not determined"
         report = self.folder / REPORT
         put_verdict_first(report, passed=passed, title=title, facts=facts)
         render_html(report, f"{self.parameters.name} {title}")
 
     def _log_artifacts(self, connection: Connection) -> None:
-        tracker = connection.tracker
+        tracker, run_id = connection.tracker, self.result.run_id
         for name in (REPORT, REPORT_HTML):
-            tracker.log_artifact(self.folder / name, "report")
+            tracker.log_artifact(self.folder / name, "report", run_id=run_id)
         pictures = self.folder / "figures"
         pictures.mkdir(exist_ok=True)
         for name, png in figures(self.folder / REPORT):
             (pictures / name).write_bytes(png)
-            tracker.log_artifact(pictures / name, "figures")
+            tracker.log_artifact(pictures / name, "figures", run_id=run_id)
 
     def _take_back(self, connection: Connection) -> tuple[str, ...]:
         """Withdraw what this run has claimed, unless it is offered already; say what is left."""
@@ -469,26 +493,11 @@ class _Run:
         except ServiceError as error:
             yield f"alias {alias} of {name}, which was at version {before}: {error}"
 
-    def _mark_failed(self, connection: Connection, error: HeimdallError) -> None:
-        """Make the report of a passed notebook say that its release failed all the same."""
-        if self._judgement is None or not self._judgement.passed:
-            return
-        judgement = replace(self._judgement, problem="the release was not completed")
-        self._write_report(judgement, f"failed run {self.id}", passed=False, error=str(error))
-        self.result = replace(self.result, local_report=str(self.folder / REPORT_HTML))
+    def _close_run(self, connection: Connection, run_id: str, status: str) -> None:
         try:
-            self._log_artifacts(connection)
-        except ServiceError as trouble:
-            log.warning("report not kept in MLflow", reason=str(trouble))
-
-    def _end_run(self, connection: Connection, status: str) -> None:
-        # A run that was handed to us belongs to the training that made it, and keeps its status.
-        try:
-            connection.tracker.end_run(self._status_before or status)
+            connection.tracker.close_run(run_id, status)
         except ServiceError as error:
             log.warning("MLflow run not ended", reason=str(error))
-        for model in self.folder.glob("model.onnx*"):
-            model.unlink()
 
     def _verdict(self, *, passed: bool) -> str:
         word = "pass" if passed else "fail"
@@ -526,17 +535,26 @@ def _kernel_environment(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that a stopped pipeline cleans up behind itself."""
+def _on_signals(action: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, action) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Treat SIGTERM like Ctrl-C, so that a stopped pipeline cleans up behind itself."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Go on to the end: a pipeline that is stopped sends SIGINT, then SIGTERM soon after."""
+    # Not SIG_IGN, which processes that are started here would inherit.
+    with _on_signals(lambda number, frame: None, signal.SIGINT, signal.SIGTERM):
+        yield

@@ -3,10 +3,11 @@
 import json
 from dataclasses import replace
 
+import mlflow
 import pytest
 from models import SmallNet
 
-from heimdall_onnx.errors import NotRegisteredError, StoreError, VerificationError
+from heimdall_onnx.errors import DataError, NotRegisteredError, StoreError, VerificationError
 from heimdall_onnx.export import export_model
 from heimdall_onnx.gates import Gate, Verdict
 from heimdall_onnx.parameters import ReleaseParameters
@@ -80,6 +81,28 @@ def test_uploaded_folder_has_no_manifest_yet(
     assert "manifest.json" not in names
     assert uploaded.sha256 == exported.sha256
     assert {o.key for o in uploaded.objects} == set(list_keys(s3, bucket, ""))
+
+
+def test_failed_upload_is_taken_back_and_can_be_repeated(
+    settings, connection, parameters, exported, s3, bucket
+):
+    model = exported.path.read_bytes()
+    exported.path.write_bytes(b"changed")
+    with pytest.raises(DataError, match="has changed"):
+        upload(settings, parameters, exported)
+    assert list_keys(s3, bucket, "") == ()
+    exported.path.write_bytes(model)
+    uploaded = upload(settings, parameters, exported)
+    register_release(settings, parameters, uploaded, {})
+    runs = mlflow.MlflowClient(settings.tracking_uri.get_secret_value()).search_runs(
+        [connection.tracker.experiment_id], order_by=["attributes.start_time DESC"], max_results=2
+    )
+    assert [(r.info.run_name, r.info.status) for r in runs] == [
+        ("release", "FINISHED"),
+        ("release", "FAILED"),
+    ]
+    assert runs[0].info.run_id == uploaded.run_id
+    assert mlflow.active_run() is None
 
 
 def test_everything_claimed_is_taken_back(settings, connection, parameters, exported, s3, bucket):

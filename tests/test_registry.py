@@ -26,8 +26,19 @@ import pytest
 from onnx import TensorProto, helper
 
 from heimdall_onnx import store
-from heimdall_onnx.errors import DataError, ParameterError, RegistryError, SettingsError
-from heimdall_onnx.registry import MLflowTracker, initialize_mlflow, write_mlmodel_folder
+from heimdall_onnx.errors import (
+    DataError,
+    NotRegisteredError,
+    ParameterError,
+    RegistryError,
+    SettingsError,
+)
+from heimdall_onnx.registry import (
+    MLflowTracker,
+    initialize_mlflow,
+    open_registry,
+    write_mlmodel_folder,
+)
 from heimdall_onnx.services import ensure_store, services_down
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature import Signature, TensorSpec, localization_signature
@@ -89,6 +100,7 @@ def test_the_registered_folder_loads_through_mlflow_with_the_same_numbers(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    tracker.start_run()
     version = tracker.register_model(name, release, tags={"sha256": "abc"})
     tracker.set_alias(name, version, "staging")
     x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
@@ -174,6 +186,26 @@ def test_a_run_is_gone_on_with_and_a_second_one_refused(tracker: MLflowTracker) 
     assert tracker.get_run_info(run_id)["status"] == "FAILED"
     assert tracker.start_run(run_id=run_id) == run_id
     assert tracker.get_run_info(run_id)["status"] == "RUNNING"
+
+
+def test_a_run_of_its_own_leaves_the_active_one_alone(
+    tracker: MLflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active = tracker.start_run("training")
+    monkeypatch.setenv("MLFLOW_RUN_ID", active)
+    run_id = tracker.create_run("release")
+    tracker.log_params({"epochs": 3}, run_id=run_id)
+    tracker.log_metrics({"mae": 0.5}, run_id=run_id)
+    assert tracker.get_run_info(run_id)["status"] == "RUNNING"
+    tracker.close_run(run_id, "FAILED")
+    info = tracker.get_run_info(run_id)
+    assert (info["run_name"], info["status"]) == ("release", "FAILED")
+    assert (info["params"], info["metrics"]) == ({"epochs": "3"}, {"mae": 0.5})
+    assert info["tags"]["mlflow.user"]
+    assert mlflow.active_run().info.run_id == active
+    untouched = tracker.get_run_info(active)
+    assert (untouched["run_name"], untouched["status"]) == ("training", "RUNNING")
+    assert untouched["params"] == untouched["metrics"] == {}
 
 
 def test_logging_needs_a_run_and_a_file(tracker: MLflowTracker, tmp_path: Path) -> None:
@@ -313,6 +345,21 @@ def test_the_database_of_a_server_is_used_as_written(
 # --- settings
 
 
+def test_reading_makes_nothing(sqlite_tracker: MLflowTracker, tmp_path: Path) -> None:
+    settings = Settings(
+        _env_file=None,
+        MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'mlflow.db'}",
+        MLFLOW_EXPERIMENT_NAME="not there",
+    )
+    before = dict(os.environ), mlflow.get_tracking_uri()
+    reader = open_registry(settings)
+    with pytest.raises(NotRegisteredError):
+        reader.version_by_alias("nothing", "staging")
+    assert (dict(os.environ), mlflow.get_tracking_uri()) == before
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert client.get_experiment_by_name("not there") is None
+
+
 def test_initializing_makes_what_the_settings_name(
     embedded_settings: Settings, reset_mlflow: None, tmp_path: Path, s3: S3Client, bucket: str
 ) -> None:
@@ -422,9 +469,12 @@ def test_a_database_file_that_is_none_is_named(tmp_path: Path, reset_mlflow: Non
 
 
 def test_a_deleted_experiment_is_named(sqlite_tracker: MLflowTracker) -> None:
+    sqlite_tracker.start_run()
+    sqlite_tracker.end_run()
     mlflow.MlflowClient().delete_experiment(sqlite_tracker.experiment_id)
+    again = MLflowTracker(mlflow.get_tracking_uri())
     with pytest.raises(RegistryError, match="'heimdall-localization' is deleted; restore it"):
-        MLflowTracker(mlflow.get_tracking_uri())
+        again.create_run("release")
 
 
 def test_an_artifact_store_with_a_wrong_key_is_named(
