@@ -253,11 +253,18 @@ class ONNXExporter:
         version = self.mlflow_tracker.register_model(
             model_name, source, run_id=run_id, tags=version_tags(metadata)
         )
+        alias = stage.lower() if stage in ("Staging", "Production") else None
+        before = None
         try:
             self.mlflow_tracker.transition_model_stage(model_name, version, stage)
-            if stage in ("Staging", "Production"):
-                self.mlflow_tracker.set_alias(model_name, version, stage.lower())
+            if alias is not None:
+                before = self.mlflow_tracker.alias_target(model_name, alias)
+                self.mlflow_tracker.set_alias(model_name, version, alias)
         except RegistryError:
+            # The registry may have moved the alias and failed to say so; with the version it would
+            # vanish.
+            if alias is not None and before is not None:
+                self.mlflow_tracker.set_alias(model_name, before, alias)
             self.mlflow_tracker.delete_version(model_name, version)
             raise
         return {

@@ -16,10 +16,13 @@ from heimdall_onnx import LocalizationNet, ONNXExporter, export_and_register_mod
 from heimdall_onnx.errors import (
     ExportError,
     InvalidModelError,
+    NotRegisteredError,
     ParameterError,
     ParityError,
+    RegistryError,
     StoreError,
 )
+from heimdall_onnx.registry import MLflowTracker
 
 pytestmark = pytest.mark.services
 
@@ -181,6 +184,27 @@ class TestONNXExporter:
         client = mlflow.MlflowClient()
         assert [a.path for a in client.list_artifacts(run_id)] == ["metadata.json"]
         assert s3.head_object(Bucket=bucket, Key="models/v1.onnx")
+
+    def test_alias_stays_with_its_version_when_moving_it_fails(
+        self, exporter, bucket, run_id, tmp_path, monkeypatch
+    ):
+        path = exporter.export_to_onnx(Small(), tmp_path / "net.onnx")
+        uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
+        metadata = exporter.get_model_metadata(path, Small(), run_id)
+        exporter.register_with_mlflow("kept", uri, metadata)
+        set_alias, faults = MLflowTracker.set_alias, iter([True])
+
+        def moved_but_failed(tracker, *arguments):
+            set_alias(tracker, *arguments)
+            if next(faults, False):
+                raise RegistryError("the answer was lost")
+
+        monkeypatch.setattr(MLflowTracker, "set_alias", moved_but_failed)
+        with pytest.raises(RegistryError, match="the answer was lost"):
+            exporter.register_with_mlflow("kept", uri, metadata)
+        assert exporter.mlflow_tracker.alias_target("kept", "staging") == "1"
+        with pytest.raises(NotRegisteredError):
+            exporter.mlflow_tracker.get_version("kept", "2")
 
     def test_register_refuses_a_stage_that_mlflow_does_not_have(self, exporter, bucket):
         with pytest.raises(ParameterError, match="Staging"):
