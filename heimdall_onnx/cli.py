@@ -19,7 +19,8 @@ import click
 from heimdall_onnx.errors import HeimdallError, ParameterError
 
 if TYPE_CHECKING:
-    from heimdall_onnx.publish import Connection
+    from mypy_boto3_s3 import S3Client
+
     from heimdall_onnx.release import ReleaseResult
     from heimdall_onnx.settings import Settings
 
@@ -290,11 +291,12 @@ def _place_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--prefix", default="models/localization", show_default=True)(command)
 
 
-def _connect() -> Connection:
-    from heimdall_onnx.publish import connect
+def _store() -> S3Client:
+    from heimdall_onnx.services import ensure_store
     from heimdall_onnx.settings import Settings
+    from heimdall_onnx.store import make_client
 
-    return connect(Settings.load())
+    return make_client(ensure_store(Settings.load()))
 
 
 @main.command("list")
@@ -305,14 +307,14 @@ def list_(bucket: str, prefix: str) -> None:
     from heimdall_onnx.store import bucket_exists, list_versions
     from heimdall_onnx.verify import read_manifest
 
-    connection = _connect()
-    if not bucket_exists(connection.client, bucket):
+    client = _store()
+    if not bucket_exists(client, bucket):
         click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
         return
     unreadable = []
-    for version in list_versions(connection.client, bucket, prefix):
+    for version in list_versions(client, bucket, prefix):
         try:
-            manifest = read_manifest(connection, _folder(version, bucket, prefix))
+            manifest = read_manifest(client, _folder(version, bucket, prefix))
         except VerificationError as error:
             unreadable.append(version)
             click.echo(f"{version}  {error}")
@@ -333,7 +335,7 @@ def show(version: str, bucket: str, prefix: str) -> None:
     """Print the manifest of VERSION, which may also be an s3:// address."""
     from heimdall_onnx.verify import read_manifest
 
-    manifest = read_manifest(_connect(), _folder(version, bucket, prefix))
+    manifest = read_manifest(_store(), _folder(version, bucket, prefix))
     click.echo(json.dumps(manifest, indent=2, ensure_ascii=False))
 
 
@@ -343,9 +345,11 @@ def show(version: str, bucket: str, prefix: str) -> None:
 def verify(version: str, bucket: str, prefix: str) -> None:
     """Download VERSION again and hold it against its manifest and the registry."""
     from heimdall_onnx.errors import VerificationError
-    from heimdall_onnx.verify import verify_release
+    from heimdall_onnx.settings import Settings
+    from heimdall_onnx.verify import open_for_reading, verify_release
 
-    findings = verify_release(_connect(), _folder(version, bucket, prefix))
+    connection = open_for_reading(Settings.load())
+    findings = verify_release(connection, _folder(version, bucket, prefix))
     for finding in findings:
         click.echo(f"{'holds' if finding.holds else 'DIFFERS':<9}{finding.what}")
         if not finding.holds:

@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heimdall_onnx.errors import NotRegisteredError, ParameterError, VerificationError
 from heimdall_onnx.inference import open_session
-from heimdall_onnx.publish import Connection, connect
-from heimdall_onnx.registry import RegisteredVersion
+from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.store import (
     MANIFEST,
@@ -22,12 +23,17 @@ from heimdall_onnx.store import (
     hash_object,
     head,
     list_keys,
+    make_client,
     parse_uri,
     read_bytes,
 )
 
 if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
     from onnxruntime import InferenceSession
+
+    from heimdall_onnx.publish import Connection
+    from heimdall_onnx.registry import RegisteredVersion
 
 _MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))$")
 
@@ -49,6 +55,42 @@ class Finding:
     found: str
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Entry(_Strict):
+    key: str
+    size: int
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Registered(_Strict):
+    model_name: str
+    model_version: Annotated[str, Field(pattern="^[0-9]+$")]
+
+
+class _Manifest(_Strict):
+    """What is relied on in a manifest; the rest is for its readers."""
+
+    verdict: str
+    objects: list[_Entry]
+    mlflow: _Registered
+
+
+def open_for_reading(settings: Settings) -> Connection:
+    """Reach store and registry without making anything in them.
+
+    Raises:
+        ServiceError: If one of them can't be reached or refuses.
+    """
+    from heimdall_onnx.publish import Connection
+    from heimdall_onnx.registry import open_registry
+
+    settings = ensure_store(settings)
+    return Connection(settings, make_client(settings), open_registry(settings))
+
+
 def verify_release(connection: Connection, folder_uri: str) -> tuple[Finding, ...]:
     """Download a release again and hold every object and the registry against its manifest.
 
@@ -62,54 +104,56 @@ def verify_release(connection: Connection, folder_uri: str) -> tuple[Finding, ..
     """
     bucket, folder = parse_uri(folder_uri)
     folder = folder.rstrip("/")
-    manifest = read_manifest(connection, folder_uri)
+    manifest = read_manifest(connection.client, folder_uri)
     return (
-        *_check_objects(connection, bucket, folder, manifest),
+        *_check_objects(connection.client, bucket, folder, manifest),
         *_check_registry(connection, bucket, folder, manifest),
     )
 
 
-def read_manifest(connection: Connection, folder_uri: str) -> dict[str, Any]:
+def read_manifest(client: S3Client, folder_uri: str) -> dict[str, Any]:
     """The manifest of a release.
 
     Raises:
-        VerificationError: If there is none.
+        VerificationError: If there is none, or it is not one of a release with a model.
+        StoreError: If the store can't be reached or refuses.
     """
     bucket, folder = parse_uri(folder_uri)
     key = f"{folder.rstrip('/')}/{MANIFEST}"
-    if not exists(connection.client, bucket, key):
+    if not exists(client, bucket, key):
         raise VerificationError(
             f"{folder_uri} has no {MANIFEST}, so it is not a release; `heimdall-onnx list` "
             "shows those that are"
         )
     try:
-        manifest: dict[str, Any] = json.loads(read_bytes(connection.client, bucket, key))
-    except ValueError as error:
-        raise VerificationError(f"{folder_uri}/{MANIFEST} is not JSON: {error}") from error
+        content = read_bytes(client, bucket, key)
+        known = _Manifest.model_validate_json(content)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}" for e in error.errors()
+        )
+        raise VerificationError(
+            f"{folder_uri}/{MANIFEST} is no manifest of a release: {problems}"
+        ) from error
     model_key = f"{folder.rstrip('/')}/model.onnx"
-    try:
-        named, keys = manifest["mlflow"], {entry["key"] for entry in manifest["objects"]}
-        whole = model_key in keys and {"model_name", "model_version"} <= named.keys()
-        whole = whole and isinstance(manifest["verdict"], str)
-    except (AttributeError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise VerificationError(f"{folder_uri}/{MANIFEST} is no manifest of a release with a model")
+    if model_key not in {entry.key for entry in known.objects}:
+        raise VerificationError(f"{folder_uri}/{MANIFEST} names no {model_key}")
+    manifest: dict[str, Any] = json.loads(content)
     return manifest
 
 
 def _check_objects(
-    connection: Connection, bucket: str, folder: str, manifest: Mapping[str, Any]
+    client: S3Client, bucket: str, folder: str, manifest: Mapping[str, Any]
 ) -> Iterator[Finding]:
     recorded = {entry["key"]: entry for entry in manifest["objects"]}
-    there = set(list_keys(connection.client, bucket, folder + "/")) - {f"{folder}/{MANIFEST}"}
+    there = set(list_keys(client, bucket, folder + "/")) - {f"{folder}/{MANIFEST}"}
     for key in sorted(recorded.keys() | there):
         if key not in there:
             yield Finding(key, False, "an object", "nothing")
         elif key not in recorded:
             yield Finding(key, False, "nothing", "an object the manifest does not name")
         else:
-            digest, size = hash_object(connection.client, bucket, key)
+            digest, size = hash_object(client, bucket, key)
             expected = f"{recorded[key]['sha256']}, {recorded[key]['size']} bytes"
             found = f"{digest}, {size} bytes"
             yield Finding(key, expected == found, expected, found)
@@ -160,34 +204,50 @@ def load_model(
     Example:
         >>> session = load_model("models:/heimdall-localization-onnx@staging")  # doctest: +SKIP
     """
-    connection = connect(settings or Settings.load())
-    bare = _bare_model(connection, uri)
+    settings = ensure_store(settings or Settings.load())
+    client, cache = make_client(settings), settings.home / "models"
+    found = _registered(settings, uri)
+    bare = _bare_model(found, uri)
     if bare is not None:
         bucket, key, expected = bare
-        return open_session(
-            _fetch(connection, bucket, {"model.onnx": key}, expected), threads=threads
-        )
-    folder_uri = _folder_of(connection, uri)
+        path = _fetch(client, bucket, {"model.onnx": key}, expected, cache)
+        return open_session(path, threads=threads)
+    folder_uri = _folder_of(client, found, uri)
     bucket, _ = parse_uri(folder_uri)
-    manifest = read_manifest(connection, folder_uri)
+    manifest = read_manifest(client, folder_uri)
     files = {
         Path(e["key"]).name: e
         for e in manifest["objects"]
         if Path(e["key"]).name.startswith("model.onnx")
     }
     path = _fetch(
-        connection,
+        client,
         bucket,
         {name: entry["key"] for name, entry in files.items()},
         {name: entry["sha256"] for name, entry in files.items()},
+        cache,
     )
     return open_session(path, threads=threads)
 
 
-def _bare_model(connection: Connection, uri: str) -> tuple[str, str, dict[str, str]] | None:
+def _registered(settings: Settings, uri: str) -> RegisteredVersion | None:
+    """The registered version that ``uri`` names; None if it is no address of the registry."""
+    match = _MODEL_URI.match(uri)
+    if match is None:
+        return None
+    from heimdall_onnx.registry import open_registry
+
+    tracker = open_registry(settings)
+    if match["alias"]:
+        return tracker.version_by_alias(match["name"], match["alias"])
+    return tracker.get_version(match["name"], match["version"])
+
+
+def _bare_model(
+    found: RegisteredVersion | None, uri: str
+) -> tuple[str, str, dict[str, str]] | None:
     """Bucket, key and recorded hash of a model without a manifest; None for a release."""
-    if match := _MODEL_URI.match(uri):
-        found = _registered(connection, match)
+    if found is not None:
         if "manifest_sha256" in found.tags or "sha256" not in found.tags:
             return None
         # Registered step by step, without a release around it.
@@ -199,11 +259,10 @@ def _bare_model(connection: Connection, uri: str) -> tuple[str, str, dict[str, s
     return None
 
 
-def _folder_of(connection: Connection, uri: str) -> str:
+def _folder_of(client: S3Client, found: RegisteredVersion | None, uri: str) -> str:
     """The release folder that ``uri`` names."""
-    if match := _MODEL_URI.match(uri):
-        found = _registered(connection, match)
-        _check_manifest_tag(connection, found.source, found.tags)
+    if found is not None:
+        _check_manifest_tag(client, found.source, found.tags)
         return found.source.rstrip("/")
     if not uri.startswith("s3://"):
         raise ParameterError(
@@ -213,13 +272,7 @@ def _folder_of(connection: Connection, uri: str) -> str:
     return uri.removesuffix("/model.onnx").rstrip("/")
 
 
-def _registered(connection: Connection, match: re.Match[str]) -> RegisteredVersion:
-    if match["alias"]:
-        return connection.tracker.version_by_alias(match["name"], match["alias"])
-    return connection.tracker.get_version(match["name"], match["version"])
-
-
-def _check_manifest_tag(connection: Connection, source: str, tags: Mapping[str, str]) -> None:
+def _check_manifest_tag(client: S3Client, source: str, tags: Mapping[str, str]) -> None:
     expected = tags.get("manifest_sha256")
     if expected is None:
         raise VerificationError(
@@ -227,7 +280,7 @@ def _check_manifest_tag(connection: Connection, source: str, tags: Mapping[str, 
             "not released by this program, or not completely"
         )
     bucket, folder = parse_uri(source)
-    content = read_bytes(connection.client, bucket, f"{folder.rstrip('/')}/{MANIFEST}")
+    content = read_bytes(client, bucket, f"{folder.rstrip('/')}/{MANIFEST}")
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise VerificationError(
@@ -237,12 +290,15 @@ def _check_manifest_tag(connection: Connection, source: str, tags: Mapping[str, 
 
 
 def _fetch(
-    connection: Connection, bucket: str, keys: Mapping[str, str], expected: Mapping[str, str]
+    client: S3Client,
+    bucket: str,
+    keys: Mapping[str, str],
+    expected: Mapping[str, str],
+    cache: Path,
 ) -> Path:
-    """Bring the files of a model below home, checked, and return the model's path."""
-    client = connection.client
-    digest = expected.get("model.onnx") or _recorded_sha256(connection, bucket, keys["model.onnx"])
-    folder = connection.settings.home / "models" / digest
+    """Bring the files of a model into ``cache``, checked, and return the model's path."""
+    digest = expected.get("model.onnx") or _recorded_sha256(client, bucket, keys["model.onnx"])
+    folder = cache / digest
     folder.mkdir(parents=True, exist_ok=True)
     for name, key in keys.items():
         wanted = expected.get(name, digest)
@@ -258,8 +314,8 @@ def _fetch(
     return folder / "model.onnx"
 
 
-def _recorded_sha256(connection: Connection, bucket: str, key: str) -> str:
-    digest = head(connection.client, bucket, key).sha256
+def _recorded_sha256(client: S3Client, bucket: str, key: str) -> str:
+    digest = head(client, bucket, key).sha256
     if not digest:
         raise VerificationError(
             f"s3://{bucket}/{key} records no SHA-256 in its metadata, so it can't be verified; "

@@ -1,11 +1,13 @@
 """A release that was changed anywhere is found out, and is not opened."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from models import SmallNet
+from pydantic import SecretStr
 from releases import changed_notebook, smoke
 
 from heimdall_onnx.errors import ParameterError, StoreError, VerificationError
@@ -93,13 +95,13 @@ def test_added_object_is_named(connection, folder, tampered):
 
 
 def test_rewritten_manifest_does_not_match_the_registry(connection, folder, tampered):
-    manifest = read_manifest(connection, folder)
+    manifest = read_manifest(connection.client, folder)
     tampered("manifest.json", json.dumps(manifest).encode())
     assert any("manifest_sha256" in what for what in differing(connection, folder))
 
 
 def test_version_that_is_not_registered_is_a_finding(connection, folder, tampered):
-    manifest = read_manifest(connection, folder)
+    manifest = read_manifest(connection.client, folder)
     manifest["mlflow"]["model_version"] = "999"
     tampered("manifest.json", json.dumps(manifest).encode())
     assert differing(connection, folder) == {"test-model version 999"}
@@ -109,6 +111,35 @@ def test_folder_without_manifest_is_no_release(connection, folder, tampered):
     tampered("manifest.json", None)
     with pytest.raises(VerificationError, match="is not a release"):
         verify_release(connection, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda m: m["objects"][0].pop("sha256"), r"objects\.0\.sha256: Field required"),
+        (lambda m: m["objects"][0].update(size="1"), r"objects\.0\.size: .* integer"),
+        (lambda m: m["mlflow"].update(model_version="one"), r"mlflow\.model_version: "),
+        (lambda m: m.update(objects=[]), r"names no .*model\.onnx"),
+    ],
+    ids=["no hash", "size as text", "version in words", "no model"],
+)
+def test_manifest_of_another_shape_is_refused(connection, folder, tampered, change, problem):
+    manifest = read_manifest(connection.client, folder)
+    change(manifest)
+    tampered("manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(VerificationError, match=problem):
+        verify_release(connection, folder)
+
+
+def test_address_in_the_store_needs_no_registry(settings, folder):
+    without = settings.model_copy(
+        update={"mlflow_tracking_uri": SecretStr("http://127.0.0.1:9"), "artifact_uri": "s3://no"}
+    )
+    before = dict(os.environ)
+    assert load_model(folder, settings=without).get_inputs()
+    assert load_model("models:/test-model@staging", settings=settings).get_inputs()
+    changed = {name for name, value in os.environ.items() if before.get(name) != value}
+    assert all(n.startswith(("MLFLOW_HTTP_REQUEST_", "MLFLOW_SUPPRESS_")) for n in changed)
 
 
 def test_changed_model_is_not_opened(settings, folder, released, tampered):
@@ -123,7 +154,7 @@ def test_changed_model_is_not_opened(settings, folder, released, tampered):
 def test_rewritten_manifest_is_not_believed_through_the_registry(
     settings, connection, folder, tampered
 ):
-    tampered("manifest.json", json.dumps(read_manifest(connection, folder)).encode())
+    tampered("manifest.json", json.dumps(read_manifest(connection.client, folder)).encode())
     with pytest.raises(VerificationError, match="not the one that was registered"):
         load_model("models:/test-model@staging", settings=settings)
 
