@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export HEIMDALL_HOME ?= $(CURDIR)/.heimdall
 
 .DEFAULT_GOAL := help
 .PHONY: help install release test lab check format
@@ -30,7 +29,8 @@ test: $(VENV)/.installed ## Run the tests on real services
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(OPTIONS)
 
 lab: $(VENV)/.installed ## Open the notebook in JupyterLab
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/release.ipynb
+	HEIMDALL_HOME="$$($(BIN)/python -c 'import heimdall_onnx; print(heimdall_onnx.Settings.load().home)')" \
+	  $(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/release.ipynb
 
 check: $(VENV)/.installed ## Lint and check types
 	$(BIN)/ruff check .

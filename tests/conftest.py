@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -50,6 +51,9 @@ def pytest_configure() -> None:
     # A kernel finds the tests' models as it would find a user's.
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     _CLEAN.update(os.environ)
+    # A shell starts what it puts into the background deaf to SIGINT, and its children inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
