@@ -274,20 +274,17 @@ def test_local_run_folder_keeps_the_report_but_no_second_model(released):
     assert not list(local.parent.glob("*.onnx*"))
 
 
-def test_second_release_takes_the_alias_and_a_third_that_fails_leaves_it(
-    released, small, tmp_path, monkeypatch
+def test_training_run_keeps_a_failed_release_and_takes_the_next(
+    released, small, s3, tmp_path, monkeypatch, mlflow_environment, reset_mlflow
 ):
-    before = released.result
-    after = release_checkpoint(
-        smoke(small, released.bucket),
-        released.settings,
-        notebook=changed_notebook(tmp_path),
+    settings, bucket, first = released.settings, released.bucket, released.result
+    tracker, client = (
+        connect(settings).tracker,
+        mlflow.MlflowClient(settings.tracking_uri.get_secret_value()),
     )
-    assert after.success, after.error
-    assert after.version > before.version
-    client = mlflow.MlflowClient(released.settings.tracking_uri.get_secret_value())
-    found = client.get_model_version_by_alias("test-model", "staging")
-    assert str(found.version) == after.model_version != before.model_version
+    run_id = tracker.start_run(run_name="training")
+    tracker.log_params({"profile": "of the training", "seed": 42})
+    parameters = smoke(small, bucket, run_id=run_id)
     set_alias, faults = MLflowTracker.set_alias, iter([True])
 
     def moved_but_failed(tracker, *arguments):
@@ -296,14 +293,27 @@ def test_second_release_takes_the_alias_and_a_third_that_fails_leaves_it(
             raise RegistryError("the answer was lost")
 
     monkeypatch.setattr(MLflowTracker, "set_alias", moved_but_failed)
-    third = release_checkpoint(
-        smoke(small, released.bucket), released.settings, notebook=changed_notebook(tmp_path)
-    )
-    assert third.exit_code == 4
-    assert "the answer was lost" in third.error
-    found = client.get_model_version_by_alias("test-model", "staging")
-    assert str(found.version) == after.model_version
-    assert len(versions(released.settings)) == 2
+    before = keys(s3, bucket)
+    failed = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
+    assert failed.exit_code == 4
+    assert "the answer was lost" in failed.error
+    assert tracker.version_by_alias("test-model", "staging").version == first.model_version
+    assert len(versions(settings)) == 1
+    assert failed.report_html_uri.startswith(f"s3://{bucket}/{PREFIX}/failed/v")
+    assert all(key.startswith(f"{PREFIX}/failed/") for key in keys(s3, bucket) - before)
+    assert "PASS" not in Path(failed.local_report).read_text()
+
+    again = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
+    assert again.success, again.error
+    assert again.version > first.version
+    assert tracker.version_by_alias("test-model", "staging").version == again.model_version
+    assert len(versions(settings)) == 2
+    assert again.run_id == failed.run_id == run_id
+    run = client.get_run(run_id)
+    assert (run.info.run_name, run.info.status) == ("training", "RUNNING")
+    assert run.data.params["profile"] == "of the training"
+    assert run.data.params["release.profile"] == "smoke"
+    assert mlflow.active_run().info.run_id == run_id
 
 
 # On an MLflow server, and on real recordings

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -24,7 +23,6 @@ from releases import (
 )
 
 from heimdall_onnx import release
-from heimdall_onnx.publish import connect
 from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.settings import Settings
 
@@ -109,18 +107,18 @@ def test_bad_evaluation_data_is_bad_input(settings, small, s3, bucket, tmp_path)
     assert keys(s3, bucket) == set()
 
 
-@pytest.mark.parametrize(
-    ("after", "source"),
-    [
-        ("verdict-check", "import os, time; time.sleep(1); os._exit(0)"),
-        ("register", "import sys; sys.exit(0)"),
-    ],
-    ids=["killed in the last cell", "exit"],
-)
-def test_notebook_that_stops_after_registering_is_taken_back(
-    settings, small, s3, bucket, tmp_path, after, source
-):
-    notebook = changed_notebook(tmp_path, after, source)
+def test_kernel_killed_in_the_last_cell_is_taken_back(settings, small, s3, bucket, tmp_path):
+    source = "import os, time; time.sleep(1); os._exit(0)"
+    notebook = changed_notebook(tmp_path, "verdict-check", source)
+    result = release_checkpoint(smoke(small, bucket), settings, notebook=notebook)
+    assert result.exit_code == 3, result.error
+    assert "Traceback" not in result.error
+    nothing_is_offered(s3, settings, bucket)
+    assert any(key.endswith("report.html") for key in keys(s3, bucket))
+
+
+def test_exit_in_a_cell_is_no_success(settings, small, s3, bucket, tmp_path):
+    notebook = changed_notebook(tmp_path, "parameters", "import sys; sys.exit(0)")
     result = release_checkpoint(smoke(small, bucket), settings, notebook=notebook)
     assert result.exit_code == 3, result.error
     assert "Traceback" not in result.error
@@ -134,37 +132,6 @@ def test_cell_out_of_time_fails_the_run(settings, small, s3, bucket, tmp_path):
     assert result.exit_code == 3
     assert "longer than the 5 s it may: code cell 4 of " in result.error
     nothing_is_offered(s3, settings, bucket)
-
-
-def test_training_run_keeps_a_failed_release_and_takes_the_next(
-    settings, small, s3, bucket, tmp_path, mlflow_environment, reset_mlflow
-):
-    tracker = connect(settings).tracker
-    run_id = tracker.start_run(run_name="training")
-    tracker.log_params({"profile": "of the training", "seed": 42})
-    # The version vanishes from the registry before the runner can tag it.
-    notebook = changed_notebook(
-        tmp_path,
-        "register",
-        "import mlflow; mlflow.MlflowClient().delete_model_version("
-        "registered.model_name, registered.model_version)",
-    )
-    parameters = smoke(small, bucket, run_id=run_id)
-    result = release_checkpoint(parameters, settings, notebook=notebook)
-    assert result.exit_code == 4, result.error
-    nothing_is_offered(s3, settings, bucket)
-    assert not any(key.endswith("manifest.json") for key in keys(s3, bucket))
-    assert result.report_html_uri.startswith(f"s3://{bucket}/{PREFIX}/failed/v")
-    assert "PASS" not in Path(result.local_report).read_text()
-
-    again = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
-    assert again.success, again.error
-    assert again.run_id == run_id
-    run = mlflow.MlflowClient(settings.tracking_uri.get_secret_value()).get_run(run_id)
-    assert run.data.params["profile"] == "of the training"
-    assert run.data.params["release.profile"] == "smoke"
-    assert (run.info.run_name, run.info.status) == ("training", "RUNNING")
-    assert mlflow.active_run().info.run_id == run_id
 
 
 def test_notebook_that_publishes_nothing_is_no_release(settings, small, s3, bucket, tmp_path):
