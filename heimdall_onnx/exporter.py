@@ -264,7 +264,7 @@ class ONNXExporter:
             # The registry may have moved the alias and failed to say so; with the version it would
             # vanish.
             if alias is not None and before is not None:
-                self.mlflow_tracker.set_alias(model_name, before, alias)
+                self.mlflow_tracker.restore_alias(model_name, alias, version, before)
             self.mlflow_tracker.delete_version(model_name, version)
             raise
         return {

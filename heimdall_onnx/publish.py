@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.errors import HeimdallError
+from heimdall_onnx.errors import HeimdallError, ServiceError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
 from heimdall_onnx.services import ensure_store
@@ -24,6 +24,7 @@ from heimdall_onnx.store import (
     MANIFEST,
     StoredObject,
     claim_version,
+    delete_objects,
     delete_prefix,
     ensure_bucket,
     head,
@@ -200,14 +201,35 @@ def _run_of(
 ) -> Iterator[str]:
     """The run that was given, or one of our own; an error takes back what it has claimed."""
     journal.clear()
+    if parameters.run_id:
+        connection.tracker.check_run(parameters.run_id)
     run_id = parameters.run_id or connection.tracker.create_run("release")
+    with _closed_on_error(connection.tracker, parameters, run_id):
+        try:
+            yield run_id
+        except BaseException:
+            withdraw(connection, journal.folder)
+            raise
+
+
+@contextmanager
+def _closed_on_error(
+    tracker: MLflowTracker, parameters: ReleaseParameters, run_id: str
+) -> Iterator[None]:
     try:
-        yield run_id
+        yield
     except BaseException:
-        withdraw(connection, journal.folder)
         if not parameters.run_id:
-            connection.tracker.close_run(run_id, "FAILED")
+            close_own_run(tracker, run_id, "FAILED")
         raise
+
+
+def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:
+    """End a run that `MLflowTracker.create_run` made; that it can't be ended is only logged."""
+    try:
+        tracker.close_run(run_id, status)
+    except ServiceError as error:
+        log.warning("MLflow run not ended", run_id=run_id, reason=str(error))
 
 
 def _upload(
@@ -317,6 +339,19 @@ def register_release(
     if isinstance(uploaded, Skipped):
         return uploaded
     tracker = connect(settings).tracker
+    with _closed_on_error(tracker, parameters, uploaded.run_id):
+        registered = _register(tracker, parameters, uploaded, metrics)
+    if not parameters.run_id:
+        close_own_run(tracker, uploaded.run_id, "FINISHED")
+    return registered
+
+
+def _register(
+    tracker: MLflowTracker,
+    parameters: ReleaseParameters,
+    uploaded: UploadedRelease,
+    metrics: Mapping[str, float],
+) -> RegisteredRelease:
     # A run that is released into has parameters of its own, or of a release before; MLflow refuses
     # to change one, so ours carry a prefix.
     before = tracker.get_run_info(uploaded.run_id)["params"]
@@ -334,8 +369,6 @@ def register_release(
         tags={k: v for k, v in version_tags(uploaded.metadata).items() if k != "sha256"},
         description=f"ONNX release {uploaded.version}",
     )
-    if not parameters.run_id:
-        tracker.close_run(uploaded.run_id, "FINISHED")
     log.info("registered", model_name=parameters.name, model_version=version)
     return RegisteredRelease(parameters.name, version, uploaded.folder_uri)
 
@@ -379,13 +412,17 @@ def _delete_own_versions(tracker: MLflowTracker, name: str, source: str, run_id:
 
 def _delete_own_folder(client: S3Client, bucket: str, folder: str, run_id: str) -> None:
     # The journal is written before the claim, so the folder may be somebody else's, or nobody's.
-    if not list_keys(client, bucket, folder + METADATA):
+    claim = folder + METADATA
+    if not list_keys(client, bucket, claim):
         return
-    if read_json(client, bucket, folder + METADATA).get("mlflow_run_id") != run_id:
+    if read_json(client, bucket, claim).get("mlflow_run_id") != run_id:
         return
-    # Without its manifest it is no release, whatever else can't be deleted.
+    # Without its manifest it is no release, whatever else can't be deleted; and without the claim
+    # nobody would know whose the rest is.
     delete_prefix(client, bucket, folder + MANIFEST)
-    delete_prefix(client, bucket, folder)
+    rest = [key for key in list_keys(client, bucket, folder) if key != claim]
+    delete_objects(client, bucket, rest)
+    delete_objects(client, bucket, [claim])
 
 
 def to_json(data: Mapping[str, Any]) -> bytes:

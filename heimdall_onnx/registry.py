@@ -16,12 +16,12 @@ from typing import Any
 
 import boto3
 
-from heimdall_onnx.errors import DataError, ParameterError, RegistryError
+from heimdall_onnx.errors import DataError, NotRegisteredError, ParameterError, RegistryError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.mlmodel import write_mlmodel_folder as write_mlmodel_folder
-from heimdall_onnx.registry_errors import probe, registry_errors
+from heimdall_onnx.registry_errors import missing_database, probe, registry_errors
 from heimdall_onnx.services import ensure_store
-from heimdall_onnx.settings import Settings, with_driver
+from heimdall_onnx.settings import Settings, bypass_proxy, with_driver
 from heimdall_onnx.store import ensure_bucket, parse_uri
 from heimdall_onnx.store_client import make_client, redact_url
 
@@ -94,8 +94,10 @@ class MLflowTracker:
         self._uri = with_driver(tracking_uri)
         for name, value in _PROCESS_DEFAULTS.items():
             os.environ.setdefault(name, value)
+        bypass_proxy(self._uri)
         probe(self._uri)
-        self._client = mlflow.MlflowClient(self._uri, self._uri)
+        with self._errors("open the registry"):
+            self._client = mlflow.MlflowClient(self._uri, self._uri)
         self.experiment_name = experiment_name
         self._artifact_uri = artifact_uri
 
@@ -155,6 +157,17 @@ class MLflowTracker:
         with self._errors("create a run"):
             run = self._client.create_run(experiment_id, run_name=run_name, tags=resolve_tags())
         return str(run.info.run_id)
+
+    def check_run(self, run_id: str) -> None:
+        """Refuse a run that can't be logged into.
+
+        Raises:
+            RegistryError: If there is no such run, or it is deleted.
+        """
+        with self._errors(f"go on with run {run_id}"):
+            stage = self._client.get_run(run_id).info.lifecycle_stage
+        if stage != "active":
+            raise RegistryError(f"run {run_id} is {stage}; restore it, or name another one")
 
     def close_run(self, run_id: str, status: str) -> None:
         """End a run that `create_run` made, as ``FINISHED``, ``FAILED`` or ``KILLED``."""
@@ -299,6 +312,11 @@ class MLflowTracker:
         with self._errors(f"set alias {alias} of {name}"):
             self._client.set_registered_model_alias(name, alias, version)
 
+    def restore_alias(self, name: str, alias: str, version: str, before: str) -> None:
+        """Move an alias from ``version`` back to ``before``, if it points at ``version``."""
+        if self.alias_target(name, alias) == version:
+            self.set_alias(name, before, alias)
+
     def set_version_tags(self, name: str, version: str, tags: Mapping[str, Any]) -> None:
         """Add tags to a version, or change them."""
         with self._errors(f"tag version {version} of {name}"):
@@ -394,18 +412,30 @@ def initialize_mlflow(settings: Settings) -> MLflowTracker:
     boto3.setup_default_session()
     if settings.artifact_uri.startswith("s3://"):
         ensure_bucket(make_client(settings), parse_uri(settings.artifact_uri)[0])
-    tracker = open_registry(settings)
+    tracker = _tracker(settings)
     log.debug("MLflow reached", experiment_id=tracker.experiment_id)
     return tracker
 
 
 def open_registry(settings: Settings) -> MLflowTracker:
-    """A tracker to read with: nothing is made, and the process's environment stays as it is.
+    """A tracker to read with: no experiment, bucket or database is made.
+
+    Nor do addresses and credentials get into the environment.
 
     Raises:
         SettingsError: If the tracking address can't be used.
+        NotRegisteredError: If it is a SQLite file that is not there.
         RegistryError: If MLflow can't be reached or refuses.
     """
+    if missing := missing_database(settings.tracking_uri.get_secret_value()):
+        raise NotRegisteredError(
+            f"there is no registry in {missing}; nothing was released into it yet, or "
+            "MLFLOW_TRACKING_URI or HEIMDALL_HOME is another one's"
+        )
+    return _tracker(settings)
+
+
+def _tracker(settings: Settings) -> MLflowTracker:
     return MLflowTracker(
         settings.tracking_uri.get_secret_value(), settings.artifact_uri, settings.experiment_name
     )

@@ -88,6 +88,18 @@ def probe(uri: str) -> None:
         )
 
 
+def missing_database(uri: str) -> Path | None:
+    """The SQLite file that an address names, if it is not there."""
+    if not uri.startswith("sqlite:"):
+        return None
+    try:
+        database = sqlalchemy.make_url(uri).database
+    except sqlalchemy.exc.ArgumentError:
+        return None  # `probe` says what is wrong with it.
+    path = Path(database).absolute() if database else None
+    return None if path is None or path.exists() else path
+
+
 def _probe_server(uri: str) -> None:
     parts = urlsplit(uri)
     try:

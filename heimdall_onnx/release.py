@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +31,14 @@ from heimdall_onnx.errors import (
 )
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.parameters import ReleaseParameters
-from heimdall_onnx.publish import Connection, connect, content_type, to_json, withdraw
+from heimdall_onnx.publish import (
+    Connection,
+    close_own_run,
+    connect,
+    content_type,
+    to_json,
+    withdraw,
+)
 from heimdall_onnx.report import (
     Judgement,
     figures,
@@ -133,7 +140,7 @@ def release_checkpoint(
     run = _Run(parameters, settings)
     try:
         with (
-            _on_signals(_interrupt, signal.SIGTERM),
+            _first_signal_interrupts(),
             structlog.contextvars.bound_contextvars(release=run.id, run_id=parameters.run_id),
         ):
             return run.execute(notebook or notebook_path(), cell_timeout, progress)
@@ -168,11 +175,9 @@ class _Run:
         connection = connect(self.settings)
         tracker, given = connection.tracker, self.parameters.run_id
         # Never the process's active run, which is its caller's, as are name and end of a given one.
-        run_id = (
-            str(tracker.get_run_info(given)["run_id"])
-            if given
-            else tracker.create_run(f"release {self.id}")
-        )
+        if given:
+            tracker.check_run(given)
+        run_id = given or tracker.create_run(f"release {self.id}")
         structlog.contextvars.bind_contextvars(run_id=run_id)
         self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
         self.parameters = self.parameters.model_copy(update={"run_id": run_id})
@@ -203,7 +208,7 @@ class _Run:
         finally:
             with _uninterrupted():
                 if not given:
-                    self._close_run(connection, run_id, status)
+                    close_own_run(tracker, run_id, status)
                 for model in self.folder.glob("model.onnx*"):
                     model.unlink()
         return result
@@ -488,16 +493,9 @@ class _Run:
         registered = self._judgement.record["registered"]
         name = registered["model_name"]
         try:
-            if connection.tracker.alias_target(name, alias) == registered["model_version"]:
-                connection.tracker.set_alias(name, before, alias)
+            connection.tracker.restore_alias(name, alias, registered["model_version"], before)
         except ServiceError as error:
             yield f"alias {alias} of {name}, which was at version {before}: {error}"
-
-    def _close_run(self, connection: Connection, run_id: str, status: str) -> None:
-        try:
-            connection.tracker.close_run(run_id, status)
-        except ServiceError as error:
-            log.warning("MLflow run not ended", reason=str(error))
 
     def _verdict(self, *, passed: bool) -> str:
         word = "pass" if passed else "fail"
@@ -534,27 +532,46 @@ def _kernel_environment(settings: Settings) -> Iterator[None]:
         os.environ.update(before)
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 @contextmanager
-def _on_signals(action: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
+def _on_signals(action: Callable[[int, object], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, action) for number in numbers}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # What is ignored stays so: a shell's background jobs are not meant to hear Ctrl-C.
+    heard = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
+    for number in heard:
+        signal.signal(number, action)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in heard.items():
             signal.signal(number, handler)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    """Treat SIGTERM like Ctrl-C, so that a stopped pipeline cleans up behind itself."""
-    raise KeyboardInterrupt
+def _go_on(number: int, frame: object) -> None:
+    # Not SIG_IGN, which processes that are started meanwhile would inherit.
+    pass
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Go on to the end: a pipeline that is stopped sends SIGINT, then SIGTERM soon after."""
-    # Not SIG_IGN, which processes that are started here would inherit.
-    with _on_signals(lambda number, frame: None, signal.SIGINT, signal.SIGTERM):
-        yield
+def _uninterrupted() -> AbstractContextManager[None]:
+    return _on_signals(_go_on)
+
+
+def _first_signal_interrupts() -> AbstractContextManager[None]:
+    """SIGTERM is treated like Ctrl-C, so that a stopped pipeline cleans up behind itself.
+
+    Only the first of both counts: a pipeline that is stopped sends SIGINT and then, soon after,
+    SIGTERM, when the kernel is being ended and what it has claimed is taken back.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in _SIGNALS:
+            if signal.getsignal(each) is interrupt:
+                signal.signal(each, _go_on)
+        raise KeyboardInterrupt
+
+    return _on_signals(interrupt)

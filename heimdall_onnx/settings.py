@@ -151,10 +151,7 @@ class Settings(BaseSettings):
         }
         if self.s3_endpoint_url is not None:
             os.environ["MLFLOW_S3_ENDPOINT_URL"] = self.s3_endpoint_url
-        if is_loopback(self.s3_endpoint_url or ""):
-            beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-            hosts = (*filter(None, beside.split(",")), *LOOPBACK_HOSTS)
-            os.environ["no_proxy"] = ",".join(dict.fromkeys(hosts))
+        bypass_proxy(self.s3_endpoint_url or "")
         if credentials is not None:
             # Nothing stays of another pair, nor a token of other credentials.
             ours = self.s3_access_key_id is not None
@@ -177,6 +174,14 @@ def is_loopback(address: str) -> bool:
         return urlsplit(address).hostname in LOOPBACK_HOSTS
     except ValueError:
         return False
+
+
+def bypass_proxy(address: str) -> None:
+    """Let no proxy of the environment stand before an address of this machine."""
+    if is_loopback(address):
+        beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        hosts = (*filter(None, beside.split(",")), *LOOPBACK_HOSTS)
+        os.environ["no_proxy"] = ",".join(dict.fromkeys(hosts))
 
 
 def with_driver(uri: str) -> str:

@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -353,7 +353,17 @@ def delete_prefix(client: S3Client, bucket: str, prefix: str) -> int:
     if not prefix.strip("/"):
         raise ParameterError("an empty prefix would delete the whole bucket")
     keys = list_keys(client, bucket, prefix)
-    with store_errors(client, f"delete {format_uri(bucket, prefix)}"):
+    delete_objects(client, bucket, keys)
+    return len(keys)
+
+
+def delete_objects(client: S3Client, bucket: str, keys: Sequence[str]) -> None:
+    """Delete objects; one that is gone is no error.
+
+    Raises:
+        StoreError: If the store fails or keeps an object.
+    """
+    with store_errors(client, f"delete {len(keys)} objects of bucket {bucket}"):
         for start in range(0, len(keys), 1000):
             batch = [{"Key": key} for key in keys[start : start + 1000]]
             response = client.delete_objects(
@@ -362,10 +372,9 @@ def delete_prefix(client: S3Client, bucket: str, prefix: str) -> int:
             )
             if failed := response.get("Errors", []):
                 raise StoreError(
-                    f"{len(failed)} objects of {format_uri(bucket, prefix)} could not be deleted, "
+                    f"{len(failed)} objects of bucket {bucket} could not be deleted, "
                     f"first {failed[0].get('Key')}: {failed[0].get('Message')}"
                 )
-    return len(keys)
 
 
 def copy_object(

@@ -7,7 +7,13 @@ import mlflow
 import pytest
 from models import SmallNet
 
-from heimdall_onnx.errors import DataError, NotRegisteredError, StoreError, VerificationError
+from heimdall_onnx.errors import (
+    DataError,
+    NotRegisteredError,
+    RegistryError,
+    StoreError,
+    VerificationError,
+)
 from heimdall_onnx.export import export_model
 from heimdall_onnx.gates import Gate, Verdict
 from heimdall_onnx.parameters import ReleaseParameters
@@ -21,7 +27,7 @@ from heimdall_onnx.publish import (
     upload_release,
     withdraw,
 )
-from heimdall_onnx.store import list_keys
+from heimdall_onnx.store import list_keys, make_client
 from heimdall_onnx.verify import load_model
 
 pytestmark = pytest.mark.services
@@ -103,6 +109,52 @@ def test_failed_upload_is_taken_back_and_can_be_repeated(
     ]
     assert runs[0].info.run_id == uploaded.run_id
     assert mlflow.active_run() is None
+
+
+def test_run_whose_registration_fails_has_failed(
+    settings, connection, parameters, exported, s3, bucket
+):
+    uploaded = upload(settings, parameters, exported)
+    (mlmodel,) = [key for key in list_keys(s3, bucket, "") if key.endswith("/MLmodel")]
+    s3.delete_object(Bucket=bucket, Key=mlmodel)
+    with pytest.raises(RegistryError, match="holds no MLmodel"):
+        register_release(settings, parameters, uploaded, {})
+    assert connection.tracker.get_run_info(uploaded.run_id)["status"] == "FAILED"
+
+
+def test_deleted_run_is_refused_before_anything_is_claimed(
+    settings, connection, parameters, exported, s3, bucket
+):
+    run_id = connection.tracker.create_run("training")
+    mlflow.MlflowClient(settings.tracking_uri.get_secret_value()).delete_run(run_id)
+    with pytest.raises(RegistryError, match=f"run {run_id} is deleted; restore it"):
+        upload(settings, parameters.model_copy(update={"run_id": run_id}), exported)
+    assert list_keys(s3, bucket, "") == ()
+
+
+def test_claim_stays_until_all_else_is_deleted(
+    settings, connection, parameters, exported, s3, bucket
+):
+    upload(settings, parameters, exported)
+    stubborn, kept = make_client(settings), []
+
+    def keep_the_model(params, **_):
+        kept[:] = [o for o in params["Delete"]["Objects"] if o["Key"].endswith("/model.onnx")]
+        others = [o for o in params["Delete"]["Objects"] if o not in kept]
+        return {**params, "Delete": {**params["Delete"], "Objects": others}}
+
+    def say_so(parsed, **_):
+        parsed["Errors"] = [{**o, "Message": "it is locked"} for o in kept]
+
+    stubborn.meta.events.register("provide-client-params.s3.DeleteObjects", keep_the_model)
+    stubborn.meta.events.register("after-call.s3.DeleteObjects", say_so)
+    for _ in range(2):
+        (left,) = withdraw(replace(connection, client=stubborn), exported.path.parent)
+        assert "model.onnx: it is locked" in left
+        names = {key.rsplit("/", 1)[1] for key in list_keys(s3, bucket, "")}
+        assert {"model.onnx", "metadata.json"} <= names
+    assert withdraw(connection, exported.path.parent) == ()
+    assert list_keys(s3, bucket, "") == ()
 
 
 def test_everything_claimed_is_taken_back(settings, connection, parameters, exported, s3, bucket):

@@ -358,6 +358,20 @@ def test_reading_makes_nothing(sqlite_tracker: MLflowTracker, tmp_path: Path) ->
     assert (dict(os.environ), mlflow.get_tracking_uri()) == before
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert client.get_experiment_by_name("not there") is None
+    missing = tmp_path / "elsewhere" / "mlflow.db"
+    elsewhere = Settings(_env_file=None, MLFLOW_TRACKING_URI=f"sqlite:///{missing}")
+    with pytest.raises(NotRegisteredError, match=r"no registry in .*elsewhere/mlflow\.db"):
+        open_registry(elsewhere)
+    assert not missing.parent.exists()
+
+
+def test_no_proxy_stands_before_a_server_on_this_machine(
+    mlflow_server: str, reset_mlflow: None, monkeypatch: pytest.MonkeyPatch, unused_port: int
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{unused_port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(NotRegisteredError):
+        MLflowTracker(mlflow_server).get_version("nothing", "1")
 
 
 def test_initializing_makes_what_the_settings_name(

@@ -244,8 +244,8 @@ def interrupt(process: subprocess.Popen, number: int, ready: Callable[[], bool])
         time.sleep(0.2)
     children = family(parent)
     process.send_signal(number)
-    # As a pipeline that is stopped gets impatient.
-    time.sleep(1)
+    # A pipeline that is stopped gets impatient; the kernel takes longer than this to end.
+    time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
