@@ -38,12 +38,12 @@ def settings(make_settings) -> Settings:
 # Gates and input
 
 
-def test_failing_gate_keeps_the_report_and_offers_nothing(settings, small, s3, bucket, tmp_path):
-    result = release_checkpoint(
-        smoke(small, bucket, tolerance=1e-12), settings, notebook=changed_notebook(tmp_path)
-    )
+def test_failing_gates_keep_the_report_and_offer_nothing(settings, small, s3, bucket, tmp_path):
+    parameters = smoke(small, bucket, model="models:UnclampedNet", tolerance=1e-12)
+    result = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert result.exit_code == 3
     assert "mean absolute error: expected ≤ 1e-12" in result.error
+    assert "range of spread: expected" in result.error
     assert len(result.gates) > 8
     assert result.report_uri.startswith(f"s3://{bucket}/{PREFIX}/failed/v")
     nothing_is_offered(s3, settings, bucket)
@@ -53,39 +53,20 @@ def test_failing_gate_keeps_the_report_and_offers_nothing(settings, small, s3, b
     assert run.info.status == "FAILED"
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        ("models:BranchingNet", "tracer had warned: converting a tensor to a python bool"),
-        ("models:UnclampedNet", "range of spread: expected"),
-    ],
-)
-def test_unfit_model_keeps_its_report_and_offers_nothing(
-    settings, small, s3, bucket, tmp_path, model, reason
-):
-    notebook = changed_notebook(tmp_path)
-    result = release_checkpoint(smoke(small, bucket, model=model), settings, notebook=notebook)
+def test_untraceable_model_keeps_its_report_and_offers_nothing(settings, small, s3, bucket):
+    result = release_checkpoint(smoke(small, bucket, model="models:BranchingNet"), settings)
     assert result.exit_code == 3, result.error
-    assert reason in result.error.lower()
+    assert "tracer had warned: Converting a tensor to a Python bool" in result.error
     nothing_is_offered(s3, settings, bucket)
     assert any(key.endswith("report.html") for key in keys(s3, bucket))
 
 
-@pytest.mark.parametrize(
-    ("break_it", "expected"),
-    [
-        (lambda path: path.unlink(), "no such file|does not exist|not found|is missing|no file"),
-        (lambda path: torch.save({"weight": Inputs(path, path)}, path), "not loaded: it holds"),
-    ],
-    ids=["missing", "pickled code"],
-)
-def test_bad_checkpoint_is_bad_input(settings, small, s3, bucket, tmp_path, break_it, expected):
-    copy = tmp_path / "copy.ckpt"
-    copy.write_bytes(small.checkpoint.read_bytes())
-    break_it(copy)
-    result = release_checkpoint(smoke(small, bucket, checkpoint=str(copy)), settings)
+def test_pickled_code_is_bad_input(settings, small, s3, bucket, tmp_path):
+    path = tmp_path / "code.ckpt"
+    torch.save({"weight": Inputs(path, path)}, path)
+    result = release_checkpoint(smoke(small, bucket, checkpoint=str(path)), settings)
     assert result.exit_code == 2, result.error
-    assert any(word in result.error.lower() for word in expected.split("|")), result.error
+    assert "not loaded: it holds" in result.error
     assert "Traceback" not in result.error
     nothing_is_offered(s3, settings, bucket)
     assert keys(s3, bucket) == set()
