@@ -34,6 +34,7 @@ _HOMES = {
     "Settings": "settings",
     "Signature": "signature",
     "TensorSpec": "signature",
+    "ensure_store": "services",
     "export_and_register_model": "exporter",
     "initialize_mlflow": "registry",
     "load_model": "verify",

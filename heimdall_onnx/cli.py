@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.errors import HeimdallError, ParameterError
+from heimdall_onnx.errors import EvidenceError, HeimdallError, ParameterError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -160,8 +160,8 @@ def _release(
     )
     if as_json:
         click.echo(json.dumps(result.to_dict(), allow_nan=False))
-    else:
-        click.echo(summary(result), err=not result.success)
+    elif text := summary(result):
+        click.echo(text, err=not result.success)
     if result.error:
         click.echo(f"error: {result.error}", err=True)
     click.get_current_context().exit(result.exit_code)
@@ -169,7 +169,8 @@ def _release(
 
 def summary(result: ReleaseResult) -> str:
     """What a person wants to know of a release, and what to do next."""
-    lines = [("verdict", result.verdict)]
+    judged = result.exit_code in (0, EvidenceError.exit_code)
+    lines = [("verdict", result.verdict)] if judged else []
     if result.speedup is not None:
         lines.append(("speedup", f"{result.speedup:.2f}× (PyTorch over ONNX Runtime)"))
     lines += [
@@ -179,7 +180,11 @@ def summary(result: ReleaseResult) -> str:
             ("report", result.report_uri),
             ("rendered", result.report_html_uri),
             ("manifest", result.manifest_uri),
-            ("registered", result.model_version and f"{result.model_name} {result.model_version}"),
+            (
+                "registered",
+                result.model_version
+                and f"{result.model_name} version {result.model_version}, alias {result.alias}",
+            ),
             ("MLflow run", result.run_id),
         )
         if value
@@ -206,8 +211,21 @@ def summary(result: ReleaseResult) -> str:
 @click.argument(
     "recordings", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORDING…"
 )
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.npz")
-@click.option("--channels", type=click.Choice(["receivers", "iqm"]), default="receivers")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="The file to write.",
+)
+@click.option(
+    "--channels",
+    type=click.Choice(["receivers", "iqm"]),
+    default="receivers",
+    show_default=True,
+    help="Three receivers, or I, Q and magnitude of one.",
+)
 @click.option(
     "--position",
     nargs=2,
@@ -321,7 +339,7 @@ def list_(bucket: str, prefix: str) -> None:
             continue
         named = manifest["mlflow"]
         click.echo(
-            f"{version}  {manifest['verdict']:<12}"
+            f"{version}  {manifest['verdict']:<14}"
             f"{named['model_name']} version {named['model_version']}"
         )
     if unreadable:

@@ -220,7 +220,7 @@ def _existing(folder: Path, recipe: dict[str, Any]) -> Demo | None:
         complete = record["recipe"] == recipe and record["sha256"] == _digests(demo)
     except (OSError, ValueError, KeyError, TypeError) as error:
         # Absent, or cut off while it was written: made anew either way.
-        log.info("demo.none_to_reuse", folder=str(folder), reason=str(error))
+        log.debug("demo.none_to_reuse", folder=str(folder), reason=str(error))
         return None
     return demo if complete else None
 

@@ -48,6 +48,21 @@ class EvaluationData:
         """Whether the inputs are random numbers rather than data."""
         return self.sha256 is None
 
+    @property
+    def provenance(self) -> str:
+        """Where the inputs come from, as far as the file says."""
+        if self.synthetic:
+            return "seeded random numbers"
+        said = str(self.meta.get("provenance", "not recorded"))
+        try:
+            recordings = [r for event in self.meta["events"] for r in event["recordings"]]
+            starts = sorted(r["start"] for r in recordings if r["start"])
+            names = sorted({r["receiver"] for r in recordings if r["receiver"]})
+            since = f", from {starts[0]}" if starts else ""
+            return f"{len(recordings)} {said}{since}, of {', '.join(names) or 'unnamed receivers'}"
+        except (KeyError, TypeError):
+            return said
+
     def rows(self, indices: npt.ArrayLike) -> Arrays:
         """The inputs at ``indices``, taken modulo the number of samples."""
         wrapped = np.asarray(indices) % self.count

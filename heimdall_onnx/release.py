@@ -77,6 +77,7 @@ class ReleaseResult:
         manifest_uri: The manifest.
         model_name: Registered model.
         model_version: Its version in the registry.
+        alias: The alias that points at it now.
         run_id: MLflow run.
         speedup: PyTorch's latency over ONNX Runtime's; None if it was not measured.
         gates: Every gate that was evaluated.
@@ -94,6 +95,7 @@ class ReleaseResult:
     manifest_uri: str | None = None
     model_name: str | None = None
     model_version: str | None = None
+    alias: str | None = None
     run_id: str | None = None
     speedup: float | None = None
     gates: list[dict[str, Any]] = field(default_factory=list)
@@ -171,6 +173,12 @@ class _Run:
     def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
         if not self.parameters.checkpoint:
             raise ParameterError("there is no checkpoint to release: its path is empty")
+        for path, what in (
+            (self.parameters.checkpoint, "a checkpoint"),
+            (self.parameters.eval_data, "evaluation data"),
+        ):
+            if path and not Path(path).exists():
+                raise ParameterError(f"expected {what} at {path}, found no such file")
         self._make_folder()
         connection = connect(self.settings)
         tracker, given = connection.tracker, self.parameters.run_id
@@ -311,6 +319,7 @@ class _Run:
             verdict=self._verdict(passed=True),
             version=version,
             model_version=registered["model_version"],
+            alias=self.parameters.alias,
             s3_uri=uploaded["s3_uri"],
             report_uri=f"{folder_uri}/{REPORT}",
             report_html_uri=f"{folder_uri}/{REPORT_HTML}",
@@ -444,12 +453,13 @@ class _Run:
         self, judgement: Judgement, title: str, *, passed: bool, error: str = ""
     ) -> None:
         done = judgement.record
+        data = done.get("evaluation_data")
         facts = {
             "model": self.parameters.name,
             "profile": self.parameters.profile
             + (" (a test run, not evidence)" if self.parameters.profile == "smoke" else ""),
             "checkpoint": done.get("checkpoint", {}).get("sha256", self.parameters.checkpoint),
-            "evaluation data": done.get("evaluation_data", {}).get("source", "not read"),
+            "evaluation data": f"{data['source']}: {data['provenance']}" if data else "not read",
             "speedup": done.get("speedup_text", "not measured"),
             "MLflow run": self.parameters.run_id,
         }
@@ -463,6 +473,8 @@ class _Run:
             facts["what went wrong"] = error
             facts["first departing module"] = done.get("departure") or "not determined"
         report = self.folder / REPORT
+        if self.parameters.profile == "smoke":
+            title += " (smoke: a test run, not evidence)"
         put_verdict_first(report, passed=passed, title=title, facts=facts)
         render_html(report, f"{self.parameters.name} {title}")
 

@@ -48,6 +48,7 @@ def record_results(
         "checkpoint": {"file": loaded.path.name, "sha256": loaded.sha256},
         "evaluation_data": {
             "source": data.source,
+            "provenance": data.provenance,
             "sha256": data.sha256,
             "samples": data.count,
         },

@@ -60,7 +60,8 @@ def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int
     endpoint = settings.s3_endpoint_url
     if endpoint is None:
         raise SettingsError(
-            "MLFLOW_S3_ENDPOINT_URL is not set and the embedded store was not started"
+            "MLFLOW_S3_ENDPOINT_URL is not set and these settings name no embedded store; "
+            "ensure_store(settings) starts it and returns settings that do"
         )
     key_id, secret, token = settings.credentials or (None, None, None)
     session = boto3.session.Session()

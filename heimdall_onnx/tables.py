@@ -57,10 +57,11 @@ def evaluation_table(data: EvaluationData) -> Markdown:
         ("evaluation data", ""),
         [
             ("source", data.source),
+            ("provenance", data.provenance),
             ("SHA-256", data.sha256 or "none: seeded random numbers"),
             ("samples", data.count),
             ("labelled", "no" if data.positions is None else "yes, true positions are known"),
-            ("receivers", ", ".join(data.receivers) or "not recorded"),
+            ("receivers with a position", ", ".join(data.receivers) or "none"),
         ],
     )
 

@@ -113,7 +113,15 @@ def test_nothing_printed_holds_a_credential(released, embedded_settings):
 
 def test_summary_names_addresses_and_what_to_do_next(released):
     text = summary(ReleaseResult(**json.loads(released.stdout.splitlines()[-1])))
-    for words in ("pass (smoke)", "speedup", "s3://", "file://", "load_model", "verify"):
+    for words in (
+        "pass (smoke)",
+        "alias staging",
+        "speedup",
+        "s3://",
+        "file://",
+        "load_model",
+        "verify",
+    ):
         assert words in text
 
 
@@ -143,6 +151,12 @@ def test_manifest_that_cannot_be_read_does_not_hide_the_others(released, configu
     assert listed.exit_code == 3
     assert "v20000101_000000" in listed.stderr
     assert f"{version}  pass (smoke)" in listed.stdout
+
+
+def test_nothing_is_called_a_verdict_before_it_was_judged():
+    text = summary(ReleaseResult(False, 2, "fail", error="no such file"))
+    assert text == ""
+    assert "verdict    fail" in summary(ReleaseResult(False, 3, "fail", error="a gate"))
 
 
 def test_list_before_the_first_release_is_empty(configured):

@@ -85,6 +85,29 @@ def test_without_a_file_inputs_are_synthetic_seeded_and_called_so():
     assert SIGNATURE.check_inputs(data.inputs, "here") == 64
 
 
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"provenance": "simulated", "receivers": RECEIVERS}, "simulated"),
+        ({}, "not recorded"),
+        ({"provenance": "recordings", "events": "x"}, "recordings"),
+        (
+            {
+                "provenance": "recordings",
+                "events": [
+                    {"recordings": [{"start": "2020-08-13T09:00:00", "receiver": "B"}]},
+                    {"recordings": [{"start": None, "receiver": "A"}]},
+                ],
+            },
+            "2 recordings, from 2020-08-13T09:00:00, of A, B",
+        ),
+    ],
+)
+def test_provenance_is_what_the_file_says(file, meta, said):
+    assert load(file, meta=np.array(json.dumps(meta))).provenance == said
+    assert load_evaluation_data(None, SIGNATURE).provenance == "seeded random numbers"
+
+
 def test_rows_wrap_around(file):
     np.testing.assert_array_equal(load(file).rows([4, 5, 11])["k"], [4, 0, 1])
 

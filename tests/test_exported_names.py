@@ -16,6 +16,7 @@ def test_public_names_are_exactly_these():
         "Settings",
         "Signature",
         "TensorSpec",
+        "ensure_store",
         "export_and_register_model",
         "initialize_mlflow",
         "load_model",

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import re
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -273,6 +276,20 @@ class Small(LocalizationNet):
         return pooled, torch.sigmoid(pooled) * 0.9 + 0.05
 
     signature = LocalizationNet(backbone_size="tiny").signature
+
+
+def test_readme_shows_how_a_training_script_registers(
+    embedded_settings, run_id, tmp_path, monkeypatch
+):
+    embedded_settings.model_copy(update={"home": tmp_path}).apply()
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow.get_tracking_uri()
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", text, re.S) if "run_id" in s]
+    monkeypatch.chdir(tmp_path)
+    names = {"model": Small(), "run_id": run_id}
+    exec(snippet, names)
+    assert names["result"]["success"], names["result"]
+    assert names["result"]["registration"]["model_name"] == "detector"
 
 
 class TestONNXExportWorkflow:

@@ -780,6 +780,16 @@ def test_task_error_admits_that_the_model_is_no_better_than_the_middle() -> None
     assert "no better than always answering the middle (111 km)" in chart.title
 
 
+def test_task_error_of_one_transmitter_has_no_constant_answer_to_beat() -> None:
+    truth = np.tile([50.0, 8.0], (3, 1))
+    report, _ = located(truth + np.array([0.5, 0]), truth=truth)
+    chart = plot.task_error(report)
+    assert chart is not None
+    assert chart.title.startswith("Median error 56 km to the one true position there is; ONNX")
+    assert "middle" not in chart.alt
+    assert artists(chart.figure, "always the middle median") == []
+
+
 def test_task_error_of_nan_is_unknown() -> None:
     truth = np.array([[49.0, 8.0], [51.0, 8.0]])
     report, _ = located(truth, np.nan, truth=truth)

@@ -101,6 +101,9 @@ def released(make_settings, s3, inputs) -> Released:
 
 def test_release_passes_every_gate_and_says_smoke(released):
     assert released.result.verdict == "pass (smoke)"
+    verdict = nbformat.read(Path(released.result.local_report).with_suffix(".ipynb"), 4).cells[0]
+    assert verdict.source.startswith("# ✔ PASS — ")
+    assert "smoke: a test run, not evidence" in verdict.source.splitlines()[0]
     assert released.result.exit_code == 0
     names = {gate["name"] for gate in released.result.gates}
     assert {

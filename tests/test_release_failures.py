@@ -72,6 +72,15 @@ def test_pickled_code_is_bad_input(settings, small, s3, bucket, tmp_path):
     assert keys(s3, bucket) == set()
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "eval_data"])
+def test_missing_file_is_bad_input_before_anything_is_begun(settings, small, bucket, name):
+    result = release_checkpoint(smoke(small, bucket, **{name: "none/there.pt"}), settings)
+    assert result.exit_code == 2
+    assert "there.pt, found no such file" in result.error
+    assert result.run_id is result.local_report is None
+    assert not (settings.home / "runs").exists()
+
+
 def test_no_checkpoint_is_bad_input_and_never_the_demo(settings, small, s3, bucket):
     result = release_checkpoint(smoke(small, bucket, checkpoint=""), settings)
     assert result.exit_code == 2

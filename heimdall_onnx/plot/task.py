@@ -7,7 +7,7 @@ import math
 from matplotlib.axes import Axes
 
 from heimdall_onnx.compare import ParityReport
-from heimdall_onnx.ground import TaskError
+from heimdall_onnx.ground import GroundReport, TaskError
 from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     PYTORCH_COLOR,
@@ -48,14 +48,15 @@ def task_error(report: ParityReport) -> Chart | None:
     )
     figure = new_figure(title, subtitle, height=1.9)
     axes = figure.subplots()
-    finite = [v for t in ground.task for v in (t.median_m, t.p95_m) if math.isfinite(v)]
+    shown = [t for t in ground.task if t.who != "always the middle" or _varied(ground)]
+    finite = [v for t in shown for v in (t.median_m, t.p95_m) if math.isfinite(v)]
     factor, unit = metre_scale(max(finite, default=0.0))
-    for row, task in enumerate(ground.task):
+    for row, task in enumerate(shown):
         _draw_task(axes, row, task, factor)
-    axes.set_yticks(range(len(ground.task)), [task.who for task in ground.task])
+    axes.set_yticks(range(len(shown)), [task.who for task in shown])
     axes.set(
         xlim=(0, 1.4 * max(finite, default=0.0) / factor or 1.0),
-        ylim=(len(ground.task) - 0.5, -0.5),
+        ylim=(len(shown) - 0.5, -0.5),
         xlabel=f"distance to the true position ({unit})",
     )
     axes.grid(visible=False, axis="y")
@@ -63,7 +64,7 @@ def task_error(report: ParityReport) -> Chart | None:
     axes.spines["left"].set_visible(False)
     alt = " ".join(
         f"{t.who}: median {distance(t.median_m)}, 95th percentile {distance(t.p95_m)}."
-        for t in ground.task
+        for t in shown
     )
     return Chart(figure, title, alt)
 
@@ -95,6 +96,11 @@ def _draw_task(axes: Axes, row: int, task: TaskError, factor: float) -> None:
     )
 
 
+def _varied(ground: GroundReport) -> bool:
+    """Whether always answering the middle could be wrong; with one transmitter it is not."""
+    return max(t.p95_m for t in ground.task if t.who == "always the middle") >= 1.0
+
+
 def _task_answer(report: ParityReport) -> str:
     ground = report.ground
     assert ground is not None
@@ -105,7 +111,9 @@ def _task_answer(report: ParityReport) -> str:
     moved = f"ONNX and PyTorch agree to {distance(ground.displacement_max_m)}"
     if not math.isfinite(ground.displacement_max_m):
         moved = "some positions are not finite"
-    ratio = onnx / middle if middle > 0 else math.inf
+    if not _varied(ground):
+        return f"Median error {distance(onnx)} to the one true position there is; {moved}"
+    ratio = onnx / middle
     verb = f"{number(ratio)}× that of" if ratio < 1 else "no better than"
     return (
         f"Median error {distance(onnx)}, {verb} always answering the middle "
