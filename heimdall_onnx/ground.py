@@ -12,6 +12,8 @@ from pyproj import Geod
 
 from heimdall_onnx.statistics import Quantiles
 
+MIDDLE = "always the middle"
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -59,7 +61,7 @@ class TaskError:
     """Distance between answers and true positions.
 
     Attributes:
-        who: ``"PyTorch"``, ``"ONNX"`` or ``"always the middle"``.
+        who: ``"PyTorch"``, ``"ONNX"`` or `MIDDLE`.
         median_m: Median distance in metres.
         p95_m: 95th percentile in metres.
     """
@@ -96,7 +98,7 @@ class GroundAccumulator:
         self._middle = middle
         self._displacement = Quantiles()
         self._maximum = 0.0
-        self._task = {who: Quantiles() for who in ("PyTorch", "ONNX", "always the middle")}
+        self._task = {who: Quantiles() for who in ("PyTorch", "ONNX", MIDDLE)}
 
     def update(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from heimdall_onnx.store import (
     StoredObject,
     claim_version,
     delete_objects,
-    delete_prefix,
     ensure_bucket,
     head,
     list_keys,
@@ -126,7 +125,6 @@ class Journal:
     """What a run has claimed so far, in a file beside its other files."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self._path = folder / "journal.json"
 
     def read(self) -> dict[str, Any]:
@@ -183,7 +181,15 @@ def upload_release(
         return Skipped(f"{len(verdict.failed_gates)} gates failed")
     connection = connect(settings)
     journal = Journal(exported.path.parent)
-    with _run_of(connection, parameters, journal) as run_id:
+    journal.clear()
+    tracker, run_id = connection.tracker, parameters.run_id
+    if run_id:
+        tracker.check_run(run_id)
+    with ExitStack() as undo:
+        if not run_id:
+            run_id = tracker.create_run("release")
+            undo.callback(close_own_run, tracker, run_id, "FAILED")
+        undo.callback(withdraw, connection, exported.path.parent)
         described = describe_model(
             model,
             signature,
@@ -192,36 +198,9 @@ def upload_release(
             run_id=run_id,
             inference_metrics=metrics,
         )
-        return _upload(connection.client, parameters, journal, described, exported, signature)
-
-
-@contextmanager
-def _run_of(
-    connection: Connection, parameters: ReleaseParameters, journal: Journal
-) -> Iterator[str]:
-    """The run that was given, or one of our own; an error takes back what it has claimed."""
-    journal.clear()
-    if parameters.run_id:
-        connection.tracker.check_run(parameters.run_id)
-    run_id = parameters.run_id or connection.tracker.create_run("release")
-    with _closed_on_error(connection.tracker, parameters, run_id):
-        try:
-            yield run_id
-        except BaseException:
-            withdraw(connection, journal.folder)
-            raise
-
-
-@contextmanager
-def _closed_on_error(
-    tracker: MLflowTracker, parameters: ReleaseParameters, run_id: str
-) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        if not parameters.run_id:
-            close_own_run(tracker, run_id, "FAILED")
-        raise
+        uploaded = _upload(connection.client, parameters, journal, described, exported, signature)
+        undo.pop_all()
+    return uploaded
 
 
 def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:
@@ -339,10 +318,13 @@ def register_release(
     if isinstance(uploaded, Skipped):
         return uploaded
     tracker = connect(settings).tracker
-    with _closed_on_error(tracker, parameters, uploaded.run_id):
+    status = "FAILED"
+    try:
         registered = _register(tracker, parameters, uploaded, metrics)
-    if not parameters.run_id:
-        close_own_run(tracker, uploaded.run_id, "FINISHED")
+        status = "FINISHED"
+    finally:
+        if not parameters.run_id:
+            close_own_run(tracker, uploaded.run_id, status)
     return registered
 
 
@@ -419,7 +401,7 @@ def _delete_own_folder(client: S3Client, bucket: str, folder: str, run_id: str) 
         return
     # Without its manifest it is no release, whatever else can't be deleted; and without the claim
     # nobody would know whose the rest is.
-    delete_prefix(client, bucket, folder + MANIFEST)
+    delete_objects(client, bucket, [folder + MANIFEST])
     rest = [key for key in list_keys(client, bucket, folder) if key != claim]
     delete_objects(client, bucket, rest)
     delete_objects(client, bucket, [claim])

@@ -413,7 +413,8 @@ def initialize_mlflow(settings: Settings) -> MLflowTracker:
     if settings.artifact_uri.startswith("s3://"):
         ensure_bucket(make_client(settings), parse_uri(settings.artifact_uri)[0])
     tracker = _tracker(settings)
-    log.debug("MLflow reached", experiment_id=tracker.experiment_id)
+    experiment_id = tracker.experiment_id  # made here, where it is missing
+    log.debug("MLflow reached", experiment_id=experiment_id)
     return tracker
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +27,7 @@ from heimdall_onnx.errors import (
     SettingsError,
     error_class,
 )
+from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import (
@@ -142,7 +141,7 @@ def release_checkpoint(
     run = _Run(parameters, settings)
     try:
         with (
-            _first_signal_interrupts(),
+            first_signal_interrupts(),
             structlog.contextvars.bound_contextvars(release=run.id, run_id=parameters.run_id),
         ):
             return run.execute(notebook or notebook_path(), cell_timeout, progress)
@@ -200,7 +199,7 @@ class _Run:
                 result = self._keep_failed(connection, judgement)
         except HeimdallError as error:
             status = "FAILED"
-            with _uninterrupted():
+            with uninterrupted():
                 left = self._take_back(connection)
                 upload = not isinstance(error, InputError)
                 self._mark_failed(connection, str(error), upload=upload)
@@ -209,12 +208,12 @@ class _Run:
             raise
         except BaseException as error:
             # Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay.
-            with _uninterrupted():
+            with uninterrupted():
                 self._take_back(connection)
                 self._mark_failed(connection, type(error).__name__, upload=False)
             raise
         finally:
-            with _uninterrupted():
+            with uninterrupted():
                 if not given:
                     close_own_run(tracker, run_id, status)
                 for model in self.folder.glob("model.onnx*"):
@@ -362,7 +361,7 @@ class _Run:
         if alias in ("staging", "production"):
             connection.tracker.transition_model_stage(name, version, alias.capitalize())
         self._alias_before = connection.tracker.alias_target(name, alias)
-        with _uninterrupted():
+        with uninterrupted():
             connection.tracker.set_alias(name, version, alias)
             self._offered = True
 
@@ -542,48 +541,3 @@ def _kernel_environment(settings: Settings) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextmanager
-def _on_signals(action: Callable[[int, object], None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # What is ignored stays so: a shell's background jobs are not meant to hear Ctrl-C.
-    heard = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
-    for number in heard:
-        signal.signal(number, action)
-    try:
-        yield
-    finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
-
-
-def _go_on(number: int, frame: object) -> None:
-    # Not SIG_IGN, which processes that are started meanwhile would inherit.
-    pass
-
-
-def _uninterrupted() -> AbstractContextManager[None]:
-    return _on_signals(_go_on)
-
-
-def _first_signal_interrupts() -> AbstractContextManager[None]:
-    """SIGTERM is treated like Ctrl-C, so that a stopped pipeline cleans up behind itself.
-
-    Only the first of both counts: a pipeline that is stopped sends SIGINT and then, soon after,
-    SIGTERM, when the kernel is being ended and what it has claimed is taken back.
-    """
-
-    def interrupt(number: int, frame: object) -> None:
-        for each in _SIGNALS:
-            if signal.getsignal(each) is interrupt:
-                signal.signal(each, _go_on)
-        raise KeyboardInterrupt
-
-    return _on_signals(interrupt)

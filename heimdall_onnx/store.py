@@ -343,20 +343,6 @@ def list_versions(client: S3Client, bucket: str, prefix: str) -> tuple[str, ...]
     return tuple(sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == MANIFEST))
 
 
-def delete_prefix(client: S3Client, bucket: str, prefix: str) -> int:
-    """Delete every object whose key begins with ``prefix`` and return how many there were.
-
-    Raises:
-        ParameterError: If the prefix is empty, which would empty the bucket.
-        StoreError: If the store fails or keeps an object.
-    """
-    if not prefix.strip("/"):
-        raise ParameterError("an empty prefix would delete the whole bucket")
-    keys = list_keys(client, bucket, prefix)
-    delete_objects(client, bucket, keys)
-    return len(keys)
-
-
 def delete_objects(client: S3Client, bucket: str, keys: Sequence[str]) -> None:
     """Delete objects; one that is gone is no error.
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from models import SmallNet
 
+from heimdall_onnx.errors import RegistryError
 from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.release import notebook_path
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.store import list_keys
@@ -75,3 +77,15 @@ def changed_notebook(folder: Path, after: str = "", source: str = "") -> Path:
     path = folder / "changed.ipynb"
     nbformat.write(notebook, path)
     return path
+
+
+def lose_the_answer_of_set_alias(monkeypatch) -> None:
+    """The registry moves an alias once and fails to say so."""
+    set_alias, faults = MLflowTracker.set_alias, iter([True])
+
+    def moved_but_failed(tracker, *arguments):
+        set_alias(tracker, *arguments)
+        if next(faults, False):
+            raise RegistryError("the answer was lost")
+
+    monkeypatch.setattr(MLflowTracker, "set_alias", moved_but_failed)

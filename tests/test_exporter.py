@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from pydantic import SecretStr
+from releases import lose_the_answer_of_set_alias
 from torch import nn
 
 from heimdall_onnx import LocalizationNet, ONNXExporter, export_and_register_model, load_model
@@ -25,7 +26,6 @@ from heimdall_onnx.errors import (
     RegistryError,
     StoreError,
 )
-from heimdall_onnx.registry import MLflowTracker
 
 pytestmark = pytest.mark.services
 
@@ -195,14 +195,7 @@ class TestONNXExporter:
         uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
         metadata = exporter.get_model_metadata(path, Small(), run_id)
         exporter.register_with_mlflow("kept", uri, metadata)
-        set_alias, faults = MLflowTracker.set_alias, iter([True])
-
-        def moved_but_failed(tracker, *arguments):
-            set_alias(tracker, *arguments)
-            if next(faults, False):
-                raise RegistryError("the answer was lost")
-
-        monkeypatch.setattr(MLflowTracker, "set_alias", moved_but_failed)
+        lose_the_answer_of_set_alias(monkeypatch)
         with pytest.raises(RegistryError, match="the answer was lost"):
             exporter.register_with_mlflow("kept", uri, metadata)
         assert exporter.mlflow_tracker.alias_target("kept", "staging") == "1"

@@ -22,17 +22,16 @@ from releases import (
     Inputs,
     changed_notebook,
     keys,
+    lose_the_answer_of_set_alias,
     smoke,
     versions,
 )
 
 import heimdall_onnx
 from heimdall_onnx import release
-from heimdall_onnx.errors import RegistryError
 from heimdall_onnx.features import write_features
 from heimdall_onnx.localization_net import LocalizationNet
 from heimdall_onnx.publish import connect
-from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.release import ReleaseResult, release_checkpoint
 from heimdall_onnx.report import figures
 from heimdall_onnx.settings import Settings
@@ -288,14 +287,7 @@ def test_training_run_keeps_a_failed_release_and_takes_the_next(
     run_id = tracker.start_run(run_name="training")
     tracker.log_params({"profile": "of the training", "seed": 42})
     parameters = smoke(small, bucket, run_id=run_id)
-    set_alias, faults = MLflowTracker.set_alias, iter([True])
-
-    def moved_but_failed(tracker, *arguments):
-        set_alias(tracker, *arguments)
-        if next(faults, False):
-            raise RegistryError("the answer was lost")
-
-    monkeypatch.setattr(MLflowTracker, "set_alias", moved_but_failed)
+    lose_the_answer_of_set_alias(monkeypatch)
     before = keys(s3, bucket)
     failed = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert failed.exit_code == 4

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import mlflow
 import numpy as np
@@ -23,6 +24,7 @@ from releases import (
 )
 
 from heimdall_onnx import release
+from heimdall_onnx.errors import StoreError
 from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.settings import Settings
 
@@ -97,18 +99,18 @@ def test_bad_evaluation_data_is_bad_input(settings, small, s3, bucket, tmp_path)
     assert keys(s3, bucket) == set()
 
 
-def test_kernel_killed_in_the_last_cell_is_taken_back(settings, small, s3, bucket, tmp_path):
-    source = "import os, time; time.sleep(1); os._exit(0)"
-    notebook = changed_notebook(tmp_path, "verdict-check", source)
-    result = release_checkpoint(smoke(small, bucket), settings, notebook=notebook)
-    assert result.exit_code == 3, result.error
-    assert "Traceback" not in result.error
-    nothing_is_offered(s3, settings, bucket)
-    assert any(key.endswith("report.html") for key in keys(s3, bucket))
-
-
-def test_exit_in_a_cell_is_no_success(settings, small, s3, bucket, tmp_path):
-    notebook = changed_notebook(tmp_path, "parameters", "import sys; sys.exit(0)")
+@pytest.mark.parametrize(
+    ("after", "source"),
+    [
+        ("verdict-check", "import os, time; time.sleep(1); os._exit(0)"),
+        ("parameters", "import sys; sys.exit(0)"),
+    ],
+    ids=["killed in the last cell", "exit in an early cell"],
+)
+def test_kernel_that_stops_by_itself_never_passes(
+    settings, small, s3, bucket, tmp_path, after, source
+):
+    notebook = changed_notebook(tmp_path, after, source)
     result = release_checkpoint(smoke(small, bucket), settings, notebook=notebook)
     assert result.exit_code == 3, result.error
     assert "Traceback" not in result.error
@@ -197,23 +199,36 @@ def test_run_interrupted_while_it_measures_ends_its_children(settings, small, s3
     nothing_is_offered(s3, settings, bucket)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_is_taken_back_is_taken_back_to_the_end(settings, small, bucket, monkeypatch, number):
+def store_is_gone(*_):
+    raise StoreError("the store is gone")
+
+
+@pytest.mark.parametrize(
+    ("happens", "status"),
+    [
+        (lambda *_: signal.raise_signal(signal.SIGTERM), "KILLED"),
+        (store_is_gone, "FAILED"),
+    ],
+    ids=["interrupted", "service failed"],
+)
+def test_signal_does_not_break_off_the_taking_back(
+    settings, small, bucket, monkeypatch, happens, status
+):
     steps = []
 
     def impatient(connection, folder):
-        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGINT)
         steps.append("withdrawn")
         return ()
 
     monkeypatch.setattr(release, "withdraw", impatient)
-    monkeypatch.setattr(release._Run, "_run_notebook", lambda *_: signal.raise_signal(number))
-    with pytest.raises(KeyboardInterrupt):
-        release_checkpoint(smoke(small, bucket), settings)
+    monkeypatch.setattr(release._Run, "_run_notebook", happens)
+    with pytest.raises(KeyboardInterrupt) if status == "KILLED" else nullcontext():
+        assert release_checkpoint(smoke(small, bucket), settings).exit_code == 4
     assert steps == ["withdrawn"]
     client = mlflow.MlflowClient(settings.tracking_uri.get_secret_value())
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert run.info.status == "KILLED"
+    assert run.info.status == status
 
 
 def test_run_terminated_after_registering_is_taken_back(settings, small, s3, bucket, tmp_path):

@@ -7,7 +7,7 @@ import math
 from matplotlib.axes import Axes
 
 from heimdall_onnx.compare import ParityReport
-from heimdall_onnx.ground import GroundReport, TaskError
+from heimdall_onnx.ground import MIDDLE, GroundReport, TaskError
 from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     PYTORCH_COLOR,
@@ -26,7 +26,7 @@ from heimdall_onnx.plot.positions import coordinates
 _CONTENDERS = {
     "PyTorch": (PYTORCH_COLOR, "o"),
     "ONNX": (ONNX_COLOR, "X"),
-    "always the middle": (QUIET_INK, "s"),
+    MIDDLE: (QUIET_INK, "s"),
 }
 
 
@@ -48,7 +48,7 @@ def task_error(report: ParityReport) -> Chart | None:
     )
     figure = new_figure(title, subtitle, height=1.9)
     axes = figure.subplots()
-    shown = [t for t in ground.task if t.who != "always the middle" or _varied(ground)]
+    shown = [t for t in ground.task if t.who != MIDDLE or _varied(ground)]
     finite = [v for t in shown for v in (t.median_m, t.p95_m) if math.isfinite(v)]
     factor, unit = metre_scale(max(finite, default=0.0))
     for row, task in enumerate(shown):
@@ -98,14 +98,14 @@ def _draw_task(axes: Axes, row: int, task: TaskError, factor: float) -> None:
 
 def _varied(ground: GroundReport) -> bool:
     """Whether always answering the middle could be wrong; with one transmitter it is not."""
-    return max(t.p95_m for t in ground.task if t.who == "always the middle") >= 1.0
+    return any(t.who == MIDDLE and t.p95_m >= 1.0 for t in ground.task)
 
 
 def _task_answer(report: ParityReport) -> str:
     ground = report.ground
     assert ground is not None
     task = {t.who: t.median_m for t in ground.task}
-    onnx, middle = task["ONNX"], task["always the middle"]
+    onnx, middle = task["ONNX"], task[MIDDLE]
     if not math.isfinite(onnx):
         return "The ONNX model gives no finite position: its error is unknown"
     moved = f"ONNX and PyTorch agree to {distance(ground.displacement_max_m)}"
