@@ -473,7 +473,7 @@ class _Run:
             facts["first departing module"] = done.get("departure") or "not determined"
         report = self.folder / REPORT
         if self.parameters.profile == "smoke":
-            title += " (smoke: a test run, not evidence)"
+            title += " (smoke)"
         put_verdict_first(report, passed=passed, title=title, facts=facts)
         render_html(report, f"{self.parameters.name} {title}")
 
