@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.errors import DataError
+from heimdall_onnx.npz import Rows, read_npz, whole
 from heimdall_onnx.signature import Arrays, Signature
 
 SYNTHETIC_SAMPLES = 64
@@ -23,7 +24,8 @@ class EvaluationData:
     """Inputs of the model, sample axis first, and what is known about them.
 
     Attributes:
-        inputs: One array per input of the signature, N samples each.
+        inputs: One array per input of the signature, N samples each; large ones of a file are
+            read row by row.
         positions: True positions (N, 2) in degrees latitude and longitude, or None.
         meta: Provenance and feature parameters as the file records them.
         source: File name, or ``"synthetic inputs"``.
@@ -31,7 +33,7 @@ class EvaluationData:
         receivers: Name to (latitude, longitude) in degrees, where the file gives them.
     """
 
-    inputs: Arrays = field(repr=False)
+    inputs: Mapping[str, Rows] = field(repr=False)
     positions: npt.NDArray[np.float64] | None = field(repr=False)
     meta: dict[str, Any] = field(repr=False)
     source: str
@@ -76,6 +78,8 @@ class EvaluationData:
 
     def head(self, count: int) -> EvaluationData:
         """The first ``count`` samples."""
+        if count >= self.count:
+            return self
         return EvaluationData(
             {name: array[:count] for name, array in self.inputs.items()},
             None if self.positions is None else self.positions[:count],
@@ -98,8 +102,8 @@ def load_evaluation_data(path: Path | str | None, signature: Signature) -> Evalu
         DataError: If the file can't be read or does not fit; every problem is named.
     """
     if path is None:
-        inputs = signature.random_inputs(SYNTHETIC_SAMPLES)
-        return EvaluationData(inputs, None, {}, "synthetic inputs", None, {})
+        synthetic = signature.random_inputs(SYNTHETIC_SAMPLES)
+        return EvaluationData(synthetic, None, {}, "synthetic inputs", None, {})
     path = Path(path)
     arrays, sha256 = _read_npz(path)
     wanted = [spec.name for spec in signature.inputs]
@@ -118,30 +122,23 @@ def load_evaluation_data(path: Path | str | None, signature: Signature) -> Evalu
     return EvaluationData(inputs, positions, meta, path.name, sha256, receivers)
 
 
-def _read_npz(path: Path) -> tuple[Arrays, str]:
+def _read_npz(path: Path) -> tuple[dict[str, Rows], str]:
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise DataError("it is a single array (.npy)")
-            with archive:
-                members = {name: archive[name] for name in archive.files}
+        return read_npz(path), sha256
     except Exception as error:  # zipfile, zlib and NumPy share no narrower base
         raise DataError(
             f"evaluation data {path} can't be read: {error}. Expected an .npz of plain arrays, "
             "one per input of the model, as `heimdall-onnx features` writes it"
         ) from error
-    # What is no array comes out of a zip file as bytes.
-    return {name: a for name, a in members.items() if isinstance(a, np.ndarray)}, sha256
 
 
-def _read_meta(arrays: Arrays, problems: list[str]) -> dict[str, Any]:
+def _read_meta(arrays: Mapping[str, Rows], problems: list[str]) -> dict[str, Any]:
     if "meta" not in arrays:
         return {}
     try:
-        meta = json.loads(str(arrays["meta"][()]))
+        meta = json.loads(str(whole(arrays["meta"])[()]))
     except (json.JSONDecodeError, RecursionError) as error:
         problems.append(f"`meta` is not JSON text: {error}")
         return {}
@@ -159,11 +156,11 @@ def _read_meta(arrays: Arrays, problems: list[str]) -> dict[str, Any]:
 
 
 def _read_positions(
-    arrays: Arrays, count: int | None, problems: list[str]
+    arrays: Mapping[str, Rows], count: int | None, problems: list[str]
 ) -> npt.NDArray[np.float64] | None:
-    positions = arrays.get("positions")
-    if positions is None:
+    if "positions" not in arrays:
         return None
+    positions = whole(arrays["positions"])
     samples = positions.shape[:1] if count is None else (count,)
     if positions.shape != (*samples, 2) or not np.issubdtype(positions.dtype, np.floating):
         problems.append(

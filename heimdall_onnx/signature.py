@@ -6,6 +6,7 @@ have `LOCALIZATION_SIGNATURE`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.errors import DataError
+from heimdall_onnx.npz import Rows
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 DEGREES = "degrees latitude, longitude"
+_PART_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Signature:
             arrays[spec.name] = values.astype(spec.dtype)
         return arrays
 
-    def check_inputs(self, arrays: Mapping[str, npt.NDArray[Any]], source: str) -> int:
+    def check_inputs(self, arrays: Mapping[str, Rows], source: str) -> int:
         """Check that ``arrays`` can be fed to the model and return the number of samples.
 
         Args:
@@ -131,11 +134,11 @@ class Signature:
         return int(counts.pop())
 
 
-def _has_samples(arrays: Mapping[str, npt.NDArray[Any]], name: str) -> bool:
+def _has_samples(arrays: Mapping[str, Rows], name: str) -> bool:
     return name in arrays and arrays[name].ndim > 0
 
 
-def _array_problems(spec: TensorSpec, array: npt.NDArray[Any]) -> list[str]:
+def _array_problems(spec: TensorSpec, array: Rows) -> list[str]:
     problems = []
     if array.dtype != np.dtype(spec.dtype):
         problems.append(f"{spec.name} has dtype {array.dtype}, expected {spec.dtype}")
@@ -147,12 +150,25 @@ def _array_problems(spec: TensorSpec, array: npt.NDArray[Any]) -> list[str]:
         problems.append(f"{spec.name} has shape {array.shape}, expected {spec.shape}")
     elif array.shape[0] == 0:
         problems.append(f"{spec.name} has no samples")
-    elif np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-        rows = np.unique(np.argwhere(~np.isfinite(array))[:, 0])
-        problems.append(
-            f"{spec.name} has NaN or Inf in {rows.size} samples, first in sample {rows[0]}"
-        )
+    elif np.issubdtype(array.dtype, np.floating):
+        rows = _nonfinite_rows(array)
+        if rows.size:
+            problems.append(
+                f"{spec.name} has NaN or Inf in {rows.size} samples, first in sample {rows[0]}"
+            )
     return problems
+
+
+def _nonfinite_rows(array: Rows) -> npt.NDArray[np.intp]:
+    """Indices of the rows that hold NaN or Inf; read in parts, as there may be many."""
+    row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+    step = max(1, _PART_BYTES // max(row_bytes, 1))
+    found = [np.empty(0, np.intp)]
+    for start in range(0, array.shape[0], step):
+        part = array[start : start + step]
+        finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
+        found.append(start + np.flatnonzero(~finite))
+    return np.concatenate(found)
 
 
 def localization_signature(uncertainty_range: tuple[float, float] = (0.01, 1.0)) -> Signature:

@@ -1,0 +1,139 @@
+"""Arrays of an ``.npz`` file that are read row by row, however many rows there are.
+
+NumPy reads an array of an ``.npz`` whole, and maps none of them. Here small arrays are read as
+NumPy does it; of a large one only the header is kept, and its rows are read when asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import struct
+import tempfile
+import weakref
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+IN_MEMORY_BYTES = 256 << 20
+_CHUNK_BYTES = 1 << 20
+_LOCAL_HEADER = struct.Struct(
+    "<26xHH"
+)  # lengths of name and extra field, see PKWARE's APPNOTE 4.3.7
+_MAGIC = np.lib.format.MAGIC_PREFIX
+
+
+class RowFile:
+    """An array in a file, whose rows come into memory when they are indexed.
+
+    Args:
+        file: Closed when this is gone; read at offsets only, from any thread.
+        offset: Where the first row begins.
+        dtype: Element type.
+        shape: Rows first.
+    """
+
+    def __init__(
+        self, file: BinaryIO, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> None:
+        self._file, self._offset = file, offset
+        weakref.finalize(self, file.close)
+        self.dtype, self.shape, self.ndim = dtype, shape, len(shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+        """The rows of a slice without steps, or those at the given indices.
+
+        Raises:
+            OSError: If the file ends before them.
+        """
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            return self._read(start, max(stop - start, 0))
+        parts = [self._read(int(row), 1) for row in rows]
+        return np.concatenate(parts) if parts else self._read(0, 0)
+
+    def _read(self, start: int, count: int) -> npt.NDArray[Any]:
+        array = np.empty((count, *self.shape[1:]), self.dtype)
+        waiting = memoryview(array.reshape(-1).view(np.uint8).data)
+        position = self._offset + start * (array.nbytes // count if count else 0)
+        while waiting:
+            done = os.preadv(self._file.fileno(), [waiting], position)
+            if not done:
+                raise OSError(f"the file ends before row {start + count} of {len(self)}")
+            waiting, position = waiting[done:], position + done
+        return array
+
+
+Rows = npt.NDArray[Any] | RowFile
+
+
+def whole(array: Rows) -> npt.NDArray[Any]:
+    """All of an array, in memory."""
+    return array[:] if isinstance(array, RowFile) else array
+
+
+def read_npz(path: Path) -> dict[str, Rows]:
+    """Every array in ``path`` by name: in memory, or a `RowFile` above 256 MiB.
+
+    A large compressed array is first unpacked into a temporary file that nobody else sees.
+
+    Raises:
+        ValueError: If it is no ``.npz``, or holds Python objects, which would run code.
+        OSError: If it can't be read.
+        zipfile.BadZipFile: If it is damaged.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) == _MAGIC:
+            raise ValueError("it is a single array (.npy)")
+        with zipfile.ZipFile(file) as archive:
+            return {
+                member.filename.removesuffix(".npy"): array
+                for member in archive.infolist()
+                if (array := _member(path, archive, member)) is not None
+            }
+
+
+def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Rows | None:
+    with archive.open(member) as content:
+        if content.read(len(_MAGIC)) != _MAGIC:
+            return None  # something else than an array
+        content.seek(0)
+        if member.file_size <= IN_MEMORY_BYTES:
+            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
+        version = np.lib.format.read_magic(content)
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read_header(content)
+        header = content.tell()
+        if dtype.hasobject or (fortran and len(shape) > 1):
+            # The first is refused, the second has no rows to be read by themselves.
+            content.seek(0)
+            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
+        if math.prod(shape) * dtype.itemsize != member.file_size - header:
+            raise ValueError(
+                f"{member.filename} claims the shape {shape} of {dtype}, which its "
+                f"{member.file_size} bytes don't hold"
+            )
+        content.seek(0)
+        if member.compress_type == zipfile.ZIP_STORED:
+            with Path(os.devnull).open("wb") as nowhere:  # reading to the end checks the CRC
+                shutil.copyfileobj(content, nowhere, _CHUNK_BYTES)
+            file = path.open("rb")
+            file.seek(member.header_offset)
+            name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            begin = member.header_offset + _LOCAL_HEADER.size + name + extra
+            return RowFile(file, begin + header, dtype, shape)
+        unpacked = tempfile.TemporaryFile(prefix="heimdall-npz-")  # noqa: SIM115 - lives on
+        shutil.copyfileobj(content, unpacked, _CHUNK_BYTES)
+        unpacked.flush()
+        return RowFile(unpacked, header, dtype, shape)

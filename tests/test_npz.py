@@ -1,0 +1,123 @@
+"""Arrays of an .npz are the same whether they are read whole or row by row."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from heimdall_onnx import npz
+from heimdall_onnx.npz import RowFile, read_npz, whole
+
+WRITERS = pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Every array counts as a large one."""
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 0)
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.standard_normal((37, 3, 5)).astype(np.float32),
+        "labels": rng.integers(0, 9, 37),
+        "big_endian": rng.standard_normal((37, 2)).astype(">f8"),
+        "empty_rows": np.zeros((37, 0), np.float32),
+        "nothing": np.zeros((0, 4), np.float32),
+    }
+
+
+@WRITERS
+def test_rows_read_from_the_file_are_the_arrays_own(tmp_path, streamed, write):
+    write(tmp_path / "a.npz", **arrays())
+    found = read_npz(tmp_path / "a.npz")
+    for name, expected in arrays().items():
+        array = found[name]
+        assert isinstance(array, RowFile)
+        assert (array.shape, array.dtype, array.ndim) == (
+            expected.shape,
+            expected.dtype,
+            expected.ndim,
+        )
+        assert len(array) == len(expected)
+        np.testing.assert_array_equal(whole(array), expected)
+        np.testing.assert_array_equal(array[5:11], expected[5:11])
+        np.testing.assert_array_equal(array[30:99], expected[30:99])
+        if len(expected):
+            rows = np.array([36, 0, 7, 7])
+            np.testing.assert_array_equal(array[rows], expected[rows])
+
+
+def test_small_arrays_are_in_memory(tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays())
+    found = read_npz(tmp_path / "a.npz")
+    assert all(isinstance(array, np.ndarray) for array in found.values())
+    np.testing.assert_array_equal(found["x"], arrays()["x"])
+
+
+def test_array_in_fortran_order_is_read_whole(tmp_path, streamed):
+    expected = np.asfortranarray(arrays()["x"])
+    np.savez(tmp_path / "a.npz", x=expected)
+    found = read_npz(tmp_path / "a.npz")["x"]
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_array_equal(found, expected)
+
+
+@WRITERS
+def test_python_objects_are_refused(tmp_path, streamed, write):
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'sprung'}",)
+
+    write(tmp_path / "a.npz", x=np.array([Trap()], dtype=object), allow_pickle=True)
+    with pytest.raises((ValueError, pickle.UnpicklingError), match="allow_pickle=False"):
+        read_npz(tmp_path / "a.npz")
+    assert not (tmp_path / "sprung").exists()
+
+
+@WRITERS
+def test_damage_is_told_by_the_checksum(tmp_path, streamed, write):
+    path = tmp_path / "a.npz"
+    write(path, x=arrays()["x"])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Exception, match=r"Bad CRC-32|decompressing"):
+        read_npz(path)
+
+
+def test_header_that_claims_more_than_there_is_is_refused(tmp_path, streamed):
+    np.save(tmp_path / "x.npy", np.zeros((3, 4)))
+    lie = (tmp_path / "x.npy").read_bytes().replace(b"(3, 4)", b"(9, 4)")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", lie)
+    with pytest.raises(ValueError, match=r"x.npy claims the shape \(9, 4\) of float64"):
+        read_npz(tmp_path / "a.npz")
+
+
+def test_file_cut_off_later_is_noticed(tmp_path, streamed):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=arrays()["x"])
+    found = read_npz(path)["x"]
+    os.truncate(path, 1000)
+    with pytest.raises(OSError, match="the file ends before row 37 of 37"):
+        whole(found)
+
+
+def test_memory_holds_only_the_rows_asked_for(tmp_path):
+    # 300 MB, above what is read whole; the limit leaves room for the interpreter alone.
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.zeros((75, 1_000_000), np.float32))
+    before = _resident()
+    found = read_npz(path)["x"]
+    assert sum(float(found[i : i + 5].sum()) for i in range(0, 75, 5)) == 0
+    assert _resident() - before < 100e6
+
+
+def _resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
