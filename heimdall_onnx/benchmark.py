@@ -13,6 +13,7 @@ neighbouring calls of a real machine are not quite, so read them as lower bounds
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import random
@@ -126,6 +127,21 @@ class Speedup:
 
 
 @dataclass(frozen=True)
+class BatchLatency:
+    """Latency at one batch size.
+
+    Attributes:
+        batch_size: Samples in a call.
+        pytorch_ms: Latency of every counted call, milliseconds.
+        onnx_ms: The same for ONNX Runtime.
+    """
+
+    batch_size: int
+    pytorch_ms: Floats = field(repr=False)
+    onnx_ms: Floats = field(repr=False)
+
+
+@dataclass(frozen=True)
 class LatencyReport:
     """Everything that `measure_latency` found.
 
@@ -136,6 +152,7 @@ class LatencyReport:
         onnx: The ONNX model on ONNX Runtime's CPU execution provider.
         speedup: PyTorch's latency over ONNX Runtime's.
         load_average: Of the machine over the last minute, before and after.
+        batches: Latency at this and the further batch sizes, ascending.
         confidence: Of every interval.
     """
 
@@ -145,6 +162,7 @@ class LatencyReport:
     onnx: ContenderLatency
     speedup: Speedup
     load_average: tuple[float, float]
+    batches: tuple[BatchLatency, ...] = ()
     confidence: float = CONFIDENCE
 
 
@@ -158,6 +176,8 @@ def measure_latency(
     min_seconds: float = 0.0,
     threads: int | None = None,
     seed: int = 0,
+    batch_sizes: Sequence[int] = (),
+    batch_calls: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyReport:
     """Measure the PyTorch model against the ONNX model on the CPU.
@@ -172,6 +192,9 @@ def measure_latency(
         threads: Intra-op threads of each; None takes as many as PyTorch does in this process,
             which is what ``OMP_NUM_THREADS`` says, else its processors.
         seed: Of the order in which the contenders take turns.
+        batch_sizes: Further batch sizes to measure after that, with the rows of ``inputs``
+            repeated.
+        batch_calls: Counted calls of each contender at each of them, at least.
         progress: Called with (calls done, calls wanted) of each contender.
 
     Raises:
@@ -192,14 +215,23 @@ def measure_latency(
         ]
         for worker in workers:
             worker.start()
-        order = _take_turns(workers, calls, min_seconds, random.Random(seed), progress)
+        rng = random.Random(seed)
+        order = _take_turns(workers, calls, min_seconds, rng, progress)
+        size = len(next(iter(inputs.values())))
+        pytorch, onnx = (worker.latency() for worker in workers)
+        batches = [BatchLatency(size, pytorch.samples_ms, onnx.samples_ms)]
+        batches += [
+            _at_batch_size(workers, other, batch_calls, rng)
+            for other in sorted({*batch_sizes} - {size})
+        ]
         report = LatencyReport(
-            batch_size=len(next(iter(inputs.values()))),
+            batch_size=size,
             threads=threads,
-            pytorch=workers[0].latency(),
-            onnx=workers[1].latency(),
+            pytorch=pytorch,
+            onnx=onnx,
             speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
             load_average=(before, os.getloadavg()[0]),
+            batches=tuple(sorted(batches, key=lambda found: found.batch_size)),
         )
     log.info(
         "measured",
@@ -240,6 +272,18 @@ def _take_turns(
         if progress is not None:
             progress(min(done, calls), calls)
     return rounds
+
+
+def _at_batch_size(
+    workers: Sequence[Worker], size: int, calls: int, rng: random.Random
+) -> BatchLatency:
+    """One ABBA or BAAB round at another batch size."""
+    first, second = rng.sample(list(workers), 2)
+    found: dict[str, list[Floats]] = {worker.name: [] for worker in workers}
+    for worker in (first, second, second, first):
+        found[worker.name].append(worker.time_calls(math.ceil(calls / 2), size))
+    pytorch, onnx = (np.concatenate(found[worker.name]) for worker in workers)
+    return BatchLatency(size, pytorch, onnx)
 
 
 @cache
@@ -362,9 +406,14 @@ class Worker:
 
     def run_block(self, calls: int) -> None:
         """Time ``calls`` calls after one uncounted, which brings the model back into cache."""
-        answer = self._ask({"calls": calls})
-        self.blocks.append(np.array(answer["ns"], dtype=np.float64) / 1e6)
+        self.blocks.append(self.time_calls(calls))
+
+    def time_calls(self, calls: int, batch_size: int | None = None) -> Floats:
+        """Milliseconds of ``calls`` calls after one uncounted, at another batch size if given."""
+        sized = {} if batch_size is None else {"batch": batch_size}
+        answer = self._ask({"calls": calls, **sized})
         self._peak = answer["peak_memory_bytes"]
+        return np.array(answer["ns"], dtype=np.float64) / 1e6
 
     def latency(self) -> ContenderLatency:
         """What has been measured so far."""

@@ -189,6 +189,8 @@ def summary(result: ReleaseResult) -> str:
         )
         if value
     ]
+    if result.costs:
+        lines.append(("took", _most_costly(result.costs)))
     text = "\n".join(f"{label:<11}{value}" for label, value in lines)
     if result.local_report:
         text += f"\n\nread the report:   file://{result.local_report}"
@@ -205,6 +207,13 @@ def summary(result: ReleaseResult) -> str:
             f"\nbrowse in MLflow:  {program} services up"
         )
     return text
+
+
+def _most_costly(costs: Sequence[dict[str, Any]]) -> str:
+    total = sum(cost["seconds"] for cost in costs)
+    longest = sorted(costs, key=lambda cost: -float(cost["seconds"]))[:3]
+    steps = ", ".join(f"{cost['step']} {cost['seconds']:.0f}" for cost in longest)
+    return f"{total:.0f} s, most of it {steps}"
 
 
 @main.command()

@@ -7,7 +7,7 @@ elements, non-finite values, the noise floor of float32 and batch independence a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from onnxruntime import InferenceSession
 from torch import nn
 
 from heimdall_onnx.departure import Departure, first_departure
+from heimdall_onnx.depth import DepthProfile, error_along_depth
 from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.gates import Gate
@@ -260,7 +261,8 @@ def compare_outputs(
     largest = max(batch_size, 1)
     ground = _ground(data, signature)
     first = min(largest, data.count)
-    cells = [_compare_evaluation(run, data, first, ground, progress)]
+    reference = _Reference(data.count, reference_samples)
+    cells = [_compare_evaluation(run, data, first, ground, reference, progress)]
     for size in sorted({1, 2, 3, largest} - {first}):
         # Whole batches only: a shorter one at the end would be another batch size.
         rows = np.arange(-(-min(SMALL_BATCH_SAMPLES, data.count) // size) * size)
@@ -277,7 +279,7 @@ def compare_outputs(
         tolerance=tolerance,
         rtol=RTOL,
         cells=tuple(cells),
-        noise_floor=_noise_floor(run, data, reference_samples, largest),
+        noise_floor=_noise_floor(run, reference, largest),
         independence=_batch_independence(run, data),
         ground=ground.result() if ground else None,
         pytorch=run.kept(0),
@@ -305,6 +307,19 @@ def locate_departure(report: ParityReport, model: nn.Module, onnx_path: Path) ->
     if all(gate.passed for gate in report.gates()):
         return None
     return first_departure(model, onnx_path, report.worst_inputs, tolerance=report.tolerance)
+
+
+def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> DepthProfile | None:
+    """The error along the network on the worst inputs; None where every parity gate holds."""
+    if all(gate.passed for gate in report.gates()):
+        return None
+    return error_along_depth(
+        model,
+        onnx_path,
+        report.worst_inputs,
+        tolerance=report.tolerance,
+        where=report.worst_where,
+    )
 
 
 def adversarial_inputs(base: Arrays) -> dict[str, Arrays]:
@@ -416,6 +431,7 @@ def _compare_evaluation(
     data: EvaluationData,
     size: int,
     ground: GroundAccumulator | None,
+    reference: _Reference,
     progress: Callable[[int, int], None] | None,
 ) -> ParityCell:
     accumulators = run.accumulators(EVALUATION)
@@ -423,6 +439,7 @@ def _compare_evaluation(
     for part, batch in data.batches(size):
         expected, found = run.add(accumulators, EVALUATION, batch, part.start)
         run.keep(expected, found)
+        reference.keep(part, batch, expected, found)
         if ground is not None and position is not None:
             truth = None if data.positions is None else data.positions[part]
             ground.update(expected[position.name], found[position.name], truth)
@@ -438,20 +455,45 @@ def _ground(data: EvaluationData, signature: Signature) -> GroundAccumulator | N
     return GroundAccumulator(middle_of(data.positions, data.meta))
 
 
-def _noise_floor(
-    run: _Pair, data: EvaluationData, samples: int, size: int
-) -> tuple[NoiseFloor, ...]:
-    rows = np.unique(np.linspace(0, data.count - 1, min(samples, data.count)).astype(int))
+class _Reference:
+    """Evenly spaced samples and both models' outputs on them, kept while the batches stream by."""
+
+    def __init__(self, count: int, samples: int) -> None:
+        self._rows = np.unique(np.linspace(0, count - 1, min(samples, count)).astype(int))
+        self._kept: list[tuple[Arrays, Arrays, Arrays]] = []
+
+    def keep(self, part: slice, *arrays: Arrays) -> None:
+        inside = self._rows[(self._rows >= part.start) & (self._rows < part.stop)] - part.start
+        if inside.size:
+            inputs, expected, found = ({n: a[inside] for n, a in named.items()} for named in arrays)
+            self._kept.append((inputs, expected, found))
+
+    def batches(self, size: int) -> Iterator[tuple[Arrays, Arrays, Arrays]]:
+        whole = [
+            {name: np.concatenate([kept[i][name] for kept in self._kept]) for name in first}
+            for i, first in enumerate(self._kept[0])
+        ]
+        for start in range(0, self._rows.size, size):
+            inputs, expected, found = (
+                {name: array[start : start + size] for name, array in named.items()}
+                for named in whole
+            )
+            yield inputs, expected, found
+
+    @property
+    def samples(self) -> int:
+        return int(self._rows.size)
+
+
+def _noise_floor(run: _Pair, reference: _Reference, size: int) -> tuple[NoiseFloor, ...]:
     double = copy.deepcopy(run.model).double()
     totals = {
         spec.name: np.zeros(4)  # ONNX error, PyTorch error, magnitude, elements
         for spec in run.signature.outputs
         if np.issubdtype(np.dtype(spec.dtype), np.floating)
     }
-    for start in range(0, rows.size, size):
-        batch = data.rows(rows[start : start + size])
+    for batch, single, found in reference.batches(size):
         exact = _run_double(double, batch, run.signature)
-        single, found = run.pytorch(batch), run.onnx(batch)
         for name, total in totals.items():
             # NaN and Inf have a gate of their own.
             finite = np.isfinite(exact[name]) & np.isfinite(single[name])
@@ -466,7 +508,7 @@ def _noise_floor(
     for name, sums in totals.items():
         onnx, pytorch, magnitude = sums[:3] / sums[3] if sums[3] else np.full(3, np.nan)
         ulp = float(np.spacing(magnitude.astype(found[name].dtype)))
-        floors.append(NoiseFloor(name, int(rows.size), float(onnx), float(pytorch), ulp))
+        floors.append(NoiseFloor(name, reference.samples, float(onnx), float(pytorch), ulp))
     return tuple(floors)
 
 

@@ -33,6 +33,7 @@ ROOT = "(model)"
 _FACTOR = 2.0
 _HEALED = 0.25
 _SHOWN_OPERATORS = 12
+_AT_ONCE = 8
 _NOWHERE = float("inf")
 _Array = npt.NDArray[Any]
 
@@ -102,7 +103,7 @@ def first_departure(
 
 
 @dataclass(frozen=True)
-class _Difference:
+class Difference:
     """The largest difference between two arrays of one shape."""
 
     error: float
@@ -113,10 +114,12 @@ class _Difference:
 
     @property
     def departs(self) -> bool:
+        """Whether it is more than rounding explains."""
         return self.error > self.limit
 
     @property
     def healed(self) -> bool:
+        """Whether whatever differed before is gone here."""
         return self.error <= _HEALED * self.limit
 
 
@@ -126,7 +129,7 @@ class _Match:
 
     healed: frozenset[str]
     departing: frozenset[str]
-    worst: _Difference | None
+    worst: Difference | None
     compared: bool
 
 
@@ -147,7 +150,7 @@ class _Search:
         values = self._graph.compute(reference, self._inputs)
         worst = None
         for name, expected in reference.items():
-            difference = _compare(expected, values[name], self._tolerance)
+            difference = compare_values(expected, values[name], self._tolerance)
             if difference.departs:
                 self._wrong_outputs.add(name)
                 worst = _larger(worst, difference)
@@ -191,51 +194,21 @@ class _Search:
 
     def _match_children(self, scope: str) -> dict[str, _Match]:
         """Every child of ``scope``, compared."""
-        children = list(_children(scope, self._model.get_submodule(scope)))
-        outputs = self._record(children, before=False)
-        leaving = {child: self._graph.leaving(child) for child in children}
-        values = self._graph.compute((n for ns in leaving.values() for n in ns), self._inputs)
         matches = {}
-        for child in children:
-            own = {name: values[name] for name in leaving[child] if name in values}
-            matches[child] = _match(outputs.get(child, []), own, self._tolerance)
+        children = _children(scope, self._model.get_submodule(scope))
+        for child, tensors, values in values_of(self._model, self._graph, children, self._inputs):
+            matches[child] = _match(tensors, values, self._tolerance)
             self._healed |= matches[child].healed
         return matches
 
-    def _input_difference(self, scope: str, start: float) -> _Difference | None:
+    def _input_difference(self, scope: str, start: float) -> Difference | None:
         """How what enters the module differs already: then the fault lies before it."""
-        tensors = self._record([scope], before=True).get(scope, [])
+        tensors = record_tensors(self._model, self._inputs, [scope], before=True).get(scope, [])
         values = self._graph.compute(self._graph.entering(scope, int(start)), self._inputs)
         match = _match(tensors, values, self._tolerance)
         return match.worst if any(map(self._matters, match.departing)) else None
 
-    def _record(self, scopes: Iterable[str], *, before: bool) -> dict[str, list[_Array]]:
-        """Inputs or outputs of the modules, every call's, by name in execution order."""
-        recorded: dict[str, list[_Array]] = {}
-
-        def keep(scope: str, values: Any) -> None:
-            # Copied at once: an operation in place may overwrite them.
-            recorded.setdefault(scope, []).extend(
-                _to_numpy(leaf) for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
-            )
-
-        def hook(scope: str) -> Any:
-            module = self._model.get_submodule(scope)
-            if before:
-                return module.register_forward_pre_hook(
-                    lambda _, args, kwargs: keep(scope, (args, kwargs)), with_kwargs=True
-                )
-            return module.register_forward_hook(lambda _, args, output: keep(scope, output))
-
-        handles = [hook(scope) for scope in scopes]
-        try:
-            run_pytorch(self._model, self._inputs, signature_of(self._model))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return recorded
-
-    def _departure(self, scope: str, difference: _Difference) -> Departure:
+    def _departure(self, scope: str, difference: Difference) -> Departure:
         return Departure(
             scope=scope or ROOT,
             module_type=type(self._model.get_submodule(scope)).__name__,
@@ -246,6 +219,58 @@ class _Search:
             pytorch_value=difference.pytorch_value,
             onnx_value=difference.onnx_value,
         )
+
+
+def values_of(
+    model: nn.Module, graph: ScopedGraph, scopes: Iterable[str], inputs: Arrays
+) -> Iterator[tuple[str, list[_Array], Arrays]]:
+    """Each module with the tensors it returns and the graph's values that leave its nodes.
+
+    A few modules at a time, so that memory does not grow with the depth of the network.
+    """
+    listed = list(scopes)
+    for start in range(0, len(listed), _AT_ONCE):
+        some = listed[start : start + _AT_ONCE]
+        tensors = record_tensors(model, inputs, some)
+        leaving = {scope: graph.leaving(scope) for scope in some}
+        values = graph.compute((name for names in leaving.values() for name in names), inputs)
+        for scope in some:
+            own = {name: values[name] for name in leaving[scope] if name in values}
+            yield scope, tensors.get(scope, []), own
+
+
+def record_tensors(
+    model: nn.Module, inputs: Arrays, scopes: Iterable[str], *, before: bool = False
+) -> dict[str, list[_Array]]:
+    """What modules return, or take with ``before``, in one run of ``model`` on ``inputs``.
+
+    Returns:
+        By the module's name, in execution order, the tensors of every call of it; a module that
+        was not called is absent.
+    """
+    recorded: dict[str, list[_Array]] = {}
+
+    def keep(scope: str, values: Any) -> None:
+        # Copied at once: an operation in place may overwrite them.
+        recorded.setdefault(scope, []).extend(
+            _to_numpy(leaf) for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
+        )
+
+    def hook(scope: str) -> Any:
+        module = model.get_submodule(scope)
+        if before:
+            return module.register_forward_pre_hook(
+                lambda _, args, kwargs: keep(scope, (args, kwargs)), with_kwargs=True
+            )
+        return module.register_forward_hook(lambda _, args, output: keep(scope, output))
+
+    handles = [hook(scope) for scope in scopes]
+    try:
+        run_pytorch(model, inputs, signature_of(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded
 
 
 def _children(scope: str, module: nn.Module) -> Iterator[str]:
@@ -273,7 +298,7 @@ def _match(tensors: list[_Array], values: Mapping[str, _Array], tolerance: float
     """
     closest = {
         name: min(
-            (_compare(t, value, tolerance) for t in tensors if t.shape == value.shape),
+            (compare_values(t, value, tolerance) for t in tensors if t.shape == value.shape),
             key=lambda difference: difference.error,
             default=None,
         )
@@ -296,14 +321,15 @@ def _match(tensors: list[_Array], values: Mapping[str, _Array], tolerance: float
     )
 
 
-def _larger(one: _Difference | None, other: _Difference) -> _Difference:
+def _larger(one: Difference | None, other: Difference) -> Difference:
     return other if one is None or other.error > one.error else one
 
 
-def _compare(reference: _Array, value: _Array, tolerance: float) -> _Difference:
+def compare_values(reference: _Array, value: _Array, tolerance: float) -> Difference:
+    """The largest difference between two arrays; infinite where they can't be compared."""
     if reference.shape != value.shape:
         magnitude = float(np.abs(reference).max(initial=0))
-        return _Difference(np.inf, magnitude, tolerance, float("nan"), float("nan"))
+        return Difference(np.inf, magnitude, tolerance, float("nan"), float("nan"))
     a, b = reference.astype(np.float64).ravel(), value.astype(np.float64).ravel()
     finite = np.isfinite(a) & np.isfinite(b)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
@@ -312,6 +338,6 @@ def _compare(reference: _Array, value: _Array, tolerance: float) -> _Difference:
     magnitude = float(np.abs(a[np.isfinite(a)]).max(initial=0))
     limit = _FACTOR * tolerance * max(1.0, magnitude)
     if a.size == 0:
-        return _Difference(0.0, magnitude, limit, float("nan"), float("nan"))
+        return Difference(0.0, magnitude, limit, float("nan"), float("nan"))
     worst = int(error.argmax())
-    return _Difference(float(error[worst]), magnitude, limit, float(a[worst]), float(b[worst]))
+    return Difference(float(error[worst]), magnitude, limit, float(a[worst]), float(b[worst]))

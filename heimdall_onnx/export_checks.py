@@ -81,7 +81,7 @@ def prove_axes(model: nn.Module, path: Path, signature: Signature, suspicions: l
     on the data is traced only one way.
     """
     try:
-        session = open_session(path, optimized=False)
+        session = open_session(path, level="none", spinning=False)
     except InvalidModelError as error:
         raise ExportError(f"ONNX Runtime can't load what was exported: {error}") from error
     because = f" The tracer had warned: {suspicions[0]}" if suspicions else ""

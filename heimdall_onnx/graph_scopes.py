@@ -34,11 +34,12 @@ class ScopedGraph:
         modules: Every name in ``model.named_modules(remove_duplicate=False)``.
 
     Raises:
-        InvalidModelError: If ONNX Runtime can't load the file.
+        InvalidModelError: If the file or a weight in it can't be read.
     """
 
     def __init__(self, path: Path, modules: Iterable[str]) -> None:
-        model = read_structure(path)
+        self._path, self._structure = path, read_structure(path)
+        model = self._structure
         self._nodes = [
             (node.op_type, node.name, tuple(_consumed(node)), tuple(filter(None, node.output)))
             for node in model.graph.node
@@ -54,7 +55,7 @@ class ScopedGraph:
                 self._consumers[name].append(index)
         self._producer = {name: index for index, node in enumerate(self._nodes) for name in node[3]}
         self._outputs = {value.name for value in model.graph.output}
-        self._session = _open(model, path, self._crossing(), {*self._consumers, *self._outputs})
+        self._weights = _Weights(path, {*self._consumers, *self._outputs})
 
     def leaving(self, scope: str) -> list[str]:
         """Values that the module's nodes produce and something outside it uses."""
@@ -106,26 +107,54 @@ class ScopedGraph:
             waiting += [out for node in self._consumers[name] for out in self._nodes[node][3]]
         return False
 
+    @property
+    def scopes(self) -> list[str]:
+        """Every module that has nodes here, but for the model itself."""
+        return [scope for scope, members in self._members.items() if scope and members]
+
     def compute(self, names: Iterable[str], inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """The named values for ``inputs``; those that are no tensors are left out.
 
+        Each call opens a session of its own for just these values: ONNX Runtime keeps every
+        output that a session declares until the run ends, asked for or not.
+
         Raises:
+            InvalidModelError: If ONNX Runtime can't load the file.
             EvidenceError: If ONNX Runtime can't run the graph on them.
         """
         wanted = list(dict.fromkeys(names))
         if not wanted:
             return {}
+        session = self._open(wanted)
         try:
-            values = self._session.run(wanted, dict(inputs))
+            values = session.run(wanted, dict(inputs))
         except Exception as error:  # ONNX Runtime's errors share no narrower base
             raise EvidenceError(f"ONNX Runtime can't run the graph: {error}") from error
         return {n: v for n, v in zip(wanted, values, strict=True) if isinstance(v, np.ndarray)}
 
-    def _crossing(self) -> list[str]:
-        scopes = [scope for scope in self._members if scope]
-        end = len(self._nodes)
-        names = [n for s in scopes for n in (*self.leaving(s), *self.entering(s, end))]
-        return [name for name in dict.fromkeys(names) if name not in self._outputs]
+    def _open(self, names: list[str]) -> ort.InferenceSession:
+        """The graph as far as ``names`` need it, with these as its outputs."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self._structure)
+        end = max(1, *(1 + self._producer.get(name, 0) for name in names))
+        del model.graph.node[end:]
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        used = {name for _, _, consumed, _ in self._nodes[:end] for name in consumed}
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        # PyTorch computes between the runs, and would do so beside threads that spin.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A session that runs once gains nothing from copies of its weights in another layout.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._weights.hand_over(model, options, {*used, *names})
+            return ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's errors share no narrower base
+            raise InvalidModelError(f"ONNX Runtime can't load {self._path}: {error}") from error
 
 
 class _ScopeResolver:
@@ -170,41 +199,40 @@ def _consumed(node: onnx.NodeProto) -> Iterator[str]:
                 yield from _consumed(inner)
 
 
-def _open(
-    model: onnx.ModelProto, path: Path, names: Iterable[str], used: set[str]
-) -> ort.InferenceSession:
-    """Open the graph with ``names`` as further outputs.
+class _Weights:
+    """The weights of a file, in memory once for all sessions that are opened on it.
 
-    Large weights are handed over as arrays: in the serialized model, ONNX Runtime would hold them
+    Large ones are handed over as arrays: in the serialized model, ONNX Runtime would hold them
     several times over while it loads.
     """
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    weights = {}
-    for tensor in read_initializers(path):
-        if tensor.name not in used:
-            continue
-        array = _array(tensor, path)
-        if array.nbytes < _INLINE_BYTES:  # shapes and axes, which must be known when it loads
-            model.graph.initializer.append(onnx.numpy_helper.from_array(array, tensor.name))
-            continue
-        weights[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
-        stub = model.graph.initializer.add(
-            name=tensor.name, dims=tensor.dims, data_type=tensor.data_type
-        )
-        stub.data_location = onnx.TensorProto.EXTERNAL
-        stub.external_data.add(key="location", value="handed-over")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # PyTorch computes between the runs, and would do so beside threads that spin.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        options.add_external_initializers(list(weights), list(weights.values()))
-        return ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # ONNX Runtime's errors share no narrower base
-        raise InvalidModelError(f"ONNX Runtime can't load {path}: {error}") from error
+
+    def __init__(self, path: Path, used: set[str]) -> None:
+        self._inline: list[onnx.TensorProto] = []
+        self._handed: dict[str, tuple[onnx.TensorProto, ort.OrtValue]] = {}
+        for tensor in read_initializers(path):
+            if tensor.name not in used:
+                continue
+            array = _array(tensor, path)
+            if array.nbytes < _INLINE_BYTES:  # shapes and axes, which must be known when it loads
+                self._inline.append(onnx.numpy_helper.from_array(array, tensor.name))
+                continue
+            stub = onnx.TensorProto(
+                name=tensor.name,
+                dims=tensor.dims,
+                data_type=tensor.data_type,
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
+            stub.external_data.add(key="location", value="handed-over")
+            self._handed[tensor.name] = (stub, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def hand_over(
+        self, model: onnx.ModelProto, options: ort.SessionOptions, used: set[str]
+    ) -> None:
+        """Give ``model`` the weights in ``used``, through ``options`` where they are large."""
+        model.graph.initializer.extend(t for t in self._inline if t.name in used)
+        handed = {name: pair for name, pair in self._handed.items() if name in used}
+        model.graph.initializer.extend(stub for stub, _ in handed.values())
+        options.add_external_initializers(list(handed), [value for _, value in handed.values()])
 
 
 def _array(tensor: onnx.TensorProto, path: Path) -> npt.NDArray[Any]:

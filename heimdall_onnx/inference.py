@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from onnxruntime import InferenceSession
     from torch import nn
+
+OptimizationLevel = Literal["none", "basic", "all"]
 
 
 def run_pytorch(
@@ -68,17 +70,21 @@ def open_session(
     path: Path | str,
     *,
     threads: int | None = None,
-    optimized: bool = True,
+    level: OptimizationLevel = "all",
     spinning: bool = True,
+    profile: Path | None = None,
 ) -> InferenceSession:
     """Open an ONNX file on the CPU execution provider.
 
     Args:
         path: The file.
         threads: Intra-op threads; None leaves the choice to ONNX Runtime.
-        optimized: At ONNX Runtime's deployment level (all); otherwise none at all.
+        level: How far ONNX Runtime rewrites the graph: ``"none"``, ``"basic"`` (constant folding,
+            redundant nodes), or ``"all"`` (fusions and layouts too), which is what it is deployed
+            with.
         spinning: Whether idle threads wait actively. It changes no result; in a process that
             runs PyTorch as well, threads that spin take the processor from it.
+        profile: Beginning of the name of a file for what runs, which ``end_profiling`` writes.
 
     Raises:
         InvalidModelError: If ONNX Runtime can't load it.
@@ -91,8 +97,14 @@ def open_session(
         options.intra_op_num_threads = threads
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    level = ort.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    options.graph_optimization_level = {
+        "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }[level]
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no narrower base
@@ -116,20 +128,40 @@ def run_onnx(
     return dict(zip(names, values, strict=True))
 
 
-def load_pytorch(
-    path: Path, inputs: Arrays, signature: Signature, threads: int
-) -> Callable[[], Arrays]:
-    """Read a model that this program pickled itself and return a call of it on the CPU."""
+class Contender:
+    """A model ready to be called, on fixed inputs.
+
+    Args:
+        run: Takes named arrays.
+        inputs: One call's inputs.
+    """
+
+    def __init__(self, run: Callable[[Arrays], Arrays], inputs: Arrays) -> None:
+        self.run = run
+        self._inputs: dict[int | None, Arrays] = {None: inputs}
+
+    def __call__(self, batch_size: int | None = None) -> Arrays:
+        """Call the model on the inputs, or on their rows repeated to a batch of another size."""
+        # Kept, so that only the first call of a size pays for it.
+        if batch_size is not None and batch_size not in self._inputs:
+            self._inputs[batch_size] = {
+                name: array[np.arange(batch_size) % len(array)]
+                for name, array in self._inputs[None].items()
+            }
+        return self.run(self._inputs[batch_size])
+
+
+def load_pytorch(path: Path, inputs: Arrays, signature: Signature, threads: int) -> Contender:
+    """Read a model that this program pickled itself, to be called on the CPU."""
     import torch
 
     torch.set_num_threads(threads)
     # Written a moment ago by the parent process: not an untrusted checkpoint.
     model = torch.load(path, map_location="cpu", weights_only=False)
-    return partial(run_pytorch, model, inputs, signature)
+    return Contender(partial(run_pytorch, model, signature=signature), inputs)
 
 
-def load_onnx(
-    path: Path, inputs: Arrays, signature: Signature, threads: int
-) -> Callable[[], Arrays]:
-    """Open an ONNX file and return a call of it on ``inputs``."""
-    return partial(run_onnx, open_session(path, threads=threads), inputs, signature)
+def load_onnx(path: Path, inputs: Arrays, signature: Signature, threads: int) -> Contender:
+    """Open an ONNX file, to be called on ``inputs``."""
+    session = open_session(path, threads=threads)
+    return Contender(partial(run_onnx, session, signature=signature), inputs)

@@ -24,20 +24,22 @@ class Profile:
     Attributes:
         calls: Counted calls of each contender, at least.
         min_seconds: Least duration of the latency measurement, seconds.
+        batch_calls: Counted calls of each contender at each further batch size.
         reference_samples: Evaluation samples compared with PyTorch in float64.
         max_samples: Evaluation samples used; None takes all.
     """
 
     calls: int
     min_seconds: float
+    batch_calls: int
     reference_samples: int
     max_samples: int | None
 
 
 PROFILES: dict[ProfileName, Profile] = {
-    "smoke": Profile(calls=30, min_seconds=0, reference_samples=8, max_samples=8),
-    "quick": Profile(calls=200, min_seconds=0, reference_samples=32, max_samples=None),
-    "audit": Profile(calls=1024, min_seconds=60, reference_samples=256, max_samples=None),
+    "smoke": Profile(30, 0, batch_calls=2, reference_samples=8, max_samples=8),
+    "quick": Profile(200, 0, batch_calls=4, reference_samples=32, max_samples=None),
+    "audit": Profile(1024, 60, batch_calls=20, reference_samples=256, max_samples=None),
 }
 
 # Names that make an S3 key, an MLflow name and a line of Markdown without surprises.
@@ -114,6 +116,12 @@ class ReleaseParameters(BaseModel):
     def thread_count(self) -> int | None:
         """Threads of each contender; None for all processors this process may use."""
         return self.threads or None
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Powers of two up to the largest batch size, and that."""
+        powers = (2**n for n in range(self.batch_size.bit_length()))
+        return tuple(sorted({*powers, self.batch_size}))
 
     @property
     def eval_data_path(self) -> Path | None:

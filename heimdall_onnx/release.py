@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,7 @@ from typing import Any
 
 import structlog
 
+from heimdall_onnx.costs import CostWatch
 from heimdall_onnx.errors import (
     HeimdallError,
     InputError,
@@ -80,6 +82,7 @@ class ReleaseResult:
         run_id: MLflow run.
         speedup: PyTorch's latency over ONNX Runtime's; None if it was not measured.
         gates: Every gate that was evaluated.
+        costs: Seconds and largest memory by step, see `StepCost`.
         local_report: The report on this machine: rendered, or the notebook as far as it came.
         error: What went wrong; None on success.
     """
@@ -98,6 +101,7 @@ class ReleaseResult:
     run_id: str | None = None
     speedup: float | None = None
     gates: list[dict[str, Any]] = field(default_factory=list)
+    costs: list[dict[str, Any]] = field(default_factory=list)
     local_report: str | None = None
     error: str | None = None
 
@@ -168,6 +172,7 @@ class _Run:
         self._judgement: Judgement | None = None
         self._offered = False
         self._alias_before: str | None = None
+        self._costs = CostWatch()
 
     def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
         if not self.parameters.checkpoint:
@@ -179,12 +184,14 @@ class _Run:
             if path and not Path(path).exists():
                 raise ParameterError(f"expected {what} at {path}, found no such file")
         self._make_folder()
-        connection = connect(self.settings)
-        tracker, given = connection.tracker, self.parameters.run_id
-        # Never the process's active run, which is its caller's, as are name and end of a given one.
-        if given:
-            tracker.check_run(given)
-        run_id = given or tracker.create_run(f"release {self.id}")
+        with self._costs.step("services"):
+            connection = connect(self.settings)
+            tracker, given = connection.tracker, self.parameters.run_id
+            # Never the process's active run, which is its caller's, as are name and end of a
+            # given one.
+            if given:
+                tracker.check_run(given)
+            run_id = given or tracker.create_run(f"release {self.id}")
         structlog.contextvars.bind_contextvars(run_id=run_id)
         self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
         self.parameters = self.parameters.model_copy(update={"run_id": run_id})
@@ -251,7 +258,7 @@ class _Run:
         from papermill.exceptions import PapermillException
 
         report = self.folder / REPORT
-        stopped = ""
+        stopped, started = "", time.perf_counter()
         log.info("running", notebook=notebook.name, folder=str(self.folder))
         try:
             with _kernel_environment(settings):
@@ -263,6 +270,8 @@ class _Run:
                     progress_bar=progress,
                     log_output=False,
                     execution_timeout=cell_timeout,
+                    # All that matters of the kernel is in the notebook by then.
+                    shutdown_kernel="immediate",
                     # It warns of unencrypted TCP, which stays on loopback, and prints a traceback
                     # when it is interrupted; what matters of it is in the notebook.
                     extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
@@ -274,6 +283,7 @@ class _Run:
         if not report.is_file():
             raise NotebookError(f"papermill wrote no notebook for {notebook} ({stopped})")
         judgement = judge_notebook(report)
+        self._add_notebook_costs(judgement, time.perf_counter() - started)
         if stopped == CellTimeoutError.__name__:
             # The kernel is interrupted as it ends, which may leave an error of its own in the cell.
             problem = f"a cell took longer than the {cell_timeout} s it may: {judgement.problem}"
@@ -283,6 +293,14 @@ class _Run:
             judgement = replace(judgement, problem=f"the notebook was stopped by {stopped}")
         self._judgement = judgement
         return judgement
+
+    def _add_notebook_costs(self, judgement: Judgement, seconds: float) -> None:
+        """The notebook's own steps, and what its execution took beyond them."""
+        steps = judgement.record.get("costs", [])
+        beyond = seconds - sum(cost["seconds"] for cost in steps)
+        self._costs.add("kernel start and end", beyond)
+        for cost in steps:
+            self._costs.add(**cost)
 
     def _finish(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
         """Report, manifest and alias of a release whose model is uploaded and registered."""
@@ -295,21 +313,23 @@ class _Run:
             )
         version, folder_uri = uploaded["version"], uploaded["folder_uri"]
         self.result = replace(self.result, speedup=done["speedup"], gates=done["gates"])
-        self._write_report(judgement, version, passed=True)
-        key = f"{self.parameters.prefix}/{version}"
-        reports = [
-            upload_file(
-                connection.client,
-                self.folder / name,
-                self.parameters.bucket,
-                f"{key}/{name}",
-                content_type=content_type(name),
-            )
-            for name in (REPORT, REPORT_HTML)
-        ]
-        objects = {o["key"]: o for o in uploaded["objects"]}
-        objects |= {o.key: asdict(o) for o in reports}
-        self._log_artifacts(connection)
+        with self._costs.step("report"):
+            self._write_report(judgement, version, passed=True)
+            key = f"{self.parameters.prefix}/{version}"
+            reports = [
+                upload_file(
+                    connection.client,
+                    self.folder / name,
+                    self.parameters.bucket,
+                    f"{key}/{name}",
+                    content_type=content_type(name),
+                )
+                for name in (REPORT, REPORT_HTML)
+            ]
+            objects = {o["key"]: o for o in uploaded["objects"]}
+            objects |= {o.key: asdict(o) for o in reports}
+            self._log_artifacts(connection)
+        self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
         self._offer(connection, judgement, objects, folder_uri)
         return replace(
             self.result,
@@ -384,6 +404,7 @@ class _Run:
             "git": {"commit": environment["git_commit"], "dirty": environment["git_dirty"]},
             "environment": environment,
             "threads": done["threads"],
+            "costs": self.result.costs,
             "mlflow": {
                 "run_id": self.result.run_id,
                 "model_name": done["registered"]["model_name"],

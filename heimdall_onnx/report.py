@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.benchmark import LatencyReport
     from heimdall_onnx.checkpoint import LoadedModel
     from heimdall_onnx.compare import ParityReport
+    from heimdall_onnx.costs import StepCost
     from heimdall_onnx.departure import Departure
     from heimdall_onnx.evaluation import EvaluationData
 
@@ -37,6 +38,7 @@ def record_results(
     verdict: Verdict,
     uploaded: UploadedRelease | Skipped,
     registered: RegisteredRelease | Skipped,
+    costs: Sequence[StepCost] = (),
 ) -> None:
     """Keep in the running notebook what the runner must know of it, as JSON."""
     import scrapbook
@@ -57,6 +59,7 @@ def record_results(
         "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
         f"{latency.batch_size} on {latency.threads} threads",
         "threads": latency.threads,
+        "costs": [cost.to_dict() for cost in costs],
         "departure": None if departure is None else departure.scope,
         "environment": capture_environment().to_dict(),
         "uploaded": None if isinstance(uploaded, Skipped) else asdict(uploaded),

@@ -1,7 +1,8 @@
 """The process in which one contender is timed: ``python -m heimdall_onnx.worker JOB``.
 
 Reads one JSON question a line from standard input and answers each with one line; ends when
-standard input does, so that it never outlives the process that started it.
+standard input does, so that it never outlives the process that started it. The job gives a call
+without arguments, which may take a batch size where it is asked for one.
 """
 
 from __future__ import annotations
@@ -13,27 +14,31 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+
+from heimdall_onnx.costs import peak_memory_bytes
 
 
 def serve(job: Path, questions: TextIO, answers: TextIO) -> None:
     """Answer ``questions`` until there are no more."""
-    call: Callable[[], Any] | None = None
+    call: Callable[..., Any] | None = None
     for line in questions:
         question = json.loads(line)
         try:
             if call is None:
                 call, answer = _load(job, question["warmup"])
             else:
-                answer = _time_calls(call, question["calls"])
+                sized = partial(call, question["batch"]) if "batch" in question else call
+                answer = _time_calls(sized, question["calls"])
         except Exception as error:  # goes to the parent, which raises it
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _load(job: Path, warmup: int) -> tuple[Callable[[], Any], dict[str, Any]]:
+def _load(job: Path, warmup: int) -> tuple[Callable[..., Any], dict[str, Any]]:
     # Written by the parent process into a folder of its own, so it is no untrusted pickle. It
     # is read before the clock starts: imports are not part of loading a model.
     load = pickle.loads(job.read_bytes())  # noqa: S301
@@ -55,15 +60,7 @@ def _time_calls(call: Callable[[], Any], calls: int) -> dict[str, Any]:
         start = clock()
         call()
         times.append(clock() - start)
-    return {"ns": times, "peak_memory_bytes": _peak_memory_bytes()}
-
-
-def _peak_memory_bytes() -> int:
-    # getrusage's ru_maxrss would start from the parent's size at the fork.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM line")
+    return {"ns": times, "peak_memory_bytes": peak_memory_bytes()}
 
 
 def main() -> None:

@@ -144,9 +144,9 @@ def test_outputs_beyond_the_signatures_are_left_out(inputs):
     assert list(run_pytorch(Raw(result), inputs, SIGNATURE)) == ["positions", "spread"]
 
 
-@pytest.mark.parametrize("optimized", [True, False])
-def test_onnx_outputs_come_by_name_and_equal_pytorchs(small_onnx, inputs, optimized):
-    session = open_session(small_onnx, threads=1, optimized=optimized, spinning=False)
+@pytest.mark.parametrize("level", ["none", "basic", "all"])
+def test_onnx_outputs_come_by_name_and_equal_pytorchs(small_onnx, inputs, level):
+    session = open_session(small_onnx, threads=1, level=level, spinning=False)
     reordered = declare([SIGNAL], [SPREAD, POSITIONS])
     found = run_onnx(session, inputs, reordered)
     assert list(found) == ["spread", "positions"]
@@ -157,7 +157,7 @@ def test_onnx_outputs_come_by_name_and_equal_pytorchs(small_onnx, inputs, optimi
 
 def test_session_has_the_options_that_were_asked_for(small_onnx):
     level = ort.GraphOptimizationLevel
-    session = open_session(small_onnx, threads=3, optimized=False, spinning=False)
+    session = open_session(small_onnx, threads=3, level="none", spinning=False)
     options = session.get_session_options()
     assert options.intra_op_num_threads == 3
     assert options.graph_optimization_level == level.ORT_DISABLE_ALL
@@ -196,7 +196,7 @@ def test_loaded_contenders_give_the_same_answers(small_onnx, inputs, tmp_path):
     finally:
         torch.set_num_threads(before)
     call = load_onnx(small_onnx, inputs, SIGNATURE, 1)
-    assert call.args[0].get_session_options().intra_op_num_threads == 1
+    assert call.run.args[0].get_session_options().intra_op_num_threads == 1
     onnx = call()
     for name, array in pytorch.items():
         np.testing.assert_allclose(onnx[name], array, atol=1e-6)

@@ -28,6 +28,7 @@ from heimdall_onnx import plot
 from heimdall_onnx.benchmark import (
     ONNX,
     PYTORCH,
+    BatchLatency,
     ContenderLatency,
     LatencyReport,
     Speedup,
@@ -43,11 +44,17 @@ from heimdall_onnx.compare import (
     ParityCell,
     ParityReport,
     compare_outputs,
+    locate_departure,
+    trace_depth,
 )
+from heimdall_onnx.costs import StepCost
+from heimdall_onnx.departure import Departure
+from heimdall_onnx.depth import DepthProfile, ModuleError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import export_model
 from heimdall_onnx.ground import GroundAccumulator, distance_m, middle_of
 from heimdall_onnx.inference import open_session
+from heimdall_onnx.levels import LevelParity, LevelReport, compare_levels
 from heimdall_onnx.plot.chart import ONNX_COLOR, PYTORCH_COLOR, distance, name, number, share
 from heimdall_onnx.signature import (
     LOCALIZATION_SIGNATURE,
@@ -105,16 +112,31 @@ def passing(model: nn.Module, onnx_path: Path, data: EvaluationData) -> ParityRe
 
 @pytest.fixture(scope="module")
 def failing(model: nn.Module, onnx_path: Path, data: EvaluationData) -> ParityReport:
+    return compare_outputs(
+        moved_model(model), open_session(onnx_path), data, LOCALIZATION_SIGNATURE
+    )
+
+
+def moved_model(model: nn.Module) -> nn.Module:
+    """Another than the one that was exported, in one place."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.position.bias[0] += 0.5
-    return compare_outputs(other, open_session(onnx_path), data, LOCALIZATION_SIGNATURE)
+    return other
 
 
 @pytest.fixture(scope="module")
 def measured(model: nn.Module, onnx_path: Path) -> LatencyReport:
     inputs = LOCALIZATION_SIGNATURE.random_inputs(2)
-    return measure_latency(model, onnx_path, inputs, LOCALIZATION_SIGNATURE, calls=60, threads=1)
+    return measure_latency(
+        model,
+        onnx_path,
+        inputs,
+        LOCALIZATION_SIGNATURE,
+        calls=60,
+        threads=1,
+        batch_sizes=(1, 2, 4),
+    )
 
 
 def outputs(**shapes: tuple[int, ...]) -> Signature:
@@ -238,12 +260,38 @@ def png_size(png: bytes) -> tuple[int, int]:
 # --- every chart ---------------------------------------------------------------------------------
 
 
+COSTS = (
+    StepCost("imports", 4.0, 300_000_000),
+    StepCost("export", 14.0, 900_000_000),
+    StepCost("latency", 20.0, 800_000_000),
+    StepCost("registration", 0.6),
+)
+
+
 @pytest.fixture(scope="module")
 def charts(
-    passing: ParityReport, failing: ParityReport, measured: LatencyReport, data: EvaluationData
+    model: nn.Module,
+    onnx_path: Path,
+    passing: ParityReport,
+    failing: ParityReport,
+    measured: LatencyReport,
+    data: EvaluationData,
 ) -> list[plot.Chart]:
-    found = [plot.latency(measured), plot.latency_over_time(measured)]
-    for report in (passing, failing):
+    found = [plot.latency(measured), plot.latency_over_time(measured), plot.throughput(measured)]
+    found.append(plot.release_cost(COSTS, measured))
+    other = moved_model(model)
+    for report, pytorch in ((passing, model), (failing, other)):
+        levels = compare_levels(pytorch, onnx_path, data, report)
+        departure = locate_departure(report, pytorch, onnx_path)
+        depth = trace_depth(report, pytorch, onnx_path)
+        found += [
+            plot.error_by_magnitude(report),
+            plot.worst_inputs(report, data),
+            plot.optimization_levels(levels),
+            plot.operators(levels),
+        ]
+        if depth is not None:
+            found.append(plot.error_along_depth(depth, departure))
         found += [
             chart
             for chart in (
@@ -261,13 +309,15 @@ def charts(
 def test_every_chart_of_a_real_run_is_a_small_png_titled_with_its_answer(
     charts: list[plot.Chart],
 ) -> None:
-    assert len(charts) == 12
+    assert len(charts) == 23
     for chart in charts:
         png = chart.to_png()
         image = Image.open(io.BytesIO(png))
         image.load()
         assert image.size[0] == 880
-        assert len(png) < 150_000, chart.title
+        # Random numbers as spectrograms can't be compressed.
+        pictures = any(axes.images for axes in chart.figure.axes)
+        assert len(png) < (300_000 if pictures else 150_000), chart.title
         assert len(np.unique(np.asarray(image.convert("L")))) > 20
         shown = next(iter(artists(chart.figure, "title"))).get_text()
         assert shown.replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ") == chart.title
@@ -974,3 +1024,248 @@ def test_a_share_that_is_not_quite_all_is_not_rounded_to_all() -> None:
 def test_long_names_are_shortened_to_one_line() -> None:
     assert name("a\nb\tc") == "a b c"
     assert name("x" * 40) == "x" * 27 + "…"
+
+
+# --- error against magnitude ---------------------------------------------------------------------
+
+
+def erring(
+    values: npt.NDArray[np.float32], errors: npt.NDArray[np.float64], **shapes: tuple[int, ...]
+) -> ParityReport:
+    signature = outputs(**(shapes or {"y": values.shape[1:]}))
+    moved = (values.astype(np.float64) + errors).astype(np.float32)
+    return report_of(signature, {"y": values}, {"y": moved})
+
+
+def spread_values(count: int = 400) -> npt.NDArray[np.float32]:
+    return np.logspace(-3, 3, count, dtype=np.float32)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        (lambda v: 1e-5 * v, "The error grows with the magnitude"),
+        (lambda v: np.full(v.shape, 0.01), "The error does not grow with the magnitude"),
+        (lambda v: 0.05 / v, "Small values have the larger errors"),
+        (lambda v: 0 * v, "No error at any magnitude"),
+    ],
+)
+def test_course_of_the_error_over_the_magnitude_is_told(errors, words: str) -> None:
+    values = spread_values()
+    chart = plot.error_by_magnitude(erring(values, errors(values.astype(np.float64))))
+    assert chart.title.startswith(words)
+    assert chart.alt == f"y: {chart.title}."
+
+
+def test_every_element_lies_at_its_magnitude_and_error() -> None:
+    values = np.array([[0.5, -2.0], [8.0, 32.0]], np.float32)
+    moved = np.array([[0.25, 0.0], [0.5, 1.0]])
+    chart = plot.error_by_magnitude(erring(values, moved))
+    np.testing.assert_allclose(drawn(chart, "elements 0"), [[0.5, 0.25], [8.0, 0.5]])
+    second = drawn(chart, "elements 1")
+    np.testing.assert_allclose(second[1], [32.0, 1.0])
+    # An equal element is drawn below every error there is, on an axis without a zero.
+    (axes,) = axes_of(chart, "y")
+    assert axes.get_ylim()[0] < second[0, 1] < 1e-7
+    xs, allowed = drawn(chart, "tolerance").T
+    np.testing.assert_allclose(allowed, TOLERANCE + RTOL * xs)
+    assert "too few" in chart.title
+
+
+def test_worst_of_many_elements_is_drawn_among_them() -> None:
+    values = np.ones((9000, 1), np.float32)
+    errors = np.zeros((9000, 1))
+    errors[4567] = 0.125
+    chart = plot.error_by_magnitude(erring(values, errors))
+    points = drawn(chart, "elements 0")
+    assert len(points) <= 3001
+    assert points[:, 1].max() == 0.125
+
+
+def test_elements_that_are_not_finite_or_not_comparable_are_said() -> None:
+    values = np.full((20, 1), np.nan, np.float32)
+    chart = plot.error_by_magnitude(erring(values, np.zeros((20, 1))))
+    assert chart.title == "Nothing to compare"
+    assert "no finite element" in visible_text(chart)
+
+
+# --- worst inputs --------------------------------------------------------------------------------
+
+
+def test_worst_inputs_are_shown_in_order_with_both_answers(
+    failing: ParityReport, data: EvaluationData
+) -> None:
+    chart = plot.worst_inputs(failing, data)
+    text = visible_text(chart)
+    # Relative to what is allowed, which is more where the position is a larger number.
+    allowed = {w.sample: TOLERANCE + RTOL * max(w.reference) for w in failing.evaluation[0].worst}
+    order = sorted(
+        failing.evaluation[0].worst, key=lambda w: (-w.error / allowed[w.sample], w.sample)
+    )
+    for worst in order[:3]:
+        assert f"sample {worst.sample}: " in text
+        assert ", ".join(f"{v:.7g}" for v in worst.reference) in text
+        assert ", ".join(f"{v:.7g}" for v in worst.value) in text
+    # The other output's answers too, though none of these is among its worst.
+    assert text.count("uncertainties") >= 3
+    assert chart.title.startswith(f"Sample {order[0].sample} differs most")
+    images = [image for axes in chart.figure.axes for image in axes.images]
+    assert len(images) == 3 * 3
+    first = order[0].sample
+    np.testing.assert_array_equal(images[1].get_array(), data.inputs["mel_spectrogram"][first][1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "images", "lines"),
+    [((7,), 0, 1), ((2, 9), 0, 2), ((30, 9), 1, 0), ((6, 5, 9), 4, 0), ((), 0, 0)],
+)
+def test_inputs_of_any_shape_are_drawn_or_said_not_to_be(
+    shape: tuple[int, ...], images: int, lines: int
+) -> None:
+    report = erring(np.ones((3, 2), np.float32), np.eye(3, 2))
+    signature = Signature(
+        (TensorSpec("x", "float32", ("batch", *shape)),), report.signature.outputs
+    )
+    values = {"x": np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)}
+    given = EvaluationData(values, None, {}, "captures.npz", "ab", {})
+    chart = plot.worst_inputs(replace(report, signature=signature), given)
+    assert sum(len(axes.images) for axes in chart.figure.axes) == 3 * images
+    assert sum(len(axes.lines) for axes in chart.figure.axes) == 3 * lines
+    assert ("not drawn" in visible_text(chart)) == (images + lines == 0)
+
+
+def test_equal_models_have_no_worst_input(data: EvaluationData) -> None:
+    report, _ = located(np.tile([[50.0, 8.0]], (24, 1)))
+    assert plot.worst_inputs(report, data).title.startswith("The models agree to the last digit")
+
+
+# --- optimization levels -------------------------------------------------------------------------
+
+
+def at_levels(**errors: float) -> LevelReport:
+    levels = []
+    for level, error in errors.items():
+        spec = outputs(y=(2,)).outputs[0]
+        found = ErrorAccumulator(spec, atol=TOLERANCE, rtol=RTOL)
+        found.update(np.zeros((3, 2), np.float32), np.full((3, 2), error, np.float32), 0)
+        counts = {"Conv": 3, "Gelu": 2} if level != "all" else {"Conv": 3, "FusedConv": 1}
+        levels.append(LevelParity(level, (found.result(),), counts, 12.0))
+    return LevelReport(tuple(levels), "16 samples of captures.npz")
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ((1e-6, 1e-6, 1e-6), "Parity holds at every optimization level, with errors up to 0.1×"),
+        ((1e-7, 1e-7, 5e-6), "Parity holds at every level; optimization takes the largest error"),
+        ((1e-6, 1e-6, 1e-3), "The fault comes with ONNX Runtime's level “all”: 100×"),
+        ((1e-6, 1e-3, 1e-3), "The fault comes with ONNX Runtime's level “basic”: 100×"),
+        ((1e-3, 1e-3, 1e-3), "The fault is in the exported file: without any optimization the"),
+        ((1e-3, 1e-3, 1e-6), "The fault is in the exported file"),
+        ((np.nan, 1e-6, 1e-6), "The fault is in the exported file"),
+    ],
+)
+def test_fault_of_the_export_is_told_from_one_of_a_fusion(
+    errors: tuple[float, ...], words: str
+) -> None:
+    report = at_levels(**dict(zip(("none", "basic", "all"), errors, strict=True)))
+    chart = plot.optimization_levels(report)
+    assert chart.title.startswith(words)
+    if np.isfinite(errors).all():
+        excess = [level.excess for level in report.levels]
+        np.testing.assert_allclose(drawn(chart, "y")[:, 0], excess)
+
+
+def test_operators_are_counted_before_and_after() -> None:
+    chart = plot.operators(at_levels(none=0.0, basic=0.0, all=0.0))
+    assert chart.title == "5 nodes as exported, 4 as deployed; ONNX Runtime brings FusedConv"
+    assert "Gelu: 2 before, 0 after." in chart.alt
+    widths = sorted(bar.get_width() for axes in chart.figure.axes for bar in axes.patches)
+    assert widths == [0, 0, 1, 2, 3, 3]
+
+
+# --- error along the depth -----------------------------------------------------------------------
+
+
+def profile(*errors: float) -> DepthProfile:
+    modules = (
+        ModuleError(f"block.{i}", "Linear", e, 1e-4, 1.0, 1 + e) for i, e in enumerate(errors)
+    )
+    return DepthProfile(tuple(modules), 2, "zeros, batch 8")
+
+
+def departed(scope: str) -> Departure:
+    return Departure(scope, "Linear", 0.5, 1.0, 1e-4, ("Gemm node_3", "Add node_4"), 1.0, 1.5)
+
+
+def test_first_departing_module_is_marked_with_both_values_and_its_operators() -> None:
+    chart = plot.error_along_depth(profile(1e-6, 2e-6, 0.5, 0.3), departed("block.2"))
+    assert chart.title == (
+        "The error begins in block.2 (Linear): 0.5, 5,000× what rounding explains"
+    )
+    assert drawn(chart, "departure").tolist() == [[2, 5000]]
+    assert drawn(chart, "departs")[:, 0].tolist() == [2, 3]
+    np.testing.assert_allclose(drawn(chart, "agrees"), [[0, 0.01], [1, 0.02]])
+    text = visible_text(chart)
+    for words in ("PyTorch 1, ONNX 1.5", "Gemm node_3, Add node_4", "zeros, batch 8", "2 fused"):
+        assert words in text
+    assert "block.2" in [label.get_text() for label in chart.figure.axes[0].get_xticklabels()]
+
+
+def test_departure_without_a_point_of_its_own_is_named_all_the_same() -> None:
+    chart = plot.error_along_depth(profile(1e-6, np.inf), departed("(model)"))
+    assert "(model)" in chart.title
+    assert "PyTorch 1, ONNX 1.5" in visible_text(chart)
+    assert artists(chart.figure, "departure") == []
+
+
+def test_no_departure_points_to_where_else_to_look() -> None:
+    assert "optimization levels" in plot.error_along_depth(profile(1e-6), None).title
+    healed = plot.error_along_depth(profile(1e-6, 2e-4, 1e-6), None)
+    assert healed.title.startswith("Modules depart from block.1 on, 2×")
+    assert "no module's output" in visible_text(plot.error_along_depth(profile(), None))
+
+
+def test_without_a_profile_there_is_no_chart() -> None:
+    assert plot.error_along_depth(None, None) is None
+
+
+# --- throughput ----------------------------------------------------------------------------------
+
+
+def test_throughput_is_samples_over_latency_at_every_batch_size() -> None:
+    report = latency_of(calls(40.0), calls(10.0))
+    batches = (
+        BatchLatency(1, np.full(6, 40.0), np.full(6, 10.0)),
+        BatchLatency(8, np.array([100.0, 200.0, 200.0]), np.full(3, 160.0)),
+    )
+    chart = plot.throughput(replace(report, batches=batches))
+    assert chart.title == (
+        "PyTorch does best at batch 8, 40 samples/s; ONNX does best at batch 1, 100 samples/s"
+    )
+    assert "Batch 8: PyTorch 200 ms, ONNX 160 ms, speedup 1.25." in chart.alt
+    (rates,) = axes_of(chart, "samples a second")
+    points = [line.get_xydata().tolist() for line in rates.lines if len(line.get_xydata()) == 2]
+    assert [[1, 25], [8, 40]] in points
+    assert [[1, 100], [8, 50]] in points
+    assert "6 at batch 1, 3 at batch 8" in visible_text(chart)
+
+
+# --- cost of the release -------------------------------------------------------------------------
+
+
+def test_cost_names_the_longest_step_and_counts_the_contenders_memory() -> None:
+    report = latency_of(calls(40.0), calls(10.0))
+    heavy = replace(
+        report,
+        pytorch=replace(report.pytorch, peak_memory_bytes=500_000_000),
+        onnx=replace(report.onnx, peak_memory_bytes=250_000_000),
+    )
+    chart = plot.release_cost(COSTS, heavy)
+    assert chart.title == "39 s until here, 51.8% of it latency; most memory in latency: 1.6 GB"
+    widths = [bar.get_width() for bar in artists(chart.figure, "seconds") or []]
+    assert widths == [] or widths == [c.seconds for c in COSTS]
+    (axes, memory) = chart.figure.axes
+    assert [bar.get_width() for bar in axes.patches] == [4.0, 14.0, 20.0, 0.6]
+    assert [bar.get_width() for bar in memory.patches] == [0.3, 0.9, 0.8, 0.0, 0.5, 0.25]
+    assert "latency: 20 s, 1.55 GB." in chart.alt

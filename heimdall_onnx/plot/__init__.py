@@ -8,20 +8,33 @@ None where the question does not arise:
 """
 
 from heimdall_onnx.plot.chart import Chart
+from heimdall_onnx.plot.cost import release_cost
+from heimdall_onnx.plot.depth import error_along_depth
 from heimdall_onnx.plot.distribution import error_distribution
 from heimdall_onnx.plot.grid import parity_grid
+from heimdall_onnx.plot.magnitude import error_by_magnitude
+from heimdall_onnx.plot.optimization import operators, optimization_levels
 from heimdall_onnx.plot.positions import position_map
 from heimdall_onnx.plot.scatter import parity_scatter
 from heimdall_onnx.plot.task import task_error
+from heimdall_onnx.plot.throughput import throughput
 from heimdall_onnx.plot.timing import latency, latency_over_time
+from heimdall_onnx.plot.worst import worst_inputs
 
 __all__ = [
     "Chart",
+    "error_along_depth",
+    "error_by_magnitude",
     "error_distribution",
     "latency",
     "latency_over_time",
+    "operators",
+    "optimization_levels",
     "parity_grid",
     "parity_scatter",
     "position_map",
+    "release_cost",
     "task_error",
+    "throughput",
+    "worst_inputs",
 ]

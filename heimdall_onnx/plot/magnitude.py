@@ -1,0 +1,144 @@
+"""Error against the magnitude of what it is an error of."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+
+from heimdall_onnx.compare import ParityReport
+from heimdall_onnx.plot.chart import (
+    ELEMENT_COLORS,
+    INK,
+    QUIET_INK,
+    Chart,
+    name,
+    new_figure,
+    number,
+    plain,
+    say,
+    styled,
+)
+from heimdall_onnx.plot.outputs import (
+    ELEMENT_MARKERS,
+    Floats,
+    OutputColumn,
+    after,
+    describe_source,
+    worst_columns,
+)
+
+_ELEMENTS_SHOWN = 3000  # of one output
+_FEWEST = 16  # elements below which quarters say nothing
+_GROWS = 3.0
+
+
+@styled
+def error_by_magnitude(report: ParityReport) -> Chart:
+    """Does the error grow with the value, as rounding does, or is it the same everywhere?
+
+    Each point is an element of an output on the evaluation data, with the tolerance, atol +
+    rtol·|PyTorch|, and one unit in the last place (ULP). Equal elements lie on the lowest line.
+    """
+    columns = worst_columns(report)
+    answers = [_course(column) for column in columns]
+    worst = max(range(len(columns)), key=lambda i: columns[i].excess)
+    title = answers[worst] + (f" ({name(columns[worst].spec.name)})" if len(columns) > 1 else "")
+    subtitle = f"{describe_source(report, columns)} · equal elements lie on the lowest line"
+    figure = new_figure(title, subtitle, height=3.1)
+    panels = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=True):
+        _draw(axes, column, report)
+    panels[0].set_ylabel("absolute difference")
+    alt = " ".join(f"{c.spec.name}: {answer}." for c, answer in zip(columns, answers, strict=True))
+    return Chart(figure, title, alt)
+
+
+def _pairs(column: OutputColumn) -> tuple[Floats, Floats]:
+    """Magnitude and error, (samples, elements), NaN where one side is not finite."""
+    with np.errstate(invalid="ignore"):
+        return np.abs(column.reference), np.abs(column.reference - column.value)
+
+
+def _course(column: OutputColumn) -> str:
+    magnitude, error = (array.ravel() for array in _pairs(column))
+    known = np.isfinite(magnitude) & np.isfinite(error)
+    magnitude, error = magnitude[known], error[known]
+    if not error.size or not error.any():
+        return "No error at any magnitude" if error.size else "Nothing to compare"
+    if error.size < _FEWEST:
+        return f"{error.size} elements are too few to tell how the error goes with the magnitude"
+    order = np.argsort(magnitude, kind="stable")
+    quarter = len(order) // 4
+    small, large = (
+        float(np.mean(error[rows])) for rows in (order[:quarter], order[len(order) - quarter :])
+    )
+    figures = (
+        f"mean {number(small)}{after(column.spec.unit)} in the quarter of the smallest values, "
+        f"{number(large)} in that of the largest"
+    )
+    if large > _GROWS * small:
+        return f"The error grows with the magnitude: {figures}"
+    if small > _GROWS * large:
+        return f"Small values have the larger errors: {figures}"
+    return f"The error does not grow with the magnitude: {figures}"
+
+
+def _draw(axes: Axes, column: OutputColumn, report: ParityReport) -> None:
+    axes.set_title(plain(name(column.spec.name)))
+    magnitude, error = _pairs(column)
+    known = np.isfinite(magnitude) & np.isfinite(error)
+    if not known.any():
+        say(axes, column.shapes or "no finite element on both sides")
+        return
+    positive = error[known & (error > 0)]
+    low, high = _span(magnitude[known])
+    xs = np.geomspace(low, high, 200)
+    allowed = report.tolerance + report.rtol * xs
+    ulp = np.spacing(xs.astype(column.spec.dtype)).astype(np.float64)
+    floor = min(float(positive.min(initial=1.0)), float(ulp.min())) / 3
+    rows = _shown(error, known)
+    labels = column.elements or [""]
+    for element in range(magnitude.shape[1]):
+        keep = rows[known[rows, element]]
+        several = len(labels) > 1
+        axes.plot(
+            np.maximum(magnitude[keep, element], low),
+            np.maximum(error[keep, element], floor),
+            ELEMENT_MARKERS[element] if several else "o",
+            color=ELEMENT_COLORS[element] if several else INK,
+            ms=4,
+            alpha=0.5,
+            mew=0,
+            ls="none",
+            label=labels[element] if several else None,
+            gid=f"elements {element}",
+        )
+    axes.plot(xs, allowed, color=INK, ls="--", lw=1.2, label="tolerance", gid="tolerance")
+    axes.plot(xs, ulp, color=QUIET_INK, ls=":", lw=1.2, label="1 ULP", gid="ulp")
+    axes.set(xscale="log", yscale="log", xlim=(low, high))
+    axes.set_ylim(bottom=floor / 1.5, top=3 * max(float(allowed.max()), float(error[known].max())))
+    axes.set_xlabel(column.label("|PyTorch|"))
+    axes.legend(loc="best", handlelength=1.4, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def _span(magnitude: Floats) -> tuple[float, float]:
+    some = magnitude[magnitude > 0]
+    if not some.size:
+        return 0.1, 10.0
+    # A value next to zero must not stretch the axis over all that others have in common.
+    low = max(float(some.min()), float(np.percentile(some, 1)) / 100)
+    return low / 1.5, max(float(some.max()), low) * 1.5
+
+
+def _shown(error: Floats, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """Samples drawn: all, or of many the worst half and an even choice of the rest."""
+    count = max(1, _ELEMENTS_SHOWN // error.shape[1])
+    if len(error) <= count:
+        return np.arange(len(error))
+    peaks = np.where(known, error, 0).max(axis=1)
+    worst = np.argsort(-peaks, kind="stable")[: count // 2]
+    even = np.linspace(0, len(error) - 1, math.ceil(count / 2)).astype(int)
+    return np.union1d(worst, even)
