@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,12 +62,22 @@ class Connection:
     Attributes:
         settings: With the address and credentials that are really in use.
         client: S3 client.
-        tracker: MLflow.
+        open_tracker: Gives MLflow; waits for it, if it is being reached, and raises what that
+            raised.
     """
 
     settings: Settings
     client: S3Client = field(repr=False)
-    tracker: MLflowTracker = field(repr=False)
+    open_tracker: Callable[[], MLflowTracker] = field(repr=False)
+
+    @property
+    def tracker(self) -> MLflowTracker:
+        """MLflow.
+
+        Raises:
+            RegistryError: If it can't be reached or refuses.
+        """
+        return self.open_tracker()
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,8 @@ def connect(settings: Settings) -> Connection:
     from heimdall_onnx.registry import initialize_mlflow
 
     settings = ensure_store(settings)
-    return Connection(settings, make_client(settings), initialize_mlflow(settings))
+    client, tracker = make_client(settings), initialize_mlflow(settings)
+    return Connection(settings, client, lambda: tracker)
 
 
 def upload_release(
@@ -179,14 +191,13 @@ def upload_release(
         return Skipped("nothing is published unless the parameter `publish` is true")
     if not verdict.passed:
         return Skipped(f"{len(verdict.failed_gates)} gates failed")
-    connection = connect(settings)
-    journal = Journal(exported.path.parent)
-    journal.clear()
-    tracker, run_id = connection.tracker, parameters.run_id
-    if run_id:
-        tracker.check_run(run_id)
-    with ExitStack() as undo:
+    with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
+        connection = _connect_beside(settings, parameters.run_id, beside)
+        journal = Journal(exported.path.parent)
+        journal.clear()
+        run_id = parameters.run_id
         if not run_id:
+            tracker = connection.tracker
             run_id = tracker.create_run("release")
             undo.callback(close_own_run, tracker, run_id, "FAILED")
         undo.callback(withdraw, connection, exported.path.parent)
@@ -198,9 +209,24 @@ def upload_release(
             run_id=run_id,
             inference_metrics=metrics,
         )
-        uploaded = _upload(connection.client, parameters, journal, described, exported, signature)
+        uploaded = _upload(connection, parameters, journal, described, exported, signature)
         undo.pop_all()
     return uploaded
+
+
+def _connect_beside(settings: Settings, run_id: str, beside: ThreadPoolExecutor) -> Connection:
+    """The store at once, and MLflow while the model is on its way: its import takes seconds."""
+
+    def open_tracker() -> MLflowTracker:
+        from heimdall_onnx.registry import initialize_mlflow
+
+        tracker = initialize_mlflow(settings)
+        if run_id:
+            tracker.check_run(run_id)
+        return tracker
+
+    settings = ensure_store(settings)
+    return Connection(settings, make_client(settings), beside.submit(open_tracker).result)
 
 
 def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:
@@ -212,14 +238,15 @@ def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:
 
 
 def _upload(
-    client: S3Client,
+    connection: Connection,
     parameters: ReleaseParameters,
     journal: Journal,
     described: Mapping[str, Any],
     exported: ExportResult,
     signature: Signature,
 ) -> UploadedRelease:
-    bucket, prefix, run_id = parameters.bucket, parameters.prefix, described["mlflow_run_id"]
+    client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
+    run_id = described["mlflow_run_id"]
     ensure_bucket(client, bucket)
 
     def content(version: str) -> bytes:
@@ -233,8 +260,22 @@ def _upload(
         return to_json({**described, "version": version})
 
     version = claim_version(client, bucket, prefix, name=METADATA, content=content)
-    objects = _upload_folder(
-        client, bucket, f"{prefix}/{version}", exported, signature, run_id, described
+    folder = f"{prefix}/{version}"
+    model = upload_file(
+        client,
+        exported.path,
+        bucket,
+        f"{folder}/model.onnx",
+        sha256=exported.sha256,
+        metadata=object_metadata(described),
+        content_type=CONTENT_TYPES[".onnx"],
+    )
+    # Waits for MLflow, and fails if it can't be reached or knows no such run.
+    connection.open_tracker()
+    objects = (
+        model,
+        *_upload_beside(client, bucket, folder, exported, signature, run_id),
+        head(client, bucket, f"{folder}/{METADATA}"),
     )
     folder_uri = f"s3://{bucket}/{prefix}/{version}"
     log.info("uploaded", version=version, folder=folder_uri, objects=len(objects))
@@ -242,45 +283,30 @@ def _upload(
         version=version,
         folder_uri=folder_uri,
         s3_uri=f"{folder_uri}/model.onnx",
-        sha256=next(o.sha256 for o in objects if o.key.endswith("/model.onnx")),
+        sha256=model.sha256,
         run_id=run_id,
         metadata={**described, "version": version},
         objects=objects,
     )
 
 
-def _upload_folder(
+def _upload_beside(
     client: S3Client,
     bucket: str,
     folder: str,
     exported: ExportResult,
     signature: Signature,
     run_id: str,
-    described: Mapping[str, Any],
 ) -> tuple[StoredObject, ...]:
+    """External data, and the files that let MLflow load the model."""
     from heimdall_onnx.mlmodel import write_mlmodel_folder
 
     with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as beside:
         write_mlmodel_folder(
             Path(beside), signature, model_size_bytes=exported.size_bytes, run_id=run_id
         )
-        model = [
-            upload_file(
-                client,
-                exported.path,
-                bucket,
-                f"{folder}/model.onnx",
-                sha256=exported.sha256,
-                metadata=object_metadata(described),
-                content_type=CONTENT_TYPES[".onnx"],
-            )
-        ]
-        others = [*exported.external_data, *sorted(Path(beside).iterdir())]
-        return (
-            *model,
-            *(upload_file(client, path, bucket, f"{folder}/{path.name}") for path in others),
-            head(client, bucket, f"{folder}/{METADATA}"),
-        )
+        paths = [*exported.external_data, *sorted(Path(beside).iterdir())]
+        return tuple(upload_file(client, p, bucket, f"{folder}/{p.name}") for p in paths)
 
 
 def object_metadata(described: Mapping[str, Any]) -> dict[str, str]:
@@ -381,7 +407,7 @@ def _withdrawals(
     name, uri, run_id = entries["model_name"], f"s3://{bucket}/{folder}", entries["run_id"]
     yield (
         f"the version of {name} with source {uri}",
-        partial(_delete_own_versions, connection.tracker, name, uri, run_id),
+        lambda: _delete_own_versions(connection.tracker, name, uri, run_id),
     )
     yield uri, partial(_delete_own_folder, connection.client, bucket, f"{folder}/", run_id)
 

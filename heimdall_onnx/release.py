@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -30,6 +31,7 @@ from heimdall_onnx.errors import (
     error_class,
 )
 from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
+from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import (
@@ -44,18 +46,26 @@ from heimdall_onnx.report import (
     Judgement,
     figures,
     judge_notebook,
+    last_started,
     put_verdict_first,
     render_html,
 )
+from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.store import (
     MANIFEST,
+    StoredObject,
     claim_version,
     ensure_bucket,
     upload_bytes,
     upload_file,
 )
 from heimdall_onnx.workspace import new_run_folder
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+
+    from heimdall_onnx.registry import MLflowTracker
 
 log = get_logger(__name__)
 
@@ -185,19 +195,32 @@ class _Run:
                 raise ParameterError(f"expected {what} at {path}, found no such file")
         self._make_folder()
         with self._costs.step("services"):
-            connection = connect(self.settings)
-            tracker, given = connection.tracker, self.parameters.run_id
-            # Never the process's active run, which is its caller's, as are name and end of a
-            # given one.
-            if given:
-                tracker.check_run(given)
-            run_id = given or tracker.create_run(f"release {self.id}")
-        structlog.contextvars.bind_contextvars(run_id=run_id)
-        self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
-        self.parameters = self.parameters.model_copy(update={"run_id": run_id})
+            settings = ensure_store(self.settings)
+        with started_kernel(_kernel_environment(settings)) as kernel:
+            with self._costs.step("services"):
+                connection = connect(settings)
+                run_id = self._begin_run(connection.tracker)
+            structlog.contextvars.bind_contextvars(run_id=run_id)
+            self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
+            given = self.parameters.run_id
+            self.parameters = self.parameters.model_copy(update={"run_id": run_id})
+            run_notebook = partial(self._run_notebook, notebook, kernel, cell_timeout, progress)
+            return self._complete(connection, run_notebook, own_run=not given)
+
+    def _begin_run(self, tracker: MLflowTracker) -> str:
+        # Never the process's active run, which is its caller's, as are name and end of a given one.
+        given = self.parameters.run_id
+        if given:
+            tracker.check_run(given)
+        return given or tracker.create_run(f"release {self.id}")
+
+    def _complete(
+        self, connection: Connection, run_notebook: Callable[[], Judgement], *, own_run: bool
+    ) -> ReleaseResult:
+        """Run the notebook and finish what it began, or take it back."""
         status = "KILLED"
         try:
-            judgement = self._run_notebook(notebook, connection.settings, cell_timeout, progress)
+            judgement = run_notebook()
             if judgement.passed:
                 result = self._finish(connection, judgement)
                 status = "FINISHED"
@@ -221,8 +244,8 @@ class _Run:
             raise
         finally:
             with uninterrupted():
-                if not given:
-                    close_own_run(tracker, run_id, status)
+                if own_run:
+                    close_own_run(connection.tracker, self.parameters.run_id, status)
                 for model in self.folder.glob("model.onnx*"):
                     model.unlink()
         return result
@@ -251,31 +274,32 @@ class _Run:
         return str(report) if report.is_file() else None
 
     def _run_notebook(
-        self, notebook: Path, settings: Settings, cell_timeout: int | None, progress: bool
+        self,
+        notebook: Path,
+        kernel: AsyncKernelManager,
+        cell_timeout: int | None,
+        progress: bool,
     ) -> Judgement:
         import papermill
         from nbclient.exceptions import CellTimeoutError
         from papermill.exceptions import PapermillException
 
+        from heimdall_onnx.engine import ENGINE
+
         report = self.folder / REPORT
         stopped, started = "", time.perf_counter()
         log.info("running", notebook=notebook.name, folder=str(self.folder))
         try:
-            with _kernel_environment(settings):
-                papermill.execute_notebook(
-                    str(notebook),
-                    str(report),
-                    parameters=self.parameters.model_dump(mode="json"),
-                    kernel_name="python3",
-                    progress_bar=progress,
-                    log_output=False,
-                    execution_timeout=cell_timeout,
-                    # All that matters of the kernel is in the notebook by then.
-                    shutdown_kernel="immediate",
-                    # It warns of unencrypted TCP, which stays on loopback, and prints a traceback
-                    # when it is interrupted; what matters of it is in the notebook.
-                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-                )
+            papermill.execute_notebook(
+                str(notebook),
+                str(report),
+                parameters=self.parameters.model_dump(mode="json"),
+                engine_name=ENGINE,
+                kernel_name="python3",
+                kernel=kernel,
+                progress_bar=progress,
+                execution_timeout=cell_timeout,
+            )
         except (PapermillException, CellTimeoutError, RuntimeError) as error:
             # Its text is a traceback of the kernel's; the file says the same and is judged below.
             stopped = type(error).__name__
@@ -285,8 +309,7 @@ class _Run:
         judgement = judge_notebook(report)
         self._add_notebook_costs(judgement, time.perf_counter() - started)
         if stopped == CellTimeoutError.__name__:
-            # The kernel is interrupted as it ends, which may leave an error of its own in the cell.
-            problem = f"a cell took longer than the {cell_timeout} s it may: {judgement.problem}"
+            problem = f"a cell took longer than the {cell_timeout} s it may: {last_started(report)}"
             judgement = replace(judgement, problem=problem, error_name="", error_message="")
         elif stopped and not judgement.problem:
             # A kernel that dies in the very last cell leaves a file in which all is well.
@@ -315,20 +338,11 @@ class _Run:
         self.result = replace(self.result, speedup=done["speedup"], gates=done["gates"])
         with self._costs.step("report"):
             self._write_report(judgement, version, passed=True)
-            key = f"{self.parameters.prefix}/{version}"
-            reports = [
-                upload_file(
-                    connection.client,
-                    self.folder / name,
-                    self.parameters.bucket,
-                    f"{key}/{name}",
-                    content_type=content_type(name),
-                )
-                for name in (REPORT, REPORT_HTML)
-            ]
             objects = {o["key"]: o for o in uploaded["objects"]}
-            objects |= {o.key: asdict(o) for o in reports}
-            self._log_artifacts(connection)
+            with ThreadPoolExecutor(1) as beside:
+                reports = beside.submit(self._upload_reports, connection, version)
+                self._log_artifacts(connection)
+                objects |= {o.key: asdict(o) for o in reports.result()}
         self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
         self._offer(connection, judgement, objects, folder_uri)
         return replace(
@@ -345,6 +359,18 @@ class _Run:
             manifest_uri=f"{folder_uri}/{MANIFEST}",
             local_report=str(self.folder / REPORT_HTML),
         )
+
+    def _upload_reports(self, connection: Connection, version: str) -> list[StoredObject]:
+        return [
+            upload_file(
+                connection.client,
+                self.folder / name,
+                self.parameters.bucket,
+                f"{self.parameters.prefix}/{version}/{name}",
+                content_type=content_type(name),
+            )
+            for name in (REPORT, REPORT_HTML)
+        ]
 
     def _offer(
         self,
@@ -506,7 +532,7 @@ class _Run:
         pictures.mkdir(exist_ok=True)
         for name, png in figures(self.folder / REPORT):
             (pictures / name).write_bytes(png)
-            tracker.log_artifact(pictures / name, "figures", run_id=run_id)
+        tracker.log_artifact(pictures, run_id=run_id)
 
     def _take_back(self, connection: Connection) -> tuple[str, ...]:
         """Withdraw what this run has claimed, unless it is offered already; say what is left."""
@@ -552,13 +578,12 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if path else ""
 
 
-@contextmanager
-def _kernel_environment(settings: Settings) -> Iterator[None]:
-    """Hand the settings that are really in use to the kernel, which inherits the environment."""
+def _kernel_environment(settings: Settings) -> dict[str, str]:
+    """The environment with the settings that are really in use."""
     before = dict(os.environ)
-    settings.apply()
     try:
-        yield
+        settings.apply()
+        return dict(os.environ)
     finally:
         os.environ.clear()
         os.environ.update(before)

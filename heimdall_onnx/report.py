@@ -107,12 +107,12 @@ def judge_notebook(path: Path) -> Judgement:
     success, so neither its status nor its return is believed: each code cell must have been
     executed, in order, without an error output, and the record must be there.
     """
-    cells = [c for c in read_notebook(path).cells if c.cell_type == "code" and c.source.strip()]
+    cells = _code_cells(path)
     record = read_record(path)
     verdict = _recorded_verdict(record)
     for number, cell in enumerate(cells, start=1):
         error = next((o for o in cell.outputs if o.output_type == "error"), None)
-        where = f"code cell {number} of {len(cells)} ({cell.source.strip().splitlines()[0]!r})"
+        where = _where(number, cells)
         if error is not None:
             problem = f"{where} raised {error.ename}"
             return Judgement(problem, error.ename, error.evalue, record, verdict)
@@ -128,6 +128,22 @@ def judge_notebook(path: Path) -> Judgement:
     if verdict is None:
         return Judgement("the notebook recorded no gates", "", "", record, verdict)
     return Judgement("", "", "", record, verdict)
+
+
+def last_started(path: Path) -> str:
+    """The last code cell of an executed notebook that began to run, in words."""
+    cells = _code_cells(path)
+    started = [n for n, cell in enumerate(cells, start=1) if cell.execution_count is not None]
+    return _where(started[-1], cells) if started else "no cell"
+
+
+def _code_cells(path: Path) -> list[NotebookNode]:
+    return [c for c in read_notebook(path).cells if c.cell_type == "code" and c.source.strip()]
+
+
+def _where(number: int, cells: list[NotebookNode]) -> str:
+    first_line = cells[number - 1].source.strip().splitlines()[0]
+    return f"code cell {number} of {len(cells)} ({first_line!r})"
 
 
 def _recorded_verdict(record: dict[str, Any]) -> Verdict | None:

@@ -125,7 +125,8 @@ def upload_file(
         path: The file.
         bucket: Bucket, which must exist.
         key: Key of the object; an existing object is replaced.
-        sha256: SHA-256 that the file must have; it is computed where it isn't given.
+        sha256: SHA-256 that the file must have, which what is read back is held against; it is
+            computed where it isn't given.
         metadata: Object metadata; ``sha256`` is always added.
         content_type: MIME type.
         progress: Called from transfer threads with the number of bytes sent since its last call; by
@@ -137,10 +138,8 @@ def upload_file(
         StoreError: If the store fails, or returns something else than was sent (the object is
             deleted then).
     """
-    found = hash_file(path)
-    if sha256 is not None and found != sha256:
-        raise DataError(f"{path} has changed: expected SHA-256 {sha256}, found {found}")
-    extra = _extra_args(found, metadata, content_type)
+    expected = sha256 or hash_file(path)
+    extra = _extra_args(expected, metadata, content_type)
     with store_errors(client, f"upload {path} to {format_uri(bucket, key)}"):
         client.upload_file(
             str(path),
@@ -150,7 +149,15 @@ def upload_file(
             Callback=progress or _logged(path),
             Config=_TRANSFER,
         )
-    return _verify(client, bucket, key, found)
+    try:
+        return _verify(client, bucket, key, expected)
+    except StoreError as error:
+        # Hashed again only now, so that a large file is read no more often than needed.
+        if (found := hash_file(path)) != expected:
+            raise DataError(
+                f"{path} has changed: expected SHA-256 {expected}, found {found}"
+            ) from error
+        raise
 
 
 def upload_bytes(

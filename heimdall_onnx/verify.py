@@ -88,7 +88,8 @@ def open_for_reading(settings: Settings) -> Connection:
     from heimdall_onnx.registry import open_registry
 
     settings = ensure_store(settings)
-    return Connection(settings, make_client(settings), open_registry(settings))
+    client, tracker = make_client(settings), open_registry(settings)
+    return Connection(settings, client, lambda: tracker)
 
 
 def verify_release(connection: Connection, folder_uri: str) -> tuple[Finding, ...]:

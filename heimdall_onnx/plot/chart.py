@@ -83,7 +83,6 @@ class Chart:
                 format="png",
                 dpi=_DPI,
                 metadata={"Software": None},
-                pil_kwargs={"optimize": True},
             )
         return buffer.getvalue()
 
