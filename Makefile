@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; say which with PYTHON=…" if v not in ((3, 11), (3, 12)) else 0)'
 	@echo 'making the environment in $(VENV), which takes some minutes'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test,check]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,embedded,postgres]'
 	@touch $@
 
 # Options of the release: CHECKPOINT=model.ckpt OPTIONS='--eval-data data.npz --profile audit'

@@ -125,6 +125,11 @@ def _probe_database(uri: str, connect_args: dict[str, Any]) -> None:
     try:
         engine = sqlalchemy.create_engine(uri, connect_args=connect_args)
     except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "psycopg2":
+            raise SettingsError(
+                "MLFLOW_TRACKING_URI names a PostgreSQL database, which needs the driver psycopg2, "
+                "and that is not installed; run pip install 'heimdall-onnx[postgres]'"
+            ) from None
         # The message of a URL that can't be parsed may repeat it, password and all.
         raise SettingsError(
             f"MLFLOW_TRACKING_URI can't be used ({type(error).__name__}); expected e.g. "

