@@ -4,17 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install release test lab check format
+.PHONY: help install release test lab wheel test-wheel check format
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed ## Make the environment in .venv
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The environment while it is empty.
+$(VENV)/.made:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; say which with PYTHON=…" if v not in ((3, 11), (3, 12)) else 0)'
-	@echo 'making the environment in $(VENV), which takes some minutes'
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo 'filling the environment in $(VENV), which takes some minutes'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,embedded,postgres]'
 	@touch $@
 
@@ -32,6 +36,13 @@ test: $(VENV)/.installed ## Run the tests on real services
 lab: $(VENV)/.installed ## Open the notebook in JupyterLab
 	HEIMDALL_HOME="$$($(BIN)/python -c 'import heimdall_onnx; print(heimdall_onnx.Settings.load().home)')" \
 	  $(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/release.ipynb
+
+wheel: $(VENV)/.made ## Build the wheel into dist
+	rm -f dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+test-wheel: wheel ## Release from the wheel, in an empty environment
+	tests/wheel.sh dist/*.whl constraints.txt $(BIN)/python
 
 check: $(VENV)/.installed ## Lint and check types
 	$(BIN)/ruff check .
