@@ -13,7 +13,7 @@ install: $(VENV)/.installed ## Make the environment in .venv
 
 # The environment while it is empty.
 $(VENV)/.made:
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; say which with PYTHON=…" if v not in ((3, 11), (3, 12)) else 0)'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11, 3.12 or 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; say which with PYTHON=…" if not (3, 11) <= v <= (3, 13) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 

@@ -78,6 +78,16 @@ def pythons() -> list[str]:
     return [f"3.{minor}" for minor in range(100) if allowed.contains(f"3.{minor}")]
 
 
+def test_everyone_names_the_same_pythons():
+    classified = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if ":: Python ::" in c]
+    assert classified == pythons()
+    makefile = (ROOT / "Makefile").read_text()
+    first, last = (f"3.{n}" for n in re.findall(r"\(3, (\d+)\)", makefile))
+    assert (first, last) == (pythons()[0], pythons()[-1])
+    assert f"Python {', '.join(pythons()[:-1])} or {last} is needed" in makefile
+    assert f"Python {first} to {last}" in (ROOT / "README.md").read_text()
+
+
 def test_the_development_environment_has_every_extra():
     installed = re.search(r"-e '\.\[(.*)\]'", (ROOT / "Makefile").read_text())
     assert installed is not None
