@@ -1,7 +1,6 @@
 """The notebook's kernel, started while the services are still being reached.
 
-It takes seconds to import PyTorch, which wait for nothing that the runner does meanwhile. Which
-interpreter it runs is not left to the kernels that happen to be installed: it is this one.
+It takes seconds to import PyTorch, which wait for nothing that the runner does meanwhile.
 """
 
 from __future__ import annotations
@@ -9,29 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ipykernel.kernelspec import get_kernel_dict
-from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 
 
-class _ThisInterpreter(AsyncKernelManager):  # type: ignore[misc]
-    """A kernel of the running interpreter, whatever `jupyter kernelspec` knows."""
-
-    @property
-    def kernel_spec(self) -> KernelSpec:
-        """How the kernel is started."""
-        return KernelSpec(**get_kernel_dict())
-
-
 @contextmanager
 def started_kernel(environment: Mapping[str, str]) -> Iterator[AsyncKernelManager]:
-    """A kernel that imports what the notebook will need; ended with the block at the latest.
+    """A kernel of this interpreter that imports what the notebook will need.
+
+    Outside a virtual environment of the user's own, Jupyter prefers a kernel ``python3`` that is
+    registered in the home folder, whichever interpreter that one names; here none of these counts.
 
     Args:
         environment: Its environment variables.
+
+    Yields:
+        The running kernel, which ends with the block at the latest.
     """
-    kernel = _ThisInterpreter(kernel_name="python3")
+    kernel = AsyncKernelManager(
+        kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
+    )
     run_sync(kernel.start_kernel)(
         extra_arguments=[
             # It warns of unencrypted TCP, which stays on loopback, and prints a traceback when it

@@ -78,8 +78,18 @@ class Released:
     before_manifest: tuple[set[str], dict[str, str]]  # keys and aliases when it was written
 
 
+@pytest.fixture(scope="session")
+def another_kernel(tmp_path_factory) -> Path:
+    """A Jupyter folder with a kernel of the usual name that can't run."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    (folder / "kernels" / "python3").mkdir(parents=True)
+    spec = {"argv": ["/bin/false"], "display_name": "another", "language": "python"}
+    (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def released(make_settings, s3, inputs) -> Released:
+def released(make_settings, s3, inputs, another_kernel) -> Released:
     """One complete release, made once."""
     settings, bucket = make_settings("released"), "test-released"
     seen = []
@@ -92,6 +102,7 @@ def released(make_settings, s3, inputs) -> Released:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(release, "upload_bytes", watched)
+        patch.setenv("JUPYTER_PATH", str(another_kernel))
         result = release_checkpoint(smoke(inputs, bucket, opset=20), settings)
     assert result.success, result.error
     return Released(result, settings, bucket, f"{PREFIX}/{result.version}", *seen)

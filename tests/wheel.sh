@@ -9,8 +9,10 @@ folder=$(mktemp -d)
 
 say() { echo "wheel: $*"; }
 
-# Nothing of the caller's settings, and a home of its own.
-clean() { env -i PATH=/usr/bin:/bin LANG=C.UTF-8 HOME="$folder/home" "$@"; }
+# Nothing of the caller's settings, and a home of its own, where Jupyter looks for kernels first.
+clean() {
+  env -i PATH=/usr/bin:/bin LANG=C.UTF-8 HOME="$folder/home" JUPYTER_PREFER_ENV_PATH=0 "$@"
+}
 heimdall() { clean "$folder/environment/bin/heimdall-onnx" "$@"; }
 
 finish() {

@@ -1,0 +1,48 @@
+"""Which interpreter a notebook runs in, and when its kernel ends."""
+
+import json
+import os
+import sys
+
+import psutil
+import pytest
+from jupyter_client.manager import AsyncKernelManager
+
+from heimdall_onnx.kernel import started_kernel
+
+
+def processes():
+    return {p.pid for p in psutil.Process().children()}
+
+
+@pytest.fixture
+def another(tmp_path, monkeypatch):
+    """A kernel of the usual name that can't run."""
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    spec = {"argv": ["/bin/false"], "display_name": "another", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+
+
+def test_no_other_kernel_of_the_same_name_is_taken(another):
+    assert AsyncKernelManager(kernel_name="python3").kernel_spec.argv[0] == "/bin/false"
+    with started_kernel(os.environ | {"HEIMDALL_TEST": "here"}) as kernel:
+        process = psutil.Process(kernel.provisioner.pid)
+        assert process.cmdline()[0] == sys.executable
+        assert process.environ()["HEIMDALL_TEST"] == "here"
+
+
+def test_kernel_ends_with_the_block_however_that_ends():
+    before = processes()
+
+    def fail():
+        with started_kernel(os.environ):
+            started.update(processes() - before)
+            raise ValueError("no service")
+
+    started = set()
+    with pytest.raises(ValueError, match="no service"):
+        fail()
+    assert len(started) == 1
+    assert processes() == before
