@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install release test lab wheel test-wheel check format
+.PHONY: help install release test bench lab wheel test-wheel check format
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,10 @@ endif
 
 test: $(VENV)/.installed ## Run the tests on real services
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(OPTIONS)
+
+# Parts can be chosen: OPTIONS='startup steps tiny large growth --pairs 3'
+bench: $(VENV)/.installed ## Measure what a release costs, on services of its own
+	$(BIN)/python tests/bench $(OPTIONS)
 
 lab: $(VENV)/.installed ## Open the notebook in JupyterLab
 	HEIMDALL_HOME="$$($(BIN)/python -c 'import heimdall_onnx; print(heimdall_onnx.Settings.load().home)')" \

@@ -1,0 +1,311 @@
+"""What a release costs, row by row, against its targets: ``make bench``.
+
+Every figure is measured in this run on this machine. Whole commands are timed from outside, in
+turns with what they are compared with, so that the machine's mood meets both; a row gives the
+median with its range, or a single value where one run takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import growth
+import steps
+from processes import Run, run
+
+from heimdall_onnx import LocalizationNet, Settings, ensure_store
+from heimdall_onnx.environment import capture_environment
+from heimdall_onnx.services import services_down
+from heimdall_onnx.store import ensure_bucket, make_client
+
+HERE = Path(__file__).parent
+PYTHON = sys.executable
+# Parts of a release that a bare script has too; the rest is what the notebook machinery costs.
+WORK = {
+    "checkpoint",
+    "evaluation data",
+    "export",
+    "validation",
+    "parity",
+    "departure",
+    "latency",
+    "upload",
+    "registration",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured value and its target.
+
+    Attributes:
+        name: What is measured.
+        target: The largest allowed value; None for a value without one.
+        unit: Of both.
+        values: Every measurement.
+        method: How it was measured.
+    """
+
+    name: str
+    target: float | None
+    unit: str
+    values: tuple[float, ...]
+    method: str
+
+    @property
+    def value(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def holds(self) -> bool | None:
+        return None if self.target is None else self.value <= self.target
+
+    def __str__(self) -> str:
+        spread = f" ({min(self.values):.3g} to {max(self.values):.3g})" if self.values[1:] else ""
+        target = "" if self.target is None else f"≤ {self.target:g}"
+        verdict = {True: "ok", False: "ABOVE", None: ""}[self.holds]
+        value = f"{self.value:.3g} {self.unit}{spread}"
+        return f"{verdict:6}{self.name:<58}{target:<9}{value}\n        {self.method}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the rows need: folders, checkpoints and running services.
+
+    Attributes:
+        folder: For what is made on the way.
+        pairs: How often whole commands are compared.
+        environment: With the services' addresses in it.
+    """
+
+    folder: Path
+    pairs: int
+    environment: dict[str, str]
+
+    def run(self, *command: str | Path) -> Run:
+        """Run a command in a folder of its own, which goes with it."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            return run(command, Path(folder), self.environment)
+
+    def checkpoint(self, size: str) -> Path:
+        """A checkpoint of the reference model with random weights of one seed."""
+        import torch
+
+        path = self.folder / f"{size}.ckpt"
+        if not path.exists():
+            torch.manual_seed(0)
+            model = LocalizationNet(backbone_size=size)
+            for name, parameter in model.named_parameters():
+                # As trained: at their initial 1e-6 the blocks would add nothing.
+                if name.endswith("layer_scale"):
+                    parameter.data.fill_(0.1)
+            kwargs = {"backbone_size": size}
+            torch.save({"state_dict": model.state_dict(), "hyper_parameters": kwargs}, path)
+        return path
+
+
+def startup(bench: Bench) -> Iterator[Row]:
+    """Import and command line."""
+    seconds: dict[str, list[float]] = {"pass": [], "import heimdall_onnx": []}
+    for _ in range(9):
+        for code, found in seconds.items():
+            found.append(bench.run(PYTHON, "-c", code).seconds)
+    bare = statistics.median(seconds["pass"])
+    yield Row(
+        "import heimdall_onnx adds",
+        0.3,
+        "s",
+        tuple(s - bare for s in seconds["import heimdall_onnx"]),
+        "9 processes in turns with an empty one, whose median is taken off",
+    )
+    command = Path(PYTHON).with_name("heimdall-onnx")
+    values = tuple(bench.run(command, "--help").seconds for _ in range(9))
+    yield Row("heimdall-onnx --help", 0.5, "s", values, "9 whole processes")
+
+
+def release_of(
+    size: str, pairs: int | None, memory: float | None
+) -> Callable[[Bench], Iterator[Row]]:
+    """Rows that hold a quick release of this size against the bare script."""
+
+    def rows(bench: Bench) -> Iterator[Row]:
+        checkpoint, shown = bench.checkpoint(size), size.capitalize()
+        bare: list[Run] = []
+        quick: list[Run] = []
+
+        def script() -> None:
+            bare.append(bench.run(PYTHON, HERE / "bare.py", checkpoint, "200", bench.folder))
+            (bench.folder / "model.onnx").unlink()
+
+        def release() -> None:
+            quick.append(bench.run(PYTHON, "-m", "heimdall_onnx", "release", checkpoint, "--json"))
+
+        for turn in range(pairs or bench.pairs):
+            for take in (script, release) if turn % 2 == 0 else (release, script):
+                take()
+        costs = [json.loads(done.output.splitlines()[-1])["costs"] for done in quick]
+        machinery = [
+            done.seconds - sum(c["seconds"] for c in found if c["step"] in WORK)
+            for done, found in zip(quick, costs, strict=True)
+        ]
+        ratios = tuple(q.seconds / b.seconds for q, b in zip(quick, bare, strict=True))
+        how = (
+            f"bare {statistics.median(b.seconds for b in bare):.1f} s, release "
+            f"{statistics.median(q.seconds for q in quick):.1f} s; {len(ratios)} pairs in turns, "
+            "200 calls a side, 64 synthetic samples"
+        )
+        yield Row(f"{shown}: a quick release / a bare script", 2.0, "×", ratios, how)
+        yield Row(
+            f"{shown}: the notebook machinery",
+            15.0,
+            "s",
+            tuple(machinery),
+            "whole command less the steps that a bare script has: kernel, imports, figures, "
+            "rendering, report, manifest, alias",
+        )
+        yield Row(
+            f"{shown}: peak memory of all processes of the release",
+            memory,
+            "GB",
+            tuple(q.peak_bytes / 1e9 for q in quick),
+            f"proportional set sizes, sampled; the bare script: "
+            f"{max(b.peak_bytes for b in bare) / 1e9:.2f} GB",
+        )
+        longest = sorted(costs[-1], key=lambda c: -float(c["seconds"]))
+        yield Row(
+            f"{shown}: the longest step of a release",
+            None,
+            "s",
+            (longest[0]["seconds"],),
+            ", ".join(f"{c['step']} {c['seconds']:.1f}" for c in longest),
+        )
+
+    return rows
+
+
+def single_steps(bench: Bench) -> Iterator[Row]:
+    """Steps of Tiny by themselves, after imports."""
+    done = bench.run(PYTHON, HERE / "steps.py", bench.checkpoint("tiny"))
+    found = json.loads(done.output.splitlines()[-1])
+    for name, (target, unit, method) in steps.ROWS.items():
+        yield Row(name, target, unit, tuple(found[name]), method)
+
+
+def growing(bench: Bench) -> Iterator[Row]:
+    """Time and memory as samples and model grow."""
+    samples = [
+        json.loads(
+            bench.run(PYTHON, HERE / "growth.py", "samples", str(count)).output.splitlines()[-1]
+        )
+        for count in growth.SAMPLES
+    ]
+    models = [
+        json.loads(
+            bench.run(
+                PYTHON, HERE / "growth.py", "model", str(bench.checkpoint(size))
+            ).output.splitlines()[-1]
+        )
+        for size in growth.SIZES
+    ]
+    picture = growth.draw(samples, models).save(bench.folder.parent / "growth.png")
+    last, first = samples[-1], next(s for s in samples if s["samples"] >= 1000)
+    yield Row(
+        f"memory of parity at {last['samples']:,} / at {first['samples']:,} samples",
+        1.1,
+        "×",
+        (last["peak_bytes"] / first["peak_bytes"],),
+        f"evaluation data of {last['file_bytes'] / 1e9:.1f} GB read from its file; see {picture}",
+    )
+    shares = json.loads(
+        bench.run(
+            PYTHON, HERE / "growth.py", "statistics", str(bench.checkpoint("tiny"))
+        ).output.splitlines()[-1]
+    )
+    yield Row(
+        "statistics / the models' own time, Tiny",
+        0.05,
+        "×",
+        tuple(shares["shares"]),
+        f"{shares['samples']} samples in batches of 8, {len(shares['shares'])} times; both models "
+        "run, everything else is statistics",
+    )
+
+
+PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "startup": startup,
+    "steps": single_steps,
+    "tiny": release_of("tiny", None, None),
+    "large": release_of("large", 1, 4.5),
+    "growth": growing,
+}
+
+
+@contextmanager
+def services(folder: Path) -> Iterator[dict[str, str]]:
+    """A store and a registry of the benchmark's own, in the environment of what it runs."""
+    settings = Settings(_env_file=None, HEIMDALL_HOME=folder / "home")
+    before = dict(os.environ)
+    try:
+        filled = ensure_store(settings)
+        filled.apply()
+        import mlflow
+
+        from heimdall_onnx.registry import initialize_mlflow
+
+        ensure_bucket(make_client(filled), "heimdall-bench")
+        # Whoever comes first would otherwise pay for making the database.
+        _ = initialize_mlflow(filled).experiment_id
+        client = mlflow.MlflowClient(filled.tracking_uri.get_secret_value())
+        client.create_experiment("bare")
+        client.create_registered_model("bare")
+        yield dict(os.environ)
+    finally:
+        services_down(settings)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code tells whether every target was met."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--pairs", type=int, default=3, help="how often commands are compared")
+    parser.add_argument("--output", type=Path, default=Path(".heimdall/bench"), help="folder")
+    chosen = parser.parse_args(arguments)
+    if unknown := set(chosen.parts) - PARTS.keys():
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
+    output = chosen.output.absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    machine = capture_environment()
+    print(f"{machine.cpu}, {machine.processors} processors, {machine.system}, ", end="")
+    print(f"Python {machine.python}; load average {os.getloadavg()[0]:.1f}\n", flush=True)
+    rows = []
+    work = Path(tempfile.mkdtemp(prefix="work-", dir=output))
+    try:
+        with services(work) as environment:
+            bench = Bench(work, chosen.pairs, environment)
+            for part in chosen.parts or PARTS:
+                for row in PARTS[part](bench):
+                    rows.append(row)
+                    print(row, flush=True)
+    finally:
+        shutil.rmtree(work)
+    result = {"machine": machine.to_dict(), "rows": [{**asdict(r), "holds": r.holds} for r in rows]}
+    (output / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
+    above = [row.name for row in rows if row.holds is False]
+    print(f"\n{len(above)} of {len(rows)} rows above their target: {'; '.join(above) or 'none'}")
+    return 1 if above else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
