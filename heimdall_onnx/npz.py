@@ -115,8 +115,8 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Ro
         )
         shape, fortran, dtype = read_header(content)
         header = content.tell()
-        if dtype.hasobject or (fortran and len(shape) > 1):
-            # The first is refused, the second has no rows to be read by themselves.
+        if dtype.hasobject or not shape or (fortran and len(shape) > 1):
+            # The first are refused, the others have no rows to be read by themselves.
             content.seek(0)
             return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
         if math.prod(shape) * dtype.itemsize != member.file_size - header:

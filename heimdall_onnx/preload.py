@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 
-_ROOMS = ("compare", "export", "validate", "levels", "benchmark", "checkpoint", "plot", "publish")
+_ROOMS = ("compare", "export", "validate", "levels", "benchmark", "plot", "tables", "publish")
 
 
 def load_ipython_extension(_: object) -> None:

@@ -387,6 +387,35 @@ def test_local_model_is_measured_in_its_own_process_with_the_threads_asked_for(
     assert "noise" not in "".join(capfd.readouterr())
 
 
+def test_further_batch_sizes_are_measured_after_the_first(onnx_path, tmp_path):
+    log = tmp_path / "sizes"
+
+    class Sized(SmallNet):
+        def forward(self, signal):
+            with log.open("a") as file:
+                file.write(f"{len(signal)} ")
+            return super().forward(signal)
+
+    report = measure_latency(
+        Sized(),
+        onnx_path,
+        SIGNATURE.random_inputs(2),
+        SIGNATURE,
+        calls=12,
+        threads=1,
+        batch_sizes=(8, 1, 2, 8),
+        batch_calls=3,
+    )
+    assert [b.batch_size for b in report.batches] == [1, 2, 8]
+    assert [b.pytorch_ms.size for b in report.batches] == [4, 12, 4]
+    assert [b.onnx_ms.size for b in report.batches] == [4, 12, 4]
+    # The main measurement is over before the others begin, and is what the report speaks of.
+    sizes = log.read_text().split()
+    assert sizes == ["2"] * sizes.count("2") + ["1"] * 6 + ["8"] * 6
+    np.testing.assert_array_equal(report.batches[1].pytorch_ms, report.pytorch.samples_ms)
+    assert report.batch_size == 2
+
+
 class SleepyNet(SmallNet):
     def forward(self, signal):
         time.sleep(0.03)

@@ -121,6 +121,7 @@ def test_summary_names_addresses_and_what_to_do_next(released):
         "file://",
         "load_model",
         "verify",
+        " s, most of it ",
     ):
         assert words in text
 

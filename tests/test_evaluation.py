@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from heimdall_onnx import npz
 from heimdall_onnx.errors import DataError
 from heimdall_onnx.evaluation import SYNTHETIC_SAMPLES, load_evaluation_data
 from heimdall_onnx.signature import Signature, TensorSpec
@@ -309,3 +310,33 @@ def test_member_that_is_no_array_is_no_input(file):
     file.write_bytes(buffer.getvalue())
     with pytest.raises(DataError, match="no array 'x'"):
         load_evaluation_data(file, SIGNATURE)
+
+
+def test_large_arrays_are_used_from_their_file(file, monkeypatch):
+    expected = load(file, count=23)
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 0)
+    found = load(file, count=23)
+    assert isinstance(found.inputs["x"], npz.RowFile)
+    assert (found.count, found.sha256, found.receivers) == (
+        expected.count,
+        expected.sha256,
+        expected.receivers,
+    )
+    np.testing.assert_array_equal(found.positions, expected.positions)
+    for rows in ([0], [22, 23, 24], range(8)):
+        for name, array in expected.rows(rows).items():
+            np.testing.assert_array_equal(found.rows(rows)[name], array)
+    for (part, ours), (other, theirs) in zip(found.batches(5), expected.batches(5), strict=True):
+        assert part == other
+        for name, array in theirs.items():
+            np.testing.assert_array_equal(ours[name], array)
+    assert found.head(7).count == 7
+    assert found.head(99) is found
+
+
+def test_values_in_a_large_array_are_checked_too(file, monkeypatch):
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("heimdall_onnx.signature._PART_BYTES", 24)
+    bad = np.zeros((5, 3), np.float32)
+    bad[3, 1] = np.nan
+    assert "NaN or Inf in 1 samples, first in sample 3" in refusal(file, x=bad)

@@ -202,6 +202,15 @@ def test_loaded_contenders_give_the_same_answers(small_onnx, inputs, tmp_path):
         np.testing.assert_allclose(onnx[name], array, atol=1e-6)
 
 
+def test_contender_repeats_its_rows_to_fill_a_batch(small_onnx):
+    inputs = {"signal": np.random.default_rng(0).standard_normal((3, 2, 8, 8)).astype(np.float32)}
+    call = load_onnx(small_onnx, inputs, SIGNATURE, 1)
+    whole, filled = call(), call(8)
+    for name, array in filled.items():
+        np.testing.assert_allclose(array, whole[name][np.arange(8) % 3], atol=1e-6)
+    assert call(2)["positions"].shape == (2, 2)
+
+
 def test_neither_framework_is_loaded_until_it_is_used(small_onnx):
     code = (
         "import sys, heimdall_onnx.inference as i\n"

@@ -248,3 +248,14 @@ def test_unknown_injected_name_is_refused_and_a_variable_of_the_user_is_not():
         parameters_of_notebook(namespace)
     assert parameters_of_notebook({"In": ["scratch = 2"], "scratch": 2}) == ReleaseParameters()
     assert parameters_of_notebook({"seed": 3}).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
+)
+def test_batch_sizes_are_powers_of_two_up_to_the_largest(largest, sizes):
+    assert ReleaseParameters(batch_size=largest).batch_sizes == sizes
+
+
+def test_quick_takes_few_samples_for_the_dear_reference():
+    assert PROFILES["quick"].reference_samples <= 32

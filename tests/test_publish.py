@@ -7,6 +7,7 @@ import mlflow
 import pytest
 from models import SmallNet
 
+from heimdall_onnx import store
 from heimdall_onnx.errors import (
     DataError,
     NotRegisteredError,
@@ -27,7 +28,7 @@ from heimdall_onnx.publish import (
     upload_release,
     withdraw,
 )
-from heimdall_onnx.store import list_keys, make_client
+from heimdall_onnx.store import hash_file, list_keys, make_client
 from heimdall_onnx.verify import load_model
 
 pytestmark = pytest.mark.services
@@ -87,6 +88,29 @@ def test_uploaded_folder_has_no_manifest_yet(
     assert "manifest.json" not in names
     assert uploaded.sha256 == exported.sha256
     assert {o.key for o in uploaded.objects} == set(list_keys(s3, bucket, ""))
+
+
+def test_model_whose_hash_is_known_is_not_hashed_again(settings, parameters, exported, monkeypatch):
+    hashed = []
+
+    def watched(path):
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr(store, "hash_file", watched)
+    uploaded = upload(settings, parameters, exported)
+    assert uploaded.sha256 == exported.sha256
+    assert "model.onnx" not in hashed
+    assert "MLmodel" in hashed
+
+
+def test_run_that_does_not_exist_leaves_nothing_uploaded(
+    settings, parameters, exported, s3, bucket
+):
+    unknown = parameters.model_copy(update={"run_id": "0" * 32})
+    with pytest.raises(RegistryError, match="0" * 32):
+        upload(settings, unknown, exported)
+    assert list_keys(s3, bucket, "") == ()
 
 
 def test_failed_upload_is_taken_back_and_can_be_repeated(

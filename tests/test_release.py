@@ -170,6 +170,12 @@ def test_manifest_says_what_was_run_on_what(released, inputs, s3):
     assert manifest["environment"]["packages"]["torch"].startswith("2.13.0")
     assert manifest["mlflow"]["model_version"] == released.result.model_version
     assert manifest["threads"] > 0
+    steps = [cost["step"] for cost in manifest["costs"]]
+    assert steps[0] == "services"
+    assert steps[-1] == "report"
+    assert {"kernel start and end", "export", "parity", "latency", "figures"} <= set(steps)
+    assert all(cost["seconds"] >= 0 for cost in manifest["costs"])
+    assert manifest["costs"] == released.result.costs
     assert manifest["git"].keys() == {"commit", "dirty"}
 
 

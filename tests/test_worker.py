@@ -61,6 +61,27 @@ def test_block_is_one_uncounted_call_and_those_asked_for(ask, tmp_path):
     assert calls == 4 + (1 + 4) + (1 + 2)
 
 
+class Sized:
+    """Writes down the batch sizes that it is called with."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __call__(self):
+        return self.call
+
+    def call(self, batch_size=None):
+        with self.file.open("a") as file:
+            file.write(f"{batch_size} ")
+
+
+def test_call_gets_the_batch_size_it_is_asked_for(ask, tmp_path):
+    questions = [LOAD | {"warmup": 0}, {"calls": 1}, {"calls": 2, "batch": 8}]
+    answers = ask(Sized(tmp_path / "log"), *questions)
+    assert [len(a.get("ns", [])) for a in answers] == [0, 1, 2]
+    assert (tmp_path / "log").read_text().split() == ["None"] * 3 + ["8"] * 3
+
+
 def test_times_are_nanoseconds_of_each_call(ask):
     load, block = ask(partial(jobs.load_sleeper, 0.01), LOAD | {"warmup": 0}, {"calls": 3})
     assert load["load_ns"] < 10e6 <= load["first_call_ns"] < 1e9

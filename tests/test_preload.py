@@ -1,0 +1,25 @@
+"""What a kernel imports before it is asked to do anything."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+
+from heimdall_onnx.release import notebook_path
+
+
+def loaded_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {m for m in json.loads(done.stdout) if m.startswith("heimdall_onnx.")}
+
+
+def test_everything_of_the_notebooks_first_cell_is_there_already():
+    first = next(c for c in nbformat.read(notebook_path(), 4).cells if c.cell_type == "code")
+    preload = "from heimdall_onnx.preload import load_ipython_extension as f; f(None)"
+    assert loaded_after(f"exec({first.source!r})") <= loaded_after(preload)
