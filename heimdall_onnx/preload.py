@@ -9,7 +9,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 
-_ROOMS = ("compare", "export", "validate", "levels", "benchmark", "plot", "tables", "publish")
+_ROOMS = (
+    "compare",
+    "export",
+    "validate",
+    "levels",
+    "benchmark",
+    "plot",
+    "tables",
+    "publish",
+    "report",
+    "workspace",
+)
 
 
 def load_ipython_extension(_: object) -> None:
