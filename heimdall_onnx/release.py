@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -289,6 +291,8 @@ class _Run:
         report = self.folder / REPORT
         stopped, started = "", time.perf_counter()
         log.info("running", notebook=notebook.name, folder=str(self.folder))
+        # Rendering needs it at the end; at the beginning this process has nothing else to do.
+        Thread(target=import_module, args=("nbconvert",), daemon=True).start()
         try:
             papermill.execute_notebook(
                 str(notebook),

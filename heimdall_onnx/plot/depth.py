@@ -16,6 +16,7 @@ from heimdall_onnx.plot.chart import (
     QUIET_INK,
     Chart,
     count_of,
+    log_axis,
     name,
     new_figure,
     number,
@@ -104,6 +105,7 @@ def _draw(axes: Axes, modules: tuple[ModuleError, ...], departure: Departure | N
         )
     _mark(axes, modules, departure, drawn)
     axes.set(yscale="log", ylim=(low / 2, high * 3), xlim=(-0.7, len(modules) - 0.3))
+    log_axis(axes.yaxis)
     axes.set_ylabel("error / what rounding explains")
     ticks = _ticks(modules, departure)
     axes.set_xticks(

@@ -14,6 +14,7 @@ from heimdall_onnx.plot.chart import (
     INK,
     QUIET_INK,
     Chart,
+    log_axis,
     name,
     new_figure,
     number,
@@ -119,6 +120,8 @@ def _draw(axes: Axes, column: OutputColumn, report: ParityReport) -> None:
     axes.plot(xs, allowed, color=INK, ls="--", lw=1.2, label="tolerance", gid="tolerance")
     axes.plot(xs, ulp, color=QUIET_INK, ls=":", lw=1.2, label="1 ULP", gid="ulp")
     axes.set(xscale="log", yscale="log", xlim=(low, high))
+    log_axis(axes.xaxis)
+    log_axis(axes.yaxis)
     axes.set_ylim(bottom=floor / 1.5, top=3 * max(float(allowed.max()), float(error[known].max())))
     axes.set_xlabel(column.label("|PyTorch|"))
     axes.legend(loc="best", handlelength=1.4, frameon=True, framealpha=0.9, edgecolor="none")

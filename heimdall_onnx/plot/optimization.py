@@ -15,6 +15,7 @@ from heimdall_onnx.plot.chart import (
     QUIET_INK,
     Chart,
     count_of,
+    log_axis,
     name,
     new_figure,
     number,
@@ -61,6 +62,7 @@ def optimization_levels(report: LevelReport) -> Chart:
         )
     axes.axvline(1.0, color=INK, ls="--", lw=1.2, label="tolerance", gid="tolerance")
     axes.set(xscale="log", xlim=(low, high), ylim=(len(rows) - 0.5, -0.5))
+    log_axis(axes.xaxis)
     axes.set_yticks(rows, [level.level for level in report.levels])
     axes.set_xlabel("largest error / what is allowed")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from heimdall_onnx.benchmark import BatchLatency, LatencyReport
 from heimdall_onnx.plot.chart import (
@@ -14,6 +14,7 @@ from heimdall_onnx.plot.chart import (
     PYTORCH_COLOR,
     Chart,
     count_of,
+    log_axis,
     new_figure,
     number,
     styled,
@@ -50,8 +51,7 @@ def throughput(report: LatencyReport) -> Chart:
     right.set_ylim(bottom=0)
     left.set_yscale("log")
     left.margins(y=0.25)
-    left.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
-    left.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
+    log_axis(left.yaxis)
     left.legend(loc="upper left")
     _draw_start(below.subplots(), report)
     alt = " ".join(
@@ -119,6 +119,6 @@ def _draw_start(axes: Axes, report: LatencyReport) -> None:
     axes.set_ylim(len(parts) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.margins(x=0.15)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
+    log_axis(axes.xaxis)
     axes.set_xlabel(f"milliseconds, batch {report.batch_size} (loading: session creation for ONNX)")
     axes.grid(visible=False, axis="y")

@@ -253,15 +253,8 @@ def _draw_calls(axes: Axes, contender: ContenderLatency, color: str, marker: str
         lw=0,
         gid="calls",
     )
-    for first, last, median in _block_medians(contender):
-        axes.plot(
-            [first - 0.5, last + 0.5],
-            [median, median],
-            color=INK,
-            lw=1.8,
-            gid="block",
-            solid_capstyle="butt",
-        )
+    first, last, medians = zip(*_block_medians(contender), strict=True)
+    axes.hlines(medians, np.subtract(first, 0.5), np.add(last, 0.5), color=INK, lw=1.8, gid="block")
     axes.axhline(contender.median_ms, color=INK, lw=0.8, ls=":", gid="median")
     # A rare slow call must not flatten the rest: it is counted at the edge instead.
     top = min(1.1 * float(samples.max()), 3 * contender.median_ms)
