@@ -23,7 +23,7 @@ from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.gates import Gate
 from heimdall_onnx.ground import GroundAccumulator, GroundReport, middle_of
-from heimdall_onnx.inference import run_onnx, run_pytorch
+from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
@@ -229,7 +229,7 @@ class ParityReport:
 
 def compare_outputs(
     model: nn.Module,
-    session: InferenceSession,
+    onnx: Path | InferenceSession,
     data: EvaluationData,
     signature: Signature,
     *,
@@ -244,7 +244,8 @@ def compare_outputs(
 
     Args:
         model: The PyTorch model, in eval mode.
-        session: The ONNX model, opened as it will be deployed.
+        onnx: The ONNX file, which is opened as it will be deployed and closed before the float64
+            reference takes twice the model's memory; or a session that is open already.
         data: Evaluation inputs, N samples.
         signature: Names, dtypes and ranges of inputs and outputs.
         tolerance: Limit of the mean absolute error and absolute part of the element tolerance
@@ -254,10 +255,13 @@ def compare_outputs(
         progress: Called with (samples done, samples in all) over the evaluation data.
 
     Raises:
+        InvalidModelError: If ONNX Runtime can't load the file.
         EvidenceError: If a model can't run on an input of the signature's shape, PyTorch's not in
             float64, or the outputs have different shapes.
     """
+    session = open_session(onnx, spinning=False) if isinstance(onnx, Path) else onnx
     run = _Pair(model, session, signature, tolerance)
+    del session
     largest = max(batch_size, 1)
     ground = _ground(data, signature)
     first = min(largest, data.count)
@@ -272,6 +276,8 @@ def compare_outputs(
         cells += [
             run.compare(kind, inputs, size) for kind, inputs in adversarial_inputs(base).items()
         ]
+    independence = _batch_independence(run, data)
+    del run.session
     report = ParityReport(
         signature=signature,
         source=data.source,
@@ -280,7 +286,7 @@ def compare_outputs(
         rtol=RTOL,
         cells=tuple(cells),
         noise_floor=_noise_floor(run, reference, largest),
-        independence=_batch_independence(run, data),
+        independence=independence,
         ground=ground.result() if ground else None,
         pytorch=run.kept(0),
         onnx=run.kept(1),

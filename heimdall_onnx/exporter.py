@@ -22,7 +22,6 @@ from heimdall_onnx.errors import (
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import eval_mode, export_model
 from heimdall_onnx.gates import Verdict
-from heimdall_onnx.inference import open_session
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
 from heimdall_onnx.publish import METADATA, object_metadata, to_json, version_tags
@@ -121,7 +120,7 @@ class ONNXExporter:
         with eval_mode(pytorch_model):
             parity = compare_outputs(
                 pytorch_model,
-                open_session(path, spinning=False),
+                path,
                 data,
                 signature,
                 tolerance=tolerance,

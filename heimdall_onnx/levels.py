@@ -81,7 +81,7 @@ def compare_levels(
     data: EvaluationData,
     report: ParityReport,
     *,
-    samples: int = 16,
+    samples: int = 8,
 ) -> LevelReport:
     """Compare both models at every optimization level, one session at a time.
 

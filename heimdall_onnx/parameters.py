@@ -38,7 +38,7 @@ class Profile:
 
 PROFILES: dict[ProfileName, Profile] = {
     "smoke": Profile(30, 0, batch_calls=2, reference_samples=8, max_samples=8),
-    "quick": Profile(200, 0, batch_calls=4, reference_samples=32, max_samples=None),
+    "quick": Profile(200, 0, batch_calls=3, reference_samples=32, max_samples=None),
     "audit": Profile(1024, 60, batch_calls=20, reference_samples=256, max_samples=None),
 }
 

@@ -226,7 +226,8 @@ def _connect_beside(settings: Settings, run_id: str, beside: ThreadPoolExecutor)
         return tracker
 
     settings = ensure_store(settings)
-    return Connection(settings, make_client(settings), beside.submit(open_tracker).result)
+    client = make_client(settings)
+    return Connection(settings, client, beside.submit(open_tracker).result)
 
 
 def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:

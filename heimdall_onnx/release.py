@@ -15,9 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -282,6 +280,8 @@ class _Run:
         cell_timeout: int | None,
         progress: bool,
     ) -> Judgement:
+        # What rendering needs is imported too, while the kernel is still busy starting.
+        import nbconvert  # noqa: F401
         import papermill
         from nbclient.exceptions import CellTimeoutError
         from papermill.exceptions import PapermillException
@@ -291,8 +291,6 @@ class _Run:
         report = self.folder / REPORT
         stopped, started = "", time.perf_counter()
         log.info("running", notebook=notebook.name, folder=str(self.folder))
-        # Rendering needs it at the end; at the beginning this process has nothing else to do.
-        Thread(target=import_module, args=("nbconvert",), daemon=True).start()
         try:
             papermill.execute_notebook(
                 str(notebook),

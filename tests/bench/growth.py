@@ -82,7 +82,7 @@ def samples(count: int) -> dict[str, Any]:
         began = time.perf_counter()
         data = load_evaluation_data(file, model.signature)
         read = time.perf_counter() - began
-        compare_outputs(model, open_session(path, spinning=False), data, model.signature)
+        compare_outputs(model, path, data, model.signature)
         return {
             "samples": count,
             "seconds": time.perf_counter() - began,
@@ -111,9 +111,7 @@ def model(checkpoint: Path) -> dict[str, Any]:
             validate_model(path, signature=loaded.signature)
         data = load_evaluation_data(None, loaded.signature)
         with timed("parity"):
-            compare_outputs(
-                loaded.model, open_session(path, spinning=False), data, loaded.signature
-            )
+            compare_outputs(loaded.model, path, data, loaded.signature)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     return {"parameters": parameters, "seconds": seconds, "peak_bytes": peak_memory_bytes()}
 
