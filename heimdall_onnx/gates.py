@@ -80,6 +80,11 @@ class Verdict:
         """The gates that do not hold."""
         return tuple(gate for gate in self.gates if not gate.passed)
 
+    def summary(self) -> str:
+        """How many gates do not hold, and which."""
+        names = ", ".join(gate.name for gate in self.failed_gates)
+        return f"{len(self.failed_gates)} of {len(self.gates)} gates failed: {names}"
+
     def reasons(self) -> str:
         """Every gate that does not hold, with its limit and measured value, one a line."""
         lines = [

@@ -22,6 +22,7 @@ import structlog
 
 from heimdall_onnx.costs import CostWatch
 from heimdall_onnx.errors import (
+    GateError,
     HeimdallError,
     InputError,
     NotebookError,
@@ -452,7 +453,10 @@ class _Run:
         if left:
             error = _with_left(error, left)
         if not isinstance(error, InputError):
-            self._keep_report(connection, judgement, str(error), upload=True)
+            # The table of gates below says where and by how much.
+            verdict = judgement.verdict if isinstance(error, GateError) and not left else None
+            reason = str(error) if verdict is None else verdict.summary()
+            self._keep_report(connection, judgement, reason, upload=True)
         return self.failed(error)
 
     def _mark_failed(self, connection: Connection, reason: str, *, upload: bool) -> None:

@@ -37,6 +37,7 @@ def test_one_failed_gate_fails_the_verdict_and_every_failed_one_is_named():
         verdict.require()
     assert "bad: expected ≤ 1e-05, measured 2e-05 (positions)" in str(caught.value)
     assert "worse: expected = 1, measured 2" in str(caught.value)
+    assert verdict.summary() == "2 of 3 gates failed: bad, worse"
     Verdict((GOOD,), "quick").require()
 
 
