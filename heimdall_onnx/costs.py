@@ -73,7 +73,7 @@ class CostWatch:
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - started, peak_memory_bytes())
+            self.add(name, time.perf_counter() - started, _peak_if_known())
 
     def costs(self) -> tuple[StepCost, ...]:
         """Every step so far, in the order in which they began."""
@@ -97,7 +97,7 @@ def watch_cells() -> CostWatch:
 
     def end(result: Any) -> None:
         step = step_of(result.info.raw_cell)
-        watch.add(step, time.perf_counter() - started, peak_memory_bytes())
+        watch.add(step, time.perf_counter() - started, _peak_if_known())
 
     shell.events.register("pre_run_cell", begin)
     shell.events.register("post_run_cell", end)
@@ -133,6 +133,13 @@ def peak_memory_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM line")
+
+
+def _peak_if_known() -> int | None:
+    try:
+        return peak_memory_bytes()
+    except OSError:  # what a run costs must not be what it fails on
+        return None
 
 
 def reset_peak_memory() -> None:

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 ENGINE = "started-kernel"
 
 
+class _Client(PapermillNotebookClient):  # type: ignore[misc]
+    """Ends a kernel in which nothing runs any more at once, and any other gracefully."""
+
+    def papermill_execute_cells(self) -> None:
+        super().papermill_execute_cells()
+        # Not reached where a cell ran out of time or was interrupted: that cell must get the time
+        # to leave nothing behind.
+        self.shutdown_kernel = "immediate"
+
+
 class _Engine(NBClientEngine):  # type: ignore[misc]
     """Executes with a kernel that runs already, and ends it."""
 
@@ -27,14 +37,12 @@ class _Engine(NBClientEngine):  # type: ignore[misc]
         start_timeout: int = 60,
         **_: Any,
     ) -> Any:
-        client = PapermillNotebookClient(
+        client = _Client(
             nb_man,
             km=kernel,
             kernel_name=kernel_name,
             timeout=execution_timeout,
             startup_timeout=start_timeout,
-            # All that matters of the kernel is in the notebook by then.
-            shutdown_kernel="immediate",
         )
         client.owns_km = True
         return client.execute()

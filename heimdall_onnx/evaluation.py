@@ -126,7 +126,8 @@ def _read_npz(path: Path) -> tuple[dict[str, Rows], str]:
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return read_npz(path), sha256
+            file.seek(0)
+            return read_npz(file), sha256
     except Exception as error:  # zipfile, zlib and NumPy share no narrower base
         raise DataError(
             f"evaluation data {path} can't be read: {error}. Expected an .npz of plain arrays, "

@@ -29,17 +29,17 @@ def started_kernel(environment: Mapping[str, str]) -> Iterator[AsyncKernelManage
     kernel = AsyncKernelManager(
         kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
     )
-    run_sync(kernel.start_kernel)(
-        extra_arguments=[
-            # It warns of unencrypted TCP, which stays on loopback, and prints a traceback when it
-            # is interrupted; what matters of it is in the notebook.
-            "--IPKernelApp.log_level=CRITICAL",
-            "--HistoryManager.hist_file=:memory:",
-            f"--IPKernelApp.extra_extensions={__package__}.preload",
-        ],
-        env=dict(environment),
-    )
     try:
+        run_sync(kernel.start_kernel)(
+            extra_arguments=[
+                # It warns of unencrypted TCP, which stays on loopback, and prints a traceback when
+                # it is interrupted; what matters of it is in the notebook.
+                "--IPKernelApp.log_level=CRITICAL",
+                "--HistoryManager.hist_file=:memory:",
+                f"--IPKernelApp.extra_extensions={__package__}.preload",
+            ],
+            env=dict(environment),
+        )
         yield kernel
     finally:
         if kernel.has_kernel:

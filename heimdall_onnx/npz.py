@@ -25,6 +25,10 @@ _LOCAL_HEADER = struct.Struct(
     "<26xHH"
 )  # lengths of name and extra field, see PKWARE's APPNOTE 4.3.7
 _MAGIC = np.lib.format.MAGIC_PREFIX
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class RowFile:
@@ -40,7 +44,7 @@ class RowFile:
     def __init__(
         self, file: BinaryIO, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
     ) -> None:
-        self._file, self._offset = file, offset
+        self._file, self._offset, self._stamp = file, offset, _stamp(file)
         weakref.finalize(self, file.close)
         self.dtype, self.shape, self.ndim = dtype, shape, len(shape)
 
@@ -51,8 +55,10 @@ class RowFile:
         """The rows of a slice without steps, or those at the given indices.
 
         Raises:
-            OSError: If the file ends before them.
+            OSError: If the file was changed since it was opened, or ends before them.
         """
+        if _stamp(self._file) != self._stamp:
+            raise OSError("the file was changed while its rows were being read")
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
             return self._read(start, max(stop - start, 0))
@@ -71,6 +77,11 @@ class RowFile:
         return array
 
 
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_mtime_ns, status.st_size
+
+
 Rows = npt.NDArray[Any] | RowFile
 
 
@@ -79,8 +90,8 @@ def whole(array: Rows) -> npt.NDArray[Any]:
     return array[:] if isinstance(array, RowFile) else array
 
 
-def read_npz(path: Path) -> dict[str, Rows]:
-    """Every array in ``path`` by name: in memory, or a `RowFile` above 256 MiB.
+def read_npz(file: BinaryIO) -> dict[str, Rows]:
+    """Every array in an open file by name: in memory, or a `RowFile` above 256 MiB.
 
     A large compressed array is first unpacked into a temporary file that nobody else sees.
 
@@ -89,18 +100,17 @@ def read_npz(path: Path) -> dict[str, Rows]:
         OSError: If it can't be read.
         zipfile.BadZipFile: If it is damaged.
     """
-    with path.open("rb") as file:
-        if file.read(len(_MAGIC)) == _MAGIC:
-            raise ValueError("it is a single array (.npy)")
-        with zipfile.ZipFile(file) as archive:
-            return {
-                member.filename.removesuffix(".npy"): array
-                for member in archive.infolist()
-                if (array := _member(path, archive, member)) is not None
-            }
+    if file.read(len(_MAGIC)) == _MAGIC:
+        raise ValueError("it is a single array (.npy)")
+    with zipfile.ZipFile(file) as archive:
+        return {
+            member.filename.removesuffix(".npy"): array
+            for member in archive.infolist()
+            if (array := _member(file, archive, member)) is not None
+        }
 
 
-def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Rows | None:
+def _member(file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Rows | None:
     with archive.open(member) as content:
         if content.read(len(_MAGIC)) != _MAGIC:
             return None  # something else than an array
@@ -108,11 +118,10 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Ro
         if member.file_size <= IN_MEMORY_BYTES:
             return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
         version = np.lib.format.read_magic(content)
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
+        read_header = _HEADERS.get(version)
+        if read_header is None:
+            content.seek(0)
+            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
         shape, fortran, dtype = read_header(content)
         header = content.tell()
         if dtype.hasobject or not shape or (fortran and len(shape) > 1):
@@ -128,12 +137,20 @@ def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Ro
         if member.compress_type == zipfile.ZIP_STORED:
             with Path(os.devnull).open("wb") as nowhere:  # reading to the end checks the CRC
                 shutil.copyfileobj(content, nowhere, _CHUNK_BYTES)
-            file = path.open("rb")
-            file.seek(member.header_offset)
-            name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            own = os.fdopen(os.dup(file.fileno()), "rb")
+            local = os.pread(own.fileno(), _LOCAL_HEADER.size, member.header_offset)
+            name, extra = _LOCAL_HEADER.unpack(local)
             begin = member.header_offset + _LOCAL_HEADER.size + name + extra
-            return RowFile(file, begin + header, dtype, shape)
+            return RowFile(own, begin + header, dtype, shape)
         unpacked = tempfile.TemporaryFile(prefix="heimdall-npz-")  # noqa: SIM115 - lives on
-        shutil.copyfileobj(content, unpacked, _CHUNK_BYTES)
-        unpacked.flush()
+        try:
+            shutil.copyfileobj(content, unpacked, _CHUNK_BYTES)
+            unpacked.flush()
+        except OSError as error:
+            unpacked.close()
+            raise OSError(
+                f"unpacking {member.filename} needs {member.file_size:,} bytes in "
+                f"{tempfile.gettempdir()} ({error.strerror}); free them, set TMPDIR, or write the "
+                "file with numpy.savez, which needs none"
+            ) from error
         return RowFile(unpacked, header, dtype, shape)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -227,7 +228,8 @@ def _connect_beside(settings: Settings, run_id: str, beside: ThreadPoolExecutor)
 
     settings = ensure_store(settings)
     client = make_client(settings)
-    return Connection(settings, client, beside.submit(open_tracker).result)
+    opened = beside.submit(copy_context().run, open_tracker)
+    return Connection(settings, client, opened.result)
 
 
 def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -44,6 +45,7 @@ from heimdall_onnx.publish import (
     withdraw,
 )
 from heimdall_onnx.report import (
+    NO_CELL,
     Judgement,
     figures,
     judge_notebook,
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+# The kernel imports PyTorch before it answers, which takes minutes from a cold network disk.
+_KERNEL_START_S = 600
 REPORT, REPORT_HTML = "report.ipynb", "report.html"
 MANIFEST_SCHEMA = 1
 
@@ -300,6 +304,7 @@ class _Run:
                 engine_name=ENGINE,
                 kernel_name="python3",
                 kernel=kernel,
+                start_timeout=_KERNEL_START_S,
                 progress_bar=progress,
                 execution_timeout=cell_timeout,
             )
@@ -307,6 +312,8 @@ class _Run:
             # Its text is a traceback of the kernel's; the file says the same and is judged below.
             stopped = type(error).__name__
             log.info("notebook stopped", kind=stopped)
+            if isinstance(error, RuntimeError) and last_started(report) == NO_CELL:
+                raise NotebookError(f"the notebook's kernel did not start: {error}") from error
         if not report.is_file():
             raise NotebookError(f"papermill wrote no notebook for {notebook} ({stopped})")
         judgement = judge_notebook(report)
@@ -326,7 +333,7 @@ class _Run:
         beyond = seconds - sum(cost["seconds"] for cost in steps)
         self._costs.add("kernel start and end", beyond)
         for cost in steps:
-            self._costs.add(**cost)
+            self._costs.add(cost["step"], cost["seconds"], cost.get("peak_memory_bytes"))
 
     def _finish(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
         """Report, manifest and alias of a release whose model is uploaded and registered."""
@@ -343,7 +350,8 @@ class _Run:
             self._write_report(judgement, version, passed=True)
             objects = {o["key"]: o for o in uploaded["objects"]}
             with ThreadPoolExecutor(1) as beside:
-                reports = beside.submit(self._upload_reports, connection, version)
+                upload = partial(self._upload_reports, connection, version)
+                reports = beside.submit(copy_context().run, upload)
                 self._log_artifacts(connection)
                 objects |= {o.key: asdict(o) for o in reports.result()}
         self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.evaluation import EvaluationData
 
 RECORD = "release"
+NO_CELL = "no cell"
 NO_ALTERNATIVE = 'alt="No description has been provided for this image"'
 
 
@@ -131,10 +132,10 @@ def judge_notebook(path: Path) -> Judgement:
 
 
 def last_started(path: Path) -> str:
-    """The last code cell of an executed notebook that began to run, in words."""
+    """The last code cell of an executed notebook that began to run, in words, or `NO_CELL`."""
     cells = _code_cells(path)
     started = [n for n, cell in enumerate(cells, start=1) if cell.execution_count is not None]
-    return _where(started[-1], cells) if started else "no cell"
+    return _where(started[-1], cells) if started else NO_CELL
 
 
 def _code_cells(path: Path) -> list[NotebookNode]:

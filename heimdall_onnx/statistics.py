@@ -54,12 +54,16 @@ class WorstSample:
     Attributes:
         sample: Its index in the data.
         error: Its largest absolute error over the output's elements.
-        reference: The PyTorch model's values at that sample.
-        value: The ONNX model's values at that sample.
+        excess: Its largest error in units of what is allowed there, atol + rtol·|reference|.
+        element: Index of that element in the flattened output of the sample.
+        reference: The PyTorch model's first values at that sample, eight at most.
+        value: The ONNX model's first values at that sample.
     """
 
     sample: int
     error: float
+    excess: float
+    element: int
     reference: tuple[float, ...]
     value: tuple[float, ...]
 
@@ -129,7 +133,7 @@ class ErrorAccumulator:
         self._excess = 0.0
         self._sum = self._maximum = self._dot = self._ref2 = self._val2 = 0.0
         self._lowest, self._highest = np.inf, -np.inf
-        self._worst: list[tuple[float, int, tuple[float, ...], tuple[float, ...]]] = []
+        self._worst: list[tuple[float, int, WorstSample]] = []
 
     def update(self, reference: npt.NDArray[Any], value: npt.NDArray[Any], first: int) -> None:
         """Add a batch: two arrays of the same shape, and the index of its first sample."""
@@ -149,9 +153,10 @@ class ErrorAccumulator:
         self._nonfinite += int((~np.isfinite(b)).sum())
         allowed = self._atol + self._rtol * np.where(finite, np.abs(a), 0.0)
         self._violations += int((error > allowed).sum())
-        self._excess = max(self._excess, float((error / allowed).max(initial=0.0)))
+        excess = error / allowed
+        self._excess = max(self._excess, float(excess.max(initial=0.0)))
         self._add_finite(a[finite], b[finite], error[finite])
-        self._add_worst(a, b, error, first)
+        self._add_worst(a, b, error, excess, first)
 
     def _add_finite(self, a: Floats, b: Floats, error: Floats) -> None:
         if a.size == 0:
@@ -171,18 +176,22 @@ class ErrorAccumulator:
                 ulps = error / np.spacing(np.abs(a).astype(dtype)).astype(np.float64)
             self._ulps.update(ulps)
 
-    def _add_worst(self, a: Floats, b: Floats, error: Floats, first: int) -> None:
+    def _add_worst(self, a: Floats, b: Floats, error: Floats, excess: Floats, first: int) -> None:
         if error.size == 0:
             return
         peaks = error.reshape(error.shape[0], -1).max(axis=1)
         # Stable, so that of equally bad samples the first are kept however the data is split.
         for row in np.argsort(-peaks, kind="stable")[:WORST_SAMPLES]:
-            entry = (
+            element = int(excess[row].argmax())
+            sample = WorstSample(
+                first + int(row),
                 float(peaks[row]),
-                -(first + int(row)),
+                float(excess[row].ravel()[element]),
+                element,
                 tuple(map(float, a[row].ravel()[:8])),
                 tuple(map(float, b[row].ravel()[:8])),
             )
+            entry = (sample.error, -sample.sample, sample)
             if len(self._worst) < WORST_SAMPLES:
                 heapq.heappush(self._worst, entry)
             else:
@@ -212,10 +221,7 @@ class ErrorAccumulator:
             lowest=self._lowest,
             highest=self._highest,
             nonfinite=self._nonfinite,
-            worst=tuple(
-                WorstSample(-index, error, reference, value)
-                for error, index, reference, value in sorted(self._worst, reverse=True)
-            ),
+            worst=tuple(sample for _, _, sample in sorted(self._worst, key=lambda e: e[:2])[::-1]),
             error_edges=tuple(edges),
             error_cdf=tuple(self._errors.cdf(edges)),
         )

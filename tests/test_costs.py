@@ -93,3 +93,12 @@ def test_peak_is_kept_where_the_system_refuses_to_reset_it(monkeypatch, tmp_path
     (tmp_path / "status").write_text("Name:\tx\n")
     with pytest.raises(OSError, match="VmHWM"):
         peak_memory_bytes()
+
+
+def test_step_is_not_failed_by_what_the_system_does_not_tell(monkeypatch, tmp_path):
+    (tmp_path / "status").write_text("Name:\tx\n")
+    monkeypatch.setattr(costs, "_PROC", tmp_path)
+    watch = CostWatch()
+    with pytest.raises(ValueError, match="the real problem"), watch.step("export"):
+        raise ValueError("the real problem")
+    assert [(c.step, c.peak_memory_bytes) for c in watch.costs()] == [("export", None)]

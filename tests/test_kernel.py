@@ -8,6 +8,7 @@ import psutil
 import pytest
 from jupyter_client.manager import AsyncKernelManager
 
+from heimdall_onnx import kernel as kernels
 from heimdall_onnx.kernel import started_kernel
 
 
@@ -45,4 +46,17 @@ def test_kernel_ends_with_the_block_however_that_ends():
     with pytest.raises(ValueError, match="no service"):
         fail()
     assert len(started) == 1
+    assert processes() == before
+
+
+def test_kernel_ends_when_its_start_is_interrupted(monkeypatch):
+    class Interrupted(AsyncKernelManager):
+        async def _async_post_start_kernel(self, **options):
+            await super()._async_post_start_kernel(**options)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "AsyncKernelManager", Interrupted)
+    before = processes()
+    with pytest.raises(KeyboardInterrupt), started_kernel(os.environ):
+        pass
     assert processes() == before

@@ -20,6 +20,11 @@ def streamed(monkeypatch):
     monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 0)
 
 
+def read(path):
+    with path.open("rb") as file:
+        return read_npz(file)
+
+
 def arrays():
     rng = np.random.default_rng(0)
     return {
@@ -34,7 +39,7 @@ def arrays():
 @WRITERS
 def test_rows_read_from_the_file_are_the_arrays_own(tmp_path, streamed, write):
     write(tmp_path / "a.npz", **arrays())
-    found = read_npz(tmp_path / "a.npz")
+    found = read(tmp_path / "a.npz")
     for name, expected in arrays().items():
         array = found[name]
         assert isinstance(array, RowFile)
@@ -54,7 +59,7 @@ def test_rows_read_from_the_file_are_the_arrays_own(tmp_path, streamed, write):
 
 def test_small_arrays_are_in_memory(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays())
-    found = read_npz(tmp_path / "a.npz")
+    found = read(tmp_path / "a.npz")
     assert all(isinstance(array, np.ndarray) for array in found.values())
     np.testing.assert_array_equal(found["x"], arrays()["x"])
 
@@ -62,7 +67,7 @@ def test_small_arrays_are_in_memory(tmp_path):
 def test_array_in_fortran_order_is_read_whole(tmp_path, streamed):
     expected = np.asfortranarray(arrays()["x"])
     np.savez(tmp_path / "a.npz", x=expected)
-    found = read_npz(tmp_path / "a.npz")["x"]
+    found = read(tmp_path / "a.npz")["x"]
     assert isinstance(found, np.ndarray)
     np.testing.assert_array_equal(found, expected)
 
@@ -75,7 +80,7 @@ def test_python_objects_are_refused(tmp_path, streamed, write):
 
     write(tmp_path / "a.npz", x=np.array([Trap()], dtype=object), allow_pickle=True)
     with pytest.raises((ValueError, pickle.UnpicklingError), match="allow_pickle=False"):
-        read_npz(tmp_path / "a.npz")
+        read(tmp_path / "a.npz")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -87,7 +92,7 @@ def test_damage_is_told_by_the_checksum(tmp_path, streamed, write):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(Exception, match=r"Bad CRC-32|decompressing"):
-        read_npz(path)
+        read(path)
 
 
 def test_header_that_claims_more_than_there_is_is_refused(tmp_path, streamed):
@@ -96,16 +101,46 @@ def test_header_that_claims_more_than_there_is_is_refused(tmp_path, streamed):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", lie)
     with pytest.raises(ValueError, match=r"x.npy claims the shape \(9, 4\) of float64"):
-        read_npz(tmp_path / "a.npz")
+        read(tmp_path / "a.npz")
 
 
-def test_file_cut_off_later_is_noticed(tmp_path, streamed):
+def test_file_changed_later_is_noticed(tmp_path, streamed):
     path = tmp_path / "a.npz"
     np.savez(path, x=arrays()["x"])
-    found = read_npz(path)["x"]
-    os.truncate(path, 1000)
-    with pytest.raises(OSError, match="the file ends before row 37 of 37"):
+    found = read(path)["x"]
+    whole(found)
+    content = path.read_bytes()
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(OSError, match="changed while its rows were being read"):
         whole(found)
+
+
+def test_file_replaced_later_changes_nothing(tmp_path, streamed):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=arrays()["x"])
+    found = read(path)["x"]
+    np.savez(tmp_path / "b.npz", x=arrays()["x"] + 1)
+    (tmp_path / "b.npz").replace(path)
+    np.testing.assert_array_equal(whole(found), arrays()["x"])
+
+
+def test_rows_beyond_the_end_are_an_error(tmp_path):
+    (tmp_path / "raw").write_bytes(bytes(100))
+    found = RowFile((tmp_path / "raw").open("rb"), 0, np.dtype(np.float64), (20, 1))
+    with pytest.raises(OSError, match="the file ends before row 20 of 20"):
+        whole(found)
+
+
+def test_too_little_room_for_unpacking_says_where_and_how_much(tmp_path, streamed, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", x=arrays()["x"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(npz.shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match=r"unpacking x.npy needs 2,348 bytes in .*TMPDIR"):
+        read(tmp_path / "a.npz")
 
 
 def test_memory_holds_only_the_rows_asked_for(tmp_path):
@@ -113,7 +148,7 @@ def test_memory_holds_only_the_rows_asked_for(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, x=np.zeros((75, 1_000_000), np.float32))
     before = _resident()
-    found = read_npz(path)["x"]
+    found = read(path)["x"]
     assert sum(float(found[i : i + 5].sum()) for i in range(0, 75, 5)) == 0
     assert _resident() - before < 100e6
 

@@ -119,10 +119,14 @@ def test_kernel_that_stops_by_itself_never_passes(
 
 
 def test_cell_out_of_time_fails_the_run(settings, small, s3, bucket, tmp_path):
-    notebook = changed_notebook(tmp_path, "parameters", "import time; time.sleep(600)")
+    tidied = tmp_path / "tidied"
+    slow = "import pathlib, time\ntry: time.sleep(600)\n"
+    slow += f"finally: pathlib.Path({str(tidied)!r}).touch()"
+    notebook = changed_notebook(tmp_path, "parameters", slow)
     result = release_checkpoint(smoke(small, bucket), settings, notebook=notebook, cell_timeout=5)
     assert result.exit_code == 3
     assert "longer than the 5 s it may: code cell 4 of " in result.error
+    assert tidied.exists()
     nothing_is_offered(s3, settings, bucket)
 
 

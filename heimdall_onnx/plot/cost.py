@@ -24,12 +24,15 @@ _LATENCY = "latency"
 
 
 @styled
-def release_cost(costs: Sequence[StepCost], latency: LatencyReport) -> Chart:
+def release_cost(costs: Sequence[StepCost], latency: LatencyReport) -> Chart | None:
     """Which step took how long, and how much memory was needed?
 
     Memory is the largest resident size of the notebook's process during the step; beside the
     latency measurement stand the processes of both contenders, which is what inference takes.
+    None where nothing was measured, as outside a notebook.
     """
+    if not any(cost.seconds for cost in costs):
+        return None
     total = sum(cost.seconds for cost in costs)
     longest = max(costs, key=lambda cost: cost.seconds)
     peaks = {c.step: (c.peak_memory_bytes or 0) / 1e9 for c in costs}

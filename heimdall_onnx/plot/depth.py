@@ -67,6 +67,8 @@ def _answer(profile: DepthProfile, departure: Departure | None) -> str:
                 f"Modules depart from {name(inside.scope, 60)} on, {number(inside.excess)}× what "
                 "rounding explains, but at the outputs no more is left of it than rounding explains"
             )
+        if not profile.modules:
+            return "No module could be compared: look at the optimization levels"
         return (
             "No module departs without graph optimization: look at the optimization levels, and "
             "at rows that influence each other"

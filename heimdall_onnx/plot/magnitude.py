@@ -80,6 +80,8 @@ def _course(column: OutputColumn) -> str:
         f"mean {number(small)}{after(column.spec.unit)} in the quarter of the smallest values, "
         f"{number(large)} in that of the largest"
     )
+    if small == large == 0:
+        return f"Errors are in the values between: {figures}"
     if large > _GROWS * small:
         return f"The error grows with the magnitude: {figures}"
     if small > _GROWS * large:
@@ -94,37 +96,56 @@ def _draw(axes: Axes, column: OutputColumn, report: ParityReport) -> None:
     if not known.any():
         say(axes, column.shapes or "no finite element on both sides")
         return
-    positive = error[known & (error > 0)]
     low, high = _span(magnitude[known])
+    dtype = np.dtype(column.spec.dtype)
+    floating = np.issubdtype(dtype, np.floating)
+    high = min(high, float(np.finfo(dtype).max) / 2) if floating else high
     xs = np.geomspace(low, high, 200)
     allowed = report.tolerance + report.rtol * xs
-    ulp = np.spacing(xs.astype(column.spec.dtype)).astype(np.float64)
-    floor = min(float(positive.min(initial=1.0)), float(ulp.min())) / 3
-    rows = _shown(error, known)
-    labels = column.elements or [""]
-    for element in range(magnitude.shape[1]):
-        keep = rows[known[rows, element]]
-        several = len(labels) > 1
-        axes.plot(
-            np.maximum(magnitude[keep, element], low),
-            np.maximum(error[keep, element], floor),
-            ELEMENT_MARKERS[element] if several else "o",
-            color=ELEMENT_COLORS[element] if several else INK,
-            ms=4,
-            alpha=0.5,
-            mew=0,
-            ls="none",
-            label=labels[element] if several else None,
-            gid=f"elements {element}",
-        )
-    axes.plot(xs, allowed, color=INK, ls="--", lw=1.2, label="tolerance", gid="tolerance")
-    axes.plot(xs, ulp, color=QUIET_INK, ls=":", lw=1.2, label="1 ULP", gid="ulp")
+    lines = [("tolerance", allowed, INK, "--")]
+    if floating:  # integers have no rounding
+        lines.append(("1 ULP", np.spacing(xs.astype(dtype)).astype(np.float64), QUIET_INK, ":"))
+    lowest = [float(y[y > 0].min(initial=1.0)) for y in (error[known], *(y for _, y, *_ in lines))]
+    floor = min(lowest) / 3
+    series = (
+        [(known[:, i], magnitude[:, i], error[:, i]) for i in range(len(column.elements))]
+        if column.elements
+        else [(known, magnitude, error)]
+    )
+    for index, (some, x, y) in enumerate(series):
+        kept = _chosen(y[some], _ELEMENTS_SHOWN // len(series))
+        label = column.elements[index] if column.elements else ""
+        _points(axes, x[some][kept], y[some][kept], (low, floor), index, label)
+    for label, values, color, style in lines:
+        axes.plot(xs, values, color=color, ls=style, lw=1.2, label=label, gid=label)
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     log_axis(axes.xaxis)
     log_axis(axes.yaxis)
     axes.set_ylim(bottom=floor / 1.5, top=3 * max(float(allowed.max()), float(error[known].max())))
     axes.set_xlabel(column.label("|PyTorch|"))
     axes.legend(loc="best", handlelength=1.4, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def _points(
+    axes: Axes,
+    magnitude: Floats,
+    error: Floats,
+    least: tuple[float, float],
+    element: int,
+    label: str,
+) -> None:
+    axes.plot(
+        np.maximum(magnitude, least[0]),
+        np.maximum(error, least[1]),
+        ELEMENT_MARKERS[element],
+        color=ELEMENT_COLORS[element] if label else INK,
+        ms=4,
+        alpha=0.5,
+        mew=0,
+        ls="none",
+        label=label or None,
+        gid=f"elements {element}",
+    )
 
 
 def _span(magnitude: Floats) -> tuple[float, float]:
@@ -136,12 +157,10 @@ def _span(magnitude: Floats) -> tuple[float, float]:
     return low / 1.5, max(float(some.max()), low) * 1.5
 
 
-def _shown(error: Floats, known: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
-    """Samples drawn: all, or of many the worst half and an even choice of the rest."""
-    count = max(1, _ELEMENTS_SHOWN // error.shape[1])
-    if len(error) <= count:
-        return np.arange(len(error))
-    peaks = np.where(known, error, 0).max(axis=1)
-    worst = np.argsort(-peaks, kind="stable")[: count // 2]
-    even = np.linspace(0, len(error) - 1, math.ceil(count / 2)).astype(int)
+def _chosen(error: Floats, count: int) -> npt.NDArray[np.intp]:
+    """The elements drawn: all, or of many the worst half and an even choice of the rest."""
+    if error.size <= count:
+        return np.arange(error.size)
+    worst = np.argsort(-error, kind="stable")[: count // 2]
+    even = np.linspace(0, error.size - 1, math.ceil(count / 2)).astype(int)
     return np.union1d(worst, even)

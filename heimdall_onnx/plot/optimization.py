@@ -117,7 +117,7 @@ def operators(report: LevelReport) -> Chart:
     before, after = report.levels[0], report.levels[-1]
     totals = [sum(level.operators.values()) for level in (before, after)]
     new = [op for op in after.operators if op not in before.operators]
-    title = f"{count_of(totals[0], 'node')} as exported, {totals[1]:,} as deployed" + (
+    title = f"{count_of(totals[0], 'node')} run as exported, {totals[1]:,} as deployed" + (
         f"; ONNX Runtime brings {', '.join(new[:4])}" if new else ""
     )
     subtitle = (

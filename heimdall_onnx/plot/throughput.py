@@ -21,6 +21,7 @@ from heimdall_onnx.plot.chart import (
 )
 from heimdall_onnx.plot.timing import Floats
 
+_CALLS_FOR_RANGE = 40
 _SIDES = (("PyTorch", PYTORCH_COLOR, "o", "-"), ("ONNX Runtime", ONNX_COLOR, "X", "--"))
 
 
@@ -41,7 +42,7 @@ def throughput(report: LatencyReport) -> Chart:
     calls = ", ".join(f"{b.pytorch_ms.size} at batch {b.batch_size}" for b in report.batches)
     subtitle = (
         f"{count_of(report.threads, 'thread')} each · calls of each: {calls} · whiskers hold "
-        "95% of the calls"
+        f"95% of the calls, or all below {_CALLS_FOR_RANGE}"
     )
     figure = new_figure(title, subtitle, height=4.7)
     above, below = figure.subfigures(2, 1, height_ratios=[2.5, 1.6], squeeze=False)[:, 0]
@@ -78,7 +79,7 @@ def _draw(
     for side, (who, color, marker, line) in enumerate(_SIDES):
         calls = [value((b.pytorch_ms, b.onnx_ms)[side], b.batch_size) for b in report.batches]
         middle = np.array([np.median(c) for c in calls])
-        low, high = (np.array([np.percentile(c, p) for c in calls]) for p in (2.5, 97.5))
+        low, high = (np.array([_end(c, p) for c in calls]) for p in (2.5, 97.5))
         axes.errorbar(
             sizes,
             middle,
@@ -96,6 +97,13 @@ def _draw(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("samples in a call (batch size)")
     axes.set_title(label)
+
+
+def _end(calls: Floats, percentile: float) -> float:
+    """An end of the range that holds 95% of the calls, or of all where that leaves none out."""
+    if calls.size < _CALLS_FOR_RANGE:
+        return float(calls.min() if percentile < 50 else calls.max())
+    return float(np.percentile(calls, percentile))
 
 
 def _draw_start(axes: Axes, report: LatencyReport) -> None:

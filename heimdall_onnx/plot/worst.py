@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from heimdall_onnx.compare import ParityReport
+from heimdall_onnx.departure import compare_values
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.plot.chart import (
     INK,
@@ -42,26 +44,29 @@ class _Worst:
 
     def values(self, output: ErrorStatistics, report: ParityReport) -> _Values | None:
         """Both models' answers in one output and the error; None where these were not kept."""
-        for found, worst in self.outputs:
-            if found is output:
-                return worst.reference, worst.value, worst.error
+        known = next((w for found, w in self.outputs if found is output), None)
         kept = [array[output.output] for array in (report.pytorch, report.onnx)]
         if self.index >= len(kept[0]) or kept[0].shape != kept[1].shape:
-            return None
+            return None if known is None else (known.reference, known.value, known.error)
         pytorch, onnx = (array[self.index].ravel().astype(np.float64) for array in kept)
-        error = float(np.abs(pytorch - onnx).max(initial=0.0))
-        return tuple(map(float, pytorch)), tuple(map(float, onnx)), error
+        error = compare_values(pytorch, onnx, report.tolerance).error
+        # The elements from the worst on, where there are too many to be shown.
+        start = known.element if known and known.element >= _VALUES_SHOWN else 0
+        return tuple(map(float, pytorch[start:])), tuple(map(float, onnx[start:])), error
 
 
 @styled
-def worst_inputs(report: ParityReport, data: EvaluationData) -> Chart:
+def worst_inputs(report: ParityReport, data: EvaluationData) -> Chart | None:
     """What do the inputs look like on which the models differ most?
 
     Up to three samples of the evaluation data, in order of their largest error in units of the
     tolerance. A two-dimensional input is drawn channel by channel, a spectrogram for example,
-    each channel on a scale of its own; a one-dimensional one as lines.
+    each channel on a scale of its own; a one-dimensional one as lines. None where the outputs
+    have no elements.
     """
     found = _worst_samples(report)
+    if not found:
+        return None
     title = _answer(found)
     subtitle = (
         f"{name(report.source, 60)} · beside each input both models' answers · colours from each "
@@ -91,26 +96,20 @@ def _worst_samples(report: ParityReport) -> list[_Worst]:
         for worst in output.worst:
             by_sample.setdefault(worst.sample, []).append((output, worst))
     found = [
-        _Worst(index, max(_excess(w, report) for _, w in pairs), pairs)
-        for index, pairs in by_sample.items()
+        _Worst(index, max(w.excess for _, w in pairs), pairs) for index, pairs in by_sample.items()
     ]
     return sorted(found, key=lambda sample: (-sample.excess, sample.index))[:_SAMPLES_SHOWN]
-
-
-def _excess(worst: WorstSample, report: ParityReport) -> float:
-    reference = np.array(worst.reference, np.float64)
-    finite = np.abs(reference[np.isfinite(reference)]).max(initial=0.0)
-    return worst.error / (report.tolerance + report.rtol * float(finite))
 
 
 def _answer(found: list[_Worst]) -> str:
     first = found[0]
     if first.excess == 0:
         return "The models agree to the last digit: the first samples stand for all"
-    output, worst = max(first.outputs, key=lambda pair: pair[1].error)
+    output, worst = max(first.outputs, key=lambda pair: pair[1].excess)
+    times = f"{number(worst.excess)}×" if math.isfinite(worst.excess) else "incomparably beyond"
     return (
         f"Sample {first.index} differs most: {number(worst.error)}{after(output.unit)} in "
-        f"{name(output.output)}, {number(first.excess)}× what is allowed"
+        f"{name(output.output)}, {times} what is allowed"
     )
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import growth
 import steps
-from processes import Run, run
+from processes import PSS_EVERY_S, Run, run
 
 from heimdall_onnx import LocalizationNet, Settings, ensure_store
 from heimdall_onnx.environment import capture_environment
@@ -171,15 +172,17 @@ def release_of(
             15.0,
             "s",
             tuple(machinery),
-            "whole command less figures and the steps that a bare script has: services, kernel, "
-            "imports, rendering, report, manifest, alias",
+            "whole command less figures and steps (float64 reference, optimization levels and "
+            "MLflow's import before the upload count as steps): services, kernel, imports, "
+            "rendering, report, manifest, alias",
         )
         yield Row(
             f"{shown}: peak memory of all processes of the release",
             memory,
             "GB",
             tuple(q.peak_bytes / 1e9 for q in quick),
-            f"proportional set sizes, sampled; the bare script: "
+            f"proportional set sizes, read every {PSS_EVERY_S} s at most; store and registry are "
+            f"other processes, running already; the bare script: "
             f"{max(b.peak_bytes for b in bare) / 1e9:.2f} GB",
         )
         longest = sorted(costs[-1], key=lambda c: -float(c["seconds"]))
@@ -285,6 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.parts) - PARTS.keys():
         parser.error(f"there is no part {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
+    # Ended from outside as by Ctrl-C, so that its services end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     output = chosen.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     machine = capture_environment()

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 _SAMPLE_S = 0.1
-_PSS_EVERY_S = 0.4
+PSS_EVERY_S = 0.4
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,15 @@ def run(command: Sequence[str | Path], folder: Path, environment: Mapping[str, s
         )
         watch = _Watch(process.pid)
         watch.start()
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            watch.stop()
         seconds = time.perf_counter() - started
-        watch.stop()
     if process.returncode:
         said = errors.read_text(errors="replace")[-2000:]
         raise RuntimeError(
@@ -79,7 +85,7 @@ class _Watch(threading.Thread):
         while not self._ended.wait(_SAMPLE_S):
             tree = self._tree()
             room = sum(_resident(process) for process in tree) > 1.01 * self.peak_bytes
-            if room and time.monotonic() - read > _PSS_EVERY_S:
+            if room and time.monotonic() - read > PSS_EVERY_S:
                 self.peak_bytes = max(self.peak_bytes, sum(map(_proportional, tree)))
                 read = time.monotonic()
 
