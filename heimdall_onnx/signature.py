@@ -20,7 +20,7 @@ from heimdall_onnx.npz import Rows
 Arrays = dict[str, npt.NDArray[Any]]
 
 DEGREES = "degrees latitude, longitude"
-_PART_BYTES = 64 << 20
+_PART_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
