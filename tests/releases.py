@@ -73,7 +73,7 @@ def changed_notebook(folder: Path, after: str = "", source: str = "") -> Path:
     if after:
         place = next(i for i, cell in enumerate(notebook.cells) if cell.id == after)
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
-    notebook.cells = [c for c in notebook.cells if not c.source.startswith("plot.")]
+    notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or "plot." not in c.source]
     path = folder / "changed.ipynb"
     nbformat.write(notebook, path)
     return path

@@ -115,7 +115,7 @@ def test_value_that_is_not_finite_on_one_side_is_infinitely_wrong(chain, files, 
 
 
 def test_memory_does_not_grow_with_the_depth(tmp_path):
-    # 40 blocks of 2 outputs of 8 MB each: 640 MB, if all were kept.
+    # 40 blocks of 2 outputs of 8 MB each: 640 MB on either side, if all were kept.
     torch.manual_seed(0)
     model = Chain(depth=40, width=256).eval()
     path = export_model(model, tmp_path / "m.onnx", opset=14).path
@@ -134,7 +134,7 @@ def test_memory_does_not_grow_with_the_depth(tmp_path):
         patch.setattr("heimdall_onnx.depth.compare_values", watch)
         found = error_along_depth(model, path, inputs)
     assert len(found.modules) >= 80
-    assert most - before < 300e6
+    assert most - before < 600e6
 
 
 def test_depth_is_traced_only_where_parity_fails(chain, files, tmp_path):
