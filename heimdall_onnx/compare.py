@@ -7,7 +7,7 @@ elements, non-finite values, the noise floor of float32 and batch independence a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,7 +285,7 @@ def compare_outputs(
         tolerance=tolerance,
         rtol=RTOL,
         cells=tuple(cells),
-        noise_floor=_noise_floor(run, reference, largest),
+        noise_floor=_noise_floor(run, reference),
         independence=independence,
         ground=ground.result() if ground else None,
         pytorch=run.kept(0),
@@ -465,40 +465,24 @@ class _Reference:
     """Evenly spaced samples and both models' outputs on them, kept while the batches stream by."""
 
     def __init__(self, count: int, samples: int) -> None:
-        self._rows = np.unique(np.linspace(0, count - 1, min(samples, count)).astype(int))
-        self._kept: list[tuple[Arrays, Arrays, Arrays]] = []
+        self.rows = np.unique(np.linspace(0, count - 1, min(samples, count)).astype(int))
+        self.kept: list[tuple[Arrays, Arrays, Arrays]] = []
 
     def keep(self, part: slice, *arrays: Arrays) -> None:
-        inside = self._rows[(self._rows >= part.start) & (self._rows < part.stop)] - part.start
+        inside = self.rows[(self.rows >= part.start) & (self.rows < part.stop)] - part.start
         if inside.size:
             inputs, expected, found = ({n: a[inside] for n, a in named.items()} for named in arrays)
-            self._kept.append((inputs, expected, found))
-
-    def batches(self, size: int) -> Iterator[tuple[Arrays, Arrays, Arrays]]:
-        whole = [
-            {name: np.concatenate([kept[i][name] for kept in self._kept]) for name in first}
-            for i, first in enumerate(self._kept[0])
-        ]
-        for start in range(0, self._rows.size, size):
-            inputs, expected, found = (
-                {name: array[start : start + size] for name, array in named.items()}
-                for named in whole
-            )
-            yield inputs, expected, found
-
-    @property
-    def samples(self) -> int:
-        return int(self._rows.size)
+            self.kept.append((inputs, expected, found))
 
 
-def _noise_floor(run: _Pair, reference: _Reference, size: int) -> tuple[NoiseFloor, ...]:
+def _noise_floor(run: _Pair, reference: _Reference) -> tuple[NoiseFloor, ...]:
     double = copy.deepcopy(run.model).double()
     totals = {
         spec.name: np.zeros(4)  # ONNX error, PyTorch error, magnitude, elements
         for spec in run.signature.outputs
         if np.issubdtype(np.dtype(spec.dtype), np.floating)
     }
-    for batch, single, found in reference.batches(size):
+    for batch, single, found in reference.kept:
         exact = _run_double(double, batch, run.signature)
         for name, total in totals.items():
             # NaN and Inf have a gate of their own.
@@ -514,7 +498,7 @@ def _noise_floor(run: _Pair, reference: _Reference, size: int) -> tuple[NoiseFlo
     for name, sums in totals.items():
         onnx, pytorch, magnitude = sums[:3] / sums[3] if sums[3] else np.full(3, np.nan)
         ulp = float(np.spacing(magnitude.astype(found[name].dtype)))
-        floors.append(NoiseFloor(name, reference.samples, float(onnx), float(pytorch), ulp))
+        floors.append(NoiseFloor(name, int(reference.rows.size), float(onnx), float(pytorch), ulp))
     return tuple(floors)
 
 

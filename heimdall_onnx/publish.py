@@ -193,7 +193,7 @@ def upload_release(
     if not verdict.passed:
         return Skipped(f"{len(verdict.failed_gates)} gates failed")
     with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
-        connection = _connect_beside(settings, parameters.run_id, beside)
+        connection = _connect_beside(settings, beside)
         journal = Journal(exported.path.parent)
         journal.clear()
         run_id = parameters.run_id
@@ -215,16 +215,13 @@ def upload_release(
     return uploaded
 
 
-def _connect_beside(settings: Settings, run_id: str, beside: ThreadPoolExecutor) -> Connection:
+def _connect_beside(settings: Settings, beside: ThreadPoolExecutor) -> Connection:
     """The store at once, and MLflow while the model is on its way: its import takes seconds."""
 
     def open_tracker() -> MLflowTracker:
         from heimdall_onnx.registry import initialize_mlflow
 
-        tracker = initialize_mlflow(settings)
-        if run_id:
-            tracker.check_run(run_id)
-        return tracker
+        return initialize_mlflow(settings)
 
     settings = ensure_store(settings)
     client = make_client(settings)
@@ -273,8 +270,7 @@ def _upload(
         metadata=object_metadata(described),
         content_type=CONTENT_TYPES[".onnx"],
     )
-    # Waits for MLflow, and fails if it can't be reached or knows no such run.
-    connection.open_tracker()
+    connection.tracker.check_run(run_id)
     objects = (
         model,
         *_upload_beside(client, bucket, folder, exported, signature, run_id),
