@@ -1,8 +1,8 @@
 """The process in which one contender is timed: ``python -m heimdall_onnx.worker JOB``.
 
 Reads one JSON question a line from standard input and answers each with one line; ends when
-standard input does, so that it never outlives the process that started it. The job gives a call
-without arguments, which may take a batch size where it is asked for one.
+standard input does, or at once when the process ends that started it. The job gives a call without
+arguments, which may take a batch size where it is asked for one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from heimdall_onnx.costs import peak_memory_bytes
+from heimdall_onnx.orphans import end_with
 
 
 def serve(job: Path, questions: TextIO, answers: TextIO) -> None:
@@ -67,6 +68,8 @@ def main() -> None:
     """Serve the job named on the command line over the standard streams."""
     # Ctrl-C is for the parent, which then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # It would hear of the pipe's end only after the call in hand, which may never come back.
+    end_with(os.getppid())
     # What a model prints must not mix with the answers.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)

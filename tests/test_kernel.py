@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -60,3 +62,19 @@ def test_kernel_ends_when_its_start_is_interrupted(monkeypatch):
     with pytest.raises(KeyboardInterrupt), started_kernel(os.environ):
         pass
     assert processes() == before
+
+
+def test_kernel_ends_with_a_killed_runner_before_and_after_it_has_started():
+    code = "import os, sys; from heimdall_onnx.kernel import started_kernel\n"
+    code += "with started_kernel(os.environ) as kernel:\n"
+    code += "    print(kernel.provisioner.pid, flush=True); sys.stdin.read()"
+    for seconds in (0, 3):
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as runner:
+            kernel = psutil.Process(int(runner.stdout.readline()))
+            time.sleep(seconds)
+            assert kernel.is_running()
+            runner.kill()
+        _, alive = psutil.wait_procs([kernel], timeout=10)
+        assert alive == []

@@ -116,12 +116,15 @@ def test_main_serves_over_the_standard_streams_and_keeps_noise_out(tmp_path, mon
     path.write_bytes(pickle.dumps(jobs.print_noise))
     monkeypatch.setattr(sys, "argv", ["worker", str(path)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(LOAD) + "\n"))
+    watched = []
+    monkeypatch.setattr(worker, "end_with", watched.append)
     handler, output = signal.getsignal(signal.SIGINT), os.dup(1)
     try:
         with open(1, "w", closefd=False) as stdout:
             monkeypatch.setattr(sys, "stdout", stdout)
             worker.main()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert watched == [os.getppid()]
     finally:
         signal.signal(signal.SIGINT, handler)
         os.dup2(output, 1)
