@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+DISTRIBUTION = "heimdall-onnx"
 PACKAGES = (
-    "heimdall-onnx",
+    DISTRIBUTION,
     "torch",
     "onnx",
     "onnxruntime",
@@ -69,6 +71,22 @@ def capture_environment() -> Environment:
         git_commit=commit,
         git_dirty=None if changes is None else bool(changes),
     )
+
+
+def installed_distributions() -> dict[str, str]:
+    """Version of every distribution that this process can import, sorted by normalized name.
+
+    Names are normalized as package indexes do it (PEP 503). Of a name that is there twice, the
+    one found first counts, as it does for imports.
+    """
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        described = distribution.metadata
+        # What is left of a broken uninstallation has neither.
+        if "Name" in described and "Version" in described:
+            name = re.sub(r"[-_.]+", "-", described["Name"]).lower()
+            found.setdefault(name, described["Version"])
+    return dict(sorted(found.items()))
 
 
 def _cpu_model() -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.environment import capture_environment
+from heimdall_onnx.environment import capture_environment, installed_distributions
 from heimdall_onnx.gates import Gate, Verdict, escape_markdown
 from heimdall_onnx.metadata import summarize_metrics
 from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
@@ -17,7 +18,7 @@ from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-    from heimdall_onnx.benchmark import LatencyReport
+    from heimdall_onnx.benchmark import ContenderLatency, LatencyReport
     from heimdall_onnx.checkpoint import LoadedModel
     from heimdall_onnx.compare import ParityReport
     from heimdall_onnx.costs import StepCost
@@ -41,7 +42,15 @@ def record_results(
     registered: RegisteredRelease | Skipped,
     costs: Sequence[StepCost] = (),
 ) -> None:
-    """Keep in the running notebook what the runner must know of it, as JSON."""
+    """Keep in the running notebook what the runner must know of it, as JSON.
+
+    Beside what the runner needs these are all statistics of parity and latency, without which a
+    repetition could not be held against this run: ``parity`` with the grid of kinds of input and
+    batch sizes (its first cell is the whole evaluation data), noise floor, batch independence and
+    errors in metres; ``latency`` with the percentiles of both contenders and their intervals; and
+    the version of every installed distribution. Numbers that JSON has no form for, NaN and Inf, are
+    text in them.
+    """
     import scrapbook
 
     speedup = latency.speedup
@@ -49,6 +58,7 @@ def record_results(
         "profile": verdict.profile,
         "gates": [gate.to_dict() for gate in verdict.gates],
         "checkpoint": {"file": loaded.path.name, "sha256": loaded.sha256},
+        "model": {"class": loaded.model_spec, "signature": loaded.signature.to_dict()},
         "evaluation_data": {
             "source": data.source,
             "provenance": data.provenance,
@@ -56,6 +66,8 @@ def record_results(
             "samples": data.count,
         },
         "metrics": summarize_metrics(parity, latency),
+        "parity": describe_parity(parity),
+        "latency": describe_latency(latency),
         "speedup": speedup.ratio,
         "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
         f"{latency.batch_size} on {latency.threads} threads",
@@ -63,10 +75,70 @@ def record_results(
         "costs": [cost.to_dict() for cost in costs],
         "departure": None if departure is None else departure.scope,
         "environment": capture_environment().to_dict(),
+        "distributions": installed_distributions(),
         "uploaded": None if isinstance(uploaded, Skipped) else asdict(uploaded),
         "registered": None if isinstance(registered, Skipped) else asdict(registered),
     }
     scrapbook.glue(RECORD, results, encoder="json")
+
+
+def describe_parity(parity: ParityReport) -> dict[str, Any]:
+    """The statistics of a parity report as JSON, without its arrays and curves."""
+    described: dict[str, Any] = _as_json(
+        {
+            "samples": parity.samples,
+            "tolerance": parity.tolerance,
+            "rtol": parity.rtol,
+            "cells": [
+                {
+                    "kind": cell.kind,
+                    "batch_size": cell.batch_size,
+                    "samples": cell.samples,
+                    "outputs": [output.summary() for output in cell.outputs],
+                }
+                for cell in parity.cells
+            ],
+            "noise_floor": [asdict(floor) for floor in parity.noise_floor],
+            "independence": asdict(parity.independence),
+            "ground": None if parity.ground is None else asdict(parity.ground),
+        }
+    )
+    return described
+
+
+def describe_latency(latency: LatencyReport) -> dict[str, Any]:
+    """The statistics of a latency report as JSON, without the single calls."""
+    described: dict[str, Any] = _as_json(
+        {
+            "batch_size": latency.batch_size,
+            "threads": latency.threads,
+            "confidence": latency.confidence,
+            "speedup": asdict(latency.speedup),
+            "contenders": [_describe_contender(c) for c in (latency.pytorch, latency.onnx)],
+        }
+    )
+    return described
+
+
+def _describe_contender(contender: ContenderLatency) -> dict[str, Any]:
+    return {
+        "name": contender.name,
+        "calls": contender.samples_ms.size,
+        "percentiles": [asdict(percentile) for percentile in contender.percentiles],
+        "median_ms": contender.median_ms,
+        "mean_ms": contender.mean_ms,
+        "load_ms": contender.load_ms,
+        "first_call_ms": contender.first_call_ms,
+        "peak_memory_bytes": contender.peak_memory_bytes,
+    }
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(path: Path) -> dict[str, Any]:

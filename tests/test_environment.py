@@ -21,3 +21,11 @@ def test_code_outside_a_checkout_has_no_commit(monkeypatch, tmp_path):
     found = environment.capture_environment()
     assert found.git_commit is None
     assert found.git_dirty is None
+
+
+def test_every_distribution_is_named_as_an_index_names_it():
+    found = environment.installed_distributions()
+    assert len(found) == len({d.name for d in metadata.distributions()})
+    assert found["heimdall-onnx"] == metadata.version("heimdall_onnx")
+    assert found["typing-extensions"] == metadata.version("typing_extensions")
+    assert list(found) == sorted(found)

@@ -1,6 +1,7 @@
 """Judging an executed notebook from its file, the verdict cell, and the HTML."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,15 @@ import nbformat
 import papermill
 import pytest
 from browser import open_in_chromium
+from models import NaNNet
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.exceptions import PapermillException
 
 from heimdall_onnx import report
+from heimdall_onnx.compare import compare_outputs
+from heimdall_onnx.evaluation import load_evaluation_data
+from heimdall_onnx.export import export_model
 
 RECORDED = """
 import scrapbook
@@ -105,6 +110,21 @@ def test_markdown_and_empty_cells_need_no_execution(tmp_path):
     path = tmp_path / "report.ipynb"
     nbformat.write(new_notebook(cells=cells), path)
     assert report.judge_notebook(path).problem == "the notebook recorded no gates"
+
+
+def test_recorded_statistics_hold_all_figures_as_json(tmp_path):
+    model = NaNNet()
+    onnx = export_model(model, tmp_path / "nan.onnx", opset=14).path
+    parity = compare_outputs(
+        model, onnx, load_evaluation_data(None, model.signature), model.signature, batch_size=2
+    )
+    found = json.loads(json.dumps(report.describe_parity(parity), allow_nan=False))
+    cells = {(c["kind"], c["batch_size"]): c for c in found["cells"]}
+    assert len(cells) == len(parity.cells) > 10
+    assert found["cells"][0]["outputs"] == [parity.evaluation[0].summary()]
+    zeros = cells["zeros", 2]["outputs"][0]  # its logarithm is -Inf, and nothing finite is left
+    assert (zeros["mean"], zeros["lowest"], zeros["count"]) == ("nan", "inf", 6)
+    assert found["noise_floor"][0]["pytorch_error"] == parity.noise_floor[0].pytorch_error
 
 
 def test_verdict_is_the_first_cell_with_failed_gates_first(complete, tmp_path):
