@@ -1,0 +1,96 @@
+"""A notebook's run in a kernel that is up already, judged by the file that it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heimdall_onnx.errors import HeimdallError, NotebookError, error_class
+from heimdall_onnx.logs import get_logger
+from heimdall_onnx.report import NO_CELL, Judgement, judge_notebook, last_started
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+
+    from heimdall_onnx.parameters import ReleaseParameters
+
+log = get_logger(__name__)
+
+# The kernel imports PyTorch before it answers, which takes minutes from a cold network disk.
+_KERNEL_START_S = 600
+
+
+def execute_notebook(
+    notebook: Path,
+    report: Path,
+    parameters: ReleaseParameters,
+    kernel: AsyncKernelManager,
+    *,
+    cell_timeout: int | None = None,
+    progress: bool = False,
+) -> Judgement:
+    """Run a notebook and judge the executed file.
+
+    Args:
+        notebook: The notebook.
+        report: Where the executed notebook goes.
+        parameters: Its parameters.
+        kernel: A running kernel, which is ended.
+        cell_timeout: Seconds that one cell may take.
+        progress: Show a progress bar by cell on standard error.
+
+    Returns:
+        What the file says of the run; a notebook that did not run to its end is no exception.
+
+    Raises:
+        NotebookError: If the kernel did not start, or there is no file.
+    """
+    # What rendering needs is imported too, while the kernel is still busy starting.
+    import nbconvert  # noqa: F401
+    import papermill
+    from nbclient.exceptions import CellTimeoutError
+    from papermill.exceptions import PapermillException
+
+    from heimdall_onnx.engine import ENGINE
+
+    stopped = ""
+    log.info("running", notebook=notebook.name, folder=str(report.parent))
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(report),
+            parameters=parameters.model_dump(mode="json"),
+            engine_name=ENGINE,
+            kernel_name="python3",
+            kernel=kernel,
+            start_timeout=_KERNEL_START_S,
+            progress_bar=progress,
+            execution_timeout=cell_timeout,
+        )
+    except (PapermillException, CellTimeoutError, RuntimeError) as error:
+        # Its text is a traceback of the kernel's; the file says the same and is judged below.
+        stopped = type(error).__name__
+        log.info("notebook stopped", kind=stopped)
+        if isinstance(error, RuntimeError) and last_started(report) == NO_CELL:
+            raise NotebookError(f"the notebook's kernel did not start: {error}") from error
+    if not report.is_file():
+        raise NotebookError(f"papermill wrote no notebook for {notebook} ({stopped})")
+    judgement = judge_notebook(report)
+    if stopped == CellTimeoutError.__name__:
+        problem = f"a cell took longer than the {cell_timeout} s it may: {last_started(report)}"
+        judgement = replace(judgement, problem=problem, error_name="", error_message="")
+    elif stopped and not judgement.problem:
+        # A kernel that dies in the very last cell leaves a file in which all is well.
+        judgement = replace(judgement, problem=f"the notebook was stopped by {stopped}")
+    return judgement
+
+
+def error_of(judgement: Judgement) -> HeimdallError:
+    """The error that stopped the notebook, as the class it was raised as."""
+    known = error_class(judgement.error_name)
+    if known is not None:
+        return known(judgement.error_message)
+    if judgement.error_name:
+        return NotebookError(f"{judgement.problem}: {judgement.error_message}")
+    return NotebookError(judgement.problem or "a gate failed")
