@@ -14,12 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import boto3
-
 from heimdall_onnx.errors import DataError, NotRegisteredError, ParameterError, RegistryError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.mlmodel import write_mlmodel_folder as write_mlmodel_folder
-from heimdall_onnx.registry_errors import missing_database, probe, registry_errors
+from heimdall_onnx.registry_errors import (
+    limit_waits,
+    missing_database,
+    probe,
+    registry_errors,
+)
+from heimdall_onnx.retries import MLFLOW_DEFAULTS, log_http_requests, set_default_session
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings, bypass_proxy, with_driver
 from heimdall_onnx.store import ensure_bucket, parse_uri
@@ -36,13 +40,6 @@ with warnings.catch_warnings():
 log = get_logger(__name__)
 
 STAGES = ("None", "Staging", "Production", "Archived")
-
-# MLflow would try for four minutes, and print addresses to standard output.
-_PROCESS_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,10 @@ class MLflowTracker:
         artifact_uri: str = "s3://heimdall-mlflow",
         experiment_name: str = "heimdall-localization",
     ) -> None:
-        self._uri = with_driver(tracking_uri)
-        for name, value in _PROCESS_DEFAULTS.items():
+        self._uri = limit_waits(with_driver(tracking_uri))
+        for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
+        log_http_requests()
         bypass_proxy(self._uri)
         probe(self._uri)
         with self._errors("open the registry"):
@@ -225,6 +223,7 @@ class MLflowTracker:
                 MLflow can't be reached or refuses.
         """
         self._check_source(source)
+        before = self._find_own(name, source, run_id)
         with self._errors(f"register {source} as {name}"):
             try:
                 self._client.create_registered_model(name)
@@ -234,8 +233,13 @@ class MLflowTracker:
             version = self._client.create_model_version(
                 name, source, run_id=run_id, tags=_strings(tags), description=description
             )
-        log.info("model version registered", name=name, version=str(version.version))
-        return str(version.version)
+        registered = str(version.version)
+        # A request whose answer was lost is made again, and MLflow makes another version.
+        for twin in set(self._find_own(name, source, run_id)) - {registered, *before}:
+            log.warning("version registered twice", name=name, kept=registered, deleted=twin)
+            self.delete_version(name, twin)
+        log.info("model version registered", name=name, version=registered)
+        return registered
 
     def transition_model_stage(self, name: str, version: str, stage: str) -> bool:
         """Move a version to a stage.
@@ -312,6 +316,11 @@ class MLflowTracker:
         with self._errors(f"set alias {alias} of {name}"):
             self._client.set_registered_model_alias(name, alias, version)
 
+    def delete_alias(self, name: str, alias: str) -> None:
+        """Take an alias from the version that it points at."""
+        with self._errors(f"delete alias {alias} of {name}"):
+            self._client.delete_registered_model_alias(name, alias)
+
     def restore_alias(self, name: str, alias: str, version: str, before: str) -> None:
         """Move an alias from ``version`` back to ``before``, if it points at ``version``."""
         if self.alias_target(name, alias) == version:
@@ -344,6 +353,11 @@ class MLflowTracker:
         with self._errors(f"look for versions of {name} from {source}"):
             found = self._client.search_model_versions(f"run_id = '{run_id}'")
         return tuple(str(v.version) for v in found if v.name == name and v.source == source)
+
+    def _find_own(self, name: str, source: str, run_id: str | None) -> tuple[str, ...]:
+        """`find_versions`, where requests are repeated and their results can be told apart."""
+        remote = self._uri.startswith("http")
+        return self.find_versions(name, source, run_id) if remote and run_id else ()
 
     def delete_version(self, name: str, version: str) -> None:
         """Delete a version and the aliases that point at it; one that is gone is no error."""
@@ -409,7 +423,7 @@ def initialize_mlflow(settings: Settings) -> MLflowTracker:
     settings = ensure_store(settings)
     settings.apply()
     # MLflow uses boto3's default session, which keeps the first credentials that it found.
-    boto3.setup_default_session()
+    set_default_session()
     if settings.artifact_uri.startswith("s3://"):
         ensure_bucket(make_client(settings), parse_uri(settings.artifact_uri)[0])
     tracker = _tracker(settings)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy
@@ -16,9 +16,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
 
 from heimdall_onnx.errors import NotRegisteredError, RegistryError, SettingsError
+from heimdall_onnx.retries import CONNECT_TIMEOUT_S, READ_TIMEOUT_S
 from heimdall_onnx.store_client import explain_store_error, redact_url
 
-_CONNECT_TIMEOUT_S = 5
+# One statement may wait for another's lock; MLflow's own are done within a second.
+_STATEMENT_TIMEOUT_S = 60
 _REASONS = {
     "PERMISSION_DENIED": "access is forbidden; check user name and password",
     "UNAUTHENTICATED": "the user name or password is wrong",
@@ -80,12 +82,37 @@ def probe(uri: str) -> None:
     if scheme in ("http", "https"):
         _probe_server(uri)
     elif scheme in ("sqlite", "postgresql"):
-        _probe_database(uri, {"connect_timeout": _CONNECT_TIMEOUT_S} if scheme != "sqlite" else {})
+        _probe_database(limit_waits(uri))
     else:
         raise SettingsError(
             f"MLFLOW_TRACKING_URI begins with {scheme!r}; expected http://, https://, sqlite:/// "
             "or postgresql://"
         )
+
+
+def limit_waits(uri: str) -> str:
+    """A PostgreSQL address with which no connection or statement is waited for without end.
+
+    What the address or ``PGOPTIONS`` says already stays; other addresses are returned as they are.
+    """
+    if not uri.startswith("postgresql"):
+        return uri
+    try:
+        url = sqlalchemy.make_url(uri)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return uri  # `probe` says what is wrong with it.
+    limits = {
+        "connect_timeout": str(CONNECT_TIMEOUT_S),
+        # A server that is gone without a word is noticed by its silence.
+        "keepalives_idle": "10",
+        "keepalives_interval": "5",
+        "keepalives_count": "3",
+        "tcp_user_timeout": str(1000 * READ_TIMEOUT_S),
+    }
+    if "PGOPTIONS" not in os.environ:
+        limits["options"] = f"-c statement_timeout={_STATEMENT_TIMEOUT_S}s"
+    missing = {name: value for name, value in limits.items() if name not in url.query}
+    return url.update_query_dict(missing).render_as_string(hide_password=False)
 
 
 def missing_database(uri: str) -> Path | None:
@@ -113,7 +140,7 @@ def _probe_server(uri: str) -> None:
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
         return  # Only the proxy can tell.
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise RegistryError(
             f"MLflow can't be reached at {redact_url(uri)} ({error}); check that it runs and that "
@@ -121,9 +148,9 @@ def _probe_server(uri: str) -> None:
         ) from error
 
 
-def _probe_database(uri: str, connect_args: dict[str, Any]) -> None:
+def _probe_database(uri: str) -> None:
     try:
-        engine = sqlalchemy.create_engine(uri, connect_args=connect_args)
+        engine = sqlalchemy.create_engine(uri)
     except (sqlalchemy.exc.ArgumentError, ImportError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "psycopg2":
             raise SettingsError(

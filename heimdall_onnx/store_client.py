@@ -13,6 +13,7 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from heimdall_onnx.errors import ObjectExistsError, SettingsError, StoreError
+from heimdall_onnx.retries import ATTEMPTS, CONNECT_TIMEOUT_S, READ_TIMEOUT_S, log_store_calls
 from heimdall_onnx.settings import is_loopback
 
 if TYPE_CHECKING:
@@ -43,10 +44,14 @@ _REASONS = {
 _UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.EndpointConnectionError)
 
 
-def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int = 3) -> S3Client:
-    """A client of the configured store that gives up on an unreachable one within seconds.
+def make_client(
+    settings: Settings, *, read_timeout_s: float = READ_TIMEOUT_S, attempts: int = ATTEMPTS
+) -> S3Client:
+    """A client of the configured store that repeats what fails on its way, and gives up in time.
 
-    Without credentials in the settings boto3's usual chain is asked (environment, profile, role).
+    An address where nothing listens is given up after seconds, one that accepts and never answers
+    after ``attempts`` times ``read_timeout_s``. Each failed attempt is logged. Without credentials
+    in the settings boto3's usual chain is asked (environment, profile, role).
 
     Args:
         settings: With the store's address.
@@ -66,7 +71,7 @@ def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int
     key_id, secret, token = settings.credentials or (None, None, None)
     session = boto3.session.Session()
     try:
-        return session.client(
+        client = session.client(
             "s3",
             endpoint_url=endpoint,
             aws_access_key_id=key_id.get_secret_value() if key_id else None,
@@ -76,7 +81,7 @@ def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int
             config=Config(
                 signature_version="s3v4",
                 s3={"addressing_style": "path"},
-                connect_timeout=2,
+                connect_timeout=CONNECT_TIMEOUT_S,
                 read_timeout=read_timeout_s,
                 retries={"mode": "standard", "total_max_attempts": attempts},
                 # botocore would send loopback traffic through a proxy of the environment.
@@ -87,6 +92,8 @@ def make_client(settings: Settings, *, read_timeout_s: float = 30, attempts: int
         raise SettingsError(
             "MLFLOW_S3_ENDPOINT_URL is not an address; expected e.g. http://127.0.0.1:9000"
         ) from error
+    log_store_calls(client.meta.events)
+    return client
 
 
 @contextlib.contextmanager
