@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -133,15 +134,23 @@ def decide(parameters: ReleaseParameters, info: ModelInfo, parity: ParityReport)
     return Verdict((*file_gates(info, parameters.opset), *parity.gates()), parameters.profile)
 
 
-_MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "&\\`*{}[]<>|#"})
+_MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "&\\`*{}[]<>|#~$@"})
+# Within a word an underscore is only that.
+_EMPHASIS = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_ADDRESS = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def escape_markdown(text: str) -> str:
-    """``text`` as one line of inert Markdown: no table breaks, no HTML, no links.
+    """``text`` as one line of inert Markdown: no table breaks, no HTML, no links, no formulas.
 
-    Renderers make links of bare addresses too, so these lose their colon.
+    Renderers make links of bare addresses too, so these lose their colon. What can't be seen, or
+    turns the direction of what follows, is shown as its code.
     """
-    return " ".join(text.split()).translate(_MARKDOWN).replace("://", "&#58;//")
+    line = " ".join(text.split()).translate(_MARKDOWN)
+    line = "".join(c if c.isprintable() else f"&#92;u{ord(c):04x}" for c in line)
+    for pattern in (_EMPHASIS, _ADDRESS):
+        line = pattern.sub(lambda found: f"&#{ord(found[0])};", line)
+    return line
 
 
 def _number(value: float | int | str) -> str:

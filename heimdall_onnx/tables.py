@@ -23,9 +23,9 @@ from heimdall_onnx.validate import ModelInfo
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
     """A Markdown table; every cell is shown as inert text."""
-    lines = [head, ["---"] * len(head)]
-    lines += [[escape_markdown(str(cell)) for cell in row] for row in rows]
-    return Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines))
+    lines = [[escape_markdown(str(cell)) for cell in row] for row in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def parameters_table(parameters: ReleaseParameters) -> Markdown:

@@ -1,6 +1,7 @@
 """Gates are all evaluated, and one that fails is enough."""
 
 import math
+from html import unescape
 
 import pytest
 
@@ -53,9 +54,31 @@ def test_table_shows_failed_gates_first_and_keeps_its_columns():
     assert {row.count("|") for row in rows} == {6}
 
 
-@pytest.mark.parametrize("text", ["<b>", "a|b", "`x`", "[a](b)", "# h", "*x*", "http://x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<b>", "a|b", "`x`", "[a](b)", "# h", "*x*", "_x_", "~~x~~", "$x$", "a\n\nb"),
+        *(
+            "http://x",
+            "HTTPS://x",
+            "www.x.org",
+            "a@x.org",
+            "\u202egnp",
+            "a\u200bb",
+            "\x1b[31m",
+            "\0",
+        ),
+    ],
+)
 def test_escaped_text_keeps_no_markup(text):
     escaped = escape_markdown(text)
     assert escaped != text
-    assert not set("<>|`[]*") & set(escaped)
+    assert not set("<>|`[]*~$@\n") & set(escaped)
     assert "://" not in escaped
+    assert "www." not in escaped
+    assert escaped.isprintable()
+
+
+def test_escaped_text_reads_as_before():
+    text = "v20261120_143000 a_b & <b> [x](http://y) _z_ $1 ~2 me@www.x.org"
+    assert unescape(escape_markdown(text)) == text
