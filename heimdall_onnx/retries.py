@@ -58,7 +58,7 @@ def _log_failed_attempt(
         answer, parsed = response
         if answer.status_code < 500 and answer.status_code != 429:
             return
-        reason = f"{answer.status_code} {parsed.get('Error', {}).get('Code', '')}".strip()
+        reason = str(parsed.get("Error", {}).get("Code") or answer.status_code)
     else:
         reason = type(caught_exception).__name__
     log.warning(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -13,17 +15,26 @@ from botocore import exceptions as aws
 from botocore.config import Config
 
 from heimdall_onnx.errors import ObjectExistsError, SettingsError, StoreError
+from heimdall_onnx.logs import get_logger
 from heimdall_onnx.retries import ATTEMPTS, CONNECT_TIMEOUT_S, READ_TIMEOUT_S, log_store_calls
 from heimdall_onnx.settings import is_loopback
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
     from heimdall_onnx.settings import Settings
 
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+_READS = 3
 _EXISTS_CODES = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
 _CREDENTIALS = "check MLFLOW_S3_ACCESS_KEY_ID and MLFLOW_S3_SECRET_ACCESS_KEY"
 _FORBIDDEN = f"access is forbidden: the key may be wrong or not allowed this; {_CREDENTIALS}"
+_OVERLOADED = "the store is overloaded, or not there behind its address; try again later"
+_BROKEN = "the store has failed at it; look into its log, or try again later"
 _REASONS = {
     "InvalidAccessKeyId": f"the store does not know the access key; {_CREDENTIALS}",
     "SignatureDoesNotMatch": f"the secret key is wrong; {_CREDENTIALS}",
@@ -38,10 +49,22 @@ _REASONS = {
     "BadDigest": "the data was damaged on its way; try again",
     "XAmzContentChecksumMismatch": "the data was damaged on its way; try again",
     "RequestTimeTooSkewed": "this machine's clock and the store's differ too much; set the clock",
-    "SlowDown": "the store is overloaded; try again later",
-    "ServiceUnavailable": "the store is overloaded; try again later",
+    "SlowDown": _OVERLOADED,
+    "ServiceUnavailable": _OVERLOADED,
+    # As something in front of a store answers, which knows no codes of S3.
+    "502": _OVERLOADED,
+    "503": _OVERLOADED,
+    "504": _OVERLOADED,
+    "InternalError": _BROKEN,
+    "500": _BROKEN,
 }
 _UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.EndpointConnectionError)
+_BROKEN_OFF = (
+    aws.ResponseStreamingError,
+    aws.IncompleteReadError,
+    aws.ReadTimeoutError,
+    aws.FlexibleChecksumError,
+)
 
 
 def make_client(
@@ -96,6 +119,34 @@ def make_client(
     return client
 
 
+def read_object(
+    client: S3Client, bucket: str, key: str, read: Callable[[GetObjectOutputTypeDef], T]
+) -> T:
+    """Get an object and read it, again from its beginning where that breaks off on its way.
+
+    botocore repeats a call until its answer begins, and no further.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket.
+        key: Key of the object.
+        read: Reads the body of the answer to its end; may be called several times.
+
+    Returns:
+        What ``read`` does.
+    """
+    for attempt in range(1, _READS):
+        answer = client.get_object(Bucket=bucket, Key=key)
+        try:
+            return read(answer)
+        except _BROKEN_OFF as error:
+            log.warning(
+                "answer broke off", key=key, attempt=attempt, of=_READS, reason=type(error).__name__
+            )
+        time.sleep(random.uniform(0, 2**attempt))
+    return read(client.get_object(Bucket=bucket, Key=key))
+
+
 @contextlib.contextmanager
 def store_errors(client: S3Client, doing: str) -> Iterator[None]:
     """Turn what botocore raises into a `StoreError`: what failed, where, why, what to do.
@@ -132,6 +183,10 @@ def explain_store_error(error: Exception) -> str:
         return f"there are no credentials; {_CREDENTIALS}"
     if isinstance(error, aws.SSLError):
         return "its certificate was not accepted; check MLFLOW_S3_ENDPOINT_URL and AWS_CA_BUNDLE"
+    if isinstance(error, aws.FlexibleChecksumError):
+        return (
+            "what came back is not what was stored: it was damaged on its way or there; try again"
+        )
     if isinstance(error, _UNREACHABLE):
         return (
             f"the store can't be reached ({type(error).__name__}); check that it runs and that "
