@@ -185,7 +185,7 @@ def explain_store_error(error: Exception) -> str:
         return "its certificate was not accepted; check MLFLOW_S3_ENDPOINT_URL and AWS_CA_BUNDLE"
     if isinstance(error, aws.FlexibleChecksumError):
         return (
-            "what came back is not what was stored: it was damaged on its way or there; try again"
+            "what came back is not what was stored: it was damaged there or on its way"
         )
     if isinstance(error, _UNREACHABLE):
         return (
