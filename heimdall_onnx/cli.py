@@ -331,8 +331,8 @@ def _store() -> S3Client:
 def list_(bucket: str, prefix: str) -> None:
     """List the releases, oldest first."""
     from heimdall_onnx.errors import VerificationError
+    from heimdall_onnx.manifest import read_manifest
     from heimdall_onnx.store import bucket_exists, list_versions
-    from heimdall_onnx.verify import read_manifest
 
     client = _store()
     if not bucket_exists(client, bucket):
@@ -346,10 +346,9 @@ def list_(bucket: str, prefix: str) -> None:
             unreadable.append(version)
             click.echo(f"{version}  {error}")
             continue
-        named = manifest["mlflow"]
         click.echo(
-            f"{version}  {manifest['verdict']:<14}"
-            f"{named['model_name']} version {named['model_version']}"
+            f"{version}  {manifest.verdict:<14}"
+            f"{manifest.model_name} version {manifest.model_version}"
         )
     if unreadable:
         raise VerificationError(f"the manifest can't be read of {', '.join(unreadable)}")
@@ -360,10 +359,10 @@ def list_(bucket: str, prefix: str) -> None:
 @_place_options
 def show(version: str, bucket: str, prefix: str) -> None:
     """Print the manifest of VERSION, which may also be an s3:// address."""
-    from heimdall_onnx.verify import read_manifest
+    from heimdall_onnx.manifest import read_manifest
 
     manifest = read_manifest(_store(), _folder(version, bucket, prefix))
-    click.echo(json.dumps(manifest, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(manifest.data, indent=2, ensure_ascii=False))
 
 
 @main.command()

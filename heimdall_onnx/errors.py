@@ -14,7 +14,8 @@ HeimdallError                      exit 1
 │   ├── BenchmarkError (RuntimeError)      a contender could not be measured
 │   ├── GateError                          at least one gate failed
 │   ├── NotebookError                      the notebook did not run to its end
-│   └── VerificationError                  a release does not match its manifest
+│   ├── VerificationError                  a release does not match its manifest
+│   └── PromotionError                     an alias must not be moved
 └── ServiceError (RuntimeError)    exit 4: a service could not be reached or refused
     ├── StoreError                 the object store
     │   └── ObjectExistsError      an object that must not be overwritten is already there
@@ -86,6 +87,10 @@ class NotebookError(EvidenceError):
 
 class VerificationError(EvidenceError):
     """A release, or an object of it, does not match what was recorded."""
+
+
+class PromotionError(EvidenceError):
+    """An alias must not be moved; the message lists every reason."""
 
 
 class ServiceError(HeimdallError, RuntimeError):

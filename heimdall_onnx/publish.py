@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heimdall_onnx.content import keep_content
 from heimdall_onnx.errors import HeimdallError, ServiceError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
@@ -37,8 +38,9 @@ from heimdall_onnx.store import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from torch import nn
 
+    from heimdall_onnx.checkpoint import LoadedModel
+    from heimdall_onnx.evaluation import EvaluationData
     from heimdall_onnx.export import ExportResult
     from heimdall_onnx.gates import Verdict
     from heimdall_onnx.parameters import ReleaseParameters
@@ -53,6 +55,7 @@ CONTENT_TYPES = {
     ".json": "application/json",
     ".html": "text/html; charset=utf-8",
     ".ipynb": "application/x-ipynb+json",
+    ".sig": "application/vnd.dev.sigstore.bundle.v0.3+json",
 }
 
 
@@ -107,6 +110,7 @@ class UploadedRelease:
         run_id: MLflow run of the release.
         metadata: Content of ``metadata.json``.
         objects: Everything in the folder.
+        content: Checkpoint and evaluation data, kept under their hashes; see `Content`.
     """
 
     version: str
@@ -116,6 +120,7 @@ class UploadedRelease:
     run_id: str
     metadata: dict[str, Any] = field(repr=False)
     objects: tuple[StoredObject, ...] = field(repr=False)
+    content: tuple[dict[str, Any], ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -174,18 +179,19 @@ def upload_release(
     settings: Settings,
     parameters: ReleaseParameters,
     verdict: Verdict,
-    model: nn.Module,
-    signature: Signature,
+    loaded: LoadedModel,
+    data: EvaluationData,
     exported: ExportResult,
     metrics: Mapping[str, float],
 ) -> UploadedRelease | Skipped:
-    """Claim a version and upload the model with what MLflow needs beside it.
+    """Keep what the model was made of, claim a version and upload the model into it.
 
     Nothing is uploaded unless the parameters ask for it and every gate holds. The metadata is
     written first, conditionally, which is what claims the version. What a failed upload has claimed
     is taken back, so that it can be called again.
 
     Raises:
+        DataError: If checkpoint or evaluation data have changed since they were read.
         ServiceError: If a service can't be reached, refuses, or returns other bytes.
     """
     if not parameters.publish:
@@ -203,16 +209,31 @@ def upload_release(
             undo.callback(close_own_run, tracker, run_id, "FAILED")
         undo.callback(withdraw, connection, exported.path.parent)
         described = describe_model(
-            model,
-            signature,
+            loaded.model,
+            loaded.signature,
             size_bytes=exported.size_bytes,
             sha256=exported.sha256,
             run_id=run_id,
             inference_metrics=metrics,
         )
-        uploaded = _upload(connection, parameters, journal, described, exported, signature)
+        ensure_bucket(connection.client, parameters.bucket)
+        content = _keep_content(connection.client, parameters, loaded, data)
+        uploaded = _upload(
+            connection, parameters, journal, described, exported, loaded.signature, content
+        )
         undo.pop_all()
     return uploaded
+
+
+def _keep_content(
+    client: S3Client, parameters: ReleaseParameters, loaded: LoadedModel, data: EvaluationData
+) -> tuple[dict[str, Any], ...]:
+    # It is shared between releases, so that it stays when this one is taken back.
+    bucket, path = parameters.bucket, parameters.eval_data_path
+    kept = [keep_content(client, bucket, loaded.path, loaded.sha256, "checkpoint")]
+    if path is not None and data.sha256 is not None:
+        kept.append(keep_content(client, bucket, path, data.sha256, "evaluation_data"))
+    return tuple(entry.model_dump() for entry in kept)
 
 
 def _connect_beside(settings: Settings, beside: ThreadPoolExecutor) -> Connection:
@@ -244,12 +265,12 @@ def _upload(
     described: Mapping[str, Any],
     exported: ExportResult,
     signature: Signature,
+    content: tuple[dict[str, Any], ...],
 ) -> UploadedRelease:
     client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
     run_id = described["mlflow_run_id"]
-    ensure_bucket(client, bucket)
 
-    def content(version: str) -> bytes:
+    def claim(version: str) -> bytes:
         journal.write(
             bucket=bucket,
             prefix=prefix,
@@ -259,7 +280,7 @@ def _upload(
         )
         return to_json({**described, "version": version})
 
-    version = claim_version(client, bucket, prefix, name=METADATA, content=content)
+    version = claim_version(client, bucket, prefix, name=METADATA, content=claim)
     folder = f"{prefix}/{version}"
     model = upload_file(
         client,
@@ -286,6 +307,7 @@ def _upload(
         run_id=run_id,
         metadata={**described, "version": version},
         objects=objects,
+        content=content,
     )
 
 
@@ -368,6 +390,7 @@ def _register(
     named = {f"{prefix}.{name}": value for name, value in logged.items()}
     tracker.log_params(named, run_id=uploaded.run_id)
     tracker.log_metrics(metrics, run_id=uploaded.run_id)
+    Journal(Path(parameters.output_dir)).write(registering=True)
     version = tracker.register_model(
         parameters.name,
         uploaded.folder_uri,
@@ -402,13 +425,18 @@ def _withdrawals(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     if "version" not in entries:
         return
-    bucket, folder = entries["bucket"], f"{entries['prefix']}/{entries['version']}"
-    name, uri, run_id = entries["model_name"], f"s3://{bucket}/{folder}", entries["run_id"]
-    yield (
-        f"the version of {name} with source {uri}",
-        lambda: _delete_own_versions(connection.tracker, name, uri, run_id),
-    )
-    yield uri, partial(_delete_own_folder, connection.client, bucket, f"{folder}/", run_id)
+    client, bucket = connection.client, entries["bucket"]
+    folder, run_id = f"{entries['prefix']}/{entries['version']}/", entries["run_id"]
+    name, uri = entries["model_name"], f"s3://{bucket}/{folder.rstrip('/')}"
+    # Without its manifest it is no release, whatever else can't be taken back.
+    yield f"{uri}/{MANIFEST}", partial(_delete_own, client, bucket, folder, run_id, _is_manifest)
+    if entries.get("registering"):
+        yield (
+            f"the version of {name} with source {uri}",
+            lambda: _delete_own_versions(connection.tracker, name, uri, run_id),
+        )
+    # Without the claim nobody would know whose the rest is.
+    yield uri, partial(_delete_own, client, bucket, folder, run_id, lambda key: True)
 
 
 def _delete_own_versions(tracker: MLflowTracker, name: str, source: str, run_id: str) -> None:
@@ -417,19 +445,22 @@ def _delete_own_versions(tracker: MLflowTracker, name: str, source: str, run_id:
         tracker.delete_version(name, version)
 
 
-def _delete_own_folder(client: S3Client, bucket: str, folder: str, run_id: str) -> None:
+def _is_manifest(key: str) -> bool:
+    return key.endswith(f"/{MANIFEST}")
+
+
+def _delete_own(
+    client: S3Client, bucket: str, folder: str, run_id: str, which: Callable[[str], bool]
+) -> None:
     # The journal is written before the claim, so the folder may be somebody else's, or nobody's.
     claim = folder + METADATA
-    if not list_keys(client, bucket, claim):
+    keys = list_keys(client, bucket, folder)
+    if claim not in keys or read_json(client, bucket, claim).get("mlflow_run_id") != run_id:
         return
-    if read_json(client, bucket, claim).get("mlflow_run_id") != run_id:
-        return
-    # Without its manifest it is no release, whatever else can't be deleted; and without the claim
-    # nobody would know whose the rest is.
-    delete_objects(client, bucket, [folder + MANIFEST])
-    rest = [key for key in list_keys(client, bucket, folder) if key != claim]
-    delete_objects(client, bucket, rest)
-    delete_objects(client, bucket, [claim])
+    chosen = [key for key in keys if which(key)]
+    delete_objects(client, bucket, [key for key in chosen if key != claim])
+    if claim in chosen:
+        delete_objects(client, bucket, [claim])
 
 
 def to_json(data: Mapping[str, Any]) -> bytes:

@@ -7,14 +7,12 @@ last, and only then moves the alias. Whatever goes wrong before that is taken ba
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,37 +28,42 @@ from heimdall_onnx.errors import (
     ParameterError,
     ServiceError,
     SettingsError,
-    error_class,
 )
+from heimdall_onnx.execution import error_of, execute_notebook
 from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
 from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.logs import get_logger
+from heimdall_onnx.manifest import REPORT, REPORT_HTML, Manifest
+from heimdall_onnx.offer import (
+    add_bom,
+    complete_release,
+    describe_manifest,
+    offer_release,
+    withdraw_offer,
+)
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import (
     Connection,
     close_own_run,
     connect,
     content_type,
-    to_json,
     withdraw,
 )
 from heimdall_onnx.report import (
-    NO_CELL,
     Judgement,
     figures,
-    judge_notebook,
-    last_started,
     put_verdict_first,
     render_html,
 )
+from heimdall_onnx.retention import Protection, prepare_bucket
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
+from heimdall_onnx.signing import Signer, open_signer
 from heimdall_onnx.store import (
     MANIFEST,
     StoredObject,
     claim_version,
     ensure_bucket,
-    upload_bytes,
     upload_file,
 )
 from heimdall_onnx.workspace import new_run_folder
@@ -71,11 +74,6 @@ if TYPE_CHECKING:
     from heimdall_onnx.registry import MLflowTracker
 
 log = get_logger(__name__)
-
-# The kernel imports PyTorch before it answers, which takes minutes from a cold network disk.
-_KERNEL_START_S = 600
-REPORT, REPORT_HTML = "report.ipynb", "report.html"
-MANIFEST_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,9 @@ class _Run:
         self.result = ReleaseResult(success=False, exit_code=1, verdict="fail")
         self._judgement: Judgement | None = None
         self._offered = False
-        self._alias_before: str | None = None
+        self._signer: Signer | None = None
+        self._protection: Protection | None = None
+        self._manifest: Manifest | None = None
         self._costs = CostWatch()
 
     def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
@@ -198,12 +198,17 @@ class _Run:
         ):
             if path and not Path(path).exists():
                 raise ParameterError(f"expected {what} at {path}, found no such file")
+        # Before anything is spent on a release that could not be signed in the end.
+        self._signer = open_signer(self.settings)
         self._make_folder()
         with self._costs.step("services"):
             settings = ensure_store(self.settings)
         with started_kernel(_kernel_environment(settings)) as kernel:
             with self._costs.step("services"):
                 connection = connect(settings)
+                if settings.versioning or settings.retention_days:
+                    # Before the first upload: what is there already has no version.
+                    self._protection = _protect(connection, self.parameters.bucket)
                 run_id = self._begin_run(connection.tracker)
             structlog.contextvars.bind_contextvars(run_id=run_id)
             self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
@@ -285,45 +290,16 @@ class _Run:
         cell_timeout: int | None,
         progress: bool,
     ) -> Judgement:
-        # What rendering needs is imported too, while the kernel is still busy starting.
-        import nbconvert  # noqa: F401
-        import papermill
-        from nbclient.exceptions import CellTimeoutError
-        from papermill.exceptions import PapermillException
-
-        from heimdall_onnx.engine import ENGINE
-
-        report = self.folder / REPORT
-        stopped, started = "", time.perf_counter()
-        log.info("running", notebook=notebook.name, folder=str(self.folder))
-        try:
-            papermill.execute_notebook(
-                str(notebook),
-                str(report),
-                parameters=self.parameters.model_dump(mode="json"),
-                engine_name=ENGINE,
-                kernel_name="python3",
-                kernel=kernel,
-                start_timeout=_KERNEL_START_S,
-                progress_bar=progress,
-                execution_timeout=cell_timeout,
-            )
-        except (PapermillException, CellTimeoutError, RuntimeError) as error:
-            # Its text is a traceback of the kernel's; the file says the same and is judged below.
-            stopped = type(error).__name__
-            log.info("notebook stopped", kind=stopped)
-            if isinstance(error, RuntimeError) and last_started(report) == NO_CELL:
-                raise NotebookError(f"the notebook's kernel did not start: {error}") from error
-        if not report.is_file():
-            raise NotebookError(f"papermill wrote no notebook for {notebook} ({stopped})")
-        judgement = judge_notebook(report)
+        started = time.perf_counter()
+        judgement = execute_notebook(
+            notebook,
+            self.folder / REPORT,
+            self.parameters,
+            kernel,
+            cell_timeout=cell_timeout,
+            progress=progress,
+        )
         self._add_notebook_costs(judgement, time.perf_counter() - started)
-        if stopped == CellTimeoutError.__name__:
-            problem = f"a cell took longer than the {cell_timeout} s it may: {last_started(report)}"
-            judgement = replace(judgement, problem=problem, error_name="", error_message="")
-        elif stopped and not judgement.problem:
-            # A kernel that dies in the very last cell leaves a file in which all is well.
-            judgement = replace(judgement, problem=f"the notebook was stopped by {stopped}")
         self._judgement = judgement
         return judgement
 
@@ -390,68 +366,26 @@ class _Run:
         objects: dict[str, dict[str, Any]],
         folder_uri: str,
     ) -> None:
-        """Manifest last, then the tags that name it, then the alias."""
-        registered = judgement.record["registered"]
-        name, version = registered["model_name"], registered["model_version"]
-        manifest = to_json(self._manifest(judgement, objects))
-        upload_bytes(
-            connection.client,
-            manifest,
-            self.parameters.bucket,
-            f"{self.parameters.prefix}/{judgement.record['uploaded']['version']}/{MANIFEST}",
-            content_type="application/json",
-            if_absent=True,
+        """Complete the release, and only then move the alias."""
+        record, parameters = judgement.record, self.parameters
+        described = describe_manifest(
+            record,
+            parameters,
+            objects,
+            verdict=self._verdict(passed=True),
+            costs=self.result.costs,
+            signer=self._signer,
+            protection=self._protection or _protect(connection, parameters.bucket),
         )
-        connection.tracker.set_version_tags(
-            name,
-            version,
-            {
-                "manifest_uri": f"{folder_uri}/{MANIFEST}",
-                "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-                "report_uri": f"{folder_uri}/{REPORT}",
-                "verdict": self._verdict(passed=True),
-                # Last: a version with a hash and no manifest would be opened without one.
-                "sha256": judgement.record["uploaded"]["sha256"],
-            },
-        )
-        alias = self.parameters.alias
-        if alias in ("staging", "production"):
-            connection.tracker.transition_model_stage(name, version, alias.capitalize())
-        self._alias_before = connection.tracker.alias_target(name, alias)
+        described = add_bom(connection, folder_uri, described, record)
+        self._manifest = complete_release(connection, folder_uri, described, self._signer)
         with uninterrupted():
-            connection.tracker.set_alias(name, version, alias)
+            offer_release(connection, self._manifest, parameters.alias, f"run {parameters.run_id}")
             self._offered = True
-
-    def _manifest(self, judgement: Judgement, objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        done = judgement.record
-        environment = done["environment"]
-        return {
-            "schema_version": MANIFEST_SCHEMA,
-            "version": done["uploaded"]["version"],
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "verdict": self._verdict(passed=True),
-            "gates": done["gates"],
-            "objects": [
-                {"key": o["key"], "size": o["size_bytes"], "sha256": o["sha256"]}
-                for o in sorted(objects.values(), key=lambda o: str(o["key"]))
-            ],
-            "parameters": self.parameters.model_dump(mode="json"),
-            "checkpoint": done["checkpoint"],
-            "evaluation_data": done["evaluation_data"],
-            "git": {"commit": environment["git_commit"], "dirty": environment["git_dirty"]},
-            "environment": environment,
-            "threads": done["threads"],
-            "costs": self.result.costs,
-            "mlflow": {
-                "run_id": self.result.run_id,
-                "model_name": done["registered"]["model_name"],
-                "model_version": done["registered"]["model_version"],
-            },
-        }
 
     def _keep_failed(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
         """Keep the report of a run that failed, since that is the one to be understood."""
-        error = _error_of(judgement)
+        error = error_of(judgement)
         self.result = replace(
             self.result,
             gates=judgement.record.get("gates", []),
@@ -552,36 +486,30 @@ class _Run:
         """Withdraw what this run has claimed, unless it is offered already; say what is left."""
         if self._offered:
             return ()
-        left = (*self._restore_alias(connection), *withdraw(connection, self.folder))
+        left = (*self._withdraw_offer(connection), *withdraw(connection, self.folder))
         if left:
             log.error("could not be taken back", left=left)
         return left
 
-    def _restore_alias(self, connection: Connection) -> Iterator[str]:
-        """Move the alias back if the registry moved it and failed to say so."""
-        before, alias = self._alias_before, self.parameters.alias
-        if before is None or self._judgement is None:
-            return
-        registered = self._judgement.record["registered"]
-        name = registered["model_name"]
-        try:
-            connection.tracker.restore_alias(name, alias, registered["model_version"], before)
-        except ServiceError as error:
-            yield f"alias {alias} of {name}, which was at version {before}: {error}"
+    def _withdraw_offer(self, connection: Connection) -> Iterator[str]:
+        """Move the alias back if it was moved and the registry failed to say so."""
+        if self._manifest is not None:
+            yield from withdraw_offer(connection, self._manifest, self.parameters.alias)
 
     def _verdict(self, *, passed: bool) -> str:
         word = "pass" if passed else "fail"
         return f"{word} (smoke)" if self.parameters.profile == "smoke" else word
 
 
-def _error_of(judgement: Judgement) -> HeimdallError:
-    """The error that stopped the notebook, as the class it was raised as."""
-    known = error_class(judgement.error_name)
-    if known is not None:
-        return known(judgement.error_message)
-    if judgement.error_name:
-        return NotebookError(f"{judgement.problem}: {judgement.error_message}")
-    return NotebookError(judgement.problem or "a gate failed")
+def _protect(connection: Connection, bucket: str) -> Protection:
+    settings = connection.settings
+    ensure_bucket(connection.client, bucket)
+    return prepare_bucket(
+        connection.client,
+        bucket,
+        versioning=settings.versioning,
+        retention_days=settings.retention_days,
+    )
 
 
 def _with_left(error: HeimdallError, left: tuple[str, ...]) -> HeimdallError:
@@ -597,7 +525,8 @@ def _kernel_environment(settings: Settings) -> dict[str, str]:
     before = dict(os.environ)
     try:
         settings.apply()
-        return dict(os.environ)
+        # The notebook runs a stranger's model; it has no business with the key that vouches for it.
+        return {k: v for k, v in os.environ.items() if not k.startswith("HEIMDALL_SIGNING_")}
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -45,6 +45,14 @@ class Settings(BaseSettings):
         experiment_name: MLflow experiment of the release runs.
         home: Folder of the embedded services and of local working files.
         recordings: Folder with real recordings, for tests and measurements.
+        signing_key: Private key (PEM) that signs releases; None leaves them unsigned.
+        signing_key_password: Its password, if it has one.
+        signing_certificate: The key's certificate (PEM), to sign with a certificate.
+        signing_certificate_chain: The certificates (PEM) between that one and its root.
+        public_key: The signer's public key (PEM), which releases are checked against.
+        trusted_certificates: Root certificates (PEM), the same for signatures with a certificate.
+        versioning: Make buckets of releases with versioning and Object Lock.
+        retention_days: Days for which the store keeps a release's objects from being deleted.
     """
 
     # Compose files and CI systems pass what is not set as an empty string.
@@ -63,6 +71,20 @@ class Settings(BaseSettings):
     experiment_name: str = Field("heimdall-localization", validation_alias="MLFLOW_EXPERIMENT_NAME")
     home: Path = Field(Path(".heimdall"), validation_alias="HEIMDALL_HOME")
     recordings: Path | None = Field(None, validation_alias="HEIMDALL_RECORDINGS")
+    signing_key: Path | None = Field(None, validation_alias="HEIMDALL_SIGNING_KEY")
+    signing_key_password: SecretStr | None = Field(
+        None, validation_alias="HEIMDALL_SIGNING_KEY_PASSWORD"
+    )
+    signing_certificate: Path | None = Field(None, validation_alias="HEIMDALL_SIGNING_CERTIFICATE")
+    signing_certificate_chain: Path | None = Field(
+        None, validation_alias="HEIMDALL_SIGNING_CERTIFICATE_CHAIN"
+    )
+    public_key: Path | None = Field(None, validation_alias="HEIMDALL_PUBLIC_KEY")
+    trusted_certificates: Path | None = Field(
+        None, validation_alias="HEIMDALL_TRUSTED_CERTIFICATES"
+    )
+    versioning: bool = Field(False, validation_alias="HEIMDALL_VERSIONING")
+    retention_days: int = Field(0, ge=0, le=36500, validation_alias="HEIMDALL_RETENTION_DAYS")
 
     @field_validator("home")
     @classmethod

@@ -33,6 +33,8 @@ log = get_logger(__name__)
 MANIFEST = "manifest.json"
 
 _CHUNK_BYTES = 1 << 20
+# What is read as a whole are manifests, records and notebooks.
+_MAX_READ_BYTES = 256 << 20
 _TRANSFER = TransferConfig(
     multipart_threshold=64 << 20, multipart_chunksize=16 << 20, max_concurrency=4
 )
@@ -117,6 +119,7 @@ def upload_file(
     metadata: Mapping[str, str] | None = None,
     content_type: str | None = None,
     progress: Callable[[int], None] | None = None,
+    delete_damaged: bool = True,
 ) -> StoredObject:
     """Upload a file, read it back and compare; large files go in parts.
 
@@ -131,12 +134,12 @@ def upload_file(
         content_type: MIME type.
         progress: Called from transfer threads with the number of bytes sent since its last call; by
             default every tenth of a large file is logged.
+        delete_damaged: Delete the object if something else is read back.
 
     Raises:
         DataError: If the file can't be read or hasn't the given SHA-256.
         ParameterError: If the metadata is not portable between stores.
-        StoreError: If the store fails, or returns something else than was sent (the object is
-            deleted then).
+        StoreError: If the store fails, or returns something else than was sent.
     """
     expected = sha256 or hash_file(path)
     extra = _extra_args(expected, metadata, content_type)
@@ -150,7 +153,7 @@ def upload_file(
             Config=_TRANSFER,
         )
     try:
-        return _verify(client, bucket, key, expected)
+        return _verify(client, bucket, key, expected, delete_damaged=delete_damaged)
     except StoreError as error:
         # Hashed again only now, so that a large file is read no more often than needed.
         if (found := hash_file(path)) != expected:
@@ -293,10 +296,19 @@ def download_file(
     return found
 
 
-def read_bytes(client: S3Client, bucket: str, key: str) -> bytes:
-    """The content of a small object."""
+def read_bytes(client: S3Client, bucket: str, key: str, *, limit: int = _MAX_READ_BYTES) -> bytes:
+    """The content of a small object.
+
+    Raises:
+        StoreError: If the store fails, or the object is larger than ``limit`` bytes.
+    """
     with store_errors(client, f"read {format_uri(bucket, key)}"):
-        return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        content = client.get_object(Bucket=bucket, Key=key)["Body"].read(limit + 1)
+    if len(content) > limit:
+        raise StoreError(
+            f"{format_uri(bucket, key)} is not what it should be: expected at most {limit} bytes"
+        )
+    return content
 
 
 def read_json(client: S3Client, bucket: str, key: str) -> Any:
@@ -461,15 +473,18 @@ def _was_written(client: S3Client, bucket: str, key: str, write_id: str) -> bool
     return there.get("write-id") == write_id
 
 
-def _verify(client: S3Client, bucket: str, key: str, expected: str) -> StoredObject:
+def _verify(
+    client: S3Client, bucket: str, key: str, expected: str, *, delete_damaged: bool = True
+) -> StoredObject:
     uri = format_uri(bucket, key)
     found, size = hash_object(client, bucket, key)
     if found != expected:
-        with store_errors(client, f"delete the damaged {uri}"):
-            client.delete_object(Bucket=bucket, Key=key)
+        if delete_damaged:
+            with store_errors(client, f"delete the damaged {uri}"):
+                client.delete_object(Bucket=bucket, Key=key)
         raise StoreError(
             f"{uri} reads back differently: expected SHA-256 {expected}, found {found} "
-            f"({size} bytes); it was deleted, run again"
+            f"({size} bytes); {'it was deleted, ' if delete_damaged else ''}run again"
         )
     log.debug("object stored", uri=uri, size_bytes=size, sha256=found)
     return StoredObject(uri, bucket, key, size, found)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING
 
 from heimdall_onnx.errors import NotRegisteredError, ParameterError, VerificationError
 from heimdall_onnx.inference import open_session
+from heimdall_onnx.logs import get_logger
+from heimdall_onnx.manifest import (
+    MODEL,
+    REPORT,
+    REVIEWS,
+    SIGNATURE,
+    Entry,
+    Manifest,
+    read_manifest,
+)
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
+from heimdall_onnx.signing import MAX_SIGNATURE_BYTES, Trust, check_signature
 from heimdall_onnx.store import (
     MANIFEST,
     download_file,
@@ -33,8 +42,13 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
     from heimdall_onnx.publish import Connection
-    from heimdall_onnx.registry import RegisteredVersion
+    from heimdall_onnx.registry import MLflowTracker, RegisteredVersion
 
+log = get_logger(__name__)
+
+REVIEW_TAG = "review."
+NOT_RECORDED = "0" * 64
+_REVIEW = re.compile(rf"{REVIEWS}/[A-Za-z0-9_]+-([0-9a-f]{{64}})\.json")
 _MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))$")
 
 
@@ -55,29 +69,6 @@ class Finding:
     found: str
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Entry(_Strict):
-    key: str
-    size: int
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _Registered(_Strict):
-    model_name: str
-    model_version: Annotated[str, Field(pattern="^[0-9]+$")]
-
-
-class _Manifest(_Strict):
-    """What is relied on in a manifest; the rest is for its readers."""
-
-    verdict: str
-    objects: list[_Entry]
-    mlflow: _Registered
-
-
 def open_for_reading(settings: Settings) -> Connection:
     """Reach store and registry without making anything in them.
 
@@ -92,114 +83,237 @@ def open_for_reading(settings: Settings) -> Connection:
     return Connection(settings, client, lambda: tracker)
 
 
-def verify_release(connection: Connection, folder_uri: str) -> tuple[Finding, ...]:
-    """Download a release again and hold every object and the registry against its manifest.
+def verify_release(
+    connection: Connection,
+    folder_uri: str,
+    *,
+    trust: Trust | None = None,
+    hashed: Mapping[str, str] | None = None,
+    registry: bool = True,
+) -> tuple[Finding, ...]:
+    """Download a release again and hold all of it against manifest, registry and signature.
+
+    Every object is read once: those of the release, its reviews, its signature, and the checkpoint
+    and evaluation data that it was made of.
 
     Args:
         connection: Store and registry.
         folder_uri: ``s3://bucket/prefix/version``.
+        trust: Whose signature it must have; what the settings name by default. If they name
+            nobody, a signature is only held against the hash that the registry has of it.
+        hashed: SHA-256 by name of objects that have been read already.
+        registry: Hold it against the registry too; without it a rewritten release is found out by
+            its signature alone.
 
     Raises:
+        SettingsError: If the public key or the certificates can't be read.
         VerificationError: If there is no manifest, so that it is no release.
         ServiceError: If a service can't be reached or refuses.
     """
-    bucket, folder = parse_uri(folder_uri)
-    folder = folder.rstrip("/")
-    manifest = read_manifest(connection.client, folder_uri)
+    client, settings = connection.client, connection.settings
+    if trust is None:
+        trust = Trust(settings.public_key, settings.trusted_certificates)
+    manifest = read_manifest(client, folder_uri)
+    found, findings = _check_objects(client, manifest, hashed or {})
+    tags: Mapping[str, str] | None = None
+    registry_findings: list[Finding] = []
+    if registry:
+        tags, registry_findings = _check_registry(connection.tracker, manifest)
     return (
-        *_check_objects(connection.client, bucket, folder, manifest),
-        *_check_registry(connection, bucket, folder, manifest),
+        *findings,
+        *_check_content(client, manifest),
+        *_check_notebook(client, manifest, found),
+        *registry_findings,
+        *_check_reviews(client, manifest, tags),
+        *_check_signature(client, manifest, found, tags, trust),
     )
 
 
-def read_manifest(client: S3Client, folder_uri: str) -> dict[str, Any]:
-    """The manifest of a release.
+def require_verified(findings: Iterable[Finding], folder_uri: str) -> None:
+    """Raise unless every finding holds.
 
     Raises:
-        VerificationError: If there is none, or it is not one of a release with a model.
-        StoreError: If the store can't be reached or refuses.
+        VerificationError: Naming every one that does not.
     """
-    bucket, folder = parse_uri(folder_uri)
-    key = f"{folder.rstrip('/')}/{MANIFEST}"
-    if not exists(client, bucket, key):
+    wrong = [f"{f.what}: expected {f.expected}, found {f.found}" for f in findings if not f.holds]
+    if wrong:
         raise VerificationError(
-            f"{folder_uri} has no {MANIFEST}, so it is not a release; `heimdall-onnx list` "
-            "shows those that are"
+            f"{folder_uri} does not verify, don't use it:\n  - " + "\n  - ".join(wrong)
         )
-    try:
-        content = read_bytes(client, bucket, key)
-        known = _Manifest.model_validate_json(content)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'content'}: {e['msg']}" for e in error.errors()
-        )
-        raise VerificationError(
-            f"{folder_uri}/{MANIFEST} is no manifest of a release: {problems}"
-        ) from error
-    model_key = f"{folder.rstrip('/')}/model.onnx"
-    if model_key not in {entry.key for entry in known.objects}:
-        raise VerificationError(f"{folder_uri}/{MANIFEST} names no {model_key}")
-    manifest: dict[str, Any] = json.loads(content)
-    return manifest
 
 
 def _check_objects(
-    client: S3Client, bucket: str, folder: str, manifest: Mapping[str, Any]
-) -> Iterator[Finding]:
-    recorded = {entry["key"]: entry for entry in manifest["objects"]}
-    there = set(list_keys(client, bucket, folder + "/")) - {f"{folder}/{MANIFEST}"}
-    for key in sorted(recorded.keys() | there):
-        if key not in there:
-            yield Finding(key, False, "an object", "nothing")
-        elif key not in recorded:
-            yield Finding(key, False, "nothing", "an object the manifest does not name")
+    client: S3Client, manifest: Manifest, hashed: Mapping[str, str]
+) -> tuple[dict[str, str], list[Finding]]:
+    """The hashes by name that were found, and how they compare."""
+    folder = f"{manifest.folder}/"
+    beside = {MANIFEST} | ({SIGNATURE} if manifest.signature else set())
+    there = {key.removeprefix(folder) for key in list_keys(client, manifest.bucket, folder)}
+    there = {name for name in there if name not in beside and not _is_review(name)}
+    found, findings = {MANIFEST: manifest.sha256}, []
+    for name in sorted(manifest.objects.keys() | there):
+        key, entry = folder + name, manifest.objects.get(name)
+        if name not in there:
+            findings.append(Finding(key, False, "an object", "nothing"))
+        elif entry is None:
+            found[name] = NOT_RECORDED
+            findings.append(Finding(key, False, "nothing", "an object the manifest does not name"))
+        elif hashed.get(name) == entry.sha256:
+            found[name] = entry.sha256
         else:
-            digest, size = hash_object(client, bucket, key)
-            expected = f"{recorded[key]['sha256']}, {recorded[key]['size']} bytes"
-            found = f"{digest}, {size} bytes"
-            yield Finding(key, expected == found, expected, found)
+            finding = _compare(client, manifest.bucket, entry)
+            found[name] = finding.found.partition(",")[0]
+            findings.append(finding)
+    return found, findings
+
+
+def _same(what: str, expected: str, found: str) -> Finding:
+    return Finding(what, expected == found, expected, found)
+
+
+def _compare(client: S3Client, bucket: str, entry: Entry) -> Finding:
+    digest, size = hash_object(client, bucket, entry.key)
+    return _same(entry.key, f"{entry.sha256}, {entry.size} bytes", f"{digest}, {size} bytes")
+
+
+def _check_content(client: S3Client, manifest: Manifest) -> Iterator[Finding]:
+    for entry in manifest.content:
+        if exists(client, manifest.bucket, entry.key):
+            yield _compare(client, manifest.bucket, entry)
+        else:
+            yield Finding(entry.key, False, f"the {entry.role.replace('_', ' ')}", "nothing")
+
+
+def _check_notebook(
+    client: S3Client, manifest: Manifest, found: Mapping[str, str]
+) -> Iterator[Finding]:
+    """What the executed notebook says of the model that it has made."""
+    report = manifest.objects.get(REPORT)
+    # Not read a second time where it is a finding already.
+    if report is None or found.get(REPORT) != report.sha256:
+        return
+    text = read_bytes(client, manifest.bucket, report.key)
+    yield _same(f"{report.key}, its record of {MODEL}", manifest.model.sha256, _recorded(text))
+
+
+def _recorded(report: bytes) -> str:
+    """The hash of the model that an executed notebook has recorded, or why there is none."""
+    from heimdall_onnx.report import read_record
+
+    with tempfile.NamedTemporaryFile(prefix="heimdall-report-", suffix=".ipynb") as file:
+        file.write(report)
+        file.flush()
+        try:
+            return str(read_record(Path(file.name))["uploaded"]["sha256"])
+        except Exception as error:
+            # Anybody may have written it, and its parsers raise whatever they meet.
+            return f"none that can be read ({type(error).__name__})"
 
 
 def _check_registry(
-    connection: Connection, bucket: str, folder: str, manifest: Mapping[str, Any]
-) -> Iterator[Finding]:
-    name, version = manifest["mlflow"]["model_name"], manifest["mlflow"]["model_version"]
+    tracker: MLflowTracker, manifest: Manifest
+) -> tuple[Mapping[str, str] | None, list[Finding]]:
+    """The version's tags, None if there is no such version, and how they compare."""
+    name, version = manifest.model_name, manifest.model_version
     try:
-        registered = connection.tracker.get_version(name, version)
+        registered = tracker.get_version(name, version)
     except NotRegisteredError:
-        yield Finding(f"{name} version {version}", False, "a registered version", "none")
+        missing = Finding(f"{name} version {version}", False, "a registered version", "none")
+        return None, [missing]
+    tags = registered.tags
+    compared = (
+        ("source", manifest.uri, registered.source),
+        ("tag manifest_sha256", manifest.sha256, tags.get("manifest_sha256", "none")),
+        ("tag manifest_uri", f"{manifest.uri}/{MANIFEST}", tags.get("manifest_uri", "none")),
+        ("tag report_uri", f"{manifest.uri}/{REPORT}", tags.get("report_uri", "none")),
+        ("tag verdict", manifest.verdict, tags.get("verdict", "none")),
+        ("tag sha256", manifest.model.sha256, tags.get("sha256", "none")),
+    )
+    return tags, [_same(f"{name} version {version}, {what}", *both) for what, *both in compared]
+
+
+def _check_reviews(
+    client: S3Client, manifest: Manifest, tags: Mapping[str, str] | None
+) -> Iterator[Finding]:
+    """Each review has its hash in its name, and the registry has the hashes of all."""
+    folder = f"{manifest.folder}/"
+    keys = list_keys(client, manifest.bucket, f"{folder}{REVIEWS}/")
+    expected = {v for k, v in (tags or {}).items() if k.startswith(REVIEW_TAG)}
+    seen = set()
+    for key in keys:
+        digest, _ = hash_object(client, manifest.bucket, key)
+        named = match[1] if (match := _REVIEW.fullmatch(key.removeprefix(folder))) else "none"
+        seen.add(digest)
+        yield _same(key, named, digest)
+        if tags is not None and digest not in expected:
+            yield Finding(f"{key}, in the registry", False, "a tag with its hash", "none")
+    for digest in sorted(expected - seen):
+        yield Finding(f"{folder}{REVIEWS}/…-{digest}.json", False, "a review record", "nothing")
+
+
+def _check_signature(
+    client: S3Client,
+    manifest: Manifest,
+    found: Mapping[str, str],
+    tags: Mapping[str, str] | None,
+    trust: Trust,
+) -> Iterator[Finding]:
+    key, entry = f"{manifest.folder}/{SIGNATURE}", manifest.signature
+    if entry is None:
+        if trust:
+            yield Finding(key, False, "a signature", "none: the release is unsigned")
+        else:
+            yield _same(f"{key}: the release is unsigned", "none", "none")
         return
-    content = read_bytes(connection.client, bucket, f"{folder}/{MANIFEST}")
-    model = next(e for e in manifest["objects"] if e["key"] == f"{folder}/model.onnx")
-    for what, expected, found in (
-        ("source", f"s3://{bucket}/{folder}", registered.source),
-        (
-            "tag manifest_sha256",
-            hashlib.sha256(content).hexdigest(),
-            registered.tags.get("manifest_sha256", "none"),
-        ),
-        ("tag sha256", model["sha256"], registered.tags.get("sha256", "none")),
-    ):
-        yield Finding(f"{name} version {version}, {what}", expected == found, expected, found)
+    if not exists(client, manifest.bucket, key):
+        yield Finding(key, False, "a signature", "nothing")
+        return
+    signature = read_bytes(client, manifest.bucket, key, limit=MAX_SIGNATURE_BYTES)
+    if tags is not None:
+        digest = hashlib.sha256(signature).hexdigest()
+        recorded = tags.get("signature_sha256", "none")
+        yield _same(f"{key}, in the registry", recorded, digest)
+    signer = f"the signature of key {entry.signer_sha256}"
+    if not trust:
+        yield _same(f"{key}, not checked: no public key was given", signer, signer)
+        return
+    try:
+        check_signature(trust, manifest.version, found, signature)
+        yield _same(key, signer, signer)
+    except VerificationError as error:
+        yield Finding(key, False, f"{signer} for what is here", str(error))
+
+
+def _is_review(name: str) -> bool:
+    return name.startswith(f"{REVIEWS}/")
 
 
 def load_model(
-    uri: str, *, settings: Settings | None = None, threads: int | None = None
+    uri: str,
+    *,
+    verify: bool = True,
+    trust: Trust | None = None,
+    settings: Settings | None = None,
+    threads: int | None = None,
 ) -> InferenceSession:
-    """Open a released model, ready to run, after checking its SHA-256.
+    """Open a released model, ready to run, if its release verifies.
 
-    The file is kept below the settings' home under its hash, and hashed again on every call.
+    Everything that `verify_release` checks must hold. The model is kept below the settings' home
+    under its hash, and hashed again on every call; the other objects, some megabytes, are read
+    from the store each time.
 
     Args:
         uri: ``models:/name@alias``, ``models:/name/version``, ``s3://…/vX``,
             ``s3://…/vX/model.onnx``, or a bare ``s3://….onnx`` object whose metadata holds its
-            SHA-256.
+            SHA-256. Of a bare object there is nothing but that hash to check.
+        verify: False opens what does not verify too, and logs a warning that says why.
+        trust: Whose signature the release must have; what the settings name by default.
         settings: Where the services are; from the environment by default.
         threads: Intra-op threads; ONNX Runtime's choice by default.
 
     Raises:
         ParameterError: If ``uri`` is none of these.
-        VerificationError: If what is there is not what was recorded.
+        VerificationError: If what is there is not what was recorded, or not signed as it must be.
         ServiceError: If a service can't be reached or refuses.
 
     Example:
@@ -211,24 +325,54 @@ def load_model(
     bare = _bare_model(found, uri)
     if bare is not None:
         bucket, key, expected = bare
-        path = _fetch(client, bucket, {"model.onnx": key}, expected, cache)
+        path = _fetch(client, bucket, {MODEL: key}, expected, cache)
         return open_session(path, threads=threads)
-    folder_uri = _folder_of(client, found, uri)
-    bucket, _ = parse_uri(folder_uri)
-    manifest = read_manifest(client, folder_uri)
-    files = {
-        Path(e["key"]).name: e
-        for e in manifest["objects"]
-        if Path(e["key"]).name.startswith("model.onnx")
-    }
-    path = _fetch(
-        client,
-        bucket,
-        {name: entry["key"] for name, entry in files.items()},
-        {name: entry["sha256"] for name, entry in files.items()},
-        cache,
-    )
+    try:
+        folder_uri = _folder_of(client, found, uri)
+        path = _verified_model(client, settings, folder_uri, cache, trust)
+    except VerificationError as error:
+        if verify:
+            raise
+        log.warning("opened although it does not verify", uri=uri, reason=str(error))
+        source = found.source if found else uri.removesuffix(f"/{MODEL}")
+        return _open_unverified(client, source.rstrip("/"), threads)
     return open_session(path, threads=threads)
+
+
+def _verified_model(
+    client: S3Client,
+    settings: Settings,
+    folder_uri: str,
+    cache: Path,
+    trust: Trust | None,
+) -> Path:
+    from heimdall_onnx.publish import Connection
+    from heimdall_onnx.registry import open_registry
+    from heimdall_onnx.registry_errors import missing_database
+
+    manifest = read_manifest(client, folder_uri)
+    files = {n: entry for n, entry in manifest.objects.items() if n.startswith(MODEL)}
+    hashes = {name: entry.sha256 for name, entry in files.items()}
+    keys = {name: entry.key for name, entry in files.items()}
+    path = _fetch(client, manifest.bucket, keys, hashes, cache)
+    missing = missing_database(settings.tracking_uri.get_secret_value())
+    if missing:
+        # An address in the store is enough for who has no registry; a signature takes its place.
+        log.warning("not held against a registry", uri=folder_uri, missing=str(missing))
+    connection = Connection(settings, client, lambda: open_registry(settings))
+    findings = verify_release(
+        connection, folder_uri, trust=trust, hashed=hashes, registry=missing is None
+    )
+    require_verified(findings, folder_uri)
+    return path
+
+
+def _open_unverified(client: S3Client, source: str, threads: int | None) -> InferenceSession:
+    bucket, folder = parse_uri(source)
+    with tempfile.TemporaryDirectory(prefix="heimdall-unverified-") as scratch:
+        for key in list_keys(client, bucket, f"{folder}/{MODEL}"):
+            download_file(client, bucket, key, Path(scratch) / Path(key).name)
+        return open_session(Path(scratch) / MODEL, threads=threads)
 
 
 def _registered(settings: Settings, uri: str) -> RegisteredVersion | None:

@@ -12,6 +12,7 @@ import torch
 from models import SmallNet
 
 from heimdall_onnx.errors import RegistryError
+from heimdall_onnx.manifest import CONTENT
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.release import notebook_path
@@ -61,8 +62,9 @@ def versions(settings: Settings, name: str = "test-model") -> list:
 
 
 def nothing_is_offered(s3, settings: Settings, bucket: str) -> None:
-    """No folder outside failed/, no registered version, no alias."""
-    left = {key for key in keys(s3, bucket) if not key.startswith(f"{PREFIX}/failed/")}
+    """No folder outside failed/, no registered version, no alias; shared content may stay."""
+    apart = (f"{PREFIX}/failed/", f"{CONTENT}/")
+    left = {key for key in keys(s3, bucket) if not key.startswith(apart)}
     assert left == set()
     assert versions(settings) == []
 

@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import mlflow
 import pytest
 from models import SmallNet
+from releases import smoke
 
 from heimdall_onnx import store
+from heimdall_onnx.checkpoint import load_checkpoint
 from heimdall_onnx.errors import (
     DataError,
     NotRegisteredError,
@@ -15,8 +18,10 @@ from heimdall_onnx.errors import (
     StoreError,
     VerificationError,
 )
+from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.export import export_model
 from heimdall_onnx.gates import Gate, Verdict
+from heimdall_onnx.manifest import CONTENT
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import (
     Connection,
@@ -48,10 +53,10 @@ def connection(settings, reset_mlflow) -> Connection:
 
 
 @pytest.fixture
-def parameters(bucket, tmp_path) -> ReleaseParameters:
+def parameters(bucket, tmp_path, small) -> ReleaseParameters:
     folder = tmp_path / "run"
     folder.mkdir()
-    return ReleaseParameters(bucket=bucket, name="net", publish=True, output_dir=str(folder))
+    return smoke(small, bucket, name="net", publish=True, output_dir=str(folder))
 
 
 @pytest.fixture
@@ -60,34 +65,40 @@ def exported(parameters):
 
 
 def upload(settings, parameters, exported, verdict=PASSED):
-    model = SmallNet()
-    return upload_release(
-        settings, parameters, verdict, model, model.signature, exported, {"speedup": 2.0}
+    loaded = load_checkpoint(
+        Path(parameters.checkpoint), model=parameters.model, model_kwargs=parameters.model_kwargs
     )
+    data = load_evaluation_data(parameters.eval_data_path, loaded.signature)
+    return upload_release(settings, parameters, verdict, loaded, data, exported, {"speedup": 2.0})
+
+
+def folder_keys(s3, bucket) -> set[str]:
+    """What is there beside what releases have in common."""
+    return {key for key in list_keys(s3, bucket, "") if not key.startswith(f"{CONTENT}/")}
 
 
 def test_nothing_is_uploaded_without_being_asked(settings, parameters, exported, s3, bucket):
     quiet = parameters.model_copy(update={"publish": False})
     assert isinstance(upload(settings, quiet, exported), Skipped)
-    assert list_keys(s3, bucket, "") == ()
+    assert folder_keys(s3, bucket) == set()
 
 
 def test_nothing_is_uploaded_after_a_failed_gate(settings, parameters, exported, s3, bucket):
     skipped = upload(settings, parameters, exported, FAILED)
     assert skipped == Skipped("1 gates failed")
     assert register_release(settings, parameters, skipped, {}) is skipped
-    assert list_keys(s3, bucket, "") == ()
+    assert folder_keys(s3, bucket) == set()
 
 
 def test_uploaded_folder_has_no_manifest_yet(
     settings, connection, parameters, exported, s3, bucket
 ):
     uploaded = upload(settings, parameters, exported)
-    names = {key.rsplit("/", 1)[1] for key in list_keys(s3, bucket, "")}
+    names = {key.rsplit("/", 1)[1] for key in folder_keys(s3, bucket)}
     assert {"model.onnx", "MLmodel", "metadata.json"} <= names
     assert "manifest.json" not in names
     assert uploaded.sha256 == exported.sha256
-    assert {o.key for o in uploaded.objects} == set(list_keys(s3, bucket, ""))
+    assert {o.key for o in uploaded.objects} == folder_keys(s3, bucket)
 
 
 def test_model_whose_hash_is_known_is_not_hashed_again(settings, parameters, exported, monkeypatch):
@@ -110,7 +121,7 @@ def test_run_that_does_not_exist_leaves_nothing_uploaded(
     unknown = parameters.model_copy(update={"run_id": "0" * 32})
     with pytest.raises(RegistryError, match="0" * 32):
         upload(settings, unknown, exported)
-    assert list_keys(s3, bucket, "") == ()
+    assert folder_keys(s3, bucket) == set()
 
 
 def test_failed_upload_is_taken_back_and_can_be_repeated(
@@ -120,7 +131,7 @@ def test_failed_upload_is_taken_back_and_can_be_repeated(
     exported.path.write_bytes(b"changed")
     with pytest.raises(DataError, match="has changed"):
         upload(settings, parameters, exported)
-    assert list_keys(s3, bucket, "") == ()
+    assert folder_keys(s3, bucket) == set()
     exported.path.write_bytes(model)
     uploaded = upload(settings, parameters, exported)
     register_release(settings, parameters, uploaded, {})
@@ -153,7 +164,7 @@ def test_deleted_run_is_refused_before_anything_is_claimed(
     mlflow.MlflowClient(settings.tracking_uri.get_secret_value()).delete_run(run_id)
     with pytest.raises(RegistryError, match=f"run {run_id} is deleted; restore it"):
         upload(settings, parameters.model_copy(update={"run_id": run_id}), exported)
-    assert list_keys(s3, bucket, "") == ()
+    assert folder_keys(s3, bucket) == set()
 
 
 def test_claim_stays_until_all_else_is_deleted(
@@ -175,10 +186,10 @@ def test_claim_stays_until_all_else_is_deleted(
     for _ in range(2):
         (left,) = withdraw(replace(connection, client=stubborn), exported.path.parent)
         assert "model.onnx: it is locked" in left
-        names = {key.rsplit("/", 1)[1] for key in list_keys(s3, bucket, "")}
+        names = {key.rsplit("/", 1)[1] for key in folder_keys(s3, bucket)}
         assert {"model.onnx", "metadata.json"} <= names
     assert withdraw(connection, exported.path.parent) == ()
-    assert list_keys(s3, bucket, "") == ()
+    assert folder_keys(s3, bucket) == set()
 
 
 def test_everything_claimed_is_taken_back(settings, connection, parameters, exported, s3, bucket):
@@ -186,7 +197,7 @@ def test_everything_claimed_is_taken_back(settings, connection, parameters, expo
     registered = register_release(settings, parameters, uploaded, {"speedup": 2.0})
     assert connection.tracker.get_version("net", registered.model_version).source
     assert withdraw(connection, exported.path.parent) == ()
-    assert list_keys(s3, bucket, "") == ()
+    assert folder_keys(s3, bucket) == set()
     with pytest.raises(Exception, match="net"):
         connection.tracker.get_version("net", registered.model_version)
 
@@ -196,6 +207,7 @@ def test_version_that_nobody_noted_is_found_by_its_source(
 ):
     uploaded = upload(settings, parameters, exported)
     # As when the kernel dies right after registering.
+    Journal(exported.path.parent).write(registering=True)
     version = connection.tracker.register_model("net", uploaded.folder_uri, run_id=uploaded.run_id)
     other = connection.tracker.register_model("net", uploaded.folder_uri)
     assert withdraw(connection, exported.path.parent) == ()
@@ -237,8 +249,11 @@ def test_what_cannot_be_taken_back_is_said(connection, parameters, settings, exp
             raise StoreError("the store is gone")
 
     left = withdraw(replace(connection, client=Unreachable()), exported.path.parent)
-    assert len(left) == 1
-    assert "the store is gone" in left[0]
+    assert {what.rpartition("/")[2].partition(":")[0] for what in left} == {
+        "manifest.json",
+        Journal(exported.path.parent).read()["version"],
+    }
+    assert all("the store is gone" in what for what in left)
 
 
 def test_json_refuses_what_json_does_not_have():

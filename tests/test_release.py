@@ -101,7 +101,7 @@ def released(make_settings, s3, inputs, another_kernel) -> Released:
         return upload_bytes(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(release, "upload_bytes", watched)
+        patch.setattr(offer, "upload_bytes", watched)
         patch.setenv("JUPYTER_PATH", str(another_kernel))
         result = release_checkpoint(smoke(inputs, bucket, opset=20), settings)
     assert result.success, result.error

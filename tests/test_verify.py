@@ -9,13 +9,15 @@ import pytest
 from models import SmallNet
 from pydantic import SecretStr
 from releases import changed_notebook, smoke
+from structlog.testing import capture_logs
 
-from heimdall_onnx.errors import ParameterError, StoreError, VerificationError
+from heimdall_onnx.errors import ParameterError, RegistryError, StoreError, VerificationError
 from heimdall_onnx.export import export_model
+from heimdall_onnx.manifest import read_manifest
 from heimdall_onnx.publish import connect
 from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.store import list_keys, upload_file
-from heimdall_onnx.verify import load_model, read_manifest, verify_release
+from heimdall_onnx.verify import load_model, verify_release
 
 pytestmark = pytest.mark.services
 
@@ -95,13 +97,13 @@ def test_added_object_is_named(connection, folder, tampered):
 
 
 def test_rewritten_manifest_does_not_match_the_registry(connection, folder, tampered):
-    manifest = read_manifest(connection.client, folder)
+    manifest = read_manifest(connection.client, folder).data
     tampered("manifest.json", json.dumps(manifest).encode())
     assert any("manifest_sha256" in what for what in differing(connection, folder))
 
 
 def test_version_that_is_not_registered_is_a_finding(connection, folder, tampered):
-    manifest = read_manifest(connection.client, folder)
+    manifest = read_manifest(connection.client, folder).data
     manifest["mlflow"]["model_version"] = "999"
     tampered("manifest.json", json.dumps(manifest).encode())
     assert differing(connection, folder) == {"test-model version 999"}
@@ -124,22 +126,32 @@ def test_folder_without_manifest_is_no_release(connection, folder, tampered):
     ids=["no hash", "size as text", "version in words", "no model"],
 )
 def test_manifest_of_another_shape_is_refused(connection, folder, tampered, change, problem):
-    manifest = read_manifest(connection.client, folder)
+    manifest = read_manifest(connection.client, folder).data
     change(manifest)
     tampered("manifest.json", json.dumps(manifest).encode())
     with pytest.raises(VerificationError, match=problem):
         verify_release(connection, folder)
 
 
-def test_address_in_the_store_needs_no_registry(settings, folder):
-    without = settings.model_copy(
-        update={"mlflow_tracking_uri": SecretStr("http://127.0.0.1:9"), "artifact_uri": "s3://no"}
-    )
+def test_address_in_the_store_needs_no_registry_but_is_said_to_have_none(
+    settings, folder, tmp_path
+):
+    without = settings.model_copy(update={"home": tmp_path})
     before = dict(os.environ)
-    assert load_model(folder, settings=without).get_inputs()
+    with capture_logs() as logs:
+        assert load_model(folder, settings=without).get_inputs()
+    assert "not held against a registry" in [entry["event"] for entry in logs]
     assert load_model("models:/test-model@staging", settings=settings).get_inputs()
     changed = {name for name, value in os.environ.items() if before.get(name) != value}
     assert all(n.startswith(("MLFLOW_HTTP_REQUEST_", "MLFLOW_SUPPRESS_")) for n in changed)
+
+
+def test_registry_that_is_configured_and_does_not_answer_is_not_left_out(settings, folder):
+    unreachable = settings.model_copy(
+        update={"mlflow_tracking_uri": SecretStr("http://127.0.0.1:9")}
+    )
+    with pytest.raises(RegistryError, match="can't be reached"):
+        load_model(folder, settings=unreachable)
 
 
 def test_changed_model_is_not_opened(settings, folder, released, tampered):
@@ -154,7 +166,7 @@ def test_changed_model_is_not_opened(settings, folder, released, tampered):
 def test_rewritten_manifest_is_not_believed_through_the_registry(
     settings, connection, folder, tampered
 ):
-    tampered("manifest.json", json.dumps(read_manifest(connection.client, folder)).encode())
+    tampered("manifest.json", json.dumps(read_manifest(connection.client, folder).data).encode())
     with pytest.raises(VerificationError, match="not the one that was registered"):
         load_model("models:/test-model@staging", settings=settings)
 

@@ -1,0 +1,213 @@
+"""From an uploaded and registered release to one that is complete, and offered under its alias.
+
+The order is what keeps a release invisible or complete at every instant: signature, the registry's
+tags, the manifest, the alias. Each names what came before it, and nothing counts before the
+manifest is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from heimdall_onnx.aliases import append_move, follow_log, read_last
+from heimdall_onnx.errors import HeimdallError
+from heimdall_onnx.manifest import (
+    BOM,
+    REPORT,
+    SCHEMA_VERSION,
+    SIGNATURE,
+    Manifest,
+    parse_manifest,
+)
+from heimdall_onnx.publish import Connection, content_type, to_json
+from heimdall_onnx.retention import Protection, retain
+from heimdall_onnx.store import MANIFEST, parse_uri, upload_bytes
+
+if TYPE_CHECKING:
+    from heimdall_onnx.parameters import ReleaseParameters
+    from heimdall_onnx.signing import Signer
+
+
+def describe_manifest(
+    record: Mapping[str, Any],
+    parameters: ReleaseParameters,
+    objects: Mapping[str, Mapping[str, Any]],
+    *,
+    verdict: str,
+    costs: list[dict[str, Any]],
+    signer: Signer | None,
+    protection: Protection,
+) -> dict[str, Any]:
+    """What the manifest of a release says.
+
+    Args:
+        record: What the notebook has recorded.
+        parameters: Of the release.
+        objects: Every object of it by its key, with size and hash.
+        verdict: As it was judged from outside.
+        costs: Seconds and memory by step.
+        signer: Who signs the release, if anybody.
+        protection: How the store keeps it.
+    """
+    environment, uploaded = record["environment"], record["uploaded"]
+    signature = None
+    if signer is not None:
+        folder = f"{parameters.prefix}/{uploaded['version']}"
+        signature = {"key": f"{folder}/{SIGNATURE}", "signer_sha256": signer.sha256}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "version": uploaded["version"],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "verdict": verdict,
+        "gates": record["gates"],
+        "objects": [
+            {"key": o["key"], "size": o["size_bytes"], "sha256": o["sha256"]}
+            for o in sorted(objects.values(), key=lambda o: str(o["key"]))
+        ],
+        "content": list(uploaded["content"]),
+        "signature": signature,
+        "protection": protection.to_dict(),
+        "parameters": parameters.model_dump(mode="json"),
+        "checkpoint": record["checkpoint"],
+        "evaluation_data": record["evaluation_data"],
+        "git": {"commit": environment["git_commit"], "dirty": environment["git_dirty"]},
+        "environment": environment,
+        "threads": record["threads"],
+        "costs": costs,
+        "mlflow": {
+            "run_id": parameters.run_id,
+            "model_name": record["registered"]["model_name"],
+            "model_version": record["registered"]["model_version"],
+        },
+    }
+
+
+def add_bom(
+    connection: Connection,
+    folder_uri: str,
+    described: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Upload the bill of materials, and name it in what the manifest says.
+
+    Raises:
+        ServiceError: If the store can't be reached or refuses.
+    """
+    from heimdall_onnx.bom import describe_release
+
+    bucket, folder = parse_uri(folder_uri)
+    stored = upload_bytes(
+        connection.client,
+        describe_release(described, record),
+        bucket,
+        f"{folder}/{BOM}",
+        content_type=content_type(BOM),
+    )
+    entry = {"key": stored.key, "size": stored.size_bytes, "sha256": stored.sha256}
+    objects = sorted([*described["objects"], entry], key=lambda o: str(o["key"]))
+    return {**described, "objects": objects}
+
+
+def complete_release(
+    connection: Connection, folder_uri: str, described: Mapping[str, Any], signer: Signer | None
+) -> Manifest:
+    """Signature, tags, and the manifest last: from then on it is a release.
+
+    Args:
+        connection: Store and registry.
+        folder_uri: The release's folder.
+        described: As `describe_manifest` gives it.
+        signer: Who signs.
+
+    Raises:
+        ServiceError: If a service can't be reached or refuses.
+    """
+    manifest = parse_manifest(to_json(described), folder_uri)
+    client, bucket = connection.client, manifest.bucket
+    tags = {
+        "manifest_uri": f"{manifest.uri}/{MANIFEST}",
+        "manifest_sha256": manifest.sha256,
+        "report_uri": f"{manifest.uri}/{REPORT}",
+        "verdict": manifest.verdict,
+    }
+    if signer is not None:
+        digests = {name: entry.sha256 for name, entry in manifest.objects.items()}
+        signature = upload_bytes(
+            client,
+            signer.sign(manifest.version, {**digests, MANIFEST: manifest.sha256}),
+            bucket,
+            f"{manifest.folder}/{SIGNATURE}",
+            content_type=content_type(SIGNATURE),
+        )
+        tags["signature_sha256"] = signature.sha256
+    # The model's hash last: a version that has it, and names no manifest, is opened without one.
+    tags["sha256"] = manifest.model.sha256
+    connection.tracker.set_version_tags(manifest.model_name, manifest.model_version, tags)
+    protection = Protection(**described["protection"])
+    kept = [entry.key for entry in (*manifest.objects.values(), *manifest.content)]
+    if manifest.signature is not None:
+        kept.append(manifest.signature.key)
+    retain(client, bucket, kept, protection)
+    upload_bytes(
+        client,
+        manifest.text,
+        bucket,
+        manifest.key,
+        content_type=content_type(MANIFEST),
+        if_absent=True,
+    )
+    retain(client, bucket, [manifest.key], protection)
+    return manifest
+
+
+def offer_release(connection: Connection, manifest: Manifest, alias: str, by: str) -> None:
+    """Point the alias at a complete release.
+
+    Raises:
+        ServiceError: If a service can't be reached or refuses.
+    """
+    name = manifest.model_name
+    append_move(
+        connection.client,
+        manifest.bucket,
+        model_name=name,
+        alias=alias,
+        action="release",
+        version=manifest.model_version,
+        release=manifest.uri,
+        previous=connection.tracker.alias_target(name, alias),
+        by=by,
+    )
+    follow_log(connection.client, manifest.bucket, connection.tracker, name, alias)
+
+
+def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
+    """Point the alias back at what it pointed at before, if it points at this release.
+
+    Yields:
+        What could not be done, in words.
+    """
+    bucket, name = manifest.bucket, manifest.model_name
+    try:
+        last = read_last(connection.client, bucket, name, alias)
+        if last is not None and last.release == manifest.uri:
+            append_move(
+                connection.client,
+                bucket,
+                model_name=name,
+                alias=alias,
+                action="withdraw",
+                version=last.previous,
+                release=None,
+                previous=None,
+                by=last.by,
+                note="the release could not be completed",
+                after=last.number,
+            )
+        follow_log(connection.client, bucket, connection.tracker, name, alias)
+        if connection.tracker.alias_target(name, alias) == manifest.model_version:
+            connection.tracker.delete_alias(name, alias)
+    except HeimdallError as error:
+        yield f"alias {alias} of {name}: {error}"
