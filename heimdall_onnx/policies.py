@@ -33,6 +33,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 # As `store.claim_version` names them; that leaves out `failed/`.
 _VERSION = "v????????_??????"
 _PRINCIPAL = r"arn:[a-z-]+:(iam|sts)::(\d{12})?:(user|role|assumed-role)/[\w+=,.@/-]+"
+_WRITE = ("s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
+_PROTECTION = ("s3:GetBucketVersioning", "s3:GetBucketObjectLockConfiguration")
 # What would let a role widen its rights, or make a deletion final.
 _NEVER = (
     "s3:DeleteBucket",
@@ -135,10 +137,13 @@ def _statements(role: str, place: Place) -> Iterator[tuple[str, Statement]]:
 def _releaser(place: Place) -> Iterator[tuple[str, Statement]]:
     bucket, release = place.bucket, f"{place.prefix}/{_VERSION}/*"
     own = [release, f"{place.prefix}/failed/*", "objects/sha256/*", "aliases/*"]
-    reviews = f"{place.prefix}/{_VERSION}/reviews/*"
+    # Some stores take a doubled slash for one.
+    reviews = f"{place.prefix}/{_VERSION}/*reviews/*"
     yield bucket, _list(bucket)
+    yield bucket, _allow("Protection", _PROTECTION, [_arn(bucket)])
     yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, own))
     yield bucket, _allow("Write", _WRITE, _arns(bucket, own))
+    yield bucket, _allow("Retain", ["s3:PutObjectRetention"], _arns(bucket, own))
     yield bucket, _allow("TakeBack", ["s3:DeleteObject"], _arns(bucket, [release]))
     # Who releases must not judge the release.
     yield bucket, _deny("NoReviews", ["s3:PutObject", "s3:DeleteObject"], _arns(bucket, [reviews]))
@@ -167,9 +172,6 @@ def _consumer(place: Place) -> Iterator[tuple[str, Statement]]:
     bucket, release = place.bucket, f"{place.prefix}/{_VERSION}/*"
     yield bucket, _list(bucket) | {"Condition": {"StringLike": {"s3:prefix": [release]}}}
     yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, [release]))
-
-
-_WRITE = ("s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
 
 
 def _append_only(place: Place, keys: Sequence[str]) -> Iterator[tuple[str, Statement]]:

@@ -162,6 +162,9 @@ TRIED: dict[str, tuple[Callable, set[str]]] = {
     "write a checkpoint": (_put("objects/sha256/cd"), {"releaser"}),
     "write the alias log": (_put(ALIAS, IfNoneMatch="*"), {"releaser", "reviewer"}),
     "write a review": (_put(f"{V}/reviews/2.json", IfNoneMatch="*"), {"reviewer"}),
+    "write a review, spelt otherwise": (_put(f"{V}//reviews/3.json"), {"reviewer"}),
+    "leave a release upwards": (_put(f"{V}/reviews/../model.onnx"), NO_ROLE),
+    "leave a release upwards, reading": (_get(f"{V}/../../../objects/sha256/ab"), NO_ROLE),
     "copy a model over a review": (_copy_model_over_review, {"reviewer"}),
     "write beside the releases": (_put(f"{PREFIX}/notes"), NO_ROLE),
     "write elsewhere": (_put("elsewhere"), NO_ROLE),
@@ -174,6 +177,7 @@ TRIED: dict[str, tuple[Callable, set[str]]] = {
     "read the policy": (_bucket("get_bucket_policy"), NO_ROLE),
     "change the policy": (_bucket("put_bucket_policy", Policy=json.dumps(EVERYONE)), NO_ROLE),
     "delete the policy": (_bucket("delete_bucket_policy"), NO_ROLE),
+    "look at the versioning": (_bucket("get_bucket_versioning"), {"releaser"}),
     "turn versioning off": (
         _bucket("put_bucket_versioning", VersioningConfiguration={"Status": "Suspended"}),
         NO_ROLE,
@@ -196,7 +200,8 @@ def _is_allowed(call: Callable, client, bucket: str) -> bool:
     try:
         call(client, bucket)
     except ClientError as error:
-        if error.response["Error"]["Code"] not in {"AccessDenied", "403"}:
+        # A key with `..` is no key for this store.
+        if error.response["Error"]["Code"] not in {"AccessDenied", "403", "InvalidRequest"}:
             raise
         return False
     return True
