@@ -243,6 +243,45 @@ def measure_latency(
     return report
 
 
+def measure_pair(
+    first: Path,
+    second: Path,
+    inputs: Arrays,
+    signature: Signature,
+    *,
+    calls: int = 200,
+    threads: int | None = None,
+    seed: int = 0,
+) -> Speedup:
+    """Measure one ONNX model against another on the CPU, in turns, as `measure_latency` does.
+
+    Args:
+        first: The file whose latency is in the numerator of the ratio.
+        second: The other file.
+        inputs: One call's inputs.
+        signature: Names and order of inputs and outputs, the same for both.
+        calls: Counted calls of each, at least.
+        threads: Intra-op threads of each; None takes as many as PyTorch does in this process.
+        seed: Of the order in which they take turns.
+
+    Raises:
+        BenchmarkError: If a worker process dies, fails or does not answer in time.
+    """
+    threads = threads or torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
+        workers = [
+            stack.enter_context(Worker(name, job, Path(folder), threads))
+            for name, job in (
+                ("first", partial(load_onnx, first.absolute(), inputs, signature, threads)),
+                ("second", partial(load_onnx, second.absolute(), inputs, signature, threads)),
+            )
+        ]
+        for worker in workers:
+            worker.start()
+        _take_turns(workers, calls, 0, random.Random(seed), None)
+        return paired_speedup(workers[0].blocks, workers[1].blocks)
+
+
 def _write_model(model: nn.Module, path: Path) -> None:
     try:
         with path.open("wb") as file:

@@ -26,7 +26,7 @@ from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
 from heimdall_onnx.publish import METADATA, object_metadata, to_json, version_tags
 from heimdall_onnx.registry import STAGES, MLflowTracker, write_mlmodel_folder
-from heimdall_onnx.signature import Signature, TensorSpec, signature_of
+from heimdall_onnx.signature import signature_of
 from heimdall_onnx.store import (
     claim_version,
     copy_object,
@@ -39,7 +39,7 @@ from heimdall_onnx.store import (
     parse_uri,
     upload_file,
 )
-from heimdall_onnx.validate import ModelInfo, validate_model
+from heimdall_onnx.validate import validate_model
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -294,7 +294,7 @@ class ONNXExporter:
             beside.mkdir()
             write_mlmodel_folder(
                 beside,
-                _signature_of_file(validate_model(model)),
+                validate_model(model).signature,
                 model_size_bytes=model.stat().st_size,
                 run_id=str(metadata["mlflow_run_id"]),
             )
@@ -345,12 +345,3 @@ def export_and_register_model(
         "inference_metrics": inference_metrics,
         "registration": registration,
     }
-
-
-def _signature_of_file(info: ModelInfo) -> Signature:
-    return Signature(
-        *(
-            tuple(TensorSpec(t.name, t.dtype, t.shape) for t in tensors)
-            for tensors in (info.inputs, info.outputs)
-        )
-    )

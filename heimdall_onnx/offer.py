@@ -70,6 +70,7 @@ def describe_manifest(
         "signature": signature,
         "protection": protection.to_dict(),
         "parameters": parameters.model_dump(mode="json"),
+        "model": record["model"],
         "checkpoint": record["checkpoint"],
         "evaluation_data": record["evaluation_data"],
         "git": {"commit": environment["git_commit"], "dirty": environment["git_dirty"]},

@@ -344,9 +344,18 @@ class MLflowTracker:
 
     def alias_target(self, name: str, alias: str) -> str | None:
         """The version that an alias points at, or None."""
+        return self.aliases(name).get(alias)
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """The versions that a model's aliases point at."""
         with self._errors(f"look at the aliases of {name}"):
-            target = self._client.get_registered_model(name).aliases.get(alias)
-        return None if target is None else str(target)
+            found = self._client.get_registered_model(name).aliases
+        return {alias: str(version) for alias, version in found.items()}
+
+    def delete_version_tag(self, name: str, version: str, tag: str) -> None:
+        """Delete a tag of a version."""
+        with self._errors(f"delete a tag of version {version} of {name}"):
+            self._client.delete_model_version_tag(name, version, tag)
 
     def find_versions(self, name: str, source: str, run_id: str) -> tuple[str, ...]:
         """The versions of a model that a run has registered from a folder."""

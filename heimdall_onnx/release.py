@@ -75,6 +75,9 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+# Far beyond an audit of a large model; what takes longer hangs.
+_CELL_TIMEOUT_S = 6 * 3600
+
 
 @dataclass(frozen=True)
 class ReleaseResult:
@@ -149,7 +152,7 @@ def release_checkpoint(
         parameters: What to release; `publish` and `output_dir` are set here.
         settings: Where the services are.
         notebook: Another notebook than the one that comes with the package.
-        cell_timeout: Seconds that one cell may take.
+        cell_timeout: Seconds that one cell may take; six hours by default.
         progress: Show a progress bar by cell on standard error.
 
     Raises:
@@ -161,7 +164,9 @@ def release_checkpoint(
             first_signal_interrupts(),
             structlog.contextvars.bound_contextvars(release=run.id, run_id=parameters.run_id),
         ):
-            return run.execute(notebook or notebook_path(), cell_timeout, progress)
+            return run.execute(
+                notebook or notebook_path(), cell_timeout or _CELL_TIMEOUT_S, progress
+            )
     except HeimdallError as error:
         return run.failed(error)
 
@@ -189,7 +194,7 @@ class _Run:
         self._manifest: Manifest | None = None
         self._costs = CostWatch()
 
-    def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
+    def execute(self, notebook: Path, cell_timeout: int, progress: bool) -> ReleaseResult:
         if not self.parameters.checkpoint:
             raise ParameterError("there is no checkpoint to release: its path is empty")
         for path, what in (
@@ -287,7 +292,7 @@ class _Run:
         self,
         notebook: Path,
         kernel: AsyncKernelManager,
-        cell_timeout: int | None,
+        cell_timeout: int,
         progress: bool,
     ) -> Judgement:
         started = time.perf_counter()
@@ -486,7 +491,8 @@ class _Run:
         """Withdraw what this run has claimed, unless it is offered already; say what is left."""
         if self._offered:
             return ()
-        left = (*self._withdraw_offer(connection), *withdraw(connection, self.folder))
+        # What the alias may still point at has to stay whole.
+        left = tuple(self._withdraw_offer(connection)) or withdraw(connection, self.folder)
         if left:
             log.error("could not be taken back", left=left)
         return left

@@ -68,6 +68,16 @@ class ModelInfo:
     size_bytes: int
     signature_problems: tuple[str, ...]
 
+    @property
+    def signature(self) -> Signature:
+        """Inputs and outputs as the file declares them; it knows neither units nor ranges."""
+        return Signature(
+            *(
+                tuple(TensorSpec(t.name, t.dtype, t.shape) for t in tensors)
+                for tensors in (self.inputs, self.outputs)
+            )
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Inputs, outputs, opset, producer and IR version, JSON-serialisable."""
         return {

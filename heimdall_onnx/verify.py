@@ -129,14 +129,18 @@ def verify_release(
     )
 
 
+def differences(findings: Iterable[Finding]) -> list[str]:
+    """What does not hold, in words."""
+    return [f"{f.what}: expected {f.expected}, found {f.found}" for f in findings if not f.holds]
+
+
 def require_verified(findings: Iterable[Finding], folder_uri: str) -> None:
     """Raise unless every finding holds.
 
     Raises:
         VerificationError: Naming every one that does not.
     """
-    wrong = [f"{f.what}: expected {f.expected}, found {f.found}" for f in findings if not f.holds]
-    if wrong:
+    if wrong := differences(findings):
         raise VerificationError(
             f"{folder_uri} does not verify, don't use it:\n  - " + "\n  - ".join(wrong)
         )
@@ -328,8 +332,8 @@ def load_model(
         path = _fetch(client, bucket, {MODEL: key}, expected, cache)
         return open_session(path, threads=threads)
     try:
-        folder_uri = _folder_of(client, found, uri)
-        path = _verified_model(client, settings, folder_uri, cache, trust)
+        manifest = _manifest_of(client, found, uri)
+        path = _verified_model(client, settings, manifest, cache, trust)
     except VerificationError as error:
         if verify:
             raise
@@ -342,7 +346,7 @@ def load_model(
 def _verified_model(
     client: S3Client,
     settings: Settings,
-    folder_uri: str,
+    manifest: Manifest,
     cache: Path,
     trust: Trust | None,
 ) -> Path:
@@ -350,7 +354,6 @@ def _verified_model(
     from heimdall_onnx.registry import open_registry
     from heimdall_onnx.registry_errors import missing_database
 
-    manifest = read_manifest(client, folder_uri)
     files = {n: entry for n, entry in manifest.objects.items() if n.startswith(MODEL)}
     hashes = {name: entry.sha256 for name, entry in files.items()}
     keys = {name: entry.key for name, entry in files.items()}
@@ -358,12 +361,12 @@ def _verified_model(
     missing = missing_database(settings.tracking_uri.get_secret_value())
     if missing:
         # An address in the store is enough for who has no registry; a signature takes its place.
-        log.warning("not held against a registry", uri=folder_uri, missing=str(missing))
+        log.warning("not held against a registry", uri=manifest.uri, missing=str(missing))
     connection = Connection(settings, client, lambda: open_registry(settings))
     findings = verify_release(
-        connection, folder_uri, trust=trust, hashed=hashes, registry=missing is None
+        connection, manifest.uri, trust=trust, hashed=hashes, registry=missing is None
     )
-    require_verified(findings, folder_uri)
+    require_verified(findings, manifest.uri)
     return path
 
 
@@ -404,34 +407,29 @@ def _bare_model(
     return None
 
 
-def _folder_of(client: S3Client, found: RegisteredVersion | None, uri: str) -> str:
-    """The release folder that ``uri`` names."""
-    if found is not None:
-        _check_manifest_tag(client, found.source, found.tags)
-        return found.source.rstrip("/")
-    if not uri.startswith("s3://"):
-        raise ParameterError(
-            f"{uri!r} is no address of a model; expected models:/NAME@ALIAS, models:/NAME/VERSION "
-            "or s3://BUCKET/…"
-        )
-    return uri.removesuffix("/model.onnx").rstrip("/")
-
-
-def _check_manifest_tag(client: S3Client, source: str, tags: Mapping[str, str]) -> None:
-    expected = tags.get("manifest_sha256")
-    if expected is None:
+def _manifest_of(client: S3Client, found: RegisteredVersion | None, uri: str) -> Manifest:
+    """The manifest of the release that ``uri`` names."""
+    if found is None:
+        if not uri.startswith("s3://"):
+            raise ParameterError(
+                f"{uri!r} is no address of a model; expected models:/NAME@ALIAS, "
+                "models:/NAME/VERSION or s3://BUCKET/…"
+            )
+        return read_manifest(client, uri.removesuffix(f"/{MODEL}").rstrip("/"))
+    if "manifest_sha256" not in found.tags:
         raise VerificationError(
-            f"the registered version with source {source} records no manifest_sha256, so it was "
-            "not released by this program, or not completely"
+            f"the registered version with source {found.source} records no manifest_sha256, so it "
+            "was not released by this program, or not completely"
         )
-    bucket, folder = parse_uri(source)
-    content = read_bytes(client, bucket, f"{folder.rstrip('/')}/{MANIFEST}")
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
+    manifest = read_manifest(client, found.source)
+    # A folder may hold another release than the one that was asked for.
+    if (manifest.model_name, manifest.model_version) != (found.name, found.version):
         raise VerificationError(
-            f"the manifest of {source} is not the one that was registered: expected SHA-256 "
-            f"{expected}, found {found}"
+            f"{found.source} is not what was registered: expected a release of {found.name} "
+            f"version {found.version}, found one of {manifest.model_name} version "
+            f"{manifest.model_version}"
         )
+    return manifest
 
 
 def _fetch(

@@ -1,0 +1,175 @@
+"""Two released models on the same evaluation data: how far off each is, and how long each takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heimdall_onnx.benchmark import CONFIDENCE, measure_pair
+from heimdall_onnx.errors import EvidenceError
+from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.ground import Floats, distance_m
+from heimdall_onnx.inference import open_session, run_onnx
+from heimdall_onnx.signature import Signature
+
+_BATCH = 64
+_RESAMPLES = 2000
+# Values that the resampling holds at once: 64 MB.
+_RESAMPLED_AT_ONCE = 8 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much worse than the version that it replaces a model may be.
+
+    A limit is broken when the whole confidence interval lies beyond it, so that noise refuses
+    nobody.
+
+    Attributes:
+        error_growth: Share by which the median localization error may grow.
+        slowdown: Share by which the latency may grow.
+        calls: Counted calls of each model, at least.
+        allow_smoke: Whether a release of the profile ``smoke``, which is no evidence, is taken.
+    """
+
+    error_growth: float = 0.05
+    slowdown: float = 0.1
+    calls: int = 200
+    allow_smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One figure of the candidate over the same of the version that holds the alias.
+
+    Attributes:
+        what: Which figure.
+        ratio: Above 1 the candidate is worse.
+        low: Lower end of its 95 % confidence interval.
+        high: Upper end of it.
+        limit: What it may be at most.
+    """
+
+    what: str
+    ratio: float
+    low: float
+    high: float
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the interval reaches down to the limit."""
+        return self.low <= self.limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: {self.ratio:.3f}× that of the version it would replace "
+            f"({self.low:.3f} to {self.high:.3f}), limit {self.limit:.3f}"
+        )
+
+
+@dataclass(frozen=True)
+class HeadToHead:
+    """How a candidate compares with the version that holds the alias.
+
+    Attributes:
+        holder: That version; None if there is none.
+        evaluation_data: What both were run on, in words.
+        ratios: What could be compared.
+        notes: What could not, and why.
+    """
+
+    holder: str | None
+    evaluation_data: str
+    ratios: tuple[Ratio, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return asdict(self)
+
+
+def compare_models(
+    candidate: Path,
+    holder: Path,
+    eval_data: Path | None,
+    signature: Signature,
+    limits: Limits,
+    *,
+    version: str,
+) -> HeadToHead:
+    """Run both models on the same data and time them in turns.
+
+    The error's ratio is one of medians, its interval a percentile bootstrap over samples, both
+    models on the same ones (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter
+    13); the latency's is as in `measure_pair`.
+
+    Args:
+        candidate: The ONNX file that would be promoted.
+        holder: The ONNX file that holds the alias.
+        eval_data: The candidate's evaluation data; None for synthetic inputs.
+        signature: The candidate's.
+        limits: How much worse it may be.
+        version: The version that holds the alias.
+
+    Raises:
+        DataError: If the evaluation data does not fit the candidate.
+        BenchmarkError: If one of the models can't be timed.
+    """
+    data = load_evaluation_data(eval_data, signature)
+    provenance = f"{data.count} samples, {data.source}"
+    try:
+        # Both are run in any case: what can't be run can't be timed either.
+        answers = [_answers(path, data, signature) for path in (candidate, holder)]
+    except EvidenceError as error:
+        note = f"version {version} does not take the candidate's inputs: {error}"
+        return HeadToHead(version, provenance, (), (note,))
+    ratios, notes = [], []
+    if data.positions is None or answers[0] is None or answers[1] is None:
+        notes.append("localization error: the evaluation data has no labels for it")
+    else:
+        errors = [distance_m(answer, data.positions) for answer in answers if answer is not None]
+        ratios.append(_error_ratio(errors[0], errors[1], 1 + limits.error_growth))
+    speed = measure_pair(candidate, holder, data.rows(range(1)), signature, calls=limits.calls)
+    ratios.append(Ratio("latency", speed.ratio, speed.low, speed.high, 1 + limits.slowdown))
+    return HeadToHead(version, provenance, tuple(ratios), tuple(notes))
+
+
+def _answers(path: Path, data: EvaluationData, signature: Signature) -> Floats | None:
+    """Positions (N, 2) in degrees; None where the model has no such output."""
+    session, position = open_session(path), signature.position_output
+    found = [run_onnx(session, inputs, signature) for _, inputs in data.batches(_BATCH)]
+    if position is None or position.shape[1:] != (2,):
+        return None
+    return np.concatenate([outputs[position.name] for outputs in found]).astype(np.float64)
+
+
+def _error_ratio(candidate: Floats, holder: Floats, limit: float) -> Ratio:
+    from scipy import stats
+
+    def ratio(a: Floats, b: Floats, axis: int = -1) -> Floats:
+        # Two perfect answers are equally good.
+        tiny = np.finfo(np.float64).tiny
+        return np.asarray((np.median(a, axis=axis) + tiny) / (np.median(b, axis=axis) + tiny))
+
+    interval = stats.bootstrap(
+        (candidate, holder),
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=max(1, _RESAMPLED_AT_ONCE // candidate.size),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Ratio(
+        "median localization error",
+        float(ratio(candidate, holder)),
+        float(interval.low),
+        float(interval.high),
+        limit,
+    )

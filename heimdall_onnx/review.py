@@ -1,0 +1,416 @@
+"""Promotion and rollback: a release that verifies gets an alias, on a reviewer's word and in a log.
+
+No version is ever deleted or changed; what moves is the alias, and every move leaves a record
+beside the report of the release that it points at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from heimdall_onnx.aliases import Move, append_move, follow_log, logged_aliases, read_log
+from heimdall_onnx.content import fetch_content
+from heimdall_onnx.environment import capture_environment
+from heimdall_onnx.errors import (
+    HeimdallError,
+    NotRegisteredError,
+    ParameterError,
+    PromotionError,
+    VerificationError,
+)
+from heimdall_onnx.head_to_head import HeadToHead, Limits, compare_models
+from heimdall_onnx.logs import get_logger
+from heimdall_onnx.manifest import MODEL, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.parameters import check_parameters
+from heimdall_onnx.publish import content_type, to_json
+from heimdall_onnx.signature import Signature
+from heimdall_onnx.store import delete_objects, download_file, upload_bytes
+from heimdall_onnx.verify import REVIEW_TAG, Finding, differences, verify_release
+
+if TYPE_CHECKING:
+    from heimdall_onnx.publish import Connection
+    from heimdall_onnx.signing import Trust
+
+log = get_logger(__name__)
+
+_MAX_NAME, _MAX_NOTE = 200, 10_000
+
+
+@dataclass(frozen=True)
+class Review:
+    """An alias that was moved, and on what grounds.
+
+    Attributes:
+        action: ``"promote"`` or ``"rollback"``.
+        model_name: Registered model.
+        alias: The alias.
+        version: The version that it points at now.
+        release: That version's release folder.
+        previous: The version that it pointed at before, or None.
+        reviewer: Who decided.
+        note: Why.
+        record_uri: The review record.
+        findings: Everything that was verified.
+        comparison: How it compares with the version before; None where that was not asked for.
+    """
+
+    action: Literal["promote", "rollback"]
+    model_name: str
+    alias: str
+    version: str
+    release: str
+    previous: str | None
+    reviewer: str
+    note: str
+    record_uri: str
+    findings: tuple[Finding, ...] = field(repr=False)
+    comparison: HeadToHead | None = None
+
+
+def promote_release(
+    connection: Connection,
+    folder_uri: str,
+    *,
+    alias: str,
+    reviewer: str,
+    note: str,
+    limits: Limits | None = None,
+    compare: bool = True,
+    trust: Trust | None = None,
+) -> Review:
+    """Verify a release again, compare it with the version that holds the alias, and move the alias.
+
+    Args:
+        connection: Store and registry.
+        folder_uri: ``s3://bucket/prefix/version``.
+        alias: The alias, e.g. ``"production"``.
+        reviewer: Who decides.
+        note: Why.
+        limits: How much worse it may be than the version that it replaces.
+        compare: Whether to compare both on the candidate's evaluation data.
+        trust: Whose signature it must have; what the settings name by default.
+
+    Raises:
+        ParameterError: If alias, reviewer or note can't be used.
+        PromotionError: With every reason that speaks against it; nothing is changed then.
+        VerificationError: If there is no such release.
+        ServiceError: If a service can't be reached or refuses.
+    """
+    _check_words(reviewer, note)
+    check_parameters({"alias": alias})
+    limits = limits or Limits()
+    manifest = read_manifest(connection.client, folder_uri)
+    name, version = manifest.model_name, manifest.model_version
+    # Before anything is looked at: a move that comes after this look is somebody else's.
+    number = _last_number(connection, manifest.bucket, name, alias)
+    holder = connection.tracker.alias_target(name, alias)
+    findings = verify_release(connection, manifest.uri, trust=trust)
+    reasons = differences(findings)
+    if not manifest.verdict.startswith("pass"):
+        reasons.append(f"its verdict is {manifest.verdict!r}")
+    if "smoke" in manifest.verdict and not limits.allow_smoke:
+        reasons.append("it is a test run (profile smoke), which is no evidence")
+    if holder == version:
+        reasons.append(f"version {version} holds the alias {alias} already")
+    comparison = None
+    # What does not verify is not run.
+    if compare and not reasons:
+        comparison = _compare(connection, manifest, holder, limits)
+        reasons += [str(ratio) for ratio in comparison.ratios if not ratio.holds]
+    if reasons:
+        raise PromotionError(
+            f"{manifest.uri} is not promoted to {alias}:\n  - " + "\n  - ".join(reasons)
+        )
+    return _move(
+        connection,
+        manifest,
+        action="promote",
+        alias=alias,
+        previous=holder,
+        reviewer=reviewer,
+        note=note,
+        findings=findings,
+        comparison=comparison,
+        limits=limits,
+        after=number,
+    )
+
+
+def roll_back(
+    connection: Connection,
+    bucket: str,
+    model_name: str,
+    *,
+    alias: str,
+    reviewer: str,
+    note: str,
+    version: str | None = None,
+    trust: Trust | None = None,
+) -> Review:
+    """Point an alias back at a version that it pointed at before, if that still verifies.
+
+    Args:
+        connection: Store and registry.
+        bucket: Bucket of the releases.
+        model_name: Registered model.
+        alias: The alias.
+        reviewer: Who decides.
+        note: Why.
+        version: The version to go back to; the one before the present one by default. Going back
+            twice goes two versions back.
+        trust: Whose signature it must have; what the settings name by default.
+
+    Raises:
+        ParameterError: If reviewer or note can't be used.
+        PromotionError: If there is nothing to go back to, or what there is does not verify.
+        VerificationError: If the alias's log can't be read.
+        ServiceError: If a service can't be reached or refuses.
+    """
+    _check_words(reviewer, note)
+    moves = read_log(connection.client, bucket, model_name, alias)
+    holder = connection.tracker.alias_target(model_name, alias)
+    held = _held(moves)
+    earlier = [one for one in held if one != holder]
+    if version is None:
+        if not earlier:
+            raise PromotionError(
+                f"the alias {alias} of {model_name} has no version to go back to; its log has "
+                f"{len(moves)} moves in bucket {bucket}"
+            )
+        version = earlier[-1]
+    elif version not in earlier:
+        raise PromotionError(
+            f"the alias {alias} of {model_name} has not pointed at version {version} before; it "
+            f"has at {', '.join(earlier) or 'none'} (use promote for another one)"
+        )
+    try:
+        source = connection.tracker.get_version(model_name, version).source
+        manifest = read_manifest(connection.client, source)
+        findings = verify_release(connection, manifest.uri, trust=trust)
+    except (VerificationError, NotRegisteredError) as error:
+        raise PromotionError(
+            f"{model_name} version {version} can't be gone back to: {error}"
+        ) from error
+    if reasons := differences(findings):
+        raise PromotionError(
+            f"{model_name} version {version} can't be gone back to, it does not verify:\n  - "
+            + "\n  - ".join(reasons)
+        )
+    return _move(
+        connection,
+        manifest,
+        action="rollback",
+        alias=alias,
+        previous=holder,
+        reviewer=reviewer,
+        note=note,
+        findings=findings,
+        comparison=None,
+        limits=None,
+        after=moves[-1].number,
+    )
+
+
+@dataclass(frozen=True)
+class AliasHistory:
+    """Where an alias pointed, and where it points.
+
+    Attributes:
+        alias: The alias.
+        moves: Every move, oldest first.
+        points_at: The version that MLflow's alias points at; None for none.
+        problem: Why the log can't be believed, or that MLflow does not follow it; empty if all is
+            well.
+    """
+
+    alias: str
+    moves: tuple[Move, ...]
+    points_at: str | None
+    problem: str
+
+
+def alias_history(connection: Connection, bucket: str, model_name: str) -> tuple[AliasHistory, ...]:
+    """The history of every alias of a model.
+
+    Raises:
+        ServiceError: If a service can't be reached or refuses.
+    """
+    there = connection.tracker.aliases(model_name)
+    logged = logged_aliases(connection.client, bucket, model_name)
+    return tuple(
+        _history(connection, bucket, model_name, alias, there.get(alias))
+        for alias in sorted({*logged, *there})
+    )
+
+
+def _history(
+    connection: Connection, bucket: str, model_name: str, alias: str, points_at: str | None
+) -> AliasHistory:
+    try:
+        moves = read_log(connection.client, bucket, model_name, alias)
+    except VerificationError as error:
+        return AliasHistory(alias, (), points_at, str(error))
+    expected = moves[-1].version if moves else None
+    problem = ""
+    if not moves:
+        problem = f"it points at version {points_at}, which no entry of a log says"
+    elif points_at != expected:
+        problem = f"its log says version {expected or 'none'}, MLflow {points_at or 'none'}"
+    return AliasHistory(alias, moves, points_at, problem)
+
+
+def _held(moves: Sequence[Move]) -> list[str]:
+    """The versions to go back through, the present one last."""
+    held: list[str] = [moves[0].previous] if moves and moves[0].previous else []
+    for move in moves:
+        if move.version is None:
+            continue
+        if move.action in ("rollback", "withdraw") and move.version in held:
+            del held[held.index(move.version) + 1 :]
+        else:
+            held = [one for one in held if one != move.version] + [move.version]
+    return held
+
+
+def _compare(
+    connection: Connection, manifest: Manifest, holder: str | None, limits: Limits
+) -> HeadToHead:
+    if holder is None:
+        return HeadToHead(None, "", (), ("nothing holds the alias yet",))
+    client, name = connection.client, manifest.model_name
+    try:
+        theirs = read_manifest(client, connection.tracker.get_version(name, holder).source)
+    except (VerificationError, NotRegisteredError) as error:
+        return HeadToHead(holder, "", (), (f"version {holder} is no release: {error}",))
+    with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
+        try:
+            models = [
+                _fetch_model(connection, one, Path(folder) / f"{one.model_version}-{side}")
+                for side, one in enumerate((manifest, theirs))
+            ]
+        except HeimdallError as error:
+            return HeadToHead(holder, "", (), (f"version {holder} can't be fetched: {error}",))
+        content = manifest.content_of("evaluation_data")
+        data = fetch_content(client, manifest.bucket, content, Path(folder)) if content else None
+        signature = Signature.from_dict(manifest.data["model"]["signature"])
+        return compare_models(models[0], models[1], data, signature, limits, version=holder)
+
+
+def _fetch_model(connection: Connection, manifest: Manifest, folder: Path) -> Path:
+    folder.mkdir()
+    for name, entry in manifest.objects.items():
+        if name.startswith(MODEL):
+            download_file(
+                connection.client,
+                manifest.bucket,
+                entry.key,
+                folder / Path(name).name,
+                sha256=entry.sha256,
+            )
+    return folder / MODEL
+
+
+def _move(
+    connection: Connection,
+    manifest: Manifest,
+    *,
+    action: Literal["promote", "rollback"],
+    alias: str,
+    previous: str | None,
+    reviewer: str,
+    note: str,
+    findings: tuple[Finding, ...],
+    comparison: HeadToHead | None,
+    limits: Limits | None,
+    after: int,
+) -> Review:
+    """Review record, entry of the log, alias: each only after the one before."""
+    name, version, now = manifest.model_name, manifest.model_version, datetime.now(UTC)
+    record = to_json(
+        {
+            "schema_version": 1,
+            "action": action,
+            "model_name": name,
+            "model_version": version,
+            "release": manifest.uri,
+            "manifest_sha256": manifest.sha256,
+            "alias": alias,
+            "previous": previous,
+            "reviewer": reviewer,
+            "note": note,
+            "time": now.isoformat(timespec="seconds"),
+            "verified": [finding.what for finding in findings],
+            "comparison": comparison and comparison.to_dict(),
+            "limits": limits and vars(limits),
+            "environment": capture_environment().to_dict(),
+        }
+    )
+    digest, stamp = hashlib.sha256(record).hexdigest(), f"{now:%Y%m%d_%H%M%S}_{action}"
+    key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.json"
+    tag = f"{REVIEW_TAG}{stamp}_{digest[:12]}"
+    upload_bytes(
+        connection.client, record, manifest.bucket, key, content_type=content_type("review.json")
+    )
+    connection.tracker.set_version_tags(name, version, {tag: digest})
+    try:
+        append_move(
+            connection.client,
+            manifest.bucket,
+            model_name=name,
+            alias=alias,
+            action=action,
+            version=version,
+            release=manifest.uri,
+            previous=previous,
+            by=reviewer,
+            note=note,
+            after=after,
+        )
+    except PromotionError:
+        # Of two who decide at once only one has decided.
+        connection.tracker.delete_version_tag(name, version, tag)
+        delete_objects(connection.client, manifest.bucket, [key])
+        raise
+    follow_log(connection.client, manifest.bucket, connection.tracker, name, alias)
+    log.info("alias moved", alias=alias, model_name=name, version=version, previous=previous)
+    return Review(
+        action=action,
+        model_name=name,
+        alias=alias,
+        version=version,
+        release=manifest.uri,
+        previous=previous,
+        reviewer=reviewer,
+        note=note,
+        record_uri=f"s3://{manifest.bucket}/{key}",
+        findings=findings,
+        comparison=comparison,
+    )
+
+
+def _last_number(connection: Connection, bucket: str, name: str, alias: str) -> int:
+    moves = read_log(connection.client, bucket, name, alias)
+    return moves[-1].number if moves else 0
+
+
+def _check_words(reviewer: str, note: str) -> None:
+    problems = list(_word_problems(reviewer, note))
+    if problems:
+        raise ParameterError("; ".join(problems))
+
+
+def _word_problems(reviewer: str, note: str) -> Iterator[str]:
+    if not reviewer.strip() or len(reviewer) > _MAX_NAME or not reviewer.isprintable():
+        yield f"the reviewer must be a name of 1 to {_MAX_NAME} printable characters on one line"
+    inert = note.replace("\n", " ").replace("\t", " ")
+    if not note.strip() or len(note) > _MAX_NOTE or not inert.isprintable():
+        yield (
+            f"the note must say why, in 1 to {_MAX_NOTE} characters; of those that can't be "
+            "printed, only line breaks and tabs are taken"
+        )
