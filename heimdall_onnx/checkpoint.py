@@ -10,8 +10,7 @@ import pkgutil
 import re
 import sys
 import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,12 +24,15 @@ from torch import Tensor, nn
 
 from heimdall_onnx.errors import CheckpointError, HeimdallError, ParameterError
 from heimdall_onnx.logs import get_logger
+from heimdall_onnx.pickles import check_pickles, is_zip
 from heimdall_onnx.signature import Signature, signature_of
+from heimdall_onnx.untrusted import listed, shown
 
 log = get_logger(__name__)
 
 DEFAULT_MODEL = "heimdall_onnx.localization_net:LocalizationNet"
 _LIGHTNING_PREFIX = "model."
+_NOT_PLAIN = "it is not a plain checkpoint"
 _RESAVE = (
     "Only tensors and plain Python values are read, because unpickling anything else can run "
     "code. Where the file comes from, save it again as torch.save({'state_dict': "
@@ -106,12 +108,15 @@ def load_checkpoint(
     model_class = import_model_class(model)
     sha256 = _hash(source)
     weights = read_weights(source)
-    kwargs = _constructor_arguments(
-        model, model_class, weights.hyper_parameters, dict(model_kwargs or {})
-    )
-    built = _build(model, model_class, kwargs)
-    tensors = _strip_prefix(weights.tensors, built)
-    _require_fit(tensors, built, source, model, kwargs)
+    given = dict(model_kwargs or {})
+    kwargs = _constructor_arguments(model, model_class, weights.hyper_parameters, given)
+    # A file's own numbers must not decide how much memory a model takes.
+    recorded = sorted(kwargs.keys() - given.keys() - {"pretrained"})
+    outline = _outline(model_class, kwargs) if recorded else None
+    if outline is not None:
+        _fitting(weights.tensors, outline, source, model, kwargs)
+    built = _build(model, model_class, kwargs, recorded, source)
+    tensors = _fitting(weights.tensors, built, source, model, kwargs)
     built.load_state_dict(tensors, strict=True)
     log.info("loaded", path=str(source), sha256=sha256, layout=weights.layout, model=model)
     return LoadedModel(
@@ -143,7 +148,9 @@ def read_weights(path: Path | str) -> Weights:
             return Weights(load_file(source), "safetensors", {})
         return _unwrap(_load_torch(source), source)
     except SafetensorError as error:
-        raise CheckpointError(f"{source} is a broken safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{source} is a broken safetensors file: {shown(str(error))}"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"can't read {source}: {error.strerror or error}") from error
 
@@ -226,15 +233,38 @@ def _constructor_arguments(
     return kwargs
 
 
-def _build(spec: str, model_class: type[nn.Module], kwargs: Mapping[str, Any]) -> nn.Module:
+def _outline(model_class: type[nn.Module], kwargs: Mapping[str, Any]) -> nn.Module | None:
+    """The model with shapes in the place of weights; None if it can't be built so."""
+    try:
+        with torch.device("meta"):
+            return model_class(**kwargs)
+    except Exception:  # whatever the model's constructor raises; built in earnest it says why
+        log.debug("outline_not_built", exc_info=True)
+        return None
+
+
+def _build(
+    spec: str,
+    model_class: type[nn.Module],
+    kwargs: Mapping[str, Any],
+    recorded: Sequence[str],
+    path: Path,
+) -> nn.Module:
     try:
         return model_class(**kwargs)
-    except HeimdallError:
-        raise
     except Exception as error:  # whatever the model's constructor raises
+        if isinstance(error, HeimdallError) and not recorded:
+            raise
+        origin = f", of which {path} records {', '.join(recorded)}" if recorded else ""
+        reason = "" if isinstance(error, HeimdallError) else f"{type(error).__name__}: "
         raise ParameterError(
-            f"{spec} can't be built with {dict(kwargs)}: {type(error).__name__}: {error}"
+            f"{spec} can't be built with {_shown_arguments(kwargs)}{origin}: {reason}"
+            f"{shown(str(error), 1000)}"
         ) from error
+
+
+def _shown_arguments(kwargs: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{name!r}: {shown(value)}" for name, value in kwargs.items()) + "}"
 
 
 def _hash(path: Path) -> str:
@@ -255,8 +285,14 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _load_torch(path: Path) -> Any:
+    try:
+        check_pickles(path)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a checkpoint: {shown(str(error))}"
+        ) from error
     # Only the zip layout of today can be mapped; weights then enter memory once, not twice.
-    mmap = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+    mmap = is_zip(path) and path.suffix != ".safetensors"
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
             # Says that an unusual pickle protocol may fail; if so, the error below says it.
@@ -267,10 +303,10 @@ def _load_torch(path: Path) -> Any:
             )
     except UnpicklingError as error:
         refused = _refused_names(path, str(error))
-        what = f"it holds {', '.join(refused)}" if refused else "it is not a plain checkpoint"
+        what = f"it holds {shown(', '.join(refused), 2000)}" if refused else _NOT_PLAIN
         raise CheckpointError(f"{path} was not loaded: {what}. {_RESAVE}") from error
     except Exception as error:  # a broken pickle raises almost anything, OSError included
-        detail = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        detail = shown(str(error) or type(error).__name__)
         raise CheckpointError(
             f"{path} is truncated or not a checkpoint (PyTorch says: {detail})"
         ) from error
@@ -297,13 +333,21 @@ def _unwrap(loaded: Any, path: Path) -> Weights:
 
 
 def _tensors(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    others = [shown(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others or not state:
         raise CheckpointError(
             f"{path} holds no state dict: expected a key 'state_dict' or 'model_state_dict', or "
-            f"tensors only; found {', '.join(others) or 'an empty dictionary'}"
+            f"tensors only; found {shown(', '.join(others), 2000) or 'an empty dictionary'}"
         )
-    return {str(name): value for name, value in state.items()}
+    problems = [f"{shown(n)}: its name is no text" for n in state if not isinstance(n, str)]
+    problems += [
+        f"{shown(name)} is {value.layout}, {value.dtype} on {value.device}"
+        for name, value in state.items()
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu"
+    ]
+    if problems:
+        raise CheckpointError(f"{path} holds other things than plain tensors:{listed(problems)}")
+    return dict(state)
 
 
 def _strip_prefix(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -316,28 +360,37 @@ def _strip_prefix(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     }
 
 
-def _require_fit(
-    tensors: Mapping[str, Tensor],
-    model: nn.Module,
-    path: Path,
-    spec: str,
-    kwargs: Mapping[str, Any],
-) -> None:
-    own = model.state_dict()
+def _fitting(
+    weights: dict[str, Tensor], model: nn.Module, path: Path, spec: str, kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The weights under the model's own names, if each of them fits."""
+    tensors, own = _strip_prefix(weights, model), model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in tensors]
     for name, value in tensors.items():
         if name not in own:
-            problems.append(f"unexpected: {name}")
+            problems.append(f"unexpected: {shown(name)}")
         elif value.shape != own[name].shape:
             problems.append(
                 f"wrong shape: {name} is {tuple(value.shape)}, the model's is "
                 f"{tuple(own[name].shape)}"
             )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            count = int((~torch.isfinite(value)).sum())
-            problems.append(f"NaN or Inf: {name}, {count} of {value.numel()} elements")
+        elif value.is_complex() and not own[name].is_complex():
+            problems.append(f"complex: {name}, the model's is {own[name].dtype}")
+        else:
+            problems += _non_finite(name, value, own[name].dtype)
     if problems:
         raise CheckpointError(
-            f"{path} does not fit {spec} built with {dict(kwargs)}; was it trained with other "
-            f"model_kwargs? {len(problems)} problems:\n  - " + "\n  - ".join(problems)
+            f"{path} does not fit {spec} built with {_shown_arguments(kwargs)}; was it trained "
+            f"with other model_kwargs? {len(problems)} problems:{listed(problems)}"
         )
+    return tensors
+
+
+def _non_finite(name: str, value: Tensor, dtype: torch.dtype) -> list[str]:
+    """Problems of a weight once it has the model's precision."""
+    try:
+        finite = torch.isfinite(value.to(dtype))
+    except (RuntimeError, TypeError) as error:  # a type that PyTorch stores but can't convert
+        return [f"can't be converted: {name}, {value.dtype} to {dtype}: {shown(str(error))}"]
+    count = value.numel() - int(finite.sum())
+    return [f"NaN or Inf: {name}, {count} of {value.numel()} elements"] if count else []

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from heimdall_onnx.errors import DataError
 from heimdall_onnx.npz import Rows, read_npz, whole
 from heimdall_onnx.signature import Arrays, Signature
+from heimdall_onnx.untrusted import shown
 
 SYNTHETIC_SAMPLES = 64
 
@@ -130,8 +131,8 @@ def _read_npz(path: Path) -> tuple[dict[str, Rows], str]:
             return read_npz(file), sha256
     except Exception as error:  # zipfile, zlib and NumPy share no narrower base
         raise DataError(
-            f"evaluation data {path} can't be read: {error}. Expected an .npz of plain arrays, "
-            "one per input of the model, as `heimdall-onnx features` writes it"
+            f"evaluation data {path} can't be read: {shown(str(error), 400)}. Expected an .npz of "
+            "plain arrays, one per input of the model, as `heimdall-onnx features` writes it"
         ) from error
 
 
@@ -140,8 +141,8 @@ def _read_meta(arrays: Mapping[str, Rows], problems: list[str]) -> dict[str, Any
         return {}
     try:
         meta = json.loads(str(whole(arrays["meta"])[()]))
-    except (json.JSONDecodeError, RecursionError) as error:
-        problems.append(f"`meta` is not JSON text: {error}")
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits too
+        problems.append(f"`meta` is not JSON text: {shown(str(error))}")
         return {}
     if not isinstance(meta, dict):
         problems.append(f"`meta` must be a JSON object, found {type(meta).__name__}")
@@ -149,10 +150,12 @@ def _read_meta(arrays: Mapping[str, Rows], problems: list[str]) -> dict[str, Any
     if (centre := meta.get("centre")) is not None:
         try:
             latitude, longitude = map(float, centre)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             latitude = longitude = float("nan")
         if not (abs(latitude) <= 90 and abs(longitude) <= 180):
-            problems.append(f"`meta.centre` must be a latitude and a longitude, found {centre!r}")
+            problems.append(
+                f"`meta.centre` must be a latitude and a longitude, found {shown(centre)}"
+            )
     return meta
 
 
@@ -185,9 +188,9 @@ def _read_receivers(meta: dict[str, Any], problems: list[str]) -> dict[str, tupl
             str(entry["name"]): (float(entry["latitude"]), float(entry["longitude"]))
             for entry in meta.get("receivers", [])
         }
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         problems.append(
             "`meta.receivers` must be a list of objects with name, latitude and "
-            f"longitude ({error!r})"
+            f"longitude ({shown(repr(error))})"
         )
         return {}

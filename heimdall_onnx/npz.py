@@ -13,6 +13,8 @@ import struct
 import tempfile
 import weakref
 import zipfile
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 IN_MEMORY_BYTES = 256 << 20
+# Recordings and features shrink to a half or a third, and deflate makes nothing but repetitions
+# a thousand times smaller.
+_MOST_COMPRESSION = 200
+_MOST_NAME = 200
 _CHUNK_BYTES = 1 << 20
 _LOCAL_HEADER = struct.Struct(
     "<26xHH"
@@ -91,48 +97,74 @@ def whole(array: Rows) -> npt.NDArray[Any]:
 
 
 def read_npz(file: BinaryIO) -> dict[str, Rows]:
-    """Every array in an open file by name: in memory, or a `RowFile` above 256 MiB.
+    """Every array in an open file by name: in memory up to 256 MiB altogether, then as `RowFile`.
 
     A large compressed array is first unpacked into a temporary file that nobody else sees.
 
     Raises:
-        ValueError: If it is no ``.npz``, or holds Python objects, which would run code.
+        ValueError: If it is no ``.npz``, holds Python objects, which would run code, claims sizes
+            that it does not have, or unpacks to something out of all proportion.
         OSError: If it can't be read.
         zipfile.BadZipFile: If it is damaged.
     """
     if file.read(len(_MAGIC)) == _MAGIC:
         raise ValueError("it is a single array (.npy)")
+    arrays: dict[str, Rows] = {}
     with zipfile.ZipFile(file) as archive:
-        return {
-            member.filename.removesuffix(".npy"): array
-            for member in archive.infolist()
-            if (array := _member(file, archive, member)) is not None
-        }
+        members = archive.infolist()
+        _check_members(members, os.fstat(file.fileno()).st_size)
+        room = IN_MEMORY_BYTES
+        for member in members:
+            array = _member(file, archive, member, room)
+            if array is not None:
+                arrays[member.filename.removesuffix(".npy")] = array
+            if isinstance(array, np.ndarray):
+                room -= array.nbytes
+    return arrays
 
 
-def _member(file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Rows | None:
+def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
+    """Refuse what is no data before any of it is unpacked."""
+    names = [member.filename.removesuffix(".npy") for member in members]
+    for name in names:
+        if len(name) > _MOST_NAME or not name.isprintable():
+            raise ValueError(f"it holds an array with a name that is none: {name[:40]!r}…")
+    name, times = max(Counter(names).items(), key=itemgetter(1), default=("", 0))
+    if times > 1:
+        raise ValueError(f"it holds {name!r} {times} times")
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > max(IN_MEMORY_BYTES, _MOST_COMPRESSION * size):
+        raise ValueError(
+            f"its {size:,} bytes would unpack to {unpacked:,}, more than {_MOST_COMPRESSION} times "
+            "as much, which no data does; if these are data, write them with numpy.savez"
+        )
+
+
+def _member(
+    file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipInfo, room: int
+) -> Rows | None:
     with archive.open(member) as content:
         if content.read(len(_MAGIC)) != _MAGIC:
             return None  # something else than an array
         content.seek(0)
-        if member.file_size <= IN_MEMORY_BYTES:
-            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
         version = np.lib.format.read_magic(content)
-        read_header = _HEADERS.get(version)
-        if read_header is None:
-            content.seek(0)
-            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
-        shape, fortran, dtype = read_header(content)
+        if version not in _HEADERS:
+            raise ValueError(f"{member.filename} has the .npy version {version}, not 1.0 or 2.0")
+        shape, fortran, dtype = _HEADERS[version](content)
         header = content.tell()
-        if dtype.hasobject or not shape or (fortran and len(shape) > 1):
-            # The first are refused, the others have no rows to be read by themselves.
-            content.seek(0)
-            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
-        if math.prod(shape) * dtype.itemsize != member.file_size - header:
+        if not dtype.hasobject and (
+            min(shape, default=0) < 0
+            or math.prod(shape) * dtype.itemsize != member.file_size - header
+        ):
             raise ValueError(
                 f"{member.filename} claims the shape {shape} of {dtype}, which its "
                 f"{member.file_size} bytes don't hold"
             )
+        undivided = dtype.hasobject or not shape or (fortran and len(shape) > 1)
+        if undivided or member.file_size <= room:
+            # Objects are refused there; the others have no rows to be read by themselves.
+            content.seek(0)
+            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
         content.seek(0)
         if member.compress_type == zipfile.ZIP_STORED:
             with Path(os.devnull).open("wb") as nowhere:  # reading to the end checks the CRC

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from heimdall_onnx.errors import ParameterError
+from heimdall_onnx.untrusted import listed, shown
 
 ProfileName = Literal["smoke", "quick", "audit"]
 
@@ -145,9 +147,7 @@ def check_parameters(values: Mapping[str, Any]) -> ReleaseParameters:
         return ReleaseParameters.model_validate(dict(values))
     except ValidationError as error:
         problems = [_explain(entry) for entry in error.errors(include_url=False)]
-        raise ParameterError(
-            "these parameters can't be used:\n  - " + "\n  - ".join(problems)
-        ) from None
+        raise ParameterError(f"these parameters can't be used:{listed(problems)}") from None
 
 
 def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
@@ -165,22 +165,38 @@ def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
 
 
 def injected_names(history: Sequence[str]) -> set[str]:
-    """Names assigned by the cells of ``history`` that papermill injected."""
+    """Names assigned by the cells of ``history`` that papermill injected.
+
+    Raises:
+        ParameterError: If such a cell is no Python.
+    """
     return {
         target.id
         for source in history
         if source.startswith("# Parameters")
-        for statement in ast.parse(source).body
+        for statement in _parsed(source)
         if isinstance(statement, ast.Assign)
         for target in statement.targets
         if isinstance(target, ast.Name)
     }
 
 
+def _parsed(source: str) -> list[ast.stmt]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python's compiler, which has read it before
+            return ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        # The last two are how Python's parser refuses what is nested too deeply.
+        raise ParameterError(
+            f"the notebook's cell of parameters can't be read: {shown(str(error))}"
+        ) from error
+
+
 def _explain(entry: Any) -> str:
-    name = ".".join(map(str, entry["loc"]))
+    name = shown(".".join(map(str, entry["loc"])))
     if entry["type"] != "extra_forbidden":
-        return f"{name} = {entry['input']!r}: {entry['msg']}"
+        return f"{name} = {_shown_value(entry['input'])}: {shown(entry['msg'], 300)}"
     near = difflib.get_close_matches(name, ReleaseParameters.model_fields, n=3, cutoff=0.5)
     known = (
         f"did you mean {' or '.join(near)}?"
@@ -188,3 +204,8 @@ def _explain(entry: Any) -> str:
         else (f"known are {', '.join(ReleaseParameters.model_fields)}")
     )
     return f"{name} is not a parameter; {known}"
+
+
+def _shown_value(value: object) -> str:
+    # Quotes are part of what was given.
+    return shown(repr(value[:200]) if isinstance(value, str) else value)

@@ -1,0 +1,36 @@
+"""Text out of untrusted files, made fit for a message that a person reads in a terminal."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+
+# Several times what a model of the wrong size differs by; a file can hold millions.
+_MOST_PROBLEMS = 1000
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """``value`` on one line of at most ``limit`` characters, what can't be seen as its code.
+
+    A small file can hold a value that is endless once it is written out, so containers are
+    abbreviated as well.
+    """
+    if isinstance(value, str):
+        text = value
+    else:
+        try:
+            text = _SHORT.repr(value)
+        except ValueError:  # an integer of more digits than Python is willing to print
+            text = f"<{type(value).__name__}>"
+    line = " ".join(text[: 4 * limit].split())
+    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[: limit + 1])
+    return visible if len(visible) <= limit else f"{visible[: limit - 1]}…"
+
+
+def listed(problems: Sequence[str]) -> str:
+    """``problems``, each on a line of its own; beyond a thousand only how many more there are."""
+    more = len(problems) - _MOST_PROBLEMS
+    lines = [*problems[:_MOST_PROBLEMS], *([f"and {more:,} more"] if more > 0 else [])]
+    return "".join(f"\n  - {line}" for line in lines)
