@@ -34,6 +34,7 @@ class Fault:
     Attributes:
         kind: One of `KINDS`.
         match: Regular expression, searched in ``METHOD path``.
+        skip: How many of these pass before.
         times: To how many requests; None for all.
         sticky: To all requests after the first that matches, whatever they are.
         seconds: How long a service is gone; None until the fault is taken away.
@@ -44,6 +45,7 @@ class Fault:
 
     kind: str
     match: str = ""
+    skip: int = 0
     times: int | None = 1
     sticky: bool = False
     seconds: float | None = None
@@ -56,6 +58,9 @@ class Fault:
         if self.times is not None and self.hits >= self.times:
             return False
         if not (self.sticky and self.hits) and not re.search(self.match, request):
+            return False
+        if self.skip:
+            self.skip -= 1
             return False
         self.hits += 1
         return True
