@@ -8,9 +8,9 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class RegisteredVersion:
         run_id: The run it came from, or None.
         stage: ``"None"``, ``"Staging"``, ``"Production"`` or ``"Archived"``.
         tags: Its tags.
+        created_ms: When it was registered, milliseconds since 1970.
     """
 
     name: str
@@ -61,6 +62,7 @@ class RegisteredVersion:
     run_id: str | None
     stage: str
     tags: Mapping[str, str]
+    created_ms: int
 
 
 class MLflowTracker:
@@ -357,6 +359,29 @@ class MLflowTracker:
         with self._errors(f"delete a tag of version {version} of {name}"):
             self._client.delete_model_version_tag(name, version, tag)
 
+    def model_names(self) -> tuple[str, ...]:
+        """Every registered model."""
+        with self._errors("list the registered models"):
+            found = tuple(_pages(self._client.search_registered_models))
+        return tuple(model.name for model in found)
+
+    def versions(self, name: str) -> tuple[RegisteredVersion, ...]:
+        """Every version of a registered model."""
+        with self._errors(f"list the versions of {name}"):
+            query = f"name = '{name}'"
+            found = tuple(_pages(self._client.search_model_versions, filter_string=query))
+        return tuple(map(_describe_version, found))
+
+    def open_runs(self, name_begins: str) -> dict[str, int]:
+        """Runs of the experiment that have not ended: id to start, milliseconds since 1970."""
+        query = f"attributes.status = 'RUNNING' AND attributes.run_name LIKE '{name_begins}%'"
+        with self._errors("look for runs that have not ended"):
+            experiment = self._client.get_experiment_by_name(self.experiment_name)
+            places = [experiment.experiment_id] if experiment else []
+            search = partial(self._client.search_runs, places, query)
+            found = tuple(_pages(search)) if places else ()
+        return {run.info.run_id: run.info.start_time for run in found}
+
     def find_versions(self, name: str, source: str, run_id: str) -> tuple[str, ...]:
         """The versions of a model that a run has registered from a folder."""
         with self._errors(f"look for versions of {name} from {source}"):
@@ -465,6 +490,17 @@ def _tracker(settings: Settings) -> MLflowTracker:
     )
 
 
+def _pages(search: Callable[..., Any], **query: Any) -> Iterator[Any]:
+    """Every result of one of MLflow's paged searches."""
+    token = None
+    while True:
+        page = search(**query, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 def _strings(tags: Mapping[str, Any] | None) -> dict[str, str]:
     return {key: str(value) for key, value in (tags or {}).items()}
 
@@ -492,4 +528,5 @@ def _describe_version(version: Any) -> RegisteredVersion:
         version.run_id or None,
         str(version.current_stage),
         dict(version.tags),
+        int(version.creation_timestamp),
     )
