@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.evaluation import EvaluationData
 
 RECORD = "release"
+VERDICT = "verdict"
 NO_CELL = "no cell"
 NO_ALTERNATIVE = 'alt="No description has been provided for this image"'
 
@@ -250,10 +251,8 @@ def put_verdict_first(path: Path, *, passed: bool, title: str, facts: dict[str, 
     verdict = _recorded_verdict(read_record(path))
     if verdict is not None:
         lines += ["", verdict.to_markdown()]
-    cell = nbformat.v4.new_markdown_cell(
-        "\n".join(lines), id="verdict", metadata={"tags": ["verdict"]}
-    )
-    notebook.cells = [cell, *(c for c in notebook.cells if c.get("id") != "verdict")]
+    cell = nbformat.v4.new_markdown_cell("\n".join(lines), id=VERDICT, metadata={"tags": [VERDICT]})
+    notebook.cells = [cell, *(c for c in notebook.cells if c.get("id") != VERDICT)]
     nbformat.write(notebook, path)
 
 

@@ -1,0 +1,280 @@
+"""The figures of a repetition beside the recorded ones, each with a judgement.
+
+Quantiles over more values than the sketch behind them keeps are estimates that differ from run to
+run (see `heimdall_onnx.statistics`), so those are held against each other within `ESTIMATE`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from heimdall_onnx.compare import ADVERSARIAL_FACTOR, EVALUATION, NOISE_FLOOR_FACTOR
+from heimdall_onnx.signature import Signature
+
+# Fewer values are kept as they are.
+SKETCHED = 384
+# Of the value; three standard errors of a sketch's rank are a tenth of this for a smooth quantity.
+ESTIMATE = 0.05
+# One degree of a meridian at the poles, where it is longest (WGS84).
+METRES_PER_DEGREE = 111_700.0
+
+Figure = float | int | str | bool | None
+Verdict = Literal["identical", "within", "differs", "flagged", "not judged"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recorded figure and the one that was found again.
+
+    Attributes:
+        what: Which figure.
+        recorded: As the release has it; NaN and Inf as text.
+        found: As the repetition has it; None where it has none.
+        judgement: ``identical``; ``within`` what the rule allows; ``differs``, which is a failure;
+            ``flagged``, which is none; or ``not judged``.
+        rule: What was allowed, in words.
+        recorded_interval: Confidence interval of the recorded figure, where it has one.
+        found_interval: That of the other.
+    """
+
+    what: str
+    recorded: Figure
+    found: Figure
+    judgement: Verdict
+    rule: str
+    recorded_interval: tuple[float, float] | None = None
+    found_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a figure may differ by.
+
+    Attributes:
+        limit: In its unit, in another environment; None where it is not judged there.
+        source: Which tolerance that is.
+        estimated: Whether it is an estimate.
+        binding: Whether an estimate outside the rule is a failure.
+    """
+
+    limit: float | None = 0.0
+    source: str = ""
+    estimated: bool = False
+    binding: bool = False
+
+
+def compare_accuracy(
+    recorded: Mapping[str, Any], found: Mapping[str, Any], *, exact: bool
+) -> tuple[Comparison, ...]:
+    """Hold parity, localization errors and gates of a repetition against the recorded ones.
+
+    Args:
+        recorded: What `heimdall_onnx.report.record_results` kept of the release.
+        found: What it kept of the repetition.
+        exact: Whether the figures must be the same, as in the same environment. Elsewhere they may
+            differ by the tolerances of the gates: errors by that of the mean absolute error (ten
+            times that on adversarial inputs), outputs by that of the elements, errors against
+            float64 by the noise floor, metres by what the elements' tolerance is on the ground.
+    """
+    old, new = recorded["parity"], found["parity"]
+    return tuple(
+        _hold(what, before, after, rule, exact)
+        for what, before, after, rule in (
+            *_gates(recorded["gates"], found["gates"], exact),
+            ("evaluation samples", old["samples"], new["samples"], _Rule()),
+            *_cells(old, new),
+            *_noise_floor(old["noise_floor"], new["noise_floor"]),
+            *_independence(old, new["independence"]),
+            *_ground(recorded, new["ground"] or {}),
+        )
+    )
+
+
+def compare_latency(
+    recorded: Mapping[str, Any], found: Mapping[str, Any]
+) -> tuple[Comparison, ...]:
+    """Hold latency and speedup of a repetition against the recorded ones, with their intervals."""
+    old, new = recorded["latency"], found["latency"]
+    figures = [_interval("speedup", _ends(old["speedup"], "ratio"), _ends(new["speedup"], "ratio"))]
+    others = {contender["name"]: contender for contender in new["contenders"]}
+    for before in old["contenders"]:
+        name, after = before["name"], others.get(before["name"], {})
+        again = {p["percentile"]: p for p in after.get("percentiles", [])}
+        figures += [
+            _interval(
+                f"{name}, p{p['percentile']:g} (ms)",
+                _ends(p, "value_ms"),
+                _ends(again.get(p["percentile"], {}), "value_ms"),
+            )
+            for p in before["percentiles"]
+        ]
+        figures += [
+            _hold(f"{name}, {what}", before[key], after.get(key), _Rule(None), exact=False)
+            for what, key in (
+                ("counted calls", "calls"),
+                ("mean (ms)", "mean_ms"),
+                ("loading the model (ms)", "load_ms"),
+                ("first call (ms)", "first_call_ms"),
+                ("peak memory of the process (bytes)", "peak_memory_bytes"),
+            )
+        ]
+    return tuple(figures)
+
+
+_Ruled = tuple[str, Figure, Figure, _Rule]
+
+
+def _hold(what: str, old: Figure, new: Figure, rule: _Rule, exact: bool) -> Comparison:
+    if old == new:
+        return Comparison(what, old, new, "identical", "as recorded")
+    if rule.limit is None and not exact:
+        return Comparison(what, old, new, "not judged", "shown only")
+    limit = 0.0 if exact or rule.limit is None else rule.limit
+    words = [f"{limit:.3g}, {rule.source}"] if limit else []
+    if rule.estimated:
+        limit += ESTIMATE * abs(_number(old))
+        words.append(f"{ESTIMATE:.0%}, since it is an estimate")
+    allowed = f"may differ by {' and '.join(words)}" if words else "must be as recorded"
+    if abs(_number(new) - _number(old)) <= limit:
+        return Comparison(what, old, new, "within", allowed)
+    flagged = rule.estimated and not rule.binding
+    return Comparison(what, old, new, "flagged" if flagged else "differs", allowed)
+
+
+def _number(value: Figure) -> float:
+    """Of text and of what is missing NaN, which is within nothing."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _gates(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], exact: bool
+) -> Iterator[_Ruled]:
+    again = {gate["name"]: gate for gate in new}
+    for gate in old:
+        other = again.get(gate["name"], {"passed": None, "measured": None})
+        yield f"gate {gate['name']}, passed", gate["passed"], other["passed"], _Rule()
+        if exact:
+            # Elsewhere its figure stands below, with a tolerance.
+            yield f"gate {gate['name']}, measured", gate["measured"], other["measured"], _Rule()
+
+
+def _cells(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
+    again = {
+        (cell["kind"], cell["batch_size"], output["output"]): output
+        for cell in new["cells"]
+        for output in cell["outputs"]
+    }
+    for cell in old["cells"]:
+        kind, size = cell["kind"], cell["batch_size"]
+        factor = 1.0 if kind == EVALUATION else ADVERSARIAL_FACTOR
+        for output in cell["outputs"]:
+            other = again.get((kind, size, output["output"]), {})
+            for name, value in output.items():
+                if name not in ("output", "unit"):
+                    rule = _cell_rule(name, output, factor * old["tolerance"], factor * old["rtol"])
+                    what = f"{output['output']}, {name} ({kind}, batch {size})"
+                    yield what, value, other.get(name), rule
+
+
+def _cell_rule(name: str, output: Mapping[str, Any], atol: float, rtol: float) -> _Rule:
+    estimated = output["count"] >= SKETCHED
+    elements = "the tolerance of the elements"
+    rules = {
+        "mean": _Rule(atol, "the tolerance of the mean absolute error"),
+        "maximum": _Rule(atol, elements),
+        "excess": _Rule(1.0, f"{elements}, which is its unit"),
+        "cosine": _Rule(rtol, f"the relative part of {elements}"),
+        **{p: _Rule(atol, elements, estimated=estimated) for p in ("p50", "p99", "p999")},
+        **{p: _Rule(None, estimated=estimated) for p in ("ulp_p50", "ulp_p999")},
+        **{
+            end: _Rule(atol + rtol * abs(_number(output[end])), elements)
+            for end in ("lowest", "highest")
+        },
+    }
+    # Counts: of elements, of those beyond tolerance, of those that are NaN or Inf.
+    return rules.get(name, _Rule())
+
+
+def _noise_floor(
+    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> Iterator[_Ruled]:
+    again = {floor["output"]: floor for floor in new}
+    for floor in old:
+        other = again.get(floor["output"], {})
+        limit = NOISE_FLOOR_FACTOR * _number(floor["pytorch_error"]) + _number(floor["ulp"])
+        rule = _Rule(limit, "the limit of the noise floor")
+        for what, key in (("ONNX", "onnx_error"), ("PyTorch", "pytorch_error")):
+            named = f"{floor['output']}, mean error of {what} against float64"
+            yield named, floor[key], other.get(key), rule
+
+
+def _independence(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
+    recorded, elements = old["independence"], "the tolerance of the elements"
+    for what, key, rule in (
+        ("largest change of a row's answer", "largest_error", _Rule(old["tolerance"], elements)),
+        ("in units of the tolerance", "excess", _Rule(1.0, f"{elements}, which is its unit")),
+        ("comparisons", "comparisons", _Rule()),
+    ):
+        yield f"batch independence, {what}", recorded[key], new.get(key), rule
+
+
+def _ground(recorded: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
+    parity = recorded["parity"]
+    if parity["ground"] is None:
+        return
+    metres = _metres(recorded)
+    source = "the tolerance of the elements on the ground"
+    estimated = parity["samples"] >= SKETCHED
+    for what, key, quantile in (
+        ("median displacement (m)", "displacement_p50_m", True),
+        ("p99 displacement (m)", "displacement_p99_m", True),
+        ("largest displacement (m)", "displacement_max_m", False),
+    ):
+        rule = _Rule(metres, source, estimated=estimated and quantile)
+        yield what, parity["ground"][key], new.get(key), rule
+    again = {task["who"]: task for task in new.get("task", [])}
+    rule = _Rule(metres, source, estimated=estimated, binding=True)
+    for task in parity["ground"]["task"]:
+        other = again.get(task["who"], {})
+        for what, key in (("median", "median_m"), ("p95", "p95_m")):
+            name = f"localization error of {task['who']}, {what} (m)"
+            yield name, task[key], other.get(key), rule
+
+
+def _metres(recorded: Mapping[str, Any]) -> float:
+    """The elements' tolerance at the largest recorded coordinate, in metres."""
+    parity = recorded["parity"]
+    position = Signature.from_dict(recorded["model"]["signature"]).position_output
+    largest = max(
+        abs(_number(output[end]))
+        for output in parity["cells"][0]["outputs"]
+        if position is not None and output["output"] == position.name
+        for end in ("lowest", "highest")
+    )
+    return float(METRES_PER_DEGREE * (parity["tolerance"] + parity["rtol"] * largest))
+
+
+_Interval = tuple[float, float, float]
+
+
+def _ends(figure: Mapping[str, Any], value: str) -> _Interval | None:
+    """Value, lower and upper end; None where there is no such figure."""
+    unit = value.removeprefix("value").removeprefix("ratio")
+    return (figure[value], figure[f"low{unit}"], figure[f"high{unit}"]) if figure else None
+
+
+def _interval(what: str, old: _Interval | None, new: _Interval | None) -> Comparison:
+    assert old is not None
+    rule = "should lie in the recorded interval, or the intervals overlap"
+    if new is None:
+        return Comparison(what, old[0], None, "flagged", rule, old[1:])
+    if old[0] == new[0]:
+        judgement: Verdict = "identical"
+    elif old[1] <= new[0] <= old[2] or (new[1] <= old[2] and old[1] <= new[2]):
+        judgement = "within"
+    else:
+        judgement = "flagged"
+    return Comparison(what, old[0], new[0], judgement, rule, old[1:], new[1:])
