@@ -108,7 +108,7 @@ def test_a_link_is_for_reading_only(s3, bucket, folder_uri, method):
 @pytest.mark.services
 def test_a_link_is_shown_by_nothing_that_shows_it(s3, folder_uri, caplog):
     log = io.StringIO()
-    configure_logs(log)
+    configure_logs(stream=log)
     with caplog.at_level(logging.INFO):
         links = share_release(s3, folder_uri, expires_s=60)
         get_logger("test").info("shared", link=links[0], links=links, url=links[0].url)
