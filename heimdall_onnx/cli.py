@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from heimdall_onnx.cli_releases import COMMANDS
 from heimdall_onnx.errors import EvidenceError, HeimdallError, ParameterError
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
     from heimdall_onnx.release import ReleaseResult
     from heimdall_onnx.settings import Settings
 
@@ -47,6 +46,10 @@ def main(json_logs: bool) -> None:
     from heimdall_onnx.logs import configure_logs
 
     configure_logs(as_json=True if json_logs else None)
+
+
+for about_a_release in COMMANDS:
+    main.add_command(about_a_release)
 
 
 def _release_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,6 +188,8 @@ def summary(result: ReleaseResult) -> str:
                 result.model_version
                 and f"{result.model_name} version {result.model_version}, alias {result.alias}",
             ),
+            ("signed", result.success and _signed(result)),
+            ("retained", result.retained_until and f"until {result.retained_until}"),
             ("MLflow run", result.run_id),
         )
         if value
@@ -207,6 +212,12 @@ def summary(result: ReleaseResult) -> str:
             f"\nbrowse in MLflow:  {program} services up"
         )
     return text
+
+
+def _signed(result: ReleaseResult) -> str:
+    if result.signer_sha256 is None:
+        return "no, since HEIMDALL_SIGNING_KEY is not set; its hashes can be verified all the same"
+    return f"by the key with SHA-256 {result.signer_sha256}"
 
 
 def _most_costly(costs: Sequence[dict[str, Any]]) -> str:
@@ -311,83 +322,3 @@ def status() -> None:
     from heimdall_onnx.services import services_status
 
     _show_services(services_status)
-
-
-def _place_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--bucket", default="heimdall-models", show_default=True)(command)
-    return click.option("--prefix", default="models/localization", show_default=True)(command)
-
-
-def _store() -> S3Client:
-    from heimdall_onnx.services import ensure_store
-    from heimdall_onnx.settings import Settings
-    from heimdall_onnx.store import make_client
-
-    return make_client(ensure_store(Settings.load()))
-
-
-@main.command("list")
-@_place_options
-def list_(bucket: str, prefix: str) -> None:
-    """List the releases, oldest first."""
-    from heimdall_onnx.errors import VerificationError
-    from heimdall_onnx.manifest import read_manifest
-    from heimdall_onnx.store import bucket_exists, list_versions
-
-    client = _store()
-    if not bucket_exists(client, bucket):
-        click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
-        return
-    unreadable = []
-    for version in list_versions(client, bucket, prefix):
-        try:
-            manifest = read_manifest(client, _folder(version, bucket, prefix))
-        except VerificationError as error:
-            unreadable.append(version)
-            click.echo(f"{version}  {error}")
-            continue
-        click.echo(
-            f"{version}  {manifest.verdict:<14}"
-            f"{manifest.model_name} version {manifest.model_version}"
-        )
-    if unreadable:
-        raise VerificationError(f"the manifest can't be read of {', '.join(unreadable)}")
-
-
-@main.command()
-@click.argument("version")
-@_place_options
-def show(version: str, bucket: str, prefix: str) -> None:
-    """Print the manifest of VERSION, which may also be an s3:// address."""
-    from heimdall_onnx.manifest import read_manifest
-
-    manifest = read_manifest(_store(), _folder(version, bucket, prefix))
-    click.echo(json.dumps(manifest.data, indent=2, ensure_ascii=False))
-
-
-@main.command()
-@click.argument("version")
-@_place_options
-def verify(version: str, bucket: str, prefix: str) -> None:
-    """Download VERSION again and hold it against its manifest and the registry."""
-    from heimdall_onnx.errors import VerificationError
-    from heimdall_onnx.settings import Settings
-    from heimdall_onnx.verify import open_for_reading, verify_release
-
-    connection = open_for_reading(Settings.load())
-    findings = verify_release(connection, _folder(version, bucket, prefix))
-    for finding in findings:
-        click.echo(f"{'holds' if finding.holds else 'DIFFERS':<9}{finding.what}")
-        if not finding.holds:
-            click.echo(f"         expected {finding.expected}\n         found    {finding.found}")
-    wrong = [finding for finding in findings if not finding.holds]
-    if wrong:
-        raise VerificationError(
-            f"{len(wrong)} of {len(findings)} findings differ; don't use this release"
-        )
-
-
-def _folder(version: str, bucket: str, prefix: str) -> str:
-    return (
-        version if version.startswith("s3://") else f"s3://{bucket}/{prefix.strip('/')}/{version}"
-    )

@@ -95,6 +95,8 @@ class ReleaseResult:
         model_name: Registered model.
         model_version: Its version in the registry.
         alias: The alias that points at it now.
+        signer_sha256: SHA-256 of the signer's public key; None for an unsigned release.
+        retained_until: Until when the store keeps it from being deleted; None if it does not.
         run_id: MLflow run.
         speedup: PyTorch's latency over ONNX Runtime's; None if it was not measured.
         gates: Every gate that was evaluated.
@@ -114,6 +116,8 @@ class ReleaseResult:
     model_name: str | None = None
     model_version: str | None = None
     alias: str | None = None
+    signer_sha256: str | None = None
+    retained_until: str | None = None
     run_id: str | None = None
     speedup: float | None = None
     gates: list[dict[str, Any]] = field(default_factory=list)
@@ -345,6 +349,8 @@ class _Run:
             version=version,
             model_version=registered["model_version"],
             alias=self.parameters.alias,
+            signer_sha256=self._signer.sha256 if self._signer else None,
+            retained_until=self._protection.retained_until if self._protection else None,
             s3_uri=uploaded["s3_uri"],
             report_uri=f"{folder_uri}/{REPORT}",
             report_html_uri=f"{folder_uri}/{REPORT_HTML}",

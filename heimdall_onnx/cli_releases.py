@@ -1,0 +1,407 @@
+"""The commands about releases that are there: list, check, decide, repeat, mend.
+
+Thin, as the rest of the command line: values in, results out, exit codes from the errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from heimdall_onnx.errors import VerificationError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.publish import Connection
+    from heimdall_onnx.review import Review
+
+_Command = Callable[..., Any]
+
+
+def _place_options(command: _Command) -> _Command:
+    command = click.option("--bucket", default="heimdall-models", show_default=True)(command)
+    return click.option("--prefix", default="models/localization", show_default=True)(command)
+
+
+def _trust_options(command: _Command) -> _Command:
+    file = click.Path(exists=True, dir_okay=False, path_type=Path)
+    command = click.option(
+        "--trusted-certificates",
+        type=file,
+        help="Root certificates (PEM) of its signer; by default HEIMDALL_TRUSTED_CERTIFICATES.",
+    )(command)
+    return click.option(
+        "--public-key",
+        type=file,
+        help="Public key (PEM) of its signer; by default HEIMDALL_PUBLIC_KEY.",
+    )(command)
+
+
+def _json_option(command: _Command) -> _Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        command
+    )
+
+
+def _decision_options(command: _Command) -> _Command:
+    for option in (
+        click.option("--reviewer", required=True, help="Who decides."),
+        click.option("--note", required=True, help="Why."),
+        _trust_options,
+        _json_option,
+    ):
+        command = option(command)
+    return command
+
+
+def _name_argument(command: _Command) -> _Command:
+    return click.argument("name", default="heimdall-localization-onnx")(command)
+
+
+def _store() -> S3Client:
+    from heimdall_onnx.services import ensure_store
+    from heimdall_onnx.settings import Settings
+    from heimdall_onnx.store import make_client
+
+    return make_client(ensure_store(Settings.load()))
+
+
+def _connect(
+    public_key: Path | None = None, trusted_certificates: Path | None = None
+) -> Connection:
+    from heimdall_onnx.settings import Settings
+    from heimdall_onnx.verify import open_for_reading
+
+    given = {"public_key": public_key, "trusted_certificates": trusted_certificates}
+    # One given here takes the place of both in the environment.
+    update = given if any(given.values()) else {}
+    return open_for_reading(Settings.load().model_copy(update=update))
+
+
+def _folder(version: str, bucket: str, prefix: str) -> str:
+    return (
+        version if version.startswith("s3://") else f"s3://{bucket}/{prefix.strip('/')}/{version}"
+    )
+
+
+def _print_json(result: Any) -> None:
+    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
+
+
+@click.command("list")
+@_place_options
+def list_(bucket: str, prefix: str) -> None:
+    """List the releases, oldest first."""
+    from heimdall_onnx.manifest import read_manifest
+    from heimdall_onnx.store import bucket_exists, list_versions
+
+    client = _store()
+    if not bucket_exists(client, bucket):
+        click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
+        return
+    unreadable = []
+    for version in list_versions(client, bucket, prefix):
+        try:
+            manifest = read_manifest(client, _folder(version, bucket, prefix))
+        except VerificationError as error:
+            unreadable.append(version)
+            click.echo(f"{version}  {error}")
+            continue
+        click.echo(
+            f"{version}  {manifest.verdict:<14}"
+            f"{'signed' if manifest.signature else 'unsigned':<10}"
+            f"{manifest.model_name} version {manifest.model_version}"
+        )
+    if unreadable:
+        raise VerificationError(f"the manifest can't be read of {', '.join(unreadable)}")
+
+
+@click.command()
+@click.argument("version")
+@_place_options
+def show(version: str, bucket: str, prefix: str) -> None:
+    """Print the manifest of VERSION, which may also be an s3:// address."""
+    from heimdall_onnx.manifest import read_manifest
+
+    manifest = read_manifest(_store(), _folder(version, bucket, prefix))
+    click.echo(json.dumps(manifest.data, indent=2, ensure_ascii=False))
+
+
+@click.command()
+@click.argument("version")
+@_place_options
+@_trust_options
+@_json_option
+def verify(
+    version: str,
+    bucket: str,
+    prefix: str,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    as_json: bool,
+) -> None:
+    """Download VERSION again and hold it against manifest, signature and registry."""
+    from dataclasses import asdict
+
+    from heimdall_onnx.verify import verify_release
+
+    connection = _connect(public_key, trusted_certificates)
+    findings = verify_release(connection, _folder(version, bucket, prefix))
+    wrong = [finding for finding in findings if not finding.holds]
+    if as_json:
+        _print_json({"holds": not wrong, "findings": [asdict(f) for f in findings]})
+    for finding in () if as_json else findings:
+        click.echo(f"{'holds' if finding.holds else 'DIFFERS':<9}{finding.what}")
+        if not finding.holds:
+            click.echo(f"         expected {finding.expected}\n         found    {finding.found}")
+    if wrong:
+        raise VerificationError(
+            f"{len(wrong)} of {len(findings)} findings differ; don't use this release"
+        )
+
+
+@click.command()
+@click.argument("version")
+@_place_options
+@click.option("--to", "alias", default="production", show_default=True, help="The alias.")
+@click.option("--max-error-growth", type=click.FloatRange(min=0), help="Share; 0.05 by default.")
+@click.option("--max-slowdown", type=click.FloatRange(min=0), help="Share; 0.1 by default.")
+@click.option("--calls", type=click.IntRange(min=12), help="Timed calls of each; 200 by default.")
+@click.option("--allow-smoke", is_flag=True, help="Take a test run too.")
+@click.option("--no-compare", is_flag=True, help="Don't run it against what it would replace.")
+@_decision_options
+def promote(
+    version: str,
+    bucket: str,
+    prefix: str,
+    alias: str,
+    reviewer: str,
+    note: str,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    as_json: bool,
+    no_compare: bool,
+    max_error_growth: float | None,
+    max_slowdown: float | None,
+    **limits: Any,
+) -> None:
+    """Verify VERSION again, compare it with what holds the alias, record that, move the alias."""
+    from heimdall_onnx.head_to_head import Limits
+    from heimdall_onnx.review import promote_release
+
+    given = {"error_growth": max_error_growth, "slowdown": max_slowdown, **limits}
+    review = promote_release(
+        _connect(public_key, trusted_certificates),
+        _folder(version, bucket, prefix),
+        alias=alias,
+        reviewer=reviewer,
+        note=note,
+        limits=Limits(**{k: v for k, v in given.items() if v is not None}),
+        compare=not no_compare,
+    )
+    _show_review(review, as_json)
+
+
+@click.command()
+@_name_argument
+@click.option("--alias", default="production", show_default=True, help="The alias.")
+@click.option("--bucket", default="heimdall-models", show_default=True)
+@click.option("--to-previous", is_flag=True, help="To the version that it pointed at before.")
+@click.option("--to", "version", help="To this version, which it pointed at earlier.")
+@_decision_options
+def rollback(
+    name: str,
+    alias: str,
+    bucket: str,
+    to_previous: bool,
+    version: str | None,
+    reviewer: str,
+    note: str,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    as_json: bool,
+) -> None:
+    """Point the alias of the registered model NAME back at an earlier version that verifies."""
+    from heimdall_onnx.review import roll_back
+
+    if to_previous == (version is not None):
+        raise click.UsageError("say where to: --to-previous, or --to VERSION")
+    review = roll_back(
+        _connect(public_key, trusted_certificates),
+        bucket,
+        name,
+        alias=alias,
+        reviewer=reviewer,
+        note=note,
+        version=version,
+    )
+    _show_review(review, as_json)
+
+
+def _show_review(review: Review, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        _print_json(asdict(review))
+        return
+    before = f"version {review.previous}" if review.previous else "nothing"
+    click.echo(
+        f"{review.model_name}@{review.alias} points at version {review.version} now, "
+        f"before at {before}\nrelease  {review.release}\nrecord   {review.record_uri}"
+    )
+    if review.comparison:
+        for line in (*map(str, review.comparison.ratios), *review.comparison.notes):
+            click.echo(f"         {line}")
+
+
+@click.command()
+@_name_argument
+@click.option("--bucket", default="heimdall-models", show_default=True)
+@_json_option
+def history(name: str, bucket: str, as_json: bool) -> None:
+    """Show where the aliases of the registered model NAME point and pointed, and who moved them."""
+    from heimdall_onnx.review import alias_history
+
+    histories = alias_history(_connect(), bucket, name)
+    if as_json:
+        _print_json(
+            [
+                {
+                    "alias": one.alias,
+                    "points_at": one.points_at,
+                    "problem": one.problem,
+                    "moves": [move.model_dump() for move in one.moves],
+                }
+                for one in histories
+            ]
+        )
+    for one in () if as_json else histories:
+        click.echo(f"{name}@{one.alias}: version {one.points_at or 'none'}")
+        for move in one.moves:
+            note = f": {' '.join(move.note.split())}" if move.note else ""
+            click.echo(
+                f"  {move.number:>4}  {move.time}  {move.action:<9}version {move.version or 'none'}"
+                f"  by {move.by}{note}"
+            )
+    if wrong := [f"{name}@{one.alias}: {one.problem}" for one in histories if one.problem]:
+        raise VerificationError("; ".join(wrong))
+
+
+@click.command()
+@click.argument("version")
+@_place_options
+@_trust_options
+@click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell.")
+@_json_option
+def reproduce(
+    version: str,
+    bucket: str,
+    prefix: str,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    cell_timeout: int | None,
+    as_json: bool,
+) -> None:
+    """Run the notebook of VERSION again, on its checkpoint and data, and compare what comes out."""
+    import sys
+
+    from heimdall_onnx.reproduce import reproduce_release
+
+    reproduction = reproduce_release(
+        _connect(public_key, trusted_certificates),
+        _folder(version, bucket, prefix),
+        cell_timeout=cell_timeout,
+        progress=sys.stderr.isatty() or not as_json,
+    )
+    _print_json(reproduction.to_dict()) if as_json else click.echo(reproduction.to_text())
+    reproduction.require()
+
+
+@click.command()
+@_place_options
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=24.0,
+    show_default=True,
+    metavar="HOURS",
+    help="What is younger may belong to a release that is under way.",
+)
+@click.option("--fix", is_flag=True, help="Show what would be done, and do it.")
+@_json_option
+def doctor(bucket: str, prefix: str, older_than: float, fix: bool, as_json: bool) -> None:
+    """Find what killed runs and lost services have left behind."""
+    from heimdall_onnx.doctor import diagnose, mend_all
+
+    found = diagnose(_connect(), bucket, prefix, older_than=timedelta(hours=older_than))
+    if as_json:
+        _print_json(
+            [{"kind": f.kind, "what": f.what, "why": f.why, "remedy": f.remedy} for f in found]
+        )
+    for leftover in () if as_json else found:
+        click.echo(f"{leftover.kind}: {leftover.what}\n    {leftover.why}")
+        click.echo(f"    {leftover.remedy or 'for a person to decide: nothing is done about it'}")
+    failed = mend_all(found) if fix else ()
+    left = [leftover for leftover in found if not (fix and leftover.remedy)]
+    if fix:
+        click.echo(f"mended {len(found) - len(left) - len(failed)} of {len(found)}", err=True)
+    if failed:
+        raise VerificationError("could not be mended:\n  - " + "\n  - ".join(failed))
+    if left:
+        raise VerificationError(
+            f"{len(left)} things need attention"
+            + ("" if fix else "; --fix does what is said below each")
+        )
+    if not found:
+        click.echo("nothing is left over", err=True)
+
+
+@click.command()
+@click.argument("version")
+@_place_options
+@click.option(
+    "--hours",
+    type=click.FloatRange(min=0, max=168, min_open=True),
+    default=24.0,
+    show_default=True,
+    help="How long the links work.",
+)
+def link(version: str, bucket: str, prefix: str, hours: float) -> None:
+    """Print links that open the report of VERSION without credentials, for a while."""
+    from heimdall_onnx.links import share_release
+
+    folder = _folder(version, bucket, prefix)
+    for one in share_release(_store(), folder, expires_s=max(1, int(hours * 3600))):
+        click.echo(f"{one.name:<14}{one.url.get_secret_value()}")
+
+
+@click.command()
+@click.argument("role", type=click.Choice(["releaser", "reviewer", "consumer"]))
+@_place_options
+@click.option("--artifact-uri", default="s3://heimdall-mlflow", show_default=True)
+@click.option("--conditional", is_flag=True, help="Use s3:if-none-match, which Amazon S3 knows.")
+def policy(role: str, **place: Any) -> None:
+    """Print the S3 policy that gives an identity what ROLE needs, and no more."""
+    from heimdall_onnx.policies import Place, identity_policy
+
+    click.echo(json.dumps(identity_policy(role, Place(**place)), indent=2))
+
+
+COMMANDS = (
+    list_,
+    show,
+    verify,
+    promote,
+    rollback,
+    history,
+    reproduce,
+    doctor,
+    link,
+    policy,
+)
