@@ -7,6 +7,8 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
 import boto3
@@ -59,6 +61,9 @@ _REASONS = {
     "500": _BROKEN,
 }
 _UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.EndpointConnectionError)
+# Stores refuse what was signed more than a quarter of an hour ago, or will be.
+_SKEW = timedelta(minutes=14)
+_SKEW_CODES = {"403", "AccessDenied", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
 _BROKEN_OFF = (
     aws.ResponseStreamingError,
     aws.IncompleteReadError,
@@ -177,6 +182,11 @@ def explain_store_error(error: Exception) -> str:
     """Why a call to a store failed and what to do, in plain words without credentials."""
     error = _root(error)
     if isinstance(error, aws.ClientError):
+        if wrong_by := _clock_difference(error):
+            return (
+                f"this machine's clock and the store's differ by {wrong_by}, which it takes for a "
+                "forged request; set the clock"
+            )
         message = error.response.get("Error", {}).get("Message", "no reason given")
         return _REASONS.get(error_code(error), f"the store answered {error_code(error)}: {message}")
     if isinstance(error, aws.NoCredentialsError | aws.PartialCredentialsError):
@@ -184,15 +194,28 @@ def explain_store_error(error: Exception) -> str:
     if isinstance(error, aws.SSLError):
         return "its certificate was not accepted; check MLFLOW_S3_ENDPOINT_URL and AWS_CA_BUNDLE"
     if isinstance(error, aws.FlexibleChecksumError):
-        return (
-            "what came back is not what was stored: it was damaged there or on its way"
-        )
+        return "what came back is not what was stored: it was damaged there or on its way"
     if isinstance(error, _UNREACHABLE):
         return (
             f"the store can't be reached ({type(error).__name__}); check that it runs and that "
             "MLFLOW_S3_ENDPOINT_URL is its address"
         )
     return redact_url(str(error))
+
+
+def _clock_difference(error: aws.ClientError) -> timedelta | None:
+    """How far the clocks are apart, if that is why a request was refused."""
+    # The answer to a HEAD request says nothing but 403.
+    answer = error.response.get("ResponseMetadata", {})
+    if error_code(error) not in _SKEW_CODES or "date" not in answer.get("HTTPHeaders", {}):
+        return None
+    try:
+        theirs = parsedate_to_datetime(answer["HTTPHeaders"]["date"])
+    except ValueError:
+        return None
+    difference = abs(datetime.now(UTC) - theirs.astimezone(UTC))
+    rounded = timedelta(seconds=round(difference.total_seconds()))
+    return rounded if difference > _SKEW else None
 
 
 def error_code(error: Exception) -> str:

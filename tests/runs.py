@@ -177,13 +177,25 @@ def start_release(
     bucket: str,
     *options: object,
     name: str = "test-model",
+    within: tuple[str, ...] = (),
     **variables: str,
 ) -> RunningRelease:
-    """Start the command that releases, with variables of its environment if any are given."""
+    """Start the command that releases.
+
+    Args:
+        settings: Where the services are.
+        inputs: What is released.
+        bucket: Where to.
+        options: Further options of the command.
+        name: Registered model.
+        within: A command that runs the one that follows it.
+        variables: Of its environment.
+    """
     mark = secrets.token_hex(8)
     before = _run_folders(settings)
     process = subprocess.Popen(
         [
+            *within,
             *(sys.executable, "-m", "heimdall_onnx", "release", str(inputs.checkpoint)),
             *("--eval-data", str(inputs.eval_data), "--bucket", bucket, "--name", name),
             *("--model", inputs.model, "--json", *map(str, options)),

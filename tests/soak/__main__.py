@@ -29,12 +29,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 sys.path.insert(1, str(_TESTS))
 
-import fuzz  # noqa: E402
 import kills  # noqa: E402
+import machine  # noqa: E402
+import outages  # noqa: E402
 from tally import Tally  # noqa: E402
 
 
 def _fuzz(count: int, seed: int, folder: Path) -> Tally:
+    import fuzz
+
     found = fuzz.run(count, seed=seed)
     return Tally("fuzz", count, 0, [f"{found} violations, printed above"] if found else [])
 
@@ -42,6 +45,9 @@ def _fuzz(count: int, seed: int, folder: Path) -> Tally:
 # Each with the faults that it tries by default.
 PARTS: dict[str, tuple[Callable[[int, int, Path], Tally], int]] = {
     "kills": (kills.run, 300),
+    "services": (outages.run, 180),
+    "disk": (machine.full_disk, 10),
+    "clock": (machine.wrong_clock, 1),
     "fuzz": (_fuzz, 10_000),
 }
 
