@@ -110,7 +110,7 @@ def promote_release(
     # Before anything is looked at: a move that comes after this look is somebody else's.
     number = _last_number(connection, manifest.bucket, name, alias)
     holder = connection.tracker.alias_target(name, alias)
-    findings = verify_release(connection, manifest.uri, trust=trust)
+    findings = verify_release(connection, manifest, trust=trust)
     reasons = differences(findings)
     if not manifest.verdict.startswith("pass"):
         reasons.append(f"its verdict is {manifest.verdict!r}")
@@ -192,7 +192,7 @@ def roll_back(
     try:
         source = connection.tracker.get_version(model_name, version).source
         manifest = read_manifest(connection.client, source)
-        findings = verify_release(connection, manifest.uri, trust=trust)
+        findings = verify_release(connection, manifest, trust=trust)
     except (VerificationError, NotRegisteredError) as error:
         raise PromotionError(
             f"{model_name} version {version} can't be gone back to: {error}"

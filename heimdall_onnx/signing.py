@@ -104,12 +104,13 @@ def open_signer(settings: Settings) -> Signer | None:
                 "HEIMDALL_SIGNING_KEY_PASSWORD can't be used with HEIMDALL_SIGNING_CERTIFICATE, "
                 "since model signing reads only keys without a password there"
             )
-        chain = settings.signing_certificate_chain
+        # Without intermediates the certificate itself: the library refuses an empty chain.
+        chain = settings.signing_certificate_chain or certificate
         with _readable("HEIMDALL_SIGNING_CERTIFICATE", certificate, "the key's certificate (PEM)"):
             config = signing.Config().use_certificate_signer(
                 private_key=key,
                 signing_certificate=certificate,
-                certificate_chain=[chain] if chain else [],
+                certificate_chain=[chain],
             )
     public = private.public_key().public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo

@@ -85,7 +85,7 @@ def open_for_reading(settings: Settings) -> Connection:
 
 def verify_release(
     connection: Connection,
-    folder_uri: str,
+    release: str | Manifest,
     *,
     trust: Trust | None = None,
     hashed: Mapping[str, str] | None = None,
@@ -98,7 +98,8 @@ def verify_release(
 
     Args:
         connection: Store and registry.
-        folder_uri: ``s3://bucket/prefix/version``.
+        release: ``s3://bucket/prefix/version``, or a manifest that has been read, so that what is
+            done with it afterwards is about the same one.
         trust: Whose signature it must have; what the settings name by default. If they name
             nobody, a signature is only held against the hash that the registry has of it.
         hashed: SHA-256 by name of objects that have been read already.
@@ -113,7 +114,7 @@ def verify_release(
     client, settings = connection.client, connection.settings
     if trust is None:
         trust = Trust(settings.public_key, settings.trusted_certificates)
-    manifest = read_manifest(client, folder_uri)
+    manifest = release if isinstance(release, Manifest) else read_manifest(client, release)
     found, findings = _check_objects(client, manifest, hashed or {})
     tags: Mapping[str, str] | None = None
     registry_findings: list[Finding] = []
@@ -364,7 +365,7 @@ def _verified_model(
         log.warning("not held against a registry", uri=manifest.uri, missing=str(missing))
     connection = Connection(settings, client, lambda: open_registry(settings))
     findings = verify_release(
-        connection, manifest.uri, trust=trust, hashed=hashes, registry=missing is None
+        connection, manifest, trust=trust, hashed=hashes, registry=missing is None
     )
     require_verified(findings, manifest.uri)
     return path
