@@ -130,8 +130,9 @@ def _read_npz(path: Path) -> tuple[dict[str, Rows], str]:
             file.seek(0)
             return read_npz(file), sha256
     except Exception as error:  # zipfile, zlib and NumPy share no narrower base
+        reason = shown(str(error) or type(error).__name__, 400)
         raise DataError(
-            f"evaluation data {path} can't be read: {shown(str(error), 400)}. Expected an .npz of "
+            f"evaluation data {path} can't be read: {reason}. Expected an .npz of "
             "plain arrays, one per input of the model, as `heimdall-onnx features` writes it"
         ) from error
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.signature import Arrays, Signature
+from heimdall_onnx.untrusted import shown
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,9 @@ def open_session(
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no narrower base
-        raise InvalidModelError(f"ONNX Runtime can't load {path}: {error}") from error
+        raise InvalidModelError(
+            f"ONNX Runtime can't load {path}: {shown(str(error), 1000)}"
+        ) from error
 
 
 def run_onnx(

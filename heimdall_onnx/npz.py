@@ -150,7 +150,10 @@ def _member(
         version = np.lib.format.read_magic(content)
         if version not in _HEADERS:
             raise ValueError(f"{member.filename} has the .npy version {version}, not 1.0 or 2.0")
-        shape, fortran, dtype = _HEADERS[version](content)
+        try:
+            shape, fortran, dtype = _HEADERS[version](content)
+        except (MemoryError, RecursionError):  # Python's parser on what is nested too deeply
+            raise ValueError(f"{member.filename} has no readable header") from None
         header = content.tell()
         if not dtype.hasobject and (
             min(shape, default=0) < 0

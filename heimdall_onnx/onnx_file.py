@@ -17,6 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from heimdall_onnx.errors import InvalidModelError
+from heimdall_onnx.untrusted import shown
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,7 +52,7 @@ def read_structure(path: Path | str) -> onnx.ModelProto:
     try:
         return onnx.ModelProto.FromString(bytes(outside + _prefix(_GRAPH, len(graph)) + graph))
     except DecodeError as error:
-        raise InvalidModelError(f"{path} is not an ONNX model: {error}") from error
+        raise InvalidModelError(f"{path} is not an ONNX model: {shown(str(error))}") from error
 
 
 def read_initializers(path: Path | str) -> Iterator[onnx.TensorProto]:
@@ -69,7 +70,9 @@ def read_initializers(path: Path | str) -> Iterator[onnx.TensorProto]:
                     try:
                         yield onnx.TensorProto.FromString(_read(file, inner.payload, inner.end))
                     except DecodeError as error:
-                        raise InvalidModelError(f"{path} is not an ONNX model: {error}") from error
+                        raise InvalidModelError(
+                            f"{path} is not an ONNX model: {shown(str(error))}"
+                        ) from error
 
 
 def write_model(model: ir.Model, path: Path, *, external_data: str, limit: int) -> None:

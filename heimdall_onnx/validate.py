@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from heimdall_onnx.errors import InvalidModelError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.onnx_file import read_initializers, read_structure
 from heimdall_onnx.signature import Signature, TensorSpec
+from heimdall_onnx.untrusted import listed, shown
 
 log = get_logger(__name__)
 
@@ -110,13 +111,11 @@ def validate_model(path: Path | str, *, signature: Signature | None = None) -> M
     structure = read_structure(source)
     if not structure.ir_version or not structure.graph.node:
         raise InvalidModelError(f"{source} is not an ONNX model: it has no IR version or no nodes")
-    problems, parameters, external_bytes = _weigh(source)
+    problems, parameters, external_bytes = _weigh(source, structure)
     # The checker would follow the data that was just refused.
     problems += [] if problems else _checked(source)
     if problems:
-        raise InvalidModelError(
-            f"{source} is not a valid ONNX model:\n  - " + "\n  - ".join(problems)
-        )
+        raise InvalidModelError(f"{source} is not a valid ONNX model:{listed(problems)}")
     info = _describe(structure, parameters, source.stat().st_size + external_bytes, signature)
     log.info(
         "validated",
@@ -132,45 +131,89 @@ def _checked(path: Path) -> list[str]:
     try:
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:  # the checker's and shape inference's errors share no base
-        return [f"onnx.checker: {' '.join(str(error).split())[:1000]}"]
+        return [f"onnx.checker: {shown(str(error), 1000)}"]
     return []
 
 
-def _weigh(path: Path) -> tuple[list[str], int, int]:
+def _weigh(path: Path, structure: onnx.ModelProto) -> tuple[list[str], int, int]:
     """Problems of the weights, number of their elements, and bytes in external data."""
     problems, parameters, external = [], 0, {}
     for tensor in read_initializers(path):
         parameters += math.prod(tensor.dims)
+        problem = _external_problem(tensor, path.parent)
+        if problem:
+            problems.append(problem)
+            continue
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            location, problem = _external_file(tensor, path.parent)
-            if problem:
-                problems.append(problem)
-                continue
+            location = path.parent / _external_entries(tensor)["location"]
             external[location] = location.stat().st_size
         problems += _non_finite(tensor, path.parent)
+    graphs = [structure.graph, *(t.algorithm for t in structure.training_info)]
+    graphs += [t.initialization for t in structure.training_info]
+    inner = [tensor for graph in graphs for tensor in _graph_tensors(graph)]
+    inner += [t for function in structure.functions for t in _node_tensors(function.node)]
+    problems += filter(None, (_external_problem(tensor, path.parent) for tensor in inner))
     return problems, parameters, sum(external.values())
 
 
-def _external_file(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, str | None]:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = folder / entries.get("location", "")
-    if not location.resolve().is_relative_to(folder.resolve()):
-        where = entries.get("location")
-        return location, f"{tensor.name} has its data outside the model's folder: {where!r}"
-    if not location.is_file():
-        return location, f"{tensor.name} has its data in {location.name!r}, which is not there"
-    return location, None
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(graph)
+
+
+def _external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _external_problem(tensor: onnx.TensorProto, folder: Path) -> str | None:
+    """Why the data that a tensor has in another file can't be used; None if nothing is wrong."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    entries, name = _external_entries(tensor), shown(tensor.name)
+    where = entries.get("location", "")
+    location = folder / where
+    try:
+        if not location.resolve().is_relative_to(folder.resolve()):
+            return f"{name} has its data outside the model's folder: {shown(repr(where))}"
+        if not location.is_file():
+            return f"{name} has its data in {shown(repr(location.name))}, which is not there"
+        size = location.stat().st_size
+        offset = int(entries.get("offset") or 0)
+        length = int(entries.get("length") or max(size - offset, 0))
+    except (OSError, RuntimeError, ValueError) as error:  # no path at all, or no number
+        return f"{name} has its data in {shown(repr(where))}: {shown(str(error))}"
+    if min(offset, length) < 0 or offset + length > size:
+        return (
+            f"{name} can't be read: its data are said to be {length} bytes from byte {offset} of "
+            f"{shown(repr(location.name))}, which has {size}"
+        )
+    return None
 
 
 def _non_finite(tensor: onnx.TensorProto, folder: Path) -> list[str]:
+    name = shown(tensor.name)
+    if min(tensor.dims, default=0) < 0:
+        return [f"{name} has the shape {shown(tuple(tensor.dims))}"]
     try:
         array = onnx.numpy_helper.to_array(tensor, str(folder))
         if array.dtype.kind not in "fcV":
             return []
         bad = int(np.count_nonzero(~np.isfinite(array)))
     except Exception as error:  # whatever broken tensor data makes onnx and NumPy raise
-        return [f"{tensor.name} can't be read: {' '.join(str(error).split())[:300]}"]
-    return [f"{tensor.name} has NaN or Inf in {bad} of {array.size} elements"] if bad else []
+        return [f"{name} can't be read: {shown(str(error), 300)}"]
+    return [f"{name} has NaN or Inf in {bad} of {array.size} elements"] if bad else []
 
 
 def _describe(
