@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# A checkout on a dead network disk never answers.
+_GIT_TIMEOUT_S = 60
 DISTRIBUTION = "heimdall-onnx"
 PACKAGES = (
     DISTRIBUTION,
@@ -99,22 +101,27 @@ def _cpu_model() -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    """What git answers about the checkout of this code; None where it gives no answer."""
     folder = Path(__file__).parent
+    # Reading must not lock the checkout against whoever works in it.
+    git = ("git", "--no-optional-locks")
     try:
         # A package installed into somebody's own checkout is not code of that checkout.
         subprocess.run(
-            ["git", "ls-files", "--error-unmatch", __file__],  # noqa: S607
+            [*git, "ls-files", "--error-unmatch", __file__],
             cwd=folder,
             capture_output=True,
             check=True,
+            timeout=_GIT_TIMEOUT_S,
         )
         done = subprocess.run(
-            ["git", *arguments],  # noqa: S607
+            [*git, *arguments],
             cwd=folder,
             capture_output=True,
             text=True,
             check=True,
+            timeout=_GIT_TIMEOUT_S,
         )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -23,6 +23,15 @@ def test_code_outside_a_checkout_has_no_commit(monkeypatch, tmp_path):
     assert found.git_dirty is None
 
 
+def test_git_that_never_answers_leaves_the_commit_unknown(monkeypatch, tmp_path):
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "git").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(environment, "_GIT_TIMEOUT_S", 0.2)
+    found = environment.capture_environment()
+    assert (found.git_commit, found.git_dirty) == (None, None)
+
+
 def test_every_distribution_is_named_as_an_index_names_it():
     found = environment.installed_distributions()
     assert len(found) == len({d.name for d in metadata.distributions()})
