@@ -1,0 +1,136 @@
+"""Complete releases without a notebook's run: real objects, versions and manifests, in a second.
+
+The model adds an offset to a position, so that its error is known, after as many products of
+matrices as are asked for, so that its latency is, too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import onnx
+from models import POSITIONS
+from onnx import TensorProto, helper, numpy_helper
+
+from heimdall_onnx.content import keep_content
+from heimdall_onnx.manifest import Manifest
+from heimdall_onnx.mlmodel import write_mlmodel_folder
+from heimdall_onnx.offer import complete_release, offer_release
+from heimdall_onnx.publish import METADATA, Connection
+from heimdall_onnx.signature import Signature, TensorSpec
+from heimdall_onnx.signing import Signer
+from heimdall_onnx.store import claim_version, ensure_bucket, hash_file, head, upload_file
+
+SIGNATURE = Signature((TensorSpec("signal", "float32", ("batch", 2)),), (POSITIONS,))
+PREFIX = "models/localization"
+
+
+@dataclass(frozen=True)
+class Factory:
+    """Makes releases of one registered model in one bucket."""
+
+    connection: Connection
+    bucket: str
+    folder: Path
+    name: str = "net"
+
+    def __call__(
+        self,
+        *,
+        error_degrees: float = 0.01,
+        products: int = 0,
+        verdict: str = "pass",
+        alias: str | None = "staging",
+        signer: Signer | None = None,
+        labelled: bool = True,
+    ) -> Manifest:
+        client, tracker = self.connection.client, self.connection.tracker
+        ensure_bucket(client, self.bucket)
+        version = claim_version(
+            client, self.bucket, PREFIX, name=METADATA, content=lambda _: b'{"mlflow_run_id": ""}'
+        )
+        key, folder = f"{PREFIX}/{version}", self.folder / version
+        write_mlmodel_folder(folder, SIGNATURE, model_size_bytes=0)
+        onnx.save(_model(error_degrees, products), folder / "model.onnx")
+        sha256 = hash_file(folder / "model.onnx")
+        (folder / "report.ipynb").write_text(_notebook({"uploaded": {"sha256": sha256}}))
+        (folder / "report.html").write_text("<h1>report</h1>")
+        objects = [
+            upload_file(client, path, self.bucket, f"{key}/{path.name}")
+            for path in sorted(folder.iterdir())
+        ]
+        objects.append(head(client, self.bucket, f"{key}/{METADATA}"))
+        uri = f"s3://{self.bucket}/{key}"
+        number = tracker.register_model(self.name, uri)
+        keep = partial(keep_content, client, self.bucket)
+        checkpoint, data = self.folder / "model.ckpt", self._evaluation_data(labelled)
+        checkpoint.write_bytes(b"weights")
+        described = {
+            "schema_version": 2,
+            "version": version,
+            "verdict": verdict,
+            "objects": [{"key": o.key, "size": o.size_bytes, "sha256": o.sha256} for o in objects],
+            "content": [
+                keep(checkpoint, hash_file(checkpoint), "checkpoint").model_dump(),
+                keep(data, hash_file(data), "evaluation_data").model_dump(),
+            ],
+            "signature": signer and {"key": f"{key}/model.sig", "signer_sha256": signer.sha256},
+            "protection": {"versioning": False, "retained_until": None, "note": ""},
+            "model": {"class": "none", "signature": SIGNATURE.to_dict()},
+            "mlflow": {"model_name": self.name, "model_version": number},
+        }
+        manifest = complete_release(self.connection, uri, described, signer)
+        if alias:
+            offer_release(self.connection, manifest, alias, "a run")
+        return manifest
+
+    def _evaluation_data(self, labelled: bool) -> Path:
+        signal = np.random.default_rng(0).uniform(45, 50, (64, 2)).astype(np.float32)
+        labels = {"positions": signal.astype(np.float64)} if labelled else {}
+        path = self.folder / f"eval-{labelled}.npz"
+        np.savez(path, signal=signal, **labels)
+        return path
+
+
+def _model(offset: float, products: int) -> onnx.ModelProto:
+    size = 256
+    matrix = np.full((size, size), 1 / size, np.float32)
+    weights = [
+        numpy_helper.from_array(np.array([offset, 0], np.float32), "offset"),
+        numpy_helper.from_array(np.full((2, size), 1e-9, np.float32), "widen"),
+        numpy_helper.from_array(np.zeros((size, 2), np.float32), "narrow"),
+    ]
+    nodes, last = [helper.make_node("MatMul", ["signal", "widen"], ["wide"])], "wide"
+    for number in range(products):
+        weights.append(numpy_helper.from_array(matrix, f"matrix{number}"))
+        nodes.append(helper.make_node("MatMul", [last, f"matrix{number}"], [f"wide{number}"]))
+        last = f"wide{number}"
+    nodes += [
+        helper.make_node("MatMul", [last, "narrow"], ["nothing"]),
+        helper.make_node("Add", ["signal", "nothing"], ["same"]),
+        helper.make_node("Add", ["same", "offset"], ["positions"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2])
+        for name in ("signal", "positions")
+    ]
+    graph = helper.make_graph(nodes, "net", ends[:1], ends[1:], weights)
+    opsets = [helper.make_opsetid("", 20)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _notebook(record: dict) -> str:
+    """A notebook with what scrapbook would have put into it."""
+    scrap = {"name": "release", "data": record, "encoder": "json", "version": 1}
+    output = nbformat.v4.new_output(
+        "display_data",
+        data={"application/scrapbook.scrap.json+json": scrap},
+        metadata={"scrapbook": {"name": "release", "data": True, "display": False}},
+    )
+    cell = nbformat.v4.new_code_cell("record()", outputs=[output], execution_count=1)
+    return json.dumps(nbformat.v4.new_notebook(cells=[cell]))
