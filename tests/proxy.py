@@ -22,7 +22,7 @@ KINDS = (
     "lose",  # it is done, and the connection reset instead of an answer
     "corrupt request",  # a byte of its body is changed
     "corrupt response",  # a byte of the answer's body is changed
-    "before",  # `action` is called before it is passed on
+    "before",  # `action` is called, and it goes no further
     "after",  # `action` is called after it is done and before it is answered
 )
 
@@ -207,6 +207,7 @@ class Proxy:
             return True
         if fault.kind == "before":
             fault.action()
+            raise OSError("dropped")
         if fault.kind == "corrupt request":
             body = _corrupted(body)
         upstream.sendall(request.head)

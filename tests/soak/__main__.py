@@ -32,6 +32,7 @@ sys.path.insert(1, str(_TESTS))
 import kills  # noqa: E402
 import machine  # noqa: E402
 import outages  # noqa: E402
+import races  # noqa: E402
 from tally import Tally  # noqa: E402
 
 
@@ -48,6 +49,7 @@ PARTS: dict[str, tuple[Callable[[int, int, Path], Tally], int]] = {
     "services": (outages.run, 180),
     "disk": (machine.full_disk, 10),
     "clock": (machine.wrong_clock, 1),
+    "concurrency": (races.run, 16),
     "fuzz": (_fuzz, 10_000),
 }
 

@@ -7,13 +7,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from invariants import violations
-from places import Lane, lanes
+from places import Lane, lanes, side_by_side
 from proxy import Fault, wait_for
 from releases import PREFIX
 from runs import STEPS, RunningRelease, short, start_release
@@ -38,7 +37,7 @@ class Moment:
         seconds: After the start; None if a request decides.
         proxy: Which proxy's request.
         request: Number of that request, from 0.
-        kind: ``"before"`` it is passed on or ``"after"`` it is done.
+        kind: ``"before"`` it is passed on, which it then is not, or ``"after"`` it is done.
     """
 
     seconds: float | None = None
@@ -156,7 +155,7 @@ def run(count: int, seed: int, folder: Path) -> Tally:
     tally, lock = Tally("kills"), threading.Lock()
     tally.counts.update({f"killed at {step}": 0 for step in STEPS})
 
-    def share(lane: Lane, kills: int, seed: int) -> None:
+    def share(lane: Lane, kills: int, seed: int, stopped: threading.Event) -> None:
         rng, lane = random.Random(seed), lane.fresh()
         measured = measure(lane)
         moments = list(measured.moments(kills, rng))
@@ -164,6 +163,8 @@ def run(count: int, seed: int, folder: Path) -> Tally:
         with lock:
             print(f"a release takes {measured.seconds:.1f} s, requests {measured.requests}")
         for number, moment in enumerate(moments):
+            if stopped.is_set():
+                return
             victims = VICTIMS[number % len(VICTIMS)]
             reached, found = kill(lane, victims, moment)
             last = (number + 1) % ROUND == 0 or number + 1 == kills
@@ -181,11 +182,6 @@ def run(count: int, seed: int, folder: Path) -> Tally:
             if last:
                 lane = lane.fresh()
 
-    with lanes(folder, "server", "sqlite") as both, ThreadPoolExecutor(len(both)) as pool:
-        shares = [
-            pool.submit(share, lane, count // 2 + number * (count % 2), seed + number)
-            for number, lane in enumerate(both)
-        ]
-        for each in shares:
-            each.result()
+    with lanes(folder, "server", "sqlite") as both:
+        side_by_side(share, both, [count - count // 2, count // 2], [seed, seed + 1])
     return tally

@@ -7,13 +7,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from invariants import violations
 from kills import next_run, start
-from places import Lane, lanes
+from places import Lane, lanes, side_by_side
 from proxy import Fault
 from tally import Tally
 
@@ -154,10 +153,9 @@ def run(count: int, seed: int, folder: Path) -> Tally:
     random.Random(seed).shuffle(chosen)
     queue = iter(chosen[:count])
 
-    def share(lane: Lane) -> None:
+    def share(lane: Lane, stopped: threading.Event) -> None:
         lane, number = lane.fresh(), 0
-        problems = next_run(lane)
-        while True:
+        while not stopped.is_set():
             with lock:
                 case = next(queue, None)
             if case is None:
@@ -176,7 +174,6 @@ def run(count: int, seed: int, folder: Path) -> Tally:
                 tally.violations += [f"next run after {case}: {what}" for what in problems]
                 print(f"{case}: {outcome}, {len(found) + len(problems)} violations", flush=True)
 
-    with lanes(folder, "server", "server") as both, ThreadPoolExecutor(len(both)) as pool:
-        for each in [pool.submit(share, lane) for lane in both]:
-            each.result()
+    with lanes(folder, "server", "server") as both:
+        side_by_side(share, both)
     return tally

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +64,24 @@ def store_and_inputs(folder: Path) -> Iterator[tuple[Settings, Inputs, Path]]:
         yield settings, make_small_inputs(folder), changed_notebook(folder)
     finally:
         services_down(bare)
+
+
+def side_by_side(share: Callable[..., None], *arguments: Sequence[object]) -> None:
+    """Call ``share`` for each of the arguments at the same time; what goes wrong ends all.
+
+    Args:
+        share: Its last argument is an event that tells it to stop.
+        arguments: As `map` takes them.
+    """
+    stopped = threading.Event()
+    with ThreadPoolExecutor(len(arguments[0])) as pool:
+        shares = [pool.submit(share, *each, stopped) for each in zip(*arguments, strict=True)]
+        try:
+            for each in as_completed(shares):
+                each.result()
+        except BaseException:
+            stopped.set()
+            raise
 
 
 @contextmanager
