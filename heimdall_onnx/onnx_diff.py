@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from heimdall_onnx.onnx_file import read_initializers, read_structure
+from heimdall_onnx.untrusted import shown
 
 _SCALARS = ("ir_version", "producer_name", "producer_version", "domain", "model_version")
 
@@ -80,7 +81,7 @@ def _node(index: int, old: onnx.NodeProto | None, new: onnx.NodeProto | None) ->
 
 
 def _named(node: onnx.NodeProto | None) -> str:
-    return "none" if node is None else f"{node.op_type} {node.name!r}"
+    return "none" if node is None else f"{shown(node.op_type)} '{shown(node.name)}'"
 
 
 def _initializers(recorded: Path, found: Path) -> Iterator[str]:
@@ -92,7 +93,7 @@ def _initializers(recorded: Path, found: Path) -> Iterator[str]:
     both = zip(read_initializers(recorded), read_initializers(found), strict=True)
     for old, new in both:
         if unequal := _tensor(old, new, recorded.parent, found.parent):
-            different, first = different + 1, first or f"first {old.name!r}, {unequal}"
+            different, first = different + 1, first or f"first '{shown(old.name)}', {unequal}"
     if different:
         yield f"weights: {different} of {len(names[0])} differ, {first}"
 
@@ -115,14 +116,14 @@ def _tensor(old: onnx.TensorProto, new: onnx.TensorProto, before: Path, after: P
 
 def _unequal(what: str, old: object, new: object) -> Iterator[str]:
     if old != new:
-        yield f"{what}: was {old}, is {new}"
+        yield f"{what}: was {shown(old)}, is {shown(new)}"
 
 
 def _first_unequal(old: Iterable[str], new: Iterable[str]) -> str:
     """The first place where two sequences differ; empty where they do not."""
     for was, has in zip_longest(old, new):
         if was != has:
-            return f"was {(was or 'none')[:200]}, is {(has or 'none')[:200]}"
+            return f"was {shown(was or 'none')}, is {shown(has or 'none')}"
     return ""
 
 

@@ -34,6 +34,7 @@ from heimdall_onnx.parameters import ReleaseParameters, check_parameters
 from heimdall_onnx.repeated import Comparison, Figure, compare_accuracy, compare_latency
 from heimdall_onnx.report import VERDICT, read_notebook, read_record
 from heimdall_onnx.store import download_file, hash_file
+from heimdall_onnx.untrusted import shown
 from heimdall_onnx.verify import require_verified, verify_release
 from heimdall_onnx.workspace import new_run_folder
 
@@ -142,11 +143,11 @@ class Reproduction:
             VerificationError: With the `failures`.
         """
         if not self.reproduced:
-            shown = self.failures[:_SHOWN]
-            more = len(self.failures) - len(shown)
+            first = self.failures[:_SHOWN]
+            more = len(self.failures) - len(first)
             raise VerificationError(
                 f"{self.folder_uri} does not reproduce; {len(self.failures)} differences:\n  - "
-                + "\n  - ".join((*shown, *([f"and {more} more"] if more else [])))
+                + "\n  - ".join((*first, *([f"and {more} more"] if more else [])))
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -360,7 +361,7 @@ def _differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple
 
 def _in_words(comparison: Comparison) -> str:
     return (
-        f"{comparison.what}: recorded {_short(comparison.recorded)}, found "
+        f"{shown(comparison.what)}: recorded {_short(comparison.recorded)}, found "
         f"{_short(comparison.found)} ({comparison.rule})"
     )
 
@@ -368,7 +369,7 @@ def _in_words(comparison: Comparison) -> str:
 def _short(figure: Figure) -> str:
     if figure is None:
         return "none"
-    return f"{figure:.6g}" if isinstance(figure, float) else str(figure)
+    return f"{figure:.6g}" if isinstance(figure, float) else shown(figure)
 
 
 def _describe(result: Reproduction) -> Iterator[str]:
@@ -398,7 +399,7 @@ def _describe(result: Reproduction) -> Iterator[str]:
     for difference in result.environment:
         mark = "  figures may differ for it" if difference.numerical else ""
         both = f"{_short(difference.recorded)} -> {_short(difference.found)}"
-        yield f"  {difference.what:<28}{both}{mark}"
+        yield f"  {shown(difference.what):<28}{both}{mark}"
     yield ""
     yield f"executed notebook: {result.report}"
 
@@ -414,4 +415,4 @@ def _counted(comparisons: Iterable[Comparison]) -> str:
 
 def _rows(comparisons: Iterable[Comparison]) -> Iterator[str]:
     for c in comparisons:
-        yield f"  {c.judgement:<12}{c.what}: {_short(c.recorded)} -> {_short(c.found)}"
+        yield f"  {c.judgement:<12}{shown(c.what)}: {_short(c.recorded)} -> {_short(c.found)}"

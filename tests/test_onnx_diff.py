@@ -118,3 +118,13 @@ def test_files_that_are_only_written_differently_are_said_to_be_so(exported, tmp
 
     (found,) = changed(exported, tmp_path, change)
     assert found.startswith("nothing that is calculated")
+
+
+def test_names_reach_the_terminal_as_text(exported, tmp_path):
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node[0].name = "\x1b[2J\n" + 10_000 * "x"
+
+    (found,) = changed(exported, tmp_path, change)
+    assert found.isprintable()
+    assert "x1b[2J" in found
+    assert len(found) < 500
