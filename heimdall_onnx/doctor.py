@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
@@ -122,6 +123,7 @@ def diagnose(
         *_unreferenced_content(there, before),
         *_uploads(there, before),
         *_open_runs(tracker, before),
+        *_local_models(connection.settings.home, datetime.now(UTC) - older_than),
     )
 
 
@@ -289,6 +291,20 @@ def _open_runs(tracker: MLflowTracker, before: datetime) -> Iterator[Leftover]:
                 "its release is not under way any more",
                 "end it as KILLED",
                 partial(tracker.close_run, run_id, "KILLED"),
+            )
+
+
+def _local_models(home: Path, before: datetime) -> Iterator[Leftover]:
+    """A run deletes its own copy of the model when it ends, unless it is killed."""
+    for path in sorted((home / "runs").glob("*/model.onnx*")):
+        status = path.stat()
+        if datetime.fromtimestamp(status.st_mtime, UTC) <= before:
+            yield Leftover(
+                "model of a run that was killed",
+                str(path),
+                f"{status.st_size / 1e6:.1f} MB on this machine",
+                "delete it",
+                partial(path.unlink, missing_ok=True),
             )
 
 

@@ -7,6 +7,7 @@ last, and only then moves the alias. Whatever goes wrong before that is taken ba
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ log = get_logger(__name__)
 
 # Far beyond an audit of a large model; what takes longer hangs.
 _CELL_TIMEOUT_S = 6 * 3600
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @dataclass(frozen=True)
@@ -246,20 +248,19 @@ class _Run:
             else:
                 status = "FAILED"
                 result = self._keep_failed(connection, judgement)
-        except HeimdallError as error:
+        except (HeimdallError, OSError) as error:
+            known = _known(error, self.folder)
+            if known is None:
+                self._give_up(connection, error)
+                raise
             status = "FAILED"
             with uninterrupted():
                 left = self._take_back(connection)
-                upload = not isinstance(error, InputError)
-                self._mark_failed(connection, str(error), upload=upload)
-            if left:
-                raise _with_left(error, left) from error
-            raise
+                upload = not isinstance(known, InputError)
+                self._mark_failed(connection, str(known), upload=upload)
+            raise (_with_left(known, left) if left else known) from error
         except BaseException as error:
-            # Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay.
-            with uninterrupted():
-                self._take_back(connection)
-                self._mark_failed(connection, type(error).__name__, upload=False)
+            self._give_up(connection, error)
             raise
         finally:
             with uninterrupted():
@@ -268,6 +269,12 @@ class _Run:
                 for model in self.folder.glob("model.onnx*"):
                     model.unlink()
         return result
+
+    def _give_up(self, connection: Connection, error: BaseException) -> None:
+        """Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay."""
+        with uninterrupted():
+            self._take_back(connection)
+            self._mark_failed(connection, type(error).__name__, upload=False)
 
     def _make_folder(self) -> None:
         try:
@@ -417,7 +424,11 @@ class _Run:
         if self._offered or self._judgement is None or not self._judgement.passed:
             return
         judgement = replace(self._judgement, problem="the release was not completed")
-        self._keep_report(connection, judgement, reason, upload=upload)
+        try:
+            self._keep_report(connection, judgement, reason, upload=upload)
+        except OSError as error:
+            # On a full disk there is no place for it.
+            log.warning("report not kept", reason=str(error), local=str(self.folder))
 
     def _keep_report(
         self, connection: Connection, judgement: Judgement, error: str, *, upload: bool
@@ -521,6 +532,19 @@ def _protect(connection: Connection, bucket: str) -> Protection:
         bucket,
         versioning=settings.versioning,
         retention_days=settings.retention_days,
+    )
+
+
+def _known(error: HeimdallError | OSError, folder: Path) -> HeimdallError | None:
+    """The error in words; None for one that no full or broken disk explains."""
+    if isinstance(error, HeimdallError):
+        return error
+    if error.errno not in _DISK_ERRORS:
+        return None
+    return SettingsError(
+        f"HEIMDALL_HOME or the folder for temporary files can't be written to: {error.strerror} "
+        f"({error.filename or folder}); free some space, or name others with HEIMDALL_HOME and "
+        "TMPDIR"
     )
 
 
