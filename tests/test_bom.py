@@ -146,6 +146,14 @@ def test_environment_is_complete(released):
     assert str(released.inputs.checkpoint.parent) not in json.dumps(released.bom)
 
 
+def test_release_folder_holds_it(released, s3):
+    entry = next(o for o in released.manifest["objects"] if o["key"].endswith("/bom.cdx.json"))
+    # It was made before the manifest named it.
+    before = [o for o in released.manifest["objects"] if o != entry]
+    stored = s3.get_object(Bucket="test-bom", Key=entry["key"])["Body"].read()
+    assert stored == describe_release({**released.manifest, "objects": before}, released.record)
+
+
 def test_same_release_gives_the_same_bytes_and_another_model_another_number(released):
     again = describe_release(copy.deepcopy(released.manifest), copy.deepcopy(released.record))
     assert json.loads(again) == released.bom
