@@ -16,6 +16,7 @@ import zipfile
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -152,7 +153,7 @@ def _member(
             raise ValueError(f"{member.filename} has the .npy version {version}, not 1.0 or 2.0")
         try:
             shape, fortran, dtype = _HEADERS[version](content)
-        except (MemoryError, RecursionError):  # Python's parser on what is nested too deeply
+        except (MemoryError, RecursionError, SyntaxError, TokenError):  # Python's own parser's
             raise ValueError(f"{member.filename} has no readable header") from None
         header = content.tell()
         if not dtype.hasobject and (

@@ -85,7 +85,8 @@ def check_pickles(path: Path) -> None:
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
                 raise ValueError(f"its member {member.filename[:80]!r} is compressed")
             if member.filename.endswith("data.pkl"):
-                _follow(_Bounded(_open_member(archive, member), member.file_size), size)
+                with _open_member(archive, member) as content:
+                    _follow(_Bounded(content, member.file_size), size)
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:

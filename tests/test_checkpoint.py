@@ -205,6 +205,57 @@ def test_all_refused_objects_of_a_lightning_checkpoint_are_named(state, tmp_path
         load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
 
 
+def test_width_that_the_file_records_takes_no_memory(tmp_path):
+    state = Small(4, pretrained=False).state_dict()
+    hyper = {"width": 10**11}  # 1.2 TB of weights
+    torch.save({"state_dict": state, "hyper_parameters": hyper}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"wrong shape: line.weight is .*100000000000, 3"):
+        load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
+
+
+@pytest.mark.parametrize("width", ["wide", -1])
+def test_argument_that_the_file_records_is_named_with_it(tmp_path, width):
+    hyper = {"width": width}
+    torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": hyper}, tmp_path / "a.ckpt")
+    with pytest.raises(ParameterError, match=rf"of which {tmp_path}/a\.ckpt records width: "):
+        load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.float64) * 1e300, "NaN or Inf: line.weight, 12 of 12"),
+        (lambda t: t.to(torch.complex64), "complex: line.weight, the model's is torch.float32"),
+        (lambda t: t.to_sparse(), "line.weight is torch.sparse_coo"),
+        (lambda t: t.to("meta"), "line.weight is torch.strided, torch.float32 on meta"),
+        (
+            lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+            "line.weight is torch.strided, torch.qint8",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*[Qq]uantiz")
+def test_weight_that_would_not_arrive_as_it_is_is_refused(tmp_path, change, message):
+    state = Small(4, pretrained=False).state_dict()
+    state["line.weight"] = change(torch.ones(4, 3))
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs={"width": 4})
+
+
+def test_weight_in_a_small_precision_is_read(state, tmp_path):
+    small = {name: v.to(torch.float8_e5m2) if v.ndim == 2 else v for name, v in state.items()}
+    save_file(small, tmp_path / "a.safetensors")
+    loaded = load_checkpoint(tmp_path / "a.safetensors", model=SMALL, model_kwargs={"width": 4})
+    assert loaded.model.line.weight.dtype == torch.float32
+
+
+def test_names_in_a_message_are_visible(state, tmp_path):
+    torch.save(state | {"\x1b[2J\nhead": torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"\n  - unexpected: \\x1b\[2J head$"):
+        load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs={"width": 4})
+
+
 def truncated(path):
     torch.save({"a": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:-500])
@@ -223,6 +274,8 @@ BROKEN = [
     (truncated, "truncated or not a checkpoint"),
     (truncated_safetensors, "broken safetensors file"),
     (lambda path: path.write_bytes(pickle.dumps({"a": 1}, 4)), "not a plain checkpoint"),
+    (lambda path: torch.save({1: torch.ones(1)}, path), "1: its name is no text"),
+    (lambda path: torch.save({"a": torch.zeros(1).expand(10**12)}, path), "claims 1,000,000,000"),
     (lambda path: torch.save([1], path), "holds a list, expected a state dict"),
     (lambda path: torch.save({}, path), "found an empty dictionary"),
     (lambda path: torch.save({"epoch": 1, "a": torch.ones(1)}, path), "found epoch$"),

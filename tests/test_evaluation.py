@@ -2,7 +2,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import struct
 import subprocess
 import sys
@@ -177,6 +176,12 @@ def test_every_problem_is_named_at_once(file):
         ({"meta": np.array('{"centre": [NaN, 0]}')}, "`meta.centre`"),
         ({"meta": np.array('{"centre": [0, 181]}')}, "`meta.centre`"),
         ({"meta": np.array('{"centre": 7}')}, "`meta.centre`"),
+        ({"meta": np.array('{"centre": [1' + "0" * 400 + ", 0]}")}, "`meta.centre`"),
+        ({"meta": np.array('{"a": ' + "9" * 5000 + "}")}, "`meta` is not JSON text: Exceeds"),
+        (
+            {"meta": np.array('{"receivers": [{"name": 1, "latitude": 1' + "0" * 400 + "}]}")},
+            "`meta.receivers` must be a list",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_place(file, others, expected):
@@ -247,24 +252,6 @@ def test_truncated_file_is_refused(file, keep):
     file.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(DataError, match="can't be read"):
         load_evaluation_data(file, SIGNATURE)
-
-
-@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
-@pytest.mark.filterwarnings("ignore::UserWarning")  # NumPy's, about headers it had to repair
-def test_damaged_file_is_refused_or_read_but_never_crashes(file, write):
-    rng = random.Random(0)
-    write(file, **arrays())
-    content = file.read_bytes()
-    refused = 0
-    for _ in range(200):
-        damaged = bytearray(content)
-        damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        file.write_bytes(damaged)
-        try:
-            load_evaluation_data(file, SIGNATURE)
-        except DataError:
-            refused += 1
-    assert refused > 50
 
 
 def test_encrypted_file_is_refused(file):

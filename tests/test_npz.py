@@ -25,6 +25,12 @@ def read(path):
         return read_npz(file)
 
 
+def save_members(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
 def arrays():
     rng = np.random.default_rng(0)
     return {
@@ -102,6 +108,63 @@ def test_header_that_claims_more_than_there_is_is_refused(tmp_path, streamed):
         archive.writestr("x.npy", lie)
     with pytest.raises(ValueError, match=r"x.npy claims the shape \(9, 4\) of float64"):
         read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("shape", ["(2147483648,)", "(-1, 4)", "(3, 4, 0)", "()"])
+def test_small_array_that_claims_another_size_is_refused_as_well(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.zeros((3, 4)))
+    lie = (tmp_path / "x.npy").read_bytes()
+    lie = lie.replace(b"(3, 4), }" + b" " * len(shape), f"{shape}, }}".encode() + b" " * 6)
+    save_members(tmp_path / "a.npz", {"x.npy": lie})
+    with pytest.raises(ValueError, match=r"x.npy claims the shape"):
+        read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("header", ["[" * 9000, "-" * 9000 + "1", "{'descr': '<f4'}"])
+def test_header_that_is_none_is_refused(tmp_path, header):
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+    save_members(tmp_path / "a.npz", {"x.npy": content})
+    with pytest.raises(ValueError, match=r"[Hh]eader"):
+        read(tmp_path / "a.npz")
+
+
+def test_header_of_an_unknown_version_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    content = bytearray((tmp_path / "x.npy").read_bytes())
+    content[6] = 3
+    save_members(tmp_path / "a.npz", {"x.npy": bytes(content)})
+    with pytest.raises(ValueError, match=r"x.npy has the .npy version \(3, 0\)"):
+        read(tmp_path / "a.npz")
+
+
+def test_array_that_is_there_twice_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    content = (tmp_path / "x.npy").read_bytes()
+    save_members(tmp_path / "a.npz", {"x.npy": content, "x": content})
+    with pytest.raises(ValueError, match="it holds 'x' 2 times"):
+        read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("name", ["x" * 201, "\x1b[2J.npy"])
+def test_name_that_is_none_is_refused(tmp_path, name):
+    save_members(tmp_path / "a.npz", {name: b""})
+    with pytest.raises(ValueError, match="a name that is none"):
+        read(tmp_path / "a.npz")
+
+
+def test_archive_that_unpacks_out_of_all_proportion_is_refused_unread(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10**6))
+    assert read(tmp_path / "a.npz")["x"].size == 10**6  # no harm in what is small
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 10**6)
+    with pytest.raises(ValueError, match=r"would unpack to 8,000,128, more than 200 times as much"):
+        read(tmp_path / "a.npz")
+
+
+def test_small_arrays_are_in_memory_while_there_is_room_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 2000)
+    np.savez(tmp_path / "a.npz", **{name: np.zeros((10, 10)) for name in "abc"})
+    kinds = [type(array) for array in read(tmp_path / "a.npz").values()]
+    assert kinds == [np.ndarray, np.ndarray, RowFile]
 
 
 def test_file_changed_later_is_noticed(tmp_path, streamed):

@@ -259,3 +259,27 @@ def test_batch_sizes_are_powers_of_two_up_to_the_largest(largest, sizes):
 
 def test_quick_takes_few_samples_for_the_dear_reference():
     assert PROFILES["quick"].reference_samples <= 32
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"opset": 16**5000}, "opset = <int>: "),
+        ({"model_kwargs": [16**5000]}, "model_kwargs = <list>: "),
+        ({"profile": "\x1b[2J"}, r"profile = '\\x1b\[2J': "),
+        ({"bucket": "\ud800"}, r"bucket = '\\ud800': "),
+        ({"name": "x" * 10**6}, "name = 'x{100,200}…: "),
+        ({"\x1b[2J": 1}, r"\\x1b\[2J is not a parameter"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_value_that_can_not_be_shown_is_abbreviated(values, message):
+    with pytest.raises(ParameterError, match=message) as caught:
+        check_parameters(values)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("code", ["seed = (", "seed = \0", "seed = " + "-" * 100_000 + "1"])
+def test_injected_cell_that_is_no_python_is_a_parameter_error(code):
+    with pytest.raises(ParameterError, match="cell of parameters can't be read: "):
+        injected_names(["# Parameters\n" + code])

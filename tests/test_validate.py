@@ -189,6 +189,88 @@ def test_external_data_outside_the_folder_is_refused(external, location):
         validate_model(external)
 
 
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"location": "\0"}, r"w has its data in '\\x00': embedded null byte"),
+        ({"location": "x" * 300}, "w has its data in 'xxx.*: .*name too long"),
+        ({"location": ""}, "which is not there"),
+        ({"offset": "9" * 30}, r"can't be read: its data are said to be 24 bytes from byte 999"),
+        ({"length": str(2**62)}, f"{2**62} bytes from byte 0 of 'model.onnx.data', which has 32"),
+        ({"offset": "-4"}, "bytes from byte -4"),
+        ({"length": "much"}, "w has its data in .*invalid literal"),
+    ],
+)
+def test_external_data_that_can_not_be_there_are_refused_unread(external, entries, message):
+    model = onnx.load(external, load_external_data=False)
+    tensor = model.graph.initializer[0]
+    found = {entry.key: entry.value for entry in tensor.external_data} | entries
+    del tensor.external_data[:]
+    for key, value in found.items():
+        tensor.external_data.add(key=key, value=value)
+    external.write_bytes(model.SerializeToString())
+    with pytest.raises(InvalidModelError, match=message):
+        validate_model(external)
+
+
+def outside(name):
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[2])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../outside.data")
+    return tensor
+
+
+def in_a_constant(model):
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value=outside("there")))
+
+
+def in_a_branch(model):
+    branch = helper.make_graph([], "branch", [], [], [outside("there")])
+    model.graph.node.append(helper.make_node("If", ["x"], ["c"], then_branch=branch))
+
+
+def in_a_function(model):
+    node = helper.make_node("Constant", [], ["c"], value=outside("there"))
+    model.functions.add(domain="local", name="F").node.append(node)
+
+
+def in_a_sparse_weight(model):
+    model.graph.sparse_initializer.add(dims=[2]).values.CopyFrom(outside("there"))
+
+
+def in_the_training(model):
+    model.training_info.add().algorithm.initializer.append(outside("there"))
+
+
+@pytest.mark.parametrize(
+    "change", [in_a_constant, in_a_branch, in_a_function, in_a_sparse_weight, in_the_training]
+)
+def test_data_outside_the_folder_are_refused_wherever_a_tensor_is(path, change):
+    (path.parent.parent / "outside.data").write_bytes(bytes(8))
+    model = onnx.load(path)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InvalidModelError, match="there has its data outside the model's folder"):
+        validate_model(path)
+
+
+def test_negative_length_of_a_weight_is_refused(path):
+    model = onnx.load(path)
+    model.graph.initializer[1].dims[0] = -1
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InvalidModelError, match=r"b has the shape \(-1,\)"):
+        validate_model(path)
+
+
+def test_names_in_a_message_are_visible(path):
+    model = onnx.load(path)
+    model.graph.initializer[0].name = "\x1b[2J"
+    model.graph.initializer[0].raw_data = b"x"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InvalidModelError, match=r"\\x1b\[2J can't be read"):
+        validate_model(path)
+
+
 def test_linked_external_data_is_refused(external):
     data = external.parent / "model.onnx.data"
     data.replace(external.parent.parent / "outside.data")
