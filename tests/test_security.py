@@ -50,7 +50,14 @@ from heimdall_onnx.publish import connect
 from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.release import notebook_path, release_checkpoint
 from heimdall_onnx.signature import Signature
-from heimdall_onnx.store import format_uri, list_keys, make_client, read_json, upload_bytes
+from heimdall_onnx.store import (
+    format_uri,
+    list_keys,
+    make_client,
+    parse_uri,
+    read_json,
+    upload_bytes,
+)
 from heimdall_onnx.validate import validate_model
 from heimdall_onnx.verify import load_model, verify_release
 
@@ -403,3 +410,31 @@ def test_mlflow_with_an_unknown_certificate_is_refused(
             assert MLflowTracker(address).experiment_id
         monkeypatch.setenv(variable, str(certificate[0]))
         assert MLflowTracker(address).experiment_id
+
+
+# Whose word counts
+
+
+@pytest.mark.services
+@pytest.mark.slow
+@pytest.mark.xfail(reason="a version without a manifest is opened unsigned", strict=True)
+def test_version_without_a_release_is_not_opened_where_a_signature_is_asked_for(
+    released, settings, tmp_path, reset_mlflow
+):
+    public = ec.generate_private_key(ec.SECP256R1()).public_key()
+    pem = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (tmp_path / "release-key.pub").write_bytes(pem)
+    folder = released.s3_uri.removesuffix("/model.onnx")
+    sha256 = next(o["sha256"] for o in _objects(settings, folder))
+    version = connect(settings).tracker.register_model("bare", folder, tags={"sha256": sha256})
+    asking = settings.model_copy(update={"public_key": tmp_path / "release-key.pub"})
+    with pytest.raises(VerificationError):
+        load_model(f"models:/bare/{version}", settings=asking)
+
+
+def _objects(settings, folder: str) -> list[dict]:
+    bucket, key = parse_uri(folder)
+    manifest = read_json(make_client(settings), bucket, f"{key}/manifest.json")
+    return [o for o in manifest["objects"] if o["key"].endswith("/model.onnx")]
