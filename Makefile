@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install release test bench lab wheel test-wheel check format
+.PHONY: help install release test bench soak lab wheel test-wheel check format
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ test: $(VENV)/.installed ## Run the tests on real services
 bench: $(VENV)/.installed ## Measure what a release costs, on services of its own
 	$(BIN)/python tests/bench $(OPTIONS)
 
+# Parts can be chosen: OPTIONS='kills services disk clock concurrency fuzz --count 300 --seed 1'
+soak: $(VENV)/.installed ## Kill, cut off, fill up, race and mutate for an hour or two; count what survives
+	$(BIN)/python tests/soak $(OPTIONS)
+
 lab: $(VENV)/.installed ## Open the notebook in JupyterLab
 	HEIMDALL_HOME="$$($(BIN)/python -c 'import heimdall_onnx; print(heimdall_onnx.Settings.load().home)')" \
 	  $(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks/release.ipynb
@@ -48,10 +52,11 @@ wheel: $(VENV)/.made ## Build the wheel into dist
 test-wheel: wheel ## Release from the wheel, in an empty environment
 	tests/wheel.sh dist/*.whl constraints.txt $(BIN)/python
 
-check: $(VENV)/.installed ## Lint and check types
+check: $(VENV)/.installed ## Lint, check types, look the packages up among known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/audit.py constraints.txt
 
 format: $(VENV)/.installed ## Format the code
 	$(BIN)/ruff check --fix .
