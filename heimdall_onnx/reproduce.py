@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError
+
 from heimdall_onnx.content import fetch_content
 from heimdall_onnx.errors import (
     GateError,
@@ -63,6 +65,18 @@ _CREDENTIALS = ("AWS_", "HEIMDALL_SIGNING_", "MLFLOW_S3_", "MLFLOW_TRACKING_")
 # What is shown even where it is as recorded, and how many failures an error names.
 _MAIN = (", mean (evaluation data", ", maximum (evaluation data", "localization error", "speedup")
 _SHOWN = 12
+
+
+class _Input(BaseModel):
+    sha256: str | None
+
+
+class _Known(BaseModel):
+    """What a repetition relies on in a manifest."""
+
+    checkpoint: _Input
+    evaluation_data: _Input
+    parameters: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,7 @@ class Reproduction:
             first = self.failures[:_SHOWN]
             more = len(self.failures) - len(first)
             raise VerificationError(
-                f"{self.folder_uri} does not reproduce; {len(self.failures)} differences:\n  - "
+                f"{self.folder_uri} does not reproduce; differences: {len(self.failures)}\n  - "
                 + "\n  - ".join((*first, *([f"and {more} more"] if more else [])))
             )
 
@@ -291,11 +305,11 @@ def _require_figures(record: Mapping[str, Any], where: str) -> None:
 def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> ReleaseParameters:
     """Bring checkpoint and evaluation data back, and name them in the release's parameters."""
     inputs = folder / _RECORDED
-    data = manifest.data
+    known = _known(manifest)
     updates: dict[str, Any] = {"publish": False, "run_id": "", "output_dir": str(folder)}
     for role, name, sha256 in (
-        ("checkpoint", "checkpoint", data["checkpoint"]["sha256"]),
-        ("evaluation_data", "eval_data", data["evaluation_data"]["sha256"]),
+        ("checkpoint", "checkpoint", known.checkpoint.sha256),
+        ("evaluation_data", "eval_data", known.evaluation_data.sha256),
     ):
         content = manifest.content_of(role)
         if sha256 is None:
@@ -309,7 +323,17 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
             )
         else:
             updates[name] = str(fetch_content(client, manifest.bucket, content, inputs))
-    return check_parameters({**data["parameters"], **updates})
+    return check_parameters({**known.parameters, **updates})
+
+
+def _known(manifest: Manifest) -> _Known:
+    try:
+        return _Known.model_validate(manifest.data)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise VerificationError(
+            f"the manifest of {manifest.uri} does not say what it was made of: {problems}"
+        ) from error
 
 
 def _not_repeated(manifest: Manifest, error: HeimdallError) -> HeimdallError:
@@ -395,7 +419,7 @@ def _describe(result: Reproduction) -> Iterator[str]:
     yield f"latency, which may differ: {_counted(result.latency)}"
     yield from _rows(c for c in result.latency if c.judgement == "flagged" or _is_main(c))
     yield ""
-    yield f"environment: {len(result.environment) or 'no'} differences"
+    yield f"environment, differences: {len(result.environment) or 'none'}"
     for difference in result.environment:
         mark = "  figures may differ for it" if difference.numerical else ""
         both = f"{_short(difference.recorded)} -> {_short(difference.found)}"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
@@ -14,7 +14,7 @@ from releases import PREFIX, changed_notebook, make_small_inputs, smoke, version
 from heimdall_onnx.errors import ParameterError, VerificationError
 from heimdall_onnx.publish import Connection, connect, to_json
 from heimdall_onnx.release import release_checkpoint
-from heimdall_onnx.reproduce import Reproduction, reproduce_release
+from heimdall_onnx.reproduce import Difference, Reproduction, reproduce_release
 from heimdall_onnx.settings import Settings
 
 BUCKET = "test-reproduce"
@@ -124,6 +124,20 @@ def test_result_is_json_and_text(repeated):
     assert text.startswith("REPRODUCES")
     assert f"{len(repeated.accuracy)} identical" in text
     assert "localization error of PyTorch, p95 (m)" in text
+
+
+def test_another_environment_excuses_another_model(repeated):
+    changed = replace(repeated.model, identical=False, differences=("opset: was 14, is 13",))
+    torch = Difference("package torch\x1b[2J", "2.12.0", "2.13.0", numerical=True)
+    elsewhere = replace(repeated, exact=False, model=changed, environment=(torch,))
+    assert elsewhere.reproduced
+    text = elsewhere.to_text()
+    assert "model.onnx is another one, which other versions or processors" in text
+    assert "opset: was 14, is 13" in text
+    assert "2.12.0 -> 2.13.0  figures may differ for it" in text
+    assert "\x1b" not in text
+    with pytest.raises(VerificationError, match=r"differences: 1\n  - model.onnx: opset"):
+        replace(elsewhere, exact=True).require()
 
 
 def test_changed_model_is_reported_with_where_it_departs(released, monkeypatch):
