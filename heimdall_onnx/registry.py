@@ -329,10 +329,23 @@ class MLflowTracker:
             self.set_alias(name, before, alias)
 
     def set_version_tags(self, name: str, version: str, tags: Mapping[str, Any]) -> None:
-        """Add tags to a version, or change them."""
+        """Add tags to a version, or change them, and read them back.
+
+        Raises:
+            RegistryError: If MLflow can't be reached, refuses, or has something else afterwards: a
+                release is held against its tags.
+        """
+        wanted = _strings(tags)
         with self._errors(f"tag version {version} of {name}"):
-            for key, value in _strings(tags).items():
+            for key, value in wanted.items():
                 self._client.set_model_version_tag(name, version, key, value)
+        there = self.get_version(name, version).tags
+        wrong = [key for key, value in wanted.items() if there.get(key) != value]
+        if wrong:
+            raise RegistryError(
+                f"the tags {', '.join(wrong)} of version {version} of {name} read back differently "
+                "from what was written; they were damaged on their way or changed meanwhile"
+            )
 
     def get_version(self, name: str, version: str) -> RegisteredVersion:
         """A version by its number."""

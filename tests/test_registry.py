@@ -24,7 +24,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import sqlalchemy
 from onnx import TensorProto, helper
+from proxy import Fault, proxied
 
 from heimdall_onnx import store
 from heimdall_onnx.errors import (
@@ -40,8 +42,9 @@ from heimdall_onnx.registry import (
     open_registry,
     write_mlmodel_folder,
 )
+from heimdall_onnx.registry_errors import limit_waits
 from heimdall_onnx.services import ensure_store, services_down
-from heimdall_onnx.settings import Settings
+from heimdall_onnx.settings import Settings, with_driver
 from heimdall_onnx.signature import Signature, TensorSpec, localization_signature
 
 if TYPE_CHECKING:
@@ -592,3 +595,43 @@ def test_a_server_that_goes_away_is_noticed_within_seconds(
     with pytest.raises(RegistryError, match=f"find version 1 of m at {address}: it can't be reach"):
         tracker.get_version("m", "1")
     assert time.monotonic() - started < 20
+
+
+def test_tags_that_were_damaged_on_their_way_are_noticed(
+    mlflow_server: str, release: str, name: str, mlflow_environment: None, reset_mlflow: None
+) -> None:
+    with proxied(mlflow_server) as proxy:
+        tracker = MLflowTracker(proxy.address)
+        version = tracker.register_model(name, release)
+        # The byte in the middle of so long a body lies within the value.
+        with (
+            proxy.fault(Fault("corrupt request", "set-tag")) as fault,
+            pytest.raises(RegistryError, match=r"tags sha256 .* read back differently"),
+        ):
+            tracker.set_version_tags(name, version, {"sha256": 512 * "0", "verdict": "pass"})
+    assert fault.hits == 1
+
+
+def test_postgresql_statements_and_connections_have_limits(
+    postgres_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PGOPTIONS", raising=False)
+    limited = limit_waits(with_driver(postgres_uri))
+    engine = sqlalchemy.create_engine(limited)
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql("SHOW statement_timeout").scalar()
+        known = connection.connection.driver_connection.info.dsn_parameters
+    engine.dispose()
+    assert found == "1min"
+    assert (known["connect_timeout"], known["keepalives_idle"]) == ("5", "10")
+    assert limit_waits(limited) == limited
+
+
+def test_other_addresses_and_limits_of_the_users_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGOPTIONS", "-c statement_timeout=1s")
+    assert limit_waits("sqlite:///x.db") == "sqlite:///x.db"
+    own = limit_waits("postgresql+psycopg2://u:p%40w@h/db?connect_timeout=77")
+    query = sqlalchemy.make_url(own).query
+    assert query["connect_timeout"] == "77"
+    assert "options" not in query
+    assert sqlalchemy.make_url(own).password == "p@w"
