@@ -8,6 +8,7 @@ order is free), so every ONNX tool reads these files.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _GRAPH = 7  # ModelProto.graph
 _INITIALIZER = 5  # GraphProto.initializer
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+# A hundred times the nodes and weights of the largest models; each costs microseconds.
+MAX_FIELDS = 5_000_000
 
 
 class _Field(NamedTuple):
@@ -135,7 +138,13 @@ def _model_fields(file: BinaryIO, path: Path | str) -> Iterator[_Field]:
 def _fields(file: BinaryIO, start: int, end: int, path: Path | str) -> Iterator[_Field]:
     """The fields of the message that lies in [start, end) of the file."""
     position = start
-    while position < end:
+    for number in itertools.count():
+        if position >= end:
+            return
+        if number == MAX_FIELDS:
+            raise InvalidModelError(
+                f"{path} is not an ONNX model: a message in it has more than {MAX_FIELDS:,} fields"
+            )
         file.seek(position)
         tag = _read_varint(file, path)
         kind = tag & 7

@@ -28,6 +28,8 @@ from heimdall_onnx.logs import get_logger
 log = get_logger(__name__)
 
 MAX_FILE_BYTES = 512 * 2**20
+# Twice what a KiwiSDR would put into the largest file.
+MAX_CHUNKS = 1_000_000
 
 _SECONDS_PER_WEEK = 604_800.0
 _NO_FIX = 255
@@ -133,7 +135,14 @@ def _read_bytes(path: Path) -> bytes:
 def _walk_chunks(content: memoryview, path: Path) -> Iterator[Chunk]:
     """Identifier, byte offset and payload of the chunks that matter here."""
     offset = 12
-    while offset < len(content):
+    for number in itertools.count():
+        if offset >= len(content):
+            return
+        if number == MAX_CHUNKS:
+            raise DataError(
+                f"recording {path} is damaged: it has more than {MAX_CHUNKS:,} chunks, the last "
+                f"of them at byte {offset} of {len(content)}"
+            )
         header = bytes(content[offset : offset + 8])
         size = int.from_bytes(header[4:8], "little")
         left = len(content) - offset - 8

@@ -334,6 +334,14 @@ def test_broken_file_is_an_invalid_model(path, change, message):
     assert str(path) in str(caught.value)
 
 
+def test_model_of_more_parts_than_any_has_is_refused(path, monkeypatch):
+    monkeypatch.setattr("heimdall_onnx.onnx_file.MAX_FIELDS", 100)
+    validate_model(path)
+    path.write_bytes(path.read_bytes() + b"\x08\x08" * 100)
+    with pytest.raises(InvalidModelError, match="a message in it has more than 100 fields"):
+        validate_model(path)
+
+
 def test_operators_inside_branches_are_counted(tmp_path):
     branch = helper.make_graph(
         [helper.make_node("Neg", ["x"], ["n"])],
