@@ -12,15 +12,18 @@ import mlflow
 import numpy as np
 import pytest
 from botocore.exceptions import ClientError
+from hostile import EVERYTHING
 from pydantic import SecretStr
 from releases import PREFIX, changed_notebook, keys, smoke
 
 from heimdall_onnx import services, store
 from heimdall_onnx.daemon import write_private
 from heimdall_onnx.errors import ParameterError, StoreError
+from heimdall_onnx.head_to_head import Limits
 from heimdall_onnx.policies import ROLES, Place, bucket_policies, identity_policy
 from heimdall_onnx.publish import METADATA, Journal, connect, to_json, withdraw
 from heimdall_onnx.release import release_checkpoint
+from heimdall_onnx.review import promote_release
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.verify import load_model, open_for_reading, verify_release
 
@@ -262,6 +265,25 @@ def test_a_reviewer_verifies_what_a_releaser_released(roles, folder):
     findings = verify_release(open_for_reading(roles.settings_of("reviewer-identity")), folder)
     assert len(findings) > 8
     assert [finding for finding in findings if not finding.holds] == []
+
+
+@pytest.mark.services
+def test_a_reviewer_promotes_it(roles, folder, reset_mlflow):
+    connection = open_for_reading(roles.settings_of("reviewer-identity"))
+    review = promote_release(
+        connection,
+        folder,
+        alias="production",
+        reviewer="reviewer",
+        note=EVERYTHING.replace("\x1b", "").replace("\0", "").encode("ascii", "ignore").decode(),
+        limits=Limits(allow_smoke=True),
+        compare=False,
+    )
+    assert connection.tracker.alias_target("test-model", "production") == review.version
+    assert review.record_uri.startswith(f"{folder}/reviews/")
+    written = keys(store.make_client(roles.settings), BY_IDENTITY.bucket)
+    assert "aliases/test-model/production/00000001.json" in written
+    assert [f for f in verify_release(connection, folder) if not f.holds] == []
 
 
 @pytest.fixture
