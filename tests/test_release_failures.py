@@ -125,7 +125,7 @@ def test_cell_out_of_time_fails_the_run(settings, small, s3, bucket, tmp_path):
     notebook = changed_notebook(tmp_path, "parameters", slow)
     result = release_checkpoint(smoke(small, bucket), settings, notebook=notebook, cell_timeout=5)
     assert result.exit_code == 3
-    assert "longer than the 5 s it may: code cell 4 of " in result.error
+    assert "longer than the 5 s it may: code cell 5 of " in result.error
     assert tidied.exists()
     nothing_is_offered(s3, settings, bucket)
 
