@@ -484,6 +484,9 @@ class _Run:
                 "address": done["uploaded"]["s3_uri"],
                 "SHA-256 of the model": done["uploaded"]["sha256"],
                 "registered as version": done["registered"]["model_version"],
+                "signed": f"by the key with SHA-256 {self._signer.sha256}"
+                if self._signer
+                else "no",
             }
         else:
             facts["what went wrong"] = error

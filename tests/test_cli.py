@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from keys import make_key
 from scipy.io import wavfile
 
 from heimdall_onnx.cli import main, summary
@@ -57,7 +60,10 @@ def configured(embedded_settings: Settings, home: Path) -> None:
 
 def test_help_names_every_command():
     text = call("--help").output
-    for command in ("release", "features", "demo", "services", "list", "show", "verify"):
+    for command in (
+        *("release", "features", "demo", "services", "list", "show", "verify", "promote"),
+        *("rollback", "history", "reproduce", "doctor", "link", "policy"),
+    ):
         assert command in text
 
 
@@ -124,6 +130,66 @@ def test_summary_names_addresses_and_what_to_do_next(released):
         " s, most of it ",
     ):
         assert words in text
+
+
+def test_decisions_on_a_release_and_their_history(released, configured):
+    result = json.loads(released.stdout)
+    decide = ("--reviewer", "reviewer", "--note", "looks right")
+    refused = call("promote", result["version"], *decide)
+    assert refused.exit_code == 3
+    assert "it is a test run (profile smoke)" in refused.stderr
+    promoted = call("promote", result["version"], "--allow-smoke", "--json", *decide)
+    assert promoted.exit_code == 0, promoted.stderr
+    review = json.loads(promoted.stdout.splitlines()[-1])
+    assert (review["alias"], review["version"]) == ("production", result["model_version"])
+    name = result["model_name"]
+    history = call("history", name).stdout
+    assert f"{name}@production: version {result['model_version']}" in history
+    assert "promote  version 1  by reviewer: looks right" in history
+    assert call("rollback", name, "--to-previous", *decide).exit_code == 3
+    assert call("rollback", name, *decide).exit_code == 2
+    assert call("promote", result["version"], "--to", "latest", *decide).exit_code == 2
+
+
+def test_signature_that_is_asked_for_and_missing_is_a_finding(released, configured, tmp_path):
+    version = json.loads(released.stdout)["version"]
+    verified = call("verify", version, "--json", "--public-key", make_key(tmp_path).public)
+    assert verified.exit_code == 3
+    found = json.loads(verified.stdout.splitlines()[-1])
+    assert not found["holds"]
+    (wrong,) = [finding for finding in found["findings"] if not finding["holds"]]
+    assert wrong["found"] == "none: the release is unsigned"
+
+
+def test_doctor_shows_what_it_would_do_before_it_does_it(released, configured, s3):
+    key = "models/localization/v20200101_000000/metadata.json"
+    s3.put_object(Bucket="heimdall-models", Key=key, Body=b"{}")
+    assert call("doctor").exit_code == 0  # too young
+    time.sleep(1.1)  # the store tells the time in whole seconds
+    shown = call("doctor", "--older-than", "0")
+    assert shown.exit_code == 3
+    assert "unfinished folder: s3://heimdall-models/models/localization/v2020" in shown.stdout
+    assert s3.head_object(Bucket="heimdall-models", Key=key)
+    mended = call("doctor", "--older-than", "0", "--fix")
+    assert mended.exit_code == 0, mended.stderr
+    assert call("doctor", "--older-than", "0").exit_code == 0
+    assert call("verify", json.loads(released.stdout)["version"]).exit_code == 0
+
+
+def test_links_open_the_report_and_policies_are_printed(released, configured):
+    links = call("link", json.loads(released.stdout)["version"], "--hours", "0.1").stdout
+    address = next(line.split()[1] for line in links.splitlines() if line.startswith("report.html"))
+    with urllib.request.urlopen(address) as response:
+        assert b"PASS" in response.read()
+    policy = json.loads(call("policy", "consumer", "--bucket", "models").stdout)
+    assert all("arn:aws:s3:::models" in str(s["Resource"]) for s in policy["Statement"])
+    assert call("policy", "consumer", "--bucket", "*").exit_code == 2
+
+
+def test_reproducing_what_is_no_release_says_so(configured, bucket):
+    missing = call("reproduce", "v20200101_000000", "--bucket", bucket)
+    assert missing.exit_code == 3
+    assert "is not a release" in missing.stderr
 
 
 def test_release_is_listed_shown_verified_and_noticed_when_changed(released, configured, s3):
