@@ -44,7 +44,7 @@ def test_without_a_fault_everything_passes(proxy, embedded_settings, bucket, tmp
         (Fault("reset", "PUT", times=None), "ConnectionClosedError"),
         (Fault("lose", "PUT", times=None), "ConnectionClosedError"),
         (Fault("corrupt request", "PUT"), "damaged on its way"),
-        (Fault("corrupt response", "GET"), "not what was stored"),
+        (Fault("corrupt response", "GET", times=None), "not what was stored"),
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
 )
