@@ -37,7 +37,7 @@ _HOMES = {
     "ensure_store": "services",
     "export_and_register_model": "exporter",
     "initialize_mlflow": "registry",
-    "load_model": "verify",
+    "load_model": "loading",
     "release_checkpoint": "release",
 }
 

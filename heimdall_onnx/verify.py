@@ -1,4 +1,4 @@
-"""Believing a release: check it again, and open only what was checked."""
+"""Believing a release: read all of it again, and say of everything whether it is as recorded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.errors import NotRegisteredError, ParameterError, VerificationError
-from heimdall_onnx.inference import open_session
+from heimdall_onnx.errors import NotRegisteredError, VerificationError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import (
     MODEL,
@@ -27,29 +26,24 @@ from heimdall_onnx.settings import Settings
 from heimdall_onnx.signing import MAX_SIGNATURE_BYTES, Trust, check_signature
 from heimdall_onnx.store import (
     MANIFEST,
-    download_file,
     exists,
     hash_object,
-    head,
     list_keys,
     make_client,
-    parse_uri,
     read_bytes,
 )
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from onnxruntime import InferenceSession
 
     from heimdall_onnx.publish import Connection
-    from heimdall_onnx.registry import MLflowTracker, RegisteredVersion
+    from heimdall_onnx.registry import MLflowTracker
 
 log = get_logger(__name__)
 
 REVIEW_TAG = "review."
 NOT_RECORDED = "0" * 64
 _REVIEW = re.compile(rf"{REVIEWS}/[A-Za-z0-9_]+-([0-9a-f]{{64}})\.json")
-_MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))$")
 
 
 @dataclass(frozen=True)
@@ -291,183 +285,3 @@ def _check_signature(
 
 def _is_review(name: str) -> bool:
     return name.startswith(f"{REVIEWS}/")
-
-
-def load_model(
-    uri: str,
-    *,
-    verify: bool = True,
-    trust: Trust | None = None,
-    settings: Settings | None = None,
-    threads: int | None = None,
-) -> InferenceSession:
-    """Open a released model, ready to run, if its release verifies.
-
-    Everything that `verify_release` checks must hold. The model is kept below the settings' home
-    under its hash, and hashed again on every call; the other objects, some megabytes, are read
-    from the store each time.
-
-    Args:
-        uri: ``models:/name@alias``, ``models:/name/version``, ``s3://…/vX``,
-            ``s3://…/vX/model.onnx``, or a bare ``s3://….onnx`` object whose metadata holds its
-            SHA-256. Of a bare object there is nothing but that hash to check.
-        verify: False opens what does not verify too, and logs a warning that says why.
-        trust: Whose signature the release must have; what the settings name by default.
-        settings: Where the services are; from the environment by default.
-        threads: Intra-op threads; ONNX Runtime's choice by default.
-
-    Raises:
-        ParameterError: If ``uri`` is none of these.
-        VerificationError: If what is there is not what was recorded, or not signed as it must be.
-        ServiceError: If a service can't be reached or refuses.
-
-    Example:
-        >>> session = load_model("models:/heimdall-localization-onnx@staging")  # doctest: +SKIP
-    """
-    settings = ensure_store(settings or Settings.load())
-    client, cache = make_client(settings), settings.home / "models"
-    found = _registered(settings, uri)
-    bare = _bare_model(found, uri)
-    if bare is not None:
-        bucket, key, expected = bare
-        path = _fetch(client, bucket, {MODEL: key}, expected, cache)
-        return open_session(path, threads=threads)
-    try:
-        manifest = _manifest_of(client, found, uri)
-        path = _verified_model(client, settings, manifest, cache, trust)
-    except VerificationError as error:
-        if verify:
-            raise
-        log.warning("opened although it does not verify", uri=uri, reason=str(error))
-        source = found.source if found else uri.removesuffix(f"/{MODEL}")
-        return _open_unverified(client, source.rstrip("/"), threads)
-    return open_session(path, threads=threads)
-
-
-def _verified_model(
-    client: S3Client,
-    settings: Settings,
-    manifest: Manifest,
-    cache: Path,
-    trust: Trust | None,
-) -> Path:
-    from heimdall_onnx.publish import Connection
-    from heimdall_onnx.registry import open_registry
-    from heimdall_onnx.registry_errors import missing_database
-
-    files = {n: entry for n, entry in manifest.objects.items() if n.startswith(MODEL)}
-    hashes = {name: entry.sha256 for name, entry in files.items()}
-    keys = {name: entry.key for name, entry in files.items()}
-    path = _fetch(client, manifest.bucket, keys, hashes, cache)
-    missing = missing_database(settings.tracking_uri.get_secret_value())
-    if missing:
-        # An address in the store is enough for who has no registry; a signature takes its place.
-        log.warning("not held against a registry", uri=manifest.uri, missing=str(missing))
-    connection = Connection(settings, client, lambda: open_registry(settings))
-    findings = verify_release(
-        connection, manifest, trust=trust, hashed=hashes, registry=missing is None
-    )
-    require_verified(findings, manifest.uri)
-    return path
-
-
-def _open_unverified(client: S3Client, source: str, threads: int | None) -> InferenceSession:
-    bucket, folder = parse_uri(source)
-    with tempfile.TemporaryDirectory(prefix="heimdall-unverified-") as scratch:
-        for key in list_keys(client, bucket, f"{folder}/{MODEL}"):
-            download_file(client, bucket, key, Path(scratch) / Path(key).name)
-        return open_session(Path(scratch) / MODEL, threads=threads)
-
-
-def _registered(settings: Settings, uri: str) -> RegisteredVersion | None:
-    """The registered version that ``uri`` names; None if it is no address of the registry."""
-    match = _MODEL_URI.match(uri)
-    if match is None:
-        return None
-    from heimdall_onnx.registry import open_registry
-
-    tracker = open_registry(settings)
-    if match["alias"]:
-        return tracker.version_by_alias(match["name"], match["alias"])
-    return tracker.get_version(match["name"], match["version"])
-
-
-def _bare_model(
-    found: RegisteredVersion | None, uri: str
-) -> tuple[str, str, dict[str, str]] | None:
-    """Bucket, key and recorded hash of a model without a manifest; None for a release."""
-    if found is not None:
-        if "manifest_sha256" in found.tags or "sha256" not in found.tags:
-            return None
-        # Registered step by step, without a release around it.
-        bucket, folder = parse_uri(found.source)
-        return bucket, f"{folder.rstrip('/')}/model.onnx", {"model.onnx": found.tags["sha256"]}
-    if uri.startswith("s3://") and uri.endswith(".onnx") and not uri.endswith("/model.onnx"):
-        bucket, key = parse_uri(uri)
-        return bucket, key, {}
-    return None
-
-
-def _manifest_of(client: S3Client, found: RegisteredVersion | None, uri: str) -> Manifest:
-    """The manifest of the release that ``uri`` names."""
-    if found is None:
-        if not uri.startswith("s3://"):
-            raise ParameterError(
-                f"{uri!r} is no address of a model; expected models:/NAME@ALIAS, "
-                "models:/NAME/VERSION or s3://BUCKET/…"
-            )
-        return read_manifest(client, uri.removesuffix(f"/{MODEL}").rstrip("/"))
-    if "manifest_sha256" not in found.tags:
-        raise VerificationError(
-            f"the registered version with source {found.source} records no manifest_sha256, so it "
-            "was not released by this program, or not completely"
-        )
-    manifest = read_manifest(client, found.source)
-    # A folder may hold another release than the one that was asked for.
-    if (manifest.model_name, manifest.model_version) != (found.name, found.version):
-        raise VerificationError(
-            f"{found.source} is not what was registered: expected a release of {found.name} "
-            f"version {found.version}, found one of {manifest.model_name} version "
-            f"{manifest.model_version}"
-        )
-    return manifest
-
-
-def _fetch(
-    client: S3Client,
-    bucket: str,
-    keys: Mapping[str, str],
-    expected: Mapping[str, str],
-    cache: Path,
-) -> Path:
-    """Bring the files of a model into ``cache``, checked, and return the model's path."""
-    digest = expected.get("model.onnx") or _recorded_sha256(client, bucket, keys["model.onnx"])
-    folder = cache / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, key in keys.items():
-        wanted = expected.get(name, digest)
-        target = folder / name
-        if not (target.is_file() and _sha256(target) == wanted):
-            found = download_file(client, bucket, key, target, sha256=None)
-            if found != wanted:
-                target.unlink()
-                raise VerificationError(
-                    f"s3://{bucket}/{key} is not what was recorded: expected SHA-256 {wanted}, "
-                    f"found {found}"
-                )
-    return folder / "model.onnx"
-
-
-def _recorded_sha256(client: S3Client, bucket: str, key: str) -> str:
-    digest = head(client, bucket, key).sha256
-    if not digest:
-        raise VerificationError(
-            f"s3://{bucket}/{key} records no SHA-256 in its metadata, so it can't be verified; "
-            "open the release folder instead"
-        )
-    return digest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,11 +10,12 @@ from releases import PREFIX
 
 from heimdall_onnx.aliases import read_log
 from heimdall_onnx.errors import HeimdallError, NotRegisteredError, VerificationError
+from heimdall_onnx.loading import load_model
 from heimdall_onnx.manifest import read_manifest
 from heimdall_onnx.publish import Connection
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.store import MANIFEST, bucket_exists, list_keys, list_versions, parse_uri
-from heimdall_onnx.verify import load_model, open_for_reading, verify_release
+from heimdall_onnx.verify import open_for_reading, verify_release
 
 
 @dataclass(frozen=True)

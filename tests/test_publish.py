@@ -21,6 +21,7 @@ from heimdall_onnx.errors import (
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.export import export_model
 from heimdall_onnx.gates import Gate, Verdict
+from heimdall_onnx.loading import load_model
 from heimdall_onnx.manifest import CONTENT
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import (
@@ -34,7 +35,6 @@ from heimdall_onnx.publish import (
     withdraw,
 )
 from heimdall_onnx.store import hash_file, list_keys, make_client
-from heimdall_onnx.verify import load_model
 
 pytestmark = pytest.mark.services
 

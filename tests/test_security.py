@@ -45,6 +45,7 @@ from heimdall_onnx.errors import (
     VerificationError,
 )
 from heimdall_onnx.evaluation import load_evaluation_data
+from heimdall_onnx.loading import load_model
 from heimdall_onnx.parameters import check_parameters
 from heimdall_onnx.publish import connect
 from heimdall_onnx.registry import MLflowTracker
@@ -59,7 +60,7 @@ from heimdall_onnx.store import (
     upload_bytes,
 )
 from heimdall_onnx.validate import validate_model
-from heimdall_onnx.verify import load_model, verify_release
+from heimdall_onnx.verify import verify_release
 
 FOLDER = f"{PREFIX}/v20261120_143000"
 BUCKET = "test-hostile"

@@ -16,12 +16,13 @@ from structlog.testing import capture_logs
 
 from heimdall_onnx.errors import ParameterError, RegistryError, StoreError, VerificationError
 from heimdall_onnx.export import export_model
+from heimdall_onnx.loading import load_model
 from heimdall_onnx.manifest import read_manifest
 from heimdall_onnx.publish import connect
 from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.signing import Trust
 from heimdall_onnx.store import list_keys, upload_file
-from heimdall_onnx.verify import load_model, verify_release
+from heimdall_onnx.verify import verify_release
 
 pytestmark = pytest.mark.services
 
