@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heimdall_onnx.errors import NotRegisteredError, VerificationError
-from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import (
     MODEL,
     REPORT,
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from heimdall_onnx.publish import Connection
     from heimdall_onnx.registry import MLflowTracker
 
-log = get_logger(__name__)
 
 REVIEW_TAG = "review."
 NOT_RECORDED = "0" * 64

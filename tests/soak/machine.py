@@ -74,7 +74,7 @@ def fill(lane: Lane, what: str, size_kib: int, folder: Path) -> tuple[int, list[
 
 
 def wrong_clock(count: int, seed: int, folder: Path) -> Tally:
-    """A clock that is set back between releases: by minutes it must not matter, by a day it must."""
+    """A clock set back between releases: by minutes it must not matter, by a day it must."""
     tally = Tally("clock")
     with lanes(folder, "server") as (lane,):
         for _ in range(count):
