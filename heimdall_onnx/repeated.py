@@ -167,15 +167,17 @@ def _cells(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
         for cell in new["cells"]
         for output in cell["outputs"]
     }
-    for cell in old["cells"]:
+    for index, cell in enumerate(old["cells"]):
         kind, size = cell["kind"], cell["batch_size"]
+        # The first is the whole evaluation data, the others of that kind some samples of it.
+        where = f"{kind if index else f'all {kind}'}, batch {size}"
         factor = 1.0 if kind == EVALUATION else ADVERSARIAL_FACTOR
         for output in cell["outputs"]:
             other = again.get((kind, size, output["output"]), {})
             for name, value in output.items():
                 if name not in ("output", "unit"):
                     rule = _cell_rule(name, output, factor * old["tolerance"], factor * old["rtol"])
-                    what = f"{output['output']}, {name} ({kind}, batch {size})"
+                    what = f"{output['output']}, {name} ({where})"
                     yield what, value, other.get(name), rule
 
 

@@ -63,7 +63,7 @@ _NOTEBOOK, _RECORDED = "notebook.ipynb", "recorded"
 # The notebook publishes nothing this time, so its kernel gets no credentials.
 _CREDENTIALS = ("AWS_", "HEIMDALL_SIGNING_", "MLFLOW_S3_", "MLFLOW_TRACKING_")
 # What is shown even where it is as recorded, and how many failures an error names.
-_MAIN = (", mean (evaluation data", ", maximum (evaluation data", "localization error", "speedup")
+_MAIN = (", mean (all ", ", maximum (all ", "localization error", "speedup")
 _SHOWN = 12
 
 

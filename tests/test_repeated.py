@@ -87,7 +87,7 @@ def test_a_figure_must_be_the_same_here_and_within_the_gates_tolerance_elsewhere
     measured, repeated, name, by, elsewhere
 ):
     statistics(repeated)[name] += by
-    what = f"positions, {name} (evaluation data, batch 8)"
+    what = f"positions, {name} (all evaluation data, batch 8)"
     assert judged(measured, repeated, exact=True) == {what: "differs"}
     assert judged(measured, repeated, exact=False) == {what: elsewhere}
 
@@ -110,8 +110,8 @@ def test_estimated_quantiles_may_move_a_little_and_are_only_flagged(measured, re
     statistics(repeated).update(p99=1.06e-5, ulp_p999=10.6)
     repeated["parity"]["ground"]["task"][0]["median_m"] = 1.06e4
     assert judged(recorded, repeated, exact=True) == {
-        "positions, p99 (evaluation data, batch 8)": "flagged",
-        "positions, ulp_p999 (evaluation data, batch 8)": "flagged",
+        "positions, p99 (all evaluation data, batch 8)": "flagged",
+        "positions, ulp_p999 (all evaluation data, batch 8)": "flagged",
         "localization error of PyTorch, median (m)": "differs",
     }
 
@@ -154,7 +154,7 @@ def test_what_is_missing_or_not_a_number_differs(measured, repeated):
     repeated["parity"]["ground"] = None
     statistics(repeated)["mean"] = "nan"
     found = judged(measured, repeated, exact=False)
-    assert found["positions, mean (evaluation data, batch 8)"] == "differs"
+    assert found["positions, mean (all evaluation data, batch 8)"] == "differs"
     assert found["localization error of ONNX, median (m)"] == "differs"
     assert found["spread, violations (evaluation data, batch 1)"] == "differs"
     assert judged(repeated, repeated, exact=True) == {}

@@ -83,7 +83,7 @@ def test_release_reproduces_to_the_last_digit(repeated, released):
     assert repeated.model.found_sha256 == repeated.model.recorded_sha256 == entry["sha256"]
     assert {c.judgement for c in repeated.accuracy} == {"identical"}
     what = {c.what: c for c in repeated.accuracy}
-    assert what["positions, mean (evaluation data, batch 8)"].found > 0
+    assert what["positions, mean (all evaluation data, batch 8)"].found > 0
     assert what["localization error of ONNX, median (m)"].found > 1000
     assert what["gate mean absolute error, passed"].found is True
     assert len(what) == len(repeated.accuracy) > 500
@@ -150,9 +150,9 @@ def test_changed_model_is_reported_with_where_it_departs(released, monkeypatch):
     assert "weights: 1 of " in result.model.differences[0]
     assert "first 'position_head.bias', by 0.5 at most" in result.model.differences[0]
     differing = {c.what for c in result.accuracy if c.judgement == "differs"}
-    assert "positions, highest (evaluation data, batch 8)" in differing
+    assert "positions, highest (all evaluation data, batch 8)" in differing
     assert "localization error of ONNX, median (m)" in differing
-    assert "spread, highest (evaluation data, batch 8)" not in differing
+    assert "spread, highest (all evaluation data, batch 8)" not in differing
     assert (result.report.parent / "model.onnx").is_file()
     with pytest.raises(VerificationError, match=r"does not reproduce; .*\n.*position_head\.bias"):
         result.require()
