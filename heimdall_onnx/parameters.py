@@ -102,6 +102,16 @@ class ReleaseParameters(BaseModel):
             raise ValueError("expected a number, found a truth value")
         return value
 
+    @field_validator("*")
+    @classmethod
+    def _can_be_written(cls, value: object) -> object:
+        # Into notebook, manifest and registry. A path that is no UTF-8 arrives with surrogates.
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"can't be written as JSON in UTF-8: {shown(str(error))}") from error
+        return value
+
     @field_validator("alias")
     @classmethod
     def _not_reserved(cls, value: str) -> str:

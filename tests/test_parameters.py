@@ -1,6 +1,7 @@
 """One model of the parameters, whichever way they arrive."""
 
 import json
+import os
 from pathlib import Path
 
 import nbformat
@@ -283,3 +284,17 @@ def test_value_that_can_not_be_shown_is_abbreviated(values, message):
 def test_injected_cell_that_is_no_python_is_a_parameter_error(code):
     with pytest.raises(ParameterError, match="cell of parameters can't be read: "):
         injected_names(["# Parameters\n" + code])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("checkpoint", os.fsdecode(b"\xff.ckpt")),
+        ("model_kwargs", {"a": ["\ud800"]}),
+        ("model_kwargs", {"a": b"bytes"}),
+        ("model_kwargs", '{"a": NaN}'),
+    ],
+)
+def test_value_that_no_notebook_can_hold_is_a_parameter_error(name, value):
+    with pytest.raises(ParameterError, match=f"{name} = .*can't be written as JSON in UTF-8"):
+        check_parameters({name: value})
