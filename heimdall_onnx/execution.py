@@ -19,6 +19,8 @@ log = get_logger(__name__)
 
 # The kernel imports PyTorch before it answers, which takes minutes from a cold network disk.
 _KERNEL_START_S = 600
+# Far beyond an audit of a large model; what takes longer hangs.
+_CELL_TIMEOUT_S = 6 * 3600
 
 
 def execute_notebook(
@@ -37,7 +39,7 @@ def execute_notebook(
         report: Where the executed notebook goes.
         parameters: Its parameters.
         kernel: A running kernel, which is ended.
-        cell_timeout: Seconds that one cell may take.
+        cell_timeout: Seconds that one cell may take; six hours by default.
         progress: Show a progress bar by cell on standard error.
 
     Returns:
@@ -66,7 +68,7 @@ def execute_notebook(
             kernel=kernel,
             start_timeout=_KERNEL_START_S,
             progress_bar=progress,
-            execution_timeout=cell_timeout,
+            execution_timeout=cell_timeout or _CELL_TIMEOUT_S,
         )
     except (PapermillException, CellTimeoutError, RuntimeError) as error:
         # Its text is a traceback of the kernel's; the file says the same and is judged below.
@@ -78,7 +80,8 @@ def execute_notebook(
         raise NotebookError(f"papermill wrote no notebook for {notebook} ({stopped})")
     judgement = judge_notebook(report)
     if stopped == CellTimeoutError.__name__:
-        problem = f"a cell took longer than the {cell_timeout} s it may: {last_started(report)}"
+        limit = cell_timeout or _CELL_TIMEOUT_S
+        problem = f"a cell took longer than the {limit} s it may: {last_started(report)}"
         judgement = replace(judgement, problem=problem, error_name="", error_message="")
     elif stopped and not judgement.problem:
         # A kernel that dies in the very last cell leaves a file in which all is well.

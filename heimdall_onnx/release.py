@@ -76,8 +76,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Far beyond an audit of a large model; what takes longer hangs.
-_CELL_TIMEOUT_S = 6 * 3600
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -200,7 +198,7 @@ class _Run:
         self._manifest: Manifest | None = None
         self._costs = CostWatch()
 
-    def execute(self, notebook: Path, cell_timeout: int, progress: bool) -> ReleaseResult:
+    def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
         if not self.parameters.checkpoint:
             raise ParameterError("there is no checkpoint to release: its path is empty")
         for path, what in (
@@ -209,13 +207,13 @@ class _Run:
         ):
             if path and not Path(path).exists():
                 raise ParameterError(f"expected {what} at {path}, found no such file")
-        # Before anything is spent on a release that could not be signed in the end.
-        self._signer = open_signer(self.settings)
         self._make_folder()
         with self._costs.step("services"):
             settings = ensure_store(self.settings)
         with started_kernel(_kernel_environment(settings)) as kernel:
             with self._costs.step("services"):
+                # Before anything is spent on a release that could not be signed in the end.
+                self._signer = open_signer(self.settings)
                 connection = connect(settings)
                 if settings.versioning or settings.retention_days:
                     # Before the first upload: what is there already has no version.
@@ -303,7 +301,7 @@ class _Run:
         self,
         notebook: Path,
         kernel: AsyncKernelManager,
-        cell_timeout: int,
+        cell_timeout: int | None,
         progress: bool,
     ) -> Judgement:
         started = time.perf_counter()
