@@ -20,12 +20,13 @@ from heimdall_onnx import services, store
 from heimdall_onnx.daemon import write_private
 from heimdall_onnx.errors import ParameterError, StoreError
 from heimdall_onnx.head_to_head import Limits
+from heimdall_onnx.loading import load_model
 from heimdall_onnx.policies import ROLES, Place, bucket_policies, identity_policy
 from heimdall_onnx.publish import METADATA, Journal, connect, to_json, withdraw
 from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.review import promote_release
 from heimdall_onnx.settings import Settings
-from heimdall_onnx.verify import load_model, open_for_reading, verify_release
+from heimdall_onnx.verify import open_for_reading, verify_release
 
 V = f"{PREFIX}/v20261120_143000"
 BY_IDENTITY = Place("roles-by-identity", PREFIX, "s3://artifacts-by-identity")
