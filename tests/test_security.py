@@ -441,7 +441,6 @@ def _objects(settings, folder: str) -> list[dict]:
     return [o for o in manifest["objects"] if o["key"].endswith("/model.onnx")]
 
 
-@pytest.mark.xfail(reason="found only when the notebook is written", strict=True)
 @pytest.mark.parametrize(
     "values", [{"checkpoint": "\udcff.pt"}, {"model_kwargs": '{"note": "\\ud800"}'}]
 )
