@@ -168,9 +168,7 @@ def release_checkpoint(
             first_signal_interrupts(),
             structlog.contextvars.bound_contextvars(release=run.id, run_id=parameters.run_id),
         ):
-            return run.execute(
-                notebook or notebook_path(), cell_timeout or _CELL_TIMEOUT_S, progress
-            )
+            return run.execute(notebook or notebook_path(), cell_timeout, progress)
     except HeimdallError as error:
         return run.failed(error)
 
