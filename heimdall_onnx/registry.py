@@ -338,7 +338,12 @@ class MLflowTracker:
         wanted = _strings(tags)
         with self._errors(f"tag version {version} of {name}"):
             for key, value in wanted.items():
-                self._client.set_model_version_tag(name, version, key, value)
+                try:
+                    self._client.set_model_version_tag(name, version, key, value)
+                except MlflowException:
+                    # A call whose answer was lost is repeated, and finds the tag it has set itself.
+                    if self._client.get_model_version(name, version).tags.get(key) != value:
+                        raise
         there = self.get_version(name, version).tags
         wrong = [key for key, value in wanted.items() if there.get(key) != value]
         if wrong:

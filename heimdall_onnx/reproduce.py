@@ -200,8 +200,8 @@ def reproduce_release(
         ServiceError: If a service can't be reached or refuses.
         KeyboardInterrupt: On Ctrl-C or SIGTERM.
     """
-    require_verified(verify_release(connection, folder_uri), folder_uri)
     manifest = read_manifest(connection.client, folder_uri)
+    require_verified(verify_release(connection, manifest), folder_uri)
     folder = new_run_folder(connection.settings)
     with first_signal_interrupts(), _emptied(folder):
         recorded = _fetch_notebook(connection.client, manifest, folder)
