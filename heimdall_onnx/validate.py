@@ -114,6 +114,7 @@ def validate_model(path: Path | str, *, signature: Signature | None = None) -> M
     problems, parameters, external_bytes = _weigh(source, structure)
     # The checker would follow the data that was just refused.
     problems += [] if problems else _checked(source)
+    problems += _without_dtype(structure.graph)
     if problems:
         raise InvalidModelError(f"{source} is not a valid ONNX model:{listed(problems)}")
     info = _describe(structure, parameters, source.stat().st_size + external_bytes, signature)
@@ -214,6 +215,18 @@ def _non_finite(tensor: onnx.TensorProto, folder: Path) -> list[str]:
     except Exception as error:  # whatever broken tensor data makes onnx and NumPy raise
         return [f"{name} can't be read: {shown(str(error), 300)}"]
     return [f"{name} has NaN or Inf in {bad} of {array.size} elements"] if bad else []
+
+
+def _without_dtype(graph: onnx.GraphProto) -> list[str]:
+    """Inputs and outputs that are no tensors of a type NumPy has."""
+    known = onnx.helper.get_all_tensor_dtypes()
+    return [
+        f"{kind} {shown(value.name)} is no tensor of a known type: "
+        f"{value.type.WhichOneof('value') or 'no type'} {value.type.tensor_type.elem_type}"
+        for kind, values in (("input", graph.input), ("output", graph.output))
+        for value in values
+        if value.type.tensor_type.elem_type not in known
+    ]
 
 
 def _describe(

@@ -334,6 +334,15 @@ def test_broken_file_is_an_invalid_model(path, change, message):
     assert str(path) in str(caught.value)
 
 
+def test_input_that_is_no_tensor_is_refused(path):
+    model = onnx.load(path)
+    sequence = helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, [2])
+    model.graph.input.append(sequence)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InvalidModelError, match="input s is no tensor of a known type: sequence"):
+        validate_model(path)
+
+
 def test_model_of_more_parts_than_any_has_is_refused(path, monkeypatch):
     monkeypatch.setattr("heimdall_onnx.onnx_file.MAX_FIELDS", 100)
     validate_model(path)
