@@ -90,6 +90,13 @@ def _folder(version: str, bucket: str, prefix: str) -> str:
     )
 
 
+def _say(text: str, indent: int = 0) -> None:
+    """Print a line that may hold text from a bucket, which must not steer a terminal."""
+    from heimdall_onnx.untrusted import visible
+
+    click.echo(" " * indent + visible(text))
+
+
 def _print_json(result: Any) -> None:
     click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
 
@@ -111,9 +118,9 @@ def list_(bucket: str, prefix: str) -> None:
             manifest = read_manifest(client, _folder(version, bucket, prefix))
         except VerificationError as error:
             unreadable.append(version)
-            click.echo(f"{version}  {error}")
+            _say(f"{version}  {error}")
             continue
-        click.echo(
+        _say(
             f"{version}  {manifest.verdict:<14}"
             f"{'signed' if manifest.signature else 'unsigned':<10}"
             f"{manifest.model_name} version {manifest.model_version}"
@@ -157,9 +164,12 @@ def verify(
     if as_json:
         _print_json({"holds": not wrong, "findings": [asdict(f) for f in findings]})
     for finding in () if as_json else findings:
-        click.echo(f"{'holds' if finding.holds else 'DIFFERS':<9}{finding.what}")
-        if not finding.holds:
-            click.echo(f"         expected {finding.expected}\n         found    {finding.found}")
+        if finding.holds:
+            _say(f"holds    {finding.what}")
+            continue
+        _say(f"DIFFERS  {finding.what}")
+        _say(f"expected {finding.expected}", indent=9)
+        _say(f"found    {finding.found}", indent=9)
     if wrong:
         raise VerificationError(
             f"{len(wrong)} of {len(findings)} findings differ; don't use this release"
@@ -282,12 +292,13 @@ def history(name: str, bucket: str, as_json: bool) -> None:
             ]
         )
     for one in () if as_json else histories:
-        click.echo(f"{name}@{one.alias}: version {one.points_at or 'none'}")
+        _say(f"{name}@{one.alias}: version {one.points_at or 'none'}")
         for move in one.moves:
-            note = f": {' '.join(move.note.split())}" if move.note else ""
-            click.echo(
-                f"  {move.number:>4}  {move.time}  {move.action:<9}version {move.version or 'none'}"
-                f"  by {move.by}{note}"
+            note = f": {move.note}" if move.note else ""
+            _say(
+                f"{move.number:>4}  {move.time}  {move.action:<9}version {move.version or 'none'}"
+                f"  by {move.by}{note}",
+                indent=2,
             )
     if wrong := [f"{name}@{one.alias}: {one.problem}" for one in histories if one.problem]:
         raise VerificationError("; ".join(wrong))
@@ -345,8 +356,9 @@ def doctor(bucket: str, prefix: str, older_than: float, fix: bool, as_json: bool
             [{"kind": f.kind, "what": f.what, "why": f.why, "remedy": f.remedy} for f in found]
         )
     for leftover in () if as_json else found:
-        click.echo(f"{leftover.kind}: {leftover.what}\n    {leftover.why}")
-        click.echo(f"    {leftover.remedy or 'for a person to decide: nothing is done about it'}")
+        _say(f"{leftover.kind}: {leftover.what}")
+        _say(leftover.why, indent=4)
+        _say(leftover.remedy or "for a person to decide: nothing is done about it", indent=4)
     failed = mend_all(found) if fix else ()
     left = [leftover for leftover in found if not (fix and leftover.remedy)]
     if fix:

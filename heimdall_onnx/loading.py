@@ -40,14 +40,16 @@ def load_model(
 ) -> InferenceSession:
     """Open a released model, ready to run, if its release verifies.
 
-    Everything that `verify_release` checks must hold. The model is kept below the settings' home
+    Everything that `verify_release` checks must hold, but for the checkpoint and the evaluation
+    data, which nobody needs who only uses the model. The model is kept below the settings' home
     under its hash, and hashed again on every call; the other objects, some megabytes, are read
     from the store each time.
 
     Args:
         uri: ``models:/name@alias``, ``models:/name/version``, ``s3://…/vX``,
             ``s3://…/vX/model.onnx``, or a bare ``s3://….onnx`` object whose metadata holds its
-            SHA-256. Of a bare object there is nothing but that hash to check.
+            SHA-256. Of a bare object there is nothing but that hash to check, so that it is opened
+            only where no signature is asked for.
         verify: False opens what does not verify too, and logs a warning that says why.
         trust: Whose signature the release must have; what the settings name by default.
         settings: Where the services are; from the environment by default.
@@ -65,6 +67,13 @@ def load_model(
     client, cache = make_client(settings), settings.home / "models"
     found = _registered(settings, uri)
     bare = _bare_model(found, uri)
+    if trust is None:
+        trust = Trust(settings.public_key, settings.trusted_certificates)
+    if bare is not None and trust and verify:
+        raise VerificationError(
+            f"{uri} was uploaded or registered without a release around it, so it has no "
+            "signature, and one is asked for; release it, or open it with verify=False"
+        )
     if bare is not None:
         bucket, key, expected = bare
         path = _fetch(client, bucket, {MODEL: key}, expected, cache)
@@ -86,7 +95,7 @@ def _verified_model(
     settings: Settings,
     manifest: Manifest,
     cache: Path,
-    trust: Trust | None,
+    trust: Trust,
 ) -> Path:
     from heimdall_onnx.publish import Connection
     from heimdall_onnx.registry import open_registry
@@ -102,7 +111,7 @@ def _verified_model(
         log.warning("not held against a registry", uri=manifest.uri, missing=str(missing))
     connection = Connection(settings, client, lambda: open_registry(settings))
     findings = verify_release(
-        connection, manifest, trust=trust, hashed=hashes, registry=missing is None
+        connection, manifest, trust=trust, hashed=hashes, registry=missing is None, content=False
     )
     require_verified(findings, manifest.uri)
     return path

@@ -41,6 +41,9 @@ log = get_logger(__name__)
 
 STAGES = ("None", "Staging", "Production", "Archived")
 
+# With these MLflow takes any certificate.
+_UNCHECKED = ("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_S3_IGNORE_TLS")
+
 
 @dataclass(frozen=True)
 class RegisteredVersion:
@@ -94,6 +97,9 @@ class MLflowTracker:
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         log_http_requests()
+        for name in _UNCHECKED:
+            if os.environ.get(name, "").lower() in ("true", "1"):
+                log.warning("certificates are not checked", variable=name)
         bypass_proxy(self._uri)
         probe(self._uri)
         with self._errors("open the registry"):

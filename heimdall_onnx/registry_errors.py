@@ -62,7 +62,13 @@ def _explain(error: Exception, uri: str) -> str:
     if isinstance(error, MlflowException):
         if error.error_code in _REASONS:
             return _REASONS[error.error_code]
-        if isinstance(error.__cause__ or error.__context__, OSError):
+        cause = error.__cause__ or error.__context__
+        if "CERTIFICATE_VERIFY_FAILED" in str(cause):
+            return (
+                "its certificate was not accepted; check MLFLOW_TRACKING_URI, and name your own "
+                "authority in MLFLOW_TRACKING_SERVER_CERT_PATH"
+            )
+        if isinstance(cause, OSError):
             return "it can't be reached; check that it runs and that MLFLOW_TRACKING_URI is right"
     if isinstance(error, sqlalchemy.exc.DBAPIError):
         error = error.orig if isinstance(error.orig, Exception) else error

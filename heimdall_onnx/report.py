@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 RECORD = "release"
 VERDICT = "verdict"
 NO_CELL = "no cell"
+# Whatever got into a report, it can't run, load or send anything.
+_NO_SCRIPTS = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+    "style-src 'unsafe-inline'; font-src data:; base-uri 'none'; form-action 'none'\">"
+)
+_TEMPLATE_SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 NO_ALTERNATIVE = 'alt="No description has been provided for this image"'
 
 
@@ -277,6 +284,9 @@ def render_html(path: Path, title: str) -> Path:
     for alternative in _alternatives(notebook):
         # nbconvert's template leaves out the text that a figure brings along.
         html = html.replace(NO_ALTERNATIVE, f'alt="{escape(alternative)}"', 1)
+    # What is left of nbconvert's scripts does nothing without what it would fetch.
+    html = _TEMPLATE_SCRIPT.sub("", html)
+    html = html.replace("<head>", f"<head>{_NO_SCRIPTS}", 1)
     target = path.with_suffix(".html")
     target.write_text(html, encoding="utf-8")
     return target

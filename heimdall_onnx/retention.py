@@ -68,7 +68,8 @@ def prepare_bucket(
         StoreError: If the store can't be reached, or refuses for another reason than having none.
     """
     missing = []
-    if versioning or retention_days:
+    # Looked at first: who may release need not be allowed to change the bucket.
+    if (versioning or retention_days) and not _is_versioned(client, bucket):
         missing += _try(
             client,
             f"turn on versioning of {bucket}",
@@ -76,7 +77,7 @@ def prepare_bucket(
                 Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
             ),
         )
-    if retention_days and not missing:
+    if retention_days and not missing and not _is_locked(client, bucket):
         missing += _try(
             client,
             f"turn on Object Lock of {bucket}",
@@ -112,6 +113,17 @@ def retain(client: S3Client, bucket: str, keys: Iterable[str], protection: Prote
                 Key=key,
                 Retention={"Mode": "GOVERNANCE", "RetainUntilDate": until},
             )
+
+
+def _is_locked(client: S3Client, bucket: str) -> bool:
+    with store_errors(client, f"look at the Object Lock of {bucket}"):
+        try:
+            found = client.get_object_lock_configuration(Bucket=bucket)
+        except ClientError as error:
+            if error_code(error) in _LACKING:
+                return False
+            raise
+    return found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") == "Enabled"
 
 
 def _is_versioned(client: S3Client, bucket: str) -> bool:

@@ -6,6 +6,7 @@ beside the report of the release that it points at.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from heimdall_onnx.errors import (
     NotRegisteredError,
     ParameterError,
     PromotionError,
+    StoreError,
     VerificationError,
 )
 from heimdall_onnx.head_to_head import HeadToHead, Limits, compare_models
@@ -373,9 +375,11 @@ def _move(
             after=after,
         )
     except PromotionError:
-        # Of two who decide at once only one has decided.
+        # Of two who decide at once only one has decided. Where a reviewer may not delete, the
+        # record stays as one that was not completed.
         connection.tracker.delete_version_tag(name, version, tag)
-        delete_objects(connection.client, manifest.bucket, [key])
+        with contextlib.suppress(StoreError):
+            delete_objects(connection.client, manifest.bucket, [key])
         raise
     follow_log(connection.client, manifest.bucket, connection.tracker, name, alias)
     log.info("alias moved", alias=alias, model_name=name, version=version, previous=previous)

@@ -25,8 +25,13 @@ def shown(value: object, limit: int = 200) -> str:
         except ValueError:  # an integer of more digits than Python is willing to print
             text = f"<{type(value).__name__}>"
     line = " ".join(text[: 4 * limit].split())
-    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[: limit + 1])
-    return visible if len(visible) <= limit else f"{visible[: limit - 1]}…"
+    seen = visible(line[: limit + 1])
+    return seen if len(seen) <= limit else f"{seen[: limit - 1]}…"
+
+
+def visible(text: str) -> str:
+    """``text`` on one line, what can't be seen as its code."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listed(problems: Sequence[str]) -> str:

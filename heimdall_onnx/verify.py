@@ -82,6 +82,7 @@ def verify_release(
     trust: Trust | None = None,
     hashed: Mapping[str, str] | None = None,
     registry: bool = True,
+    content: bool = True,
 ) -> tuple[Finding, ...]:
     """Download a release again and hold all of it against manifest, registry and signature.
 
@@ -97,6 +98,7 @@ def verify_release(
         hashed: SHA-256 by name of objects that have been read already.
         registry: Hold it against the registry too; without it a rewritten release is found out by
             its signature alone.
+        content: Read checkpoint and evaluation data too.
 
     Raises:
         SettingsError: If the public key or the certificates can't be read.
@@ -114,7 +116,7 @@ def verify_release(
         tags, registry_findings = _check_registry(connection.tracker, manifest)
     return (
         *findings,
-        *_check_content(client, manifest),
+        *(_check_content(client, manifest) if content else ()),
         *_check_notebook(client, manifest, found),
         *registry_findings,
         *_check_reviews(client, manifest, tags),

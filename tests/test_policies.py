@@ -306,7 +306,6 @@ def test_a_consumer_opens_it_with_mlflow(consumer, small):
 
 
 @pytest.mark.services
-@pytest.mark.xfail(reason="it asks for the checkpoint too", strict=True, raises=StoreError)
 def test_a_consumer_opens_it(consumer):
     assert load_model("models:/test-model@staging", settings=consumer).get_inputs()
 

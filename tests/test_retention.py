@@ -41,6 +41,23 @@ def test_retention_refuses_to_delete(s3, bucket):
     assert kept["Mode"] == "GOVERNANCE"
 
 
+def test_bucket_that_is_protected_already_is_not_changed(s3, bucket):
+    prepare_bucket(s3, bucket, versioning=True, retention_days=1)
+
+    def refuse(**_):
+        raise AssertionError("a releaser may not do this")
+
+    for call in ("PutBucketVersioning", "PutObjectLockConfiguration"):
+        s3.meta.events.register(f"before-call.s3.{call}", refuse)
+    try:
+        again = prepare_bucket(s3, bucket, versioning=True, retention_days=1)
+    finally:
+        for call in ("PutBucketVersioning", "PutObjectLockConfiguration"):
+            s3.meta.events.unregister(f"before-call.s3.{call}", refuse)
+    assert again.versioning
+    assert again.retained_until
+
+
 def test_store_without_versioning_is_said_to_have_none(s3, bucket):
     def lacking(**_):
         raise ClientError({"Error": {"Code": "NotImplemented", "Message": ""}}, "Put")
