@@ -179,7 +179,7 @@ def run(count: int, seed: int, folder: Path) -> Tally:
                 tally.violations += [f"{told}, at {reached}): {what}" for what in found]
                 tally.violations += [f"next run after {told}): {what}" for what in again]
                 print(f"{told}, at {reached}): {len(found) + len(again)} violations", flush=True)
-            if last:
+            if last or found:
                 lane = lane.fresh()
 
     with lanes(folder, "server", "sqlite") as both:

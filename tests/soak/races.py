@@ -69,12 +69,13 @@ def move_together(place: Place, count: int, seed: int, alias: str = "production"
     rng, releases, tally = random.Random(seed), place.releases(), Tally("reviews")
     place = replace(place, alias=alias)
     wishes = [
-        (rng.choice(("promote", "promote", "rollback")), rng.choice(releases)) for _ in range(count)
+        (rng.choice(("promote", "promote", "rollback")), rng.choice(releases), f"decision {number}")
+        for number in range(count)
     ]
 
-    def decide(wish: tuple[str, str]) -> str:
-        connection, (what, folder) = open_for_reading(place.settings), wish
-        said = {"alias": alias, "reviewer": "reviewer", "note": "a race"}
+    def decide(wish: tuple[str, str, str]) -> str:
+        connection, (what, folder, note) = open_for_reading(place.settings), wish
+        said = {"alias": alias, "reviewer": "reviewer", "note": note}
         try:
             if what == "promote":
                 promote_release(
@@ -84,7 +85,7 @@ def move_together(place: Place, count: int, seed: int, alias: str = "production"
                 roll_back(connection, place.bucket, place.name, **said)
         except PromotionError as error:
             told = str(error)
-            if "does not verify" in told or "no tag" in told or "a tag with its hash" in told:
+            if "does not verify" in told or ": expected " in told:
                 return f"refused as damaged: {told}"
             return f"{what} refused"
         except Exception as error:  # whatever it is, it is told
