@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from heimdall_onnx.errors import VerificationError
 from heimdall_onnx.store import MANIFEST, exists, parse_uri, read_bytes
+from heimdall_onnx.untrusted import shown
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -23,6 +25,8 @@ CONTENT = "objects/sha256"
 
 # Some hundred times what a release needs; a larger object is no manifest.
 _MAX_BYTES = 16 << 20
+# Each object costs time, above all where it is wrong.
+_Few = (FailFast(), Field(max_length=1000))
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -80,9 +84,9 @@ class _Known(_Strict):
     """What is relied on in a manifest; the rest is for its readers."""
 
     verdict: str
-    objects: list[Entry]
+    objects: Annotated[list[Entry], *_Few]
     mlflow: _Registered
-    content: list[Content] = Field(default_factory=list)
+    content: Annotated[list[Content], *_Few] = Field(default_factory=list)
     signature: SignatureEntry | None = None
 
 
@@ -209,9 +213,9 @@ def parse_manifest(text: bytes, folder_uri: str) -> Manifest:
         ) from error
     except (ValueError, RecursionError) as error:
         raise VerificationError(
-            f"{folder_uri}/{MANIFEST} is no manifest of a release: {error}"
+            f"{folder_uri}/{MANIFEST} is no manifest of a release: {shown(str(error))}"
         ) from error
-    if problems := "; ".join(_misplaced(known, folder)):
+    if problems := "; ".join(_misplaced(known, folder)[:100]):
         raise VerificationError(f"{folder_uri}/{MANIFEST} is no manifest of a release: {problems}")
     manifest = Manifest(bucket, folder, text, data, known)
     if MODEL not in manifest.objects:
@@ -226,20 +230,20 @@ def _misplaced(known: _Known, folder: str) -> list[str]:
     own = {MANIFEST, SIGNATURE}
     return [
         *(
-            f"expected keys of objects in {folder}/, found {key!r}"
+            f"expected keys of objects in {folder}/, found {shown(repr(key))}"
             for key in keys
             if not key.startswith(f"{folder}/")
             or not _NAME.fullmatch(key.removeprefix(f"{folder}/"))
             or key.removeprefix(f"{folder}/") in own
         ),
-        *(f"{key!r} is named twice" for key in sorted({k for k in keys if keys.count(k) > 1})),
+        *(f"{shown(repr(key))} is named twice" for key, n in Counter(keys).items() if n > 1),
         *(
-            f"expected the signature at {folder}/{SIGNATURE}, found {key!r}"
+            f"expected the signature at {folder}/{SIGNATURE}, found {shown(repr(key))}"
             for key in signature
             if key != f"{folder}/{SIGNATURE}"
         ),
         *(
-            f"expected content at {content_key(entry.sha256)}, found {entry.key!r}"
+            f"expected content at {content_key(entry.sha256)}, found {shown(repr(entry.key))}"
             for entry in known.content
             if entry.key != content_key(entry.sha256)
         ),

@@ -417,6 +417,8 @@ def withdraw(connection: Connection, folder: Path) -> tuple[str, ...]:
         except HeimdallError as error:
             log.warning("not withdrawn", what=what, reason=str(error))
             left.append(f"{what}: {error}")
+            if what.endswith(MANIFEST):
+                break  # What has a manifest has to stay whole.
     return tuple(left)
 
 

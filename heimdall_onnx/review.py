@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -337,6 +338,8 @@ def _move(
     record = to_json(
         {
             "schema_version": 1,
+            # Two who decide the same in one second have decided twice.
+            "id": secrets.token_hex(8),
             "action": action,
             "model_name": name,
             "model_version": version,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.errors import NotRegisteredError, VerificationError
+from heimdall_onnx.errors import NotRegisteredError, StoreError, VerificationError
 from heimdall_onnx.manifest import (
     MODEL,
     REPORT,
@@ -239,7 +239,13 @@ def _check_reviews(
     expected = {v for k, v in (tags or {}).items() if k.startswith(REVIEW_TAG)}
     seen = set()
     for key in list_keys(client, manifest.bucket, f"{folder}{REVIEWS}/"):
-        digest, _ = hash_object(client, manifest.bucket, key)
+        try:
+            digest, _ = hash_object(client, manifest.bucket, key)
+        except StoreError:
+            # Who lost a race has taken it away since it was listed.
+            if exists(client, manifest.bucket, key):
+                raise
+            continue
         named = match[1] if (match := _REVIEW.fullmatch(key.removeprefix(folder))) else "none"
         seen.add(digest)
         # One that is being written, or never was to its end: nothing of the release is wrong.

@@ -78,6 +78,14 @@ def test_what_points_elsewhere_or_is_not_what_it_should_be_is_refused(changes, p
         parse_manifest(manifest(**changes), URI)
 
 
+@pytest.mark.parametrize("wrong", [0, "1"])
+def test_manifest_of_many_objects_is_refused_at_once(wrong):
+    crowd = [{**entry(f"{FOLDER}/{n}"), "size": wrong} for n in range(40_000)]
+    with pytest.raises(VerificationError, match="no manifest of a release") as raised:
+        parse_manifest(manifest(objects=crowd), URI)
+    assert len(str(raised.value)) < 1000
+
+
 @pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"[" * 100_000, b'{"a": NaN}'])
 def test_what_is_no_json_object_is_refused(text):
     with pytest.raises(VerificationError, match="no manifest of a release"):
