@@ -9,6 +9,7 @@ then made to point at what the last entry says, by everyone who has written one.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
@@ -160,11 +161,14 @@ def follow_log(
     """
     for _ in range(_TRIES):
         last = read_last(client, bucket, model_name, alias)
-        if last is None or last.version is None:
+        if last is None:
             return None
         there = tracker.alias_target(model_name, alias)
         if there == last.version:
             return there
+        if last.version is None:
+            tracker.delete_alias(model_name, alias)
+            continue
         if stage := STAGES.get(alias):
             tracker.transition_model_stage(model_name, last.version, stage)
             if there is not None and tracker.get_version(model_name, there).stage == stage:
@@ -224,11 +228,18 @@ def _last_entry(
     if not keys:
         return None, None
     text = read_bytes(client, bucket, keys[-1])
-    return _parse(text, format_uri(bucket, keys[-1])), hashlib.sha256(text).hexdigest()
+    last = _parse(text, format_uri(bucket, keys[-1]))
+    if _key(model_name, alias, last.number) != keys[-1]:
+        raise VerificationError(
+            f"{format_uri(bucket, keys[-1])} is entry {last.number} of another place; look who "
+            "wrote it, and delete it"
+        )
+    return last, hashlib.sha256(text).hexdigest()
 
 
 def _keys(client: S3Client, bucket: str, model_name: str, alias: str) -> tuple[str, ...]:
-    return list_keys(client, bucket, f"{ALIASES}/{model_name}/{alias}/")
+    found = list_keys(client, bucket, f"{ALIASES}/{model_name}/{alias}/")
+    return tuple(key for key in found if re.fullmatch(r"\d{8}\.json", key.rpartition("/")[2]))
 
 
 def _key(model_name: str, alias: str, number: int) -> str:

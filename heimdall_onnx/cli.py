@@ -18,6 +18,7 @@ import click
 
 from heimdall_onnx.cli_releases import COMMANDS
 from heimdall_onnx.errors import EvidenceError, HeimdallError, ParameterError
+from heimdall_onnx.untrusted import visible_lines
 
 if TYPE_CHECKING:
     from heimdall_onnx.release import ReleaseResult
@@ -31,7 +32,7 @@ class _Group(click.Group):
         try:
             return super().invoke(context)
         except HeimdallError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(visible_lines(f"error: {error}"), err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -166,7 +167,7 @@ def _release(
     elif text := summary(result):
         click.echo(text, err=not result.success)
     if result.error:
-        click.echo(f"error: {result.error}", err=True)
+        click.echo(visible_lines(f"error: {result.error}"), err=True)
     click.get_current_context().exit(result.exit_code)
 
 

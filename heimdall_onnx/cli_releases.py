@@ -98,7 +98,8 @@ def _say(text: str, indent: int = 0) -> None:
 
 
 def _print_json(result: Any) -> None:
-    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    # ASCII: what it holds of a bucket's must not steer a terminal.
+    click.echo(json.dumps(result, allow_nan=False))
 
 
 @click.command("list")
@@ -137,7 +138,7 @@ def show(version: str, bucket: str, prefix: str) -> None:
     from heimdall_onnx.manifest import read_manifest
 
     manifest = read_manifest(_store(), _folder(version, bucket, prefix))
-    click.echo(json.dumps(manifest.data, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(manifest.data, indent=2))
 
 
 @click.command()

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Literal
 from heimdall_onnx.errors import StoreError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import Content, content_key
-from heimdall_onnx.store import download_file, exists, format_uri, hash_object, upload_file
+from heimdall_onnx.store import (
+    download_file,
+    exists,
+    format_uri,
+    hash_object,
+    touch_object,
+    upload_file,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -41,6 +48,8 @@ def keep_content(
     if exists(client, bucket, key):
         # Read again: what another release has left there is not taken on trust.
         if hash_object(client, bucket, key) == (sha256, size):
+            # Dated anew: until the manifest names it, its age is all that protects it.
+            touch_object(client, bucket, key)
             log.info("content there already", uri=format_uri(bucket, key))
             return Content(key=key, size=size, sha256=sha256, role=role, name=path.name)
         log.warning("damaged content is replaced", uri=format_uri(bucket, key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,14 +13,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 from botocore.exceptions import ClientError
 
-from heimdall_onnx.aliases import append_move, follow_log, logged_aliases, read_last
+from heimdall_onnx.aliases import Move, append_move, follow_log, logged_aliases, read_log
 from heimdall_onnx.errors import HeimdallError, NotRegisteredError, VerificationError
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import CONTENT, Manifest, read_manifest
-from heimdall_onnx.store import MANIFEST, bucket_exists, delete_objects, exists, format_uri
+from heimdall_onnx.manifest import CONTENT, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.publish import METADATA
+from heimdall_onnx.store import (
+    MANIFEST,
+    bucket_exists,
+    delete_objects,
+    exists,
+    format_uri,
+    list_keys,
+)
 from heimdall_onnx.store_client import error_code, store_errors
+from heimdall_onnx.workspace import RUNNER
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -51,6 +62,7 @@ class Leftover:
         """Do what ``remedy`` says.
 
         Raises:
+            VerificationError: If it is not left over any more.
             ServiceError: If a service can't be reached or refuses.
         """
         if self._mend is not None:
@@ -70,9 +82,9 @@ class _Bucket:
     def __init__(self, connection: Connection, bucket: str, prefix: str) -> None:
         self.connection, self.name, self.prefix = connection, bucket, prefix.strip("/")
         self.client = connection.client
-        exists = bucket_exists(self.client, bucket)
-        self.objects = tuple(_list(self.client, bucket)) if exists else ()
-        self.now = _now(self.client, bucket) if exists else datetime.now(UTC)
+        self.exists = bucket_exists(self.client, bucket)
+        self.objects = tuple(_list(self.client, bucket)) if self.exists else ()
+        self.now = _now(self.client, bucket) if self.exists else datetime.now(UTC)
         self.keys = {o.key for o in self.objects}
         self.manifests: dict[str, Manifest] = {}
         self.broken: dict[str, str] = {}
@@ -84,13 +96,21 @@ class _Bucket:
                 self.broken[folder] = str(error)
 
     def folders(self) -> dict[str, list[_Object]]:
-        """Objects by release folder below the prefix; reports of failed runs are none."""
+        """Objects by release folder; what others keep below the prefix is none."""
         found: dict[str, list[_Object]] = defaultdict(list)
         for stored in self.objects:
-            name, _, rest = stored.key.removeprefix(f"{self.prefix}/").partition("/")
-            if stored.key.startswith(f"{self.prefix}/v") and rest:
-                found[f"{self.prefix}/{name}"].append(stored)
+            if folder := self.folder_of(stored.key):
+                found[folder].append(stored)
         return found
+
+    def folder_of(self, key: str) -> str | None:
+        """The release folder that a key or an address without its bucket is in, by its name."""
+        match = re.match(rf"({re.escape(self.prefix)}/v\d{{8}}_\d{{6}})(/|$)", key)
+        return match[1] if match else None
+
+    def of(self, version: RegisteredVersion) -> str | None:
+        """The release folder that a version was registered from; None if it is none of ours."""
+        return self.folder_of(version.source.removeprefix(format_uri(self.name, "")))
 
 
 def diagnose(
@@ -115,10 +135,11 @@ def diagnose(
     tracker = connection.tracker
     versions = [v for name in tracker.model_names() for v in tracker.versions(name)]
     ours = [v for v in versions if v.source.startswith(format_uri(bucket, ""))]
+    wanted = _wanted(there, tracker, ours)
     return (
         *_broken_manifests(there),
         *_aliases(there, tracker, ours),
-        *_unfinished_folders(there, ours, before),
+        *_unfinished_folders(there, ours, wanted, before),
         *_versions(there, tracker, ours, before),
         *_unreferenced_content(there, before),
         *_uploads(there, before),
@@ -132,23 +153,44 @@ def _broken_manifests(there: _Bucket) -> Iterator[Leftover]:
         yield Leftover("unreadable manifest", format_uri(there.name, folder), problem)
 
 
+def _wanted(
+    there: _Bucket, tracker: MLflowTracker, versions: list[RegisteredVersion]
+) -> set[str | None]:
+    """Folders that somebody counts on: a manifest that is missing there is a loss, not a leftover.
+
+    An alias points at them, or they have been reviewed.
+    """
+    held = {
+        (name, number)
+        for name in {v.name for v in versions}
+        for number in tracker.aliases(name).values()
+    }
+    reviewed = {there.folder_of(key) for key in there.keys if f"/{REVIEWS}/" in key}
+    return reviewed | {there.of(v) for v in versions if (v.name, v.version) in held}
+
+
 def _unfinished_folders(
-    there: _Bucket, versions: list[RegisteredVersion], before: datetime
+    there: _Bucket,
+    versions: list[RegisteredVersion],
+    wanted: set[str | None],
+    before: datetime,
 ) -> Iterator[Leftover]:
-    sources = {v.source.rstrip("/"): v for v in versions}
+    sources = {there.of(v): v for v in versions}
     for folder, objects in sorted(there.folders().items()):
         uri = format_uri(there.name, folder)
-        complete = folder in there.manifests or folder in there.broken
+        keys = [o.key for o in objects]
+        claimed = f"{folder}/{METADATA}" in keys
+        complete = any(key.endswith(f"/{MANIFEST}") for key in keys) or folder in wanted
         # What is registered or uploaded step by step has no manifest, and is meant to have none.
-        alone = _is_single(sources[uri]) if uri in sources else f"{folder}.onnx" in there.keys
-        if complete or alone or max(o.modified for o in objects) > before:
+        alone = _is_single(sources[folder]) if folder in sources else f"{folder}.onnx" in there.keys
+        if not claimed or complete or alone or max(o.modified for o in objects) > before:
             continue
         yield Leftover(
             "unfinished folder",
             uri,
             f"{len(objects)} objects and no {MANIFEST}",
             "delete it",
-            partial(_delete_unless_complete, there, folder, [o.key for o in objects]),
+            partial(_delete_unless_complete, there, folder),
         )
 
 
@@ -164,11 +206,11 @@ def _versions(
                 f"{manifest.model_name} version {manifest.model_version} is not registered",
             )
     for version in versions:
-        folder = version.source.removeprefix(format_uri(there.name, "")).rstrip("/")
+        place = there.of(version)
         created = datetime.fromtimestamp(version.created_ms / 1000, UTC)
-        if folder in there.manifests or folder in there.broken or _is_single(version):
+        if place is None or place in there.manifests or place in there.broken:
             continue
-        if created > before:
+        if _is_single(version) or created > before:
             continue
         yield Leftover(
             "version without a release",
@@ -187,8 +229,7 @@ def _aliases(
         aliases = tracker.aliases(name)
         for alias, number in sorted(aliases.items()):
             version = by_number.get((name, number))
-            folder = version and version.source.removeprefix(format_uri(there.name, ""))
-            if version is None or str(folder).rstrip("/") in there.manifests:
+            if version is None or there.of(version) in there.manifests:
                 continue
             yield Leftover(
                 "alias without a manifest",
@@ -209,40 +250,32 @@ def _log(
     points_at: str | None,
 ) -> Iterator[Leftover]:
     try:
-        last = read_last(there.client, there.name, name, alias)
+        moves = read_log(there.client, there.name, name, alias)
     except VerificationError as error:
         yield Leftover("unreadable log", f"{name}@{alias}", str(error))
         return
+    last = moves[-1] if moves else None
     if last is None or last.version == points_at:
         return
     why = f"its log says version {last.version or 'none'}, MLflow {points_at or 'none'}"
-    if last.version is not None and (name, last.version) not in versions:
+    if points_at is not None and points_at not in {move.version for move in moves}:
+        # Somebody has moved it without a log, or with one in another bucket.
+        yield Leftover("alias beside its log", f"{name}@{alias}", why)
+    elif last.version is not None and (name, last.version) not in versions:
         # The release was taken back, and its runner died before it could say so.
         yield Leftover(
             "alias beside its log",
             f"{name}@{alias}",
             f"{why}, and version {last.version} is gone",
             f"note that it was taken back, and point the alias at {points_at or 'none'}",
-            lambda: append_move(
-                there.client,
-                there.name,
-                model_name=name,
-                alias=alias,
-                action="withdraw",
-                version=points_at,
-                release=None,
-                previous=None,
-                by="doctor",
-                note=f"version {last.version} is gone",
-                after=last.number,
-            ),
+            partial(_note_withdrawal, there, tracker, last, points_at),
         )
     else:
         yield Leftover(
             "alias beside its log",
             f"{name}@{alias}",
             why,
-            f"point the alias at version {last.version}",
+            f"point the alias at {f'version {last.version}' if last.version else 'none'}",
             lambda: follow_log(there.client, there.name, tracker, name, alias),
         )
 
@@ -260,19 +293,20 @@ def _unreferenced_content(there: _Bucket, before: datetime) -> Iterator[Leftover
                 format_uri(there.name, stored.key),
                 "no manifest of the bucket names it",
                 "delete it",
-                partial(delete_objects, there.client, there.name, [stored.key]),
+                partial(_delete_content, there, stored),
             )
 
 
 def _uploads(there: _Bucket, before: datetime) -> Iterator[Leftover]:
     """Parts of uploads that were never completed; they take space, and no listing shows them."""
-    if not there.objects:
+    if not there.exists:
         return
     with store_errors(there.client, f"list the uploads into {there.name}"):
         pages = there.client.get_paginator("list_multipart_uploads").paginate(Bucket=there.name)
         uploads = [upload for page in pages for upload in page.get("Uploads", [])]
     for upload in uploads:
-        if upload["Initiated"] <= before:
+        ours = there.folder_of(upload["Key"]) or upload["Key"].startswith(f"{CONTENT}/")
+        if ours and upload["Initiated"] <= before:
             yield Leftover(
                 "aborted upload",
                 format_uri(there.name, upload["Key"]),
@@ -283,8 +317,9 @@ def _uploads(there: _Bucket, before: datetime) -> Iterator[Leftover]:
 
 
 def _open_runs(tracker: MLflowTracker, before: datetime) -> Iterator[Leftover]:
-    for run_id, started in tracker.open_runs("release ").items():
-        if datetime.fromtimestamp(started / 1000, UTC) <= before:
+    for run_id, (name, started) in tracker.open_runs("release").items():
+        ours = re.fullmatch(r"release( \d{8}_\d{6}-[0-9a-f]{8})?", name)
+        if ours and datetime.fromtimestamp(started / 1000, UTC) <= before:
             yield Leftover(
                 "run that never ended",
                 f"MLflow run {run_id}",
@@ -297,8 +332,13 @@ def _open_runs(tracker: MLflowTracker, before: datetime) -> Iterator[Leftover]:
 def _local_models(home: Path, before: datetime) -> Iterator[Leftover]:
     """A run deletes its own copy of the model when it ends, unless it is killed."""
     for path in sorted((home / "runs").glob("*/model.onnx*")):
-        status = path.stat()
-        if datetime.fromtimestamp(status.st_mtime, UTC) <= before:
+        with contextlib.suppress(OSError, ValueError):
+            # Without a runner it is somebody's own; with one that runs it is under way.
+            if psutil.pid_exists(int((path.parent / RUNNER).read_text())):
+                continue
+            status = path.stat()
+            if datetime.fromtimestamp(status.st_mtime, UTC) > before:
+                continue
             yield Leftover(
                 "model of a run that was killed",
                 str(path),
@@ -313,15 +353,52 @@ def _is_single(version: RegisteredVersion) -> bool:
     return "sha256" in version.tags and "manifest_sha256" not in version.tags
 
 
-def _delete_unless_complete(there: _Bucket, folder: str, keys: list[str]) -> None:
+def _note_withdrawal(
+    there: _Bucket, tracker: MLflowTracker, last: Move, points_at: str | None
+) -> None:
+    # A release that has come since it was looked at is not gone.
+    with contextlib.suppress(NotRegisteredError):
+        tracker.get_version(last.model_name, str(last.version))
+        raise VerificationError(f"version {last.version} of {last.model_name} is there after all")
+    append_move(
+        there.client,
+        there.name,
+        model_name=last.model_name,
+        alias=last.alias,
+        action="withdraw",
+        version=points_at,
+        release=None,
+        previous=None,
+        by="doctor",
+        note=f"version {last.version} is gone",
+        after=last.number,
+    )
+
+
+def _delete_content(there: _Bucket, stored: _Object) -> None:
+    # A release that uses it again dates it anew, and may have been completed meanwhile.
+    now = {o.key: o for o in _list(there.client, there.name)}
+    again = _Bucket(there.connection, there.name, there.prefix)
+    named = {entry.key for manifest in again.manifests.values() for entry in manifest.content}
+    if (
+        stored.key in named
+        or again.broken
+        or now.get(stored.key, stored).modified > stored.modified
+    ):
+        raise VerificationError(f"{format_uri(there.name, stored.key)} is used again")
+    delete_objects(there.client, there.name, [stored.key])
+
+
+def _delete_unless_complete(there: _Bucket, folder: str) -> None:
     # It may have been completed since it was looked at.
-    if exists(there.client, there.name, f"{folder}/{MANIFEST}"):
+    keys = list_keys(there.client, there.name, f"{folder}/")
+    if any(key.endswith(f"/{MANIFEST}") for key in keys):
         raise VerificationError(f"{format_uri(there.name, folder)} has become a release")
     delete_objects(there.client, there.name, keys)
 
 
 def _delete_version(there: _Bucket, tracker: MLflowTracker, version: RegisteredVersion) -> None:
-    folder = version.source.removeprefix(format_uri(there.name, "")).rstrip("/")
+    folder = there.of(version)
     if exists(there.client, there.name, f"{folder}/{MANIFEST}"):
         raise VerificationError(f"{version.source} has become a release")
     if version.version in tracker.aliases(version.name).values():
@@ -366,6 +443,6 @@ def mend_all(leftovers: tuple[Leftover, ...]) -> tuple[str, ...]:
     for leftover in leftovers:
         try:
             leftover.mend()
-        except HeimdallError as error:
+        except (HeimdallError, OSError) as error:
             failed.append(f"{leftover.what}: {error}")
     return tuple(failed)

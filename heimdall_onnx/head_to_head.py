@@ -117,19 +117,23 @@ def compare_models(
 
     Raises:
         DataError: If the evaluation data does not fit the candidate.
+        EvidenceError: If the candidate can't be run on it.
         BenchmarkError: If one of the models can't be timed.
     """
     data = load_evaluation_data(eval_data, signature)
     provenance = f"{data.count} samples, {data.source}"
+    # Both are run in any case: what can't be run can't be timed either.
+    answers = [_answers(candidate, data, signature)]
     try:
-        # Both are run in any case: what can't be run can't be timed either.
-        answers = [_answers(path, data, signature) for path in (candidate, holder)]
+        answers.append(_answers(holder, data, signature))
     except EvidenceError as error:
         note = f"version {version} does not take the candidate's inputs: {error}"
         return HeadToHead(version, provenance, (), (note,))
     ratios, notes = [], []
     if data.positions is None or answers[0] is None or answers[1] is None:
-        notes.append("localization error: the evaluation data has no labels for it")
+        notes.append("localization error: the data has no labels, or the model no positions")
+    elif data.count < 2:
+        notes.append("localization error: one sample gives no interval")
     else:
         errors = [distance_m(answer, data.positions) for answer in answers if answer is not None]
         ratios.append(_error_ratio(errors[0], errors[1], 1 + limits.error_growth))

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
-from heimdall_onnx.errors import ParameterError
+from heimdall_onnx.errors import ParameterError, VerificationError
 from heimdall_onnx.manifest import BOM, REPORT, REPORT_HTML, Manifest, read_manifest
 from heimdall_onnx.publish import content_type
-from heimdall_onnx.store import MANIFEST
+from heimdall_onnx.store import MANIFEST, hash_object
 from heimdall_onnx.store_client import store_errors
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def share_release(client: S3Client, folder_uri: str, *, expires_s: int) -> tuple
 
     Raises:
         ParameterError: If the time is out of range.
-        VerificationError: If there is no release.
+        VerificationError: If there is no release, or one of its objects was changed.
         StoreError: If the store can't be reached or refuses.
     """
     if isinstance(expires_s, bool) or not 1 <= expires_s <= LONGEST_S:
@@ -67,6 +67,14 @@ def share_release(client: S3Client, folder_uri: str, *, expires_s: int) -> tuple
         )
     manifest = read_manifest(client, folder_uri)
     names = [name for name in _SHARED if name == MANIFEST or name in manifest.objects]
+    # What is handed on under our name is what was released.
+    for name in names:
+        entry = manifest.objects.get(name)
+        if entry and hash_object(client, manifest.bucket, entry.key)[0] != entry.sha256:
+            raise VerificationError(
+                f"{manifest.uri}/{name} is not what was released, so no link is made; see "
+                "`heimdall-onnx verify`"
+            )
     with store_errors(client, f"sign links to {folder_uri}"):
         return tuple(
             Link(name, _sign(client, manifest, name, expires_s), expires_s) for name in names

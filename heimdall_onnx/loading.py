@@ -101,7 +101,7 @@ def _verified_model(
     from heimdall_onnx.registry import open_registry
     from heimdall_onnx.registry_errors import missing_database
 
-    files = {n: entry for n, entry in manifest.objects.items() if n.startswith(MODEL)}
+    files = manifest.model_files
     hashes = {name: entry.sha256 for name, entry in files.items()}
     keys = {name: entry.key for name, entry in files.items()}
     path = _fetch(client, manifest.bucket, keys, hashes, cache)
@@ -188,7 +188,11 @@ def _fetch(
 ) -> Path:
     """Bring the files of a model into ``cache``, checked, and return the model's path."""
     digest = expected.get("model.onnx") or _recorded_sha256(client, bucket, keys["model.onnx"])
-    folder = cache / digest
+    # Two models may share a graph and differ in their external data.
+    own = [digest, *(expected[name] for name in sorted(expected) if name != MODEL)]
+    if len(own) > 1:
+        own = [hashlib.sha256("".join(own).encode()).hexdigest()]
+    folder = cache / own[0]
     folder.mkdir(parents=True, exist_ok=True)
     for name, key in keys.items():
         wanted = expected.get(name, digest)

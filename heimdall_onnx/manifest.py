@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from heimdall_onnx.errors import VerificationError
-from heimdall_onnx.store import MANIFEST, exists, parse_uri, read_bytes
+from heimdall_onnx.store import MANIFEST, exists, head, parse_uri, read_bytes
 from heimdall_onnx.untrusted import shown
 
 if TYPE_CHECKING:
@@ -143,6 +143,15 @@ class Manifest:
         return self.objects[MODEL]
 
     @property
+    def model_files(self) -> dict[str, Entry]:
+        """The model and its external data by name; none of them is in a folder of its own."""
+        return {
+            name: entry
+            for name, entry in self.objects.items()
+            if name == MODEL or (name.startswith(f"{MODEL}.") and "/" not in name)
+        }
+
+    @property
     def content(self) -> tuple[Content, ...]:
         """Checkpoint and evaluation data, as far as they were files."""
         return tuple(self._known.content)
@@ -185,6 +194,11 @@ def read_manifest(client: S3Client, folder_uri: str) -> Manifest:
         raise VerificationError(
             f"{folder_uri} has no {MANIFEST}, so it is not a release; `heimdall-onnx list` "
             "shows those that are"
+        )
+    if (size := head(client, bucket, key).size_bytes) > _MAX_BYTES:
+        raise VerificationError(
+            f"{folder_uri}/{MANIFEST} is no manifest of a release: expected at most {_MAX_BYTES} "
+            f"bytes, found {size}"
         )
     return parse_manifest(read_bytes(client, bucket, key, limit=_MAX_BYTES), folder_uri)
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.aliases import append_move, follow_log, read_last
-from heimdall_onnx.errors import HeimdallError
+from heimdall_onnx.errors import HeimdallError, StoreError
 from heimdall_onnx.manifest import (
     BOM,
     REPORT,
@@ -23,7 +23,7 @@ from heimdall_onnx.manifest import (
 )
 from heimdall_onnx.publish import Connection, content_type, to_json
 from heimdall_onnx.retention import Protection, retain
-from heimdall_onnx.store import MANIFEST, parse_uri, upload_bytes
+from heimdall_onnx.store import MANIFEST, exists, format_uri, parse_uri, upload_bytes
 
 if TYPE_CHECKING:
     from heimdall_onnx.parameters import ReleaseParameters
@@ -151,6 +151,11 @@ def complete_release(
     if manifest.signature is not None:
         kept.append(manifest.signature.key)
     retain(client, bucket, kept, protection)
+    for entry in manifest.content:
+        if not exists(client, bucket, entry.key):
+            raise StoreError(
+                f"{format_uri(bucket, entry.key)} has vanished since it was uploaded; run again"
+            )
     upload_bytes(
         client,
         manifest.text,
@@ -158,8 +163,8 @@ def complete_release(
         manifest.key,
         content_type=content_type(MANIFEST),
         if_absent=True,
+        lock_until=protection.until,
     )
-    retain(client, bucket, [manifest.key], protection)
     return manifest
 
 
@@ -208,7 +213,5 @@ def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> It
                 after=last.number,
             )
         follow_log(connection.client, bucket, connection.tracker, name, alias)
-        if connection.tracker.alias_target(name, alias) == manifest.model_version:
-            connection.tracker.delete_alias(name, alias)
     except HeimdallError as error:
         yield f"alias {alias} of {name}: {error}"

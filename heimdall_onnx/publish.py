@@ -7,6 +7,7 @@ that the runner can take it back with `withdraw` even if the kernel died.
 from __future__ import annotations
 
 import json
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -268,7 +269,7 @@ def _upload(
     content: tuple[dict[str, Any], ...],
 ) -> UploadedRelease:
     client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
-    run_id = described["mlflow_run_id"]
+    run_id, token = described["mlflow_run_id"], secrets.token_hex(16)
 
     def claim(version: str) -> bytes:
         journal.write(
@@ -277,8 +278,9 @@ def _upload(
             version=version,
             run_id=run_id,
             model_name=parameters.name,
+            claim=token,
         )
-        return to_json({**described, "version": version})
+        return to_json({**described, "version": version, "claim": token})
 
     version = claim_version(client, bucket, prefix, name=METADATA, content=claim)
     folder = f"{prefix}/{version}"
@@ -429,16 +431,18 @@ def _withdrawals(
         return
     client, bucket = connection.client, entries["bucket"]
     folder, run_id = f"{entries['prefix']}/{entries['version']}/", entries["run_id"]
+    # Its own: a run may be released into twice in one second.
+    token = entries["claim"]
     name, uri = entries["model_name"], f"s3://{bucket}/{folder.rstrip('/')}"
     # Without its manifest it is no release, whatever else can't be taken back.
-    yield f"{uri}/{MANIFEST}", partial(_delete_own, client, bucket, folder, run_id, _is_manifest)
+    yield f"{uri}/{MANIFEST}", partial(_delete_own, client, bucket, folder, token, _is_manifest)
     if entries.get("registering"):
         yield (
             f"the version of {name} with source {uri}",
             lambda: _delete_own_versions(connection.tracker, name, uri, run_id),
         )
     # Without the claim nobody would know whose the rest is.
-    yield uri, partial(_delete_own, client, bucket, folder, run_id, lambda key: True)
+    yield uri, partial(_delete_own, client, bucket, folder, token, lambda key: True)
 
 
 def _delete_own_versions(tracker: MLflowTracker, name: str, source: str, run_id: str) -> None:
@@ -452,12 +456,15 @@ def _is_manifest(key: str) -> bool:
 
 
 def _delete_own(
-    client: S3Client, bucket: str, folder: str, run_id: str, which: Callable[[str], bool]
+    client: S3Client, bucket: str, folder: str, token: str, which: Callable[[str], bool]
 ) -> None:
     # The journal is written before the claim, so the folder may be somebody else's, or nobody's.
     claim = folder + METADATA
     keys = list_keys(client, bucket, folder)
-    if claim not in keys or read_json(client, bucket, claim).get("mlflow_run_id") != run_id:
+    if claim not in keys:
+        return
+    claimed = read_json(client, bucket, claim)
+    if not isinstance(claimed, dict) or claimed.get("claim") != token:
         return
     chosen = [key for key in keys if which(key)]
     delete_objects(client, bucket, [key for key in chosen if key != claim])

@@ -392,19 +392,20 @@ class MLflowTracker:
     def versions(self, name: str) -> tuple[RegisteredVersion, ...]:
         """Every version of a registered model."""
         with self._errors(f"list the versions of {name}"):
-            query = f"name = '{name}'"
+            quote = '"' if "'" in name else "'"
+            query = f"name = {quote}{name}{quote}"
             found = tuple(_pages(self._client.search_model_versions, filter_string=query))
         return tuple(map(_describe_version, found))
 
-    def open_runs(self, name_begins: str) -> dict[str, int]:
-        """Runs of the experiment that have not ended: id to start, milliseconds since 1970."""
+    def open_runs(self, name_begins: str) -> dict[str, tuple[str, int]]:
+        """Runs of the experiment that have not ended: id to name and start, ms since 1970."""
         query = f"attributes.status = 'RUNNING' AND attributes.run_name LIKE '{name_begins}%'"
         with self._errors("look for runs that have not ended"):
             experiment = self._client.get_experiment_by_name(self.experiment_name)
             places = [experiment.experiment_id] if experiment else []
             search = partial(self._client.search_runs, places, query)
             found = tuple(_pages(search)) if places else ()
-        return {run.info.run_id: run.info.start_time for run in found}
+        return {run.info.run_id: (run.info.run_name, run.info.start_time) for run in found}
 
     def find_versions(self, name: str, source: str, run_id: str) -> tuple[str, ...]:
         """The versions of a model that a run has registered from a folder."""

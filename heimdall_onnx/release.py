@@ -67,7 +67,7 @@ from heimdall_onnx.store import (
     ensure_bucket,
     upload_file,
 )
-from heimdall_onnx.workspace import new_run_folder
+from heimdall_onnx.workspace import RUNNER, new_run_folder
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
@@ -194,6 +194,7 @@ class _Run:
         self._signer: Signer | None = None
         self._protection: Protection | None = None
         self._manifest: Manifest | None = None
+        self._taken_back = False
         self._costs = CostWatch()
 
     def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
@@ -260,6 +261,9 @@ class _Run:
             raise
         finally:
             with uninterrupted():
+                if status != "FINISHED" and not self._taken_back:
+                    # A signal has interrupted the handling of an error.
+                    self._take_back(connection)
                 if own_run:
                     close_own_run(connection.tracker, self.parameters.run_id, status)
                 for model in self.folder.glob("model.onnx*"):
@@ -275,6 +279,8 @@ class _Run:
     def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True)
+            # Whose files these are, should nobody be left to say so.
+            (self.folder / RUNNER).write_text(str(os.getpid()))
         except OSError as error:
             raise SettingsError(
                 f"HEIMDALL_HOME must be a folder that can be written to; {self.folder} can't be "
@@ -507,6 +513,7 @@ class _Run:
         """Withdraw what this run has claimed, unless it is offered already; say what is left."""
         if self._offered:
             return ()
+        self._taken_back = True
         # What the alias may still point at has to stay whole.
         left = tuple(self._withdraw_offer(connection)) or withdraw(connection, self.folder)
         if left:

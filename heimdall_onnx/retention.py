@@ -48,6 +48,11 @@ class Protection:
     retained_until: str | None
     note: str = ""
 
+    @property
+    def until(self) -> datetime | None:
+        """`retained_until` as a time."""
+        return datetime.fromisoformat(self.retained_until) if self.retained_until else None
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy."""
         return asdict(self)
@@ -103,16 +108,30 @@ def retain(client: S3Client, bucket: str, keys: Iterable[str], protection: Prote
     Raises:
         StoreError: If the store can't be reached or refuses.
     """
-    if protection.retained_until is None:
+    until = protection.until
+    if until is None:
         return
-    until = datetime.fromisoformat(protection.retained_until)
     for key in keys:
+        # Content is shared: another release may keep it for longer, which can't be shortened.
+        if (kept := _kept_until(client, bucket, key)) is not None and kept >= until:
+            continue
         with store_errors(client, f"retain s3://{bucket}/{key}"):
             client.put_object_retention(
                 Bucket=bucket,
                 Key=key,
                 Retention={"Mode": "GOVERNANCE", "RetainUntilDate": until},
             )
+
+
+def _kept_until(client: S3Client, bucket: str, key: str) -> datetime | None:
+    with store_errors(client, f"look at the retention of s3://{bucket}/{key}"):
+        try:
+            found = client.get_object_retention(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error_code(error) in {"NoSuchObjectLockConfiguration", "404"} | _LACKING:
+                return None
+            raise
+    return found.get("Retention", {}).get("RetainUntilDate")
 
 
 def _is_locked(client: S3Client, bucket: str) -> bool:

@@ -14,13 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from heimdall_onnx.aliases import Move, append_move, follow_log, logged_aliases, read_log
 from heimdall_onnx.content import fetch_content
 from heimdall_onnx.environment import capture_environment
 from heimdall_onnx.errors import (
-    HeimdallError,
     NotRegisteredError,
     ParameterError,
     PromotionError,
@@ -28,13 +27,20 @@ from heimdall_onnx.errors import (
     VerificationError,
 )
 from heimdall_onnx.head_to_head import HeadToHead, Limits, compare_models
+from heimdall_onnx.interrupts import uninterrupted
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import MODEL, REVIEWS, Manifest, read_manifest
 from heimdall_onnx.parameters import check_parameters
 from heimdall_onnx.publish import content_type, to_json
 from heimdall_onnx.signature import Signature
 from heimdall_onnx.store import delete_objects, download_file, upload_bytes
-from heimdall_onnx.verify import REVIEW_TAG, Finding, differences, verify_release
+from heimdall_onnx.verify import (
+    REVIEW_TAG,
+    Finding,
+    differences,
+    require_verified,
+    verify_release,
+)
 
 if TYPE_CHECKING:
     from heimdall_onnx.publish import Connection
@@ -178,23 +184,35 @@ def roll_back(
     _check_words(reviewer, note)
     moves = read_log(connection.client, bucket, model_name, alias)
     holder = connection.tracker.alias_target(model_name, alias)
-    held = _held(moves)
-    earlier = [one for one in held if one != holder]
+    if moves and moves[-1].version != holder:
+        raise PromotionError(
+            f"the alias {alias} of {model_name} points at version {holder or 'none'}, its log says "
+            f"{moves[-1].version or 'none'}; run `heimdall-onnx doctor` first"
+        )
+    there = {one.version for one in connection.tracker.versions(model_name)}
     if version is None:
+        earlier = [one for one in _held(moves)[:-1] if one in there]
         if not earlier:
             raise PromotionError(
                 f"the alias {alias} of {model_name} has no version to go back to; its log has "
                 f"{len(moves)} moves in bucket {bucket}"
             )
         version = earlier[-1]
-    elif version not in earlier:
-        raise PromotionError(
-            f"the alias {alias} of {model_name} has not pointed at version {version} before; it "
-            f"has at {', '.join(earlier) or 'none'} (use promote for another one)"
-        )
+    else:
+        ever = {moves[0].previous, *(move.version for move in moves)} if moves else set()
+        known = sorted((one for one in ever - {holder} if one in there), key=int)
+        if version not in known:
+            raise PromotionError(
+                f"the alias {alias} of {model_name} has not pointed at version {version} before; "
+                f"it has at {', '.join(known) or 'none'} (use promote for another one)"
+            )
     try:
         source = connection.tracker.get_version(model_name, version).source
         manifest = read_manifest(connection.client, source)
+        if (manifest.model_name, manifest.model_version) != (model_name, version):
+            raise VerificationError(
+                f"{source} is a release of {manifest.model_name} version {manifest.model_version}"
+            )
         findings = verify_release(connection, manifest, trust=trust)
     except (VerificationError, NotRegisteredError) as error:
         raise PromotionError(
@@ -273,6 +291,7 @@ def _held(moves: Sequence[Move]) -> list[str]:
     held: list[str] = [moves[0].previous] if moves and moves[0].previous else []
     for move in moves:
         if move.version is None:
+            held.clear()
             continue
         if move.action in ("rollback", "withdraw") and move.version in held:
             del held[held.index(move.version) + 1 :]
@@ -289,16 +308,15 @@ def _compare(
     client, name = connection.client, manifest.model_name
     try:
         theirs = read_manifest(client, connection.tracker.get_version(name, holder).source)
+        # What does not verify is not run, and is no measure for anything.
+        require_verified(verify_release(connection, theirs, content=False), theirs.uri)
     except (VerificationError, NotRegisteredError) as error:
-        return HeadToHead(holder, "", (), (f"version {holder} is no release: {error}",))
+        return HeadToHead(holder, "", (), (f"version {holder} does not verify: {error}",))
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
-        try:
-            models = [
-                _fetch_model(connection, one, Path(folder) / f"{one.model_version}-{side}")
-                for side, one in enumerate((manifest, theirs))
-            ]
-        except HeimdallError as error:
-            return HeadToHead(holder, "", (), (f"version {holder} can't be fetched: {error}",))
+        models = [
+            _fetch_model(connection, one, Path(folder) / f"{one.model_version}-{side}")
+            for side, one in enumerate((manifest, theirs))
+        ]
         content = manifest.content_of("evaluation_data")
         data = fetch_content(client, manifest.bucket, content, Path(folder)) if content else None
         signature = Signature.from_dict(manifest.data["model"]["signature"])
@@ -307,19 +325,20 @@ def _compare(
 
 def _fetch_model(connection: Connection, manifest: Manifest, folder: Path) -> Path:
     folder.mkdir()
-    for name, entry in manifest.objects.items():
-        if name.startswith(MODEL):
-            download_file(
-                connection.client,
-                manifest.bucket,
-                entry.key,
-                folder / Path(name).name,
-                sha256=entry.sha256,
-            )
+    for name, entry in manifest.model_files.items():
+        download_file(
+            connection.client, manifest.bucket, entry.key, folder / name, sha256=entry.sha256
+        )
     return folder / MODEL
 
 
-def _move(
+def _move(connection: Connection, manifest: Manifest, **decision: Any) -> Review:
+    """A signal waits for the end: a decision that is half written is none."""
+    with uninterrupted():
+        return _write_down(connection, manifest, **decision)
+
+
+def _write_down(
     connection: Connection,
     manifest: Manifest,
     *,

@@ -314,7 +314,8 @@ def _ensure_mlflow(settings: Settings) -> None:
 
 def _mlflow_environment(settings: Settings) -> dict[str, str]:
     """The caller's, with the database and the store put where the server looks for them."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    apart = ("MLFLOW_", "HEIMDALL_SIGNING_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(apart)}
     environment |= {
         # Not on the command line, which every user of the machine can read.
         "MLFLOW_BACKEND_STORE_URI": _absolute_sqlite(settings.tracking_uri.get_secret_value()),

@@ -67,7 +67,7 @@ def parse_uri(uri: str) -> tuple[str, str]:
     Raises:
         ParameterError: If it is not an ``s3://`` address.
     """
-    match = re.fullmatch(r"s3://([^/]+)(?:/(.*))?", uri)
+    match = re.fullmatch(r"s3://([^/]+)(?:/(.*))?", uri, re.DOTALL)
     if match is None:
         raise ParameterError(f"not the address of an object: {uri!r}; expected s3://bucket/key")
     return match[1], match[2] or ""
@@ -173,6 +173,7 @@ def upload_bytes(
     metadata: Mapping[str, str] | None = None,
     content_type: str | None = None,
     if_absent: bool = False,
+    lock_until: datetime | None = None,
 ) -> StoredObject:
     """Upload a small object, read it back and compare.
 
@@ -184,6 +185,7 @@ def upload_bytes(
         metadata: Object metadata; ``sha256`` is always added.
         content_type: MIME type.
         if_absent: Refuse to replace an existing object, atomically.
+        lock_until: Until when the store shall refuse to delete it (Object Lock, governance mode).
 
     Raises:
         ObjectExistsError: If ``if_absent`` and there is such an object.
@@ -193,6 +195,8 @@ def upload_bytes(
     """
     sha256, write_id = hashlib.sha256(data).hexdigest(), secrets.token_hex(16)
     extra: dict[str, Any] = _extra_args(sha256, metadata, content_type)
+    if lock_until is not None:
+        extra |= {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": lock_until}
     if if_absent:
         extra["IfNoneMatch"] = "*"
         extra["Metadata"]["write-id"] = write_id
@@ -415,6 +419,26 @@ def copy_object(
         client.copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, ExtraArgs=extra)
     expected = response["Metadata"].get("sha256") or hash_object(client, bucket, key)[0]
     return _verify(client, to_bucket, to_key, expected)
+
+
+def touch_object(client: S3Client, bucket: str, key: str) -> None:
+    """Date an object anew, by copying it onto itself within the store.
+
+    Raises:
+        StoreError: If the store fails.
+    """
+    with store_errors(client, f"date {format_uri(bucket, key)} anew"):
+        there = client.head_object(Bucket=bucket, Key=key)
+        client.copy(
+            {"Bucket": bucket, "Key": key},
+            bucket,
+            key,
+            ExtraArgs={
+                "Metadata": there["Metadata"],
+                "MetadataDirective": "REPLACE",
+                "ContentType": there.get("ContentType", "binary/octet-stream"),
+            },
+        )
 
 
 def _logged(path: Path) -> Callable[[int], None]:

@@ -34,6 +34,11 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def visible_lines(text: str) -> str:
+    """``text`` line by line, what can't be seen as its code; an error may quote anybody's words."""
+    return "\n".join(map(visible, text.splitlines()))
+
+
 def listed(problems: Sequence[str]) -> str:
     """``problems``, each on a line of its own; beyond a thousand only how many more there are."""
     more = len(problems) - _MOST_PROBLEMS

@@ -27,6 +27,7 @@ from heimdall_onnx.store import (
     MANIFEST,
     exists,
     hash_object,
+    head,
     list_keys,
     make_client,
     read_bytes,
@@ -272,6 +273,9 @@ def _check_signature(
         return
     if not exists(client, manifest.bucket, key):
         yield Finding(key, False, "a signature", "nothing")
+        return
+    if (size := head(client, manifest.bucket, key).size_bytes) > MAX_SIGNATURE_BYTES:
+        yield Finding(key, False, f"at most {MAX_SIGNATURE_BYTES} bytes", f"{size} bytes")
         return
     signature = read_bytes(client, manifest.bucket, key, limit=MAX_SIGNATURE_BYTES)
     if tags is not None:

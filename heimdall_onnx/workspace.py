@@ -12,6 +12,9 @@ from heimdall_onnx.logs import configure_logs
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.settings import Settings
 
+# In a run's folder: the process that runs it headlessly.
+RUNNER = "runner.pid"
+
 
 def new_run_folder(settings: Settings) -> Path:
     """A folder name of its own for a run below the settings' home; not made yet."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from models import SmallNet
 
+from heimdall_onnx.aliases import ALIASES
 from heimdall_onnx.errors import RegistryError
 from heimdall_onnx.manifest import CONTENT
 from heimdall_onnx.parameters import ReleaseParameters
@@ -62,8 +63,8 @@ def versions(settings: Settings, name: str = "test-model") -> list:
 
 
 def nothing_is_offered(s3, settings: Settings, bucket: str) -> None:
-    """No folder outside failed/, no registered version, no alias; shared content may stay."""
-    apart = (f"{PREFIX}/failed/", f"{CONTENT}/")
+    """No folder outside failed/, no registered version, no alias; content and logs may stay."""
+    apart = (f"{PREFIX}/failed/", f"{CONTENT}/", f"{ALIASES}/")
     left = {key for key in keys(s3, bucket) if not key.startswith(apart)}
     assert left == set()
     assert versions(settings) == []

@@ -96,6 +96,27 @@ def test_mlflow_follows_the_last_entry(s3, bucket, sqlite_tracker, versions):
     assert stages == ["Staging", "None", "Archived"]
 
 
+def test_alias_whose_log_ends_with_none_is_taken_away(s3, bucket, sqlite_tracker, versions):
+    move(s3, bucket, "1")
+    follow_log(s3, bucket, sqlite_tracker, "net", "staging")
+    move(s3, bucket, None, action="withdraw", release=None)
+    assert follow_log(s3, bucket, sqlite_tracker, "net", "staging") is None
+    assert sqlite_tracker.alias_target("net", "staging") is None
+
+
+def test_objects_of_others_in_a_log_are_no_entries(s3, bucket):
+    move(s3, bucket, "1")
+    s3.put_object(Bucket=bucket, Key="aliases/net/staging/notes.txt", Body=b"x")
+    assert move(s3, bucket, "2").number == 2
+    s3.put_object(
+        Bucket=bucket,
+        Key="aliases/net/staging/99999999.json",
+        Body=read_last(s3, bucket, "net", "staging").model_dump_json().encode(),
+    )
+    with pytest.raises(VerificationError, match="entry 2 of another place"):
+        move(s3, bucket, "3")
+
+
 def test_alias_without_a_stage_moves_alone(s3, bucket, sqlite_tracker, versions):
     move(s3, bucket, "2", alias="candidate")
     follow_log(s3, bucket, sqlite_tracker, "net", "candidate")

@@ -1,14 +1,17 @@
 """What killed runs leave behind is found, and only what is safe is mended."""
 
+import os
+import time
 from datetime import timedelta
 
 import pytest
 from quick_release import PREFIX, Factory
 
 from heimdall_onnx.aliases import append_move
+from heimdall_onnx.content import keep_content
 from heimdall_onnx.doctor import diagnose, mend_all
 from heimdall_onnx.publish import connect
-from heimdall_onnx.store import list_keys, upload_bytes
+from heimdall_onnx.store import hash_file, list_keys, upload_bytes
 from heimdall_onnx.verify import verify_release
 
 pytestmark = pytest.mark.services
@@ -70,7 +73,8 @@ def test_version_that_was_tagged_before_its_manifest_could_be_written_is_no_rele
     connection, complete, bucket
 ):
     folder = f"{PREFIX}/v20200101_000000"
-    put(connection, bucket, f"{folder}/MLmodel")
+    for name in ("metadata.json", "MLmodel"):
+        put(connection, bucket, f"{folder}/{name}")
     version = connection.tracker.register_model(
         "net", f"s3://{bucket}/{folder}", tags={"sha256": "1", "manifest_sha256": "2"}
     )
@@ -83,7 +87,7 @@ def test_what_may_be_under_way_is_left_alone(connection, complete, bucket):
     put(connection, bucket, f"{PREFIX}/v20200101_000000/metadata.json")
     put(connection, bucket, "objects/sha256/" + "0" * 64)
     connection.client.create_multipart_upload(Bucket=bucket, Key="x")
-    connection.tracker.create_run("release of now")
+    connection.tracker.create_run("release 20200101_000000-0a1b2c3d")
     assert found(connection, bucket, timedelta(hours=1)) == ()
 
 
@@ -129,13 +133,64 @@ def test_content_stays_while_a_manifest_can_not_be_read(connection, complete, bu
 
 
 def test_aborted_uploads_are_deleted(connection, complete, bucket):
-    connection.client.create_multipart_upload(Bucket=bucket, Key=f"{PREFIX}/v1/model.onnx")
+    connection.client.create_multipart_upload(
+        Bucket=bucket, Key=f"{PREFIX}/v20200101_000000/model.onnx"
+    )
     assert kinds(connection, bucket) == ["aborted upload"]
     assert mended(connection, complete)
 
 
+def test_what_others_keep_there_is_none_of_its_business(connection, complete, bucket):
+    for key in ("validation/a.npz", "v2/v20200101_000000/metadata.json", "v20200101_000000/a.npz"):
+        put(connection, bucket, f"{PREFIX}/{key}")
+    put(connection, bucket, "elsewhere/MLmodel")
+    connection.tracker.register_model("Bob's model", f"s3://{bucket}/elsewhere")
+    connection.client.create_multipart_upload(Bucket=bucket, Key="elsewhere/upload")
+    connection.tracker.create_run("release candidate")
+    runs = connection.settings.home / "runs"
+    (runs / "by hand").mkdir(parents=True)
+    (runs / "by hand" / "model.onnx").write_bytes(b"x")
+    assert found(connection, bucket) == ()
+
+
+def test_model_of_a_killed_runner_is_deleted_and_that_of_a_running_one_kept(
+    connection, complete, bucket
+):
+    runs = connection.settings.home / "runs"
+    for name, pid in (("killed", 2**22 + 1), ("running", os.getpid())):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "model.onnx").write_bytes(b"x")
+        (runs / name / "runner.pid").write_text(str(pid))
+    assert kinds(connection, bucket) == ["model of a run that was killed"]
+    assert mended(connection, complete)
+    assert [path.parent.name for path in runs.glob("*/model.onnx")] == ["running"]
+
+
+def test_content_that_a_release_under_way_uses_again_is_kept(
+    connection, complete, bucket, tmp_path
+):
+    path = tmp_path / "weights"
+    path.write_bytes(b"other weights")
+    kept = keep_content(connection.client, bucket, path, hash_file(path), "checkpoint")
+    leftovers = found(connection, bucket)
+    assert [leftover.kind for leftover in leftovers] == ["unreferenced content"]
+    time.sleep(1.1)  # the store dates in whole seconds
+    keep_content(connection.client, bucket, path, hash_file(path), "checkpoint")
+    (failed,) = mend_all(leftovers)
+    assert "is used again" in failed
+    assert list_keys(connection.client, bucket, kept.key)
+
+
+def test_alias_that_nobody_logged_is_left_to_a_person(connection, complete, release, bucket):
+    second = release(alias=None)
+    connection.tracker.set_alias("net", second.model_version, "staging")
+    (leftover,) = found(connection, bucket)
+    assert (leftover.kind, leftover.remedy) == ("alias beside its log", "")
+
+
 def test_alias_that_points_at_no_release_is_for_a_person_to_decide(connection, complete, bucket):
     connection.client.delete_object(Bucket=bucket, Key=complete.key)
+    assert "unfinished folder" not in kinds(connection, bucket)
     assert "alias without a manifest" in kinds(connection, bucket)
     failed = mend_all(found(connection, bucket))
     assert "an alias points at net version 1" in failed[0]
@@ -170,7 +225,9 @@ def test_release_whose_version_is_gone_is_named(connection, complete, bucket):
 
 
 def test_runs_that_never_ended_are_ended_and_others_left(connection, complete, bucket):
-    training, died = (connection.tracker.create_run(n) for n in ("training", "release of then"))
+    training, died = (
+        connection.tracker.create_run(n) for n in ("training", "release 20200101_000000-0a1b2c3d")
+    )
     assert kinds(connection, bucket) == ["run that never ended"]
     assert mended(connection, complete)
     assert connection.tracker.get_run_info(died)["status"] == "KILLED"

@@ -229,13 +229,14 @@ def test_withdrawing_twice_or_nothing_is_no_error(connection, parameters, export
 
 def test_a_folder_claimed_by_another_run_is_never_deleted(connection, s3, bucket, tmp_path):
     key = "models/localization/v1/metadata.json"
-    s3.put_object(Bucket=bucket, Key=key, Body=json.dumps({"mlflow_run_id": "theirs"}).encode())
+    s3.put_object(Bucket=bucket, Key=key, Body=json.dumps({"claim": "theirs"}).encode())
     Journal(tmp_path).write(
         bucket=bucket,
         prefix="models/localization",
         version="v1",
-        run_id="ours",
+        run_id="the same",
         model_name="net",
+        claim="ours",
     )
     assert withdraw(connection, tmp_path) == ()
     assert list_keys(s3, bucket, "") == (key,)

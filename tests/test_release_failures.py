@@ -240,7 +240,6 @@ def test_run_terminated_after_registering_is_taken_back(settings, small, s3, buc
     process = running_release(settings, small, bucket, "--profile", "smoke", "--notebook", notebook)
     interrupt(process, signal.SIGTERM, lambda: bool(versions(settings)))
     nothing_is_offered(s3, settings, bucket)
-    assert keys(s3, bucket) == set()
 
 
 def interrupt(process: subprocess.Popen, number: int, ready: Callable[[], bool]) -> None:

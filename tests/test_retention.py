@@ -41,6 +41,17 @@ def test_retention_refuses_to_delete(s3, bucket):
     assert kept["Mode"] == "GOVERNANCE"
 
 
+def test_retention_is_never_shortened(s3, bucket):
+    longer, shorter = (
+        prepare_bucket(s3, bucket, versioning=False, retention_days=days) for days in (5, 1)
+    )
+    s3.put_object(Bucket=bucket, Key="shared", Body=b"1")
+    for protection in (longer, shorter):
+        retain(s3, bucket, ["shared"], protection)
+    kept = s3.get_object_retention(Bucket=bucket, Key="shared")["Retention"]["RetainUntilDate"]
+    assert kept == longer.until
+
+
 def test_bucket_that_is_protected_already_is_not_changed(s3, bucket):
     prepare_bucket(s3, bucket, versioning=True, retention_days=1)
 

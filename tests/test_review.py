@@ -123,7 +123,7 @@ def test_damaged_holder_does_not_stand_in_the_way(connection, release):
     promote(connection, first)
     connection.client.delete_object(Bucket=first.bucket, Key=first.model.key)
     review = promote(connection, second)
-    assert "version 1 can't be fetched" in review.comparison.notes[0]
+    assert "version 1 does not verify" in review.comparison.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,24 @@ def test_rollback_to_a_chosen_version(connection, release):
     with pytest.raises(PromotionError, match="has not pointed at version 4 before; it has at 1, 2"):
         go_back(connection, manifests[0], version="4")
     assert go_back(connection, manifests[0], version="1").previous == "3"
+    assert go_back(connection, manifests[0], version="3").previous == "1"
+
+
+def test_rollback_waits_for_log_and_registry_to_agree(connection, release):
+    manifests = [release(alias=None) for _ in range(2)]
+    for manifest in manifests:
+        promote(connection, manifest, compare=False)
+    connection.tracker.set_alias("net", "1", "production")
+    with pytest.raises(PromotionError, match="points at version 1, its log says 2"):
+        go_back(connection, manifests[0])
+
+
+def test_rollback_passes_over_versions_that_are_gone(connection, release):
+    manifests = [release(alias=None) for _ in range(3)]
+    for manifest in manifests:
+        promote(connection, manifest, compare=False)
+    connection.tracker.delete_version("net", "2")
+    assert go_back(connection, manifests[0]).version == "1"
 
 
 def test_damaged_release_is_not_gone_back_to(connection, release):
