@@ -145,6 +145,11 @@ def show(version: str, bucket: str, prefix: str) -> None:
 @click.argument("version")
 @_place_options
 @_trust_options
+@click.option(
+    "--no-content",
+    is_flag=True,
+    help="Leave out checkpoint and evaluation data, which a consumer may not read.",
+)
 @_json_option
 def verify(
     version: str,
@@ -152,6 +157,7 @@ def verify(
     prefix: str,
     public_key: Path | None,
     trusted_certificates: Path | None,
+    no_content: bool,
     as_json: bool,
 ) -> None:
     """Download VERSION again and hold it against manifest, signature and registry."""
@@ -160,7 +166,8 @@ def verify(
     from heimdall_onnx.verify import verify_release
 
     connection = _connect(public_key, trusted_certificates)
-    findings = verify_release(connection, _folder(version, bucket, prefix))
+    folder = _folder(version, bucket, prefix)
+    findings = verify_release(connection, folder, content=not no_content)
     wrong = [finding for finding in findings if not finding.holds]
     if as_json:
         _print_json({"holds": not wrong, "findings": [asdict(f) for f in findings]})
