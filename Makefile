@@ -38,7 +38,7 @@ bench: $(VENV)/.installed ## Measure what a release costs, on services of its ow
 	$(BIN)/python tests/bench $(OPTIONS)
 
 # Parts can be chosen: OPTIONS='kills services disk clock concurrency fuzz --count 300 --seed 1'
-soak: $(VENV)/.installed ## Kill, cut off, fill up, race and mutate for an hour or two; count what survives
+soak: $(VENV)/.installed ## Kill, cut off, fill up, race and mutate for hours; count what survives
 	$(BIN)/python tests/soak $(OPTIONS)
 
 lab: $(VENV)/.installed ## Open the notebook in JupyterLab

@@ -325,7 +325,7 @@ def test_a_releaser_takes_back_what_it_began(roles, tmp_path, reset_mlflow):
     connection = connect(settings)
     admin = store.make_client(roles.settings)
     before = keys(admin, bucket)
-    claim = to_json({"mlflow_run_id": "run"})
+    claim = to_json({"claim": "ours"})
     version = store.claim_version(
         connection.client, bucket, PREFIX, name=METADATA, content=lambda _: claim
     )
@@ -333,7 +333,7 @@ def test_a_releaser_takes_back_what_it_began(roles, tmp_path, reset_mlflow):
         store.upload_bytes(connection.client, b"x", bucket, f"{PREFIX}/{version}/{name}")
     assert len(keys(admin, bucket) - before) == 4
     entries = {"bucket": bucket, "prefix": PREFIX, "version": version}
-    Journal(tmp_path).write(**entries, run_id="run", model_name="none")
+    Journal(tmp_path).write(**entries, run_id="run", model_name="none", claim="ours")
     assert withdraw(connection, tmp_path) == ()
     assert keys(admin, bucket) == before
 
