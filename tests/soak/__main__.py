@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             run, count = PARTS[part]
             tallies.append(run(chosen.count or count, chosen.seed, work))
+        except KeyboardInterrupt:
+            print(f"{part}: interrupted; what was tried until then is above", flush=True)
+            return 130
         finally:
             shutil.rmtree(work, ignore_errors=True)
         print(f"\n{tallies[-1]}\n    in {time.monotonic() - started:.0f} s\n", flush=True)
