@@ -121,6 +121,7 @@ def promote_release(
     holder = connection.tracker.alias_target(name, alias)
     findings = verify_release(connection, manifest, trust=trust)
     reasons = differences(findings)
+    verified = not reasons
     if not manifest.verdict.startswith("pass"):
         reasons.append(f"its verdict is {manifest.verdict!r}")
     if "smoke" in manifest.verdict and not limits.allow_smoke:
@@ -129,7 +130,7 @@ def promote_release(
         reasons.append(f"version {version} holds the alias {alias} already")
     comparison = None
     # What does not verify is not run.
-    if compare and not reasons:
+    if compare and verified and holder != version:
         comparison = _compare(connection, manifest, holder, limits)
         reasons += [str(ratio) for ratio in comparison.ratios if not ratio.holds]
     if reasons:

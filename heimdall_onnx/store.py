@@ -409,15 +409,8 @@ def copy_object(
     """
     source, target = format_uri(bucket, key), format_uri(to_bucket, to_key)
     with store_errors(client, f"copy {source} to {target}"):
-        response = client.head_object(Bucket=bucket, Key=key)
-        # A copy in parts would lose the metadata, so it is always given anew.
-        extra = {
-            "Metadata": response["Metadata"],
-            "MetadataDirective": "REPLACE",
-            "ContentType": response.get("ContentType", "binary/octet-stream"),
-        }
-        client.copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, ExtraArgs=extra)
-    expected = response["Metadata"].get("sha256") or hash_object(client, bucket, key)[0]
+        metadata = _copy(client, bucket, key, to_bucket, to_key)
+    expected = metadata.get("sha256") or hash_object(client, bucket, key)[0]
     return _verify(client, to_bucket, to_key, expected)
 
 
@@ -428,17 +421,22 @@ def touch_object(client: S3Client, bucket: str, key: str) -> None:
         StoreError: If the store fails.
     """
     with store_errors(client, f"date {format_uri(bucket, key)} anew"):
-        there = client.head_object(Bucket=bucket, Key=key)
-        client.copy(
-            {"Bucket": bucket, "Key": key},
-            bucket,
-            key,
-            ExtraArgs={
-                "Metadata": there["Metadata"],
-                "MetadataDirective": "REPLACE",
-                "ContentType": there.get("ContentType", "binary/octet-stream"),
-            },
-        )
+        _copy(client, bucket, key, bucket, key)
+
+
+def _copy(
+    client: S3Client, bucket: str, key: str, to_bucket: str, to_key: str
+) -> Mapping[str, str]:
+    """Copy an object with its metadata, and return that."""
+    there = client.head_object(Bucket=bucket, Key=key)
+    # A copy in parts would lose the metadata, so it is always given anew.
+    extra = {
+        "Metadata": there["Metadata"],
+        "MetadataDirective": "REPLACE",
+        "ContentType": there.get("ContentType", "binary/octet-stream"),
+    }
+    client.copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, ExtraArgs=extra)
+    return there["Metadata"]
 
 
 def _logged(path: Path) -> Callable[[int], None]:

@@ -87,6 +87,14 @@ def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, 
     assert promote(connection, worse, limits=loose).version == "2"
 
 
+def test_test_run_that_is_worse_is_refused_for_both(connection, release):
+    promote(connection, release(error_degrees=0.01))
+    with pytest.raises(PromotionError) as raised:
+        promote(connection, release(error_degrees=0.02, verdict="pass (smoke)"))
+    assert "it is a test run" in str(raised.value)
+    assert "median localization error: 2.0" in str(raised.value)
+
+
 def test_promotion_can_be_made_without_a_comparison(connection, release):
     promote(connection, release(error_degrees=0.01))
     review = promote(connection, release(error_degrees=1), compare=False)
