@@ -41,6 +41,10 @@ log = get_logger(__name__)
 
 STAGES = ("None", "Staging", "Production", "Archived")
 
+# MLflow looks whether an alias is there, then adds or changes it: what another writer does in
+# between makes that fail, and the next look sees it.
+_ALIAS_TRIES = 3
+
 # With these MLflow takes any certificate.
 _UNCHECKED = ("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_S3_IGNORE_TLS")
 
@@ -322,7 +326,13 @@ class MLflowTracker:
                 f"MLflow keeps the aliases 'latest' and 'v1', 'v2', … for itself; found {alias!r}"
             )
         with self._errors(f"set alias {alias} of {name}"):
-            self._client.set_registered_model_alias(name, alias, version)
+            for left in reversed(range(_ALIAS_TRIES)):
+                try:
+                    self._client.set_registered_model_alias(name, alias, version)
+                    break
+                except MlflowException as error:
+                    if error.error_code != "BAD_REQUEST" or not left:
+                        raise
 
     def delete_alias(self, name: str, alias: str) -> None:
         """Take an alias from the version that it points at."""

@@ -214,8 +214,9 @@ def _clock_difference(error: aws.ClientError) -> timedelta | None:
     except ValueError:
         return None
     difference = abs(datetime.now(UTC) - theirs.astimezone(UTC))
-    rounded = timedelta(seconds=round(difference.total_seconds()))
-    return rounded if difference > _SKEW else None
+    # An answer's date has whole seconds, and an answer takes time.
+    minutes = timedelta(minutes=round(difference / timedelta(minutes=1)))
+    return minutes if difference > _SKEW else None
 
 
 def error_code(error: Exception) -> str:

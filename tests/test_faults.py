@@ -4,7 +4,6 @@ The long forms are in ``tests/soak``.
 """
 
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -170,8 +169,7 @@ def test_clock_that_is_a_day_wrong_is_named(embedded_settings, bucket):
         "from heimdall_onnx.settings import Settings; from heimdall_onnx.store import *;"
         f"print(bucket_exists(make_client(Settings.load()), {bucket!r}))"
     )
-    # A second more or less, since answers tell the time in whole seconds.
-    for wrong_by, words in (("-600", "True"), ("-86400", "differ by (1 day, 0:00:0|23:59:5)")):
+    for wrong_by, words in (("-600", "True"), ("-86400", "differ by 1 day, 0:00:00")):
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=environment(embedded_settings)
@@ -179,4 +177,4 @@ def test_clock_that_is_a_day_wrong_is_named(embedded_settings, bucket):
             capture_output=True,
             text=True,
         )
-        assert re.search(words, done.stdout + done.stderr)
+        assert words in done.stdout + done.stderr

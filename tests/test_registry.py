@@ -25,6 +25,7 @@ import onnx
 import onnxruntime
 import pytest
 import sqlalchemy
+import sqlalchemy.orm
 from onnx import TensorProto, helper
 from proxy import Fault, proxied
 
@@ -282,6 +283,21 @@ def test_a_version_keeps_its_tags_and_aliases_move(
         tracker.version_by_alias(name, "staging")
     with pytest.raises(RegistryError, match="find version 2"):
         tracker.get_version(name, second)
+
+
+def test_an_alias_that_another_writer_adds_at_the_same_moment_is_moved(
+    sqlite_tracker: MLflowTracker, release: str, tmp_path: Path
+) -> None:
+    versions = [sqlite_tracker.register_model("net", release) for _ in range(2)]
+    other = MLflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    # MLflow has looked by then, and found no alias.
+    @sqlalchemy.event.listens_for(sqlalchemy.orm.Session, "before_flush", once=True)
+    def overtake(*_: object) -> None:
+        other.set_alias("net", versions[0], "staging")
+
+    sqlite_tracker.set_alias("net", versions[1], "staging")
+    assert sqlite_tracker.alias_target("net", "staging") == versions[1]
 
 
 def test_a_stage_is_set_without_a_warning_of_mlflow(
