@@ -18,14 +18,14 @@ def races(monkeypatch):
     return importlib.import_module("races")
 
 
-def test_three_releases_at_once_are_complete_and_the_alias_has_one_answer(
+def test_two_releases_at_once_are_complete_and_the_alias_has_one_answer(
     races, make_settings, mlflow_server, small, s3, bucket, tmp_path
 ):
     update = {"mlflow_tracking_uri": SecretStr(mlflow_server)}
     settings = make_settings("home").model_copy(update=update)
     place = Place(settings, bucket, name=bucket)
     notebook = changed_notebook(tmp_path)
-    assert races.release_together(place, settings, small, notebook, 3) == []
+    assert races.release_together(place, settings, small, notebook, 2) == []
     moved = races.move_together(place, 8, seed=0)
     assert moved.violations == []
     assert moved.survived >= 1

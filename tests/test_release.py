@@ -391,7 +391,7 @@ def test_real_recordings_go_through_features_and_release(settings, s3, bucket, t
     parameters = smoke(
         Inputs(tmp_path / "tiny.pt", made.path), bucket, model_kwargs={"backbone_size": "tiny"}
     )
-    result = release_checkpoint(parameters, settings)
+    result = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert result.success, result.error
     manifest = read_json(s3, bucket, f"{PREFIX}/{result.version}/manifest.json")
     assert manifest["evaluation_data"]["sha256"] == made.sha256
