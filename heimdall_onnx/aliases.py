@@ -164,12 +164,16 @@ def follow_log(
         if last is None:
             return None
         there = tracker.alias_target(model_name, alias)
+        stage = STAGES.get(alias)
         if there == last.version:
+            # A move that failed between stage and alias, and was taken back.
+            if there and stage and tracker.get_version(model_name, there).stage == "Archived":
+                tracker.transition_model_stage(model_name, there, stage)
             return there
         if last.version is None:
             tracker.delete_alias(model_name, alias)
             continue
-        if stage := STAGES.get(alias):
+        if stage:
             tracker.transition_model_stage(model_name, last.version, stage)
             if there is not None and tracker.get_version(model_name, there).stage == stage:
                 tracker.transition_model_stage(model_name, there, "Archived")

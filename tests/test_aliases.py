@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from heimdall_onnx.aliases import append_move, follow_log, logged_aliases, read_last, read_log
-from heimdall_onnx.errors import PromotionError, VerificationError
+from heimdall_onnx.errors import PromotionError, RegistryError, VerificationError
 from heimdall_onnx.store import list_keys
 
 pytestmark = pytest.mark.services
@@ -94,6 +94,25 @@ def test_mlflow_follows_the_last_entry(s3, bucket, sqlite_tracker, versions):
     assert follow_log(s3, bucket, sqlite_tracker, "net", "staging") == "1"
     stages = [sqlite_tracker.get_version("net", version).stage for version in versions]
     assert stages == ["Staging", "None", "Archived"]
+
+
+def test_failed_move_that_is_taken_back_leaves_the_stage_as_it_was(
+    s3, bucket, sqlite_tracker, versions, monkeypatch
+):
+    move(s3, bucket, "1")
+    follow_log(s3, bucket, sqlite_tracker, "net", "staging")
+    move(s3, bucket, "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_tracker, "set_alias", refuse)
+        with pytest.raises(RegistryError):
+            follow_log(s3, bucket, sqlite_tracker, "net", "staging")
+    move(s3, bucket, "1", action="withdraw")
+    assert follow_log(s3, bucket, sqlite_tracker, "net", "staging") == "1"
+    assert sqlite_tracker.get_version("net", "1").stage == "Staging"
+
+
+def refuse(*_):
+    raise RegistryError("no")
 
 
 def test_alias_whose_log_ends_with_none_is_taken_away(s3, bucket, sqlite_tracker, versions):
