@@ -8,13 +8,14 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -167,6 +168,38 @@ def no_grid(axes: Axes) -> None:
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def paired_bars(
+    axes: Axes,
+    rows: Sequence[str],
+    pairs: Sequence[tuple[str, str, Sequence[float]]],
+    text: Callable[[float], str],
+) -> None:
+    """Two horizontal bars a row, the first row on top; the second of a pair is hatched.
+
+    Args:
+        axes: Where to.
+        rows: Name of each row.
+        pairs: Label, colour, and a value for each row, of both sides.
+        text: What is written behind a bar.
+    """
+    places = np.arange(len(rows))
+    for offset, hatch, (label, color, values) in zip((-0.2, 0.2), ("", "////"), pairs, strict=True):
+        bars = axes.barh(
+            places + offset,
+            values,
+            height=0.38,
+            facecolor=f"{color}66",
+            edgecolor=color,
+            hatch=hatch,
+            label=label,
+            gid=f"bars {label}",
+        )
+        axes.bar_label(bars, [text(value) for value in values], padding=3, fontsize=9)
+    axes.set_yticks(places, rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
 
 
 def say(axes: Axes, text: str) -> None:

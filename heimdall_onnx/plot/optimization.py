@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from heimdall_onnx.levels import LevelParity, LevelReport
 from heimdall_onnx.plot.chart import (
@@ -19,6 +19,7 @@ from heimdall_onnx.plot.chart import (
     name,
     new_figure,
     number,
+    paired_bars,
     plain,
     styled,
 )
@@ -131,23 +132,18 @@ def operators(report: LevelReport) -> Chart:
     shown = names[:_OPERATORS_SHOWN]
     figure = new_figure(title, subtitle, height=0.7 + 0.27 * len(shown))
     axes = figure.subplots()
-    rows = np.arange(len(shown))
-    for offset, level, color, hatch, label in (
-        (-0.2, before, QUIET_INK, "", "as exported (none)"),
-        (0.2, after, ONNX_COLOR, "////", "as deployed (all)"),
-    ):
-        counts = [level.operators.get(op, 0) for op in shown]
-        bars = axes.barh(
-            rows + offset,
-            counts,
-            height=0.38,
-            facecolor=f"{color}66",
-            edgecolor=color,
-            hatch=hatch,
-            label=label,
+    pairs = [
+        (label, color, [level.operators.get(op, 0) for op in shown])
+        for label, color, level in (
+            ("as exported (none)", QUIET_INK, before),
+            ("as deployed (all)", ONNX_COLOR, after),
         )
-        axes.bar_label(bars, [f"{c:,}" for c in counts], padding=3, fontsize=9)
-    _finish(axes, shown)
+    ]
+    paired_bars(axes, shown, pairs, lambda count: f"{count:,}")
+    axes.set_xlabel("nodes")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.08)
+    axes.legend(loc="lower right")
     if len(names) > len(shown):
         axes.set_xlabel(f"nodes ({len(names) - len(shown)} rarer operators are not drawn)")
     alt = " ".join(
@@ -155,12 +151,3 @@ def operators(report: LevelReport) -> Chart:
         for op in names
     )
     return Chart(figure, title, alt)
-
-
-def _finish(axes: Axes, shown: list[str]) -> None:
-    axes.set_yticks(np.arange(len(shown)), shown)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlabel("nodes")
-    axes.margins(x=0.08)
-    axes.grid(visible=False, axis="y")
-    axes.legend(loc="lower right")

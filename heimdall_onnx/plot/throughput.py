@@ -17,6 +17,7 @@ from heimdall_onnx.plot.chart import (
     log_axis,
     new_figure,
     number,
+    paired_bars,
     styled,
 )
 from heimdall_onnx.plot.timing import Floats
@@ -108,25 +109,12 @@ def _end(calls: Floats, percentile: float) -> float:
 
 def _draw_start(axes: Axes, report: LatencyReport) -> None:
     parts = ("loading", "first call", "typical call")
-    rows = np.arange(len(parts))
-    for offset, contender, (who, color, *_), hatch in zip(
-        (-0.2, 0.2), (report.pytorch, report.onnx), _SIDES, ("", "////"), strict=True
-    ):
-        values = [contender.load_ms, contender.first_call_ms, contender.median_ms]
-        bars = axes.barh(
-            rows + offset,
-            values,
-            height=0.38,
-            facecolor=f"{color}66",
-            edgecolor=color,
-            hatch=hatch,
-            gid=f"start {who}",
-        )
-        axes.bar_label(bars, [f"{number(v, 3)} ms" for v in values], padding=3, fontsize=9)
-    axes.set_yticks(rows, parts)
-    axes.set_ylim(len(parts) - 0.5, -0.5)
+    pairs = [
+        (who, color, [contender.load_ms, contender.first_call_ms, contender.median_ms])
+        for (who, color, *_), contender in zip(_SIDES, (report.pytorch, report.onnx), strict=True)
+    ]
+    paired_bars(axes, parts, pairs, lambda ms: f"{number(ms, 3)} ms")
     axes.set_xscale("log")
     axes.margins(x=0.15)
     log_axis(axes.xaxis)
     axes.set_xlabel(f"milliseconds, batch {report.batch_size} (loading: session creation for ONNX)")
-    axes.grid(visible=False, axis="y")
