@@ -184,6 +184,82 @@ def follow_log(
     )
 
 
+def offer_version(
+    client: S3Client,
+    bucket: str,
+    tracker: MLflowTracker,
+    *,
+    model_name: str,
+    alias: str,
+    version: str,
+    release: str,
+    by: str,
+) -> None:
+    """Point an alias at a new version, in its log and then in MLflow.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket with the log.
+        tracker: The registry.
+        model_name: Registered model.
+        alias: The alias.
+        version: The version.
+        release: Its folder.
+        by: The run that it came from.
+
+    Raises:
+        VerificationError: If the last entry of the log can't be read.
+        ServiceError: If a service can't be reached or refuses.
+    """
+    append_move(
+        client,
+        bucket,
+        model_name=model_name,
+        alias=alias,
+        action="release",
+        version=version,
+        release=release,
+        previous=tracker.alias_target(model_name, alias),
+        by=by,
+    )
+    follow_log(client, bucket, tracker, model_name, alias)
+
+
+def withdraw_version(
+    client: S3Client,
+    bucket: str,
+    tracker: MLflowTracker,
+    *,
+    model_name: str,
+    alias: str,
+    version: str,
+    release: str,
+) -> None:
+    """Point an alias back at what it pointed at before, if it points at this version.
+
+    Raises:
+        PromotionError: If somebody moved it at the same moment.
+        VerificationError: If the last entry of the log can't be read.
+        ServiceError: If a service can't be reached or refuses.
+    """
+    last = read_last(client, bucket, model_name, alias)
+    if last is not None and (last.version, last.release) == (version, release):
+        append_move(
+            client,
+            bucket,
+            model_name=model_name,
+            alias=alias,
+            action="withdraw",
+            version=last.previous,
+            release=None,
+            previous=None,
+            by=last.by,
+            note="the release could not be completed",
+            after=last.number,
+        )
+    follow_log(client, bucket, tracker, model_name, alias)
+
+
 def read_last(client: S3Client, bucket: str, model_name: str, alias: str) -> Move | None:
     """The last move of an alias, or None.
 

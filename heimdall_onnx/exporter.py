@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from heimdall_onnx.aliases import STAGES as ALIASES_WITH_STAGE
+from heimdall_onnx.aliases import offer_version, withdraw_version
 from heimdall_onnx.benchmark import measure_latency, min_samples
 from heimdall_onnx.compare import compare_outputs, locate_departure
 from heimdall_onnx.errors import (
@@ -17,7 +19,6 @@ from heimdall_onnx.errors import (
     InvalidModelError,
     ParameterError,
     ParityError,
-    RegistryError,
 )
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import eval_mode, export_model
@@ -222,6 +223,8 @@ class ONNXExporter:
     ) -> dict[str, Any]:
         """Register an uploaded model under an alias (and the stage of the same name).
 
+        The move is an entry of the alias's log in the bucket, as a release's is.
+
         MLflow loads only folders. A bare object is copied within the store into one, ``vX.onnx``
         to ``vX/model.onnx``, with an ``MLmodel`` beside it; the object itself stays. A folder that
         was registered for another content of the same object stays too, and a new one is made.
@@ -234,6 +237,7 @@ class ONNXExporter:
                 `get_model_metadata` returns.
             StoreError: If the object can't be read or copied.
             RegistryError: If MLflow can't be reached or refuses.
+            VerificationError: If the log of the alias, in the bucket of ``s3_uri``, can't be read.
         """
         if stage not in STAGES:
             raise ParameterError(f"stage must be one of {', '.join(STAGES)}, found {stage!r}")
@@ -252,18 +256,9 @@ class ONNXExporter:
         version = self.mlflow_tracker.register_model(
             model_name, source, run_id=run_id, tags=version_tags(metadata)
         )
-        alias = stage.lower() if stage in ("Staging", "Production") else None
-        before = None
         try:
-            self.mlflow_tracker.transition_model_stage(model_name, version, stage)
-            if alias is not None:
-                before = self.mlflow_tracker.alias_target(model_name, alias)
-                self.mlflow_tracker.set_alias(model_name, version, alias)
-        except RegistryError:
-            # The registry may have moved the alias and failed to say so; with the version it would
-            # vanish.
-            if alias is not None and before is not None:
-                self.mlflow_tracker.restore_alias(model_name, alias, version, before)
+            self._move_to(stage, model_name, version, source, run_id)
+        except HeimdallError:
             self.mlflow_tracker.delete_version(model_name, version)
             raise
         return {
@@ -272,6 +267,38 @@ class ONNXExporter:
             "stage": stage,
             "s3_uri": s3_uri,
         }
+
+    def _move_to(self, stage: str, name: str, version: str, source: str, run_id: str) -> None:
+        """Move a version to a stage, and the alias of that name with it; both or none."""
+        alias = stage.lower()
+        if alias not in ALIASES_WITH_STAGE:
+            self.mlflow_tracker.transition_model_stage(name, version, stage)
+            return
+        bucket, _ = parse_uri(source)
+        try:
+            offer_version(
+                self.s3_client,
+                bucket,
+                self.mlflow_tracker,
+                model_name=name,
+                alias=alias,
+                version=version,
+                release=source,
+                by=run_id,
+            )
+        except HeimdallError:
+            # The registry may have moved the alias and failed to say so; with the version it would
+            # vanish.
+            withdraw_version(
+                self.s3_client,
+                bucket,
+                self.mlflow_tracker,
+                model_name=name,
+                alias=alias,
+                version=version,
+                release=source,
+            )
+            raise
 
     def _loadable_folder(self, s3_uri: str, metadata: Mapping[str, Any]) -> str:
         bucket, key = parse_uri(s3_uri)

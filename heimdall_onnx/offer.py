@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.aliases import append_move, follow_log, read_last
+from heimdall_onnx.aliases import offer_version, withdraw_version
 from heimdall_onnx.errors import HeimdallError, StoreError
 from heimdall_onnx.manifest import (
     BOM,
@@ -174,19 +174,16 @@ def offer_release(connection: Connection, manifest: Manifest, alias: str, by: st
     Raises:
         ServiceError: If a service can't be reached or refuses.
     """
-    name = manifest.model_name
-    append_move(
+    offer_version(
         connection.client,
         manifest.bucket,
-        model_name=name,
+        connection.tracker,
+        model_name=manifest.model_name,
         alias=alias,
-        action="release",
         version=manifest.model_version,
         release=manifest.uri,
-        previous=connection.tracker.alias_target(name, alias),
         by=by,
     )
-    follow_log(connection.client, manifest.bucket, connection.tracker, name, alias)
 
 
 def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
@@ -195,23 +192,15 @@ def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> It
     Yields:
         What could not be done, in words.
     """
-    bucket, name = manifest.bucket, manifest.model_name
     try:
-        last = read_last(connection.client, bucket, name, alias)
-        if last is not None and last.release == manifest.uri:
-            append_move(
-                connection.client,
-                bucket,
-                model_name=name,
-                alias=alias,
-                action="withdraw",
-                version=last.previous,
-                release=None,
-                previous=None,
-                by=last.by,
-                note="the release could not be completed",
-                after=last.number,
-            )
-        follow_log(connection.client, bucket, connection.tracker, name, alias)
+        withdraw_version(
+            connection.client,
+            manifest.bucket,
+            connection.tracker,
+            model_name=manifest.model_name,
+            alias=alias,
+            version=manifest.model_version,
+            release=manifest.uri,
+        )
     except HeimdallError as error:
-        yield f"alias {alias} of {name}: {error}"
+        yield f"alias {alias} of {manifest.model_name}: {error}"

@@ -339,11 +339,6 @@ class MLflowTracker:
         with self._errors(f"delete alias {alias} of {name}"):
             self._client.delete_registered_model_alias(name, alias)
 
-    def restore_alias(self, name: str, alias: str, version: str, before: str) -> None:
-        """Move an alias from ``version`` back to ``before``, if it points at ``version``."""
-        if self.alias_target(name, alias) == version:
-            self.set_alias(name, before, alias)
-
     def set_version_tags(self, name: str, version: str, tags: Mapping[str, Any]) -> None:
         """Add tags to a version, or change them, and read them back.
 

@@ -17,6 +17,7 @@ from releases import lose_the_answer_of_set_alias
 from torch import nn
 
 from heimdall_onnx import LocalizationNet, ONNXExporter, export_and_register_model, load_model
+from heimdall_onnx.aliases import read_log
 from heimdall_onnx.errors import (
     ExportError,
     InvalidModelError,
@@ -201,6 +202,12 @@ class TestONNXExporter:
         assert exporter.mlflow_tracker.alias_target("kept", "staging") == "1"
         with pytest.raises(NotRegisteredError):
             exporter.mlflow_tracker.get_version("kept", "2")
+        moves = read_log(exporter.s3_client, bucket, "kept", "staging")
+        assert [(move.action, move.version, move.by) for move in moves] == [
+            ("release", "1", run_id),
+            ("release", "2", run_id),
+            ("withdraw", "1", run_id),
+        ]
 
     def test_register_refuses_a_stage_that_mlflow_does_not_have(self, exporter, bucket):
         with pytest.raises(ParameterError, match="Staging"):
