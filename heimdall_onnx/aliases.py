@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -69,6 +70,23 @@ class Move(BaseModel):
     note: str = ""
     time: str
     follows: str | None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A version that an alias shall point at.
+
+    Attributes:
+        model_name: Registered model.
+        alias: The alias.
+        version: The version.
+        release: Its folder, ``s3://bucket/…``.
+    """
+
+    model_name: str
+    alias: str
+    version: str
+    release: str
 
 
 def append_move(
@@ -185,15 +203,7 @@ def follow_log(
 
 
 def offer_version(
-    client: S3Client,
-    bucket: str,
-    tracker: MLflowTracker,
-    *,
-    model_name: str,
-    alias: str,
-    version: str,
-    release: str,
-    by: str,
+    client: S3Client, bucket: str, tracker: MLflowTracker, offer: Offer, by: str
 ) -> None:
     """Point an alias at a new version, in its log and then in MLflow.
 
@@ -201,10 +211,7 @@ def offer_version(
         client: Client of the store.
         bucket: Bucket with the log.
         tracker: The registry.
-        model_name: Registered model.
-        alias: The alias.
-        version: The version.
-        release: Its folder.
+        offer: The alias and the version.
         by: The run that it came from.
 
     Raises:
@@ -214,27 +221,18 @@ def offer_version(
     append_move(
         client,
         bucket,
-        model_name=model_name,
-        alias=alias,
+        model_name=offer.model_name,
+        alias=offer.alias,
         action="release",
-        version=version,
-        release=release,
-        previous=tracker.alias_target(model_name, alias),
+        version=offer.version,
+        release=offer.release,
+        previous=tracker.alias_target(offer.model_name, offer.alias),
         by=by,
     )
-    follow_log(client, bucket, tracker, model_name, alias)
+    follow_log(client, bucket, tracker, offer.model_name, offer.alias)
 
 
-def withdraw_version(
-    client: S3Client,
-    bucket: str,
-    tracker: MLflowTracker,
-    *,
-    model_name: str,
-    alias: str,
-    version: str,
-    release: str,
-) -> None:
+def withdraw_version(client: S3Client, bucket: str, tracker: MLflowTracker, offer: Offer) -> None:
     """Point an alias back at what it pointed at before, if it points at this version.
 
     Raises:
@@ -242,13 +240,13 @@ def withdraw_version(
         VerificationError: If the last entry of the log can't be read.
         ServiceError: If a service can't be reached or refuses.
     """
-    last = read_last(client, bucket, model_name, alias)
-    if last is not None and (last.version, last.release) == (version, release):
+    last = read_last(client, bucket, offer.model_name, offer.alias)
+    if last is not None and (last.version, last.release) == (offer.version, offer.release):
         append_move(
             client,
             bucket,
-            model_name=model_name,
-            alias=alias,
+            model_name=offer.model_name,
+            alias=offer.alias,
             action="withdraw",
             version=last.previous,
             release=None,
@@ -257,7 +255,7 @@ def withdraw_version(
             note="the release could not be completed",
             after=last.number,
         )
-    follow_log(client, bucket, tracker, model_name, alias)
+    follow_log(client, bucket, tracker, offer.model_name, offer.alias)
 
 
 def read_last(client: S3Client, bucket: str, model_name: str, alias: str) -> Move | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from heimdall_onnx.aliases import STAGES as ALIASES_WITH_STAGE
-from heimdall_onnx.aliases import offer_version, withdraw_version
+from heimdall_onnx.aliases import Offer, offer_version, withdraw_version
 from heimdall_onnx.benchmark import measure_latency, min_samples
 from heimdall_onnx.compare import compare_outputs, locate_departure
 from heimdall_onnx.errors import (
@@ -275,29 +275,13 @@ class ONNXExporter:
             self.mlflow_tracker.transition_model_stage(name, version, stage)
             return
         bucket, _ = parse_uri(source)
+        offer = Offer(name, alias, version, source)
         try:
-            offer_version(
-                self.s3_client,
-                bucket,
-                self.mlflow_tracker,
-                model_name=name,
-                alias=alias,
-                version=version,
-                release=source,
-                by=run_id,
-            )
+            offer_version(self.s3_client, bucket, self.mlflow_tracker, offer, by=run_id)
         except HeimdallError:
             # The registry may have moved the alias and failed to say so; with the version it would
             # vanish.
-            withdraw_version(
-                self.s3_client,
-                bucket,
-                self.mlflow_tracker,
-                model_name=name,
-                alias=alias,
-                version=version,
-                release=source,
-            )
+            withdraw_version(self.s3_client, bucket, self.mlflow_tracker, offer)
             raise
 
     def _loadable_folder(self, s3_uri: str, metadata: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.aliases import offer_version, withdraw_version
+from heimdall_onnx.aliases import Offer, offer_version, withdraw_version
 from heimdall_onnx.errors import HeimdallError, StoreError
 from heimdall_onnx.manifest import (
     BOM,
@@ -174,16 +174,8 @@ def offer_release(connection: Connection, manifest: Manifest, alias: str, by: st
     Raises:
         ServiceError: If a service can't be reached or refuses.
     """
-    offer_version(
-        connection.client,
-        manifest.bucket,
-        connection.tracker,
-        model_name=manifest.model_name,
-        alias=alias,
-        version=manifest.model_version,
-        release=manifest.uri,
-        by=by,
-    )
+    offer = _offer(manifest, alias)
+    offer_version(connection.client, manifest.bucket, connection.tracker, offer, by)
 
 
 def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
@@ -192,15 +184,12 @@ def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> It
     Yields:
         What could not be done, in words.
     """
+    offer = _offer(manifest, alias)
     try:
-        withdraw_version(
-            connection.client,
-            manifest.bucket,
-            connection.tracker,
-            model_name=manifest.model_name,
-            alias=alias,
-            version=manifest.model_version,
-            release=manifest.uri,
-        )
+        withdraw_version(connection.client, manifest.bucket, connection.tracker, offer)
     except HeimdallError as error:
         yield f"alias {alias} of {manifest.model_name}: {error}"
+
+
+def _offer(manifest: Manifest, alias: str) -> Offer:
+    return Offer(manifest.model_name, alias, manifest.model_version, manifest.uri)
