@@ -175,10 +175,8 @@ def run(count: int, seed: int, folder: Path) -> Tally:
                 tally.counts[f"killed at {reached}"] += 1
                 tally.counts[f"victim {' and '.join(victims)}"] += 1
                 tally.counts["whole next runs"] += last
-                told = f"kill {tally.tried} (seed {seed}, {' and '.join(victims)}, {moment}"
-                tally.violations += [f"{told}, at {reached}): {what}" for what in found]
-                tally.violations += [f"next run after {told}): {what}" for what in again]
-                print(f"{told}, at {reached}): {len(found) + len(again)} violations", flush=True)
+                told = f"kill {tally.tried} (seed {seed}, {' and '.join(victims)}, {moment})"
+                tally.tell(told, f"at {reached}", [*found, *again])
             if last or found:
                 lane = lane.fresh()
 

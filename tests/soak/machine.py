@@ -32,9 +32,7 @@ def full_disk(count: int, seed: int, folder: Path) -> Tally:
             tally.survived += code == 0
             tally.counts[f"{what}, {size} KiB: exit code {code}"] += 1
             problems = next_run(lane) if number + 1 == count else []
-            told = f"{what} of {size} KiB"
-            tally.violations += [f"{told}: {x}" for x in (*found, *problems)]
-            print(f"{told}: exit code {code}, {len(found)} violations", flush=True)
+            tally.tell(f"{what} of {size} KiB", f"exit code {code}", (*found, *problems))
     return tally
 
 
@@ -84,9 +82,8 @@ def wrong_clock(count: int, seed: int, folder: Path) -> Tally:
                 tally.tried += 1
                 tally.survived += code == 0
                 tally.counts[f"{minutes} minutes: exit code {code}"] += 1
-                tally.violations += [f"{minutes} minutes: {what}" for what in found]
-                print(f"{minutes} minutes: exit code {code}, {len(found)} violations", flush=True)
-            tally.violations += next_run(lane)
+                tally.tell(f"{minutes} minutes", f"exit code {code}", found)
+            tally.tell("then", "a whole run", next_run(lane))
     return tally
 
 

@@ -170,9 +170,7 @@ def run(count: int, seed: int, folder: Path) -> Tally:
                 if case.fault in DAMAGE:
                     kind = "damage"
                 tally.counts[f"{kind}: {outcome.partition(',')[0]}"] += 1
-                tally.violations += [f"{case}: {what}" for what in found]
-                tally.violations += [f"next run after {case}: {what}" for what in problems]
-                print(f"{case}: {outcome}, {len(found) + len(problems)} violations", flush=True)
+                tally.tell(str(case), outcome, [*found, *problems])
             if found or problems:
                 lane = lane.fresh()  # where they would be found again
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -23,6 +24,11 @@ class Tally:
     survived: int = 0
     violations: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+
+    def tell(self, case: str, outcome: str, found: Sequence[str]) -> None:
+        """Keep what was not as it must be, and say so at once: a soak may be interrupted."""
+        self.violations += [f"{case}: {what}" for what in found]
+        print("\n    VIOLATION: ".join((f"{case}: {outcome}", *found)), flush=True)
 
     def __str__(self) -> str:
         lines = [
