@@ -256,9 +256,19 @@ class ONNXExporter:
         version = self.mlflow_tracker.register_model(
             model_name, source, run_id=run_id, tags=version_tags(metadata)
         )
+        alias = stage.lower()
+        bucket, _ = parse_uri(source)
+        offer = Offer(model_name, alias, version, source)
         try:
-            self._move_to(stage, model_name, version, source, run_id)
+            if alias in ALIASES_WITH_STAGE:
+                offer_version(self.s3_client, bucket, self.mlflow_tracker, offer, by=run_id)
+            else:
+                self.mlflow_tracker.transition_model_stage(model_name, version, stage)
         except HeimdallError:
+            # The registry may have moved the alias and failed to say so; with the version it would
+            # vanish.
+            if alias in ALIASES_WITH_STAGE:
+                withdraw_version(self.s3_client, bucket, self.mlflow_tracker, offer)
             self.mlflow_tracker.delete_version(model_name, version)
             raise
         return {
@@ -267,22 +277,6 @@ class ONNXExporter:
             "stage": stage,
             "s3_uri": s3_uri,
         }
-
-    def _move_to(self, stage: str, name: str, version: str, source: str, run_id: str) -> None:
-        """Move a version to a stage, and the alias of that name with it; both or none."""
-        alias = stage.lower()
-        if alias not in ALIASES_WITH_STAGE:
-            self.mlflow_tracker.transition_model_stage(name, version, stage)
-            return
-        bucket, _ = parse_uri(source)
-        offer = Offer(name, alias, version, source)
-        try:
-            offer_version(self.s3_client, bucket, self.mlflow_tracker, offer, by=run_id)
-        except HeimdallError:
-            # The registry may have moved the alias and failed to say so; with the version it would
-            # vanish.
-            withdraw_version(self.s3_client, bucket, self.mlflow_tracker, offer)
-            raise
 
     def _loadable_folder(self, s3_uri: str, metadata: Mapping[str, Any]) -> str:
         bucket, key = parse_uri(s3_uri)

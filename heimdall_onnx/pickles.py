@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
@@ -44,7 +44,7 @@ _MARK = _Size(0, 0, "the mark")
 class _Bounded:
     """A file that gives what it has, without setting aside what it is asked for."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self._left = file, size
 
     def read(self, count: int) -> bytes:
@@ -79,27 +79,17 @@ def check_pickles(path: Path) -> None:
                 if number == 0 and found.largest != _LEGACY_MAGIC:
                     return  # not PyTorch's, which will say so
         return
-    with _open_zip(path) as archive:
-        for member in archive.infolist():
-            # PyTorch stores them as they are, and maps them so.
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
-                raise ValueError(f"its member {member.filename[:80]!r} is compressed")
-            if member.filename.endswith("data.pkl"):
-                with _open_member(archive, member) as content:
-                    _follow(_Bounded(content, member.file_size), size)
-
-
-def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(str(error)) from error
-
-
-def _open_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> BinaryIO:
-    try:
-        return archive.open(member)  # type: ignore[return-value]
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                # PyTorch stores them as they are, and maps them so.
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
+                    raise ValueError(f"its member {member.filename[:80]!r} is compressed")
+                if member.filename.endswith("data.pkl"):
+                    with archive.open(member) as content:
+                        _follow(_Bounded(content, member.file_size), size)
+    except (zipfile.BadZipFile, RuntimeError) as error:
+        # Encrypted, or of a later ZIP standard: zipfile has no error of its own for these.
         raise ValueError(str(error)) from error
 
 
@@ -127,8 +117,6 @@ def _follow(file: _Bounded, limit: int) -> _Size:
                     _MARK if kind is pickletools.markobject else made
                     for kind in operation.stack_after
                 ]
-    except zipfile.BadZipFile as error:
-        raise ValueError(str(error)) from error
     except (LookupError, OverflowError, EOFError) as error:
         raise ValueError(f"its pickle is broken ({type(error).__name__})") from error
     raise ValueError("its pickle has no end")

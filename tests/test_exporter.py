@@ -16,7 +16,13 @@ from pydantic import SecretStr
 from releases import lose_the_answer_of_set_alias
 from torch import nn
 
-from heimdall_onnx import LocalizationNet, ONNXExporter, export_and_register_model, load_model
+from heimdall_onnx import (
+    LocalizationNet,
+    ONNXExporter,
+    aliases,
+    export_and_register_model,
+    load_model,
+)
 from heimdall_onnx.aliases import read_log
 from heimdall_onnx.errors import (
     ExportError,
@@ -208,6 +214,26 @@ class TestONNXExporter:
             ("release", "2", run_id),
             ("withdraw", "1", run_id),
         ]
+
+    def test_version_stays_while_its_alias_can_not_be_moved_back(
+        self, exporter, bucket, run_id, tmp_path, monkeypatch
+    ):
+        path = exporter.export_to_onnx(Small(), tmp_path / "net.onnx")
+        uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
+        metadata = exporter.get_model_metadata(path, Small(), run_id)
+        exporter.register_with_mlflow("kept", uri, metadata)
+        follow_log, calls = aliases.follow_log, []
+
+        def moved_and_then_out_of_reach(*arguments):
+            calls.append(arguments)
+            if len(calls) == 1:
+                follow_log(*arguments)
+            raise RegistryError(f"failure {len(calls)}")
+
+        monkeypatch.setattr(aliases, "follow_log", moved_and_then_out_of_reach)
+        with pytest.raises(RegistryError, match="failure 2"):
+            exporter.register_with_mlflow("kept", uri, metadata)
+        assert exporter.mlflow_tracker.version_by_alias("kept", "staging").version == "2"
 
     def test_register_refuses_a_stage_that_mlflow_does_not_have(self, exporter, bucket):
         with pytest.raises(ParameterError, match="Staging"):
