@@ -81,6 +81,27 @@ def test_buffer_larger_than_the_file_is_refused(tmp_path):
         check_pickles(zipped(tmp_path / "a.pt", call))
 
 
+@pytest.mark.parametrize(
+    ("signature", "offset", "value", "words"),
+    [
+        (b"PK\x05\x06", 0, 0, "not a zip file"),
+        (b"PK\x01\x02", 42, 1, "Bad magic number"),
+        (b"PK\x01\x02", 8, 1, "is encrypted"),
+        (b"PK\x01\x02", 8, 32, "compressed patched data"),
+    ],
+    ids=["no directory", "no member", "encrypted", "of a later standard"],
+)
+def test_archive_that_can_not_be_opened_is_refused(tmp_path, signature, offset, value, words):
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(2)}, path)
+    content = bytearray(path.read_bytes())
+    # In the directory the member with the pickle comes first.
+    content[content.index(signature) + offset] = value
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        check_pickles(path)
+
+
 def test_compressed_checkpoint_is_refused(tmp_path):
     zipped(tmp_path / "a.pt", pickle.dumps({"a": 1}, 2) + bytes(10**6), zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match=r"its member 'archive/data\.pkl' is compressed"):
