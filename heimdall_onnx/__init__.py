@@ -13,7 +13,8 @@ A training script that wants no notebook exports and registers in one call:
 or takes the steps one by one, with `ONNXExporter` or with the function of each module: read the
 checkpoint (`checkpoint`), export it (`export`), check the file (`validate`), hold its outputs
 against PyTorch's (`compare`), time both (`benchmark`), evaluate the gates (`gates`), upload and
-register (`publish`). A consumer opens what was released with `load_model`, which checks its hash.
+register (`publish`). A consumer opens what was released with `load_model`, which checks its hash;
+``variant="recommended"`` opens the fastest form of it that passed (`variants`).
 """
 
 from __future__ import annotations

@@ -21,11 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from bisect import bisect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,7 +38,16 @@ from torch import nn
 from heimdall_onnx.errors import BenchmarkError
 from heimdall_onnx.inference import load_onnx, load_pytorch
 from heimdall_onnx.logs import get_logger
+from heimdall_onnx.machine_watch import MachineState, MachineWatch
+from heimdall_onnx.runtimes import SessionSettings, load_runner
 from heimdall_onnx.signature import Arrays, Signature
+from heimdall_onnx.single_stream import (
+    Throughput,
+    early_stopping_estimate,
+    min_queries,
+    offline_throughput,
+)
+from heimdall_onnx.stationarity import check_stationarity
 
 log = get_logger(__name__)
 
@@ -86,6 +94,8 @@ class ContenderLatency:
         percentiles: Those with enough samples behind them.
         mean_ms: Mean of the counted calls.
         peak_memory_bytes: Largest resident size of its process.
+        ran_on: Execution provider or device, as the runtime told it.
+        precision: What it multiplied in, as far as the runtime decides that.
     """
 
     name: str
@@ -97,6 +107,8 @@ class ContenderLatency:
     percentiles: tuple[Percentile, ...]
     mean_ms: float
     peak_memory_bytes: int
+    ran_on: str = ""
+    precision: str = ""
 
     @property
     def median_ms(self) -> float:
@@ -152,6 +164,7 @@ class LatencyReport:
         speedup: PyTorch's latency over ONNX Runtime's.
         load_average: Of the machine over the last minute, before and after.
         batches: Latency at this and the further batch sizes, ascending.
+        machine: What the machine did while they took turns.
         confidence: Of every interval.
     """
 
@@ -162,7 +175,63 @@ class LatencyReport:
     speedup: Speedup
     load_average: tuple[float, float]
     batches: tuple[BatchLatency, ...] = ()
+    machine: MachineState | None = None
     confidence: float = CONFIDENCE
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model that can be measured against another.
+
+    Attributes:
+        name: What it is called.
+        path: The ONNX file; for PyTorch a model that this program pickled itself.
+        settings: With what it runs.
+    """
+
+    name: str
+    path: Path
+    settings: SessionSettings
+
+    def worker(self, inputs: Arrays, signature: Signature, folder: Path, place: str = "") -> Worker:
+        """Its process, not started yet; ``place`` tells two of one name apart."""
+        job = partial(load_runner, self.path.absolute(), inputs, signature, self.settings)
+        return Worker(self.name, job, folder, self.settings.thread_count, place)
+
+
+@dataclass(frozen=True)
+class PairLatency:
+    """Two contenders, measured in turns.
+
+    Attributes:
+        first: The one in the numerator of the ratio.
+        second: The other one.
+        speedup: The first one's latency over the second one's.
+        batch_size: Samples in a call.
+        machine: What the machine did while they took turns.
+        larger: Size of a further, larger batch; 0 if none was asked for.
+        throughput: Of both at that batch size.
+    """
+
+    first: ContenderLatency
+    second: ContenderLatency
+    speedup: Speedup
+    batch_size: int
+    machine: MachineState
+    larger: int = 0
+    throughput: tuple[Throughput, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON, without the single calls."""
+        return {
+            "speedup": asdict(self.speedup),
+            "batch_size": self.batch_size,
+            "contenders": [
+                describe_contender(side, self.batch_size) for side in (self.first, self.second)
+            ],
+            "throughput": [asdict(found) for found in self.throughput],
+            "machine": self.machine.to_dict(),
+        }
 
 
 def measure_latency(
@@ -204,7 +273,7 @@ def measure_latency(
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
         model_file = Path(folder) / "model.pkl"
-        _write_model(model, model_file)
+        write_model(model, model_file)
         workers = [
             stack.enter_context(Worker(name, job, Path(folder), threads))
             for name, job in (
@@ -216,7 +285,8 @@ def measure_latency(
         for worker in reversed(workers):
             worker.start()
         rng = random.Random(seed)
-        order = _take_turns(workers, calls, min_seconds, rng, progress)
+        with MachineWatch() as watch:
+            order = take_turns(workers, calls, min_seconds, rng, progress)
         size = len(next(iter(inputs.values())))
         pytorch, onnx = (worker.latency() for worker in workers)
         batches = [BatchLatency(size, pytorch.samples_ms, onnx.samples_ms)]
@@ -232,6 +302,7 @@ def measure_latency(
             speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
             load_average=(before, os.getloadavg()[0]),
             batches=tuple(sorted(batches, key=lambda found: found.batch_size)),
+            machine=watch.state,
         )
     log.info(
         "measured",
@@ -244,45 +315,65 @@ def measure_latency(
 
 
 def measure_pair(
-    first: Path,
-    second: Path,
+    first: Contestant,
+    second: Contestant,
     inputs: Arrays,
     signature: Signature,
     *,
     calls: int = 200,
-    threads: int | None = None,
+    min_seconds: float = 0.0,
     seed: int = 0,
-) -> Speedup:
-    """Measure one ONNX model against another on the CPU, in turns, as `measure_latency` does.
+    larger: int = 0,
+    larger_calls: int = 3,
+) -> PairLatency:
+    """Measure one model against another, in turns, as `measure_latency` does.
 
     Args:
-        first: The file whose latency is in the numerator of the ratio.
-        second: The other file.
+        first: The one whose latency is in the numerator of the ratio.
+        second: The other one.
         inputs: One call's inputs.
         signature: Names and order of inputs and outputs, the same for both.
         calls: Counted calls of each, at least.
-        threads: Intra-op threads of each; None takes as many as PyTorch does in this process.
+        min_seconds: Go on until the blocks have taken this long as well.
         seed: Of the order in which they take turns.
+        larger: A further batch size for the throughput, with the rows of ``inputs`` repeated.
+        larger_calls: Counted calls of each at that size.
 
     Raises:
         BenchmarkError: If a worker process dies, fails or does not answer in time.
     """
-    threads = threads or torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
         workers = [
-            stack.enter_context(Worker(name, job, Path(folder), threads))
-            for name, job in (
-                ("first", partial(load_onnx, first.absolute(), inputs, signature, threads)),
-                ("second", partial(load_onnx, second.absolute(), inputs, signature, threads)),
-            )
+            stack.enter_context(contestant.worker(inputs, signature, Path(folder), place))
+            for contestant, place in ((first, "first"), (second, "second"))
         ]
         for worker in workers:
             worker.start()
-        _take_turns(workers, calls, 0, random.Random(seed), None)
-        return paired_speedup(workers[0].blocks, workers[1].blocks)
+        rng = random.Random(seed)
+        with MachineWatch() as watch:
+            take_turns(workers, calls, min_seconds, rng, None)
+        throughput: tuple[Throughput, ...] = ()
+        if larger:
+            batch = _at_batch_size(workers, larger, larger_calls, rng)
+            sides = (batch.pytorch_ms, batch.onnx_ms)
+            throughput = tuple(offline_throughput(side, larger) for side in sides)
+        return PairLatency(
+            workers[0].latency(),
+            workers[1].latency(),
+            paired_speedup(workers[0].blocks, workers[1].blocks),
+            len(next(iter(inputs.values()))),
+            watch.state,
+            larger,
+            throughput,
+        )
 
 
-def _write_model(model: nn.Module, path: Path) -> None:
+def write_model(model: nn.Module, path: Path) -> None:
+    """Write a model for a process of one's own to read.
+
+    Raises:
+        BenchmarkError: If it can't be pickled.
+    """
     try:
         with path.open("wb") as file:
             torch.save(model, file, pickle_module=cloudpickle)
@@ -293,14 +384,18 @@ def _write_model(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def _take_turns(
+def take_turns(
     workers: Sequence[Worker],
     calls: int,
     min_seconds: float,
     rng: random.Random,
     progress: Callable[[int, int], None] | None,
 ) -> int:
-    """Run ABBA or BAAB rounds until there are enough calls; return the number of rounds."""
+    """Run ABBA or BAAB rounds of two workers until there are enough calls.
+
+    Returns:
+        The number of rounds.
+    """
     started, done, rounds = time.monotonic(), 0, 0
     block = max(1, min(BLOCK_CALLS, calls // (2 * MIN_ROUNDS)))
     while done < calls or rounds < MIN_ROUNDS or time.monotonic() - started < min_seconds:
@@ -322,18 +417,13 @@ def _at_batch_size(
     return BatchLatency(size, pytorch, onnx)
 
 
-@cache
 def min_samples(percentile: float) -> int:
     """Samples needed before a percentile is worth printing.
 
     The fewest for which, with 99% confidence, at least two of them lie at or beyond the
     percentile, so that it is not merely the largest value seen.
     """
-    from scipy.special import bdtr
-
-    beyond = 1 - percentile / 100
-    counts = range(2, 10**9)
-    return counts[bisect(counts, -0.01, key=lambda n: -bdtr(1, n, beyond))]
+    return min_queries(percentile)
 
 
 def percentiles_with_intervals(samples_ms: Floats) -> tuple[Percentile, ...]:
@@ -383,6 +473,26 @@ def paired_speedup(slow: Sequence[Floats], fast: Sequence[Floats]) -> Speedup:
     return Speedup(float(np.median(ratios)), low, high, ratios.size)
 
 
+def describe_contender(contender: ContenderLatency, batch_size: int) -> dict[str, Any]:
+    """The figures of a contender as JSON, without its single calls."""
+    single_stream = early_stopping_estimate(contender.samples_ms)
+    steady = check_stationarity(contender.samples_ms, contender.blocks)
+    return {
+        "name": contender.name,
+        "calls": contender.samples_ms.size,
+        "percentiles": [asdict(percentile) for percentile in contender.percentiles],
+        "single_stream": single_stream
+        and {**asdict(single_stream), "discarded": single_stream.discarded},
+        "throughput": asdict(offline_throughput(contender.samples_ms, batch_size)),
+        "stationarity": steady and {**asdict(steady), "holds": steady.holds},
+        "median_ms": contender.median_ms,
+        "mean_ms": contender.mean_ms,
+        "load_ms": contender.load_ms,
+        "first_call_ms": contender.first_call_ms,
+        "peak_memory_bytes": contender.peak_memory_bytes,
+    }
+
+
 class Worker:
     """A contender in its own process, driven over pipes; ends when the pipe closes.
 
@@ -391,13 +501,17 @@ class Worker:
         job: Picklable; called in the worker, it loads the model and returns the call to time.
         folder: Where the job is handed over.
         threads: Put into the environment for libraries that read it at import.
+        place: Tells two contenders of one name apart.
     """
 
-    def __init__(self, name: str, job: Callable[[], Any], folder: Path, threads: int) -> None:
+    def __init__(
+        self, name: str, job: Callable[[], Any], folder: Path, threads: int, place: str = ""
+    ) -> None:
         self.name, self.blocks = name, list[Floats]()
-        self._job = folder / f"{name.replace(' ', '-')}.pkl"
+        stem = f"{name.replace(' ', '-')}{place}"
+        self._job = folder / f"{stem}.pkl"
         self._job.write_bytes(pickle.dumps(job))
-        self._log = folder / f"{name.replace(' ', '-')}.log"
+        self._log = folder / f"{stem}.log"
         self._environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -464,6 +578,8 @@ class Worker:
             percentiles=percentiles_with_intervals(samples),
             mean_ms=float(samples.mean()),
             peak_memory_bytes=self._peak,
+            ran_on=self._loaded["ran_on"],
+            precision=self._loaded["precision"],
         )
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:

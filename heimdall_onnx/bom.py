@@ -30,13 +30,13 @@ from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
 
 from heimdall_onnx.environment import DISTRIBUTION
-from heimdall_onnx.manifest import MODEL, REPORT_HTML
+from heimdall_onnx.manifest import FP32, MODEL, REPORT_HTML
 from heimdall_onnx.signature import DEGREES, Signature, TensorSpec
 
 # Namespace of the serial numbers; drawn once.
 _NAMESPACE = UUID("6f0c1a52-7c0e-4f0e-9a3c-3d5b8c1e7a94")
 # Files of one machine: their content is a component, by its hash.
-_PATHS = {"checkpoint", "eval_data", "output_dir"}
+_PATHS = {"checkpoint", "eval_data", "calibration_data", "output_dir"}
 _MODEL, _CHECKPOINT, _EVALUATION_DATA = "model", "checkpoint", "evaluation-data"
 
 
@@ -131,9 +131,10 @@ def _model(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Component:
                 "trained_parameters": described["pytorch_params"]["total"],
                 "mlflow:run_id": run["run_id"],
                 "mlflow:model_version": run["model_version"],
+                **dict(_describe_variants(manifest)),
             }
         ),
-        components=_weights(manifest, folder),
+        components=(*_weights(manifest, folder), *_variant_files(manifest, folder)),
     )
 
 
@@ -148,6 +149,57 @@ def _weights(manifest: Mapping[str, Any], folder: str) -> Iterator[Component]:
                 name=name,
                 hashes=_hashes(entry["sha256"]),
             )
+
+
+def _judged(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every variant that was asked for, the model itself left out."""
+    judged = (manifest.get("variants") or {"judged": []})["judged"]
+    return [one for one in judged if one["name"] != FP32]
+
+
+def _describe_variants(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Properties: which variant is recommended, and what became of each."""
+    variants = manifest.get("variants")
+    if not variants:
+        return
+    yield "variants:recommended", variants["recommended"]
+    for name, value in (variants.get("calibration") or {}).items():
+        if name != "rows":
+            yield f"variants:calibration:{name}", value
+    for one in _judged(manifest):
+        said = ["status", "reason", "precision", "ran_on"]
+        if one["status"] == "passed":
+            said.append("file")
+        yield f"variant:{one['name']}", {name: one[name] for name in said if one[name]}
+
+
+def _variant_files(manifest: Mapping[str, Any], folder: str) -> Iterator[Component]:
+    """The variants that are published in a file of their own."""
+    objects = {o["key"]: o for o in manifest["objects"]}
+    name, version = manifest["parameters"]["name"], manifest["version"]
+    for one in _judged(manifest):
+        if one["status"] != "passed" or one["file"] == MODEL:
+            continue
+        entry = objects[f"{folder}/{one['file']}"]
+        yield Component(
+            type=ComponentType.MACHINE_LEARNING_MODEL,
+            bom_ref=f"variant-{one['name']}",
+            name=f"{name} {one['name']}",
+            version=version,
+            description=f"Variant of the model: {one['what']}",
+            hashes=_hashes(entry["sha256"]),
+            external_references=[_reference(manifest, entry, ExternalReferenceType.DISTRIBUTION)],
+            properties=_properties(
+                {
+                    "size": entry["size"],
+                    "precision": one["precision"],
+                    "ran_on": one["ran_on"],
+                    "kept_in_float": one["kept_in_float"],
+                    "session:latency": one["sessions"]["latency"],
+                    "session:throughput": one["sessions"]["throughput"],
+                }
+            ),
+        )
 
 
 def _checkpoint(manifest: Mapping[str, Any]) -> Component:
@@ -274,6 +326,7 @@ def _model_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[
                 *_latency_metrics(record["latency"]),
                 *_parity_metrics(record["parity"]),
                 *_ground_metrics(record["parity"]),
+                *_variant_metrics(manifest),
             ]
         },
         "considerations": {
@@ -315,13 +368,17 @@ def _latency_metrics(latency: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         (speedup["low"], speedup["high"]),
     )
     for contender in latency["contenders"]:
-        for found in contender["percentiles"]:
-            yield _metric(
-                f"latency p{found['percentile']:g} (ms)",
-                found["value_ms"],
-                f"{contender['name']}, {where}",
-                (found["low_ms"], found["high_ms"]),
-            )
+        yield from _percentile_metrics(contender, where)
+
+
+def _percentile_metrics(contender: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    for found in contender["percentiles"]:
+        yield _metric(
+            f"latency p{found['percentile']:g} (ms)",
+            found["value_ms"],
+            f"{contender['name']}, {where}",
+            (found["low_ms"], found["high_ms"]),
+        )
 
 
 def _parity_metrics(parity: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -347,6 +404,31 @@ def _ground_metrics(parity: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield _metric("localization error, p95 (m)", task["p95_m"], where)
 
 
+def _variant_metrics(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the gates of each variant measured, broken ones too, and how fast it is."""
+    for one in _judged(manifest):
+        for gate in one["gates"]:
+            kept = "held" if gate["passed"] else "broken"
+            where = f"variant {one['name']}, limit {gate['limit']} {kept}"
+            yield _metric(gate["name"], gate["measured"], where)
+        if one["latency"] is not None:
+            yield from _pair_metrics(one["latency"], f"on {one['ran_on']}")
+    if against := (manifest.get("variants") or {}).get("against_pytorch"):
+        yield from _pair_metrics(against, "as recommended")
+
+
+def _pair_metrics(pair: Mapping[str, Any], how: str) -> Iterator[dict[str, Any]]:
+    first, second = pair["contenders"]
+    ratio, where = pair["speedup"], f"batch {pair['batch_size']} {how}"
+    yield _metric(
+        "speedup",
+        ratio["ratio"],
+        f"{first['name']} over {second['name']}, {where}",
+        (ratio["low"], ratio["high"]),
+    )
+    yield from _percentile_metrics(second, where)
+
+
 def _limitations(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
     data, environment = manifest["evaluation_data"], manifest["environment"]
     yield (
@@ -364,4 +446,9 @@ def _limitations(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Iter
         f"Latency was measured on {environment['cpu']} with {manifest['threads']} threads and "
         "holds for that processor."
     )
+    if _judged(manifest):
+        yield (
+            "Figures of variants other than fp32 hold for that processor: another one may compute "
+            "8-bit and 16-bit products in other steps, with other results."
+        )
     yield "On which data the checkpoint was trained is not recorded."

@@ -62,7 +62,7 @@ def _release_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--tolerance", type=float, help="Limit of the mean absolute error."),
         click.option("--alias", help="Registry alias that is moved to the release."),
         click.option("--profile", help="How much is measured: smoke, quick or audit."),
-        click.option("--variants", help="Further forms of the model beside fp32; none so far."),
+        click.option("--variants", help="Other forms of the model: all, or names with commas."),
         click.option("--run-id", help="MLflow run to log into."),
         click.option(
             "-p",

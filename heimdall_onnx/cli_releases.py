@@ -6,7 +6,7 @@ Thin, as the rest of the command line: values in, results out, exit codes from t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from heimdall_onnx.errors import VerificationError
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+    from heimdall_onnx.manifest import Variants
     from heimdall_onnx.publish import Connection
     from heimdall_onnx.review import Review
 
@@ -90,11 +91,11 @@ def _folder(version: str, bucket: str, prefix: str) -> str:
     )
 
 
-def _say(text: str, indent: int = 0) -> None:
+def _say(text: str, indent: int = 0, err: bool = False) -> None:
     """Print a line that may hold text from a bucket, which must not steer a terminal."""
     from heimdall_onnx.untrusted import visible
 
-    click.echo(" " * indent + visible(text))
+    click.echo(" " * indent + visible(text), err=err)
 
 
 def _print_json(result: Any) -> None:
@@ -125,6 +126,7 @@ def list_(bucket: str, prefix: str) -> None:
             f"{version}  {manifest.verdict:<14}"
             f"{'signed' if manifest.signature else 'unsigned':<10}"
             f"{manifest.model_name} version {manifest.model_version}"
+            + (f"  recommended {manifest.recommended}" if manifest.variants else "")
         )
     if unreadable:
         raise VerificationError(f"the manifest can't be read of {', '.join(unreadable)}")
@@ -133,12 +135,32 @@ def list_(bucket: str, prefix: str) -> None:
 @click.command()
 @click.argument("version")
 @_place_options
-def show(version: str, bucket: str, prefix: str) -> None:
-    """Print the manifest of VERSION, which may also be an s3:// address."""
+@_json_option
+def show(version: str, bucket: str, prefix: str, as_json: bool) -> None:
+    """Print the manifest of VERSION, which may also be an s3:// address.
+
+    Below it, on standard error, come the variants: what became of each, the size of its file, and
+    which one is recommended.
+    """
     from heimdall_onnx.manifest import read_manifest
 
     manifest = read_manifest(_store(), _folder(version, bucket, prefix))
-    click.echo(json.dumps(manifest.data, indent=2))
+    click.echo(json.dumps(manifest.data, indent=None if as_json else 2))
+    if manifest.variants is not None and not as_json:
+        for line in _describe_variants(manifest.variants):
+            _say(line, err=True)
+
+
+def _describe_variants(variants: Variants) -> Iterator[str]:
+    for one in variants.judged:
+        line = f"{one.name:<16}{one.status:<13}"
+        if one.status == "passed":
+            line += f"{one.size_bytes / 1e6:>9.2f} MB  {one.file}"
+            if one.name == variants.recommended:
+                line += "  recommended"
+        else:
+            line += one.reason
+        yield line.rstrip()
 
 
 @click.command()

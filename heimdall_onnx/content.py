@@ -28,7 +28,7 @@ def keep_content(
     bucket: str,
     path: Path,
     sha256: str,
-    role: Literal["checkpoint", "evaluation_data"],
+    role: Literal["checkpoint", "evaluation_data", "calibration_data"],
 ) -> Content:
     """Keep a file under its hash, unless it is there already.
 

@@ -19,7 +19,7 @@ from botocore.exceptions import ClientError
 from heimdall_onnx.aliases import Move, append_move, follow_log, logged_aliases, read_log
 from heimdall_onnx.errors import HeimdallError, NotRegisteredError, VerificationError
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import CONTENT, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.manifest import CONTENT, REVIEWS, VARIANTS, Manifest, read_manifest
 from heimdall_onnx.publish import METADATA
 from heimdall_onnx.store import (
     MANIFEST,
@@ -331,10 +331,12 @@ def _open_runs(tracker: MLflowTracker, before: datetime) -> Iterator[Leftover]:
 
 def _local_models(home: Path, before: datetime) -> Iterator[Leftover]:
     """A run deletes its own copy of the model when it ends, unless it is killed."""
-    for path in sorted((home / "runs").glob("*/model.onnx*")):
+    runs = home / "runs"
+    for path in sorted([*runs.glob("*/model.onnx*"), *runs.glob(f"*/{VARIANTS}/*/model.onnx*")]):
         with contextlib.suppress(OSError, ValueError):
             # Without a runner it is somebody's own; with one that runs it is under way.
-            if psutil.pid_exists(int((path.parent / RUNNER).read_text())):
+            run = runs / path.relative_to(runs).parts[0]
+            if psutil.pid_exists(int((run / RUNNER).read_text())):
                 continue
             status = path.stat()
             if datetime.fromtimestamp(status.st_mtime, UTC) > before:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
@@ -10,6 +9,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from heimdall_onnx.processors import instruction_sets, usable_processors
 
 # A checkout on a dead network disk never answers.
 _GIT_TIMEOUT_S = 60
@@ -42,7 +43,8 @@ class Environment:
         packages: Version of each package that matters.
         system: Operating system and architecture.
         cpu: Model name of the processor.
-        processors: Processors this process may use.
+        processors: Processors this process may use, by affinity and quota.
+        instruction_sets: Of these that matter to inference, see `instruction_sets`.
         git_commit: Commit of the code that ran; None outside a git checkout.
         git_dirty: Whether that checkout had uncommitted changes.
     """
@@ -52,6 +54,7 @@ class Environment:
     system: str
     cpu: str
     processors: int
+    instruction_sets: tuple[str, ...]
     git_commit: str | None
     git_dirty: bool | None
 
@@ -69,7 +72,8 @@ def capture_environment() -> Environment:
         packages={name: metadata.version(name) for name in PACKAGES},
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=_cpu_model(),
-        processors=len(os.sched_getaffinity(0)),
+        processors=usable_processors(),
+        instruction_sets=instruction_sets(),
         git_commit=commit,
         git_dirty=None if changes is None else bool(changes),
     )

@@ -6,7 +6,8 @@ HeimdallError                      exit 1
 │   ├── ParameterError             a parameter is unknown, mistyped or out of range
 │   ├── SettingsError              the configuration does not hold together
 │   ├── CheckpointError            the checkpoint can't be read or doesn't fit the model
-│   └── DataError                  a recording or the evaluation data can't be used
+│   ├── DataError                  a recording or the evaluation data can't be used
+│   └── UnavailableError           a runtime or precision is not installed or not in the hardware
 ├── EvidenceError                  exit 3: the release is not justified
 │   ├── ExportError (RuntimeError)         the model can't be exported faithfully
 │   ├── InvalidModelError (ValueError)     the ONNX file is not what it should be
@@ -53,6 +54,10 @@ class CheckpointError(InputError):
 
 class DataError(InputError):
     """A recording or the evaluation data can't be used."""
+
+
+class UnavailableError(InputError):
+    """A runtime, execution provider or precision is not installed, or not in the hardware."""
 
 
 class EvidenceError(HeimdallError):

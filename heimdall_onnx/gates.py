@@ -45,6 +45,11 @@ class Gate:
         found = tuple(problems)
         return cls(name, "0 problems", len(found), not found, "; ".join(found))
 
+    def summary(self) -> str:
+        """The gate on one line, with its limit and measured value."""
+        found = f"{self.name}: expected {self.limit}, measured {_number(self.measured)}"
+        return found + (f" ({self.detail})" if self.detail else "")
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy; a measured NaN or Inf becomes text, as JSON has neither."""
         measured = self.measured
@@ -57,6 +62,27 @@ class Gate:
             "passed": self.passed,
             "detail": self.detail,
         }
+
+
+@dataclass(frozen=True)
+class AccuracyLimits:
+    """How much a variant may lose.
+
+    Attributes:
+        error_growth: Share by which the median and the 95th percentile of the localization error
+            may grow.
+        nll_growth: Share by which the negative log-likelihood may grow; of one nat where it is
+            smaller than that.
+        displacement_sigma: Without labels: largest 99th percentile of the displacement, in units of
+            the predicted standard deviation.
+        output_noise: For a model without positions and their deviation: largest relative error
+            of an output, its RMS over the RMS of the reference about its mean.
+    """
+
+    error_growth: float = 0.01
+    nll_growth: float = 0.01
+    displacement_sigma: float = 0.25
+    output_noise: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -88,11 +114,7 @@ class Verdict:
 
     def reasons(self) -> str:
         """Every gate that does not hold, with its limit and measured value, one a line."""
-        lines = [
-            f"{g.name}: expected {g.limit}, measured {_number(g.measured)}"
-            + (f" ({g.detail})" if g.detail else "")
-            for g in self.failed_gates
-        ]
+        lines = [gate.summary() for gate in self.failed_gates]
         return f"{len(lines)} of {len(self.gates)} gates failed:\n  - " + "\n  - ".join(lines)
 
     def require(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,15 @@ class ScopedGraph:
         """The first ``count`` nodes of the module, as ``"Op name"``, constants left out."""
         nodes = [self._nodes[index] for index in self._members[scope]]
         return tuple(f"{op} {name}".strip() for op, name, _, _ in nodes if op != "Constant")[:count]
+
+    def nodes(self, scope: str, operators: Collection[str]) -> tuple[str, ...]:
+        """Names of the module's nodes of these operators, in execution order."""
+        nodes = (self._nodes[index] for index in self._members[scope])
+        return tuple(name for op, name, _, _ in nodes if op in operators)
+
+    def produces(self, name: str) -> bool:
+        """Whether a node of the graph computes the value."""
+        return name in self._producer
 
     def reaches(self, name: str, targets: set[str], blocked: set[str]) -> bool:
         """Whether one of ``targets`` depends on ``name`` other than through ``blocked`` values."""

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from heimdall_onnx.benchmark import CONFIDENCE, measure_pair
+from heimdall_onnx.benchmark import CONFIDENCE, Contestant, measure_pair
 from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.ground import Floats, distance_m
 from heimdall_onnx.inference import open_session, run_onnx
+from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.signature import Signature
 
 _BATCH = 64
@@ -137,7 +138,11 @@ def compare_models(
     else:
         errors = [distance_m(answer, data.positions) for answer in answers if answer is not None]
         ratios.append(_error_ratio(errors[0], errors[1], 1 + limits.error_growth))
-    speed = measure_pair(candidate, holder, data.rows(range(1)), signature, calls=limits.calls)
+    first, second = (
+        Contestant(name, path, SessionSettings())
+        for name, path in (("candidate", candidate), ("holder", holder))
+    )
+    speed = measure_pair(first, second, data.rows(range(1)), signature, calls=limits.calls).speedup
     ratios.append(Ratio("latency", speed.ratio, speed.low, speed.high, 1 + limits.slowdown))
     return HeadToHead(version, provenance, tuple(ratios), tuple(notes))
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from torch import nn
 
-OptimizationLevel = Literal["none", "basic", "all"]
+OptimizationLevel = Literal["none", "basic", "extended", "all"]
 
 
 def run_pytorch(
@@ -73,19 +73,29 @@ def open_session(
     threads: int | None = None,
     level: OptimizationLevel = "all",
     spinning: bool = True,
+    arena: bool = True,
+    prepacking: bool = True,
+    provider: str = "CPUExecutionProvider",
+    provider_options: Mapping[str, str] | None = None,
     profile: Path | None = None,
+    optimized: Path | None = None,
 ) -> InferenceSession:
-    """Open an ONNX file on the CPU execution provider.
+    """Open an ONNX file on an execution provider, the CPU's by default.
 
     Args:
         path: The file.
         threads: Intra-op threads; None leaves the choice to ONNX Runtime.
         level: How far ONNX Runtime rewrites the graph: ``"none"``, ``"basic"`` (constant folding,
-            redundant nodes), or ``"all"`` (fusions and layouts too), which is what it is deployed
-            with.
+            redundant nodes), ``"extended"`` (fusions too), or ``"all"`` (layouts that suit the
+            processor too), which is what it is deployed with.
         spinning: Whether idle threads wait actively. It changes no result; in a process that
             runs PyTorch as well, threads that spin take the processor from it.
+        arena: Whether memory is kept for the next call.
+        prepacking: Whether weights are copied into the layout of the kernels at the start.
+        provider: The execution provider. ONNX Runtime takes the CPU's where it can't start.
+        provider_options: Options of the provider.
         profile: Beginning of the name of a file for what runs, which ``end_profiling`` writes.
+        optimized: A file for the graph as it was rewritten.
 
     Raises:
         InvalidModelError: If ONNX Runtime can't load it.
@@ -98,16 +108,24 @@ def open_session(
         options.intra_op_num_threads = threads
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not prepacking:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = arena
     options.graph_optimization_level = {
         "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
         "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     }[level]
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            str(path), options, providers=[(provider, dict(provider_options or {}))]
+        )
     except Exception as error:  # ONNX Runtime's errors share no narrower base
         raise InvalidModelError(
             f"ONNX Runtime can't load {path}: {shown(str(error), 1000)}"
@@ -137,10 +155,19 @@ class Contender:
     Args:
         run: Takes named arrays.
         inputs: One call's inputs.
+        ran_on: Execution provider or device, as the runtime tells it.
+        precision: What it multiplies in, as the runtime tells it.
     """
 
-    def __init__(self, run: Callable[[Arrays], Arrays], inputs: Arrays) -> None:
+    def __init__(
+        self,
+        run: Callable[[Arrays], Arrays],
+        inputs: Arrays,
+        ran_on: str = "cpu",
+        precision: str = "f32",
+    ) -> None:
         self.run = run
+        self.ran_on, self.precision = ran_on, precision
         self._inputs: dict[int | None, Arrays] = {None: inputs}
 
     def __call__(self, batch_size: int | None = None) -> Arrays:

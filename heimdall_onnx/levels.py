@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-LEVELS: tuple[OptimizationLevel, ...] = get_args(OptimizationLevel)
+LEVELS: tuple[OptimizationLevel, ...] = ("none", "basic", "all")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING
 from heimdall_onnx.errors import ParameterError, VerificationError
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import MODEL, Manifest, read_manifest
+from heimdall_onnx.manifest import (
+    FP32,
+    MODEL,
+    RECOMMENDED,
+    TENSORRT,
+    Manifest,
+    Variant,
+    read_manifest,
+)
+from heimdall_onnx.processors import usable_processors
+from heimdall_onnx.runtimes import OpenVINOSession, open_onnxruntime
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signing import Trust
@@ -33,30 +43,46 @@ _MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<ver
 def load_model(
     uri: str,
     *,
+    variant: str = FP32,
     verify: bool = True,
     trust: Trust | None = None,
     settings: Settings | None = None,
     threads: int | None = None,
-) -> InferenceSession:
+) -> InferenceSession | OpenVINOSession:
     """Open a released model, ready to run, if its release verifies.
 
-    Everything that `verify_release` checks must hold, but for the checkpoint and the evaluation
-    data, which nobody needs who only uses the model. The model is kept below the settings' home
-    under its hash, and hashed again on every call; the other objects, some megabytes, are read
-    from the store each time.
+    Everything that `verify_release` checks must hold, with two exceptions. Checkpoint and
+    evaluation data, which nobody needs who only uses the model, are not looked at. Of variants
+    other than the one that is opened the files must be there, and the registry and the signature
+    must be about what the manifest says of them, but their content is neither fetched nor read;
+    ``heimdall-onnx verify`` does that.
+
+    The file is kept below the settings' home under its hash, and hashed again on every call; the
+    other objects, some megabytes, are read from the store each time.
 
     Args:
         uri: ``models:/name@alias``, ``models:/name/version``, ``s3://…/vX``,
             ``s3://…/vX/model.onnx``, or a bare ``s3://….onnx`` object whose metadata holds its
             SHA-256. Of a bare object there is nothing but that hash to check, so that it is opened
             only where no signature is asked for.
+        variant: Name of the variant: ``"fp32"``, which every release has, ``"recommended"``, or one
+            that passed in this release. It is opened as it was measured for latency. Its figures
+            are those of the processor that it was measured on; on another one they may differ.
         verify: False opens what does not verify too, and logs a warning that says why.
         trust: Whose signature the release must have; what the settings name by default.
         settings: Where the services are; from the environment by default.
-        threads: Intra-op threads; ONNX Runtime's choice by default.
+        threads: Intra-op threads. By default those that the variant was measured with, but no more
+            than this process has processors; ONNX Runtime's choice in a release without variants.
+
+    Returns:
+        A session of ONNX Runtime, or for a variant that runs on OpenVINO one that is called in the
+        same way: ``run(output_names, feed)``, ``get_inputs()``, ``get_outputs()``.
 
     Raises:
-        ParameterError: If ``uri`` is none of these.
+        ParameterError: If ``uri`` is none of these, or there is no such variant, or one is asked
+            for where there is no release around the model, or none that verifies.
+        UnavailableError: If the variant's runtime or provider is not to be had here.
+        InvalidModelError: If the file can't be loaded.
         VerificationError: If what is there is not what was recorded, or not signed as it must be.
         ServiceError: If a service can't be reached or refuses.
 
@@ -75,25 +101,57 @@ def load_model(
             "signature, and one is asked for; release it, or open it with verify=False"
         )
     if bare is not None:
+        if variant not in {FP32, RECOMMENDED}:
+            raise ParameterError(
+                f"{uri} was uploaded or registered without a release around it, so it has no "
+                f"variant {variant!r}; it has {FP32} alone"
+            )
         bucket, key, expected = bare
         path = _fetch(client, bucket, {MODEL: key}, expected, cache)
         return open_session(path, threads=threads)
     try:
         manifest = _manifest_of(client, found, uri)
-        path = _verified_model(client, settings, manifest, cache, trust)
+        chosen = manifest.variant(variant)
+        path = _verified_model(client, settings, manifest, chosen, cache, trust)
     except VerificationError as error:
         if verify:
             raise
+        if variant != FP32:
+            raise ParameterError(
+                f"{uri} does not verify, and of what does not verify {FP32} alone can be opened, "
+                f"not {variant!r}: {error}"
+            ) from error
         log.warning("opened although it does not verify", uri=uri, reason=str(error))
         source = found.source if found else uri.removesuffix(f"/{MODEL}")
         return _open_unverified(client, source.rstrip("/"), threads)
-    return open_session(path, threads=threads)
+    return _open(path, chosen, threads)
+
+
+def _open(path: Path, variant: Variant, threads: int | None) -> InferenceSession | OpenVINOSession:
+    """Open a variant as it was measured, as far as this machine has the threads for it."""
+    if variant.sessions is None:
+        return open_session(path, threads=threads)
+    settings = variant.sessions.latency
+    if threads is None:
+        # More threads than processors wait for each other; 0 takes every processor.
+        threads = settings.threads if settings.threads <= usable_processors() else 0
+    options = dict(settings.provider_options)
+    if settings.provider == TENSORRT:
+        # Engines are kept beside their model, not wherever this process happens to run.
+        options |= dict.fromkeys(
+            ("trt_engine_cache_path", "trt_timing_cache_path"), str(path.parent)
+        )
+    settings = settings.model_copy(update={"threads": threads, "provider_options": options})
+    if settings.runtime == "openvino":
+        return OpenVINOSession(path, settings)
+    return open_onnxruntime(path, settings)
 
 
 def _verified_model(
     client: S3Client,
     settings: Settings,
     manifest: Manifest,
+    variant: Variant,
     cache: Path,
     trust: Trust,
 ) -> Path:
@@ -101,17 +159,29 @@ def _verified_model(
     from heimdall_onnx.registry import open_registry
     from heimdall_onnx.registry_errors import missing_database
 
-    files = manifest.model_files
-    hashes = {name: entry.sha256 for name, entry in files.items()}
-    keys = {name: entry.key for name, entry in files.items()}
-    path = _fetch(client, manifest.bucket, keys, hashes, cache)
+    # Named as in a folder of their own, where external data are looked for.
+    local = {name: name.rpartition("/")[2] for name in variant.files}
+    hashes = {name: entry.sha256 for name, entry in variant.files.items()}
+    path = _fetch(
+        client,
+        manifest.bucket,
+        {local[name]: entry.key for name, entry in variant.files.items()},
+        {local[name]: sha256 for name, sha256 in hashes.items()},
+        cache,
+    )
     missing = missing_database(settings.tracking_uri.get_secret_value())
     if missing:
         # An address in the store is enough for who has no registry; a signature takes its place.
         log.warning("not held against a registry", uri=manifest.uri, missing=str(missing))
     connection = Connection(settings, client, lambda: open_registry(settings))
     findings = verify_release(
-        connection, manifest, trust=trust, hashed=hashes, registry=missing is None, content=False
+        connection,
+        manifest,
+        trust=trust,
+        hashed=hashes,
+        unread=manifest.files_of_variants - hashes.keys(),
+        registry=missing is None,
+        content=False,
     )
     require_verified(findings, manifest.uri)
     return path

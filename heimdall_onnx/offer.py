@@ -15,6 +15,7 @@ from heimdall_onnx.aliases import Offer, offer_version, withdraw_version
 from heimdall_onnx.errors import HeimdallError, StoreError
 from heimdall_onnx.manifest import (
     BOM,
+    RECOMMENDED,
     REPORT,
     SCHEMA_VERSION,
     SIGNATURE,
@@ -71,6 +72,8 @@ def describe_manifest(
         "protection": protection.to_dict(),
         "parameters": parameters.model_dump(mode="json"),
         "model": record["model"],
+        # Releases of notebooks without that step have none.
+        "variants": record.get("variants"),
         "checkpoint": record["checkpoint"],
         "evaluation_data": record["evaluation_data"],
         "git": {"commit": environment["git_commit"], "dirty": environment["git_dirty"]},
@@ -133,6 +136,8 @@ def complete_release(
         "report_uri": f"{manifest.uri}/{REPORT}",
         "verdict": manifest.verdict,
     }
+    if manifest.variants is not None:
+        tags[RECOMMENDED] = manifest.recommended
     if signer is not None:
         digests = {name: entry.sha256 for name, entry in manifest.objects.items()}
         signature = upload_bytes(

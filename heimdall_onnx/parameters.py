@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from heimdall_onnx.errors import ParameterError
+from heimdall_onnx.gates import AccuracyLimits
 from heimdall_onnx.untrusted import listed, shown
 
 ProfileName = Literal["smoke", "quick", "audit"]
@@ -29,6 +30,10 @@ class Profile:
         batch_calls: Counted calls of each contender at each further batch size.
         reference_samples: Evaluation samples compared with PyTorch in float64.
         max_samples: Evaluation samples used; None takes all.
+        variant_calls: Counted calls of each side when variants are timed, at least.
+        tuning_calls: Counted calls of each side of a trial of a session option.
+        calibration_samples: Inputs that variants are calibrated on, at most.
+        judged_samples: Samples that variants are judged on, at most.
     """
 
     calls: int
@@ -36,13 +41,66 @@ class Profile:
     batch_calls: int
     reference_samples: int
     max_samples: int | None
+    variant_calls: int
+    tuning_calls: int
+    calibration_samples: int
+    judged_samples: int
 
 
 PROFILES: dict[ProfileName, Profile] = {
-    "smoke": Profile(30, 0, batch_calls=2, reference_samples=8, max_samples=8),
-    "quick": Profile(200, 0, batch_calls=3, reference_samples=32, max_samples=None),
-    "audit": Profile(1024, 60, batch_calls=20, reference_samples=256, max_samples=None),
+    "smoke": Profile(
+        30,
+        0,
+        batch_calls=2,
+        reference_samples=8,
+        max_samples=8,
+        variant_calls=12,
+        tuning_calls=6,
+        calibration_samples=32,
+        judged_samples=64,
+    ),
+    "quick": Profile(
+        200,
+        0,
+        batch_calls=3,
+        reference_samples=32,
+        max_samples=None,
+        variant_calls=60,
+        tuning_calls=36,
+        calibration_samples=64,
+        judged_samples=512,
+    ),
+    "audit": Profile(
+        1024,
+        60,
+        batch_calls=20,
+        reference_samples=256,
+        max_samples=None,
+        variant_calls=1024,
+        tuning_calls=120,
+        calibration_samples=256,
+        judged_samples=4096,
+    ),
 }
+
+# Forms of the model beside its parity-checked fp32 file, which is always one of them; how each is
+# made is in `heimdall_onnx.optimize`.
+FP32 = "fp32"
+VARIANTS = (
+    FP32,
+    "fp32-optimized",
+    "fp32-openvino",
+    "bf16-openvino",
+    "int8-dynamic",
+    "int8-minmax",
+    "int8-entropy",
+    "int8-percentile",
+    "int8-nncf",
+    "int8-weights",
+    "int4-weights",
+    "fp16-cuda",
+    "fp16-tensorrt",
+)
 
 # Names that make an S3 key, an MLflow name and a line of Markdown without surprises.
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -70,7 +128,12 @@ class ReleaseParameters(BaseModel):
     latency_batch_size: int = Field(1, ge=1, le=4096)
     threads: int = Field(0, ge=0, le=1024)
     profile: ProfileName = "quick"
-    variants: Literal["none"] = "none"
+    variants: str = Field("none", max_length=1000)
+    calibration_data: str = ""
+    max_error_growth: float = Field(0.01, ge=0)
+    max_nll_growth: float = Field(0.01, ge=0)
+    max_displacement_sigma: float = Field(0.25, gt=0)
+    max_output_noise: float = Field(0.01, gt=0)
     seed: int = Field(0, ge=0)
     run_id: str = Field("", pattern=r"^([0-9a-zA-Z][0-9a-zA-Z_-]{0,255})?$")
     output_dir: str = ""
@@ -93,6 +156,10 @@ class ReleaseParameters(BaseModel):
         "latency_batch_size",
         "threads",
         "seed",
+        "max_error_growth",
+        "max_nll_growth",
+        "max_displacement_sigma",
+        "max_output_noise",
         mode="before",
     )
     @classmethod
@@ -118,6 +185,28 @@ class ReleaseParameters(BaseModel):
         if value.lower() == "latest" or (value[:1].lower() == "v" and value[1:].isdigit()):
             raise ValueError("MLflow reserves `latest` and `vN`; take another alias")
         return value
+
+    @field_validator("variants")
+    @classmethod
+    def _known_variants(cls, value: str) -> str:
+        if value not in {"none", "all"}:
+            unknown = [name for name in value.split(",") if name.strip() not in VARIANTS]
+            if unknown:
+                raise ValueError(
+                    f"expected none, all, or names with commas between them, of "
+                    f"{', '.join(VARIANTS)}; found {shown(', '.join(unknown))}"
+                )
+        return value
+
+    @property
+    def accuracy_limits(self) -> AccuracyLimits:
+        """How much a lossy variant may lose."""
+        return AccuracyLimits(
+            self.max_error_growth,
+            self.max_nll_growth,
+            self.max_displacement_sigma,
+            self.max_output_noise,
+        )
 
     @property
     def limits(self) -> Profile:

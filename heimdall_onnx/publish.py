@@ -30,6 +30,7 @@ from heimdall_onnx.store import (
     claim_version,
     delete_objects,
     ensure_bucket,
+    hash_file,
     head,
     list_keys,
     make_client,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.parameters import ReleaseParameters
     from heimdall_onnx.registry import MLflowTracker
     from heimdall_onnx.signature import Signature
+    from heimdall_onnx.variants import VariantsReport
 
 log = get_logger(__name__)
 
@@ -111,7 +113,8 @@ class UploadedRelease:
         run_id: MLflow run of the release.
         metadata: Content of ``metadata.json``.
         objects: Everything in the folder.
-        content: Checkpoint and evaluation data, kept under their hashes; see `Content`.
+        content: Checkpoint, evaluation and calibration data, kept under their hashes; see
+            `Content`.
     """
 
     version: str
@@ -184,15 +187,18 @@ def upload_release(
     data: EvaluationData,
     exported: ExportResult,
     metrics: Mapping[str, float],
+    variants: VariantsReport | None = None,
 ) -> UploadedRelease | Skipped:
     """Keep what the model was made of, claim a version and upload the model into it.
 
     Nothing is uploaded unless the parameters ask for it and every gate holds. The metadata is
     written first, conditionally, which is what claims the version. What a failed upload has claimed
-    is taken back, so that it can be called again.
+    is taken back, so that it can be called again. Of the variants those are uploaded that passed
+    and have a file of their own, each into a folder of its own below ``variants/``.
 
     Raises:
-        DataError: If checkpoint or evaluation data have changed since they were read.
+        DataError: If checkpoint, evaluation data, the model or a variant have changed since they
+            were read.
         ServiceError: If a service can't be reached, refuses, or returns other bytes.
     """
     if not parameters.publish:
@@ -218,22 +224,37 @@ def upload_release(
             inference_metrics=metrics,
         )
         ensure_bucket(connection.client, parameters.bucket)
-        content = _keep_content(connection.client, parameters, loaded, data)
+        content = _keep_content(connection.client, parameters, loaded, data, variants)
         uploaded = _upload(
-            connection, parameters, journal, described, exported, loaded.signature, content
+            connection,
+            parameters,
+            journal,
+            described,
+            exported,
+            loaded.signature,
+            content=content,
+            variants=variants,
         )
         undo.pop_all()
     return uploaded
 
 
 def _keep_content(
-    client: S3Client, parameters: ReleaseParameters, loaded: LoadedModel, data: EvaluationData
+    client: S3Client,
+    parameters: ReleaseParameters,
+    loaded: LoadedModel,
+    data: EvaluationData,
+    variants: VariantsReport | None,
 ) -> tuple[dict[str, Any], ...]:
     # It is shared between releases, so that it stays when this one is taken back.
     bucket, path = parameters.bucket, parameters.eval_data_path
     kept = [keep_content(client, bucket, loaded.path, loaded.sha256, "checkpoint")]
     if path is not None and data.sha256 is not None:
         kept.append(keep_content(client, bucket, path, data.sha256, "evaluation_data"))
+    if variants is not None and parameters.calibration_data:
+        # What was read of it is in the record by a hash of its own.
+        path = Path(parameters.calibration_data)
+        kept.append(keep_content(client, bucket, path, hash_file(path), "calibration_data"))
     return tuple(entry.model_dump() for entry in kept)
 
 
@@ -266,7 +287,9 @@ def _upload(
     described: Mapping[str, Any],
     exported: ExportResult,
     signature: Signature,
+    *,
     content: tuple[dict[str, Any], ...],
+    variants: VariantsReport | None,
 ) -> UploadedRelease:
     client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
     run_id, token = described["mlflow_run_id"], secrets.token_hex(16)
@@ -297,6 +320,7 @@ def _upload(
     objects = (
         model,
         *_upload_beside(client, bucket, folder, exported, signature, run_id),
+        *_upload_variants(client, bucket, folder, variants),
         head(client, bucket, f"{folder}/{METADATA}"),
     )
     folder_uri = f"s3://{bucket}/{prefix}/{version}"
@@ -330,6 +354,22 @@ def _upload_beside(
         )
         paths = [*exported.external_data, *sorted(Path(beside).iterdir())]
         return tuple(upload_file(client, p, bucket, f"{folder}/{p.name}") for p in paths)
+
+
+def _upload_variants(
+    client: S3Client, bucket: str, folder: str, variants: VariantsReport | None
+) -> Iterator[StoredObject]:
+    """The files of the variants that passed and are not the model run in another way."""
+    for one in variants.judged if variants else ():
+        if one.passed and one.has_own_file and one.path is not None:
+            yield upload_file(
+                client,
+                one.path,
+                bucket,
+                f"{folder}/{one.file}",
+                sha256=one.sha256,
+                content_type=CONTENT_TYPES[".onnx"],
+            )
 
 
 def object_metadata(described: Mapping[str, Any]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from heimdall_onnx.execution import error_of, execute_notebook
 from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
 from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import REPORT, REPORT_HTML, Manifest
+from heimdall_onnx.manifest import REPORT, REPORT_HTML, VARIANTS, Manifest
 from heimdall_onnx.offer import (
     add_bom,
     complete_release,
@@ -99,6 +100,7 @@ class ReleaseResult:
         retained_until: Until when the store keeps it from being deleted; None if it does not.
         run_id: MLflow run.
         speedup: PyTorch's latency over ONNX Runtime's; None if it was not measured.
+        recommended: The variant to use; None where none were asked for.
         gates: Every gate that was evaluated.
         costs: Seconds and largest memory by step, see `StepCost`.
         local_report: The report on this machine: rendered, or the notebook as far as it came.
@@ -120,6 +122,7 @@ class ReleaseResult:
     retained_until: str | None = None
     run_id: str | None = None
     speedup: float | None = None
+    recommended: str | None = None
     gates: list[dict[str, Any]] = field(default_factory=list)
     costs: list[dict[str, Any]] = field(default_factory=list)
     local_report: str | None = None
@@ -185,6 +188,7 @@ class _Run:
                 "output_dir": str(self.folder),
                 "checkpoint": _absolute(parameters.checkpoint),
                 "eval_data": _absolute(parameters.eval_data),
+                "calibration_data": _absolute(parameters.calibration_data),
             }
         )
         self.settings = settings
@@ -203,6 +207,7 @@ class _Run:
         for path, what in (
             (self.parameters.checkpoint, "a checkpoint"),
             (self.parameters.eval_data, "evaluation data"),
+            (self.parameters.calibration_data, "calibration data"),
         ):
             if path and not Path(path).exists():
                 raise ParameterError(f"expected {what} at {path}, found no such file")
@@ -268,6 +273,7 @@ class _Run:
                     close_own_run(connection.tracker, self.parameters.run_id, status)
                 for model in self.folder.glob("model.onnx*"):
                     model.unlink()
+                shutil.rmtree(self.folder / VARIANTS, ignore_errors=True)
         return result
 
     def _give_up(self, connection: Connection, error: BaseException) -> None:
@@ -339,7 +345,12 @@ class _Run:
                 "upload_release, register_release and record_results as the release notebook does"
             )
         version, folder_uri = uploaded["version"], uploaded["folder_uri"]
-        self.result = replace(self.result, speedup=done["speedup"], gates=done["gates"])
+        self.result = replace(
+            self.result,
+            speedup=done["speedup"],
+            gates=done["gates"],
+            recommended=(done.get("variants") or {}).get("recommended"),
+        )
         with self._costs.step("report"):
             self._write_report(judgement, version, passed=True)
             objects = {o["key"]: o for o in uploaded["objects"]}
@@ -479,6 +490,7 @@ class _Run:
             "checkpoint": done.get("checkpoint", {}).get("sha256", self.parameters.checkpoint),
             "evaluation data": f"{data['source']}: {data['provenance']}" if data else "not read",
             "speedup": done.get("speedup_text", "not measured"),
+            **_recommendation(done.get("variants")),
             "MLflow run": self.parameters.run_id,
         }
         if passed:
@@ -556,6 +568,19 @@ def _known(error: HeimdallError | OSError, folder: Path) -> HeimdallError | None
 
 def _with_left(error: HeimdallError, left: tuple[str, ...]) -> HeimdallError:
     return type(error)(f"{error}\nCould not be taken back: {'; '.join(left)}")
+
+
+def _recommendation(variants: dict[str, Any] | None) -> dict[str, str]:
+    """The recommended variant as a fact of the report; nothing where none were asked for."""
+    if variants is None:
+        return {}
+    against = variants["against_pytorch"]["speedup"]
+    passed = sum(variant["status"] == "passed" for variant in variants["judged"])
+    return {
+        "recommended variant": f"{variants['recommended']}, {against['ratio']:.2f}× PyTorch "
+        f"({against['low']:.2f} to {against['high']:.2f}); {passed} of {len(variants['judged'])} "
+        "variants passed"
+    }
 
 
 def _absolute(path: str) -> str:

@@ -6,6 +6,7 @@ run (see `heimdall_onnx.statistics`), so those are held against each other withi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from heimdall_onnx.signature import Signature
 SKETCHED = 384
 # Of the value; three standard errors of a sketch's rank are a tenth of this for a smooth quantity.
 ESTIMATE = 0.05
+_QUANTILES = ("p50", "p99", "p999", "ulp_p50", "ulp_p999")
 # One degree of a meridian at the poles, where it is longest (WGS84).
 METRES_PER_DEGREE = 111_700.0
 
@@ -124,6 +126,88 @@ def compare_latency(
     return tuple(figures)
 
 
+def compare_variants(
+    recorded: Mapping[str, Any], found: Mapping[str, Any], *, exact: bool
+) -> tuple[Comparison, ...]:
+    """Hold the variants of a repetition against the recorded ones.
+
+    They must be calibrated on the same inputs. What each is and how good its answers are must be
+    the same in the same environment. In another one quantizers and kernels are others, so that
+    files and figures are shown only, and a variant that does not pass there or can't be run is
+    flagged. So is anywhere that another one is recommended, since latency decides on that.
+
+    Args:
+        recorded: What `heimdall_onnx.report.record_results` kept of the release.
+        found: What it kept of the repetition.
+        exact: Whether the environment is the same.
+    """
+    old, new = recorded.get("variants"), found.get("variants") or {}
+    if not old:
+        return ()
+    was, has = (side.get("calibration", {}).get("sha256") for side in (old, new))
+    compared = [
+        _flag("recommended variant", old["recommended"], new.get("recommended")),
+        _hold("calibration inputs, SHA-256", was, has, _Rule(), exact),
+    ]
+    again = {one["name"]: one for one in new.get("judged", [])}
+    for one in old["judged"]:
+        name, other = one["name"], again.get(one["name"], {})
+        status = f"variant {name}, status"
+        now = other.get("status")
+        compared.append(
+            _hold(status, one["status"], now, _Rule(), exact)
+            if exact
+            else _flag(status, one["status"], now)
+        )
+        figures = {what: value for what, value, _ in _figures_of_variant(other)}
+        compared += [
+            _hold(f"variant {name}, {what}", value, figures.get(what), rule, exact)
+            for what, value, rule in _figures_of_variant(one)
+        ]
+        if one.get("latency"):
+            timed, timed_again = one["latency"], other.get("latency") or {}
+            ends = _ends(timed["speedup"], "ratio"), _ends(timed_again.get("speedup", {}), "ratio")
+            compared.append(_interval(f"variant {name}, speedup", *ends))
+        before, after = (json.dumps(side.get("sessions"), sort_keys=True) for side in (one, other))
+        options = f"variant {name}, session options"
+        compared.append(_hold(options, before, after, _Rule(None), exact=False))
+    return tuple(compared)
+
+
+def _figures_of_variant(
+    variant: Mapping[str, Any],
+) -> Iterator[tuple[str, Figure, _Rule]]:
+    """What a variant is and how good its answers are, figure by figure."""
+    accuracy = dict(variant.get("accuracy") or {})
+    for output in accuracy.pop("outputs", ()):
+        estimated = output["count"] >= SKETCHED
+        for name, value in output.items():
+            if name not in ("output", "unit"):
+                rule = _Rule(None, estimated=estimated and name in _QUANTILES)
+                yield f"{output['output']}, {name}", value, rule
+    kept = ", ".join(variant.get("kept_in_float", ()))
+    made = {"sha256": variant.get("sha256"), "modules kept in float": kept}
+    for name, value in _flattened({**made, **accuracy}):
+        yield name, value, _Rule(None)
+
+
+def _flag(what: str, old: Figure, new: Figure) -> Comparison:
+    """A figure that may differ, and is pointed out where it does."""
+    if old == new:
+        return Comparison(what, old, new, "identical", "as recorded")
+    return Comparison(what, old, new, "flagged", "should be as recorded")
+
+
+def _flattened(value: Any, name: str = "") -> Iterator[tuple[str, Figure]]:
+    """Every single value in a nested one, called after where it is."""
+    if isinstance(value, Mapping | list):
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in entries:
+            yield from _flattened(inner, f"{name} {key}".strip())
+    else:
+        yield name, value
+
+
 _Ruled = tuple[str, Figure, Figure, _Rule]
 
 
@@ -189,8 +273,8 @@ def _cell_rule(name: str, output: Mapping[str, Any], atol: float, rtol: float) -
         "maximum": _Rule(atol, elements),
         "excess": _Rule(1.0, f"{elements}, which is its unit"),
         "cosine": _Rule(rtol, f"the relative part of {elements}"),
-        **{p: _Rule(atol, elements, estimated=estimated) for p in ("p50", "p99", "p999")},
-        **{p: _Rule(None, estimated=estimated) for p in ("ulp_p50", "ulp_p999")},
+        **{p: _Rule(atol, elements, estimated=estimated) for p in _QUANTILES[:3]},
+        **{p: _Rule(None, estimated=estimated) for p in _QUANTILES[3:]},
         **{
             end: _Rule(atol + rtol * abs(_number(output[end])), elements)
             for end in ("lowest", "highest")

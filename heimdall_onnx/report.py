@@ -19,12 +19,15 @@ from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-    from heimdall_onnx.benchmark import ContenderLatency, LatencyReport
+    from heimdall_onnx.benchmark import LatencyReport
     from heimdall_onnx.checkpoint import LoadedModel
     from heimdall_onnx.compare import ParityReport
     from heimdall_onnx.costs import StepCost
     from heimdall_onnx.departure import Departure
     from heimdall_onnx.evaluation import EvaluationData
+    from heimdall_onnx.operator_times import OperatorTimes
+    from heimdall_onnx.roofline import Roofline
+    from heimdall_onnx.variants import VariantsReport
 
 RECORD = "release"
 VERDICT = "verdict"
@@ -48,6 +51,9 @@ def record_results(
     verdict: Verdict,
     uploaded: UploadedRelease | Skipped,
     registered: RegisteredRelease | Skipped,
+    variants: VariantsReport | None = None,
+    roofline: Roofline | None = None,
+    profiles: Sequence[tuple[str, OperatorTimes]] = (),
     costs: Sequence[StepCost] = (),
 ) -> None:
     """Keep in the running notebook what the runner must know of it, as JSON.
@@ -76,6 +82,9 @@ def record_results(
         "metrics": summarize_metrics(parity, latency),
         "parity": describe_parity(parity),
         "latency": describe_latency(latency),
+        "variants": None if variants is None else _as_json(variants.to_dict()),
+        "roofline": None if roofline is None else _as_json(asdict(roofline)),
+        "operator_times": {name: _as_json(asdict(times)) for name, times in profiles},
         "speedup": speedup.ratio,
         "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
         f"{latency.batch_size} on {latency.threads} threads",
@@ -116,29 +125,22 @@ def describe_parity(parity: ParityReport) -> dict[str, Any]:
 
 def describe_latency(latency: LatencyReport) -> dict[str, Any]:
     """The statistics of a latency report as JSON, without the single calls."""
+    # It imports PyTorch, which the runner does without.
+    from heimdall_onnx.benchmark import describe_contender
+
     described: dict[str, Any] = _as_json(
         {
             "batch_size": latency.batch_size,
             "threads": latency.threads,
             "confidence": latency.confidence,
             "speedup": asdict(latency.speedup),
-            "contenders": [_describe_contender(c) for c in (latency.pytorch, latency.onnx)],
+            "machine": latency.machine and latency.machine.to_dict(),
+            "contenders": [
+                describe_contender(c, latency.batch_size) for c in (latency.pytorch, latency.onnx)
+            ],
         }
     )
     return described
-
-
-def _describe_contender(contender: ContenderLatency) -> dict[str, Any]:
-    return {
-        "name": contender.name,
-        "calls": contender.samples_ms.size,
-        "percentiles": [asdict(percentile) for percentile in contender.percentiles],
-        "median_ms": contender.median_ms,
-        "mean_ms": contender.mean_ms,
-        "load_ms": contender.load_ms,
-        "first_call_ms": contender.first_call_ms,
-        "peak_memory_bytes": contender.peak_memory_bytes,
-    }
 
 
 def _as_json(value: Any) -> Any:

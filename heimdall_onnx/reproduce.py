@@ -1,8 +1,9 @@
 """Does a release come out again: its notebook run once more on what the store has kept.
 
-The model must be the same to the last byte and its accuracy to the last digit where the same
-versions run on the same processor, and within the tolerances of the gates elsewhere. Latency is a
-matter of the machine and its mood: one that does not fit is flagged, and no failure.
+The model and its variants must be the same to the last byte and their accuracy to the last digit
+where the same versions run on the same processor. Elsewhere the model must be within the tolerances
+of the gates; variants are other ones there. Latency is a matter of the machine and its mood: one
+that does not fit is flagged, and no failure.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ from heimdall_onnx.execution import error_of, execute_notebook
 from heimdall_onnx.interrupts import first_signal_interrupts
 from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import MODEL, REPORT, Entry, Manifest, read_manifest
+from heimdall_onnx.manifest import MODEL, REPORT, VARIANTS, Entry, Manifest, read_manifest
 from heimdall_onnx.onnx_diff import describe_differences
 from heimdall_onnx.parameters import ReleaseParameters, check_parameters
-from heimdall_onnx.repeated import Comparison, Figure, compare_accuracy, compare_latency
+from heimdall_onnx.repeated import (
+    Comparison,
+    Figure,
+    compare_accuracy,
+    compare_latency,
+    compare_variants,
+)
 from heimdall_onnx.report import VERDICT, read_notebook, read_record
 from heimdall_onnx.store import download_file, hash_file
 from heimdall_onnx.untrusted import shown
@@ -51,11 +58,13 @@ log = get_logger(__name__)
 # What the numbers come from: other versions of these may round differently.
 NUMERICAL = (
     "datasketches",
+    "nncf",
     "numpy",
     "onnx",
     "onnx-ir",
     "onnxruntime",
     "onnxscript",
+    "openvino",
     "pyproj",
     "torch",
 )
@@ -63,7 +72,7 @@ _NOTEBOOK, _RECORDED = "notebook.ipynb", "recorded"
 # The notebook publishes nothing this time, so its kernel gets no credentials.
 _CREDENTIALS = ("AWS_", "HEIMDALL_SIGNING_", "MLFLOW_S3_", "MLFLOW_TRACKING_")
 # What is shown even where it is as recorded, and how many failures an error names.
-_MAIN = (", mean (all ", ", maximum (all ", "localization error", "speedup")
+_MAIN = (", mean (all ", ", maximum (all ", "localization error", "speedup", ", status")
 _SHOWN = 12
 
 
@@ -123,6 +132,7 @@ class Reproduction:
             processor, threads, Python and the numerical packages.
         model: The model.
         accuracy: Gates, parity statistics and localization errors.
+        variants: What each variant is and how good its answers are; empty without variants.
         latency: Latency and speedup.
         environment: What differs between the two environments.
         report: The notebook executed here.
@@ -132,6 +142,7 @@ class Reproduction:
     exact: bool
     model: ModelComparison
     accuracy: tuple[Comparison, ...]
+    variants: tuple[Comparison, ...]
     latency: tuple[Comparison, ...]
     environment: tuple[Difference, ...]
     report: Path
@@ -142,12 +153,12 @@ class Reproduction:
         model = () if self.model.identical or not self.exact else self.model.differences
         return (
             *(f"{MODEL}: {difference}" for difference in model),
-            *(_in_words(c) for c in self.accuracy if c.judgement == "differs"),
+            *(_in_words(c) for c in (*self.accuracy, *self.variants) if c.judgement == "differs"),
         )
 
     @property
     def reproduced(self) -> bool:
-        """Whether model and accuracy are what the release says."""
+        """Whether model, variants and accuracy are what the release says."""
         return not self.failures
 
     def require(self) -> None:
@@ -227,6 +238,7 @@ def reproduce_release(
             exact=exact,
             model=_compare_model(connection.client, manifest, parameters.onnx_path),
             accuracy=compare_accuracy(recorded, found, exact=exact),
+            variants=compare_variants(recorded, found, exact=exact),
             latency=compare_latency(recorded, found),
             environment=differences,
             report=folder / REPORT,
@@ -252,6 +264,7 @@ def _emptied(folder: Path) -> Iterator[None]:
         if not (recorded / MODEL).is_file():
             for path in folder.glob(f"{MODEL}*"):
                 path.unlink()
+        shutil.rmtree(folder / VARIANTS, ignore_errors=True)
         shutil.rmtree(recorded)
 
 
@@ -303,17 +316,25 @@ def _require_figures(record: Mapping[str, Any], where: str) -> None:
 
 
 def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> ReleaseParameters:
-    """Bring checkpoint and evaluation data back, and name them in the release's parameters."""
+    """Bring the data that it was made of back, and name them in the release's parameters."""
     inputs = folder / _RECORDED
     known = _known(manifest)
     updates: dict[str, Any] = {"publish": False, "run_id": "", "output_dir": str(folder)}
+    kept = manifest.content_of("calibration_data")
+    # Of its content there is no other hash; what was drawn from it is held against the record.
+    calibration = kept.sha256 if kept else "that nobody noted"
     for role, name, sha256 in (
         ("checkpoint", "checkpoint", known.checkpoint.sha256),
         ("evaluation_data", "eval_data", known.evaluation_data.sha256),
+        (
+            "calibration_data",
+            "calibration_data",
+            calibration if known.parameters.get("calibration_data") else None,
+        ),
     ):
         content = manifest.content_of(role)
         if sha256 is None:
-            # Synthetic inputs are made again from their seed.
+            # Synthetic inputs are made again from their seed, as is a draw of evaluation data.
             updates[name] = ""
         elif content is None or content.sha256 != sha256:
             raise VerificationError(
@@ -407,15 +428,22 @@ def _describe(result: Reproduction) -> Iterator[str]:
         yield f"{MODEL} is another one{why}"
         yield f"  SHA-256 was {model.recorded_sha256}, is {model.found_sha256}"
         yield from (f"  {difference}" for difference in model.differences)
+    elsewhere = "since the environment is another one"
     how = (
         "must be the same here"
         if result.exact
-        else "may differ by the tolerances of the gates, since the environment is another one"
+        else f"may differ by the tolerances of the gates, {elsewhere}"
     )
     yield ""
     yield f"accuracy, which {how}: {_counted(result.accuracy)}"
     yield from _rows(c for c in result.accuracy if c.judgement == "differs" or _is_main(c))
     yield ""
+    if result.variants:
+        how = "must be the same here" if result.exact else f"may differ, {elsewhere}"
+        yield f"variants, which {how}: {_counted(result.variants)}"
+        shown_too = ("differs", "flagged")
+        yield from _rows(c for c in result.variants if c.judgement in shown_too or _is_main(c))
+        yield ""
     yield f"latency, which may differ: {_counted(result.latency)}"
     yield from _rows(c for c in result.latency if c.judgement == "flagged" or _is_main(c))
     yield ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from IPython.display import Markdown
 
@@ -14,11 +14,22 @@ from heimdall_onnx.environment import Environment
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import ExportResult
 from heimdall_onnx.gates import escape_markdown
-from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.machine_watch import MachineState
+from heimdall_onnx.parameters import FP32, ReleaseParameters
+from heimdall_onnx.plot.chart import distance
 from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
+from heimdall_onnx.roofline import Roofline, RooflineRow
 from heimdall_onnx.signature import TensorSpec
+from heimdall_onnx.single_stream import (
+    Throughput,
+    early_stopping_estimate,
+    min_queries,
+    offline_throughput,
+)
+from heimdall_onnx.stationarity import check_stationarity
 from heimdall_onnx.statistics import ErrorStatistics
 from heimdall_onnx.validate import ModelInfo
+from heimdall_onnx.variants import JudgedVariant, VariantsReport
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
@@ -169,10 +180,21 @@ def latency_table(report: LatencyReport) -> Markdown:
         (f"batch {report.batch_size}, {report.threads} threads", *(c.name for c in both)),
         [
             *((f"p{p:g}, ms", *(_percentile(c, p) for c in both)) for p in wanted),
+            ("p90 after MLPerf's single stream, 99% confidence, ms", *map(_single_stream, both)),
             ("mean, ms", *(f"{c.mean_ms:.2f}" for c in both)),
             ("counted calls", *(c.samples_ms.size for c in both)),
             ("loading the model, ms", *(f"{c.load_ms:.0f}" for c in both)),
             ("first call, ms", *(f"{c.first_call_ms:.1f}" for c in both)),
+            *(
+                (
+                    f"samples per second at batch {batch.batch_size}",
+                    *(
+                        _throughput(offline_throughput(ms, batch.batch_size))
+                        for ms in (batch.pytorch_ms, batch.onnx_ms)
+                    ),
+                )
+                for batch in report.batches
+            ),
             (
                 "peak memory of the process, MB",
                 *(f"{c.peak_memory_bytes / 1e6:,.0f}" for c in both),
@@ -183,9 +205,231 @@ def latency_table(report: LatencyReport) -> Markdown:
                 f"{report.speedup.ratio:.2f} ({report.speedup.low:.2f} to "
                 f"{report.speedup.high:.2f}), {report.speedup.pairs} pairs of blocks",
             ),
-            ("load average before and after", *(f"{v:.2f}" for v in report.load_average)),
+            ("stationary", *map(_steadiness, both)),
         ],
     )
+
+
+def machine_table(machine: MachineState | None) -> Markdown:
+    """What the machine did while it was measured."""
+    if machine is None:
+        return Markdown("The machine was not watched.")
+    return table(("machine", "while it was measured"), _machine_rows(machine))
+
+
+def _machine_rows(machine: MachineState) -> Iterator[tuple[str, str]]:
+    yield "watched", f"{machine.seconds:.1f} s"
+    yield (
+        "load average before and after",
+        f"{machine.load_before:.2f} and {machine.load_after:.2f}",
+    )
+    frequency = machine.frequency_mhz
+    yield (
+        "processor frequency, MHz",
+        "the machine does not tell"
+        if frequency is None
+        else "median {1:,.0f} ({0:,.0f} to {2:,.0f})".format(*frequency),
+    )
+    yield (
+        "processors busy, with everything that ran",
+        _share(machine.busy_share, "watched too shortly"),
+    )
+    yield (
+        "taken by other virtual machines (steal)",
+        _share(machine.steal_share, "the system does not count it"),
+    )
+    yield (
+        "periods held back by a CPU quota",
+        "the system does not count them" if machine.throttled is None else f"{machine.throttled:,}",
+    )
+    for gpu in machine.gpus or ():
+        clocks, powers = (
+            " and ".join("not told" if value is None else f"{value:,.0f}" for value in pair)
+            for pair in (gpu.sm_clock_mhz, gpu.power_w)
+        )
+        yield f"GPU {gpu.index} before and after", f"SM clock {clocks} MHz, power {powers} W"
+
+
+def _share(share: float | None, unknown: str) -> str:
+    return unknown if share is None else f"{share:.1%}"
+
+
+def _single_stream(contender: ContenderLatency) -> str:
+    found = early_stopping_estimate(contender.samples_ms)
+    if found is None:
+        return f"too few calls, {min_queries()} needed"
+    return f"{found.value_ms:.2f} ({found.discarded} slowest of {found.queries} left out)"
+
+
+def _steadiness(contender: ContenderLatency) -> str:
+    found = check_stationarity(contender.samples_ms, contender.blocks)
+    return "too few calls" if found is None else found.sentence
+
+
+def _throughput(found: Throughput) -> str:
+    return f"{found.samples_per_second:,.1f} ({found.low:,.1f} to {found.high:,.1f})"
+
+
+def variants_table(report: VariantsReport | None) -> Markdown:
+    """Every variant with its size, speed and cost in accuracy, the recommended one first."""
+    if report is None:
+        return Markdown("No variants were asked for (parameter `variants`).")
+    head = (
+        "variant",
+        "verdict",
+        "size, MB",
+        f"p50 at batch {report.against_pytorch.batch_size}, ms",
+        "× fp32",
+        f"samples/s at batch {report.batch_size}",
+        "cold start, ms",
+        "displacement p99",
+        "median error",
+        "NLL, nats",
+    )
+    order = sorted(report.judged, key=lambda v: (v.name != report.recommended, not v.passed))
+    found = table(head, [tuple(_variant_row(report, variant)) for variant in order])
+    best = report.against_pytorch.speedup
+    said = (
+        f"**{report.recommended}** is recommended: {best.ratio:.2f}× PyTorch "
+        f"({best.low:.2f} to {best.high:.2f}), {report.best.what}."
+    )
+    reasons = "\n".join(
+        f"- {v.name}, {v.status}: {escape_markdown(v.reason)}" for v in order if not v.passed
+    )
+    return Markdown("\n\n".join(filter(None, (said, found.data, reasons))))
+
+
+def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str]:
+    yield variant.name + (", recommended" if variant.name == report.recommended else "")
+    yield variant.status
+    yield f"{variant.size_bytes / 1e6:,.1f}" if variant.size_bytes else "–"
+    measured, accuracy = variant.latency, variant.accuracy
+    if measured is None:
+        yield from ("–",) * 4
+    else:
+        speedup = measured.speedup
+        yield _percentile(measured.second, 50.0)
+        yield (
+            "1"
+            if variant.name == FP32
+            else f"{speedup.ratio:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
+        )
+        yield _throughput(measured.throughput[1])
+        yield f"{measured.second.load_ms + measured.second.first_call_ms:,.0f}"
+    if accuracy is None:
+        yield from ("the reference",) * 3 if variant.name == FP32 else ("–",) * 3
+        return
+    moved, task, before = accuracy.displacement_p99_m, accuracy.task, accuracy.reference
+    yield f"noise {max(accuracy.noise):.2g}" if moved is None else distance(moved)
+    if task is None or before is None:
+        yield from ("no labels",) * 2
+        return
+    yield f"{distance(task.median_m)} ({task.median_m / before.median_m - 1:+.2%})"
+    if task.nll is None or before.nll is None:
+        yield "none predicted"
+    else:
+        yield f"{task.nll:.4f} ({task.nll - before.nll:+.4f})"
+
+
+def calibration_table(report: VariantsReport | None) -> Markdown | None:
+    """What calibrated and what judged, which are never the same samples."""
+    if report is None:
+        return None
+    split, limits = report.calibration, report.limits
+    return table(
+        ("judged by", ""),
+        [
+            ("calibrated on", f"{split.samples} samples of {split.source}"),
+            ("SHA-256 of these", split.sha256),
+            ("judged on", f"{split.evaluation.count} other samples of {split.evaluation.source}"),
+            ("left out, being among the former", split.left_out),
+            ("median and p95 of the error may grow by", f"{limits.error_growth:.1%}"),
+            ("negative log-likelihood may grow by", f"{limits.nll_growth:.1%}, or of one nat"),
+            ("without labels, p99 of the displacement", f"≤ {limits.displacement_sigma:g} σ"),
+            ("without positions, relative error of outputs", f"≤ {limits.output_noise:.1%}"),
+        ],
+    )
+
+
+def variant_parity_table(report: VariantsReport | None) -> Markdown | None:
+    """Parity of every variant with fp32, output by output; it decides nothing here."""
+    if report is None:
+        return None
+    return table(
+        ("variant", "output", "MAE", "p99", "maximum", "1 − cosine", "kept in float"),
+        [
+            (
+                variant.name,
+                output.output,
+                *(_value(output, name) for name in ("mean", "p99", "maximum", "cosine")),
+                ", ".join(variant.kept_in_float) or "nothing",
+            )
+            for variant in report.judged
+            if variant.accuracy is not None
+            for output in variant.accuracy.outputs
+        ],
+    )
+
+
+def tuning_table(report: VariantsReport | None) -> Markdown | None:
+    """Which session options were tried on the recommended variant, and what they gained."""
+    if report is None:
+        return None
+    return table(
+        (f"options of {report.recommended}", "for", "speedup", "kept"),
+        [
+            (
+                trial.option,
+                f"{tuning.purpose}, batch {tuning.batch_size}",
+                f"{trial.speedup.ratio:.2f} ({trial.speedup.low:.2f} to {trial.speedup.high:.2f})",
+                "yes" if trial.kept else "no",
+            )
+            for tuning in report.best.tunings
+            for trial in tuning.trials
+        ],
+    )
+
+
+def roofline_table(report: Roofline | None) -> Markdown | None:
+    """What the machine reaches, and each run beside the least time that it allows."""
+    if report is None:
+        return None
+    machine = report.machine
+    reached = table(
+        (f"this machine, {machine.threads} threads", ""),
+        [
+            ("instruction sets", ", ".join(machine.instruction_sets) or "unknown"),
+            ("last-level cache", f"{machine.cache_bytes / 1e6:,.1f} MB"),
+            ("reading from memory", f"{machine.bandwidth_gb_s:,.1f} GB/s"),
+            *(
+                (f"matrix product, {precision}", f"{peak:,.0f} · 10⁹ operations/s")
+                for precision, peak in machine.peaks.items()
+            ),
+            ("operations of the model", f"{report.work.flops / 1e9:,.2f} · 10⁹ a sample"),
+        ],
+    )
+    head = (
+        "variant",
+        "multiplies in",
+        "batch",
+        "MB",
+        "latency, ms",
+        "floor, ms",
+        "set by",
+        "latency / floor",
+    )
+    rows = table(head, [_roofline_row(row) for row in report.rows])
+    return Markdown(f"{reached.data}\n\n{rows.data}")
+
+
+def _roofline_row(row: RooflineRow) -> tuple[object, ...]:
+    floor = (
+        (f"{row.floor.ms:.2f}", row.floor.bound, f"{row.ratio:.2f}")
+        if row.floor
+        else ("unknown", f"no peak was measured for {row.precision}", "unknown")
+    )
+    size = f"{row.size_bytes / 1e6:,.1f}"
+    return (row.name, row.precision, row.batch_size, size, f"{row.measured_ms:.2f}", *floor)
 
 
 def upload_table(uploaded: UploadedRelease | Skipped) -> Markdown | Skipped:
@@ -216,6 +460,7 @@ def environment_table(environment: Environment) -> Markdown:
             ("Python", environment.python),
             ("system", environment.system),
             ("processor", f"{environment.cpu}, {environment.processors} in use"),
+            ("instruction sets", ", ".join(environment.instruction_sets) or "unknown"),
             ("commit", environment.git_commit or "not a git checkout"),
             (
                 "uncommitted changes",

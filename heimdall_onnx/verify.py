@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from heimdall_onnx.errors import NotRegisteredError, StoreError, VerificationError
 from heimdall_onnx.manifest import (
     MODEL,
+    RECOMMENDED,
     REPORT,
     REVIEWS,
     SIGNATURE,
@@ -82,6 +83,7 @@ def verify_release(
     *,
     trust: Trust | None = None,
     hashed: Mapping[str, str] | None = None,
+    unread: Collection[str] = (),
     registry: bool = True,
     content: bool = True,
 ) -> tuple[Finding, ...]:
@@ -97,6 +99,8 @@ def verify_release(
         trust: Whose signature it must have; what the settings name by default. If they name
             nobody, a signature is only held against the hash that the registry has of it.
         hashed: SHA-256 by name of objects that have been read already.
+        unread: Names of objects that are not used. They must be there, and the signature must be
+            one of what the manifest says of them; their content is not looked at.
         registry: Hold it against the registry too; without it a rewritten release is found out by
             its signature alone.
         content: Read checkpoint and evaluation data too.
@@ -110,7 +114,8 @@ def verify_release(
     if trust is None:
         trust = Trust(settings.public_key, settings.trusted_certificates)
     manifest = release if isinstance(release, Manifest) else read_manifest(client, release)
-    found, findings = _check_objects(client, manifest, hashed or {})
+    known = {name: entry.sha256 for name, entry in manifest.objects.items() if name in unread}
+    found, findings = _check_objects(client, manifest, {**known, **(hashed or {})})
     tags: Mapping[str, str] | None = None
     registry_findings: list[Finding] = []
     if registry:
@@ -187,27 +192,39 @@ def _check_content(client: S3Client, manifest: Manifest) -> Iterator[Finding]:
 def _check_notebook(
     client: S3Client, manifest: Manifest, found: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """What the executed notebook says of the model that it has made."""
+    """What the executed notebook says of the model and the variants that it has made."""
     report = manifest.objects.get(REPORT)
     # Not read a second time where it is a finding already.
     if report is None or found.get(REPORT) != report.sha256:
         return
-    text = read_bytes(client, manifest.bucket, report.key)
-    yield _same(f"{report.key}, its record of {MODEL}", manifest.model.sha256, _recorded(text))
+    recorded, missing = _recorded(read_bytes(client, manifest.bucket, report.key))
+    passed = manifest.variants.passed if manifest.variants else {}
+    for name, what, expected in (
+        (MODEL, MODEL, manifest.model.sha256),
+        *((name, f"variant {name}", one.sha256) for name, one in passed.items()),
+    ):
+        where = f"{report.key}, its record of {what}"
+        yield _same(where, expected, recorded.get(name, missing))
 
 
-def _recorded(report: bytes) -> str:
-    """The hash of the model that an executed notebook has recorded, or why there is none."""
+def _recorded(report: bytes) -> tuple[dict[str, str], str]:
+    """The hashes that an executed notebook has recorded, and why one is not there.
+
+    That of the model is named after its file, those of the variants that passed by their names.
+    """
     from heimdall_onnx.report import read_record
 
     with tempfile.NamedTemporaryFile(prefix="heimdall-report-", suffix=".ipynb") as file:
         file.write(report)
         file.flush()
         try:
-            return str(read_record(Path(file.name))["uploaded"]["sha256"])
+            record = read_record(Path(file.name))
+            judged = record["variants"]["judged"] if record.get("variants") else ()
+            passed = {str(v["name"]): str(v["sha256"]) for v in judged if v["status"] == "passed"}
+            return {**passed, MODEL: str(record["uploaded"]["sha256"])}, "none"
         except Exception as error:
             # Anybody may have written it, and its parsers raise whatever they meet.
-            return f"none that can be read ({type(error).__name__})"
+            return {}, f"none that can be read ({type(error).__name__})"
 
 
 def _check_registry(
@@ -221,12 +238,14 @@ def _check_registry(
         missing = Finding(f"{name} version {version}", False, "a registered version", "none")
         return None, [missing]
     tags = registered.tags
+    recommended = [manifest.recommended] if manifest.variants else []
     compared = (
         ("source", manifest.uri, registered.source),
         ("tag manifest_sha256", manifest.sha256, tags.get("manifest_sha256", "none")),
         ("tag manifest_uri", f"{manifest.uri}/{MANIFEST}", tags.get("manifest_uri", "none")),
         ("tag report_uri", f"{manifest.uri}/{REPORT}", tags.get("report_uri", "none")),
         ("tag verdict", manifest.verdict, tags.get("verdict", "none")),
+        *((f"tag {RECOMMENDED}", one, tags.get(RECOMMENDED, "none")) for one in recommended),
         ("tag sha256", manifest.model.sha256, tags.get("sha256", "none")),
     )
     return tags, [_same(f"{name} version {version}, {what}", *both) for what, *both in compared]

@@ -50,7 +50,8 @@ def _load(job: Path, warmup: int) -> tuple[Callable[..., Any], dict[str, Any]]:
     first = time.perf_counter_ns()
     for _ in range(warmup):
         call()
-    return call, {"load_ns": loaded - start, "first_call_ns": first - loaded}
+    told = {name: getattr(call, name, "") for name in ("ran_on", "precision")}
+    return call, {"load_ns": loaded - start, "first_call_ns": first - loaded, **told}
 
 
 def _time_calls(call: Callable[[], Any], calls: int) -> dict[str, Any]:

@@ -119,3 +119,43 @@ class NaNNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.log(x)
+
+
+class BlockNet(nn.Module):
+    """Residual blocks between a stem and two heads; one block is hard to round.
+
+    In it a single channel is a thousand times as large as the others, so that eight bits for all
+    of them leave nothing of what the others carry.
+    """
+
+    signature = declare([SIGNAL], [POSITIONS, SPREAD])
+    hard = 1
+
+    def __init__(self, blocks: int = 3, width: int = 32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.stem = nn.Linear(128, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(blocks)
+        )
+        self.position_head = nn.Linear(width, 2)
+        self.spread_head = nn.Linear(width, 2)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                size = 0.6 / parameter.shape[-1] ** 0.5
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+            hard = self.blocks[self.hard]
+            hard[0].bias[0] = 1000.0
+            hard[2].weight *= 3.0  # much depends on it
+            hard[2].weight[:, 0] = 0.0
+            self.position_head.bias.copy_(torch.tensor([48.0, 9.0]))
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        # With a further axis, linear layers are exported as products of matrices, as in ConvNeXt.
+        value = self.stem(signal.flatten(1).unsqueeze(1))
+        for block in self.blocks:
+            value = value + block(value)
+        value = value.squeeze(1)
+        spread = 0.01 + 0.99 * torch.sigmoid(self.spread_head(value))
+        return self.position_head(value), spread

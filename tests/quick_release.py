@@ -7,7 +7,8 @@ matrices as are asked for, so that its latency is, too.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +19,28 @@ from models import POSITIONS
 from onnx import TensorProto, helper, numpy_helper
 
 from heimdall_onnx.content import keep_content
-from heimdall_onnx.manifest import Manifest
+from heimdall_onnx.manifest import SCHEMA_VERSION, Manifest
 from heimdall_onnx.mlmodel import write_mlmodel_folder
 from heimdall_onnx.offer import complete_release, offer_release
 from heimdall_onnx.publish import METADATA, Connection
+from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.signature import Signature, TensorSpec
 from heimdall_onnx.signing import Signer
 from heimdall_onnx.store import claim_version, ensure_bucket, hash_file, head, upload_file
+from heimdall_onnx.variants import JudgedVariant
 
 SIGNATURE = Signature((TensorSpec("signal", "float32", ("batch", 2)),), (POSITIONS,))
 PREFIX = "models/localization"
+OPENVINO = SessionSettings(runtime="openvino", provider="CPU", threads=1)
+# What becomes of a release's variants, and by how many degrees each misses: the files differ.
+VARIANTS = {
+    "fp32": ("passed", SessionSettings(), None),
+    "fp32-openvino": ("passed", OPENVINO, None),
+    "int8-minmax": ("passed", SessionSettings(threads=1, level="extended", arena=False), 0.25),
+    "int8-nncf": ("passed", OPENVINO, 0.5),
+    "int4-weights": ("failed", SessionSettings(), 1.0),
+    "fp16-cuda": ("unavailable", SessionSettings(provider="CUDAExecutionProvider"), None),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,9 @@ class Factory:
         alias: str | None = "staging",
         signer: Signer | None = None,
         labelled: bool = True,
+        recommended: str = "",
     ) -> Manifest:
+        """Make a release; with a name of one that is ``recommended`` it has all `VARIANTS`."""
         client, tracker = self.connection.client, self.connection.tracker
         ensure_bucket(client, self.bucket)
         version = claim_version(
@@ -58,11 +73,17 @@ class Factory:
         write_mlmodel_folder(folder, SIGNATURE, model_size_bytes=0)
         onnx.save(_model(error_degrees, products), folder / "model.onnx")
         sha256 = hash_file(folder / "model.onnx")
-        (folder / "report.ipynb").write_text(_notebook({"uploaded": {"sha256": sha256}}))
+        variants = None
+        if recommended:
+            judged = [variant.to_dict() for variant in _judge(folder)]
+            variants = {"recommended": recommended, "judged": judged}
+        record = {"uploaded": {"sha256": sha256}, "variants": variants}
+        (folder / "report.ipynb").write_text(_notebook(record))
         (folder / "report.html").write_text("<h1>report</h1>")
         objects = [
-            upload_file(client, path, self.bucket, f"{key}/{path.name}")
-            for path in sorted(folder.iterdir())
+            upload_file(client, path, self.bucket, f"{key}/{path.relative_to(folder)}")
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
         ]
         objects.append(head(client, self.bucket, f"{key}/{METADATA}"))
         uri = f"s3://{self.bucket}/{key}"
@@ -71,7 +92,7 @@ class Factory:
         checkpoint, data = self.folder / "model.ckpt", self._evaluation_data(labelled)
         checkpoint.write_bytes(b"weights")
         described = {
-            "schema_version": 2,
+            "schema_version": SCHEMA_VERSION,
             "version": version,
             "verdict": verdict,
             "objects": [{"key": o.key, "size": o.size_bytes, "sha256": o.sha256} for o in objects],
@@ -82,6 +103,7 @@ class Factory:
             "signature": signer and {"key": f"{key}/model.sig", "signer_sha256": signer.sha256},
             "protection": {"versioning": False, "retained_until": None, "note": ""},
             "model": {"class": "none", "signature": SIGNATURE.to_dict()},
+            "variants": variants,
             "mlflow": {"model_name": self.name, "model_version": number},
         }
         manifest = complete_release(self.connection, uri, described, signer)
@@ -95,6 +117,22 @@ class Factory:
         path = self.folder / f"eval-{labelled}.npz"
         np.savez(path, signal=signal, **labels)
         return path
+
+
+def _judge(folder: Path) -> Iterator[JudgedVariant]:
+    """All `VARIANTS`; the files of those that passed are in ``folder`` then."""
+    for name, (status, settings, offset) in VARIANTS.items():
+        file = "model.onnx" if offset is None else f"variants/{name}/model.onnx"
+        variant = JudgedVariant(name, name, "int8", status, settings=settings, file=file)
+        if status != "passed":
+            yield replace(variant, reason=f"a reason for {name}")
+            continue
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if offset is not None:
+            onnx.save(_model(offset, 0), path)
+        size = path.stat().st_size
+        yield replace(variant, path=path, sha256=hash_file(path), size_bytes=size)
 
 
 def _model(offset: float, products: int) -> onnx.ModelProto:

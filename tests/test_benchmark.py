@@ -156,7 +156,7 @@ class Recorder:
 def take_turns(calls, *, seed=0, min_seconds=0.0, seconds=0.0, progress=None):
     order = []
     workers = [Recorder("A", order, seconds), Recorder("B", order, seconds)]
-    rounds = benchmark._take_turns(workers, calls, min_seconds, random.Random(seed), progress)
+    rounds = benchmark.take_turns(workers, calls, min_seconds, random.Random(seed), progress)
     return rounds, "".join(order), [w.calls for w in workers]
 
 
@@ -227,7 +227,7 @@ def test_slower_contender_is_found_slower_by_about_as_much(worker):
     ):
         slow.start()
         fast.start()
-        benchmark._take_turns([slow, fast], 12, 0, random.Random(0), None)
+        benchmark.take_turns([slow, fast], 12, 0, random.Random(0), None)
     speedup = paired_speedup(slow.blocks, fast.blocks)
     assert 2 < speedup.low <= speedup.ratio <= speedup.high < 10
 

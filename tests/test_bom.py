@@ -16,6 +16,7 @@ from releases import PREFIX, Inputs, changed_notebook, make_small_inputs, smoke
 from heimdall_onnx.bom import describe_release
 from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.report import read_record
+from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.store import read_json
 
 HOSTILE = '<script>alert(1)</script>\x00\x1b[2J\u202e"\\\ud800 s3://elsewhere $(id)'
@@ -49,6 +50,59 @@ def valid(manifest: dict, record: dict) -> bytes:
     error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(described.decode())
     assert error is None, error
     return described
+
+
+def pair(first: str, second: str, ratio: float) -> dict:
+    """Two contenders in turns, as the notebook records them."""
+    p50 = {"percentile": 50.0, "value_ms": 4.0, "low_ms": 3.9, "high_ms": 4.1}
+    return {
+        "speedup": {"ratio": ratio, "low": ratio - 0.1, "high": ratio + 0.1},
+        "batch_size": 1,
+        "contenders": [{"name": first, "percentiles": []}, {"name": second, "percentiles": [p50]}],
+    }
+
+
+def with_variants(released: Released, reason: str = "median: 9%") -> dict:
+    """The manifest as a release with variants has it; the reason is anybody's text."""
+    manifest = copy.deepcopy(released.manifest)
+    folder = f"{PREFIX}/{manifest['version']}"
+    sha256 = {"fp32": next(o["sha256"] for o in manifest["objects"] if "model.onnx" in o["key"])}
+    manifest["objects"].append(
+        {"key": f"{folder}/variants/int8-minmax/model.onnx", "size": 7, "sha256": "c" * 64}
+    )
+    gate = {"name": "median localization error, ratio to fp32", "limit": "≤ 1.01", "detail": ""}
+    judged = [
+        {
+            "name": name,
+            "what": f"what {name} is",
+            "precision": precision,
+            "status": status,
+            "reason": reason if status != "passed" else "",
+            "file": file,
+            "sha256": sha256.get(name, "c" * 64),
+            "size_bytes": 7,
+            "ran_on": "CPU" if "openvino" in name else "CPUExecutionProvider",
+            "sessions": {p: SessionSettings().to_dict() for p in ("latency", "throughput")},
+            "kept_in_float": ["head"],
+            "gates": [] if name == "fp32" else [{**gate, "measured": 1.5, "passed": "1" in name}],
+            "latency": pair("fp32", name, 2.5) if status == "passed" else None,
+            "accuracy": None,
+        }
+        for name, precision, status, file in (
+            ("fp32", "fp32", "passed", "model.onnx"),
+            ("bf16-openvino", "bf16", "passed", "model.onnx"),
+            ("int8-minmax", "int8", "passed", "variants/int8-minmax/model.onnx"),
+            ("int4-weights", "int4", "failed", "variants/int4-weights/model.onnx"),
+        )
+    ]
+    calibration = {"source": "demo-eval.npz", "samples": 2, "sha256": "d" * 64, "rows": [3, 9]}
+    manifest["variants"] = {
+        "recommended": "int8-minmax",
+        "calibration": calibration,
+        "against_pytorch": pair("PyTorch", "int8-minmax", 3.5),
+        "judged": judged,
+    }
+    return manifest
 
 
 def component(bom: dict, reference: str) -> dict:
@@ -164,8 +218,44 @@ def test_same_release_gives_the_same_bytes_and_another_model_another_number(rele
     assert changed["serialNumber"] != released.bom["serialNumber"]
 
 
+def test_variants_are_components_with_their_figures(released):
+    bom = json.loads(valid(with_variants(released), released.record))
+    model = bom["metadata"]["component"]
+    (own,) = (c for c in model["components"] if c["bom-ref"].startswith("variant-"))
+    assert own["name"] == "test-model int8-minmax"
+    assert own["description"] == "Variant of the model: what int8-minmax is"
+    assert own["hashes"] == [{"alg": "SHA-256", "content": "c" * 64}]
+    assert own["externalReferences"][0]["url"].endswith("/variants/int8-minmax/model.onnx")
+    of_own = {p["name"].split(":", 1)[1]: p["value"] for p in own["properties"]}
+    assert of_own["precision"] == "int8"
+    assert json.loads(of_own["kept_in_float"]) == ["head"]
+    assert json.loads(of_own["session:latency"])["runtime"] == "onnxruntime"
+    properties = {p["name"].split(":", 1)[1]: p["value"] for p in model["properties"]}
+    assert properties["variants:recommended"] == "int8-minmax"
+    assert properties["variants:calibration:sha256"] == "d" * 64
+    assert "variants:calibration:rows" not in properties
+    failed, shared = (
+        json.loads(properties[f"variant:{name}"]) for name in ("int4-weights", "bf16-openvino")
+    )
+    assert (failed["status"], failed["reason"]) == ("failed", "median: 9%")
+    assert "file" not in failed
+    assert (shared["file"], shared["ran_on"]) == ("model.onnx", "CPU")
+    found = figures(bom)
+    assert found["speedup", "PyTorch over int8-minmax"] == pytest.approx((3.5, 3.4, 3.6))
+    assert found["speedup", "fp32 over bf16-openvino"] == pytest.approx((2.5, 2.4, 2.6))
+    assert found["latency p50 (ms)", "int8-minmax"] == pytest.approx((4.0, 3.9, 4.1))
+    limits = " ".join(model["modelCard"]["considerations"]["technicalLimitations"])
+    assert "variants other than fp32 hold for that processor" in limits
+
+
+def test_paths_of_one_machine_are_left_out(released):
+    manifest = copy.deepcopy(released.manifest)
+    manifest["parameters"]["calibration_data"] = "/home/somebody/calibration.npz"
+    assert b"somebody" not in valid(manifest, released.record)
+
+
 def test_hostile_text_stays_data(released):
-    manifest, record = copy.deepcopy(released.manifest), copy.deepcopy(released.record)
+    manifest, record = with_variants(released, HOSTILE), copy.deepcopy(released.record)
     manifest["checkpoint"]["file"] = manifest["environment"]["cpu"] = HOSTILE
     manifest["evaluation_data"] |= {"source": HOSTILE, "provenance": HOSTILE}
     manifest["parameters"]["model_kwargs"] = {HOSTILE: HOSTILE}
@@ -175,6 +265,9 @@ def test_hostile_text_stays_data(released):
     written = valid(manifest, record)
     assert all(32 <= byte < 127 or byte == 10 for byte in written)
     bom = json.loads(written)
+    properties = {p["name"]: p["value"] for p in bom["metadata"]["component"]["properties"]}
+    failed = json.loads(properties["heimdall-onnx:variant:int4-weights"])
+    assert failed["reason"] == HOSTILE
     assert component(bom, "checkpoint")["name"] == HOSTILE
     assert component(bom, "evaluation-data")["data"][0]["description"] == HOSTILE
     assert bom["metadata"]["component"]["modelCard"]["modelParameters"]["modelArchitecture"] == (

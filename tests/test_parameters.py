@@ -157,13 +157,23 @@ def test_name_that_papermill_took_for_something_else_is_refused_not_rewritten(te
         {"alias": "a.b"},
         {"alias": "a\n"},
         {"alias": "<b>"},
-        {"variants": "all"},
+        {"variants": "int8"},
+        {"variants": "int8-minmax,all"},
+        {"variants": ""},
+        {"max_error_growth": -0.01},
+        {"max_displacement_sigma": 0},
+        {"max_output_noise": True},
     ],
     ids=lambda v: json.dumps(v)[:40],
 )
 def test_unusable_values_are_refused(values):
     with pytest.raises(ParameterError, match=next(iter(values))):
         check_parameters(values)
+
+
+@pytest.mark.parametrize("variants", ["none", "all", "fp32", "int8-minmax, int4-weights"])
+def test_variants_are_taken_by_name(variants):
+    assert check_parameters({"variants": variants}).variants == variants
 
 
 @pytest.mark.parametrize("alias", ["staging", "v1a", "version1", "vnext", "latest2", "A_b-c"])

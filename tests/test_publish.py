@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -35,6 +36,7 @@ from heimdall_onnx.publish import (
     withdraw,
 )
 from heimdall_onnx.store import hash_file, list_keys, make_client
+from heimdall_onnx.variants import JudgedVariant
 
 pytestmark = pytest.mark.services
 
@@ -64,12 +66,38 @@ def exported(parameters):
     return export_model(SmallNet(), parameters.onnx_path)
 
 
-def upload(settings, parameters, exported, verdict=PASSED):
+@pytest.fixture
+def variants(exported):
+    """Variants of every kind; only their files matter here, not how they were judged."""
+    folder, judged = exported.path.parent, []
+    for name, status, own in (
+        ("fp32", "passed", False),
+        ("fp32-openvino", "passed", False),
+        ("int8-minmax", "passed", True),
+        ("int4-weights", "failed", True),
+        ("fp16-cuda", "unavailable", True),
+    ):
+        file = f"variants/{name}/model.onnx" if own else "model.onnx"
+        variant = JudgedVariant(name, name, "", status, file=file)
+        if status != "unavailable":
+            path = folder / file
+            if own:
+                path.parent.mkdir(parents=True)
+                path.write_bytes(f"the file of {name}".encode())
+            variant = replace(variant, path=path, sha256=hash_file(path))
+        judged.append(variant)
+    return SimpleNamespace(judged=tuple(judged))
+
+
+def upload(settings, parameters, exported, verdict=PASSED, variants=None):
     loaded = load_checkpoint(
         Path(parameters.checkpoint), model=parameters.model, model_kwargs=parameters.model_kwargs
     )
     data = load_evaluation_data(parameters.eval_data_path, loaded.signature)
-    return upload_release(settings, parameters, verdict, loaded, data, exported, {"speedup": 2.0})
+    metrics = {"speedup": 2.0}
+    return upload_release(
+        settings, parameters, verdict, loaded, data, exported, metrics, variants=variants
+    )
 
 
 def folder_keys(s3, bucket) -> set[str]:
@@ -113,6 +141,51 @@ def test_model_whose_hash_is_known_is_not_hashed_again(settings, parameters, exp
     assert uploaded.sha256 == exported.sha256
     assert "model.onnx" not in hashed
     assert "MLmodel" in hashed
+
+
+def test_variants_that_passed_are_uploaded_with_the_model(
+    settings, connection, parameters, exported, variants, s3, bucket, monkeypatch
+):
+    hashed = []
+    monkeypatch.setattr(store, "hash_file", lambda path: hashed.append(path) or hash_file(path))
+    uploaded = upload(settings, parameters, exported, variants=variants)
+    folder = uploaded.folder_uri.removeprefix(f"s3://{bucket}/")
+    of_variants = {o.key: o for o in uploaded.objects if "/variants/" in o.key}
+    (key,) = of_variants
+    assert key == f"{folder}/variants/int8-minmax/model.onnx"
+    passed = next(one for one in variants.judged if one.name == "int8-minmax")
+    assert of_variants[key].sha256 == passed.sha256
+    assert s3.get_object(Bucket=bucket, Key=key)["Body"].read() == b"the file of int8-minmax"
+    assert passed.path not in hashed
+    assert {o.key for o in uploaded.objects} == folder_keys(s3, bucket)
+    assert withdraw(connection, exported.path.parent) == ()
+    assert folder_keys(s3, bucket) == set()
+
+
+def test_variant_that_changed_since_it_was_judged_is_not_published(
+    settings, parameters, exported, variants, s3, bucket
+):
+    path = next(one.path for one in variants.judged if one.name == "int8-minmax")
+    path.write_bytes(b"another")
+    with pytest.raises(DataError, match=r"int8-minmax/model\.onnx has changed"):
+        upload(settings, parameters, exported, variants=variants)
+    assert folder_keys(s3, bucket) == set()
+
+
+def test_calibration_data_of_their_own_are_kept(
+    settings, parameters, exported, variants, small, s3, bucket, tmp_path
+):
+    path = tmp_path / "calibration.npz"
+    path.write_bytes(small.eval_data.read_bytes() + b"\0")
+    calibrated = parameters.model_copy(update={"calibration_data": str(path)})
+    uploaded = upload(settings, calibrated, exported, variants=variants)
+    kept = {entry["role"]: entry["sha256"] for entry in uploaded.content}
+    assert set(kept) == {"checkpoint", "evaluation_data", "calibration_data"}
+    assert kept["calibration_data"] == hash_file(path)
+    assert f"{CONTENT}/{hash_file(path)}" in list_keys(s3, bucket, "")
+    # Without variants nothing was calibrated.
+    plain = upload(settings, calibrated, exported)
+    assert {entry["role"] for entry in plain.content} == {"checkpoint", "evaluation_data"}
 
 
 def test_run_that_does_not_exist_leaves_nothing_uploaded(

@@ -9,7 +9,12 @@ from models import SmallNet
 from heimdall_onnx.compare import EVALUATION, compare_outputs
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import export_model
-from heimdall_onnx.repeated import METRES_PER_DEGREE, compare_accuracy, compare_latency
+from heimdall_onnx.repeated import (
+    METRES_PER_DEGREE,
+    compare_accuracy,
+    compare_latency,
+    compare_variants,
+)
 from heimdall_onnx.report import describe_parity
 
 
@@ -181,3 +186,104 @@ def test_percentile_with_too_few_calls_behind_it_is_flagged(measured):
     found = {c.what: c for c in compare_latency(measured, {"latency": fewer})}
     assert found["ONNX Runtime, p50 (ms)"].found is None
     assert found["ONNX Runtime, p50 (ms)"].judgement == "flagged"
+
+
+def varied(count: int = 24) -> dict:
+    """What a notebook records of variants, as far as a repetition looks at it."""
+
+    def one(name: str, status: str, **further) -> dict:
+        sessions = {"latency": {"threads": 0}, "throughput": {"threads": 0}}
+        made = {"sha256": f"{name}-hash", "kept_in_float": [], "sessions": sessions}
+        beside = {"accuracy": None, "latency": None}
+        return {"name": name, "status": status, **made, **beside, **further}
+
+    output = {"output": "positions", "unit": "m", "count": count, "mean": 0.1, "p99": 0.2}
+    accuracy = {
+        "samples": 12,
+        "outputs": [output],
+        "noise": [0.01],
+        "task": {"median_m": 5000.0, "p95_m": 9000.0},
+        "reference": None,
+    }
+    speedup = {"speedup": {"ratio": 2.0, "low": 1.9, "high": 2.1}}
+    int8 = one("int8", "passed", accuracy=accuracy, latency=speedup, kept_in_float=["head"])
+    judged = [one("fp32", "passed"), int8, one("cuda", "unavailable", sha256="")]
+    return {"variants": {"recommended": "int8", "calibration": {"sha256": "ab"}, "judged": judged}}
+
+
+def different(recorded: dict, found: dict, *, exact: bool) -> dict[str, str]:
+    compared = compare_variants(recorded, found, exact=exact)
+    assert len({c.what for c in compared}) == len(compared) > 15
+    return {c.what: c.judgement for c in compared if c.judgement != "identical"}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_same_variants_are_identical_and_none_are_nothing(exact):
+    assert different(varied(), varied(), exact=exact) == {}
+    assert compare_variants({"variants": None}, varied(), exact=exact) == ()
+    assert compare_variants({}, {}, exact=exact) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "here", "elsewhere"),
+    [
+        (lambda v: v.update(sha256="x"), "sha256", "differs", "not judged"),
+        (
+            lambda v: v.update(kept_in_float=["body", "head"]),
+            "modules kept in float",
+            "differs",
+            "not judged",
+        ),
+        (lambda v: v.update(status="failed"), "status", "differs", "flagged"),
+        (
+            lambda v: v["accuracy"]["task"].update(median_m=5000.1),
+            "task median_m",
+            "differs",
+            "not judged",
+        ),
+        (
+            lambda v: v["accuracy"]["outputs"][0].update(mean=0.11),
+            "positions, mean",
+            "differs",
+            "not judged",
+        ),
+        (
+            lambda v: v["latency"]["speedup"].update(ratio=1.5, low=1.4, high=1.6),
+            "speedup",
+            "flagged",
+            "flagged",
+        ),
+        (lambda v: v.update(latency=None), "speedup", "flagged", "flagged"),
+        (lambda v: v.update(sessions={}), "session options", "not judged", "not judged"),
+    ],
+)
+def test_variant_must_be_the_same_here_and_is_shown_elsewhere(change, what, here, elsewhere):
+    found = varied()
+    change(found["variants"]["judged"][1])
+    name = f"variant int8, {what}"
+    assert different(varied(), found, exact=True) == {name: here}
+    assert different(varied(), found, exact=False) == {name: elsewhere}
+
+
+def test_estimated_quantiles_of_variants_may_move_a_little():
+    recorded, found = varied(1000), varied(1000)
+    output = found["variants"]["judged"][1]["accuracy"]["outputs"][0]
+    for p99, judgement in ((0.208, "within"), (0.22, "flagged")):
+        output["p99"] = p99
+        expected = {"variant int8, positions, p99": judgement}
+        assert different(recorded, found, exact=True) == expected
+
+
+def test_other_recommendation_is_flagged_and_other_calibration_differs():
+    found = varied()
+    found["variants"] |= {"recommended": "fp32", "calibration": {"sha256": "cd"}}
+    for exact in (True, False):
+        assert different(varied(), found, exact=exact) == {
+            "recommended variant": "flagged",
+            "calibration inputs, SHA-256": "differs",
+        }
+
+
+def test_variants_that_were_not_made_again_are_missed():
+    found = different(varied(), {"variants": None}, exact=True)
+    assert found["variant int8, status"] == found["variant fp32, sha256"] == "differs"

@@ -9,11 +9,16 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from releases import PREFIX, changed_notebook, make_small_inputs, smoke, versions
 
 from heimdall_onnx.errors import ParameterError, VerificationError
+from heimdall_onnx.loading import load_model
+from heimdall_onnx.manifest import read_manifest
 from heimdall_onnx.publish import Connection, connect, to_json
 from heimdall_onnx.release import release_checkpoint
+from heimdall_onnx.repeated import Comparison
 from heimdall_onnx.reproduce import Difference, Reproduction, reproduce_release
 from heimdall_onnx.settings import Settings
 
@@ -126,6 +131,26 @@ def test_result_is_json_and_text(repeated):
     assert "localization error of PyTorch, p95 (m)" in text
 
 
+def test_variant_that_comes_out_differently_is_a_failure(repeated):
+    rule = "must be as recorded"
+    variants = (
+        Comparison("variant fp32, status", "passed", "passed", "identical", rule),
+        Comparison("variant int8\x1b, sha256", "a", "b", "differs", rule),
+        Comparison("recommended variant", "int8", "fp32", "flagged", rule),
+    )
+    found = replace(repeated, variants=variants)
+    assert not found.reproduced
+    assert found.failures == (
+        r"variant int8\x1b, sha256: recorded a, found b (must be as recorded)",
+    )
+    text = found.to_text()
+    assert "variants, which must be the same here: 1 identical, 1 differs, 1 flagged" in text
+    for line in ("identical   variant fp32, status", "flagged     recommended variant"):
+        assert line in text
+    assert "variants, which" not in repeated.to_text()
+    assert found.to_dict()["variants"][1]["judgement"] == "differs"
+
+
 def test_another_environment_excuses_another_model(repeated):
     changed = replace(repeated.model, identical=False, differences=("opset: was 14, is 13",))
     torch = Difference("package torch\x1b[2J", "2.12.0", "2.13.0", numerical=True)
@@ -195,3 +220,44 @@ def test_model_that_is_not_there_is_named(released, monkeypatch):
     monkeypatch.setitem(os.environ, "PYTHONPATH", "")
     with pytest.raises(ParameterError, match=r"does not run here.*no module 'models'"):
         reproduce_release(released.connection, released.uri)
+
+
+@pytest.mark.slow
+def test_variants_are_made_again_from_the_calibration_data_that_were_kept(
+    make_settings, s3, tmp_path, reset_mlflow
+):
+    inputs = make_small_inputs(tmp_path)
+    calibration = tmp_path / "somewhere" / "calibration.npz"
+    calibration.parent.mkdir()
+    signal = np.random.default_rng(2).standard_normal((6, 2, 8, 8)).astype(np.float32)
+    np.savez(calibration, signal=signal)
+    settings = make_settings("reproduce-variants")
+    parameters = smoke(
+        inputs,
+        BUCKET,
+        variants="int8-minmax,fp32-openvino",
+        calibration_data=str(calibration),
+        max_displacement_sigma=1e9,
+    )
+    notebook = changed_notebook(tmp_path)
+    result = release_checkpoint(parameters, settings, notebook=notebook)
+    assert result.success, result.error
+    calibration.unlink()
+    uri = f"s3://{BUCKET}/{PREFIX}/{result.version}"
+    released = read_manifest(s3, uri)
+    assert "variants/int8-minmax/model.onnx" in released.objects
+    assert load_model(uri, settings=settings, variant="int8-minmax").get_inputs()
+    bom = s3.get_object(Bucket=BUCKET, Key=released.objects["bom.cdx.json"].key)["Body"].read()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom.decode()) is None
+    assert b'"bom-ref": "variant-int8-minmax"' in bom
+    repeated = reproduce_release(connect(settings), uri)
+    assert repeated.failures == ()
+    compared = {c.what: c for c in repeated.variants}
+    own = released.objects["variants/int8-minmax/model.onnx"].sha256
+    assert compared["variant int8-minmax, sha256"].found == own
+    assert compared["calibration inputs, SHA-256"].judgement == "identical"
+    assert compared["variant int8-minmax, positions, mean"].found > 0
+    assert compared["variant fp32-openvino, status"].found == "passed"
+    assert "variants, which must be the same here" in repeated.to_text()
+    left = {path.name for path in repeated.report.parent.iterdir()}
+    assert left == {"notebook.ipynb", "report.ipynb", "events.jsonl"}

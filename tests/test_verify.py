@@ -11,6 +11,7 @@ import pytest
 from keys import make_key
 from models import SmallNet
 from pydantic import SecretStr
+from quick_release import Factory
 from releases import changed_notebook, smoke
 from structlog.testing import capture_logs
 
@@ -304,3 +305,67 @@ def test_address_of_another_kind_is_refused(settings, released, uri):
 def test_object_that_is_not_there_is_said_to_be_missing(settings, bucket, released):
     with pytest.raises(StoreError, match=r"none\.onnx"):
         load_model(f"s3://{bucket}/none.onnx", settings=settings)
+
+
+# Releases with variants
+
+
+@pytest.fixture
+def varied(connection, bucket, tmp_path):
+    return Factory(connection, bucket, tmp_path)(recommended="int8-minmax")
+
+
+def test_any_byte_of_any_variant_is_checked(connection, varied, s3):
+    names = [name for name in varied.objects if name.startswith("variants/")]
+    assert names == ["variants/int8-minmax/model.onnx", "variants/int8-nncf/model.onnx"]
+    rng = np.random.default_rng(0)
+    for name in names:
+        key = varied.objects[name].key
+        before = s3.get_object(Bucket=varied.bucket, Key=key)["Body"].read()
+        body = bytearray(before)
+        body[rng.integers(len(body))] ^= 1
+        s3.put_object(Bucket=varied.bucket, Key=key, Body=bytes(body))
+        wrong = [f for f in verify_release(connection, varied.uri) if not f.holds]
+        assert [f.what for f in wrong] == [key]
+        assert varied.objects[name].sha256 in wrong[0].expected
+        unread = verify_release(connection, varied.uri, unread={name})
+        assert all(finding.holds for finding in unread)
+        s3.delete_object(Bucket=varied.bucket, Key=key)
+        gone = [f for f in verify_release(connection, varied.uri, unread={name}) if not f.holds]
+        assert [(f.what, f.found) for f in gone] == [(key, "nothing")]
+        s3.put_object(Bucket=varied.bucket, Key=key, Body=before)
+    assert differing(connection, varied.uri) == set()
+
+
+def test_notebook_and_registry_must_know_the_variants(connection, varied, s3):
+    # Rewritten consistently, by somebody who can write into the bucket.
+    key, text = varied.objects["report.ipynb"].key, varied.text
+    report = s3.get_object(Bucket=varied.bucket, Key=key)["Body"].read()
+    sha256 = varied.objects["variants/int8-nncf/model.onnx"].sha256
+    forged = report.replace(sha256.encode(), b"0" * 64)
+    s3.put_object(Bucket=varied.bucket, Key=key, Body=forged)
+    s3.put_object(
+        Bucket=varied.bucket,
+        Key=varied.key,
+        Body=text.replace(
+            varied.objects["report.ipynb"].sha256.encode(),
+            hashlib.sha256(forged).hexdigest().encode(),
+        ).replace(b'"recommended": "int8-minmax"', b'"recommended": "int8-nncf"'),
+    )
+    assert {
+        "report.ipynb, its record of variant int8-nncf",
+        f"net version {varied.model_version}, tag recommended",
+    } < differing(connection, varied.uri)
+    findings = verify_release(connection, varied.uri)
+    assert "report.ipynb, its record of variant int8-minmax" in {
+        f.what.rsplit("/", 1)[-1] for f in findings if f.holds
+    }
+
+
+def test_registry_says_which_variant_is_recommended(connection, varied):
+    tags = connection.tracker.get_version("net", varied.model_version).tags
+    assert tags["recommended"] == "int8-minmax"
+    connection.tracker.set_version_tags("net", varied.model_version, {"recommended": "fp32"})
+    assert differing(connection, varied.uri) == {
+        f"net version {varied.model_version}, tag recommended"
+    }

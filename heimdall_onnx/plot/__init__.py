@@ -13,12 +13,15 @@ from heimdall_onnx.plot.depth import error_along_depth
 from heimdall_onnx.plot.distribution import error_distribution
 from heimdall_onnx.plot.grid import parity_grid
 from heimdall_onnx.plot.magnitude import error_by_magnitude
+from heimdall_onnx.plot.operator_times import operator_times
 from heimdall_onnx.plot.optimization import operators, optimization_levels
 from heimdall_onnx.plot.positions import position_map
+from heimdall_onnx.plot.roofline import roofline
 from heimdall_onnx.plot.scatter import parity_scatter
 from heimdall_onnx.plot.task import task_error
 from heimdall_onnx.plot.throughput import throughput
 from heimdall_onnx.plot.timing import latency, latency_over_time
+from heimdall_onnx.plot.variants import noise_along_depth, variants
 from heimdall_onnx.plot.worst import worst_inputs
 
 __all__ = [
@@ -28,13 +31,17 @@ __all__ = [
     "error_distribution",
     "latency",
     "latency_over_time",
+    "noise_along_depth",
+    "operator_times",
     "operators",
     "optimization_levels",
     "parity_grid",
     "parity_scatter",
     "position_map",
     "release_cost",
+    "roofline",
     "task_error",
     "throughput",
+    "variants",
     "worst_inputs",
 ]

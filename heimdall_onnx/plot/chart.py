@@ -163,6 +163,12 @@ def log_axis(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def fine_log_axis(axis: Axis) -> None:
+    """`log_axis` with marks at 2 and 5 as well, for values within a few powers of ten."""
+    log_axis(axis)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
+
+
 def no_grid(axes: Axes) -> None:
     """Take grid, ticks and frame away, for panels that hold something else than a plot."""
     axes.grid(visible=False)

@@ -69,6 +69,11 @@ def read_manifest(path: Path) -> None:
     manifest = parse_manifest(path.read_bytes(), FOLDER_URI)
     assert manifest.model.key == manifest.objects["model.onnx"].key
     assert all(entry.key.endswith(entry.sha256) for entry in manifest.content)
+    for name in ("fp32", "recommended", *(manifest.variants.passed if manifest.variants else ())):
+        variant = manifest.variant(name)
+        assert all(entry.key.startswith(manifest.folder) for entry in variant.files.values())
+        settings = variant.sessions and variant.sessions.latency
+        assert settings is None or settings.runtime in ("onnxruntime", "openvino")
 
 
 READERS = {

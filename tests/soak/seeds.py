@@ -132,7 +132,23 @@ def manifests() -> list[bytes]:
         ],
         "signature": {"key": f"{folder}/model.sig", "signer_sha256": digest},
     }
-    return [json.dumps(document, indent=2).encode() for document in (bare, full)]
+    own = {"key": f"{folder}/variants/int8-minmax/model.onnx", "size": 99, "sha256": digest}
+    settings = {"runtime": "onnxruntime", "threads": 2, "provider_options": {"device_id": "0"}}
+    sessions = {"latency": settings, "throughput": {**settings, "runtime": "openvino"}}
+    passed = {"status": "passed", "sha256": digest, "size_bytes": 99, "sessions": sessions}
+    varied = {
+        **full,
+        "objects": [*full["objects"], own],
+        "variants": {
+            "recommended": "int8-minmax",
+            "judged": [
+                {"name": "fp32", "file": "model.onnx", **passed},
+                {"name": "int8-minmax", "file": "variants/int8-minmax/model.onnx", **passed},
+                {"name": "int4-weights", "status": "failed", "reason": "a gate"},
+            ],
+        },
+    }
+    return [json.dumps(document, indent=2).encode() for document in (bare, full, varied)]
 
 
 def chunk(name: bytes, payload: bytes) -> bytes:

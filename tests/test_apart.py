@@ -1,0 +1,42 @@
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from heimdall_onnx.apart import process_apart
+from heimdall_onnx.errors import BenchmarkError, DataError, EvidenceError
+
+
+def double(values):
+    return os.getpid(), 2 * values
+
+
+def refuse(words):
+    raise DataError(words)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_work_is_done_by_one_other_process():
+    with process_apart() as apart:
+        (first, values), (second, _) = apart(double, np.arange(3)), apart(double, values=np.ones(1))
+        assert values.tolist() == [0, 2, 4]
+        assert first == second != os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+def test_its_errors_are_raised_here():
+    with process_apart() as apart:
+        with pytest.raises(DataError, match="found nothing"):
+            apart(refuse, "found nothing")
+        assert apart(double, 1)[1] == 2
+
+
+def test_a_process_that_dies_is_named_with_what_it_did():
+    with process_apart() as apart, pytest.raises(BenchmarkError, match="process of die ended"):
+        apart(die)
+    assert issubclass(BenchmarkError, EvidenceError)

@@ -1,0 +1,150 @@
+import json
+import sys
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from models import SmallNet
+from pydantic import ValidationError
+
+from heimdall_onnx.benchmark import write_model
+from heimdall_onnx.errors import EvidenceError, InputError, InvalidModelError, UnavailableError
+from heimdall_onnx.export import export_model
+from heimdall_onnx.inference import run_pytorch
+from heimdall_onnx.processors import instruction_sets, usable_processors
+from heimdall_onnx.runtimes import (
+    OpenVINOSession,
+    SessionSettings,
+    load_runner,
+    open_runner,
+    require_runtime,
+)
+
+SIGNATURE = SmallNet.signature
+OPENVINO = SessionSettings(runtime="openvino", provider="CPU", threads=1)
+
+
+@pytest.fixture(scope="module")
+def onnx_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    export_model(SmallNet(), path, signature=SIGNATURE, opset=14)
+    return path
+
+
+@pytest.fixture
+def inputs():
+    return SIGNATURE.random_inputs(3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SessionSettings(threads=1),
+        SessionSettings(threads=1, level="extended", spinning=False, arena=False, prepacking=False),
+        OPENVINO,
+    ],
+    ids=["onnxruntime", "other options", "openvino"],
+)
+def test_every_runtime_gives_pytorchs_answers(onnx_path, inputs, settings):
+    runner = open_runner(onnx_path, SIGNATURE, settings)
+    found, expected = runner.run(inputs), run_pytorch(SmallNet(), inputs, SIGNATURE)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+    assert runner.ran_on == settings.provider
+    assert runner.precision == "f32"
+
+
+def test_answers_are_not_overwritten_by_the_next_call(onnx_path, inputs):
+    runner = open_runner(onnx_path, SIGNATURE, OPENVINO)
+    first = runner.run(inputs)
+    kept = first["positions"].copy()
+    runner.run(SIGNATURE.random_inputs(3, seed=1))
+    assert (first["positions"] == kept).all()
+
+
+def test_pytorch_runs_a_pickled_model(tmp_path, inputs):
+    write_model(SmallNet(), tmp_path / "model.pkl")
+    settings = SessionSettings(runtime="pytorch", threads=1)
+    call = load_runner(tmp_path / "model.pkl", inputs, SIGNATURE, settings)
+    assert call.ran_on == "cpu"
+    assert call()["positions"].shape == (3, 2)
+    assert call(5)["positions"].shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("provider", "words"),
+    [
+        ("CUDAExecutionProvider", "onnxruntime-gpu"),
+        ("TensorrtExecutionProvider", "tensorrt"),
+        ("NoSuchProvider", "another build of onnxruntime"),
+    ],
+)
+def test_missing_provider_is_named_with_what_brings_it(onnx_path, provider, words):
+    if provider in ort.get_available_providers():
+        pytest.skip(f"{provider} is installed")
+    settings = SessionSettings(provider=provider)
+    for attempt in (
+        lambda: require_runtime(settings),
+        lambda: open_runner(onnx_path, SIGNATURE, settings),
+    ):
+        with pytest.raises(UnavailableError, match=words) as caught:
+            attempt()
+        assert "CPUExecutionProvider" in str(caught.value)
+    assert issubclass(UnavailableError, InputError)
+
+
+def test_provider_that_can_not_start_is_not_replaced(onnx_path, monkeypatch):
+    # As ONNX Runtime built for CUDA does where there is no device.
+    available = ["CUDAExecutionProvider", *ort.get_available_providers()]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: available)
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    with pytest.raises((UnavailableError, InvalidModelError), match="CUDAExecutionProvider"):
+        open_runner(onnx_path, SIGNATURE, SessionSettings(provider="CUDAExecutionProvider"))
+
+
+def test_precision_is_read_back(onnx_path):
+    settings = OPENVINO.model_copy(update={"precision": "bf16"})
+    if {"avx512_bf16", "amx_bf16"} & set(instruction_sets()):
+        assert open_runner(onnx_path, SIGNATURE, settings).precision == "bf16"
+    else:
+        with pytest.raises(UnavailableError, match="asked OpenVINO for bf16, and it runs f32"):
+            open_runner(onnx_path, SIGNATURE, settings)
+
+
+def test_openvino_that_is_not_installed_is_named_with_its_extra(onnx_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UnavailableError, match=r"heimdall-onnx\[openvino\]"):
+        require_runtime(OPENVINO)
+
+
+def test_openvino_session_is_called_like_one_of_onnx_runtime(onnx_path, inputs):
+    session, other = OpenVINOSession(onnx_path, OPENVINO), ort.InferenceSession(str(onnx_path))
+    assert [p.name for p in session.get_inputs()] == [p.name for p in other.get_inputs()]
+    assert [p.name for p in session.get_outputs()] == [p.name for p in other.get_outputs()]
+    assert session.get_inputs()[0].shape == (None, 2, 8, 8)
+    for mine, theirs in zip(session.run(None, inputs), other.run(None, inputs), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    (spread,) = session.run(["spread"], inputs)
+    assert spread.shape == (3, 2)
+
+
+def test_openvino_says_what_it_can_not_run(onnx_path, tmp_path):
+    with pytest.raises(EvidenceError, match=r"can't run the model on .*\(3, 5\)"):
+        OpenVINOSession(onnx_path, OPENVINO).run(None, {"signal": np.zeros((3, 5), np.float32)})
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(InvalidModelError, match="OpenVINO can't load"):
+        OpenVINOSession(tmp_path / "model.onnx", OPENVINO)
+
+
+def test_settings_survive_json_and_refuse_what_they_do_not_know():
+    settings = SessionSettings(threads=3, level="extended", provider_options={"a": "1"})
+    text = json.dumps(settings.to_dict())
+    assert SessionSettings.model_validate_json(text) == settings
+    for wrong in ({"threads": "3"}, {"threads": -1}, {"level": "most"}, {"other": 1}):
+        with pytest.raises(ValidationError):
+            SessionSettings.model_validate({**settings.to_dict(), **wrong})
+
+
+def test_no_number_of_threads_means_all_processors():
+    assert SessionSettings().thread_count == usable_processors()
+    assert SessionSettings(threads=7).thread_count == 7

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+from models import BlockNet
+
+from heimdall_onnx.export import export_model
+from heimdall_onnx.optimize import Job, make_variant
+from heimdall_onnx.sensitivity import ReferenceGraph, noise_profile, relative_error
+
+INPUTS = BlockNet.signature.random_inputs(16)
+MODULES = [name for name, _ in BlockNet().named_modules(remove_duplicate=False)]
+
+
+@pytest.fixture(scope="module", params=[14, 20])
+def fp32(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fp32") / "model.onnx"
+    export_model(BlockNet().eval(), path, signature=BlockNet.signature, opset=request.param)
+    return path
+
+
+def test_groups_are_blocks_and_single_layers(fp32):
+    groups = ReferenceGraph(fp32, MODULES, INPUTS).groups
+    assert {scope: len(nodes) for scope, nodes in groups.items()} == {
+        "stem": 1,
+        "blocks.0": 2,
+        "blocks.1": 2,
+        "blocks.2": 2,
+        "position_head": 1,
+        "spread_head": 1,
+    }
+    nodes = [node for group in groups.values() for node in group]
+    assert len(nodes) == len(set(nodes)) == 9
+
+
+def test_the_block_that_is_hard_to_round_is_found_and_spared(fp32, tmp_path):
+    target = tmp_path / "int8.onnx"
+    make_variant("int8-minmax", Job(fp32, target, INPUTS, (), tmp_path))
+    profile = noise_profile("int8-minmax", fp32, target, MODULES, INPUTS)
+    (worst,) = profile.most_sensitive(1)
+    assert worst.scope == f"blocks.{BlockNet.hard}"
+    assert worst.noise > 5 * worst.entering
+    make_variant("int8-minmax", Job(fp32, target, INPUTS, worst.nodes, tmp_path))
+    spared = noise_profile("int8-minmax", fp32, target, MODULES, INPUTS)
+    by_scope = {group.scope: group.noise for group in spared.groups}
+    assert by_scope[worst.scope] < worst.noise / 5
+    assert by_scope["blocks.2"] < 0.05
+
+
+def test_fp32_against_itself_has_no_noise(fp32):
+    profile = noise_profile("fp32", fp32, fp32, MODULES, INPUTS)
+    assert len(profile.groups) == 6
+    assert profile.samples == 16
+    assert all(group.noise == group.entering == group.added == 0 for group in profile.groups)
+
+
+def test_relative_error_is_rms_over_rms():
+    reference = np.array([3.0, 4.0])
+    assert relative_error(reference, reference) == 0
+    assert relative_error(reference, reference + np.array([0.5, 0.0])) == pytest.approx(0.1)
+    assert relative_error(np.zeros(2), np.zeros(2)) == 0
+    assert relative_error(np.zeros(2), np.ones(2)) == np.inf
+    assert relative_error(reference, np.array([np.nan, 4.0])) == np.inf
+    assert relative_error(reference, np.ones(3)) == np.inf
