@@ -211,6 +211,8 @@ class PairLatency:
         machine: What the machine did while they took turns.
         larger: Size of a further, larger batch; 0 if none was asked for.
         throughput: Of both at that batch size.
+        on_device_ms: Median of the second one's calls without the way to its GPU and back; None
+            where it runs on the processor.
     """
 
     first: ContenderLatency
@@ -220,6 +222,7 @@ class PairLatency:
     machine: MachineState
     larger: int = 0
     throughput: tuple[Throughput, ...] = ()
+    on_device_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON, without the single calls."""
@@ -230,6 +233,7 @@ class PairLatency:
                 describe_contender(side, self.batch_size) for side in (self.first, self.second)
             ],
             "throughput": [asdict(found) for found in self.throughput],
+            "on_device_ms": self.on_device_ms,
             "machine": self.machine.to_dict(),
         }
 
@@ -352,6 +356,9 @@ def measure_pair(
         rng = random.Random(seed)
         with MachineWatch() as watch:
             take_turns(workers, calls, min_seconds, rng, None)
+        on_device = None
+        if second.settings.on_gpu:
+            on_device = float(np.median(workers[1].time_calls(calls, on_device=True)))
         throughput: tuple[Throughput, ...] = ()
         if larger:
             batch = _at_batch_size(workers, larger, larger_calls, rng)
@@ -365,6 +372,7 @@ def measure_pair(
             watch.state,
             larger,
             throughput,
+            on_device,
         )
 
 
@@ -558,10 +566,15 @@ class Worker:
         """Time ``calls`` calls after one uncounted, which brings the model back into cache."""
         self.blocks.append(self.time_calls(calls))
 
-    def time_calls(self, calls: int, batch_size: int | None = None) -> Floats:
-        """Milliseconds of ``calls`` calls after one uncounted, at another batch size if given."""
-        sized = {} if batch_size is None else {"batch": batch_size}
-        answer = self._ask({"calls": calls, **sized})
+    def time_calls(
+        self, calls: int, batch_size: int | None = None, *, on_device: bool = False
+    ) -> Floats:
+        """Milliseconds of ``calls`` calls after one uncounted, at another batch size if given.
+
+        With ``on_device`` inputs and outputs stay on the contender's GPU.
+        """
+        sized: dict[str, Any] = {} if batch_size is None else {"batch": batch_size}
+        answer = self._ask({"calls": calls, "on_device": on_device, **sized})
         self._peak = answer["peak_memory_bytes"]
         return np.array(answer["ns"], dtype=np.float64) / 1e6
 

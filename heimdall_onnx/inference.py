@@ -157,6 +157,8 @@ class Contender:
         inputs: One call's inputs.
         ran_on: Execution provider or device, as the runtime tells it.
         precision: What it multiplies in, as the runtime tells it.
+        on_device: Calls the model on the same inputs, which lie on its device already, and leaves
+            the outputs there; None where the device is the processor.
     """
 
     def __init__(
@@ -165,8 +167,9 @@ class Contender:
         inputs: Arrays,
         ran_on: str = "cpu",
         precision: str = "f32",
+        on_device: Callable[[], None] | None = None,
     ) -> None:
-        self.run = run
+        self.run, self.on_device = run, on_device
         self.ran_on, self.precision = ran_on, precision
         self._inputs: dict[int | None, Arrays] = {None: inputs}
 

@@ -73,6 +73,11 @@ class SessionSettings(BaseModel):
         """Threads that it takes on this machine."""
         return self.threads or usable_processors()
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether inputs and outputs travel to a GPU and back."""
+        return self.provider in {"CUDAExecutionProvider", "TensorrtExecutionProvider"}
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy; ``model_validate`` reads it back."""
         return self.model_dump(mode="json")
@@ -124,7 +129,39 @@ def load_runner(
 ) -> Contender:
     """Open a model to be called on ``inputs``, in a worker process for example."""
     runner = open_runner(path, signature, settings)
-    return Contender(runner.run, inputs, runner.ran_on, runner.precision)
+    on_device = None
+    if settings.on_gpu:
+        on_device = bound_call(runner.session, inputs, signature, "cuda")
+    return Contender(runner.run, inputs, runner.ran_on, runner.precision, on_device)
+
+
+def bound_call(
+    session: Any, inputs: Arrays, signature: Signature, device: str
+) -> Callable[[], None]:
+    """A call whose inputs and outputs stay on the device, without the way there and back.
+
+    It returns when the outputs are there: what was only begun would take no time.
+
+    Args:
+        session: Of ONNX Runtime.
+        inputs: One call's inputs, copied to the device now.
+        signature: Names of inputs and outputs.
+        device: ONNX Runtime's name for it, ``"cuda"`` or ``"cpu"``.
+    """
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    for spec in signature.inputs:
+        value = ort.OrtValue.ortvalue_from_numpy(inputs[spec.name], device, 0)
+        binding.bind_ortvalue_input(spec.name, value)
+    for spec in signature.outputs:
+        binding.bind_output(spec.name, device)
+
+    def call() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return call
 
 
 def open_onnxruntime(path: Path | str, settings: SessionSettings) -> InferenceSession:
@@ -137,7 +174,7 @@ def open_onnxruntime(path: Path | str, settings: SessionSettings) -> InferenceSe
     import onnxruntime as ort
 
     require_provider(settings.provider)
-    if settings.provider in {"CUDAExecutionProvider", "TensorrtExecutionProvider"}:
+    if settings.on_gpu:
         # Finds the libraries that PyTorch or NVIDIA's packages bring.
         ort.preload_dlls()
     options = dict(settings.provider_options)

@@ -308,7 +308,9 @@ def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str
         yield from ("–",) * 4
     else:
         speedup = measured.speedup
-        yield _percentile(measured.second, 50.0)
+        inside = measured.on_device_ms
+        apart = "" if inside is None else f", {inside:.2f} without the way to the GPU and back"
+        yield _percentile(measured.second, 50.0) + apart
         yield (
             "1"
             if variant.name == FP32

@@ -2,7 +2,8 @@
 
 Reads one JSON question a line from standard input and answers each with one line; ends when
 standard input does, or at once when the process ends that started it. The job gives a call without
-arguments, which may take a batch size where it is asked for one.
+arguments, which may take a batch size where it is asked for one, and may have an ``on_device``
+that leaves out the way to a GPU and back.
 """
 
 from __future__ import annotations
@@ -31,12 +32,18 @@ def serve(job: Path, questions: TextIO, answers: TextIO) -> None:
             if call is None:
                 call, answer = _load(job, question["warmup"])
             else:
-                sized = partial(call, question["batch"]) if "batch" in question else call
-                answer = _time_calls(sized, question["calls"])
+                answer = _time_calls(_chosen(call, question), question["calls"])
         except Exception as error:  # goes to the parent, which raises it
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _chosen(call: Any, question: dict[str, Any]) -> Callable[[], Any]:
+    if question.get("on_device"):
+        on_device: Callable[[], Any] = call.on_device
+        return on_device
+    return partial(call, question["batch"]) if "batch" in question else call
 
 
 def _load(job: Path, warmup: int) -> tuple[Callable[..., Any], dict[str, Any]]:

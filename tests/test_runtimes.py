@@ -15,6 +15,7 @@ from heimdall_onnx.processors import instruction_sets, usable_processors
 from heimdall_onnx.runtimes import (
     OpenVINOSession,
     SessionSettings,
+    bound_call,
     load_runner,
     open_runner,
     require_runtime,
@@ -148,3 +149,32 @@ def test_settings_survive_json_and_refuse_what_they_do_not_know():
 def test_no_number_of_threads_means_all_processors():
     assert SessionSettings().thread_count == usable_processors()
     assert SessionSettings(threads=7).thread_count == 7
+
+
+def test_a_bound_call_runs_the_model_where_its_inputs_are(onnx_path, inputs):
+    # On the processor's own memory, which ONNX Runtime binds as it does a GPU's.
+    runner = open_runner(onnx_path, SIGNATURE, SessionSettings(threads=1))
+    call = bound_call(runner.session, inputs, SIGNATURE, "cpu")
+    recorded = []
+    session = runner.session
+
+    class Watched:
+        def io_binding(self):
+            self.binding = session.io_binding()
+            return self.binding
+
+        def run_with_iobinding(self, binding):
+            session.run_with_iobinding(binding)
+            recorded.append(binding.copy_outputs_to_cpu())
+
+    bound_call(Watched(), inputs, SIGNATURE, "cpu")()
+    expected = runner.run(inputs)
+    for spec, found in zip(SIGNATURE.outputs, recorded[0], strict=True):
+        np.testing.assert_array_equal(found, expected[spec.name])
+    assert call() is None
+
+
+def test_only_gpus_have_a_way_to_go():
+    assert SessionSettings(provider="CUDAExecutionProvider").on_gpu
+    assert not SessionSettings().on_gpu
+    assert not OPENVINO.on_gpu
