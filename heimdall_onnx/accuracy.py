@@ -17,6 +17,7 @@ import numpy.typing as npt
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.gates import AccuracyLimits, Gate
 from heimdall_onnx.ground import distance_m
+from heimdall_onnx.head_to_head import error_ratio
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
 
@@ -162,8 +163,15 @@ def accuracy_gates(accuracy: Accuracy, limits: AccuracyLimits) -> tuple[Gate, ..
     task, reference = accuracy.task, accuracy.reference
     if task is not None and reference is not None:
         most = 1 + limits.error_growth
+        paired = error_ratio(accuracy.errors_m, accuracy.reference_errors_m, most)
         gates = [
-            _growth("median localization error", reference.median_m, task.median_m, most, samples),
+            _growth(
+                "median localization error",
+                reference.median_m,
+                task.median_m,
+                most,
+                f"{samples}, 95% {paired.low:.3f} to {paired.high:.3f}",
+            ),
             _growth("p95 of the localization error", reference.p95_m, task.p95_m, most, samples),
         ]
         if task.nll is not None and reference.nll is not None:
@@ -241,7 +249,8 @@ def _problem(
     if span is None:
         return ""
     low, high = (np.asarray(end, found.dtype) for end in span)
-    outside = int(((found < low) | (found > high)).sum())
+    inside = (reference >= low) & (reference <= high)
+    outside = int((((found < low) | (found > high)) & inside).sum())
     return f"{outside} of {found.size} elements are outside {list(span)}" if outside else ""
 
 

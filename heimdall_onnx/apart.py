@@ -21,10 +21,10 @@ _Result = TypeVar("_Result")
 
 
 class Apart:
-    """Calls functions in another process."""
+    """Calls functions in another process, one after the other."""
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
 
     def __call__(
         self,
@@ -35,24 +35,41 @@ class Apart:
         """What ``function`` returns, or raises, there; it must be importable by its name.
 
         Raises:
-            BenchmarkError: If the process dies, for want of memory for example.
+            BenchmarkError: If the process dies, for want of memory for example. The next call gets
+                a new one.
         """
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+            )
         try:
             return self._pool.submit(function, *args, **kwargs).result()
         except BrokenProcessPool as error:
+            self.end()
             raise BenchmarkError(
-                f"the process of {function.__qualname__} ended without an answer; it may have "
-                "been killed for want of memory"
+                f"the process of {function.__qualname__} ended without an answer: killed for want "
+                "of memory, perhaps, or never begun, if this runs in a script without "
+                '`if __name__ == "__main__"`'
             ) from error
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown()
 
 
 @contextmanager
 def process_apart() -> Iterator[Apart]:
     """One process, started anew rather than forked, that ends with the block or with this one."""
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
-    ) as pool:
-        yield Apart(pool)
+    apart = Apart()
+    try:
+        yield apart
+    finally:
+        apart.end()
 
 
 def _begin(parent: int) -> None:

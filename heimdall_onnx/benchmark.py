@@ -39,6 +39,7 @@ from heimdall_onnx.errors import BenchmarkError
 from heimdall_onnx.inference import load_onnx, load_pytorch
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.machine_watch import MachineState, MachineWatch
+from heimdall_onnx.processors import usable_processors
 from heimdall_onnx.runtimes import SessionSettings, load_runner
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.single_stream import (
@@ -261,8 +262,7 @@ def measure_latency(
         signature: Names and order of inputs and outputs.
         calls: Counted calls of each contender, at least.
         min_seconds: Go on until the blocks have taken this long as well.
-        threads: Intra-op threads of each; None takes as many as PyTorch does in this process,
-            which is what ``OMP_NUM_THREADS`` says, else its processors.
+        threads: Intra-op threads of each; see `default_threads` for None.
         seed: Of the order in which the contenders take turns.
         batch_sizes: Further batch sizes to measure after that, with the rows of ``inputs``
             repeated.
@@ -273,7 +273,7 @@ def measure_latency(
         BenchmarkError: If the model can't be pickled, or a worker process dies, fails or does not
             answer in time.
     """
-    threads = threads or torch.get_num_threads()
+    threads = threads or default_threads()
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
         model_file = Path(folder) / "model.pkl"
@@ -420,9 +420,14 @@ def _at_batch_size(
     workers: Sequence[Worker], size: int, calls: int, rng: random.Random
 ) -> BatchLatency:
     """One block of each contender at another batch size, in random order."""
-    found = {w.name: w.time_calls(calls, size) for w in rng.sample(list(workers), 2)}
-    pytorch, onnx = (found[worker.name] for worker in workers)
+    found = {id(w): w.time_calls(calls, size) for w in rng.sample(list(workers), 2)}
+    pytorch, onnx = (found[id(worker)] for worker in workers)
     return BatchLatency(size, pytorch, onnx)
+
+
+def default_threads() -> int:
+    """As many threads as PyTorch takes (``OMP_NUM_THREADS``, else cores), if a quota allows it."""
+    return min(torch.get_num_threads(), usable_processors())
 
 
 def min_samples(percentile: float) -> int:

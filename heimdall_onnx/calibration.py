@@ -24,6 +24,7 @@ class CalibrationSplit:
         source: Where the calibration inputs come from.
         rows: Their rows in that source, ascending.
         sha256: SHA-256 over the calibration inputs' bytes, in the order of their names.
+        file_sha256: SHA-256 of the file that they come from, as it was read; None for none.
         left_out: Evaluation samples that equal a calibration input and therefore do not judge.
     """
 
@@ -32,6 +33,7 @@ class CalibrationSplit:
     source: str
     rows: tuple[int, ...] = field(repr=False)
     sha256: str
+    file_sha256: str | None
     left_out: int
 
     @property
@@ -105,6 +107,7 @@ def split_calibration(
         source.source,
         tuple(map(int, chosen)),
         _digest(inputs),
+        source.sha256,
         int((~fresh).sum()),
     )
 

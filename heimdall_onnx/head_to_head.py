@@ -137,7 +137,7 @@ def compare_models(
         notes.append("localization error: one sample gives no interval")
     else:
         errors = [distance_m(answer, data.positions) for answer in answers if answer is not None]
-        ratios.append(_error_ratio(errors[0], errors[1], 1 + limits.error_growth))
+        ratios.append(error_ratio(errors[0], errors[1], 1 + limits.error_growth))
     first, second = (
         Contestant(name, path, SessionSettings())
         for name, path in (("candidate", candidate), ("holder", holder))
@@ -156,7 +156,14 @@ def _answers(path: Path, data: EvaluationData, signature: Signature) -> Floats |
     return np.concatenate([outputs[position.name] for outputs in found]).astype(np.float64)
 
 
-def _error_ratio(candidate: Floats, holder: Floats, limit: float) -> Ratio:
+def error_ratio(candidate: Floats, holder: Floats, limit: float) -> Ratio:
+    """Ratio of the median localization errors of the same samples, by a paired bootstrap.
+
+    Args:
+        candidate: Errors (N,) in metres.
+        holder: Those of the other model.
+        limit: What the ratio may be.
+    """
     from scipy import stats
 
     def ratio(a: Floats, b: Floats, axis: int = -1) -> Floats:

@@ -6,7 +6,7 @@ the other's memory and threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,6 +77,7 @@ def open_session(
     prepacking: bool = True,
     provider: str = "CPUExecutionProvider",
     provider_options: Mapping[str, str] | None = None,
+    behind: Sequence[str] = (),
     profile: Path | None = None,
     optimized: Path | None = None,
 ) -> InferenceSession:
@@ -94,6 +95,7 @@ def open_session(
         prepacking: Whether weights are copied into the layout of the kernels at the start.
         provider: The execution provider. ONNX Runtime takes the CPU's where it can't start.
         provider_options: Options of the provider.
+        behind: Providers for what that one can't run, before the CPU's.
         profile: Beginning of the name of a file for what runs, which ``end_profiling`` writes.
         optimized: A file for the graph as it was rewritten.
 
@@ -123,9 +125,8 @@ def open_session(
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return ort.InferenceSession(
-            str(path), options, providers=[(provider, dict(provider_options or {}))]
-        )
+        providers = [(provider, dict(provider_options or {})), *behind]
+        return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no narrower base
         raise InvalidModelError(
             f"ONNX Runtime can't load {path}: {shown(str(error), 1000)}"

@@ -13,15 +13,14 @@ from heimdall_onnx.errors import ParameterError, VerificationError
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import (
-    FP32,
     MODEL,
     RECOMMENDED,
-    TENSORRT,
     Manifest,
     Variant,
     read_manifest,
 )
-from heimdall_onnx.processors import usable_processors
+from heimdall_onnx.parameters import FP32
+from heimdall_onnx.processors import multiplies_in_8_bits, usable_processors
 from heimdall_onnx.runtimes import OpenVINOSession, open_onnxruntime
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
@@ -124,7 +123,24 @@ def load_model(
         log.warning("opened although it does not verify", uri=uri, reason=str(error))
         source = found.source if found else uri.removesuffix(f"/{MODEL}")
         return _open_unverified(client, source.rstrip("/"), threads)
+    _warn_of_processor(manifest, chosen, uri)
     return _open(path, chosen, threads)
+
+
+def _warn_of_processor(manifest: Manifest, variant: Variant, uri: str) -> None:
+    """8-bit weights that were made for a processor with products of them saturate on others."""
+    made_on = (manifest.data.get("environment") or {}).get("instruction_sets") or []
+    if (
+        variant.name.startswith("int8")
+        and multiplies_in_8_bits(made_on)
+        and not multiplies_in_8_bits()
+    ):
+        log.warning(
+            "this processor has no 8-bit products, for which the variant was made: its answers "
+            "may be worse than those that passed the gates",
+            uri=uri,
+            variant=variant.name,
+        )
 
 
 def _open(path: Path, variant: Variant, threads: int | None) -> InferenceSession | OpenVINOSession:
@@ -135,13 +151,7 @@ def _open(path: Path, variant: Variant, threads: int | None) -> InferenceSession
     if threads is None:
         # More threads than processors wait for each other; 0 takes every processor.
         threads = settings.threads if settings.threads <= usable_processors() else 0
-    options = dict(settings.provider_options)
-    if settings.provider == TENSORRT:
-        # Engines are kept beside their model, not wherever this process happens to run.
-        options |= dict.fromkeys(
-            ("trt_engine_cache_path", "trt_timing_cache_path"), str(path.parent)
-        )
-    settings = settings.model_copy(update={"threads": threads, "provider_options": options})
+    settings = settings.model_copy(update={"threads": threads})
     if settings.runtime == "openvino":
         return OpenVINOSession(path, settings)
     return open_onnxruntime(path, settings)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from heimdall_onnx.errors import ParameterError, VerificationError
-from heimdall_onnx.runtimes import CPU, SessionSettings
+from heimdall_onnx.parameters import FP32
+from heimdall_onnx.runtimes import CPU, CUDA, TENSORRT, SessionSettings
 from heimdall_onnx.store import MANIFEST, exists, head, parse_uri, read_bytes
 from heimdall_onnx.untrusted import shown
 
@@ -24,8 +25,7 @@ SCHEMA_VERSION = 3
 MODEL, REPORT, REPORT_HTML = "model.onnx", "report.ipynb", "report.html"
 BOM, SIGNATURE, REVIEWS = "bom.cdx.json", "model.sig", "reviews"
 CONTENT = "objects/sha256"
-VARIANTS, FP32, RECOMMENDED = "variants", "fp32", "recommended"
-TENSORRT = "TensorrtExecutionProvider"
+VARIANTS, RECOMMENDED = "variants", "recommended"
 
 # Some hundred times what a release needs; a larger object is no manifest.
 _MAX_BYTES = 16 << 20
@@ -40,7 +40,7 @@ _PROVIDERS = {
     "onnxruntime": {
         CPU,
         TENSORRT,
-        "CUDAExecutionProvider",
+        CUDA,
         "OpenVINOExecutionProvider",
     },
     "openvino": {CPU, "CPU", "GPU", "NPU"},

@@ -18,18 +18,14 @@ from typing import Any
 
 from heimdall_onnx.errors import EvidenceError, UnavailableError
 from heimdall_onnx.parameters import FP32
-from heimdall_onnx.processors import instruction_sets
-from heimdall_onnx.runtimes import EXTRAS, SessionSettings
+from heimdall_onnx.processors import multiplies_in_8_bits
+from heimdall_onnx.runtimes import CUDA, EXTRAS, TENSORRT, SessionSettings
 from heimdall_onnx.sensitivity import QUANTIZABLE
 from heimdall_onnx.signature import Arrays
 from heimdall_onnx.untrusted import shown
 
 _CALIBRATION_BATCH = 4
 _BLOCK = 32
-_CUDA, _TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
-# 8-bit products are summed in pairs of 16 bits unless the processor has one of these, and may
-# overflow there; 7-bit weights keep them from it (ONNX Runtime, "Quantize ONNX models").
-_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Recipe:
         precision: Of its multiplications, ``"fp32"``, ``"int8"``, ``"int4"``, ….
         settings: With what it runs.
         make: Writes the file; None for one that runs the fp32 file as it is.
-        lossy: Whether the gates of the task decide on it, rather than those of fp32 alone.
+        lossy: Whether it rounds more than fp32 does, so that random inputs can't judge it.
         selective: Whether single nodes can be kept in float.
         package: The package that makes it, where that is an extra.
     """
@@ -108,8 +104,12 @@ def chosen_recipes(variants: str) -> tuple[Recipe, ...]:
 
 
 def weights_of_seven_bits() -> bool:
-    """Whether 8-bit weights have to leave a bit unused on this processor."""
-    return not _DOT_PRODUCTS & set(instruction_sets())
+    """Whether 8-bit weights have to leave a bit unused on this processor.
+
+    Without instructions for 8-bit products these are summed in pairs of 16 bits and may overflow
+    there, which 7-bit weights keep them from (ONNX Runtime, "Quantize ONNX models").
+    """
+    return not multiplies_in_8_bits()
 
 
 @contextmanager
@@ -272,8 +272,9 @@ RECIPES: dict[str, Recipe] = {
             "fused by ONNX Runtime beforehand",
             "fp32",
             make=_optimize,
+            lossy=False,
         ),
-        Recipe("fp32-openvino", "on OpenVINO", "fp32", _OPENVINO),
+        Recipe("fp32-openvino", "on OpenVINO", "fp32", _OPENVINO, lossy=False),
         Recipe(
             "bf16-openvino",
             "multiplied in bfloat16 by OpenVINO",
@@ -328,7 +329,7 @@ RECIPES: dict[str, Recipe] = {
             "fp16-cuda",
             "half precision on CUDA",
             "fp16",
-            SessionSettings(provider=_CUDA),
+            SessionSettings(provider=CUDA),
             make=_halve,
         ),
         Recipe(
@@ -336,7 +337,7 @@ RECIPES: dict[str, Recipe] = {
             "half precision on TensorRT, with its engine kept for the next start",
             "fp16",
             SessionSettings(
-                provider=_TENSORRT,
+                provider=TENSORRT,
                 provider_options={
                     "trt_fp16_enable": "1",
                     "trt_engine_cache_enable": "1",

@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 _ROOT = Path("/")
 _UNIFIED = "cgroup2"  # file system type of control groups, version 2
 
@@ -105,6 +106,15 @@ def instruction_sets(root: Path = _ROOT) -> tuple[str, ...]:
     ]
     everywhere = set.intersection(*cores) if cores else set()
     return tuple(name for name in _MATTER if name in everywhere)
+
+
+def multiplies_in_8_bits(sets: Collection[str] | None = None) -> bool:
+    """Whether a processor has instructions for products of 8-bit integers.
+
+    Args:
+        sets: Its instruction sets; this one's by default.
+    """
+    return bool(_DOT_PRODUCTS & set(instruction_sets() if sets is None else sets))
 
 
 def last_level_cache_bytes(root: Path = _ROOT) -> int:

@@ -30,7 +30,6 @@ from heimdall_onnx.store import (
     claim_version,
     delete_objects,
     ensure_bucket,
-    hash_file,
     head,
     list_keys,
     make_client,
@@ -252,9 +251,9 @@ def _keep_content(
     if path is not None and data.sha256 is not None:
         kept.append(keep_content(client, bucket, path, data.sha256, "evaluation_data"))
     if variants is not None and parameters.calibration_data:
-        # What was read of it is in the record by a hash of its own.
-        path = Path(parameters.calibration_data)
-        kept.append(keep_content(client, bucket, path, hash_file(path), "calibration_data"))
+        path, digest = Path(parameters.calibration_data), variants.calibration.file_sha256
+        assert digest is not None  # it was read from a file
+        kept.append(keep_content(client, bucket, path, digest, "calibration_data"))
     return tuple(entry.model_dump() for entry in kept)
 
 

@@ -7,6 +7,7 @@ itself, the one that it really took is read back and compared. Each is imported 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
 
     from heimdall_onnx.signature import Arrays, Signature
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 # What brings what; a name that is not here comes with the package itself.
 EXTRAS = {
     "openvino": "heimdall-onnx[openvino]",
     "nncf": "heimdall-onnx[openvino]",
     "OpenVINOExecutionProvider": "the package onnxruntime-openvino in place of onnxruntime",
-    "CUDAExecutionProvider": "the package onnxruntime-gpu in place of onnxruntime",
-    "TensorrtExecutionProvider": "the packages onnxruntime-gpu (not onnxruntime) and tensorrt",
+    CUDA: "the package onnxruntime-gpu in place of onnxruntime",
+    TENSORRT: "the packages onnxruntime-gpu (not onnxruntime) and tensorrt",
 }
 _Text = Annotated[str, Field(max_length=1000)]
 
@@ -76,7 +78,7 @@ class SessionSettings(BaseModel):
     @property
     def on_gpu(self) -> bool:
         """Whether inputs and outputs travel to a GPU and back."""
-        return self.provider in {"CUDAExecutionProvider", "TensorrtExecutionProvider"}
+        return self.provider in {CUDA, TENSORRT}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy; ``model_validate`` reads it back."""
@@ -180,7 +182,10 @@ def open_onnxruntime(path: Path | str, settings: SessionSettings) -> InferenceSe
     options = dict(settings.provider_options)
     if options.get("trt_engine_cache_enable") == "1":
         # An engine takes minutes to build and fits one device: it stays beside the file here.
-        options.setdefault("trt_engine_cache_path", str(Path(path).absolute().parent / "engines"))
+        folder = str(Path(path).absolute().parent / "engines")
+        options |= {"trt_engine_cache_path": folder, "trt_timing_cache_path": folder}
+    # What TensorRT leaves out belongs on the GPU, too.
+    behind = (CUDA,) if settings.provider == TENSORRT else ()
     session = open_session(
         path,
         threads=settings.thread_count,
@@ -190,6 +195,7 @@ def open_onnxruntime(path: Path | str, settings: SessionSettings) -> InferenceSe
         prepacking=settings.prepacking,
         provider=settings.provider,
         provider_options=options,
+        behind=behind,
     )
     # Where a provider can't start, ONNX Runtime takes the processor without an error.
     taken = session.get_providers()[0]
@@ -234,8 +240,9 @@ def _open_pytorch(path: Path, signature: Signature, settings: SessionSettings) -
     import torch
 
     torch.set_num_threads(settings.thread_count)
+    device = "cuda" if settings.on_gpu else "cpu"
     # Written a moment ago by the parent process: not an untrusted checkpoint.
-    model: torch.nn.Module = torch.load(path, map_location="cpu", weights_only=False)
+    model: torch.nn.Module = torch.load(path, map_location=device, weights_only=False)
     if settings.runtime == "torch.compile":
         from torch._inductor import exc
 
@@ -246,7 +253,7 @@ def _open_pytorch(path: Path, signature: Signature, settings: SessionSettings) -
             raise UnavailableError(f"torch.compile needs a C++ compiler: {error}") from error
         except EvidenceError as error:
             raise UnavailableError(f"torch.compile can't compile the model: {error}") from error
-    return Runner("cpu", "f32", partial(run_pytorch, model, signature=signature))
+    return Runner(device, "f32", partial(run_pytorch, model, signature=signature))
 
 
 @dataclass(frozen=True)
@@ -298,7 +305,8 @@ class OpenVINOSession:
                 f"asked OpenVINO for {settings.precision}, and it runs {self.precision}: this "
                 f"{self.device} has no instructions for {settings.precision}"
             )
-        self._request = self._model.create_infer_request()
+        # A request is one caller's: another thread would write into its outputs.
+        self._requests = threading.local()
 
     def get_inputs(self) -> list[Port]:
         """The model's inputs."""
@@ -314,14 +322,17 @@ class OpenVINOSession:
         Raises:
             EvidenceError: If OpenVINO can't run the model on them.
         """
+        request = getattr(self._requests, "own", None)
+        if request is None:
+            request = self._requests.own = self._model.create_infer_request()
         wanted = names if names is not None else [port.name for port in self.get_outputs()]
         try:
-            self._request.infer(dict(feed), share_inputs=True)
+            request.infer(dict(feed), share_inputs=True)
         except Exception as error:  # OpenVINO's errors share no narrower base
             shapes = {name: np.shape(array) for name, array in feed.items()}
             raise EvidenceError(f"OpenVINO can't run the model on {shapes}: {error}") from error
         # Copied: the next call writes into the same memory.
-        return [self._request.get_tensor(name).data.copy() for name in wanted]
+        return [request.get_tensor(name).data.copy() for name in wanted]
 
 
 def _port(port: Any) -> Port:

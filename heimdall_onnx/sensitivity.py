@@ -47,6 +47,8 @@ class GroupNoise:
     @property
     def added(self) -> float:
         """Noise that comes in here: the root of the difference of both powers, 0 if it shrinks."""
+        if not np.isfinite(self.noise):
+            return float("inf") if np.isfinite(self.entering) else 0.0
         return float(np.sqrt(max(self.noise**2 - self.entering**2, 0.0)))
 
 

@@ -326,7 +326,9 @@ def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str
     if task is None or before is None:
         yield from ("no labels",) * 2
         return
-    yield f"{distance(task.median_m)} ({task.median_m / before.median_m - 1:+.2%})"
+    # A perfect reference can't grow by a share.
+    grown = f" ({task.median_m / before.median_m - 1:+.2%})" if before.median_m > 0 else ""
+    yield f"{distance(task.median_m)}{grown}"
     if task.nll is None or before.nll is None:
         yield "none predicted"
     else:

@@ -109,6 +109,8 @@ def tune_session(
                 trials.append(Trial(_described(change), speedup, kept))
                 if kept:
                     best, base = changed, worker
+                    # The one before is of no use any more, and holds the model's memory.
+                    held.close()
                     held.push(stack.pop_all())
     log.info("tuned", purpose=purpose, kept=[trial.option for trial in trials if trial.kept])
     return Tuning(purpose, batch_size, best, tuple(trials))

@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -37,6 +38,17 @@ def test_its_errors_are_raised_here():
 
 
 def test_a_process_that_dies_is_named_with_what_it_did():
-    with process_apart() as apart, pytest.raises(BenchmarkError, match="process of die ended"):
-        apart(die)
+    with process_apart() as apart:
+        with pytest.raises(BenchmarkError, match="process of die ended"):
+            apart(die)
+        # What comes next is not its fault.
+        assert apart(double, 1)[1] == 2
     assert issubclass(BenchmarkError, EvidenceError)
+
+
+def test_what_is_under_way_ends_with_the_block():
+    started = time.monotonic()
+    with process_apart() as apart:
+        apart(double, 1)
+        apart._pool.submit(time.sleep, 60)
+    assert time.monotonic() - started < 30

@@ -179,11 +179,12 @@ def test_what_a_peer_leaves_is_read(main, tmp_path, form):
     assert (model.size_bytes, record["method"]) == (4, "how")
 
 
-def test_size_counts_the_weights_that_openvino_keeps_beside(main, tmp_path):
-    (tmp_path / "int8.xml").write_bytes(b"12")
-    (tmp_path / "int8.bin").write_bytes(b"12345")
-    model = main.Model("int8", tmp_path / "int8.xml", main.SessionSettings(runtime="openvino"))
-    assert model.size_bytes == 7
+@pytest.mark.parametrize("names", [("int8.xml", "int8.bin"), ("m.onnx", "m.onnx.data")])
+def test_size_counts_the_weights_beside_a_file(main, tmp_path, names):
+    for name in (*names, "other.onnx"):
+        (tmp_path / name).write_bytes(b"12345")
+    model = main.Model("any", tmp_path / names[0], main.SessionSettings())
+    assert model.size_bytes == 10
 
 
 def test_peer_that_makes_nothing_says_why(main, tmp_path):
@@ -250,7 +251,7 @@ def test_own_row_is_read_from_manifest_and_costs(main, tmp_path):
     assert own.row.name == "this project: int8-dynamic"
     assert "2 variants" in own.row.method
     assert "of 1 that passed" in own.row.method.replace("the fastest ", "")
-    assert own.row.notes == ("kept in float: position_head.0",)
+    assert own.row.notes == ("kept in float: position_head.0", "session: spinning=False")
 
 
 def test_no_row_is_calibrated_and_judged_on(main, tmp_path):

@@ -129,24 +129,6 @@ def test_threads_that_this_machine_has_not_are_not_taken(tmp_path, monkeypatch):
         assert [one.threads for one in taken[-2:]] == [expected, 5]
 
 
-def test_engines_of_tensorrt_are_kept_beside_their_model(tmp_path, monkeypatch):
-    # There is no such device here; what would be asked of it is looked at instead.
-    taken = []
-    monkeypatch.setattr(loading, "open_onnxruntime", lambda _, settings: taken.append(settings))
-    measured = SessionSettings(
-        provider="TensorrtExecutionProvider", provider_options={"trt_engine_cache_enable": "1"}
-    )
-    sessions = Sessions(latency=measured, throughput=measured)
-    entry = Entry(key="model.onnx", size=1, sha256="0" * 64)
-    variant = Variant("fp16-tensorrt", {"model.onnx": entry}, sessions)
-    loading._open(tmp_path / "model.onnx", variant, None)
-    assert taken[0].provider_options == {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(tmp_path),
-        "trt_timing_cache_path": str(tmp_path),
-    }
-
-
 def test_openvino_is_called_like_onnx_runtime(settings, released):
     session = load_model(released.uri, settings=settings, variant="int8-nncf")
     assert isinstance(session, OpenVINOSession)
@@ -263,3 +245,22 @@ def test_bare_object_is_its_only_variant(settings, released, s3, bucket):
             load_model(uri, settings=settings, variant="int8-minmax", verify=verify)
     for variant in ("fp32", "recommended"):
         assert moved(load_model(uri, settings=settings, variant=variant)) == 0.01
+
+
+def test_8_bits_made_for_another_processor_are_told(monkeypatch):
+    class Released:
+        data = {"environment": {"instruction_sets": ["avx2", "avx512_vnni"]}}
+
+    class Chosen:
+        name = "int8-minmax"
+
+    told = []
+    monkeypatch.setattr(loading.log, "warning", lambda words, **values: told.append(values))
+    for here in ((), ("avx512_vnni",)):
+        monkeypatch.setattr(
+            loading,
+            "multiplies_in_8_bits",
+            lambda sets=None, here=here: "avx512_vnni" in (here if sets is None else sets),
+        )
+        loading._warn_of_processor(Released, Chosen, "s3://bucket/v1")
+    assert told == [{"uri": "s3://bucket/v1", "variant": "int8-minmax"}]

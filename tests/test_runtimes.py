@@ -1,5 +1,6 @@
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime as ort
@@ -7,6 +8,7 @@ import pytest
 from models import SmallNet
 from pydantic import ValidationError
 
+from heimdall_onnx import runtimes
 from heimdall_onnx.benchmark import write_model
 from heimdall_onnx.errors import EvidenceError, InputError, InvalidModelError, UnavailableError
 from heimdall_onnx.export import export_model
@@ -178,3 +180,42 @@ def test_only_gpus_have_a_way_to_go():
     assert SessionSettings(provider="CUDAExecutionProvider").on_gpu
     assert not SessionSettings().on_gpu
     assert not OPENVINO.on_gpu
+
+
+def test_threads_that_share_an_openvino_session_get_their_own_answers(onnx_path):
+    session = OpenVINOSession(onnx_path, OPENVINO)
+    feeds = [SIGNATURE.random_inputs(3, seed=seed) for seed in range(4)]
+    expected = [session.run(["positions"], feed)[0] for feed in feeds]
+
+    def wrong(index):
+        found = (session.run(["positions"], feeds[index])[0] for _ in range(200))
+        return sum(not np.array_equal(answer, expected[index]) for answer in found)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(wrong, range(4))) == [0, 0, 0, 0]
+
+
+def test_tensorrt_keeps_its_engines_beside_the_model_with_cuda_behind_it(onnx_path, monkeypatch):
+    asked = {}
+
+    class Opened:
+        def get_providers(self):
+            return ["TensorrtExecutionProvider"]
+
+    # TensorRT itself is not to be had without its GPU: what it is asked for is.
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(
+        runtimes, "open_session", lambda _, **given: asked.update(given) or Opened()
+    )
+    settings = SessionSettings(
+        provider="TensorrtExecutionProvider", provider_options={"trt_engine_cache_enable": "1"}
+    )
+    runtimes.open_onnxruntime(onnx_path, settings)
+    beside = str(onnx_path.parent / "engines")
+    assert asked["provider_options"] == {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": beside,
+        "trt_timing_cache_path": beside,
+    }
+    assert asked["behind"] == ("CUDAExecutionProvider",)

@@ -4,7 +4,13 @@ from models import BlockNet
 
 from heimdall_onnx.export import export_model
 from heimdall_onnx.optimize import Job, make_variant
-from heimdall_onnx.sensitivity import ReferenceGraph, noise_profile, relative_error
+from heimdall_onnx.sensitivity import (
+    GroupNoise,
+    NoiseProfile,
+    ReferenceGraph,
+    noise_profile,
+    relative_error,
+)
 
 INPUTS = BlockNet.signature.random_inputs(16)
 MODULES = [name for name, _ in BlockNet().named_modules(remove_duplicate=False)]
@@ -60,3 +66,13 @@ def test_relative_error_is_rms_over_rms():
     assert relative_error(np.zeros(2), np.ones(2)) == np.inf
     assert relative_error(reference, np.array([np.nan, 4.0])) == np.inf
     assert relative_error(reference, np.ones(3)) == np.inf
+
+
+def test_groups_are_ordered_though_some_noise_is_infinite():
+    inf = float("inf")
+    groups = [
+        GroupNoise(scope, (), noise, entering)
+        for scope, noise, entering in (("a", 0.1, 0), ("b", inf, inf), ("c", 5, 0), ("d", inf, 1))
+    ]
+    profile = NoiseProfile("int8", tuple(groups), 8)
+    assert [group.scope for group in profile.most_sensitive(3)] == ["d", "c", "a"]

@@ -115,6 +115,14 @@ def test_what_passed_is_as_accurate_as_it_must_be(report):
             assert variant.accuracy.samples == report.calibration.evaluation.count
 
 
+def test_those_that_judge_have_no_part_in_what_is_kept_in_float(report):
+    seen = {row.tobytes() for row in report.calibration.inputs["signal"]}
+    judged = {row.tobytes() for row in report.calibration.evaluation.inputs["signal"]}
+    assert not seen & judged
+    noise = report.variant("int8-minmax").noise
+    assert noise.samples == min(8, report.calibration.samples)
+
+
 def test_each_is_timed_with_what_it_really_ran_on(report):
     for variant in report.judged:
         if variant.status == "unavailable":
@@ -201,3 +209,17 @@ def test_one_sample_can_not_both_calibrate_and_judge(model, eval_data, tmp_path)
     parameters = ReleaseParameters(variants="int8-minmax", profile="smoke")
     with pytest.raises(DataError, match="expected at least two"):
         compare_variants(model, path, data, SIGNATURE, parameters)
+
+
+def test_random_inputs_judge_nothing_that_rounds(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_model(model, path, signature=SIGNATURE, opset=14)
+    parameters = ReleaseParameters(
+        variants="fp32-optimized,int8-weights", profile="smoke", threads=1
+    )
+    data = load_evaluation_data(None, SIGNATURE)
+    report = compare_variants(model, path, data, SIGNATURE, parameters)
+    assert report.variant("fp32-optimized").passed
+    refused = report.variant("int8-weights")
+    assert refused.status == "failed"
+    assert "random numbers" in refused.reason

@@ -206,7 +206,7 @@ def _subtitle(report: Roofline) -> str:
         "so a floor may lie above the slope"
     )
     if any(row.ratio is not None and row.ratio < 1 for row in report.rows):
-        parts.append("below 1×: the machine was busy while its roofs were measured")
+        parts.append("below 1×: a run did less than was counted, or the roofs were disturbed")
     missing = sorted({row.precision for row in report.rows if row.floor is None})
     if missing:
         parts.append(f"no peak was measured for {', '.join(missing)}")
