@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install release test bench soak lab wheel test-wheel check format
+.PHONY: help install release test bench bench-peers soak lab wheel test-wheel check format
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,9 +33,13 @@ endif
 test: $(VENV)/.installed ## Run the tests on real services
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(OPTIONS)
 
-# Parts can be chosen: OPTIONS='startup steps tiny large growth --pairs 3'
+# Parts can be chosen: OPTIONS='startup steps tiny large growth variants-tiny variants-large --pairs 3'
 bench: $(VENV)/.installed ## Measure what a release costs, on services of its own
 	$(BIN)/python tests/bench $(OPTIONS)
+
+# Rows can be chosen: OPTIONS='PyTorch optimum Olive --model large'
+bench-peers: $(VENV)/.installed ## Measure what one would take instead, in environments of its own
+	$(BIN)/python tests/bench/peers $(OPTIONS)
 
 # Parts can be chosen: OPTIONS='kills services disk clock concurrency fuzz --count 300 --seed 1'
 soak: $(VENV)/.installed ## Kill, cut off, fill up, race and mutate for hours; count what survives
