@@ -192,14 +192,14 @@ def test_peer_that_makes_nothing_says_why(main, tmp_path):
     out.mkdir()
     record = {"file": "", "method": "", "notes": ["int8: 5 ms", "no candidate holds the limits"]}
     (out / "result.json").write_text(json.dumps(record))
-    task = main.Task(tmp_path, tmp_path, 1, 1, tmp_path, tmp_path)
+    task = main.Task(tmp_path, tmp_path, "all", 1, 1, tmp_path, tmp_path)
     row = main.measured(main.Row("Olive search"), task, judge=None)
     assert (row.reason, row.notes) == ("no candidate holds the limits", ("int8: 5 ms",))
     assert row.accuracy is None
 
 
 def test_peer_that_fails_is_a_row_with_its_last_words(main, tmp_path):
-    task = main.Task(tmp_path, tmp_path, 1, 1, tmp_path, tmp_path)
+    task = main.Task(tmp_path, tmp_path, "all", 1, 1, tmp_path, tmp_path)
     peer = main.Peer("none", "there_is_no_such.py")
     row = main.make(peer, task, [tmp_path] * 3, {})
     assert "there_is_no_such.py" in row.reason

@@ -226,6 +226,7 @@ def test_model_that_is_not_there_is_named(released, monkeypatch):
 def test_variants_are_made_again_from_the_calibration_data_that_were_kept(
     make_settings, s3, tmp_path, reset_mlflow
 ):
+    bucket = "test-reproduce-variants"
     inputs = make_small_inputs(tmp_path)
     calibration = tmp_path / "somewhere" / "calibration.npz"
     calibration.parent.mkdir()
@@ -234,7 +235,7 @@ def test_variants_are_made_again_from_the_calibration_data_that_were_kept(
     settings = make_settings("reproduce-variants")
     parameters = smoke(
         inputs,
-        BUCKET,
+        bucket,
         variants="int8-minmax,fp32-openvino",
         calibration_data=str(calibration),
         max_displacement_sigma=1e9,
@@ -243,11 +244,11 @@ def test_variants_are_made_again_from_the_calibration_data_that_were_kept(
     result = release_checkpoint(parameters, settings, notebook=notebook)
     assert result.success, result.error
     calibration.unlink()
-    uri = f"s3://{BUCKET}/{PREFIX}/{result.version}"
+    uri = f"s3://{bucket}/{PREFIX}/{result.version}"
     released = read_manifest(s3, uri)
     assert "variants/int8-minmax/model.onnx" in released.objects
     assert load_model(uri, settings=settings, variant="int8-minmax").get_inputs()
-    bom = s3.get_object(Bucket=BUCKET, Key=released.objects["bom.cdx.json"].key)["Body"].read()
+    bom = s3.get_object(Bucket=bucket, Key=released.objects["bom.cdx.json"].key)["Body"].read()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom.decode()) is None
     assert b'"bom-ref": "variant-int8-minmax"' in bom
     repeated = reproduce_release(connect(settings), uri)

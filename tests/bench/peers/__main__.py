@@ -31,7 +31,7 @@ import numpy as np
 from entry import RESULT
 from measure import Judge, Model, answers_apart
 from processes import run
-from table import Row, render
+from table import Row, described, render
 
 from heimdall_onnx.checkpoint import load_checkpoint
 from heimdall_onnx.demo import make_demo
@@ -104,6 +104,7 @@ class Task:
     Attributes:
         checkpoint: The checkpoint.
         eval_data: Its evaluation data.
+        variants: What this project searches.
         threads: Of every model.
         calls: Counted calls of each side of a pair.
         folder: For what is made on the way.
@@ -112,6 +113,7 @@ class Task:
 
     checkpoint: Path
     eval_data: Path
+    variants: str
     threads: int
     calls: int
     folder: Path
@@ -167,7 +169,7 @@ def _package(line: str) -> str:
 
 def own_release(task: Task, environment: dict[str, str]) -> Own:
     """Release with all variants, and fetch the one that it recommends."""
-    options = ["--variants", "all", "--json", "-p", "threads", str(task.threads)]
+    options = ["--variants", task.variants, "--json", "-p", "threads", str(task.threads)]
     done = run(
         [
             *(sys.executable, "-m", "heimdall_onnx", "release", task.checkpoint),
@@ -198,7 +200,7 @@ def own_of(manifest: Manifest, result: dict[str, Any], peak_bytes: int, folder: 
     seconds = sum(c["seconds"] for c in result["costs"] if c["step"] == "variants")
     row = Row(
         f"{OWN}: {chosen.name}",
-        f"release --variants all: {len(judged)} variants made, judged and timed, the fastest of "
+        f"release --variants: {len(judged)} variants made, judged and timed, the fastest of "
         f"{len(passed)} that passed its gates, session tuned; time of the step `variants`, memory "
         "of the whole release with report and upload",
         seconds=seconds,
@@ -305,18 +307,12 @@ def compare(
     print(f"{own.row.name}: {own.row.seconds:.0f} s", flush=True)
     data = apart(load_evaluation_data(task.eval_data, signature), own.calibration, task.folder)
     inputs = [onnx, *(task.folder / f"{name}.npz" for name in ("calibration", "evaluation"))]
-    made = []
-    for peer in peers:
-        made.append(make(peer, task, inputs, environment))
-        print(f"{peer.name}: {made[-1].reason or f'{made[-1].seconds:.0f} s'}", flush=True)
     fp32 = Model("fp32", onnx, SessionSettings(threads=task.threads))
     # The same threads for all, whatever the search has found.
     settings = own.model.settings.model_copy(update={"threads": task.threads})
     model = Model(own.model.name, own.model.path, settings)
     judge = Judge(data, signature, answers_apart(fp32, data, signature), model, task.calls)
-    rows = [measured(row, task, judge) for row in made]
-    mine, _, _ = judge.latency(fp32)
-    latency_ms = judge.latency(model)[0]
+    plain_ms, latency_ms, _ = judge.latency(fp32)
     row = Row(
         own.row.name,
         own.row.method,
@@ -325,8 +321,12 @@ def compare(
         size_bytes=model.size_bytes,
         seconds=own.row.seconds,
         peak_bytes=own.row.peak_bytes,
-        notes=(*own.row.notes, f"the fp32 ONNX file on ONNX Runtime: {mine:.2f} ms"),
+        notes=(*own.row.notes, f"the fp32 ONNX file on ONNX Runtime: {plain_ms:.2f} ms"),
     )
+    rows: list[Row] = []
+    for peer in peers:
+        rows.append(measured(make(peer, task, inputs, environment), task, judge))
+        print("\n".join(described(rows[-1], row)), flush=True)
     return row, rows
 
 
@@ -362,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=["tiny", "large"], default="tiny")
     parser.add_argument("--checkpoint", type=Path, help="another one, with --eval-data")
     parser.add_argument("--eval-data", type=Path)
+    parser.add_argument("--variants", default="all", help="what this project searches")
     parser.add_argument("--threads", type=int, default=usable_processors())
     parser.add_argument("--calls", type=int, default=100, help="counted calls of each side")
     parser.add_argument("--output", type=Path, default=Path(".heimdall/peers"), help="folder")
@@ -391,7 +392,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python_of(name, environments)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=output))
     try:
-        task = Task(checkpoint, eval_data, chosen.threads, chosen.calls, work, environments)
+        task = Task(
+            checkpoint=checkpoint,
+            eval_data=eval_data,
+            variants=chosen.variants,
+            threads=chosen.threads,
+            calls=chosen.calls,
+            folder=work,
+            environments=environments,
+        )
         with bench.services(work) as environment:
             threads = {"OMP_NUM_THREADS": str(chosen.threads)}
             own, rows = compare(task, peers, {**environment, **QUIET, **threads})

@@ -126,17 +126,19 @@ def render(own: Row, peers: Sequence[Row], width: int = 118) -> str:
         *_below(own, width),
     ]
     for row in peers:
-        if row.accuracy is None:
-            lines += [f"{row.name:30.30}  none: {row.reason}", *_below(row, width)]
-            continue
-        found = ratios(row, own)
-        speed = f"{row.latency.value:.2f}× ({row.latency.low:.2f}–{row.latency.high:.2f})"
-        others = "".join(f"{found[name].value:>7.2f}×" for name in ("size", "time", "memory"))
-        lines += [
-            f"{row.name:30.30}{speed:>24}{row.accuracy!s:>24}{others}  {verdict(row, own)}",
-            *_below(row, width),
-        ]
+        lines += described(row, own, width)
     return "\n".join([*lines, "", *summary(own, peers)])
+
+
+def described(row: Row, own: Row, width: int = 118) -> list[str]:
+    """A peer's lines: its ratios and verdict, or why there are none, and its method."""
+    if row.accuracy is None:
+        return [f"{row.name:30.30}  none: {row.reason}", *_below(row, width)]
+    found = ratios(row, own)
+    speed = f"{row.latency.value:.2f}× ({row.latency.low:.2f}–{row.latency.high:.2f})"
+    others = "".join(f"{found[name].value:>7.2f}×" for name in ("size", "time", "memory"))
+    line = f"{row.name:30.30}{speed:>24}{row.accuracy!s:>24}{others}  {verdict(row, own)}"
+    return [line, *_below(row, width)]
 
 
 def summary(own: Row, peers: Sequence[Row]) -> list[str]:
