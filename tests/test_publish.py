@@ -179,14 +179,16 @@ def test_calibration_data_of_their_own_are_kept(
     path.write_bytes(small.eval_data.read_bytes() + b"\0")
     calibrated = parameters.model_copy(update={"calibration_data": str(path)})
     variants.calibration = SimpleNamespace(file_sha256=hash_file(path))
+    read = path.read_bytes()
+    path.write_bytes(read[:-1] + b"\1")
+    with pytest.raises(DataError, match="has changed"):
+        upload(settings, calibrated, exported, variants=variants)
+    path.write_bytes(read)
     uploaded = upload(settings, calibrated, exported, variants=variants)
     kept = {entry["role"]: entry["sha256"] for entry in uploaded.content}
     assert set(kept) == {"checkpoint", "evaluation_data", "calibration_data"}
     assert kept["calibration_data"] == hash_file(path)
     assert f"{CONTENT}/{hash_file(path)}" in list_keys(s3, bucket, "")
-    path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    with pytest.raises(DataError, match="has changed"):
-        upload(settings, calibrated, exported, variants=variants)
     # Without variants nothing was calibrated.
     plain = upload(settings, calibrated, exported)
     assert {entry["role"] for entry in plain.content} == {"checkpoint", "evaluation_data"}
