@@ -19,7 +19,7 @@ $(VENV)/.made:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo 'filling the environment in $(VENV), which takes some minutes'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,embedded,postgres,openvino]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,embedded,postgres,openvino,train]'
 	@touch $@
 
 # Options of the release: CHECKPOINT=model.ckpt OPTIONS='--eval-data data.npz --profile audit'
@@ -33,7 +33,7 @@ endif
 test: $(VENV)/.installed ## Run the tests on real services
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(OPTIONS)
 
-# Parts can be chosen: OPTIONS='startup steps tiny large growth variants-tiny variants-large --pairs 3'
+# Parts can be chosen: OPTIONS='startup steps tiny large growth training variants-tiny variants-large --pairs 3'
 bench: $(VENV)/.installed ## Measure what a release costs, on services of its own
 	$(BIN)/python tests/bench $(OPTIONS)
 

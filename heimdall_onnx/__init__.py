@@ -14,7 +14,8 @@ or takes the steps one by one, with `ONNXExporter` or with the function of each 
 checkpoint (`checkpoint`), export it (`export`), check the file (`validate`), hold its outputs
 against PyTorch's (`compare`), time both (`benchmark`), evaluate the gates (`gates`), upload and
 register (`publish`). A consumer opens what was released with `load_model`, which checks its hash;
-``variant="recommended"`` opens the fastest form of it that passed (`variants`).
+``variant="recommended"`` opens the fastest form of it that passed (`variants`). A service that has
+to follow an alias without a pause asks a `ServedModel` (`serving`).
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from typing import Any
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _HOMES = {
+    "Axis": "signature",
     "LocalizationNet": "localization_net",
     "MLflowTracker": "registry",
     "ONNXExporter": "exporter",
     "ReleaseParameters": "parameters",
     "ReleaseResult": "release",
+    "ServedModel": "serving",
     "Settings": "settings",
     "Signature": "signature",
     "TensorSpec": "signature",

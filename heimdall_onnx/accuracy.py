@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.gates import AccuracyLimits, Gate
-from heimdall_onnx.ground import distance_m
+from heimdall_onnx.ground import difference_degrees, distance_m
 from heimdall_onnx.head_to_head import error_ratio
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.uncertainty import negative_log_likelihood
 
 Floats = npt.NDArray[np.float64]
 
@@ -125,21 +126,19 @@ def judge_accuracy(
         noise.append(_noise(a, b))
         if problem := _problem(spec.range, a, b):
             broken.append(f"{spec.name}: {problem}")
-    position, sigma = signature.position_output, signature.sigma_output
+    position = signature.position_output
     moved = sigmas = None
     task = score = None
     errors = reference_errors = np.empty(0)
     if position is not None:
         a, b = (_finite(outputs[position.name]) for outputs in (reference, found))
         moved = distance_m(a, b)
-        if sigma is not None:
-            sigmas = np.max(np.abs(_turned(b - a)) / reference[sigma.name], axis=1)
+        claimed = signature.deviations(reference)
+        if claimed is not None:
+            sigmas = np.max(np.abs(difference_degrees(b, a)) / claimed, axis=1)
         if data.positions is not None:
-            deviations = (
-                (None, None) if sigma is None else (reference[sigma.name], found[sigma.name])
-            )
-            score, reference_errors = _score(a, deviations[0], data.positions)
-            task, errors = _score(b, deviations[1], data.positions)
+            score, reference_errors = _score(a, claimed, data.positions)
+            task, errors = _score(b, signature.deviations(found), data.positions)
     return Accuracy(
         samples=data.count,
         outputs=tuple(statistics),
@@ -214,23 +213,14 @@ def _growth(what: str, reference: float, found: float, most: float, samples: str
 
 
 def _score(
-    positions: npt.NDArray[Any], sigma: npt.NDArray[Any] | None, truth: Floats
+    positions: npt.NDArray[Any], deviations: Floats | None, truth: Floats
 ) -> tuple[TaskScore, Floats]:
     errors = distance_m(positions, truth)
     nll = None
-    if sigma is not None:
-        deviation = sigma.astype(np.float64)
-        residual = _turned(positions - truth) / deviation
-        terms = 0.5 * residual**2 + np.log(deviation) + 0.5 * np.log(2 * np.pi)
-        nll = float(terms.sum(axis=1).mean())
+    if deviations is not None:
+        residual = difference_degrees(positions, truth)
+        nll = float(negative_log_likelihood(residual, deviations).mean())
     return TaskScore(float(np.median(errors)), float(np.quantile(errors, 0.95)), nll), errors
-
-
-def _turned(degrees: npt.NDArray[Any]) -> Floats:
-    """Differences (N, 2) in latitude and longitude, the latter the short way round."""
-    wrapped = degrees.astype(np.float64)
-    wrapped[:, 1] = (wrapped[:, 1] + 180) % 360 - 180
-    return wrapped
 
 
 def _noise(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:

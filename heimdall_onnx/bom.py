@@ -65,7 +65,7 @@ def describe_release(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> 
 
 def _bill(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Bom:
     model = _model(manifest, record)
-    inputs = (_checkpoint(manifest), _evaluation_data(manifest))
+    inputs = (_checkpoint(manifest), _evaluation_data(manifest), *_signature_file(manifest))
     packages = {name: _package(name, v) for name, v in record["distributions"].items()}
     ours = packages[DISTRIBUTION]
     environment = manifest["environment"]
@@ -212,7 +212,31 @@ def _checkpoint(manifest: Mapping[str, Any]) -> Component:
         description="The trained weights that were exported",
         hashes=_hashes(checkpoint["sha256"]),
         external_references=_content_references(manifest, "checkpoint"),
+        components=[
+            Component(
+                type=ComponentType.MACHINE_LEARNING_MODEL,
+                bom_ref=f"member-{number}",
+                name=member["file"],
+                description="The trained weights of one member, as the checkpoint records it",
+                hashes=_hashes(member["sha256"]),
+            )
+            for number, member in enumerate(checkpoint.get("members", ()), 1)
+        ],
     )
+
+
+def _signature_file(manifest: Mapping[str, Any]) -> Iterator[Component]:
+    """The file that declares inputs and outputs, where the model's class does not."""
+    for entry in manifest.get("content", []):
+        if entry["role"] == "signature":
+            yield Component(
+                type=ComponentType.FILE,
+                bom_ref="signature",
+                name=entry["name"],
+                description="The declared inputs and outputs of the model",
+                hashes=_hashes(entry["sha256"]),
+                external_references=_content_references(manifest, "signature"),
+            )
 
 
 def _evaluation_data(manifest: Mapping[str, Any]) -> Component:
@@ -403,6 +427,21 @@ def _ground_metrics(parity: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         where = f"{task['who']}, {parity['samples']} evaluation samples with true positions"
         yield _metric("localization error, median (m)", task["median_m"], where)
         yield _metric("localization error, p95 (m)", task["p95_m"], where)
+    for found in parity.get("uncertainty", ()):
+        calibration = found["calibration"]
+        if calibration is None:
+            continue
+        where = f"{found['who']}, {found['samples']} evaluation samples with true positions"
+        for coverage in calibration["coverage"]:
+            yield _metric(
+                f"coverage of the {coverage['nominal']:.0%} ellipse",
+                coverage["observed"],
+                f"{where}, 95% interval",
+                (coverage["low"], coverage["high"]),
+            )
+        yield _metric("calibration error, mean absolute", calibration["calibration_error"], where)
+        yield _metric("negative log-likelihood (nats)", calibration["nll"], where)
+        yield _metric("median radius of the 90% ellipse (m)", calibration["radius_p50_m"], where)
 
 
 def _variant_metrics(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

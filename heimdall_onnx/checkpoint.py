@@ -15,20 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from heimdall_onnx.errors import CheckpointError, HeimdallError, ParameterError
+from heimdall_onnx.errors import CheckpointError, DataError, HeimdallError, ParameterError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.pickles import check_pickles, is_zip
 from heimdall_onnx.signature import Signature, signature_of
+from heimdall_onnx.signature_file import SignatureFile, find_signature_file
 from heimdall_onnx.untrusted import listed, shown
 
 log = get_logger(__name__)
+
+# Where a checkpoint that was made of others says of which; nobody vouches for it.
+MEMBERS = "member_checkpoints"
+_MOST_MEMBERS = 1000
 
 DEFAULT_MODEL = "heimdall_onnx.localization_net:LocalizationNet"
 _LIGHTNING_PREFIX = "model."
@@ -41,19 +47,43 @@ _RESAVE = (
 )
 
 
+class Member(BaseModel):
+    """A checkpoint that another one was made of, as that one records it.
+
+    Attributes:
+        file: Name of its file.
+        sha256: SHA-256 of its content.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    file: Annotated[str, Field(max_length=255)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+_Members = TypeAdapter(
+    Annotated[list[Member], FailFast(), Field(min_length=2, max_length=_MOST_MEMBERS)]
+)
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with the weights of a checkpoint.
 
     Attributes:
         model: In eval mode, on the CPU.
-        signature: What it declares as inputs and outputs.
+        signature: What it is declared to take and give, by the file beside the checkpoint where
+            there is one, else by its class.
         path: The checkpoint.
         sha256: SHA-256 of the checkpoint.
         layout: ``"lightning"``, ``"model_state_dict"``, ``"state_dict"`` or ``"safetensors"``.
         hyper_parameters: As the checkpoint records them; empty if it doesn't.
         model_spec: Import string of the model's class.
         model_kwargs: The arguments it was built with.
+        signature_file: The file beside the checkpoint that declares the signature; None where the
+            class does.
+        members: The checkpoints that an ensemble's was made of, as it records them; empty for any
+            other.
     """
 
     model: nn.Module
@@ -64,6 +94,17 @@ class LoadedModel:
     hyper_parameters: dict[str, Any]
     model_spec: str
     model_kwargs: dict[str, Any]
+    signature_file: SignatureFile | None = None
+    members: tuple[Member, ...] = ()
+
+    @property
+    def signature_source(self) -> str:
+        """Where the signature comes from, in words."""
+        if self.signature_file is not None:
+            return f"the file {self.signature_file.path.name}"
+        if hasattr(self.model, "signature"):
+            return "the model's class"
+        return "nobody: the model is taken to have that of the reference model"
 
 
 @dataclass(frozen=True)
@@ -93,6 +134,11 @@ def load_checkpoint(
     and safetensors, told apart by content. Hyper-parameters that the checkpoint records become
     the constructor's arguments where it has parameters of those names; ``model_kwargs`` win over
     them. An argument ``pretrained`` is always off: the checkpoint replaces those weights anyway.
+    Arguments that the class lists in ``arguments_of_caller``, names of further classes for example,
+    are never taken from the file. The checkpoints that it was made of are read where the class has
+    ``made_of_checkpoints``, as an ensemble's does.
+    A file ``<stem>.signature.yaml`` beside the checkpoint declares the signature, and wins over
+    what the class declares; see `heimdall_onnx.signature_file`.
 
     Args:
         path: The checkpoint.
@@ -103,10 +149,12 @@ def load_checkpoint(
         CheckpointError: If the file is missing, broken, holds code, or does not fit the model;
             every missing, unexpected, wrong-shaped and non-finite weight is named.
         ParameterError: If the model can't be imported or built.
+        DataError: If the signature can't be read or contradicts itself.
     """
     source = Path(path)
     model_class = import_model_class(model)
     sha256 = _hash(source)
+    declared = find_signature_file(source)
     weights = read_weights(source)
     given = dict(model_kwargs or {})
     kwargs = _constructor_arguments(model, model_class, weights.hyper_parameters, given)
@@ -118,6 +166,8 @@ def load_checkpoint(
     built = _build(model, model_class, kwargs, recorded, source)
     tensors = _fitting(weights.tensors, built, source, model, kwargs)
     built.load_state_dict(tensors, strict=True)
+    if declared is not None:
+        _declare(built, declared)
     log.info("loaded", path=str(source), sha256=sha256, layout=weights.layout, model=model)
     return LoadedModel(
         model=built.cpu().eval(),
@@ -128,7 +178,39 @@ def load_checkpoint(
         hyper_parameters=weights.hyper_parameters,
         model_spec=model,
         model_kwargs=kwargs,
+        signature_file=declared,
+        members=_members(weights.hyper_parameters, model_class, source),
     )
+
+
+def _members(
+    hyper_parameters: Mapping[str, Any], model_class: type[nn.Module], path: Path
+) -> tuple[Member, ...]:
+    # In any other checkpoint the name is the trainer's own.
+    if not getattr(model_class, "made_of_checkpoints", False) or MEMBERS not in hyper_parameters:
+        return ()
+    try:
+        return tuple(_Members.validate_python(hyper_parameters[MEMBERS]))
+    except ValidationError as error:
+        problems = [
+            f"{shown('.'.join(map(str, e['loc']))) or MEMBERS}: {shown(e['msg'])}"
+            for e in error.errors(include_url=False, include_input=False)
+        ]
+        raise CheckpointError(
+            f"{path} does not say which checkpoints it was made of: expected under {MEMBERS} a "
+            f"list with file and sha256 of each:{listed(problems)}"
+        ) from None
+
+
+def _declare(model: nn.Module, file: SignatureFile) -> None:
+    """Let the model itself declare what the file says, for whoever is handed only the model."""
+    try:
+        model.signature = file.signature  # type: ignore[assignment]
+    except AttributeError as error:
+        raise DataError(
+            f"{file.path} declares a signature, but {type(model).__name__}.signature can't be "
+            f"replaced ({error}): remove one of the two"
+        ) from error
 
 
 def read_weights(path: Path | str) -> Weights:
@@ -217,7 +299,9 @@ def _constructor_arguments(
         for name in given
         if name not in names and not takes_any
     ]
-    kwargs = {n: hyper_parameters[n] for n in names if n in hyper_parameters} | given
+    barred = getattr(model_class, "arguments_of_caller", ())
+    recorded = {n: hyper_parameters[n] for n in names if n in hyper_parameters and n not in barred}
+    kwargs = recorded | given
     if "pretrained" in names and kwargs.get("pretrained", parameters["pretrained"].default):
         kwargs["pretrained"] = False
     problems += [

@@ -1,19 +1,18 @@
 """Parity: where, by how much and on which inputs the ONNX model differs from the PyTorch one.
 
 The documented gate (mean absolute error) hides single bad elements, so it never stands alone:
-elements, non-finite values, the noise floor of float32 and batch independence are gated as well.
+elements, non-finite values, the noise floor of float32 and batch independence are gated as well,
+and where the signature promises more, that promise.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from onnxruntime import InferenceSession
 from torch import nn
 
@@ -21,12 +20,27 @@ from heimdall_onnx.departure import Departure, first_departure
 from heimdall_onnx.depth import DepthProfile, error_along_depth
 from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.examples import Examples, examples_of
 from heimdall_onnx.gates import Gate
 from heimdall_onnx.ground import GroundAccumulator, GroundReport, middle_of
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.logs import get_logger
+from heimdall_onnx.promises import (
+    SAMPLES,
+    Limit,
+    MaskCheck,
+    OrderCheck,
+    check_masks,
+    check_orders,
+    excess,
+)
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.uncertainty import (
+    UncertaintyAccumulator,
+    UncertaintyReport,
+    uncertainty_accumulators,
+)
 
 log = get_logger(__name__)
 
@@ -43,16 +57,29 @@ class ParityCell:
     """Agreement on one kind of input at one batch size.
 
     Attributes:
-        kind: ``"evaluation data"`` or an adversarial kind.
+        kind: ``"evaluation data"``, a further length of a dynamic axis or an adversarial kind.
         batch_size: Samples in a call.
         samples: Samples compared.
         outputs: Statistics per output, in the signature's order.
+        valid: Whether the inputs are ordinary ones at a further length, with the same tolerance as
+            the evaluation data.
     """
 
     kind: str
     batch_size: int
     samples: int
     outputs: tuple[ErrorStatistics, ...]
+    valid: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What the tolerance of the elements is multiplied by."""
+        return tolerance_factor(self.kind, self.valid)
+
+
+def tolerance_factor(kind: str, valid: bool) -> float:
+    """What the tolerance of the elements is multiplied by on a kind of input."""
+    return 1.0 if valid or kind == EVALUATION else ADVERSARIAL_FACTOR
 
 
 @dataclass(frozen=True)
@@ -117,6 +144,13 @@ class ParityReport:
         onnx: The ONNX model's outputs on the same samples.
         worst_inputs: The batch in which an element exceeded its tolerance most.
         worst_where: Kind and batch size of that batch, in words.
+        worst_factor: What the tolerance was multiplied by there.
+        masks: Each mask of the signature, for both models.
+        orders: Each permutable axis of the signature, for both models.
+        valid_inputs: Whether signature or model say which inputs are valid, so that each of those
+            compared must be answered with a number.
+        uncertainty: Localization error and calibration of the PyTorch and of the ONNX model; empty
+            without labels or positions.
     """
 
     signature: Signature
@@ -132,6 +166,11 @@ class ParityReport:
     onnx: Arrays = field(repr=False)
     worst_inputs: Arrays = field(repr=False)
     worst_where: str
+    masks: tuple[MaskCheck, ...] = ()
+    orders: tuple[OrderCheck, ...] = ()
+    valid_inputs: bool = False
+    uncertainty: tuple[UncertaintyReport, ...] = ()
+    worst_factor: float = 1.0
 
     @property
     def evaluation(self) -> tuple[ErrorStatistics, ...]:
@@ -140,8 +179,8 @@ class ParityReport:
 
     def gates(self) -> tuple[Gate, ...]:
         """Every parity gate, evaluated."""
-        evaluation = [c for c in self.cells if c.kind == EVALUATION]
-        adversarial = [c for c in self.cells if c.kind != EVALUATION]
+        evaluation = [c for c in self.cells if c.factor == 1.0]
+        adversarial = [c for c in self.cells if c.factor != 1.0]
         return (
             self._mean_gate(evaluation),
             self._element_gate("elements on evaluation data", evaluation, 1.0),
@@ -156,17 +195,19 @@ class ParityReport:
                 f"{self.independence.neighbour}: {self.independence.largest_error:.3g}",
             ),
             *self._range_gates(),
+            *self._promise_gates(),
         )
 
     def _mean_gate(self, cells: list[ParityCell]) -> Gate:
         cell, worst = max(
             ((c, o) for c in cells for o in c.outputs), key=lambda pair: _nan_last(pair[1].mean)
         )
+        where = "" if cell.kind == EVALUATION else f"{cell.kind}, "
         return Gate.at_most(
             "mean absolute error",
             self.tolerance,
             worst.mean,
-            f"{worst.output}, batch {cell.batch_size}",
+            f"{worst.output}, {where}batch {cell.batch_size}",
         )
 
     def _element_gate(self, name: str, cells: list[ParityCell], factor: float) -> Gate:
@@ -192,6 +233,32 @@ class ParityReport:
                 if o.nonfinite_mismatches
             ),
         )
+
+    def _promise_gates(self) -> Iterator[Gate]:
+        # NaN in the same places is a faithful export, and where nothing says which inputs are
+        # valid, as of a bare floating-point input, an answer to zeros need not exist.
+        if self.valid_inputs:
+            yield Gate.none_of(
+                "finite outputs",
+                (
+                    f"{o.output}: {o.nonfinite} of {o.count} are NaN or Inf on {c.kind}, "
+                    f"batch {c.batch_size}"
+                    for c in self.cells
+                    for o in c.outputs
+                    if o.nonfinite
+                ),
+            )
+        if self.masks:
+            problems = (check.problem for check in self.masks)
+            yield Gate.none_of("masked elements", filter(None, problems))
+        for axis in dict.fromkeys(check.axis for check in self.orders):
+            worst = max((c for c in self.orders if c.axis == axis), key=lambda c: c.excess)
+            yield Gate.at_most(
+                f"order along {axis}",
+                1.0,
+                worst.excess,
+                f"in units of the tolerance; {worst.output} of {worst.side}",
+            )
 
     @staticmethod
     def _noise_gate(floor: NoiseFloor) -> Gate:
@@ -237,6 +304,7 @@ def compare_outputs(
     batch_size: int = 8,
     reference_samples: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    examples: Examples | None = None,
 ) -> ParityReport:
     """Compare the ONNX model with the PyTorch model on evaluation data and adversarial inputs.
 
@@ -253,30 +321,45 @@ def compare_outputs(
         batch_size: The largest batch size; 1, 2 and 3 are compared as well.
         reference_samples: Evaluation samples, evenly spaced, for the float64 reference.
         progress: Called with (samples done, samples in all) over the evaluation data.
+        examples: Makes the adversarial inputs; by default from the signature and, where the model
+            has methods for it, by the model.
 
     Raises:
+        DataError: If the model's own examples do not fit the signature.
         InvalidModelError: If ONNX Runtime can't load the file.
         EvidenceError: If a model can't run on an input of the signature's shape, PyTorch's not in
             float64, or the outputs have different shapes.
     """
     session = open_session(onnx, spinning=False) if isinstance(onnx, Path) else onnx
-    run = _Pair(model, session, signature, tolerance)
+    examples = examples or examples_of(model, signature)
+    run = _Pair(model, session, signature, tolerance, examples)
     del session
     largest = max(batch_size, 1)
-    ground = _ground(data, signature)
+    ground = _ground(data, signature, tolerance)
+    uncertainty = uncertainty_accumulators(data, signature)
     first = min(largest, data.count)
     reference = _Reference(data.count, reference_samples)
-    cells = [_compare_evaluation(run, data, first, ground, reference, progress)]
+    cells = [_compare_evaluation(run, data, first, ground, uncertainty, reference, progress)]
     for size in sorted({1, 2, 3, largest} - {first}):
         # Whole batches only: a shorter one at the end would be another batch size.
         rows = np.arange(-(-min(SMALL_BATCH_SAMPLES, data.count) // size) * size)
         cells.append(run.compare(EVALUATION, data.rows(rows), size))
     for size in sorted({1, 2, 3, largest}):
         base = data.rows(np.arange(max(size, 2)))
-        cells += [
-            run.compare(kind, inputs, size) for kind, inputs in adversarial_inputs(base).items()
-        ]
+        further = examples.at_other_lengths(max(size, 2), seed=size)
+        for kind, inputs in examples.adversarial(base).items():
+            if kind not in further:
+                cells.append(run.compare(kind, inputs, size))
+        cells += [run.compare(kind, inputs, size, valid=True) for kind, inputs in further.items()]
     independence = _batch_independence(run, data)
+    promised = (
+        {"PyTorch": run.pytorch, "ONNX": run.onnx},
+        signature,
+        examples,
+        data.rows(np.arange(SAMPLES)),
+        Limit(tolerance, RTOL),
+    )
+    masks, orders = check_masks(*promised), check_orders(*promised)
     del run.session
     report = ParityReport(
         signature=signature,
@@ -292,6 +375,11 @@ def compare_outputs(
         onnx=run.kept(1),
         worst_inputs=run.worst_inputs,
         worst_where=run.worst_where,
+        masks=masks,
+        orders=orders,
+        valid_inputs=examples.declared,
+        uncertainty=tuple(accumulator.result() for accumulator in uncertainty),
+        worst_factor=run.worst_factor,
     )
     log.info(
         "compared",
@@ -328,44 +416,22 @@ def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> Dept
     )
 
 
-def adversarial_inputs(base: Arrays) -> dict[str, Arrays]:
-    """Inputs made from ``base`` that a wrong export is likely to betray itself on.
-
-    Zeros, a constant, amplitudes ×0.01 and ×100, and one silent channel (index 0 of axis 1).
-    Only floating-point inputs are changed: scaling an index would make it another kind of input.
-    """
-
-    def silence(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        quiet = array.copy()
-        quiet[:, :1] = 0
-        return quiet
-
-    kinds: dict[str, Callable[[npt.NDArray[Any]], npt.NDArray[Any]]] = {
-        "zeros": np.zeros_like,
-        "constant": np.ones_like,
-        "amplitude ×0.01": lambda a: a * a.dtype.type(0.01),
-        "amplitude ×100": lambda a: a * a.dtype.type(100),
-        "silent channel": lambda a: silence(a) if a.ndim > 1 else np.zeros_like(a),
-    }
-    return {
-        kind: {
-            name: change(array) if np.issubdtype(array.dtype, np.floating) else array
-            for name, array in base.items()
-        }
-        for kind, change in kinds.items()
-    }
-
-
 class _Pair:
     """Both models side by side, and what is remembered of them while batches stream by."""
 
     def __init__(
-        self, model: nn.Module, session: InferenceSession, signature: Signature, tolerance: float
+        self,
+        model: nn.Module,
+        session: InferenceSession,
+        signature: Signature,
+        tolerance: float,
+        examples: Examples,
     ) -> None:
         self.model, self.session, self.signature = model, session, signature
-        self.tolerance = tolerance
+        self.tolerance, self.examples = tolerance, examples
         self.worst_inputs: Arrays = {}
         self.worst_where = ""
+        self.worst_factor = 1.0
         self._worst_excess = -1.0
         self._kept: list[tuple[Arrays, Arrays]] = []
         self._kept_samples = 0
@@ -376,20 +442,20 @@ class _Pair:
     def onnx(self, inputs: Arrays) -> Arrays:
         return run_onnx(self.session, inputs, self.signature)
 
-    def accumulators(self, kind: str) -> list[ErrorAccumulator]:
-        factor = 1.0 if kind == EVALUATION else ADVERSARIAL_FACTOR
+    def accumulators(self, factor: float) -> list[ErrorAccumulator]:
         return [
             ErrorAccumulator(spec, atol=factor * self.tolerance, rtol=factor * RTOL)
             for spec in self.signature.outputs
         ]
 
-    def compare(self, kind: str, inputs: Arrays, size: int) -> ParityCell:
-        accumulators = self.accumulators(kind)
+    def compare(self, kind: str, inputs: Arrays, size: int, *, valid: bool = False) -> ParityCell:
+        factor = tolerance_factor(kind, valid)
+        accumulators = self.accumulators(factor)
         count = next(iter(inputs.values())).shape[0]
         for start in range(0, count, size):
             batch = {name: array[start : start + size] for name, array in inputs.items()}
-            self.add(accumulators, kind, batch, start)
-        return ParityCell(kind, size, count, tuple(a.result() for a in accumulators))
+            self.add(accumulators, kind, batch, start, factor)
+        return ParityCell(kind, size, count, tuple(a.result() for a in accumulators), valid)
 
     def add(
         self,
@@ -397,6 +463,7 @@ class _Pair:
         kind: str,
         batch: Arrays,
         start: int,
+        factor: float = 1.0,
     ) -> tuple[Arrays, Arrays]:
         expected, found = self.pytorch(batch), self.onnx(batch)
         for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True):
@@ -406,18 +473,19 @@ class _Pair:
                     f"{expected[spec.name].shape}: an axis is frozen inside the graph"
                 )
             accumulator.update(expected[spec.name], found[spec.name], start)
-        self._remember_worst(kind, batch, expected, found)
+        self._remember_worst(kind, factor, batch, expected, found)
         return expected, found
 
-    def _remember_worst(self, kind: str, batch: Arrays, expected: Arrays, found: Arrays) -> None:
-        factor = 1.0 if kind == EVALUATION else ADVERSARIAL_FACTOR
-        excess = max(
-            _excess(expected[s.name], found[s.name], factor * self.tolerance, factor * RTOL)[0]
-            for s in self.signature.outputs
+    def _remember_worst(
+        self, kind: str, factor: float, batch: Arrays, expected: Arrays, found: Arrays
+    ) -> None:
+        limit = Limit(factor * self.tolerance, factor * RTOL)
+        largest = max(
+            excess(expected[s.name], found[s.name], limit)[0] for s in self.signature.outputs
         )
-        if excess > self._worst_excess:
-            self._worst_excess = excess
-            self.worst_inputs = batch
+        if largest > self._worst_excess:
+            self._worst_excess = largest
+            self.worst_inputs, self.worst_factor = batch, factor
             self.worst_where = f"{kind}, batch {next(iter(batch.values())).shape[0]}"
 
     def keep(self, expected: Arrays, found: Arrays) -> None:
@@ -437,10 +505,11 @@ def _compare_evaluation(
     data: EvaluationData,
     size: int,
     ground: GroundAccumulator | None,
+    uncertainty: tuple[UncertaintyAccumulator, ...],
     reference: _Reference,
     progress: Callable[[int, int], None] | None,
 ) -> ParityCell:
-    accumulators = run.accumulators(EVALUATION)
+    accumulators = run.accumulators(1.0)
     position = run.signature.position_output
     for part, batch in data.batches(size):
         expected, found = run.add(accumulators, EVALUATION, batch, part.start)
@@ -449,16 +518,21 @@ def _compare_evaluation(
         if ground is not None and position is not None:
             truth = None if data.positions is None else data.positions[part]
             ground.update(expected[position.name], found[position.name], truth)
+            if truth is not None:
+                for accumulator, outputs in zip(uncertainty, (expected, found), strict=True):
+                    accumulator.update(outputs, truth)
         if progress is not None:
             progress(part.stop, data.count)
     return ParityCell(EVALUATION, size, data.count, tuple(a.result() for a in accumulators))
 
 
-def _ground(data: EvaluationData, signature: Signature) -> GroundAccumulator | None:
+def _ground(
+    data: EvaluationData, signature: Signature, tolerance: float
+) -> GroundAccumulator | None:
     position = signature.position_output
     if position is None or position.shape[1:] != (2,):
         return None
-    return GroundAccumulator(middle_of(data.positions, data.meta))
+    return GroundAccumulator(middle_of(data.positions, data.meta), tolerance, position.dtype)
 
 
 class _Reference:
@@ -524,37 +598,19 @@ def _batch_independence(run: _Pair, data: EvaluationData) -> BatchIndependence:
     for row in range(min(3, data.count)):
         one = data.rows([row])
         alone = run.onnx(one)
-        neighbours = {**adversarial_inputs(one), EVALUATION: data.rows([row + 1])}
+        neighbours = {**run.examples.adversarial(one), EVALUATION: data.rows([row + 1])}
         for kind, other in neighbours.items():
             beside = run.onnx(
                 {name: np.concatenate([other[name], one[name], other[name]]) for name in one}
             )
             for spec in run.signature.outputs:
                 comparisons += 1
-                excess, error = _excess(
-                    alone[spec.name], beside[spec.name][1:2], run.tolerance, RTOL
-                )
-                if excess > worst.excess:
-                    worst = BatchIndependence(error, excess, kind, spec.name, 0)
+                allowed = Limit(run.tolerance, RTOL)
+                moved, error = excess(alone[spec.name], beside[spec.name][1:2], allowed)
+                if moved > worst.excess:
+                    worst = BatchIndependence(error, moved, kind, spec.name, 0)
     return BatchIndependence(
         worst.largest_error, worst.excess, worst.neighbour, worst.output, comparisons
-    )
-
-
-def _excess(
-    reference: npt.NDArray[Any], value: npt.NDArray[Any], atol: float, rtol: float
-) -> tuple[float, float]:
-    """Largest error in units of what is allowed, and as it is; infinite where not comparable."""
-    if reference.shape != value.shape:
-        return float("inf"), float("inf")
-    a, b = reference.astype(np.float64), value.astype(np.float64)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    finite = np.isfinite(a) & np.isfinite(b)
-    a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
-    error = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
-    return (
-        float(np.max(error / (atol + rtol * np.abs(a)), initial=0)),
-        float(np.max(error, initial=0)),
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from heimdall_onnx.errors import StoreError
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import Content, content_key
+from heimdall_onnx.manifest import Content, Role, content_key
 from heimdall_onnx.store import (
     download_file,
     exists,
@@ -28,7 +28,7 @@ def keep_content(
     bucket: str,
     path: Path,
     sha256: str,
-    role: Literal["checkpoint", "evaluation_data", "calibration_data"],
+    role: Role,
 ) -> Content:
     """Keep a file under its hash, unless it is there already.
 

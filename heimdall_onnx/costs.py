@@ -26,6 +26,8 @@ STEPS = {
     "locate_departure": "departure",
     "trace_depth": "departure",
     "measure_latency": "latency",
+    "compare_member": "members",
+    "assess_members": "members",
     "compare_variants": "variants",
     "measure_roofline": "roofline",
     "profile_variants": "operator times",

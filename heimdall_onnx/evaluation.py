@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.errors import DataError
+from heimdall_onnx.examples import examples_of
 from heimdall_onnx.npz import Rows, read_npz, whole
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.untrusted import shown
@@ -55,7 +56,7 @@ class EvaluationData:
     def provenance(self) -> str:
         """Where the inputs come from, as far as the file says."""
         if self.synthetic:
-            return "seeded random numbers"
+            return str(self.meta.get("provenance", "seeded random numbers"))
         said = str(self.meta.get("provenance", "not recorded"))
         try:
             recordings = [r for event in self.meta["events"] for r in event["recordings"]]
@@ -91,20 +92,26 @@ class EvaluationData:
         )
 
 
-def load_evaluation_data(path: Path | str | None, signature: Signature) -> EvaluationData:
+def load_evaluation_data(
+    path: Path | str | None, signature: Signature, model: object = None
+) -> EvaluationData:
     """Read an ``.npz`` with one array per input, or make synthetic inputs where there is none.
 
     Args:
         path: The file; ``positions`` (N, 2) and ``meta`` (JSON text) in it are optional. None
-            gives 64 seeded standard-normal samples.
+            gives 64 seeded samples.
         signature: What the arrays must fit.
+        model: Makes the samples where it has a method for that; see `heimdall_onnx.examples`.
 
     Raises:
         DataError: If the file can't be read or does not fit; every problem is named.
     """
     if path is None:
-        synthetic = signature.random_inputs(SYNTHETIC_SAMPLES)
-        return EvaluationData(synthetic, None, {}, "synthetic inputs", None, {})
+        examples = examples_of(model, signature)
+        made_by = f"seeded examples of {type(model).__name__}'s own making"
+        meta = {"provenance": made_by} if examples.own else {}
+        synthetic = examples.valid(SYNTHETIC_SAMPLES)
+        return EvaluationData(synthetic, None, meta, "synthetic inputs", None, {})
     path = Path(path)
     arrays, sha256 = _read_npz(path)
     wanted = [spec.name for spec in signature.inputs]
@@ -115,12 +122,30 @@ def load_evaluation_data(path: Path | str | None, signature: Signature) -> Evalu
         count = signature.check_inputs(inputs or arrays, str(path))
     except DataError as error:
         problems.append(str(error))
+    else:
+        problems += unknown_ids(inputs, signature)
     positions = _read_positions(arrays, count, problems)
     meta = _read_meta(arrays, problems)
     receivers = _read_receivers(meta, problems)
     if problems:
         raise DataError(f"evaluation data {path} can't be used:\n  - " + "\n  - ".join(problems))
     return EvaluationData(inputs, positions, meta, path.name, sha256, receivers)
+
+
+def unknown_ids(inputs: Mapping[str, Rows], signature: Signature) -> Iterator[str]:
+    """Integers beyond their range, which a model would look up where nothing is, in words."""
+    for spec in signature.inputs:
+        if spec.range is None or not np.issubdtype(np.dtype(spec.dtype), np.integer):
+            continue
+        ids = whole(inputs[spec.name])
+        beyond = (ids < spec.range[0]) | (ids > spec.range[1])
+        rows = np.flatnonzero(beyond.reshape(len(ids), -1).any(axis=1))
+        if rows.size:
+            yield (
+                f"`{spec.name}` must be in [{spec.range[0]:g}, {spec.range[1]:g}], as the model "
+                f"declares; {ids[beyond].min()} to {ids[beyond].max()} are in {rows.size} samples, "
+                f"first in sample {rows[0]}"
+            )
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Rows], str]:

@@ -21,7 +21,9 @@ from heimdall_onnx.errors import (
     ParityError,
 )
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.examples import examples_of
 from heimdall_onnx.export import eval_mode, export_model
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.gates import Verdict
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
@@ -34,7 +36,6 @@ from heimdall_onnx.store import (
     download_file,
     ensure_bucket,
     exists,
-    hash_file,
     hash_object,
     head,
     parse_uri,
@@ -104,7 +105,7 @@ class ONNXExporter:
         batch_size: int = 8,
         tolerance: float = 1e-5,
     ) -> dict[str, Any]:
-        """Compare both models on seeded standard-normal inputs and time them at ``batch_size``.
+        """Compare both models on seeded example inputs and time them at ``batch_size``.
 
         Returns:
             ``{OUTPUT_mae for each output, inference_time_onnx_ms, inference_time_pytorch_ms
@@ -116,7 +117,7 @@ class ONNXExporter:
         """
         signature = signature_of(pytorch_model)
         path = Path(onnx_path)
-        inputs = signature.random_inputs(num_batches * batch_size)
+        inputs = examples_of(pytorch_model, signature).valid(num_batches * batch_size)
         data = EvaluationData(inputs, None, {}, "synthetic inputs", None, {})
         with eval_mode(pytorch_model):
             parity = compare_outputs(

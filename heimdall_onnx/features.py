@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.errors import DataError, ParameterError
 from heimdall_onnx.events import AlignedRecordings, align_recordings, group_recordings
+from heimdall_onnx.files import hash_file, replace_file
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.mel import FeatureParameters, mel_windows
 from heimdall_onnx.recordings import Recording, read_recording
@@ -25,8 +22,11 @@ __all__ = [
     "SCHEMA",
     "FeatureParameters",
     "FeatureSet",
+    "check_positions",
+    "check_receivers",
+    "event_provenance",
     "receiver_list",
-    "replace_file",
+    "too_short",
     "write_feature_file",
     "write_features",
 ]
@@ -85,18 +85,18 @@ def write_features(
     """
     parameters = parameters or FeatureParameters()
     sites = dict(receivers or {})
-    _check_positions(position, sites)
+    check_positions(position, sites)
     read = _read_all(recordings)
-    _check_names(sites, read)
+    check_receivers(sites, read)
     events, windows = [], []
     for event in _events(read, parameters):
         found = mel_windows(_signals(event, parameters), event.sample_rate_hz, parameters)
         windows.append(found)
-        events.append(_provenance(event, found.shape[0], sites))
+        events.append(event_provenance(event, found.shape[0], sites))
         log.info("features.event", windows=found.shape[0], alignment=event.method)
     features = np.concatenate(windows) if windows else np.empty(0, np.float32)
     if features.size == 0:
-        raise DataError(_too_short(read, parameters))
+        raise DataError(too_short(read, parameters))
     meta = {
         "schema": SCHEMA,
         "provenance": "recordings",
@@ -115,6 +115,11 @@ def write_feature_file(
 ) -> FeatureSet:
     """Write arrays and ``meta`` as one ``.npz``, completely or not at all.
 
+    Args:
+        path: The file; one that exists is replaced.
+        arrays: The model's inputs by name and, where they are known, ``positions``; samples first.
+        meta: Provenance and parameters, JSON.
+
     Raises:
         DataError: If the file can't be written.
     """
@@ -122,34 +127,10 @@ def write_feature_file(
     with replace_file(path) as file:
         # NumPy gives every member the same fixed date, so equal arrays give equal bytes.
         np.savez(file, **arrays, meta=np.array(text))  # type: ignore[arg-type]
-    with path.open("rb") as written:
-        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-    count = len(arrays["mel_spectrogram"])
+    sha256 = hash_file(path)
+    count = len(next(iter(arrays.values())))
     log.info("features.written", file=path.name, windows=count, sha256=sha256)
     return FeatureSet(path, count, sha256, meta)
-
-
-@contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file that takes the place of ``path`` when the block ends without an error.
-
-    Raises:
-        DataError: If the folder can't be made or the file can't be written.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide the result from other users
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} can't be written: {error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def receiver_list(sites: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
@@ -191,9 +172,10 @@ def _signals(
     return np.stack([iq.real, iq.imag, np.abs(iq)]).astype(np.complex64)
 
 
-def _provenance(
+def event_provenance(
     event: AlignedRecordings, windows: int, sites: Mapping[str, tuple[float, float]]
 ) -> dict[str, Any]:
+    """What ``meta`` says of an event: its recordings, and how they were put together."""
     return {
         "windows": windows,
         "alignment": event.method,
@@ -220,7 +202,8 @@ def _pair(position: tuple[float, float] | None) -> list[float] | None:
     return None if position is None else [float(value) for value in position]
 
 
-def _too_short(recordings: Sequence[Recording], parameters: FeatureParameters) -> str:
+def too_short(recordings: Sequence[Recording], parameters: FeatureParameters) -> str:
+    """The error message where no event gives a window."""
     lengths = ", ".join(
         f"{r.path.name}: {r.iq.size} samples ({r.dropped_samples} dropped at gaps)"
         for r in recordings
@@ -231,9 +214,14 @@ def _too_short(recordings: Sequence[Recording], parameters: FeatureParameters) -
     )
 
 
-def _check_positions(
+def check_positions(
     position: tuple[float, float] | None, sites: Mapping[str, tuple[float, float]]
 ) -> None:
+    """Refuse what is not on the globe.
+
+    Raises:
+        ParameterError: With every position that is out of range.
+    """
     named = {**sites, **({"position": position} if position is not None else {})}
     problems = [
         f"{name}: {pair!r}"
@@ -247,7 +235,12 @@ def _check_positions(
         )
 
 
-def _check_names(sites: Mapping[str, object], recordings: Sequence[Recording]) -> None:
+def check_receivers(sites: Mapping[str, object], recordings: Sequence[Recording]) -> None:
+    """Refuse positions of receivers that recorded nothing.
+
+    Raises:
+        ParameterError: With their names.
+    """
     known = {r.receiver for r in recordings if r.receiver}
     unknown = sorted(set(sites) - known)
     if unknown:

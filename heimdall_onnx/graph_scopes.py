@@ -99,6 +99,20 @@ class ScopedGraph:
         nodes = (self._nodes[index] for index in self._members[scope])
         return tuple(name for op, name, _, _ in nodes if op in operators)
 
+    def around(self, node: str) -> tuple[list[str], list[str]]:
+        """Values that a node of this name uses and others produce, and those that it produces."""
+        _, _, used, made = next(found for found in self._nodes if found[1] == node)
+        return [name for name in dict.fromkeys(used) if name in self._producer], list(made)
+
+    def unscoped(self, operators: Collection[str]) -> tuple[str, ...]:
+        """Names of the model's own nodes of these operators, which are in none of its modules."""
+        inside = {index for scope in self.scopes for index in self._members[scope]}
+        return tuple(
+            name
+            for index, (op, name, _, _) in enumerate(self._nodes)
+            if op in operators and index not in inside
+        )
+
     def produces(self, name: str) -> bool:
         """Whether a node of the graph computes the value."""
         return name in self._producer

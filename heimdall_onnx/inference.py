@@ -6,10 +6,13 @@ the other's memory and threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +32,7 @@ OptimizationLevel = Literal["none", "basic", "extended", "all"]
 def run_pytorch(
     model: nn.Module, inputs: Mapping[str, npt.NDArray[Any]], signature: Signature
 ) -> Arrays:
-    """Run ``model`` on ``inputs``, passed in the signature's order, without gradients.
+    """Run ``model`` on ``inputs``, passed as `input_order` says, without gradients.
 
     The arrays go to the model's own device, floating-point ones in the model's own precision; a
     model without any weights takes them as they are.
@@ -47,24 +50,120 @@ def run_pytorch(
         value = torch.from_numpy(np.ascontiguousarray(array)).to(device)
         return value.to(precision) if value.is_floating_point() else value
 
-    arguments = [tensor(inputs[spec.name]) for spec in signature.inputs]
+    order = input_order(model, signature)
+    arguments = [tensor(inputs[name]) for name in order.positional]
+    keywords = {name: tensor(inputs[name]) for name in order.keywords}
     try:
         with torch.inference_mode():
-            result = model(*arguments)
+            result = model(*arguments, **keywords)
     except Exception as error:  # the model's own code
         shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
         raise EvidenceError(f"{type(model).__name__} can't run on {shapes}: {error}") from error
+    outputs = named_outputs(model, result, signature)
+    return {spec.name: outputs[spec.name].cpu().numpy() for spec in signature.outputs}
+
+
+class InputOrder(NamedTuple):
+    """How a model's ``forward`` takes the inputs of its signature."""
+
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...] = ()
+
+
+def input_order(model: nn.Module, signature: Signature) -> InputOrder:
+    """Which inputs ``model.forward`` takes by position, in which order, and which by name.
+
+    Where every input is called as a parameter of ``forward`` it goes to that one, whatever the
+    signature's order; otherwise the signature's order counts. What only has a name, and what
+    comes after a parameter that gets nothing, goes by name.
+    """
+    names = tuple(spec.name for spec in signature.inputs)
+    if "forward" in vars(model):  # put there, on this one model
+        return _input_order(model.forward, names, False)
+    return _class_input_order(type(model).forward, names)
+
+
+def _input_order(forward: Callable[..., Any], names: tuple[str, ...], of_class: bool) -> InputOrder:
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[of_class:]
+    except (TypeError, ValueError):  # a function of C's
+        return InputOrder(names)
+    places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    only_named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    kinds = {p.kind for p in parameters}
+    rest = [name for name in names if name not in only_named]
+    if set(rest) <= set(places):
+        leading = tuple(itertools.takewhile(set(rest).__contains__, places))
+        return InputOrder(leading, tuple(name for name in names if name not in leading))
+    keywords = [name for name in names if name in only_named]
+    if inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        keywords += rest[len(places) :]
+        rest = rest[: len(places)]
+    return InputOrder(tuple(rest), tuple(keywords))
+
+
+@functools.lru_cache(maxsize=64)
+def _class_input_order(forward: Callable[..., Any], names: tuple[str, ...]) -> InputOrder:
+    # Kept, as it is asked for at every call that is timed.
+    return _input_order(forward, names, True)
+
+
+def named_outputs(model: nn.Module, result: Any, signature: Signature) -> dict[str, torch.Tensor]:
+    """The tensors in what ``model`` returned, by the signature's names, in the model's order.
+
+    One tensor, a sequence in the signature's order, a dictionary or a named tuple; dictionaries
+    may lie in others or in sequences, where an output is called by its own key, or by all keys on
+    the way to it with dots between.
+
+    Raises:
+        EvidenceError: If it does not have the outputs that the signature names.
+    """
     names = [spec.name for spec in signature.outputs]
-    if isinstance(result, torch.Tensor):
-        result = [result]
-    named = isinstance(result, Mapping)
-    if not set(names) <= set(result) if named else len(result) != len(names):
+    # The usual case first and by itself: it is in every call that is timed.
+    if type(result) is tuple and len(result) == len(names) and all(map(_is_tensor, result)):
+        return dict(zip(names, result, strict=True))
+    leaves = list(_leaves(result))
+    named = any(path for path, _ in leaves)
+    if not named and len(leaves) == len(names):
+        return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+    found: dict[str, torch.Tensor] = {}
+    twice = []
+    for path, leaf in leaves if named else ():
+        called = [
+            n for n in dict.fromkeys((".".join(path), path[-1] if path else "")) if n in names
+        ]
+        for name in called[:1]:
+            twice += [name] if name in found else []
+            found[name] = leaf
+    if twice or found.keys() != set(names):
+        fields = [".".join(path) or "one without a name" for path, _ in leaves]
+        plain = isinstance(result, tuple) and len(leaves) == len(names)
+        if plain and hasattr(result, "_fields") and not twice:
+            return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
         raise EvidenceError(
-            f"{type(model).__name__} returned {sorted(result) if named else len(result)} outputs; "
+            f"{type(model).__name__} returned {sorted(fields) if named else len(leaves)} outputs; "
             f"its signature names {names}"
         )
-    outputs = result if named else dict(zip(names, result, strict=True))
-    return {name: outputs[name].cpu().numpy() for name in names}
+    return found
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The tensors in ``value`` with the keys on the way to them."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for key, inner in zip(value._fields, value, strict=True):
+            yield from _leaves(inner, (*path, key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, path)
+    elif _is_tensor(value):
+        yield path, value
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach")
 
 
 def open_session(

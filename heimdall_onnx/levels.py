@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from heimdall_onnx.compare import ADVERSARIAL_FACTOR, EVALUATION, RTOL
+from heimdall_onnx.compare import RTOL
 from heimdall_onnx.inference import OptimizationLevel, open_session, run_onnx, run_pytorch
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
@@ -99,9 +99,8 @@ def compare_levels(
     rows = np.unique(np.linspace(0, data.count - 1, min(samples, data.count)).astype(int))
     size = report.cells[0].batch_size
     parts = (data.rows(rows[start : start + size]) for start in range(0, rows.size, size))
-    on_data = report.worst_where.startswith(EVALUATION)
     batches = [(1.0, batch) for batch in parts]
-    batches.append((1.0 if on_data else ADVERSARIAL_FACTOR, report.worst_inputs))
+    batches.append((report.worst_factor, report.worst_inputs))
     expected = [run_pytorch(model, batch, report.signature) for _, batch in batches]
     levels = tuple(_at_level(level, onnx_path, batches, expected, report) for level in LEVELS)
     source = f"{len(rows)} samples of {report.source}, and the worst batch: {report.worst_where}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heimdall_onnx.errors import ParameterError, VerificationError
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import (
@@ -267,7 +268,7 @@ def _fetch(
     cache: Path,
 ) -> Path:
     """Bring the files of a model into ``cache``, checked, and return the model's path."""
-    digest = expected.get("model.onnx") or _recorded_sha256(client, bucket, keys["model.onnx"])
+    digest = expected.get("model.onnx") or _recordedhash_file(client, bucket, keys["model.onnx"])
     # Two models may share a graph and differ in their external data.
     own = [digest, *(expected[name] for name in sorted(expected) if name != MODEL)]
     if len(own) > 1:
@@ -277,7 +278,7 @@ def _fetch(
     for name, key in keys.items():
         wanted = expected.get(name, digest)
         target = folder / name
-        if not (target.is_file() and _sha256(target) == wanted):
+        if not (target.is_file() and hash_file(target) == wanted):
             found = download_file(client, bucket, key, target, sha256=None)
             if found != wanted:
                 target.unlink()
@@ -288,7 +289,7 @@ def _fetch(
     return folder / "model.onnx"
 
 
-def _recorded_sha256(client: S3Client, bucket: str, key: str) -> str:
+def _recordedhash_file(client: S3Client, bucket: str, key: str) -> str:
     digest = head(client, bucket, key).sha256
     if not digest:
         raise VerificationError(
@@ -296,8 +297,3 @@ def _recorded_sha256(client: S3Client, bucket: str, key: str) -> str:
             "open the release folder instead"
         )
     return digest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

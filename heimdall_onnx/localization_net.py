@@ -1,8 +1,9 @@
 """The reference model: radio-source localization from the mel spectrograms of three receivers.
 
-The backbone is ConvNeXt (Liu et al., "A ConvNet for the 2020s", CVPR 2022). Its parameters carry
-the names that torchvision gives them, so that weights published in that layout load strictly,
-but torchvision itself is not needed.
+The backbone is ConvNeXt (Liu et al., "A ConvNet for the 2020s", CVPR 2022), for training on a few
+processor cores in the size atto (Woo et al., "ConvNeXt V2", CVPR 2023, table of sizes). Its
+parameters carry the names that torchvision gives them, so that weights published in that layout
+load strictly, but torchvision itself is not needed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import contextlib
 import difflib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from heimdall_onnx.checkpoint import read_weights
 from heimdall_onnx.errors import CheckpointError, ParameterError
+from heimdall_onnx.frame import LocalFrame
 from heimdall_onnx.signature import localization_signature
 
 _WEIGHTS_URL = "https://download.pytorch.org/models/convnext_{}.pth"
@@ -36,13 +39,14 @@ class _Size:
         channels: Channels of the four stages.
         depths: Blocks of the four stages.
         stochastic_depth: Probability with which the last block is skipped in training.
-        weights: Published name and start of the SHA-256 of the ImageNet weights.
+        weights: Published name and start of the SHA-256 of the ImageNet weights; None where none
+            are published in this layout.
     """
 
     channels: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
     stochastic_depth: float
-    weights: str
+    weights: str | None
 
 
 BACKBONES = {
@@ -50,6 +54,7 @@ BACKBONES = {
     "medium": _Size((128, 256, 512, 1024), (3, 3, 27, 3), 0.5, "base-6075fbad"),
     "small": _Size((96, 192, 384, 768), (3, 3, 27, 3), 0.4, "small-0c510722"),
     "tiny": _Size((96, 192, 384, 768), (3, 3, 9, 3), 0.1, "tiny-983f1562"),
+    "atto": _Size((40, 80, 160, 320), (2, 2, 6, 2), 0.1, None),
 }
 
 
@@ -60,21 +65,30 @@ class LocalizationNet(nn.Module):
     in degrees latitude and longitude, unbounded, and ``uncertainties`` (batch, 2) in degrees
     within [uncertainty_min, uncertainty_max]. A batch of 0 gives empty outputs.
 
+    With a centroid and a scale the heads answer in units of a `LocalFrame`, which turns them into
+    degrees inside the graph; that is what training sets. Without them the heads answer in degrees.
+
     Args:
         pretrained: ``True`` downloads the published ImageNet weights of the backbone (cached by
             ``torch.hub``); a path loads such a file, whose classifier is left out; ``False``
             initializes at random and touches neither disk nor network.
         freeze_backbone: Train the heads only.
         uncertainty_min: Smallest uncertainty, in degrees, above 0.
-        uncertainty_max: Largest uncertainty, in degrees.
-        backbone_size: ``"large"``, ``"medium"`` (published as base), ``"small"`` or ``"tiny"``.
+        uncertainty_max: Largest uncertainty, in degrees. Both limits hold for calibrated ones as
+            well: what calibrating would take beyond them stays at the limit.
+        backbone_size: ``"large"``, ``"medium"`` (published as base), ``"small"``, ``"tiny"`` or
+            ``"atto"``.
+        centroid: Latitude and longitude of the frame's origin, degrees; with ``scale_m``.
+        scale_m: Metres of one unit of the frame; with ``centroid``.
 
     Attributes:
         signature: The model's inputs and outputs, with these limits.
         backbone_size: As given.
+        frame: The frame; None where the heads answer in degrees.
 
     Raises:
-        ParameterError: If the size is unknown or the uncertainties' limits are not in order.
+        ParameterError: If the size is unknown, the uncertainties' limits are not in order, or
+            centroid and scale make no frame.
         CheckpointError: If the pretrained weights can't be had or don't fit.
     """
 
@@ -85,6 +99,8 @@ class LocalizationNet(nn.Module):
         uncertainty_min: float = 0.01,
         uncertainty_max: float = 1.0,
         backbone_size: str = "large",
+        centroid: Sequence[float] | None = None,
+        scale_m: float | None = None,
     ) -> None:
         super().__init__()
         size = _checked_size(backbone_size)
@@ -99,21 +115,71 @@ class LocalizationNet(nn.Module):
         self.backbone = nn.Sequential(features, nn.AdaptiveAvgPool2d(1))
         self.position_head = _head(size.channels[-1])
         self.uncertainty_head = _head(size.channels[-1])
+        self.frame = _frame(centroid, scale_m)
         if freeze_backbone:
             self.backbone.requires_grad_(False)
 
     def forward(self, mel_spectrogram: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (batch, 2) and uncertainties (batch, 2), both in degrees."""
+        positions, spread = self._heads(mel_spectrogram)
+        if self.frame is not None:
+            positions, spread = self.frame(positions, spread)
+        return positions, self._limited(spread, self.uncertainty_min, self.uncertainty_max)
+
+    def local(self, mel_spectrogram: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets (batch, 2) and deviations (batch, 2), both in units of the frame, uncalibrated.
+
+        Raises:
+            ParameterError: If the model has no frame.
+        """
+        if self.frame is None:
+            raise ParameterError("the model has no frame: build it with a centroid and a scale_m")
+        offsets, spread = self._heads(mel_spectrogram)
+        units = self.frame.degrees_per_unit
+        return offsets, self._limited(
+            spread.to(units.dtype), self.uncertainty_min / units, self.uncertainty_max / units
+        )
+
+    def augment(self, mel_spectrogram: Tensor) -> tuple[Tensor]:
+        """Other inputs with the same answer, for training: mirrored in time or in frequency.
+
+        Which end of the band or of the window is which says nothing about the place.
+        """
+        mirrored = [axis for axis in (2, 3) if torch.rand(()) < 0.5]
+        return (mel_spectrogram.flip(mirrored),)
+
+    def _heads(self, mel_spectrogram: Tensor) -> tuple[Tensor, Tensor]:
         pooled = self.backbone(mel_spectrogram).flatten(1)
-        positions = self.position_head(pooled)
-        spread = F.softplus(self.uncertainty_head(pooled))
-        return positions, spread.clamp(self.uncertainty_min, self.uncertainty_max)
+        return self.position_head(pooled), F.softplus(self.uncertainty_head(pooled))
+
+    def _limited(self, spread: Tensor, low: Any, high: Any) -> Tensor:
+        if not self.training:
+            return spread.clamp(low, high)
+        limited: Tensor = _Clamp.apply(spread, low, high)  # type: ignore[no-untyped-call]
+        return limited
 
     def get_params_count(self) -> dict[str, int]:
         """Number of parameters: ``total``, ``trainable`` and ``frozen``."""
         total = sum(p.numel() for p in self.parameters())
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return {"total": total, "trainable": trainable, "frozen": total - trainable}
+
+
+class _Clamp(torch.autograd.Function):
+    """Clamping whose gradient still leads back into the range; that of ``clamp`` is 0 outside."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, low: Any, high: Any) -> Tensor:
+        context.save_for_backward(value < low, value > high)
+        return value.clamp(low, high)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        below, above = context.saved_tensors
+        (gradient,) = gradients
+        # Descent goes against the gradient: below the range a positive one leads further down.
+        outward = (below & (gradient > 0)) | (above & (gradient < 0))
+        return gradient.masked_fill(outward, 0.0), None, None
 
 
 class _LayerNorm2d(nn.LayerNorm):
@@ -220,6 +286,17 @@ def _checked_size(name: str) -> _Size:
     return size
 
 
+def _frame(centroid: Sequence[float] | None, scale_m: float | None) -> LocalFrame | None:
+    if centroid is None and scale_m is None:
+        return None
+    if centroid is None or scale_m is None:
+        raise ParameterError(
+            "centroid and scale_m make a frame together; found "
+            f"centroid={centroid!r}, scale_m={scale_m!r}"
+        )
+    return LocalFrame(centroid, scale_m)
+
+
 def _check_limits(low: float, high: float) -> None:
     if not (0 < low < high and math.isfinite(high)):
         raise ParameterError(
@@ -229,6 +306,7 @@ def _check_limits(low: float, high: float) -> None:
 
 
 def _load_features(features: nn.Module, size: _Size, pretrained: bool | str | Path) -> None:
+    weights: Mapping[str, Tensor]
     weights = _published(size) if pretrained is True else read_weights(str(pretrained)).tensors
     source = "the published weights" if pretrained is True else str(pretrained)
     own = {
@@ -243,6 +321,11 @@ def _load_features(features: nn.Module, size: _Size, pretrained: bool | str | Pa
 
 
 def _published(size: _Size) -> Mapping[str, Tensor]:
+    if size.weights is None:
+        raise CheckpointError(
+            "no weights are published for this size in torchvision's layout; use "
+            "pretrained=False, or give a file's path"
+        )
     url = _WEIGHTS_URL.format(size.weights)
     try:
         # It announces the download on standard output, which belongs to the caller's result.

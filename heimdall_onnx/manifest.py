@@ -57,7 +57,7 @@ _OPTIONS = {
 _MAX_OPTIONS = 50
 _OPTION_VALUE = re.compile(r"[A-Za-z0-9_.:,-]{0,200}")
 
-Role = Literal["checkpoint", "evaluation_data", "calibration_data"]
+Role = Literal["checkpoint", "evaluation_data", "calibration_data", "signature"]
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _VariantName = Annotated[str, Field(pattern="^[a-z0-9-]{1,64}$")]
@@ -333,7 +333,7 @@ class Manifest:
 
     @property
     def content(self) -> tuple[Content, ...]:
-        """Checkpoint, evaluation and calibration data, as far as they were files of their own."""
+        """Checkpoint, declared signature and data, as far as they were files of their own."""
         return tuple(self._known.content)
 
     @property

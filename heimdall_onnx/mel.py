@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.signal import ShortTimeFFT
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy import fft
 from scipy.signal.windows import hann
 from scipy.sparse import csr_array
 
@@ -117,17 +118,11 @@ def log_mel(
     Returns:
         (…, n_mels, n_frames), not normalized.
     """
-    transform = ShortTimeFFT(
-        hann(parameters.n_fft, sym=False),
-        parameters.hop_length,
-        sample_rate_hz,
-        fft_mode="centered",
-        scale_to="magnitude",
-    )
+    window = hann(parameters.n_fft, sym=False)
     # Frame p starts at sample p * hop_length and none reaches beyond the signal.
-    spectrum = transform.stft(
-        signals, p0=0, p1=parameters.n_frames, k_offset=transform.m_num_mid, axis=-1
-    )
+    frames = sliding_window_view(signals, parameters.n_fft, axis=-1)
+    frames = frames[..., :: parameters.hop_length, :][..., : parameters.n_frames, :]
+    spectrum = fft.fft(frames * (window / window.sum()), axis=-1)
     power = spectrum.real**2 + spectrum.imag**2
     bands = _band_powers(power, sample_rate_hz, parameters)
     return np.asarray(np.log10(np.maximum(bands, parameters.log_floor)), np.float64)
@@ -136,10 +131,10 @@ def log_mel(
 def _band_powers(
     power: npt.NDArray[np.floating[Any]], sample_rate_hz: float, parameters: FeatureParameters
 ) -> npt.NDArray[np.float64]:
-    """Sum power (…, n_fft, frames) in mel bands (…, n_mels, frames)."""
+    """Sum power (…, frames, n_fft) in mel bands (…, n_mels, frames)."""
     # A frequency is in two bands at most: a sparse product takes a tenth of a dense one's time.
     bank = _sparse_filters(sample_rate_hz, parameters.n_fft, parameters.n_mels)
-    by_frequency = np.moveaxis(power, -2, 0)
+    by_frequency = np.moveaxis(power, -1, 0)
     bands = bank @ by_frequency.reshape(parameters.n_fft, -1)
     shape = (parameters.n_mels, *by_frequency.shape[1:])
     return np.moveaxis(np.asarray(bands).reshape(shape), 0, -2)
@@ -147,7 +142,9 @@ def _band_powers(
 
 @lru_cache(maxsize=16)
 def _sparse_filters(sample_rate_hz: float, n_fft: int, n_mels: int) -> Any:
-    return csr_array(signed_mel_filters(sample_rate_hz, n_fft, n_mels))
+    # In the order of the transform: from 0 up, then the negative frequencies.
+    bank = fft.ifftshift(signed_mel_filters(sample_rate_hz, n_fft, n_mels), axes=1)
+    return csr_array(bank)
 
 
 def normalize(features: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

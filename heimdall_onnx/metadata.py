@@ -37,10 +37,13 @@ def describe_model(
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     backbone = getattr(model, "backbone_size", None)
+    shapes = {spec.name: list(spec.shape) for spec in signature.inputs}
     return {
-        "model_type": type(model).__name__,
+        "model_type": getattr(model, "described_as", type(model).__name__),
         "backbone": f"ConvNeXt-{str(backbone).capitalize()}" if backbone else None,
         "input_shape": list(signature.inputs[0].shape),
+        # Of a single input the one shape says it all, and callers know these keys.
+        **({"input_shapes": shapes} if len(shapes) > 1 else {}),
         "output_names": [spec.name for spec in signature.outputs],
         "output_shapes": {spec.name: list(spec.shape) for spec in signature.outputs},
         "export_date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,4 +83,12 @@ def summarize_metrics(parity: ParityReport, latency: LatencyReport) -> dict[str,
             who = task.who.lower().replace(" ", "_")
             metrics[f"error_{who}_median_m"] = task.median_m
             metrics[f"error_{who}_p95_m"] = task.p95_m
+    for found in parity.uncertainty:
+        if found.calibration is not None:
+            who = found.who.lower()
+            metrics[f"nll_{who}"] = found.calibration.nll
+            metrics[f"calibration_error_{who}"] = found.calibration.calibration_error
+            metrics[f"sharpness_{who}_m"] = found.calibration.radius_p50_m
+            for coverage in found.calibration.coverage:
+                metrics[f"coverage_{100 * coverage.nominal:.0f}_{who}"] = coverage.observed
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from heimdall_onnx.errors import ParameterError
 from heimdall_onnx.gates import AccuracyLimits
@@ -107,6 +107,19 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _PREFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
 
 
+def _json_text(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value or "{}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+# A model's keyword arguments, as a mapping or as JSON text of one.
+ModelKwargs = Annotated[dict[str, Any], BeforeValidator(_json_text)]
+
+
 class ReleaseParameters(BaseModel):
     """What a release is made of; the fields are the notebook's parameters, in its order."""
 
@@ -114,7 +127,7 @@ class ReleaseParameters(BaseModel):
 
     checkpoint: str = ""
     model: str = "heimdall_onnx.localization_net:LocalizationNet"
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    model_kwargs: ModelKwargs = Field(default_factory=dict)
     eval_data: str = ""
     name: str = Field("heimdall-localization-onnx", pattern=_NAME, max_length=200)
     bucket: str = Field("heimdall-models", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
@@ -134,20 +147,11 @@ class ReleaseParameters(BaseModel):
     max_nll_growth: float = Field(0.01, ge=0)
     max_displacement_sigma: float = Field(0.25, gt=0)
     max_output_noise: float = Field(0.01, gt=0)
+    min_coverage: float = Field(0.0, ge=0, lt=1)
     seed: int = Field(0, ge=0)
     run_id: str = Field("", pattern=r"^([0-9a-zA-Z][0-9a-zA-Z_-]{0,255})?$")
     output_dir: str = ""
     publish: bool = False
-
-    @field_validator("model_kwargs", mode="before")
-    @classmethod
-    def _json_text(cls, value: object) -> object:
-        if not isinstance(value, str):
-            return value
-        try:
-            return json.loads(value or "{}")
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"not JSON: {error}") from error
 
     @field_validator(
         "tolerance",
@@ -160,6 +164,7 @@ class ReleaseParameters(BaseModel):
         "max_nll_growth",
         "max_displacement_sigma",
         "max_output_noise",
+        "min_coverage",
         mode="before",
     )
     @classmethod

@@ -112,8 +112,8 @@ class UploadedRelease:
         run_id: MLflow run of the release.
         metadata: Content of ``metadata.json``.
         objects: Everything in the folder.
-        content: Checkpoint, evaluation and calibration data, kept under their hashes; see
-            `Content`.
+        content: Checkpoint, declared signature, evaluation and calibration data, kept under their
+            hashes; see `Content`.
     """
 
     version: str
@@ -248,6 +248,8 @@ def _keep_content(
     # It is shared between releases, so that it stays when this one is taken back.
     bucket, path = parameters.bucket, parameters.eval_data_path
     kept = [keep_content(client, bucket, loaded.path, loaded.sha256, "checkpoint")]
+    if (declared := loaded.signature_file) is not None:
+        kept.append(keep_content(client, bucket, declared.path, declared.sha256, "signature"))
     if path is not None and data.sha256 is not None:
         kept.append(keep_content(client, bucket, path, data.sha256, "evaluation_data"))
     if variants is not None and parameters.calibration_data:
@@ -382,11 +384,13 @@ def object_metadata(described: Mapping[str, Any]) -> dict[str, str]:
 
 
 def version_tags(described: Mapping[str, Any]) -> dict[str, str]:
-    """The documented tags of a registered version."""
+    """The documented tags of a registered version; of several inputs all shapes by their names."""
+    shapes = described.get("input_shapes", {})
+    shape = shapes if len(shapes) > 1 else described["input_shape"]
     return {
         "framework": "pytorch",
         "format": "onnx",
-        "input_shape": str(described["input_shape"]),
+        "input_shape": str(shape),
         "output_count": str(len(described["output_names"])),
         "sha256": str(described["onnx_file_sha256"]),
     }

@@ -33,7 +33,7 @@ with warnings.catch_warnings():
     # In a notebook MLflow's progress bars ask for a widget library that nothing here needs.
     warnings.filterwarnings("ignore", ".*IProgress not found")
     import mlflow
-    from mlflow.entities import Metric, Param
+    from mlflow.entities import Metric, Param, RunTag
     from mlflow.exceptions import MlflowException
     from mlflow.tracking.context.registry import resolve_tags
 
@@ -190,6 +190,15 @@ class MLflowTracker:
         logged = [Param(name, str(value)) for name, value in params.items()]
         with self._errors("log parameters"):
             self._client.log_batch(run_id, params=logged)
+
+    def set_tags(self, tags: Mapping[str, Any], *, run_id: str) -> None:
+        """Set tags of a run, which unlike its parameters can change; None takes a tag away."""
+        kept = _strings({name: value for name, value in tags.items() if value is not None})
+        with self._errors(f"tag run {run_id}"):
+            self._client.log_batch(run_id, tags=[RunTag(*pair) for pair in kept.items()])
+            there = self._client.get_run(run_id).data.tags
+            for name in (tags.keys() - kept.keys()) & there.keys():
+                self._client.delete_tag(run_id, name)
 
     def log_metrics(
         self, metrics: Mapping[str, float], step: int | None = None, *, run_id: str | None = None

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from heimdall_onnx.compare import ADVERSARIAL_FACTOR, EVALUATION, NOISE_FLOOR_FACTOR
+from heimdall_onnx.compare import NOISE_FLOOR_FACTOR, tolerance_factor
 from heimdall_onnx.signature import Signature
 
 # Fewer values are kept as they are.
@@ -91,6 +91,7 @@ def compare_accuracy(
             *_noise_floor(old["noise_floor"], new["noise_floor"]),
             *_independence(old, new["independence"]),
             *_ground(recorded, new["ground"] or {}),
+            *_uncertainty(old, new),
         )
     )
 
@@ -255,7 +256,8 @@ def _cells(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
         kind, size = cell["kind"], cell["batch_size"]
         # The first is the whole evaluation data, the others of that kind some samples of it.
         where = f"{kind if index else f'all {kind}'}, batch {size}"
-        factor = 1.0 if kind == EVALUATION else ADVERSARIAL_FACTOR
+        # What older versions did not write was judged as adversarial.
+        factor = tolerance_factor(kind, cell.get("valid", False))
         for output in cell["outputs"]:
             other = again.get((kind, size, output["output"]), {})
             for name, value in output.items():
@@ -305,6 +307,25 @@ def _independence(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_R
         ("comparisons", "comparisons", _Rule()),
     ):
         yield f"batch independence, {what}", recorded[key], new.get(key), rule
+
+
+def _uncertainty(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
+    again = {report["who"]: report["calibration"] or {} for report in new.get("uncertainty", ())}
+    for report in old.get("uncertainty", ()):
+        who, before = report["who"], report["calibration"] or {}
+        after = again.get(who, {})
+        shares = {c["nominal"]: c["observed"] for c in after.get("coverage", ())}
+        # Rounding can move a position over the edge of an ellipse, a few of them at most.
+        rule = _Rule(3 / max(report["samples"], 1), "three samples")
+        for c in before.get("coverage", ()):
+            what = f"coverage of the {c['nominal']:.0%} ellipse, {who}"
+            yield what, c["observed"], shares.get(c["nominal"]), rule
+        for what, key in (
+            ("negative log-likelihood", "nll"),
+            ("calibration error", "calibration_error"),
+        ):
+            if key in before:
+                yield f"{what}, {who}", before[key], after.get(key), _Rule(None)
 
 
 def _ground(recorded: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from heimdall_onnx.compare import ParityReport
     from heimdall_onnx.costs import StepCost
     from heimdall_onnx.departure import Departure
+    from heimdall_onnx.ensemble_cost import MemberComparison
     from heimdall_onnx.evaluation import EvaluationData
     from heimdall_onnx.operator_times import OperatorTimes
     from heimdall_onnx.roofline import Roofline
+    from heimdall_onnx.uncertainty import UncertaintyReport
     from heimdall_onnx.variants import VariantsReport
 
 RECORD = "release"
@@ -53,6 +55,8 @@ def record_results(
     registered: RegisteredRelease | Skipped,
     variants: VariantsReport | None = None,
     roofline: Roofline | None = None,
+    member: MemberComparison | None = None,
+    members: Sequence[UncertaintyReport] | None = None,
     profiles: Sequence[tuple[str, OperatorTimes]] = (),
     costs: Sequence[StepCost] = (),
 ) -> None:
@@ -71,8 +75,12 @@ def record_results(
     results = {
         "profile": verdict.profile,
         "gates": [gate.to_dict() for gate in verdict.gates],
-        "checkpoint": {"file": loaded.path.name, "sha256": loaded.sha256},
-        "model": {"class": loaded.model_spec, "signature": loaded.signature.to_dict()},
+        "checkpoint": _describe_checkpoint(loaded),
+        "model": {
+            "class": loaded.model_spec,
+            "signature": loaded.signature.to_dict(),
+            "signature_source": loaded.signature_source,
+        },
         "evaluation_data": {
             "source": data.source,
             "provenance": data.provenance,
@@ -84,6 +92,8 @@ def record_results(
         "latency": describe_latency(latency),
         "variants": None if variants is None else _as_json(variants.to_dict()),
         "roofline": None if roofline is None else _as_json(asdict(roofline)),
+        "member": None if member is None else _as_json(member.to_dict()),
+        "members": [_as_json(each.to_dict()) for each in members or ()],
         "operator_times": {name: _as_json(asdict(times)) for name, times in profiles},
         "speedup": speedup.ratio,
         "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
@@ -99,6 +109,13 @@ def record_results(
     scrapbook.glue(RECORD, results, encoder="json")
 
 
+def _describe_checkpoint(loaded: LoadedModel) -> dict[str, Any]:
+    described: dict[str, Any] = {"file": loaded.path.name, "sha256": loaded.sha256}
+    if loaded.members:
+        described["members"] = [member.model_dump() for member in loaded.members]
+    return described
+
+
 def describe_parity(parity: ParityReport) -> dict[str, Any]:
     """The statistics of a parity report as JSON, without its arrays and curves."""
     described: dict[str, Any] = _as_json(
@@ -111,6 +128,7 @@ def describe_parity(parity: ParityReport) -> dict[str, Any]:
                     "kind": cell.kind,
                     "batch_size": cell.batch_size,
                     "samples": cell.samples,
+                    **({"valid": True} if cell.valid else {}),
                     "outputs": [output.summary() for output in cell.outputs],
                 }
                 for cell in parity.cells
@@ -118,6 +136,7 @@ def describe_parity(parity: ParityReport) -> dict[str, Any]:
             "noise_floor": [asdict(floor) for floor in parity.noise_floor],
             "independence": asdict(parity.independence),
             "ground": None if parity.ground is None else asdict(parity.ground),
+            "uncertainty": [found.to_dict() for found in parity.uncertainty],
         }
     )
     return described

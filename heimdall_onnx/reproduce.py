@@ -28,6 +28,7 @@ from heimdall_onnx.errors import (
     VerificationError,
 )
 from heimdall_onnx.execution import error_of, execute_notebook
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.interrupts import first_signal_interrupts
 from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.logs import get_logger
@@ -42,7 +43,8 @@ from heimdall_onnx.repeated import (
     compare_variants,
 )
 from heimdall_onnx.report import VERDICT, read_notebook, read_record
-from heimdall_onnx.store import download_file, hash_file
+from heimdall_onnx.signature_file import signature_path
+from heimdall_onnx.store import download_file
 from heimdall_onnx.untrusted import shown
 from heimdall_onnx.verify import require_verified, verify_release
 from heimdall_onnx.workspace import new_run_folder
@@ -344,6 +346,11 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
             )
         else:
             updates[name] = str(fetch_content(client, manifest.bucket, content, inputs))
+    declared = manifest.content_of("signature")
+    if declared is not None and updates["checkpoint"]:
+        # Found again where it was: beside the checkpoint.
+        fetched = fetch_content(client, manifest.bucket, declared, inputs)
+        fetched.rename(signature_path(updates["checkpoint"]))
     return check_parameters({**known.parameters, **updates})
 
 

@@ -258,7 +258,8 @@ def measure_roofline(
     if report is None:
         return None
     machine = measure_machine(report.variant(FP32).settings.thread_count)
-    work = work_of(model, signature.random_inputs(1), signature)
+    # Inputs as they were measured: how much there is to do depends on their lengths.
+    work = work_of(model, report.calibration.evaluation.rows([0]), signature)
     runs = []
     for variant in report.judged:
         if variant.latency is None:

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from heimdall_onnx.errors import EvidenceError, InvalidModelError, UnavailableError
+from heimdall_onnx.examples import examples_of
 from heimdall_onnx.inference import Contender, open_session, run_onnx, run_pytorch
 from heimdall_onnx.processors import usable_processors
 from heimdall_onnx.untrusted import shown
@@ -248,7 +249,7 @@ def _open_pytorch(path: Path, signature: Signature, settings: SessionSettings) -
 
         try:
             model.compile()
-            run_pytorch(model, signature.random_inputs(1), signature)
+            run_pytorch(model, examples_of(model, signature).valid(1), signature)
         except exc.InvalidCxxCompiler as error:
             raise UnavailableError(f"torch.compile needs a C++ compiler: {error}") from error
         except EvidenceError as error:

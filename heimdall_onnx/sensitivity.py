@@ -33,7 +33,8 @@ class GroupNoise:
     """What one group of nodes does to the error.
 
     Attributes:
-        scope: The module that the nodes belong to, as ``model.named_modules()`` calls it.
+        scope: The module that the nodes belong to, as ``model.named_modules()`` calls it; the
+            node's own name where it shares its module with other groups.
         nodes: Names of its nodes that can be quantized.
         noise: Relative error of what leaves it.
         entering: Relative error of what enters it.
@@ -76,7 +77,8 @@ class ReferenceGraph:
 
     A group is a single node, or the nodes of the innermost module that holds several. The outermost
     module with the same nodes stands for it: of a residual block the block, whose output is the
-    sum, rather than its branch.
+    sum, rather than its branch. A node that no module has to itself, a product of queries and keys
+    for example, stands for itself.
 
     Args:
         path: The fp32 ONNX file.
@@ -88,14 +90,20 @@ class ReferenceGraph:
         self._graph = ScopedGraph(path, modules)
         self._modules = tuple(modules)
         self._inputs = inputs
-        self._groups = _groups(self._graph)
-        self._around = {
-            scope: (
-                self._graph.entering(scope, self._graph.first(scope) + 1),
-                self._graph.leaving(scope),
-            )
-            for scope in self._groups
-        }
+        self._groups: dict[str, tuple[str, ...]] = {}
+        self._around: dict[str, tuple[list[str], list[str]]] = {}
+        for nodes, scope in sorted(_groups(self._graph).items(), key=self._place):
+            if scope is None:
+                name, around = nodes[0], self._graph.around(nodes[0])
+            else:
+                start = self._graph.first(scope) + 1
+                name = scope
+                around = self._graph.entering(scope, start), self._graph.leaving(scope)
+            self._groups[name], self._around[name] = nodes, around
+
+    def _place(self, group: tuple[tuple[str, ...], str | None]) -> int:
+        """Where in the execution order a group begins."""
+        return self._graph.position(self._graph.around(group[0][0])[1][0])
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -158,8 +166,8 @@ def relative_error(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> floa
     return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
 
 
-def _groups(graph: ScopedGraph) -> dict[str, tuple[str, ...]]:
-    """The nodes that can be quantized by the module that stands for them, in execution order."""
+def _groups(graph: ScopedGraph) -> dict[tuple[str, ...], str | None]:
+    """The nodes that can be quantized, in groups, each with the module that stands for it."""
     # From the outermost to the innermost, as a module's name only grows.
     scopes = sorted(graph.scopes, key=lambda scope: scope.count("."))
     nodes = {scope: graph.nodes(scope, QUANTIZABLE) for scope in scopes}
@@ -174,6 +182,8 @@ def _groups(graph: ScopedGraph) -> dict[str, tuple[str, ...]]:
             together = nodes.get(innermost.get(node, ""), ())
             own = len({innermost[other] for other in together}) == 1
             found[node] = found.get(node) or (together if own else (node,))
-    standing = {group: next(s for s in scopes if nodes[s] == group) for group in found.values()}
-    ordered = sorted(standing.items(), key=lambda item: graph.first(item[1]))
-    return {scope: group for group, scope in ordered}
+    alone = ((node,) for node in graph.unscoped(QUANTIZABLE))
+    return {
+        group: next((scope for scope in scopes if nodes[scope] == group), None)
+        for group in (*found.values(), *alone)
+    }

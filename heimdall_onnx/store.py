@@ -21,6 +21,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from heimdall_onnx.errors import DataError, ObjectExistsError, ParameterError, StoreError
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.store_client import error_code, read_object, store_errors
 from heimdall_onnx.store_client import make_client as make_client
@@ -467,19 +468,6 @@ def hash_object(client: S3Client, bucket: str, key: str) -> tuple[str, int]:
 
     with store_errors(client, f"read back {format_uri(bucket, key)}"):
         return read_object(client, bucket, key, read)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal.
-
-    Raises:
-        DataError: If the file can't be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}") from error
 
 
 def _extra_args(

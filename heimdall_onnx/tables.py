@@ -10,16 +10,18 @@ from heimdall_onnx.benchmark import ContenderLatency, LatencyReport
 from heimdall_onnx.checkpoint import LoadedModel
 from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.departure import Departure
+from heimdall_onnx.ensemble_cost import MemberComparison
 from heimdall_onnx.environment import Environment
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import ExportResult
 from heimdall_onnx.gates import escape_markdown
+from heimdall_onnx.ground import MIDDLE
 from heimdall_onnx.machine_watch import MachineState
 from heimdall_onnx.parameters import FP32, ReleaseParameters
-from heimdall_onnx.plot.chart import distance
+from heimdall_onnx.plot.chart import distance, number, share
 from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
 from heimdall_onnx.roofline import Roofline, RooflineRow
-from heimdall_onnx.signature import TensorSpec
+from heimdall_onnx.signature import Axis, TensorSpec
 from heimdall_onnx.single_stream import (
     Throughput,
     early_stopping_estimate,
@@ -28,6 +30,7 @@ from heimdall_onnx.single_stream import (
 )
 from heimdall_onnx.stationarity import check_stationarity
 from heimdall_onnx.statistics import ErrorStatistics
+from heimdall_onnx.uncertainty import REPORTED, UncertaintyReport
 from heimdall_onnx.validate import ModelInfo
 from heimdall_onnx.variants import JudgedVariant, VariantsReport
 
@@ -52,12 +55,21 @@ def checkpoint_table(loaded: LoadedModel) -> Markdown:
         [
             ("file", loaded.path.name),
             ("SHA-256", loaded.sha256),
+            *(
+                (
+                    f"member {i}, as the checkpoint records",
+                    f"{member.file}, SHA-256 {member.sha256}",
+                )
+                for i, member in enumerate(loaded.members, 1)
+            ),
             ("layout", loaded.layout),
             ("model", loaded.model_spec),
             ("arguments", loaded.model_kwargs),
             ("parameters", f"{parameters:,}"),
+            ("signature declared by", loaded.signature_source),
             *((f"input {i}", _spec(s)) for i, s in enumerate(loaded.signature.inputs, 1)),
             *((f"output {i}", _spec(s)) for i, s in enumerate(loaded.signature.outputs, 1)),
+            *((f"axis {i}", _axis(a)) for i, a in enumerate(loaded.signature.dynamic_axes, 1)),
         ],
     )
 
@@ -71,6 +83,10 @@ def evaluation_table(data: EvaluationData) -> Markdown:
             ("provenance", data.provenance),
             ("SHA-256", data.sha256 or "none: seeded random numbers"),
             ("samples", data.count),
+            *(
+                (f"input {name}", f"{array.dtype} {_shape(array.shape)}")
+                for name, array in data.inputs.items()
+            ),
             ("labelled", "no" if data.positions is None else "yes, true positions are known"),
             ("receivers with a position", ", ".join(data.receivers) or "none"),
         ],
@@ -84,7 +100,7 @@ def export_table(exported: ExportResult) -> Markdown:
         [
             ("exporter", exported.exporter),
             ("opset", exported.opset),
-            ("size", f"{exported.size_bytes / 1e6:,.1f} MB"),
+            ("size", f"{_megabytes(exported.size_bytes)} MB"),
             ("external data", ", ".join(p.name for p in exported.external_data) or "none"),
             ("SHA-256", exported.sha256),
             ("time", f"{exported.seconds:.1f} s"),
@@ -148,6 +164,77 @@ def worst_table(report: ParityReport) -> Markdown:
     )
 
 
+def uncertainty_table(
+    parity: ParityReport, members: Sequence[UncertaintyReport] | None = None
+) -> Markdown:
+    """Localization error and worth of the claimed uncertainty, of each model and member."""
+    if not parity.uncertainty:
+        return Markdown(
+            "No true positions, or no positions predicted: how far off the answers are, and "
+            "whether the claimed uncertainty is honest, is not known."
+        )
+    constant = [task for task in parity.ground.task if task.who == MIDDLE] if parity.ground else []
+    shown = (*parity.uncertainty, *(members or ()))
+    said = [
+        f"{report.who}: {report.calibration.nonfinite:,} of {report.samples:,} samples have no "
+        "usable position or deviations; no ellipse holds them."
+        for report in shown
+        if report.calibration is not None and report.calibration.nonfinite
+    ]
+    found = table(
+        (
+            f"{parity.uncertainty[0].samples:,} labelled samples",
+            "median error, m",
+            "p95, m",
+            *(f"{share(p)} ellipse holds" for p in REPORTED),
+            "calibration error",
+            "NLL, nats",
+            "median radius of the 90% ellipse, m",
+            "RMS of residual/σ, latitude and longitude",
+        ),
+        [
+            *(tuple(_uncertainty_row(report)) for report in shown),
+            *(
+                (task.who, number(task.median_m, 3), number(task.p95_m, 3), *("–",) * 7)
+                for task in constant
+            ),
+        ],
+    )
+    return Markdown("\n\n".join((found.data, *said)))
+
+
+def _uncertainty_row(report: UncertaintyReport) -> Iterator[str]:
+    yield from (report.who, number(report.median_m, 3), number(report.p95_m, 3))
+    calibration = report.calibration
+    if calibration is None:
+        yield from ("none predicted",) * 7
+        return
+    yield from map(str, calibration.coverage)
+    yield from (
+        f"{calibration.calibration_error:.3f}",
+        f"{calibration.nll:.4f}",
+        number(calibration.radius_p50_m, 3),
+        ", ".join(f"{z:.2f}" for z in calibration.z_rms),
+    )
+
+
+def resolution_table(parity: ParityReport) -> Markdown | None:
+    """What one ULP and the tolerance mean on the ground; None without positions."""
+    found = parity.ground.resolution if parity.ground else None
+    if found is None:
+        return None
+    return table(
+        (f"at {found.place[0]:.2f}°, {found.place[1]:.2f}°", "of latitude, m", "of longitude, m"),
+        [
+            (f"one ULP of {found.dtype}", *(number(m) for m in found.ulp_m)),
+            (
+                f"tolerance, {found.tolerance_degrees:g}°",
+                *(number(m) for m in found.tolerance_m),
+            ),
+        ],
+    )
+
+
 def departure_table(report: ParityReport, departure: Departure | None) -> Markdown:
     """The first module whose output differs, if parity failed."""
     if all(gate.passed for gate in report.gates()):
@@ -206,6 +293,36 @@ def latency_table(report: LatencyReport) -> Markdown:
                 f"{report.speedup.high:.2f}), {report.speedup.pairs} pairs of blocks",
             ),
             ("stationary", *map(_steadiness, both)),
+        ],
+    )
+
+
+def member_table(found: MemberComparison | None) -> Markdown | None:
+    """What an ensemble costs beside one of its members; None for a model without members."""
+    if found is None:
+        return None
+    latency, sides = found.latency, found.sides
+    ratio = latency.speedup
+    return table(
+        (f"batch {latency.batch_size}", *(side.name for side in sides)),
+        [
+            ("networks", found.members, 1),
+            ("p50, ms", *(_percentile(side, 50.0) for side in sides)),
+            (
+                "latency beside the single member",
+                f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}), {ratio.pairs} pairs of "
+                "blocks",
+                "1",
+            ),
+            ("loading the model, ms", *(f"{side.load_ms:.0f}" for side in sides)),
+            (
+                "peak memory of the process, MB",
+                *(f"{side.peak_memory_bytes / 1e6:,.0f}" for side in sides),
+            ),
+            (
+                "size of the file, MB",
+                *(f"{size / 1e6:,.1f}" for size in (found.size_bytes, found.member_size_bytes)),
+            ),
         ],
     )
 
@@ -302,7 +419,7 @@ def variants_table(report: VariantsReport | None) -> Markdown:
 def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str]:
     yield variant.name + (", recommended" if variant.name == report.recommended else "")
     yield variant.status
-    yield f"{variant.size_bytes / 1e6:,.1f}" if variant.size_bytes else "–"
+    yield _megabytes(variant.size_bytes) if variant.size_bytes else "–"
     measured, accuracy = variant.latency, variant.accuracy
     if measured is None:
         yield from ("–",) * 4
@@ -409,7 +526,7 @@ def roofline_table(report: Roofline | None) -> Markdown | None:
                 (f"matrix product, {precision}", f"{peak:,.0f} · 10⁹ operations/s")
                 for precision, peak in machine.peaks.items()
             ),
-            ("operations of the model", f"{report.work.flops / 1e9:,.2f} · 10⁹ a sample"),
+            ("operations of the model", f"{_fixed(report.work.flops / 1e9)} · 10⁹ a sample"),
         ],
     )
     head = (
@@ -428,11 +545,11 @@ def roofline_table(report: Roofline | None) -> Markdown | None:
 
 def _roofline_row(row: RooflineRow) -> tuple[object, ...]:
     floor = (
-        (f"{row.floor.ms:.2f}", row.floor.bound, f"{row.ratio:.2f}")
+        (_fixed(row.floor.ms), row.floor.bound, f"{row.ratio:.2f}")
         if row.floor
         else ("unknown", f"no peak was measured for {row.precision}", "unknown")
     )
-    size = f"{row.size_bytes / 1e6:,.1f}"
+    size = _megabytes(row.size_bytes)
     return (row.name, row.precision, row.batch_size, size, f"{row.measured_ms:.2f}", *floor)
 
 
@@ -490,9 +607,31 @@ def _percentile(contender: ContenderLatency, wanted: float) -> str:
 
 
 def _spec(spec: TensorSpec) -> str:
-    unit = f", {spec.unit}" if spec.unit else ""
-    span = f", in [{spec.range[0]:g}, {spec.range[1]:g}]" if spec.range else ""
-    return spec.describe() + unit + span
+    parts = [spec.describe()]
+    if spec.unit:
+        parts.append(spec.unit)
+    if spec.range:
+        parts.append(f"in [{spec.range[0]:g}, {spec.range[1]:g}]")
+    if spec.masks:
+        parts.append(f"where true, {', '.join(spec.masks)} are masked")
+    if spec.sigma_of:
+        parts.append(f"standard deviation of {spec.sigma_of}")
+    if spec.log_variance_of:
+        parts.append(f"logarithm of the variance of {spec.log_variance_of}")
+    return ", ".join(parts)
+
+
+def _axis(axis: Axis) -> str:
+    order = ", in any order" if axis.permutable else ""
+    return f"{axis.name}: dynamic, tried at {', '.join(map(str, sorted(axis.lengths)))}{order}"
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f}" if size_bytes >= 1e6 else number(size_bytes / 1e6)
+
+
+def _fixed(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.1 else number(value)
 
 
 def _shape(shape: Sequence[int | str]) -> str:

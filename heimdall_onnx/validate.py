@@ -72,12 +72,11 @@ class ModelInfo:
     @property
     def signature(self) -> Signature:
         """Inputs and outputs as the file declares them; it knows neither units nor ranges."""
-        return Signature(
-            *(
-                tuple(TensorSpec(t.name, t.dtype, t.shape) for t in tensors)
-                for tensors in (self.inputs, self.outputs)
-            )
+        inputs, outputs = (
+            tuple(TensorSpec(t.name, t.dtype, t.shape) for t in tensors)
+            for tensors in (self.inputs, self.outputs)
         )
+        return Signature(inputs, outputs)
 
     def to_dict(self) -> dict[str, Any]:
         """Inputs, outputs, opset, producer and IR version, JSON-serialisable."""

@@ -8,7 +8,6 @@ fastest that holds is recommended, if it is known to be faster than fp32.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from heimdall_onnx.benchmark import (
 from heimdall_onnx.calibration import CalibrationSplit, split_calibration
 from heimdall_onnx.errors import BenchmarkError, EvidenceError, UnavailableError
 from heimdall_onnx.evaluation import load_evaluation_data
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.gates import AccuracyLimits, Gate
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import MODEL, VARIANTS
@@ -479,8 +479,7 @@ def _answers(path: Path, signature: Signature, settings: SessionSettings, inputs
 
 
 def _with_file(variant: JudgedVariant, path: Path) -> JudgedVariant:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_file(path)
     beside = list(path.parent.glob(f"{path.name}.*"))
     if beside and variant.has_own_file:
         raise EvidenceError(

@@ -19,6 +19,7 @@ from models import POSITIONS
 from onnx import TensorProto, helper, numpy_helper
 
 from heimdall_onnx.content import keep_content
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.manifest import SCHEMA_VERSION, Manifest
 from heimdall_onnx.mlmodel import write_mlmodel_folder
 from heimdall_onnx.offer import complete_release, offer_release
@@ -26,7 +27,7 @@ from heimdall_onnx.publish import METADATA, Connection
 from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.signature import Signature, TensorSpec
 from heimdall_onnx.signing import Signer
-from heimdall_onnx.store import claim_version, ensure_bucket, hash_file, head, upload_file
+from heimdall_onnx.store import claim_version, ensure_bucket, head, upload_file
 from heimdall_onnx.variants import JudgedVariant
 
 SIGNATURE = Signature((TensorSpec("signal", "float32", ("batch", 2)),), (POSITIONS,))

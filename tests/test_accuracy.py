@@ -75,6 +75,16 @@ def test_the_short_way_round_the_globe_counts(truth):
     assert found.reference.nll == pytest.approx(np.log(2 * np.pi), abs=1e-3)
 
 
+def test_a_log_variance_is_worth_what_its_deviation_is(reference, truth):
+    logged = reference | {"spread": 2 * np.log(reference["spread"])}
+    spec = replace(SPREAD, range=None, sigma_of=None, log_variance_of="positions", unit=None)
+    signature = Signature((SIGNAL,), (POSITIONS, spec))
+    found = judge_accuracy(logged, moved(logged, 0.1), data_with(truth), signature)
+    same = judge_accuracy(reference, moved(reference, 0.1), data_with(truth), SIGNATURE)
+    assert found.task.nll == pytest.approx(same.task.nll, rel=1e-5)
+    assert found.displacement_sigma_p99 == pytest.approx(same.displacement_sigma_p99, rel=1e-5)
+
+
 @pytest.mark.parametrize("growth", [0.009, 0.011])
 def test_errors_may_grow_by_one_per_cent(reference, truth, growth):
     worse = reference["positions"] + growth * (reference["positions"] - truth)

@@ -147,8 +147,16 @@ def test_figures_are_those_of_the_record(released):
     for task in parity["ground"]["task"]:
         expected["localization error, median (m)", task["who"]] = (task["median_m"],)
         expected["localization error, p95 (m)", task["who"]] = (task["p95_m"],)
+    for found in parity["uncertainty"]:
+        calibration, who = found["calibration"], found["who"]
+        for c in calibration["coverage"]:
+            ends = (c["observed"], c["low"], c["high"])
+            expected[f"coverage of the {c['nominal']:.0%} ellipse", who] = ends
+        expected["calibration error, mean absolute", who] = (calibration["calibration_error"],)
+        expected["negative log-likelihood (nats)", who] = (calibration["nll"],)
+        expected["median radius of the 90% ellipse (m)", who] = (calibration["radius_p50_m"],)
     assert figures(released.bom) == expected
-    assert len(expected) == 1 + 2 + 2 * 3 + 3 * 2
+    assert len(expected) == 1 + 2 + 2 * 3 + 3 * 2 + 2 * (3 + 3)
     metrics = released.record["metrics"]
     assert expected["speedup", "PyTorch over ONNX Runtime"][0] == metrics["speedup"]
     assert expected["localization error, p95 (m)", "ONNX"][0] == metrics["error_onnx_p95_m"]

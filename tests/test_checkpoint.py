@@ -111,6 +111,17 @@ def test_hyper_parameters_become_arguments_where_the_constructor_has_them(state,
     assert loaded.model.dropout == 0.25
 
 
+@pytest.mark.parametrize(
+    "value", [7, [{"file": name, "sha256": "0" * 64} for name in ("a.pt", "b.pt")]]
+)
+def test_only_an_ensemble_s_checkpoint_says_what_it_was_made_of(value, state, tmp_path):
+    hyper = HYPER | {"member_checkpoints": value}
+    torch.save({"state_dict": state, "hyper_parameters": hyper}, tmp_path / "a.ckpt")
+    loaded = load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
+    assert loaded.members == ()
+    assert loaded.hyper_parameters == hyper
+
+
 def test_given_arguments_win_over_hyper_parameters(state, tmp_path):
     save_lightning(state, tmp_path / "a.ckpt")
     loaded = load_checkpoint(tmp_path / "a.ckpt", model=SMALL, model_kwargs={"dropout": 0.5})

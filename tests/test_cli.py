@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from keys import make_key
 from scipy.io import wavfile
 
-from heimdall_onnx.cli import main, summary
+from heimdall_onnx.cli import main
+from heimdall_onnx.cli_release import summary
 from heimdall_onnx.release import ReleaseResult
 from heimdall_onnx.settings import Settings
 
@@ -61,7 +62,18 @@ def configured(embedded_settings: Settings, home: Path) -> None:
 def test_help_names_every_command():
     text = call("--help").output
     for command in (
-        *("release", "features", "demo", "services", "list", "show", "verify", "promote"),
+        *(
+            "release",
+            "train",
+            "data",
+            "features",
+            "demo",
+            "services",
+            "list",
+            "show",
+            "verify",
+            "promote",
+        ),
         *("rollback", "history", "reproduce", "doctor", "link", "policy"),
     ):
         assert command in text

@@ -1,5 +1,7 @@
 import gc
+import re
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -23,7 +25,6 @@ from heimdall_onnx.compare import (
     EVALUATION,
     PLOTTED_SAMPLES,
     RTOL,
-    adversarial_inputs,
     compare_outputs,
     locate_departure,
 )
@@ -31,7 +32,7 @@ from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx
-from heimdall_onnx.signature import DEGREES, Signature, TensorSpec
+from heimdall_onnx.signature import DEGREES, Axis, Signature, TensorSpec
 
 SIGNATURE = SmallNet.signature
 MARK = 4.25  # a sample's first element, where a fault shall strike that sample alone
@@ -478,32 +479,52 @@ def test_integer_inputs_are_never_scaled_and_integer_outputs_are_compared(compar
     assert {c.kind for c in report.cells} == {EVALUATION, *ADVERSARIAL}
 
 
-def test_adversarial_inputs_are_what_their_names_say():
-    base = {
-        "signal": SIGNATURE.random_inputs(2)["signal"],
-        "flat": np.array([3.0, 4.0], np.float32),
-        "station": np.array([1, 2]),
-        "mask": np.array([True, False]),
-    }
-    copy = {name: array.copy() for name, array in base.items()}
-    kinds = adversarial_inputs(base)
-    assert set(kinds) == ADVERSARIAL
-    for inputs in kinds.values():
-        for name, array in inputs.items():
-            assert (array.dtype, array.shape) == (base[name].dtype, base[name].shape)
-        assert inputs["station"].tolist() == [1, 2]
-        assert inputs["mask"].tolist() == [True, False]
-    signal = base["signal"]
-    assert (kinds["zeros"]["signal"] == 0).all()
-    assert (kinds["constant"]["signal"] == 1).all()
-    np.testing.assert_allclose(kinds["amplitude ×0.01"]["signal"], signal / 100, rtol=1e-6)
-    np.testing.assert_allclose(kinds["amplitude ×100"]["signal"], signal * 100, rtol=1e-6)
-    quiet = kinds["silent channel"]["signal"]
-    assert (quiet[:, 0] == 0).all()
-    np.testing.assert_array_equal(quiet[:, 1:], signal[:, 1:])
-    assert (kinds["silent channel"]["flat"] == 0).all()
-    for name, array in base.items():
-        np.testing.assert_array_equal(array, copy[name])
+class Timed(nn.Module):
+    """The mean over time, of any length; ``fault`` is added at three samples."""
+
+    signature = Signature(
+        (TensorSpec("x", "float32", ("batch", 2, "time")),),
+        (TensorSpec("y", "float32", ("batch", 2)),),
+    )
+
+    def __init__(self, fault=0.0):
+        super().__init__()
+        self.fault = fault
+        self.eval()
+
+    def forward(self, x):
+        # What an exporter can follow: 1 at three samples of time, 0 at fewer or more.
+        ones = torch.ones_like(x[0, 0])
+        few = (1 - (ones.sum() - 3).abs()).clamp(min=0)
+        return x.mean(2) + self.fault * few
+
+
+def timed(tmp_path, fault, *axes):
+    signature = replace(Timed.signature, axes=axes)
+    path = export_model(Timed(fault), tmp_path / "m.onnx", signature=signature, opset=17).path
+    data = evaluation(signature=signature)
+    return compare_outputs(Timed(), open_session(path, threads=1), data, signature)
+
+
+def test_axis_without_a_declaration_has_no_cells_of_its_own(tmp_path):
+    report = timed(tmp_path, 0.0)
+    assert failed(report) == set()
+    assert {c.kind for c in report.cells} == {EVALUATION, *ADVERSARIAL}
+    assert not any(c.valid for c in report.cells)
+
+
+def test_other_lengths_have_the_tolerance_of_the_evaluation_data(tmp_path):
+    """2e-5 would be allowed on adversarial inputs."""
+    report = timed(tmp_path, 2e-5, Axis("time"))
+    assert {c.kind for c in report.cells if c.valid} == {f"time = {n}" for n in (1, 2, 3)}
+    assert {c.kind for c in report.cells if c.factor == 10} == {*ADVERSARIAL, "silent feature"}
+    assert failed(report) == {MEAN, ELEMENTS}
+    assert "on time = 3, batch 1" in gate(report, ELEMENTS).detail
+    assert gate(report, MEAN).measured == pytest.approx(2e-5, rel=0.05)
+    assert re.fullmatch(r"y, time = 3, batch \d", gate(report, MEAN).detail)
+    assert report.worst_where.startswith("time = 3, batch ")
+    assert report.worst_factor == 1
+    assert report.worst_inputs["x"].shape[2] == 3
 
 
 def write_onnx(path, nodes, batch, constants=()):

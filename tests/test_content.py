@@ -5,7 +5,8 @@ from structlog.testing import capture_logs
 
 from heimdall_onnx.content import fetch_content, keep_content
 from heimdall_onnx.errors import DataError, StoreError
-from heimdall_onnx.store import hash_file, list_keys
+from heimdall_onnx.files import hash_file
+from heimdall_onnx.store import list_keys
 
 pytestmark = pytest.mark.services
 

@@ -10,8 +10,9 @@ from quick_release import PREFIX, Factory
 from heimdall_onnx.aliases import append_move
 from heimdall_onnx.content import keep_content
 from heimdall_onnx.doctor import diagnose, mend_all
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.publish import connect
-from heimdall_onnx.store import hash_file, list_keys, upload_bytes
+from heimdall_onnx.store import list_keys, upload_bytes
 from heimdall_onnx.verify import verify_release
 
 pytestmark = pytest.mark.services

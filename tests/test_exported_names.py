@@ -8,11 +8,13 @@ import heimdall_onnx
 
 def test_public_names_are_exactly_these():
     assert heimdall_onnx.__all__ == [
+        "Axis",
         "LocalizationNet",
         "MLflowTracker",
         "ONNXExporter",
         "ReleaseParameters",
         "ReleaseResult",
+        "ServedModel",
         "Settings",
         "Signature",
         "TensorSpec",

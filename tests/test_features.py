@@ -12,7 +12,7 @@ from scipy.io import wavfile
 
 from heimdall_onnx.errors import DataError, ParameterError
 from heimdall_onnx.evaluation import load_evaluation_data
-from heimdall_onnx.features import replace_file, write_features
+from heimdall_onnx.features import write_feature_file, write_features
 from heimdall_onnx.mel import FeatureParameters, signed_mel_filters
 from heimdall_onnx.signature import LOCALIZATION_SIGNATURE
 
@@ -162,30 +162,13 @@ class TestBadInput:
             write_features(event, tmp_path / "f.npz", receivers=SITES)
 
 
-class TestReplaceFile:
-    def test_a_failure_leaves_the_old_file_and_nothing_else(self, tmp_path):
-        path = tmp_path / "f.npz"
-        path.write_bytes(b"old")
-
-        def fail():
-            with replace_file(path) as file:
-                file.write(b"half")
-                raise RuntimeError
-
-        with pytest.raises(RuntimeError):
-            fail()
-        assert path.read_bytes() == b"old"
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_a_folder_that_can_t_be_made_is_an_input_error(self, tmp_path):
-        (tmp_path / "file").write_bytes(b"")
-        with pytest.raises(DataError, match="can't be written"), replace_file(tmp_path / "file/f"):
-            pass
-
-    def test_other_users_may_read_the_result(self, tmp_path):
-        with replace_file(tmp_path / "f") as file:
-            file.write(b"x")
-        assert (tmp_path / "f").stat().st_mode & 0o777 == 0o644
+def test_a_file_may_hold_the_inputs_of_any_model(tmp_path):
+    arrays = {"mask": np.ones((5, 2), bool), "ids": np.arange(10).reshape(5, 2)}
+    made = write_feature_file(tmp_path / "f.npz", arrays, {"provenance": "drawn"})
+    assert made.count == 5
+    with np.load(made.path) as file:
+        assert sorted(file.files) == ["ids", "mask", "meta"]
+        np.testing.assert_array_equal(file["ids"], arrays["ids"])
 
 
 def test_real_recordings_become_windows_that_show_the_carrier(tmp_path):

@@ -7,10 +7,15 @@ from hypothesis import strategies as st
 
 from heimdall_onnx.ground import (
     GroundAccumulator,
+    difference_degrees,
     distance_m,
+    error_m,
     km_per_degree,
+    mean_place,
+    metres_per_degree,
     middle_of,
     offset_km,
+    resolution_at,
 )
 
 LATITUDES, LONGITUDES = st.floats(-90, 90), st.floats(-180, 180)
@@ -97,6 +102,61 @@ def test_offset_is_as_long_as_the_distance(lat, lon, lat0, lon0):
 )
 def test_length_of_a_degree_holds_from_pole_to_pole(latitude, north, east):
     assert km_per_degree(latitude) == pytest.approx((north, east), rel=2e-4, abs=1e-6)
+
+
+def test_length_of_a_degree_is_that_of_a_short_geodesic():
+    latitudes = np.array([-89.0, -50.0, 0.0, 0.5, 33.0, 71.0])
+    here, north, east = np.zeros((3, latitudes.size, 2))
+    here[:, 0] = latitudes
+    north[:, 0] = east[:, 1] = 1e-4
+    up, across = metres_per_degree(latitudes)
+    assert up * 1e-4 == pytest.approx(distance_m(here - north, here + north) / 2, rel=1e-6)
+    assert across * 1e-4 == pytest.approx(distance_m(here, here + east), rel=1e-6)
+
+
+def test_an_answer_that_is_no_place_is_infinitely_far_from_the_truth():
+    answers = np.array([[0, 1], [np.nan, 0], [0, np.inf], [-np.inf, np.nan]])
+    found = error_m(answers, np.zeros((4, 2)))
+    assert found == pytest.approx([math.radians(1) * 6_378_137, *[np.inf] * 3])
+
+
+def test_differences_go_the_short_way_round():
+    a = np.array([[1, 179.5], [1, -179.5], [0, 540], [np.inf, 0], [0, np.nan]])
+    b = np.array([[0, -179.5], [2, 179.5], [0, 0], [0, 0], [0, 0]], np.float32)
+    expected = [[1, -1], [-1, 1], [0, -180], [np.nan, 0], [0, np.nan]]
+    assert difference_degrees(a, b) == pytest.approx(np.array(expected), nan_ok=True)
+
+
+def test_mean_place_lies_between_the_positions_wherever_these_are():
+    assert mean_place(np.array([[-17.0, 178.0], [-17.0, -178.0]])) == pytest.approx(
+        (-17.0, 180.0), abs=0.02
+    )
+    assert mean_place(np.array([[89.0, 0.0], [89.0, 180.0]]))[0] == pytest.approx(90.0)
+    assert mean_place(np.empty((0, 2))) is None
+    assert mean_place(np.array([[0.0, 0.0], [0.0, 180.0]])) is None
+
+
+def test_one_ulp_of_float32_is_0_42_m_at_50_degrees_north():
+    found = resolution_at((50.0, 8.5), 1e-5)
+    # Latitudes from 32 to 64 come in steps of 2**-18 degrees, longitudes from 8 to 16 of 2**-20.
+    assert found.ulp_m == pytest.approx((111_229 * 2**-18, 71_696 * 2**-20), rel=1e-4)
+    assert found.ulp_m[0] == pytest.approx(0.42, abs=0.005)
+    assert found.tolerance_m == pytest.approx((1.112, 0.717), rel=1e-3)
+    assert resolution_at((-50.0, -8.5), 1e-5).ulp_m == pytest.approx(found.ulp_m)
+    assert resolution_at((50.0, 8.5), 1e-5, "float64").ulp_m[0] < 1e-9
+
+
+def test_resolution_is_that_at_the_middle_else_at_the_mean_answer():
+    answers = np.array([[60.0, 20.0], [60.0, 22.0], [np.nan, 21.0]])
+    for middle, latitude in (((30.0, 2.0), 30.0), (None, 60.0)):
+        accumulator = GroundAccumulator(middle, tolerance=1e-4)
+        accumulator.update(answers, answers, None)
+        found = accumulator.result().resolution
+        assert found.place[0] == pytest.approx(latitude, abs=0.01)
+        assert found.tolerance_degrees == 1e-4
+    nowhere = GroundAccumulator(None)
+    nowhere.update(answers[2:], answers[2:], None)
+    assert nowhere.result().resolution is None
 
 
 def test_ground_report_is_what_the_whole_data_gives():

@@ -4,17 +4,21 @@ import pytest
 import torch
 
 from heimdall_onnx.errors import CheckpointError, ParameterError
+from heimdall_onnx.frame import calibration_advice
 from heimdall_onnx.localization_net import BACKBONES, LocalizationNet
 from heimdall_onnx.signature import localization_signature
 
 # Channels and depths of "A ConvNet for the 2020s", section 3; last stochastic depth as published.
+# Atto is of "ConvNeXt V2", appendix A.
 SIZES = {
     "tiny": ((96, 192, 384, 768), (3, 3, 9, 3), 0.1),
     "small": ((96, 192, 384, 768), (3, 3, 27, 3), 0.4),
     "medium": ((128, 256, 512, 1024), (3, 3, 27, 3), 0.5),
     "large": ((192, 384, 768, 1536), (3, 3, 27, 3), 0.5),
+    "atto": ((40, 80, 160, 320), (2, 2, 6, 2), 0.1),
 }
 PARAMETERS = {"tiny": 28_032_996, "large": 196_638_276}
+CENTROID, SCALE_M = (50.0152, 9.0112), 250e3
 
 
 def torchvision_shapes(size: str) -> dict[str, tuple[int, ...]]:
@@ -220,14 +224,128 @@ def test_frozen_backbone_leaves_the_heads_trainable():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone_size": "tinny"}, "large, medium, small, tiny; found 'tinny'.*mean 'tiny'"),
+        ({"backbone_size": "tinny"}, "large, .*tiny, atto; found 'tinny'.*mean 'tiny'"),
         ({"backbone_size": "xxl"}, "found 'xxl'$"),
         ({"uncertainty_min": 1.0}, "uncertainty_min < uncertainty_max"),
         ({"uncertainty_min": 0.0}, "0 < uncertainty_min"),
         ({"uncertainty_max": float("inf")}, "uncertainty_max=inf"),
         ({"uncertainty_min": float("nan")}, "uncertainty_min=nan"),
+        ({"centroid": CENTROID}, "together.*scale_m=None"),
+        ({"centroid": (90.0, 0.0), "scale_m": 1.0}, "at a pole"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ParameterError, match=message):
         LocalizationNet(**{"backbone_size": "tiny"} | arguments)
+
+
+def test_no_weights_are_published_for_atto(monkeypatch):
+    monkeypatch.setattr(
+        torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("asked")
+    )
+    with pytest.raises(CheckpointError, match="no weights are published for this size"):
+        LocalizationNet(pretrained=True, backbone_size="atto")
+
+
+def framed(**options):
+    torch.manual_seed(0)
+    return LocalizationNet(
+        **{"backbone_size": "atto", "centroid": CENTROID, "scale_m": SCALE_M} | options
+    )
+
+
+def test_with_a_frame_the_answers_are_those_of_the_heads_in_degrees():
+    model, inputs = framed(uncertainty_max=10.0).eval(), torch.randn(3, 3, 128, 32)
+    with torch.no_grad():
+        offsets, deviations = model.local(inputs)
+        positions, uncertainties = model(inputs)
+        bare = model.position_head(model.backbone(inputs).flatten(1))
+    assert torch.equal(offsets, bare)
+    expected = model.frame.normalize(positions.double().numpy())
+    torch.testing.assert_close(offsets, torch.tensor(expected).float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(uncertainties, deviations * model.frame.degrees_per_unit)
+    assert (positions - torch.tensor(CENTROID)).abs().max() < 20  # near the centroid from the start
+
+
+@pytest.mark.parametrize(("bias", "limit"), [(-50.0, 0.6), (50.0, 0.8)])
+@pytest.mark.parametrize("training", [True, False])
+def test_with_a_frame_the_limits_are_in_degrees(bias, limit, training):
+    model = framed(uncertainty_min=0.6, uncertainty_max=0.8).train(training)
+    inputs = torch.randn(2, 3, 128, 32)
+    with torch.no_grad():
+        model.uncertainty_head[8].bias.fill_(bias)
+        _, uncertainties = model(inputs)
+        _, deviations = model.local(inputs)
+    assert uncertainties.min() >= torch.tensor(0.6)
+    assert uncertainties.max() <= torch.tensor(0.8)
+    torch.testing.assert_close(uncertainties, torch.full((2, 2), limit))
+    in_degrees = deviations * model.frame.degrees_per_unit
+    torch.testing.assert_close(in_degrees, torch.full((2, 2), limit))
+
+
+def test_a_frame_loads_strictly_and_a_model_without_one_has_no_trace_of_it():
+    model, bare = framed(), LocalizationNet(backbone_size="atto")
+    added = model.state_dict().keys() - bare.state_dict().keys()
+    assert added == {"frame.centroid", "frame.degrees_per_unit", "frame.deviation_scale"}
+    other = framed(centroid=(0.0, 0.0), scale_m=1.0)
+    other.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(other.frame.centroid, torch.tensor(CENTROID))
+    with pytest.raises(ParameterError, match="no frame"):
+        bare.local(torch.zeros(1, 3, 128, 32))
+
+
+def test_in_mixed_precision_degrees_stay_fine():
+    model, inputs = framed().eval(), torch.randn(4, 3, 128, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        offsets, deviations = model.local(inputs)
+        positions, uncertainties = model(inputs)
+    assert offsets.dtype == torch.bfloat16
+    assert positions.dtype == uncertainties.dtype == deviations.dtype == torch.float32
+    steps = positions - torch.tensor(CENTROID)
+    assert (steps.bfloat16().float() - steps).abs().max() < 0.25  # no steps of a degree's quarter
+    assert not torch.equal(positions, positions.bfloat16().float())
+
+
+@pytest.mark.parametrize("wanted", [0.005, 0.5, 2.0])
+def test_in_training_an_uncertainty_finds_back_into_its_limits(wanted):
+    """Descent moves the head's answer towards what the loss wants, whichever side it starts on."""
+    for start in (0.001, 5.0):
+        spread = torch.full((1,), start, requires_grad=True)
+        model = LocalizationNet(backbone_size="atto").train()
+        (model._limited(spread, 0.01, 1.0) - wanted).square().backward()
+        limited = min(max(start, 0.01), 1.0)
+        if limited == wanted or (start < 0.01 > wanted) or (start > 1.0 < wanted):
+            assert spread.grad == 0  # nothing to be gained outside
+        else:
+            assert torch.sign(spread.grad) == (1 if limited > wanted else -1)
+
+
+def test_mirrored_inputs_are_the_same_inputs_mirrored():
+    model, inputs = LocalizationNet(backbone_size="atto"), torch.randn(2, 3, 128, 32)
+    torch.manual_seed(0)
+    seen = {
+        next(
+            i
+            for i, axes in enumerate(([], [2], [3], [2, 3]))
+            if torch.equal(found, inputs.flip(axes))
+        )
+        for (found,) in (model.augment(inputs) for _ in range(40))
+    }
+    assert seen == {0, 1, 2, 3}
+
+
+def test_calibrating_leads_to_the_limit_and_no_further():
+    model = framed(uncertainty_min=0.01, uncertainty_max=1.0).eval()
+    inputs = torch.randn(2, 3, 128, 32)
+    with torch.no_grad():
+        model.uncertainty_head[8].bias.fill_(50.0)
+        model.frame.deviation_scale.fill_(3.0)
+        _, uncertainties = model(inputs)
+        _, deviations = model.local(inputs)
+    torch.testing.assert_close(uncertainties, torch.ones(2, 2))
+    residuals = 3.0 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    limits = model.signature.sigma_output.range
+    advice = calibration_advice(residuals, uncertainties.double(), limits)
+    assert "raise the model's uncertainty_max" in advice
+    in_degrees = deviations * model.frame.degrees_per_unit
+    torch.testing.assert_close(in_degrees, torch.ones(2, 2))  # training is not calibrated

@@ -1155,6 +1155,42 @@ def test_inputs_of_any_shape_are_drawn_or_said_not_to_be(
     assert ("not drawn" in visible_text(chart)) == (images + lines == 0)
 
 
+def test_several_inputs_lie_side_by_side_with_their_masks_and_ids() -> None:
+    report = erring(np.ones((3, 2), np.float32), np.eye(3, 2))
+    inputs = (
+        TensorSpec("iq", "float32", ("batch", "receivers", 2, "time")),
+        TensorSpec("places", "float32", ("batch", "receivers", 2)),
+        TensorSpec("receiver_ids", "int64", ("batch", "receivers")),
+        TensorSpec("mask", "bool", ("batch", "receivers"), masks=("iq",)),
+        TensorSpec("flag", "bool", ("batch",)),
+    )
+    rng = np.random.default_rng(0)
+    values = {
+        "iq": rng.standard_normal((3, 4, 2, 16)).astype(np.float32),
+        # Degrees of latitude and longitude: one scale for both would show neither.
+        "places": rng.uniform((49, 9), (51, 11), (3, 4, 2)).astype(np.float32),
+        "receiver_ids": np.tile([3, 1, 4, 11], (3, 1)),
+        "mask": np.tile([False, True, False, False], (3, 1)),
+        "flag": np.array([True, False, True]),
+    }
+    given = EvaluationData(values, None, {}, "captures.npz", "ab", {})
+    signature = Signature(inputs, report.signature.outputs)
+    chart = plot.worst_inputs(replace(report, signature=signature), given)
+    images = [image.get_array() for axes in chart.figure.axes for image in axes.images]
+    assert [image.shape for image in images[:5]] == [(4, 32), (4, 2), (4, 1), (4, 1), (1, 1)]
+    assert len(images) == 15
+    assert images[1].min(axis=0).tolist() == [0, 0]
+    assert images[1].max(axis=0).tolist() == [1, 1]
+    assert images[3].ravel().tolist() == [1, 0, 1, 1]  # what is masked is dark
+    text = visible_text(chart)
+    assert text.count("masked") == 3
+    assert "receiver_ ids 4" in text
+    assert "iq 4 × 2 × 16" in text
+    for said in ("11", "True", "False"):
+        assert said in text
+    assert chart.to_png()
+
+
 def test_worst_input_is_measured_where_the_error_is() -> None:
     # A large value beside it allows the large value an error, not this one.
     report = erring(np.array([[0, 1000]], np.float32), np.array([[1e-3, 0.0]]))

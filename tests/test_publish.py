@@ -21,6 +21,7 @@ from heimdall_onnx.errors import (
 )
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.export import export_model
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.gates import Gate, Verdict
 from heimdall_onnx.loading import load_model
 from heimdall_onnx.manifest import CONTENT
@@ -35,7 +36,7 @@ from heimdall_onnx.publish import (
     upload_release,
     withdraw,
 )
-from heimdall_onnx.store import hash_file, list_keys, make_client
+from heimdall_onnx.store import list_keys, make_client
 from heimdall_onnx.variants import JudgedVariant
 
 pytestmark = pytest.mark.services

@@ -213,6 +213,18 @@ def test_a_run_of_its_own_leaves_the_active_one_alone(
     assert untouched["params"] == untouched["metrics"] == {}
 
 
+def test_tags_of_a_run_can_change(tracker: MLflowTracker) -> None:
+    run_id = tracker.create_run("training")
+    tracker.set_tags({"best": "a.ckpt", "epochs": 3, "sha256.a": "1"}, run_id=run_id)
+    tracker.close_run(run_id, "FINISHED")
+    tracker.set_tags({"epochs": 5, "sha256.a": None, "nowhere": None}, run_id=run_id)
+    tags = tracker.get_run_info(run_id)["tags"]
+    assert (tags["best"], tags["epochs"]) == ("a.ckpt", "5")
+    assert "sha256.a" not in tags
+    with pytest.raises(RegistryError, match=r"tag run 0+"):
+        tracker.set_tags({"a": "b"}, run_id="0" * 32)
+
+
 def test_logging_needs_a_run_and_a_file(tracker: MLflowTracker, tmp_path: Path) -> None:
     for log in (lambda: tracker.log_params({"a": 1}), lambda: tracker.log_metrics({"a": 1})):
         with pytest.raises(RegistryError, match="call start_run first"):

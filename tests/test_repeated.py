@@ -287,3 +287,16 @@ def test_other_recommendation_is_flagged_and_other_calibration_differs():
 def test_variants_that_were_not_made_again_are_missed():
     found = different(varied(), {"variants": None}, exact=True)
     assert found["variant int8, status"] == found["variant fp32, sha256"] == "differs"
+
+
+@pytest.mark.parametrize(("valid", "allowed"), [(True, 1e-5), (False, 1e-4), (None, 1e-4)])
+def test_other_lengths_have_the_tolerance_they_were_judged_with(measured, valid, allowed):
+    """What older versions recorded does not say."""
+    recorded = copy.deepcopy(measured)
+    cell = copy.deepcopy(recorded["parity"]["cells"][0]) | {"kind": "time = 3"}
+    cell.pop("valid", None)
+    recorded["parity"]["cells"].append(cell if valid is None else cell | {"valid": valid})
+    for share, judgement in ((0.9, "within"), (1.1, "differs")):
+        found = copy.deepcopy(recorded)
+        statistics(found, "time = 3")["mean"] += share * allowed
+        assert set(judged(recorded, found, exact=False).values()) == {judgement}

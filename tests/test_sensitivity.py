@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from families import Triangulator
 from models import BlockNet
 
+from heimdall_onnx.examples import examples_of
 from heimdall_onnx.export import export_model
 from heimdall_onnx.optimize import Job, make_variant
 from heimdall_onnx.sensitivity import (
@@ -76,3 +78,21 @@ def test_groups_are_ordered_though_some_noise_is_infinite():
     ]
     profile = NoiseProfile("int8", tuple(groups), 8)
     assert [group.scope for group in profile.most_sensitive(3)] == ["d", "c", "a"]
+
+
+@pytest.mark.parametrize("opset", [14, pytest.param(20, marks=pytest.mark.slow)])
+def test_products_that_no_module_has_to_itself_are_groups_of_their_own(opset, tmp_path):
+    model = Triangulator()
+    path = tmp_path / "model.onnx"
+    export_model(model, path, signature=model.signature, opset=opset)
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    inputs = examples_of(model, model.signature).valid(4)
+    groups = ReferenceGraph(path, modules, inputs).groups
+    alone = {name for name in groups if name not in modules}
+    # Queries by keys and weights by values, in each of two layers.
+    assert len(alone) == 4
+    assert all(groups[name] == (name,) for name in alone)
+    assert {"embed", "layers.0.query", "layers.1.mix", "pool", "answer"} <= groups.keys()
+    profile = noise_profile("fp32", path, path, modules, inputs)
+    assert [group.scope for group in profile.groups] == list(groups)
+    assert all(group.noise == group.entering == 0 for group in profile.groups)

@@ -9,9 +9,9 @@ from keys import make_certificate, make_key
 from pydantic import SecretStr
 
 from heimdall_onnx.errors import SettingsError, VerificationError
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signing import Trust, check_signature, open_signer
-from heimdall_onnx.store import hash_file
 
 DIGESTS = {"model.onnx": "1" * 64, "manifest.json": "2" * 64}
 

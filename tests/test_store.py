@@ -40,6 +40,7 @@ from heimdall_onnx.errors import (
     SettingsError,
     StoreError,
 )
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.store_client import explain_store_error, redact_url, store_errors
 
@@ -206,7 +207,7 @@ def test_a_large_file_goes_in_parts_and_reports_progress(
     assert len(parts) == 5
     assert sum(sent) == LARGE
     assert stored.size_bytes == LARGE
-    assert stored.sha256 == store.hash_file(large_file)
+    assert stored.sha256 == hash_file(large_file)
     assert store.head(s3, bucket, "large") == stored
 
 

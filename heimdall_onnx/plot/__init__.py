@@ -11,11 +11,13 @@ from heimdall_onnx.plot.chart import Chart
 from heimdall_onnx.plot.cost import release_cost
 from heimdall_onnx.plot.depth import error_along_depth
 from heimdall_onnx.plot.distribution import error_distribution
+from heimdall_onnx.plot.ensemble import members_disagreement
 from heimdall_onnx.plot.grid import parity_grid
 from heimdall_onnx.plot.magnitude import error_by_magnitude
 from heimdall_onnx.plot.operator_times import operator_times
 from heimdall_onnx.plot.optimization import operators, optimization_levels
 from heimdall_onnx.plot.positions import position_map
+from heimdall_onnx.plot.reliability import reliability
 from heimdall_onnx.plot.roofline import roofline
 from heimdall_onnx.plot.scatter import parity_scatter
 from heimdall_onnx.plot.task import task_error
@@ -31,6 +33,7 @@ __all__ = [
     "error_distribution",
     "latency",
     "latency_over_time",
+    "members_disagreement",
     "noise_along_depth",
     "operator_times",
     "operators",
@@ -39,6 +42,7 @@ __all__ = [
     "parity_scatter",
     "position_map",
     "release_cost",
+    "reliability",
     "roofline",
     "task_error",
     "throughput",

@@ -169,6 +169,12 @@ def fine_log_axis(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
 
 
+def fitting_log_axis(axis: Axis) -> None:
+    """`fine_log_axis` where what is drawn spans less than two powers of ten, else `log_axis`."""
+    low, high = axis.get_view_interval()
+    (fine_log_axis if low > 0 and high < 100 * low else log_axis)(axis)
+
+
 def no_grid(axes: Axes) -> None:
     """Take grid, ticks and frame away, for panels that hold something else than a plot."""
     axes.grid(visible=False)

@@ -27,15 +27,15 @@ def parity_grid(report: ParityReport) -> Chart:
     """On which kinds of input and batch sizes does parity hold, and with what margin?
 
     Each cell gives the error of the worst samples in units of what is allowed there: atol +
-    rtol·|PyTorch| on evaluation data, ten times that on adversarial inputs. Where elements lie
-    beyond it, the cell is framed and counts them.
+    rtol·|PyTorch|, on adversarial inputs ten times that. Where elements lie beyond it, the cell is
+    framed and counts them.
     """
     kinds = list(dict.fromkeys(cell.kind for cell in report.cells))
     sizes = sorted({cell.batch_size for cell in report.cells})
     title = _grid_answer(report)
     subtitle = (
         f"Largest errors in units of the tolerance, {number(report.tolerance)} + "
-        f"{number(report.rtol)}·|PyTorch| (×{ADVERSARIAL_FACTOR:g} on all but the evaluation data)"
+        f"{number(report.rtol)}·|PyTorch| (×{ADVERSARIAL_FACTOR:g} on adversarial inputs)"
         f" · framed: elements beyond it, of all · {name(report.source, 60)}"
     )
     figure = new_figure(title, subtitle, height=0.75 + 0.46 * len(kinds))

@@ -30,6 +30,7 @@ class OutputColumn:
         reference: The PyTorch model's values, (samples, elements); empty if not comparable.
         value: The ONNX model's values, of the same shape.
         shapes: What the shapes are if they differ, else empty.
+        of_position: Whether it is the spread of a position, whose elements it shares.
     """
 
     spec: TensorSpec
@@ -38,12 +39,13 @@ class OutputColumn:
     reference: Floats
     value: Floats
     shapes: str
+    of_position: bool = False
 
     @property
     def elements(self) -> list[str]:
         """What to call the elements of a sample; empty if they are too many to tell apart."""
         width = self.reference.shape[1]
-        if self.spec.unit == DEGREES and width == 2:
+        if (self.spec.unit == DEGREES or self.of_position) and width == 2:
             return ["latitude", "longitude"]
         return [f"element {i}" for i in range(width)] if 1 < width <= len(ELEMENT_MARKERS) else []
 
@@ -74,6 +76,7 @@ def worst_columns(report: ParityReport) -> list[OutputColumn]:
                 a.astype(np.float64).reshape(len(a), math.prod(a.shape[1:])),
                 b.astype(np.float64).reshape(len(b), math.prod(b.shape[1:])),
                 shapes,
+                spec is report.signature.sigma_output,
             )
         )
     shown = sorted(columns, key=lambda c: -c.excess)[:_OUTPUTS_SHOWN]

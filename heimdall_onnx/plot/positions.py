@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.ground import km_per_degree, offset_km
+from heimdall_onnx.ground import km_per_degree, mean_place, offset_km
 from heimdall_onnx.plot.chart import (
     INK,
     ONNX_COLOR,
@@ -103,16 +103,14 @@ def _map_alt(report: ParityReport, data: EvaluationData) -> str:
 
 
 def _positions(report: ParityReport, data: EvaluationData) -> _Positions:
-    spec, sigma_spec = report.signature.position_output, report.signature.sigma_output
+    spec = report.signature.position_output
     assert spec is not None
     pytorch, onnx = (side[spec.name].astype(np.float64) for side in (report.pytorch, report.onnx))
     if pytorch.shape != onnx.shape:
         pytorch = onnx = np.full((len(pytorch), 2), np.nan)
     finite = np.isfinite(pytorch).all(axis=1) & np.isfinite(onnx).all(axis=1)
     rows = np.flatnonzero(finite)
-    sigma = None if sigma_spec is None else report.onnx[sigma_spec.name].astype(np.float64)
-    if sigma is not None and sigma.shape != onnx.shape:
-        sigma = None
+    sigma = _sigma(report)
     truth = None if data.positions is None else data.positions[rows]
     shown = min(rows.size, _UNLABELLED_SHOWN if truth is None else _LABELLED_SHOWN)
     mapped = np.linspace(0, rows.size - 1, shown).astype(np.intp)
@@ -125,16 +123,14 @@ def _positions(report: ParityReport, data: EvaluationData) -> _Positions:
         truth=truth,
         left_out=int((~finite).sum()),
         mapped=mapped,
-        origin=_middle(np.concatenate(points)),
+        origin=mean_place(np.concatenate(points)) or (0.0, 0.0),
     )
 
 
-def _middle(positions: Floats) -> tuple[float, float]:
-    """Mean position on the sphere, so that 179° and −179° have 180° between them."""
-    lat, lon = np.radians(np.clip(positions[:, 0], -90, 90)), np.radians(positions[:, 1])
-    x, y = (np.cos(lat) * np.cos(lon)).sum(), (np.cos(lat) * np.sin(lon)).sum()
-    z = np.sin(lat).sum()
-    return math.degrees(math.atan2(z, math.hypot(x, y))), math.degrees(math.atan2(y, x))
+def _sigma(report: ParityReport) -> Floats | None:
+    if any(report.pytorch[name].shape != array.shape for name, array in report.onnx.items()):
+        return None
+    return report.signature.deviations(report.onnx)
 
 
 def coordinates(place: tuple[float, float]) -> str:

@@ -17,7 +17,7 @@ from heimdall_onnx.plot.chart import (
     Chart,
     distance,
     fine_log_axis,
-    log_axis,
+    fitting_log_axis,
     new_figure,
     number,
     plain,
@@ -28,6 +28,7 @@ from heimdall_onnx.variants import JudgedVariant, VariantsReport
 
 _LEAST = 1e-7
 _TICKS = 26
+_CLOSE = 2.0  # latencies of less than this ratio, whose names would run into each other
 _STYLES = ("-", "--", "-.", ":")
 _COLORS = (PYTORCH_COLOR, ONNX_COLOR, *ELEMENT_COLORS, INK)
 
@@ -62,9 +63,9 @@ def variants(report: VariantsReport | None) -> Chart | None:
         xscale="log",
         yscale="log",
     )
-    fine_log_axis(axes.xaxis)
-    log_axis(axes.yaxis)
     axes.margins(x=0.16, y=0.14)
+    fine_log_axis(axes.xaxis)
+    fitting_log_axis(axes.yaxis)
     alt = "; ".join(
         f"{v.name} {'passed' if v.passed else 'failed'}: {number(p[0], 3)} ms, {cost} "
         f"{distance(p[1]) if unit else number(p[1])}, {v.size_bytes / 1e6:,.0f} MB"
@@ -105,6 +106,7 @@ def _scatter(
     # What changes nothing is drawn a little below what changes least.
     costs = [cost for _, cost, _, _ in points if cost > _LEAST]
     floor = min(costs, default=1.0) / 10
+    named: list[tuple[float, float]] = []
     for variant, (ms, cost, low, high) in zip(shown, points, strict=True):
         best = variant.name == recommended
         height = max(cost, floor)
@@ -121,10 +123,13 @@ def _scatter(
             linestyle="none",
             gid=f"variant {variant.name}",
         )
+        # One above the other, where points lie too close for their names.
+        below = sum(max(ms, x) < _CLOSE * min(ms, x) and y == height for x, y in named)
+        named.append((ms, height))
         axes.annotate(
             plain(variant.name) + (" (changes nothing)" if cost <= _LEAST else ""),
             (ms, height),
-            xytext=(0, 9),
+            xytext=(0, 9 + 12 * below),
             textcoords="offset points",
             ha="center",
             fontsize=9,
@@ -180,7 +185,7 @@ def noise_along_depth(report: VariantsReport | None) -> Chart | None:
         drawn = _draw_noise(axes, variant, scopes, index) or drawn
     if drawn:
         axes.set_yscale("log")
-        log_axis(axes.yaxis)
+        fitting_log_axis(axes.yaxis)
         step = -(-len(scopes) // _TICKS)
         axes.set_xticks(
             range(0, len(scopes), step), map(plain, scopes[::step]), rotation=60, ha="right"

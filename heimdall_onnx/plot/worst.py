@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +26,17 @@ from heimdall_onnx.plot.chart import (
     styled,
 )
 from heimdall_onnx.plot.outputs import after
+from heimdall_onnx.signature import Arrays, TensorSpec
 from heimdall_onnx.statistics import ErrorStatistics, WorstSample
 
 _SAMPLES_SHOWN = 3
 _CHANNELS_SHOWN = 4
 _OUTPUTS_SHOWN = 3
 _VALUES_SHOWN = 4
+_ROWS_WRITTEN = 10
+_INPUTS_SHOWN = 6
+_COLUMNS = 12
+_INPUTS_SHARE = 0.6  # of a figure's width
 _Values = tuple[tuple[float, ...], tuple[float, ...], float]
 
 
@@ -42,7 +48,7 @@ class _Worst:
     excess: float
     outputs: list[tuple[ErrorStatistics, WorstSample]]
 
-    def values(self, output: ErrorStatistics, report: ParityReport) -> _Values | None:
+    def values(self, output: ErrorStatistics, report: ParityReport, shown: int) -> _Values | None:
         """Both models' answers in one output and the error; None where these were not kept."""
         known = next((w for found, w in self.outputs if found is output), None)
         kept = [array[output.output] for array in (report.pytorch, report.onnx)]
@@ -51,7 +57,7 @@ class _Worst:
         pytorch, onnx = (array[self.index].ravel().astype(np.float64) for array in kept)
         error = compare_values(pytorch, onnx, report.tolerance).error
         # The elements from the worst on, where there are too many to be shown.
-        start = known.element if known and known.element >= _VALUES_SHOWN else 0
+        start = known.element if known and known.element >= shown else 0
         return tuple(map(float, pytorch[start:])), tuple(map(float, onnx[start:])), error
 
 
@@ -60,24 +66,27 @@ def worst_inputs(report: ParityReport, data: EvaluationData) -> Chart | None:
     """What do the inputs look like on which the models differ most?
 
     Up to three samples of the evaluation data, in order of their largest error in units of the
-    tolerance. A two-dimensional input is drawn channel by channel, a spectrogram for example,
-    each channel on a scale of its own; a one-dimensional one as lines. None where the outputs
-    have no elements.
+    tolerance. The input of a model that has one is drawn channel by channel, a spectrogram for
+    example, each channel on a scale of its own, or as lines where it has one axis. Of several
+    inputs each is an image of its own with the first axis downwards, receivers for example, so
+    that what belongs together lies side by side. None where the outputs have no elements.
     """
     found = _worst_samples(report)
     if not found:
         return None
     title = _answer(found)
+    many = len(report.signature.inputs) > 1
     subtitle = (
         f"{name(report.source, 60)} · beside each input both models' answers · colours from each "
-        "channel's smallest to its largest value"
+        f"{'column' if many else 'channel'}'s smallest to its largest value"
+        + (f", of inputs with more than {_COLUMNS} columns from the input's" if many else "")
     )
-    figure = new_figure(title, subtitle, height=1.75 * len(found))
+    figure = new_figure(title, subtitle, height=(2.15 if many else 1.75) * len(found))
     bands = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
-    spec = next((s for s in report.signature.inputs if len(s.shape) > 1), None)
     for band, sample in zip(bands, found, strict=True):
-        values = None if spec is None else data.rows([sample.index])[spec.name][0]
-        _draw_sample(band, sample, values, report)
+        rows = data.rows([sample.index])
+        inputs = {spec.name: rows[spec.name][0] for spec in report.signature.inputs}
+        _draw_sample(band, sample, inputs, report)
     alt = " ".join(
         f"Sample {sample.index}: "
         + "; ".join(
@@ -113,10 +122,11 @@ def _answer(found: list[_Worst]) -> str:
     )
 
 
-def _draw_sample(
-    band: SubFigure, sample: _Worst, values: npt.NDArray[np.generic] | None, report: ParityReport
-) -> None:
-    channels = _channels(values)
+def _draw_sample(band: SubFigure, sample: _Worst, inputs: Arrays, report: ParityReport) -> None:
+    if len(inputs) > 1:
+        _draw_inputs(band, sample, inputs, report)
+        return
+    channels = _channels(next(iter(inputs.values())))
     shown = channels[:_CHANNELS_SHOWN]
     count = max(1, len(shown))
     panels = band.subplots(1, count + 1, width_ratios=[1.0] * count + [2.2], squeeze=False)[0]
@@ -129,9 +139,64 @@ def _draw_sample(
     _write(panels[-1], sample, report)
 
 
-def _channels(values: npt.NDArray[np.generic] | None) -> list[npt.NDArray[np.generic]]:
+def _draw_inputs(band: SubFigure, sample: _Worst, inputs: Arrays, report: ParityReport) -> None:
+    """Each input as an image, a single value for each row as the number itself."""
+    drawn = [spec for spec in report.signature.inputs if inputs[spec.name].size]
+    drawn = drawn[:_INPUTS_SHOWN]
+    widths = [1.0 if inputs[spec.name].ndim > 1 else 0.5 for spec in drawn]
+    # Characters of a panel of width 1.
+    limit = int(100 * _INPUTS_SHARE / max(sum(widths), 1.0))
+    text_width = sum(widths) * (1 - _INPUTS_SHARE) / _INPUTS_SHARE
+    panels = band.subplots(1, len(drawn) + 1, width_ratios=[*widths, text_width], squeeze=False)[0]
+    for axes, spec, width in zip(panels, drawn, widths, strict=False):
+        values = np.atleast_1d(inputs[spec.name])
+        no_grid(axes)
+        axes.set(xticks=[], yticks=[])
+        image = values.reshape(len(values), -1)
+        # What is masked is dark.
+        cells = _scaled(~image if spec.masks else image)
+        axes.imshow(cells, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=1)
+        shape = " × ".join(map(str, inputs[spec.name].shape)) or "one value"
+        axes.set_title(plain(f"{_folded(spec.name, int(limit * width))}\n{shape}"), fontsize=9)
+        if image.shape[1] == 1 and len(image) <= _ROWS_WRITTEN:
+            _write_values(axes, cells[:, 0], [_value(value, spec) for value in image[:, 0]])
+    _write(panels[-1], sample, report)
+
+
+def _scaled(image: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+    """Values from 0 to 1; of a few columns, which may be of several units, each by itself."""
+    if image.dtype == bool:
+        return image.astype(np.float64)
+    axis = 0 if image.shape[1] <= _COLUMNS else None
+    cells = image.astype(np.float64)
+    low = cells.min(axis=axis, keepdims=True)
+    span = cells.max(axis=axis, keepdims=True) - low
+    return np.asarray((cells - low) / np.where(span > 0, span, 1.0))
+
+
+def _folded(text: str, limit: int) -> str:
+    """A name on two lines at most, broken behind an underscore."""
+    parts = textwrap.wrap(name(text, 2 * limit).replace("_", "_ "), max(limit, 9))
+    return "\n".join(part.replace("_ ", "_") for part in parts[:2])
+
+
+def _value(value: np.generic, spec: TensorSpec) -> str:
+    if spec.dtype != "bool":
+        return number(float(value))
+    if spec.masks:
+        return "masked" if value else ""
+    return str(bool(value))
+
+
+def _write_values(axes: Axes, cells: npt.NDArray[np.float64], texts: list[str]) -> None:
+    for row, (value, text) in enumerate(zip(cells, texts, strict=True)):
+        color = "white" if value <= 0.5 else INK
+        axes.text(0, row, text, ha="center", va="center", size=9, color=color)
+
+
+def _channels(values: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
     """Images (height, width) or lines (length,) of one sample."""
-    if values is None or values.ndim == 0 or values.size == 0:
+    if values.ndim == 0 or values.size == 0:
         return []
     if values.ndim == 1:
         return [values]
@@ -154,17 +219,19 @@ def _draw_channel(axes: Axes, channel: npt.NDArray[np.generic]) -> None:
 def _write(axes: Axes, sample: _Worst, report: ParityReport) -> None:
     no_grid(axes)
     axes.set(xticks=[], yticks=[])
+    # Several inputs leave less room beside them.
+    shown = _VALUES_SHOWN if len(report.signature.inputs) == 1 else _VALUES_SHOWN // 2
     lines = [f"sample {sample.index}: {number(sample.excess)}× the tolerance"]
     for output in report.evaluation[:_OUTPUTS_SHOWN]:
-        values = sample.values(output, report)
+        values = sample.values(output, report, shown)
         if values is None:
             lines.append(f"{name(output.output)}: not among its worst")
             continue
         pytorch, onnx, error = values
         lines += [
             f"{name(output.output)}{after(output.unit)}, error {number(error)}",
-            f"  PyTorch {_values(pytorch)}",
-            f"  ONNX    {_values(onnx)}",
+            f"  PyTorch {_values(pytorch, shown)}",
+            f"  ONNX    {_values(onnx, shown)}",
         ]
     text = axes.text(
         0.0,
@@ -179,6 +246,6 @@ def _write(axes: Axes, sample: _Worst, report: ParityReport) -> None:
     text.set_in_layout(False)
 
 
-def _values(values: tuple[float, ...]) -> str:
-    shown = ", ".join(f"{value:.7g}" for value in values[:_VALUES_SHOWN])
-    return f"{shown}, …" if len(values) > _VALUES_SHOWN else shown
+def _values(values: tuple[float, ...], count: int = _VALUES_SHOWN) -> str:
+    shown = ", ".join(f"{value:.7g}" for value in values[:count])
+    return f"{shown}, …" if len(values) > count else shown

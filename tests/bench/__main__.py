@@ -255,14 +255,15 @@ def growing(bench: Bench) -> Iterator[Row]:
 def variants_of(size: str) -> Callable[[Bench], Iterator[Row]]:
     """Rows of a release with all variants.
 
-    Of Tiny it is the demo's trained checkpoint with its labels; Large has weights of a seed, with
-    layer scales as after training, and is judged by displacement on the same inputs.
+    Of Tiny it is a checkpoint trained for ten minutes, with labels; Large has weights of a seed,
+    with layer scales as after training, and is judged by displacement on the same inputs.
     """
 
     def rows(bench: Bench) -> Iterator[Row]:
         from heimdall_onnx.demo import make_demo
 
-        demo = make_demo(bench.folder.parent / "demo")
+        seconds, sort = (600, "tiny") if size == "tiny" else (120, "atto")
+        demo = make_demo(bench.folder.parent / f"demo-{sort}", seconds=seconds, backbone_size=sort)
         checkpoint, data = demo.checkpoint, demo.eval_data
         if size != "tiny":
             checkpoint, data = bench.checkpoint(size), bench.folder / "unlabelled.npz"
@@ -275,12 +276,34 @@ def variants_of(size: str) -> Callable[[Bench], Iterator[Row]]:
     return rows
 
 
+def training_rows(bench: Bench) -> Iterator[Row]:
+    """The training entry beside loops one would write oneself."""
+    import training  # brings Lightning, which nobody else here needs
+
+    done = json.loads(bench.run(PYTHON, HERE / "training.py").output.splitlines()[-1])
+    for name, (by, of, to, target) in training.PAIRS.items():
+        found = done[by]
+        values = training.ratios(found, of, to)
+        low, high = training.interval(values)
+        speeds = ", ".join(f"{n} {statistics.median(v):.0f}" for n, v in found.items())
+        yield Row(
+            name,
+            target,
+            "×",
+            values,
+            f"atto, {len(values)} rounds in turns, 95 % interval {low:.3f} to {high:.3f}; medians "
+            f"on {done['threads']} threads: {speeds}",
+            at_least=True,
+        )
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "startup": startup,
     "steps": single_steps,
     "tiny": release_of("tiny", None, None),
     "large": release_of("large", 1, 4.5),
     "growth": growing,
+    "training": training_rows,
     "variants-tiny": variants_of("tiny"),
     "variants-large": variants_of("large"),
 }

@@ -345,9 +345,10 @@ def inputs_of(chosen: argparse.Namespace, output: Path, bench: ModuleType) -> tu
     """Checkpoint and evaluation data: those given, the trained demo, or Large with any weights."""
     if chosen.checkpoint:
         return chosen.checkpoint.absolute(), chosen.eval_data.absolute()
-    demo = make_demo(output / "demo")
     if chosen.model == "tiny":
+        demo = make_demo(output / "demo-tiny", seconds=600, backbone_size="tiny")
         return demo.checkpoint, demo.eval_data
+    demo = make_demo(output / "demo")
     # Labels mean nothing to weights that were never trained.
     unlabelled = output / "unlabelled.npz"
     with np.load(demo.eval_data) as archive:
