@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install release test bench bench-peers soak lab wheel test-wheel check format
+.PHONY: help install release test test-all bench bench-peers soak lab wheel test-wheel check format
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,10 @@ else
 endif
 
 test: $(VENV)/.installed ## Run the tests on real services
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(OPTIONS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+
+test-all: $(VENV)/.installed ## Run those too that show the same of further models and faults, and measure coverage
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m '' --cov --cov-report=term $(OPTIONS)
 
 # Parts can be chosen: OPTIONS='startup steps tiny large growth training variants-tiny variants-large --pairs 3'
 bench: $(VENV)/.installed ## Measure what a release costs, on services of its own

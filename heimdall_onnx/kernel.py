@@ -29,6 +29,15 @@ def started_kernel(environment: Mapping[str, str]) -> Iterator[AsyncKernelManage
     kernel = AsyncKernelManager(
         kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
     )
+    with running(kernel, environment):
+        yield kernel
+
+
+@contextmanager
+def running(
+    kernel: AsyncKernelManager, environment: Mapping[str, str]
+) -> Iterator[AsyncKernelManager]:
+    """Start ``kernel`` with these environment variables, and end it with the block."""
     try:
         run_sync(kernel.start_kernel)(
             extra_arguments=[

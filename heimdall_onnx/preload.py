@@ -14,7 +14,7 @@ import os
 
 from heimdall_onnx.orphans import end_with
 
-_ROOMS = (
+ROOMS = (
     "compare",
     "export",
     "validate",
@@ -32,6 +32,6 @@ def load_ipython_extension(_: object) -> None:
     """Import the rooms; no name is put into the user's namespace."""
     if runner := os.environ.get("JPY_PARENT_PID"):
         end_with(int(runner))
-    for room in _ROOMS:
+    for room in ROOMS:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"{__package__}.{room}")

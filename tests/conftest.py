@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -92,7 +93,30 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def embedded_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+def _warm_kernels() -> Iterator[None]:
+    """The notebooks' kernels are forks, since imports would be a third of the tests' time; those of
+    the command line, in processes of its own, are started afresh."""
+    from heimdall_onnx.warm_kernel import WarmKernels
+
+    with ExitStack() as stack:
+
+        @functools.cache
+        def template() -> WarmKernels:
+            return stack.enter_context(WarmKernels(_CLEAN))
+
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for room in ("release", "reproduce"):
+            patch.setattr(
+                f"heimdall_onnx.{room}.started_kernel",
+                lambda environment: template().started(environment),
+            )
+        yield
+
+
+@pytest.fixture(scope="session")
+def embedded_settings(
+    tmp_path_factory: pytest.TempPathFactory, _warm_kernels: None
+) -> Iterator[Settings]:
     """Settings with the embedded store in them, running until the session ends."""
     bare = Settings(_env_file=None, HEIMDALL_HOME=tmp_path_factory.mktemp("home"))
     try:

@@ -273,6 +273,7 @@ def test_no_run_is_left_open_and_no_error_hidden(configured, data, tmp_path, mon
 
 @pytest.mark.services
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_it_releases_what_it_has_trained_and_can_do_it_again(configured, data, tmp_path):
     folder = tmp_path / "out"
     options = ("--checkpoint-dir", folder, *MODEL, "--name", "trained", "--profile", "smoke")

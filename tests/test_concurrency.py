@@ -8,7 +8,7 @@ from invariants import Place
 from pydantic import SecretStr
 from releases import changed_notebook
 
-pytestmark = [pytest.mark.services, pytest.mark.slow]
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.thorough]
 
 
 @pytest.fixture

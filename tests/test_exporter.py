@@ -12,9 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from models import SmallLocalizationNet
 from pydantic import SecretStr
 from releases import lose_the_answer_of_set_alias
-from torch import nn
 
 from heimdall_onnx import (
     LocalizationNet,
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.services
 @pytest.fixture(scope="module")
 def model() -> LocalizationNet:
     torch.manual_seed(0)
-    return LocalizationNet(backbone_size="tiny").eval()
+    return LocalizationNet(backbone_size="atto").eval()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,9 @@ class TestONNXExporter:
 
     @pytest.mark.parametrize("opset", [14, 17, 18, 20])
     def test_opset_of_the_file_is_the_one_asked_for(self, exporter, tmp_path, opset):
-        path = exporter.export_to_onnx(Small(), tmp_path / "m.onnx", opset_version=opset)
+        path = exporter.export_to_onnx(
+            SmallLocalizationNet(), tmp_path / "m.onnx", opset_version=opset
+        )
         found = {o.domain: o.version for o in onnx.load(path).opset_import}
         assert found[""] == opset
 
@@ -118,18 +120,18 @@ class TestONNXExporter:
 
     def test_inference_of_another_model_fails_and_names_the_module(self, exporter, onnx_path):
         torch.manual_seed(1)
-        other = LocalizationNet(backbone_size="tiny").eval()
+        other = LocalizationNet(backbone_size="atto").eval()
         with pytest.raises(ParityError, match=r"first departing module: backbone\.0\.0\.0"):
             exporter.test_onnx_inference(onnx_path, other, num_batches=1, batch_size=2)
 
     def test_inference_restores_the_training_mode(self, exporter, tmp_path):
-        small = Small().train()
+        small = SmallLocalizationNet().train()
         path = exporter.export_to_onnx(small, tmp_path / "m.onnx")
         exporter.test_onnx_inference(path, small, num_batches=1, batch_size=2)
         assert small.training
 
     def test_upload_to_minio(self, exporter, bucket, s3, tmp_path):
-        onnx_path = exporter.export_to_onnx(Small(), tmp_path / "model.onnx")
+        onnx_path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / "model.onnx")
         uri = exporter.upload_to_minio(onnx_path, bucket_name=bucket)
         key = uri.removeprefix(f"s3://{bucket}/")
         assert key.startswith("models/localization/v")
@@ -139,7 +141,7 @@ class TestONNXExporter:
         assert stored["Body"].read() == content
         metadata = stored["Metadata"]
         assert metadata["format"] == "onnx"
-        assert metadata["model-type"] == "Small"
+        assert metadata["model-type"] == "SmallLocalizationNet"
         assert metadata["file-size"] == str(len(content))
         assert metadata["sha256"] == hashlib.sha256(content).hexdigest()
         assert "export-date" in metadata
@@ -198,9 +200,9 @@ class TestONNXExporter:
     def test_alias_stays_with_its_version_when_moving_it_fails(
         self, exporter, bucket, run_id, tmp_path, monkeypatch
     ):
-        path = exporter.export_to_onnx(Small(), tmp_path / "net.onnx")
+        path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / "net.onnx")
         uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
-        metadata = exporter.get_model_metadata(path, Small(), run_id)
+        metadata = exporter.get_model_metadata(path, SmallLocalizationNet(), run_id)
         exporter.register_with_mlflow("kept", uri, metadata)
         lose_the_answer_of_set_alias(monkeypatch)
         with pytest.raises(RegistryError, match="the answer was lost"):
@@ -218,9 +220,9 @@ class TestONNXExporter:
     def test_version_stays_while_its_alias_can_not_be_moved_back(
         self, exporter, bucket, run_id, tmp_path, monkeypatch
     ):
-        path = exporter.export_to_onnx(Small(), tmp_path / "net.onnx")
+        path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / "net.onnx")
         uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
-        metadata = exporter.get_model_metadata(path, Small(), run_id)
+        metadata = exporter.get_model_metadata(path, SmallLocalizationNet(), run_id)
         exporter.register_with_mlflow("kept", uri, metadata)
         follow_log, calls = aliases.follow_log, []
 
@@ -265,9 +267,9 @@ class TestONNXExporter:
         contents = []
         for seed in (0, 1):
             torch.manual_seed(seed)
-            path = exporter.export_to_onnx(Small(), tmp_path / f"{seed}.onnx")
+            path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / f"{seed}.onnx")
             uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
-            metadata = exporter.get_model_metadata(path, Small(), run_id)
+            metadata = exporter.get_model_metadata(path, SmallLocalizationNet(), run_id)
             exporter.register_with_mlflow("net", uri, metadata)
             contents.append(onnx.load(path))
         assert contents[0] != contents[1]
@@ -277,7 +279,7 @@ class TestONNXExporter:
     def test_upload_refuses_a_model_whose_weights_are_elsewhere(
         self, exporter, bucket, s3, tmp_path
     ):
-        path = exporter.export_to_onnx(Small(), tmp_path / "one.onnx")
+        path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / "one.onnx")
         onnx.save(
             onnx.load(path),
             tmp_path / "two.onnx",
@@ -290,20 +292,6 @@ class TestONNXExporter:
         assert "Contents" not in s3.list_objects_v2(Bucket=bucket)
 
 
-class Small(LocalizationNet):
-    """The reference model's signature on a backbone that exports in no time."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x):
-        pooled = self.linear(x.mean((2, 3)))
-        return pooled, torch.sigmoid(pooled) * 0.9 + 0.05
-
-    signature = LocalizationNet(backbone_size="tiny").signature
-
-
 def test_readme_shows_how_a_training_script_registers(
     embedded_settings, run_id, tmp_path, monkeypatch
 ):
@@ -312,7 +300,7 @@ def test_readme_shows_how_a_training_script_registers(
     text = (Path(__file__).parent.parent / "README.md").read_text()
     (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", text, re.S) if "run_id" in s]
     monkeypatch.chdir(tmp_path)
-    names = {"model": Small(), "run_id": run_id}
+    names = {"model": SmallLocalizationNet(), "run_id": run_id}
     exec(snippet, names)
     assert names["result"]["success"], names["result"]
     assert names["result"]["registration"]["model_name"] == "detector"
@@ -323,7 +311,7 @@ class TestONNXExportWorkflow:
         self, s3, sqlite_tracker, run_id, tmp_path, embedded_settings
     ):
         result = export_and_register_model(
-            Small(), run_id, s3, sqlite_tracker, output_dir=tmp_path / "out"
+            SmallLocalizationNet(), run_id, s3, sqlite_tracker, output_dir=tmp_path / "out"
         )
         assert set(result) == {
             "success",
@@ -347,7 +335,9 @@ class TestONNXExportWorkflow:
         assert load_model(address, settings=settings).get_inputs()
 
     def test_export_workflow_metrics(self, s3, sqlite_tracker, run_id, tmp_path):
-        result = export_and_register_model(Small(), run_id, s3, sqlite_tracker, tmp_path)
+        result = export_and_register_model(
+            SmallLocalizationNet(), run_id, s3, sqlite_tracker, tmp_path
+        )
         metrics = result["inference_metrics"]
         assert metrics == result["metadata"]["inference_metrics"]
         # Medians of pairs and the pair of medians differ on a loaded machine, but not inverted.
@@ -355,7 +345,7 @@ class TestONNXExportWorkflow:
         assert 0.3 < metrics["speedup"] / ratio < 3
 
     def test_export_workflow_handles_errors(self, s3, sqlite_tracker, run_id, tmp_path):
-        class Branching(Small):
+        class Branching(SmallLocalizationNet):
             def forward(self, x):
                 return super().forward(x[: int(x.sum()) % 2 + 1])
 
@@ -367,7 +357,7 @@ class TestONNXExportWorkflow:
     def test_workflow_needs_no_main_guard_and_takes_a_local_class(
         self, s3, sqlite_tracker, run_id, tmp_path
     ):
-        class Local(Small):
+        class Local(SmallLocalizationNet):
             pass
 
         result = export_and_register_model(Local(), run_id, s3, sqlite_tracker, tmp_path)

@@ -184,11 +184,19 @@ def undeclared(release, tmp_path_factory) -> Released:
     return release("undeclared", inputs, changed_notebook(folder), eval_data="")
 
 
+# One whole release is enough for each run of the tests, and each is another kind of declaration.
+EACH = [
+    *(pytest.param(which, marks=pytest.mark.thorough) for which in ("triangulator", "multi_modal")),
+    "undeclared",
+]
+
+
 def opened(released: Released, variant: str = "fp32"):
     return load_model("models:/test-model@staging", variant=variant, settings=released.settings)
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_triangulator_passes_and_says_what_it_takes(triangulator, s3):
     assert all(gate["passed"] for gate in triangulator.result.gates)
     manifest = triangulator.read(s3, "manifest.json")
@@ -212,6 +220,7 @@ def test_triangulator_passes_and_says_what_it_takes(triangulator, s3):
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_triangulator_report_draws_every_input_and_knows_the_spread(triangulator):
     report = nbformat.read(Path(triangulator.result.local_report).with_suffix(".ipynb"), 4)
     said = {
@@ -233,23 +242,21 @@ def test_triangulator_report_draws_every_input_and_knows_the_spread(triangulator
 
 
 @pytest.mark.services
-def test_released_models_answer_as_pytorch_does(triangulator, multi_modal, undeclared):
-    for released, model in (
-        (triangulator, Triangulator()),
-        (multi_modal, MultiModalNet()),
-        (undeclared, MultiModalNet()),
-    ):
-        signature = model.signature
-        examples = examples_of(model, signature)
-        session = opened(released)
-        for inputs in (examples.valid(3, seed=5), *examples.at_other_lengths(2).values()):
-            expected = run_pytorch(model, inputs, signature)
-            found = run_onnx(session, inputs, signature)
-            for name, array in expected.items():
-                np.testing.assert_allclose(found[name], array, rtol=2e-6, atol=1e-5, err_msg=name)
+@pytest.mark.parametrize("which", EACH)
+def test_released_models_answer_as_pytorch_does(which, request):
+    model = Triangulator() if which == "triangulator" else MultiModalNet()
+    signature = model.signature
+    examples = examples_of(model, signature)
+    session = opened(request.getfixturevalue(which))
+    for inputs in (examples.valid(3, seed=5), *examples.at_other_lengths(2).values()):
+        expected = run_pytorch(model, inputs, signature)
+        found = run_onnx(session, inputs, signature)
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=2e-6, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_variant_of_two_inputs_is_opened_as_it_was_measured(triangulator):
     inputs = examples_of(Triangulator(), TRIANGULATION).valid(3)
     expected = run_onnx(opened(triangulator), inputs, TRIANGULATION)
@@ -258,6 +265,7 @@ def test_variant_of_two_inputs_is_opened_as_it_was_measured(triangulator):
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_mlflow_takes_five_inputs_by_name(multi_modal):
     multi_modal.settings.apply()
     boto3.setup_default_session()
@@ -275,10 +283,11 @@ def test_mlflow_takes_five_inputs_by_name(multi_modal):
 
 
 @pytest.mark.services
-def test_releases_verify(triangulator, multi_modal, undeclared):
-    for released in (triangulator, multi_modal, undeclared):
-        findings = verify_release(released.connection, read_manifest_of(released))
-        assert [f for f in findings if not f.holds] == []
+@pytest.mark.parametrize("which", EACH)
+def test_releases_verify(which, request):
+    released = request.getfixturevalue(which)
+    findings = verify_release(released.connection, read_manifest_of(released))
+    assert [f for f in findings if not f.holds] == []
 
 
 @pytest.mark.services
@@ -299,6 +308,7 @@ def test_signature_file_is_kept_and_named_in_everything(undeclared, s3, tmp_path
 @pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["triangulator", "undeclared"])
+@pytest.mark.thorough
 def test_releases_reproduce_without_what_the_releasing_machine_had(which, request):
     released = request.getfixturevalue(which)
     found = reproduce_release(released.connection, released.uri)

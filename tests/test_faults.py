@@ -54,6 +54,7 @@ def place(direct, bucket):
     return Place(direct, bucket, name=bucket)
 
 
+@pytest.mark.thorough
 def test_killed_runs_leave_nothing_that_can_be_taken_for_a_release(
     settings, place, small, store, registry, tmp_path
 ):

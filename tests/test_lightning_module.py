@@ -174,6 +174,7 @@ def gather(rank, folder):
 
 
 @pytest.mark.slow  # starts two processes
+@pytest.mark.thorough
 def test_the_median_is_that_of_all_devices(tmp_path):
     torch.multiprocessing.spawn(gather, (str(tmp_path),), nprocs=2)
     for rank in range(2):

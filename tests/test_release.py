@@ -300,6 +300,7 @@ def test_local_run_folder_keeps_the_report_but_no_second_model(released):
     assert not list(local.parent.glob("*.onnx*"))
 
 
+@pytest.mark.thorough
 def test_training_run_keeps_a_failed_release_and_takes_the_next(
     released, small, s3, tmp_path, monkeypatch, mlflow_environment, reset_mlflow
 ):
@@ -387,9 +388,9 @@ def test_real_recordings_go_through_features_and_release(settings, s3, bucket, t
             "pa0rdt": (51.500500, 3.600690),
         },
     )
-    torch.save(LocalizationNet(backbone_size="tiny").state_dict(), tmp_path / "tiny.pt")
+    torch.save(LocalizationNet(backbone_size="atto").state_dict(), tmp_path / "net.pt")
     parameters = smoke(
-        Inputs(tmp_path / "tiny.pt", made.path), bucket, model_kwargs={"backbone_size": "tiny"}
+        Inputs(tmp_path / "net.pt", made.path), bucket, model_kwargs={"backbone_size": "atto"}
     )
     result = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert result.success, result.error

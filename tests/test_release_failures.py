@@ -130,6 +130,7 @@ def test_cell_out_of_time_fails_the_run(settings, small, s3, bucket, tmp_path):
     nothing_is_offered(s3, settings, bucket)
 
 
+@pytest.mark.thorough
 def test_notebook_that_publishes_nothing_is_no_release(settings, small, s3, bucket, tmp_path):
     notebook = changed_notebook(tmp_path, "check-parameters", SILENT)
     result = release_checkpoint(smoke(small, bucket), settings, notebook=notebook)
@@ -192,6 +193,7 @@ def running_release(
     )
 
 
+@pytest.mark.thorough
 def test_run_interrupted_while_it_measures_ends_its_children(settings, small, s3, bucket):
     process = running_release(settings, small, bucket, "--profile", "audit")
     parent = psutil.Process(process.pid)
