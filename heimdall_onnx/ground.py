@@ -7,6 +7,7 @@ geodesics", Journal of Geodesy 87, 2013).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pyproj import Geod
 
-from heimdall_onnx.statistics import Quantiles
+from heimdall_onnx.statistics import ExactSums, Quantiles, require_mergeable
 
 MIDDLE = "always the middle"
 
@@ -178,7 +179,7 @@ class GroundReport:
 
 
 class GroundAccumulator:
-    """Collects a `GroundReport` batch by batch, in constant memory.
+    """Collects a `GroundReport` batch by batch, in constant memory; to be pickled and merged.
 
     Args:
         middle: The constant answer to hold the task error against, degrees; None without labels.
@@ -193,10 +194,15 @@ class GroundAccumulator:
         dtype: str = "float32",
     ) -> None:
         self._middle, self._tolerance, self._dtype = middle, tolerance, dtype
-        self._answers = np.zeros(3)
+        self._answers = ExactSums(3)  # of unit vectors
         self._displacement = Quantiles()
         self._maximum = 0.0
         self._task = {who: Quantiles() for who in ("PyTorch", "ONNX", MIDDLE)}
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What two of them must share so that they can be merged."""
+        return {"middle": self._middle, "tolerance": self._tolerance, "dtype": self._dtype}
 
     def update(
         self,
@@ -207,22 +213,38 @@ class GroundAccumulator:
         """Add a batch of positions (N, 2) in degrees, and the true ones where known."""
         moved = distance_m(pytorch, onnx)
         self._displacement.update(moved)
-        self._maximum = np.max(moved, initial=self._maximum)
-        self._answers += _unit_vectors(onnx[np.isfinite(onnx).all(axis=1)]).sum(axis=0)
+        self._maximum = float(np.max(moved, initial=self._maximum))  # NaN stays
+        self._answers.add(*_unit_vectors(onnx[np.isfinite(onnx).all(axis=1)]).T)
         if truth is None or self._middle is None:
             return
         answers = (pytorch, onnx, np.broadcast_to(self._middle, truth.shape))
         for quantiles, answer in zip(self._task.values(), answers, strict=True):
             quantiles.update(error_m(answer, truth))
 
+    def merge(self, other: GroundAccumulator) -> None:
+        """Add everything that was added to ``other``, which stays as it is.
+
+        The result is that of one accumulator to which all of it was added, in any order; see
+        `Quantiles.rank_bounds` for the quantiles.
+
+        Raises:
+            InputError: If ``other`` has another middle, tolerance or dtype, or is this one.
+        """
+        require_mergeable(self, other)
+        self._displacement.merge(other._displacement)
+        self._maximum = float(np.maximum(self._maximum, other._maximum))
+        self._answers.merge(other._answers)
+        for who, quantiles in self._task.items():
+            quantiles.merge(other._task[who])
+
     def result(self) -> GroundReport:
         """The statistics of everything added so far."""
-        place = _middle_of(self._answers) if self._middle is None else self._middle
+        place = _middle_of(self._answers.values()) if self._middle is None else self._middle
         floating = np.issubdtype(np.dtype(self._dtype), np.floating)
         return GroundReport(
             displacement_p50_m=self._displacement(0.5),
             displacement_p99_m=self._displacement(0.99),
-            displacement_max_m=float(self._maximum),
+            displacement_max_m=self._maximum,
             middle=self._middle,
             task=()
             if self._middle is None
@@ -245,11 +267,11 @@ def mean_place(positions: npt.NDArray[Any]) -> tuple[float, float] | None:
 
     None for no positions, and for those that cancel.
     """
-    return _middle_of(_unit_vectors(positions).sum(axis=0))
+    return _middle_of(map(float, _unit_vectors(positions).sum(axis=0)))
 
 
-def _middle_of(total: Floats) -> tuple[float, float] | None:
-    x, y, z = map(float, total)
+def _middle_of(total: Iterable[float]) -> tuple[float, float] | None:
+    x, y, z = total
     if math.hypot(x, y, z) < _CANCELLED:
         return None
     return math.degrees(math.atan2(z, math.hypot(x, y))), math.degrees(math.atan2(y, x))

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from heimdall_onnx.ground import difference_degrees, error_m, metres_per_degree
 from heimdall_onnx.inference import run_pytorch
 from heimdall_onnx.signature import Signature, signature_of
-from heimdall_onnx.statistics import Quantiles
+from heimdall_onnx.statistics import ExactSums, Quantiles, require_mergeable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,7 +164,7 @@ def _usable(residual: Floats, deviations: Floats) -> npt.NDArray[np.bool_]:
 
 
 class UncertaintyAccumulator:
-    """Collects an `UncertaintyReport` batch by batch, in constant memory.
+    """Collects an `UncertaintyReport` batch by batch, in constant memory; to be pickled and merged.
 
     Args:
         who: Whose answers these are.
@@ -180,46 +180,86 @@ class UncertaintyAccumulator:
         self._who, self._signature, self._position = who, signature, position.name
         self._samples = self._nonfinite = 0
         self._errors, self._radii, self._claims = Quantiles(), Quantiles(), Quantiles()
-        # Evenly spread rather than random, so that few draws of each claim suffice; the sequence's
-        # first point is 0, which has no normal deviate.
-        self._draws = qmc.Halton(2, scramble=False).fast_forward(1)
+        # Evenly spread rather than random, so that few draws of each claim suffice.
+        self._draws = qmc.Halton(2, scramble=False)
         self._inside = np.zeros(len(NOMINAL), dtype=np.int64)
-        self._nll = 0.0
-        self._squares = np.zeros(2)
+        self._sums = ExactSums(3)  # nats, squared scores of latitude and of longitude
 
-    def update(self, outputs: Mapping[str, npt.NDArray[Any]], truth: npt.NDArray[Any]) -> None:
-        """Add the outputs of a batch, and the true positions (N, 2) in degrees."""
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What two of them must share so that they can be merged."""
+        return {"who": self._who, "signature": self._signature}
+
+    def update(
+        self,
+        outputs: Mapping[str, npt.NDArray[Any]],
+        truth: npt.NDArray[Any],
+        first: int | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            outputs: The model's outputs by name, sample axis first.
+            truth: The true positions (N, 2) in degrees.
+            first: Index of the first sample in the whole data, which decides on the draws from the
+                claims: needed where the data is parted. Without it the samples follow those that
+                were added before.
+        """
         positions = outputs[self._position]
+        start = self._samples if first is None else first
         self._samples += len(positions)
         self._errors.update(error_m(positions, truth))
         deviations = self._signature.deviations(outputs)
         if deviations is not None:
-            self._add(difference_degrees(positions, truth), deviations, positions[:, 0])
+            self._add(difference_degrees(positions, truth), deviations, positions[:, 0], start)
 
-    def _add(self, residual: Floats, deviations: Floats, latitude: npt.NDArray[Any]) -> None:
+    def _add(
+        self, residual: Floats, deviations: Floats, latitude: npt.NDArray[Any], start: int
+    ) -> None:
         usable = _usable(residual, deviations)
         self._nonfinite += int((~usable).sum())
-        self._nll += float(negative_log_likelihood(residual, deviations).sum())
         squares = np.full(residual.shape, np.inf)
         squares[usable] = _squared_scores(residual[usable], deviations[usable])
-        self._squares += squares.sum(axis=0)
+        self._sums.add(negative_log_likelihood(residual, deviations), *squares.T)
         # The first ellipse of the grid that holds it; one beyond the grid for none.
         first = np.searchsorted(_SQUARED_RADII, squares.sum(axis=1))
         self._inside += np.bincount(first, minlength=len(NOMINAL) + 1)[: len(NOMINAL)]
         metres = np.full(residual.shape, np.inf)
         metres[usable] = deviations[usable] * np.stack(metres_per_degree(latitude[usable]), axis=1)
         self._radii.update(_RADIUS_90 * np.sqrt(metres.prod(axis=1)))
-        self._claims.update(self._claimed_errors(metres))
+        self._claims.update(self._claimed_errors(metres, start))
 
-    def _claimed_errors(self, metres: Floats) -> Floats:
+    def _claimed_errors(self, metres: Floats, start: int) -> Floats:
         """Errors drawn from the claims (N, 2) in metres, which are small against the Earth."""
         from scipy.special import ndtri
 
+        # A sample has its own draws wherever it is read; the sequence's first point is 0, which has
+        # no normal deviate.
+        self._draws.num_generated = _DRAWS * start + 1
         deviates = ndtri(self._draws.random(_DRAWS * len(metres))).reshape(-1, _DRAWS, 2)
         usable = np.isfinite(metres).all(axis=1)
         errors = np.full(deviates.shape[:2], np.inf)
         errors[usable] = np.linalg.norm(metres[usable, None] * deviates[usable], axis=2)
         return errors
+
+    def merge(self, other: UncertaintyAccumulator) -> None:
+        """Add everything that was added to ``other``, which stays as it is.
+
+        The result is that of one accumulator to which all of it was added, in any order, if each
+        batch was added with the index of its first sample; see `Quantiles.rank_bounds` for the
+        quantiles.
+
+        Raises:
+            InputError: If ``other`` is of another model or signature, or is this one.
+        """
+        require_mergeable(self, other)
+        self._samples += other._samples
+        self._nonfinite += other._nonfinite
+        self._errors.merge(other._errors)
+        self._radii.merge(other._radii)
+        self._claims.merge(other._claims)
+        self._inside += other._inside
+        self._sums.merge(other._sums)
 
     def result(self) -> UncertaintyReport:
         """The figures of everything added so far."""
@@ -236,6 +276,7 @@ class UncertaintyAccumulator:
     def _calibration(self) -> Calibration:
         inside = np.cumsum(self._inside)
         shares = inside / self._samples
+        nll, *mean_squares = self._sums.values(self._samples)
         return Calibration(
             nonfinite=self._nonfinite,
             coverage=tuple(
@@ -243,14 +284,11 @@ class UncertaintyAccumulator:
             ),
             reliability=tuple(map(float, shares)),
             calibration_error=float(np.abs(shares - NOMINAL).mean()),
-            nll=self._nll / self._samples,
+            nll=nll,
             radius_p50_m=self._radii(0.5),
             radius_quantiles_m=tuple(map(self._radii, NOMINAL)),
             claimed_error_quantiles_m=tuple(map(self._claims, NOMINAL)),
-            z_rms=(
-                math.sqrt(self._squares[0] / self._samples),
-                math.sqrt(self._squares[1] / self._samples),
-            ),
+            z_rms=(math.sqrt(mean_squares[0]), math.sqrt(mean_squares[1])),
         )
 
 

@@ -2,9 +2,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from parts import partings, read_in_parts
 
+from heimdall_onnx.errors import InputError
 from heimdall_onnx.ground import (
     GroundAccumulator,
     difference_degrees,
@@ -222,3 +224,62 @@ def test_middle_of_an_area_across_the_date_line_lies_in_it():
     latitude, longitude = middle_of(np.array([[-17.0, 178.0], [-16.0, -178.0]]), {})
     assert latitude == -16.5
     assert abs(longitude) == pytest.approx(180)
+
+
+# --- In parts ---
+
+
+def positions(count, *, bad=()):
+    """True positions, and those of two models; rows ``bad`` of the second are no places."""
+    rng = np.random.default_rng(count)
+    truth = np.stack([rng.uniform(-89, 89, count), rng.uniform(-180, 180, count)], axis=1)
+    pytorch = (truth + rng.normal(0, 0.1, truth.shape)).astype(np.float32)
+    onnx = (pytorch + rng.normal(0, 1e-4, truth.shape)).astype(np.float32)
+    onnx[list(bad), 1] = np.nan
+    return pytorch, onnx, truth
+
+
+@settings(deadline=None)
+@given(
+    data=st.data(),
+    count=st.integers(1, 60),
+    middle=st.sampled_from([None, (51.0, 8.5)]),
+    broken=st.booleans(),
+)
+def test_parts_merged_in_any_order_are_the_whole(data, count, middle, broken):
+    pytorch, onnx, truth = positions(count, bad=[count // 2] if broken else [])
+
+    def feed(accumulator, part):
+        labels = None if middle is None else truth[part]
+        accumulator.update(pytorch[part], onnx[part], labels)
+
+    whole = GroundAccumulator(middle)
+    feed(whole, slice(count))
+    found = read_in_parts(lambda: GroundAccumulator(middle), feed, data.draw(partings(count)))
+    assert repr(found.result()) == repr(whole.result())
+    assert np.isnan(found.result().displacement_max_m) == broken
+
+
+def test_many_positions_in_parts_have_the_extremes_and_the_mean_place_of_the_whole():
+    pytorch, onnx, _ = positions(50_000)
+    whole = GroundAccumulator(None)
+    whole.update(pytorch, onnx, None)
+    merged = GroundAccumulator(None)
+    for rows in np.array_split(np.arange(50_000), 23):
+        part = GroundAccumulator(None)
+        part.update(pytorch[rows], onnx[rows], None)
+        merged.merge(part)
+    found, expected = merged.result(), whole.result()
+    assert found.resolution == expected.resolution
+    assert found.displacement_max_m == expected.displacement_max_m
+    assert found.displacement_p99_m == pytest.approx(expected.displacement_p99_m, rel=0.01)
+
+
+def test_accumulators_of_another_middle_or_type_are_not_merged():
+    whole = GroundAccumulator((51.0, 8.5))
+    with pytest.raises(InputError, match=r"middle: expected \(51\.0, 8\.5\), found None"):
+        whole.merge(GroundAccumulator(None))
+    with pytest.raises(InputError, match=r"(?s)tolerance.*dtype: expected 'float32'"):
+        whole.merge(GroundAccumulator((51.0, 8.5), 1e-3, "float64"))
+    with pytest.raises(InputError, match="twice"):
+        whole.merge(whole)

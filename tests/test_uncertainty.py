@@ -1,19 +1,24 @@
 """Coverage, likelihood and sharpness against their definitions, and the gate on coverage."""
 
 import json
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import POSITIONS, SIGNAL, SPREAD, SmallNet
+from parts import partings, read_in_parts
 from scipy import stats
 from torch import nn
 
 from heimdall_onnx import tables
 from heimdall_onnx.compare import BatchIndependence, compare_outputs
 from heimdall_onnx.ensemble import Ensemble
+from heimdall_onnx.errors import InputError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import export_model
 from heimdall_onnx.gates import coverage_gates, decide
@@ -202,6 +207,85 @@ def test_memory_does_not_grow_with_the_samples():
     assert sizes[2] < 1.3 * sizes[0] < 30_000
     found = accumulator.result().calibration
     assert found.coverage_of(0.9).observed == pytest.approx(0.9, abs=0.003)
+
+
+# --- In parts ---
+
+
+@settings(deadline=None)
+@given(
+    data=st.data(),
+    count=st.integers(1, 40),
+    bad=st.sampled_from([0.3, 0.0, 1e-200, np.nan, np.inf]),
+    signature=st.sampled_from([SIGNATURE, Signature((SIGNAL,), (POSITIONS,))]),
+)
+def test_parts_merged_in_any_order_are_the_whole(data, count, bad, signature):
+    outputs, truth = answers(count, seed=count)
+    outputs["spread"][count // 2, 1] = bad
+
+    def feed(accumulator, part):
+        batch = {name: array[part] for name, array in outputs.items()}
+        accumulator.update(batch, truth[part], part.start)
+
+    found = read_in_parts(
+        lambda: UncertaintyAccumulator("ONNX", signature), feed, data.draw(partings(count))
+    )
+    assert repr(found.result()) == repr(assessed(outputs, truth, signature=signature))
+
+
+def test_many_samples_in_parts_have_the_figures_of_the_whole():
+    outputs, truth = answers(30_000)
+    whole = assessed(outputs, truth)
+    merged = UncertaintyAccumulator("ONNX", SIGNATURE)
+    for rows in reversed(np.array_split(np.arange(30_000), 17)):
+        part = UncertaintyAccumulator("ONNX", SIGNATURE)
+        batch = {name: array[rows] for name, array in outputs.items()}
+        part.update(batch, truth[rows], first=int(rows[0]))
+        merged.merge(pickle.loads(pickle.dumps(part)))
+    found = merged.result()
+    assert found.samples == whole.samples
+    for name in ("nonfinite", "coverage", "reliability", "calibration_error", "nll", "z_rms"):
+        assert getattr(found.calibration, name) == getattr(whole.calibration, name), name
+    # Sketches of the same values, so that ranks agree to twice what one of them is sure of.
+    claims = np.array(found.calibration.claimed_error_quantiles_m)
+    assert claims[49:] == pytest.approx(whole.calibration.claimed_error_quantiles_m[49:], rel=0.02)
+    assert found.median_m == pytest.approx(whole.median_m, rel=0.02)
+
+
+def test_draws_from_a_claim_follow_its_place_in_the_data_and_otherwise_the_order():
+    outputs, truth = answers(20)
+    halves = slice(10), slice(10, 20)
+
+    def read(*firsts):
+        accumulator = UncertaintyAccumulator("ONNX", SIGNATURE)
+        for part, first in zip(halves, firsts, strict=True):
+            batch = {name: array[part] for name, array in outputs.items()}
+            accumulator.update(batch, truth[part], first)
+        return accumulator.result()
+
+    assert read(None, None) == read(0, 10) == assessed(outputs, truth)
+    assert read(0, 0) != read(0, 10)
+    # Far into the sequence is still within it.
+    assert np.isfinite(read(10**11, 10**12).calibration.claimed_error_quantiles_m).all()
+
+
+def test_pickled_size_hardly_grows_with_the_samples():
+    sizes = []
+    for count in (12_500, 125_000):
+        accumulator = UncertaintyAccumulator("ONNX", SIGNATURE)
+        accumulator.update(*answers(count))
+        sizes.append(len(pickle.dumps(accumulator)))
+    assert sizes[1] < 2 * sizes[0] < 150_000
+
+
+def test_accumulators_of_another_model_or_signature_are_not_merged():
+    whole = UncertaintyAccumulator("ONNX", SIGNATURE)
+    with pytest.raises(InputError, match="who: expected 'ONNX', found 'PyTorch'"):
+        whole.merge(UncertaintyAccumulator("PyTorch", SIGNATURE))
+    with pytest.raises(InputError, match="signature: expected"):
+        whole.merge(UncertaintyAccumulator("ONNX", Signature((SIGNAL,), (POSITIONS,))))
+    with pytest.raises(InputError, match="twice"):
+        whole.merge(whole)
 
 
 # --- The gate ---
