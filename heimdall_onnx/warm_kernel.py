@@ -183,6 +183,9 @@ def serve(questions: TextIO, answers: TextIO) -> None:
         # Whatever can't be imported is left for the notebook's own cell to fail on.
         with suppress(ImportError):
             importlib.import_module(name)
+    # Where modules are besides, as a kernel's own environment says.
+    own = {"", *sys.path[:1], *_paths(os.environ)}
+    base = [path for path in sys.path if path not in own]
     # Ended kernels are nobody's to wait for.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in questions:
@@ -193,18 +196,25 @@ def serve(questions: TextIO, answers: TextIO) -> None:
         if pid == 0:
             questions.close()
             answers.close()
-            _become_kernel(**json.loads(line))
+            _become_kernel(base, **json.loads(line))
             os._exit(0)
         answers.write(f"{pid}\n")
         answers.flush()
 
 
-def _become_kernel(arguments: list[str], environment: dict[str, str], folder: str) -> None:
+def _paths(environment: Mapping[str, str]) -> list[str]:
+    return [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def _become_kernel(
+    base: list[str], arguments: list[str], environment: dict[str, str], folder: str
+) -> None:
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:] = [*_paths(environment), *base]
     sys.argv = ["ipykernel_launcher", *arguments]
     from ipykernel.kernelapp import launch_new_instance
 

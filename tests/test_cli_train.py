@@ -175,6 +175,7 @@ def history_of(run_id, name):
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_a_killed_command_goes_on_in_the_same_run(configured, data, tmp_path):
     folder = tmp_path / "out"
     options = ("--data-dir", data, "--checkpoint-dir", folder, *MODEL, "--no-release")

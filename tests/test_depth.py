@@ -114,6 +114,7 @@ def test_value_that_is_not_finite_on_one_side_is_infinitely_wrong(chain, files, 
     assert found["blocks.1.2"].excess < 1
 
 
+@pytest.mark.thorough
 def test_memory_does_not_grow_with_the_depth(tmp_path):
     # 40 blocks of 2 outputs of 8 MB each: 640 MB on either side, if all were kept.
     torch.manual_seed(0)

@@ -471,6 +471,7 @@ for name, opset in (("a", 14), ("b", 14), ("a", 20), ("b", 20)):
 """
 
 
+@pytest.mark.thorough
 def test_file_is_the_same_in_any_folder_and_process_and_names_no_path(tmp_path, monkeypatch):
     one, another = tmp_path / "one", tmp_path / "another" / "deeper"
     for folder in (one, another):

@@ -84,6 +84,7 @@ def test_a_secret_in_postgresql_is_found(postgres_uri):
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_a_session_that_stored_a_credential_fails_and_names_the_place(tmp_path):
     test = tmp_path / "test_leaking.py"
     test.write_text(

@@ -45,7 +45,8 @@ def test_operators_are_those_of_the_file_and_then_the_fused_ones(path, data):
     in_file = [n.op_type for n in onnx.load(path).graph.node if n.op_type != "Constant"]
     assert sum(found["none"].values()) == len(in_file)
     assert found["none"] == {op: in_file.count(op) for op in in_file}
-    assert sum(found["all"].values()) < len(in_file)
+    # Whatever else it does to the graph for the processor at hand.
+    assert found["all"].get("Relu", 0) < in_file.count("Relu")
     assert set(found["all"]) - set(in_file)  # what ONNX Runtime has fused
 
 

@@ -76,6 +76,7 @@ def test_notebook_runs_with_its_defaults_and_publishes_nothing(demo_home, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_papermill_alone_gives_a_report(small, tmp_path):
     executed = tmp_path / "out.ipynb"
     done = subprocess.run(

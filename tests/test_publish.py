@@ -1,6 +1,7 @@
 """Uploading, registering, and taking back exactly what a run has claimed."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,9 +63,15 @@ def parameters(bucket, tmp_path, small) -> ReleaseParameters:
     return smoke(small, bucket, name="net", publish=True, output_dir=str(folder))
 
 
+@pytest.fixture(scope="module")
+def exported_once(tmp_path_factory):
+    return export_model(SmallNet(), tmp_path_factory.mktemp("exported") / "model.onnx")
+
+
 @pytest.fixture
-def exported(parameters):
-    return export_model(SmallNet(), parameters.onnx_path)
+def exported(exported_once, parameters):
+    shutil.copyfile(exported_once.path, parameters.onnx_path)
+    return replace(exported_once, path=parameters.onnx_path)
 
 
 @pytest.fixture

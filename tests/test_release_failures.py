@@ -237,6 +237,7 @@ def test_signal_does_not_break_off_the_taking_back(
     assert run.info.status == status
 
 
+@pytest.mark.thorough
 def test_run_terminated_after_registering_is_taken_back(settings, small, s3, bucket, tmp_path):
     notebook = changed_notebook(tmp_path, "register", "import time; time.sleep(600)")
     process = running_release(settings, small, bucket, "--profile", "smoke", "--notebook", notebook)

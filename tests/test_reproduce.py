@@ -223,6 +223,7 @@ def test_model_that_is_not_there_is_named(released, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_variants_are_made_again_from_the_calibration_data_that_were_kept(
     make_settings, s3, tmp_path, reset_mlflow
 ):

@@ -340,6 +340,7 @@ def test_session_and_files_go_with_the_last_request(settings, factory, uri, scra
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_outage_of_the_registry_is_survived(settings, empty_database, tmp_path, uri, scratch):
     database = tmp_path / "server.db"
     database.write_bytes(empty_database.read_bytes())

@@ -55,6 +55,16 @@ def test_environment_and_folder_are_those_of_each_start(kernels, tmp_path, monke
         assert ask(kernel, "import os; print('HEIMDALL_TEST' in os.environ)") == "False"
 
 
+def test_modules_are_looked_for_where_each_start_says(kernels, tmp_path):
+    (tmp_path / "a_module_of_one_kernel.py").write_text("answer = 42")
+    look = "import importlib.util as u; print(u.find_spec('a_module_of_one_kernel') is not None)"
+    with kernels.started({**os.environ, "PYTHONPATH": str(tmp_path)}) as kernel:
+        assert ask(kernel, look) == "True"
+        assert ask(kernel, "import a_module_of_one_kernel as m; print(m.answer)") == "42"
+    with kernels.started({**os.environ, "PYTHONPATH": ""}) as kernel:
+        assert ask(kernel, look) == "False"
+
+
 def test_imports_are_there_and_figures_appear_in_the_notebook(kernels):
     code = "import sys; print('mlflow' in sys.modules, 'torch' in sys.modules)"
     with kernels.started(os.environ) as kernel:
