@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import numpy as np
@@ -35,6 +35,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from heimdall_onnx.cores import Cores, usable_cores
 from heimdall_onnx.errors import BenchmarkError
 from heimdall_onnx.inference import load_onnx, load_pytorch
 from heimdall_onnx.logs import get_logger
@@ -49,6 +50,10 @@ from heimdall_onnx.single_stream import (
     offline_throughput,
 )
 from heimdall_onnx.stationarity import check_stationarity
+
+if TYPE_CHECKING:
+    from heimdall_onnx.evaluation import EvaluationData
+    from heimdall_onnx.parameters import ReleaseParameters
 
 log = get_logger(__name__)
 
@@ -167,6 +172,7 @@ class LatencyReport:
         batches: Latency at this and the further batch sizes, ascending.
         machine: What the machine did while they took turns.
         confidence: Of every interval.
+        cores: The processors that both ran on, and whether others could measure on them.
     """
 
     batch_size: int
@@ -178,6 +184,7 @@ class LatencyReport:
     batches: tuple[BatchLatency, ...] = ()
     machine: MachineState | None = None
     confidence: float = CONFIDENCE
+    cores: Cores | None = None
 
 
 @dataclass(frozen=True)
@@ -307,6 +314,7 @@ def measure_latency(
             load_average=(before, os.getloadavg()[0]),
             batches=tuple(sorted(batches, key=lambda found: found.batch_size)),
             machine=watch.state,
+            cores=usable_cores(),
         )
     log.info(
         "measured",
@@ -316,6 +324,40 @@ def measure_latency(
         batch_size=report.batch_size,
     )
     return report
+
+
+def benchmark_model(
+    model: nn.Module,
+    onnx_path: Path,
+    data: EvaluationData,
+    signature: Signature,
+    parameters: ReleaseParameters,
+) -> LatencyReport:
+    """Measure as the parameters of a release say, see `measure_latency`.
+
+    Args:
+        model: The PyTorch model, in eval mode.
+        onnx_path: The ONNX file.
+        data: Its first samples are the inputs of a call.
+        signature: Names and order of inputs and outputs.
+        parameters: Of the release.
+
+    Raises:
+        BenchmarkError: As `measure_latency`.
+    """
+    limits = parameters.limits
+    return measure_latency(
+        model,
+        onnx_path,
+        data.rows(range(parameters.latency_batch_size)),
+        signature,
+        calls=limits.calls,
+        min_seconds=limits.min_seconds,
+        threads=parameters.thread_count,
+        seed=parameters.seed,
+        batch_sizes=parameters.batch_sizes,
+        batch_calls=limits.batch_calls,
+    )
 
 
 def measure_pair(

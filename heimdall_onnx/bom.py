@@ -380,7 +380,9 @@ def _metric(
     return metric
 
 
-def _latency_metrics(latency: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _latency_metrics(latency: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if latency is None:
+        return
     where = (
         f"batch {latency['batch_size']}, {latency['threads']} threads, "
         f"{latency['confidence']:.0%} interval"
@@ -483,7 +485,9 @@ def _limitations(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Iter
     if manifest["parameters"]["profile"] == "smoke":
         yield "It was measured with the profile smoke, which is for tests: this is no evidence."
     yield (
-        f"Latency was measured on {environment['cpu']} with {manifest['threads']} threads and "
+        f"Latency was {record['speedup_text']}."
+        if record["latency"] is None
+        else f"Latency was measured on {environment['cpu']} with {manifest['threads']} threads and "
         "holds for that processor."
     )
     if _judged(manifest):

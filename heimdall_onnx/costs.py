@@ -25,7 +25,8 @@ STEPS = {
     "compare_levels": "parity",
     "locate_departure": "departure",
     "trace_depth": "departure",
-    "measure_latency": "latency",
+    "benchmark_model": "latency",
+    "measure_latency": "latency",  # of older notebooks
     "compare_member": "members",
     "assess_members": "members",
     "compare_variants": "variants",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.errors import HeimdallError, NotebookError, error_class
 from heimdall_onnx.logs import get_logger
@@ -62,7 +62,7 @@ def execute_notebook(
         papermill.execute_notebook(
             str(notebook),
             str(report),
-            parameters=parameters.model_dump(mode="json"),
+            parameters=_given(notebook, parameters),
             engine_name=ENGINE,
             kernel_name="python3",
             kernel=kernel,
@@ -87,6 +87,19 @@ def execute_notebook(
         # A kernel that dies in the very last cell leaves a file in which all is well.
         judgement = replace(judgement, problem=f"the notebook was stopped by {stopped}")
     return judgement
+
+
+def _given(notebook: Path, parameters: ReleaseParameters) -> dict[str, Any]:
+    """What a notebook is given: what it declares, and of the rest what is no default.
+
+    One of an older version may call something else by a newer parameter's name.
+    """
+    import papermill
+
+    declared = papermill.inspect_notebook(str(notebook))
+    given = parameters.model_dump(mode="json")
+    default = type(parameters)().model_dump(mode="json")
+    return {n: v for n, v in given.items() if n in declared or v != default[n]}
 
 
 def error_of(judgement: Judgement) -> HeimdallError:

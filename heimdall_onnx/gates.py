@@ -12,6 +12,7 @@ from heimdall_onnx.errors import GateError
 
 if TYPE_CHECKING:
     from heimdall_onnx.compare import ParityReport
+    from heimdall_onnx.cores import TimedSteps
     from heimdall_onnx.parameters import ReleaseParameters
     from heimdall_onnx.uncertainty import UncertaintyReport
     from heimdall_onnx.validate import ModelInfo
@@ -152,14 +153,38 @@ def file_gates(info: ModelInfo, opset: int) -> tuple[Gate, ...]:
     )
 
 
-def decide(parameters: ReleaseParameters, info: ModelInfo, parity: ParityReport) -> Verdict:
-    """Evaluate every gate of a release."""
+def decide(
+    parameters: ReleaseParameters,
+    info: ModelInfo,
+    parity: ParityReport,
+    timed: TimedSteps | None = None,
+) -> Verdict:
+    """Evaluate every gate of a release.
+
+    Args:
+        parameters: Of the release.
+        info: What the file says of itself.
+        parity: What the comparison found.
+        timed: What has run the steps that are timed, which knows whether the processors were
+            exclusively this process's.
+    """
     gates = (
         *file_gates(info, parameters.opset),
         *parity.gates(),
         *coverage_gates(parity.uncertainty, parameters.min_coverage),
+        *_core_gates(parameters, timed),
     )
     return Verdict(gates, parameters.profile)
+
+
+def _core_gates(parameters: ReleaseParameters, timed: TimedSteps | None) -> tuple[Gate, ...]:
+    """The gate on exclusive processors; none where they are not asked for, or nothing is timed."""
+    from heimdall_onnx.cores import TimedSteps
+
+    if not (parameters.exclusive_cores and parameters.measure_latency):
+        return ()
+    # A notebook that times nothing through it has held nothing.
+    return ((timed or TimedSteps(parameters)).gate(),)
 
 
 def coverage_gates(

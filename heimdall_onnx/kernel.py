@@ -5,12 +5,15 @@ It takes seconds to import PyTorch, which wait for nothing that the runner does 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
+
+# Takes the kernel's environment variables; the kernel ends with the block at the latest.
+StartKernel = Callable[[Mapping[str, str]], AbstractContextManager[AsyncKernelManager]]
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from heimdall_onnx.cores import NotMeasured
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -60,17 +62,24 @@ def describe_model(
     }
 
 
-def summarize_metrics(parity: ParityReport, latency: LatencyReport) -> dict[str, float]:
-    """Parity and latency as flat metrics, finite ones only, under names that stay the same."""
-    metrics: dict[str, float] = {
-        "speedup": latency.speedup.ratio,
-        "speedup_low": latency.speedup.low,
-        "speedup_high": latency.speedup.high,
-        "inference_time_pytorch_ms": latency.pytorch.median_ms,
-        "inference_time_onnx_ms": latency.onnx.median_ms,
-        "inference_memory_pytorch_bytes": latency.pytorch.peak_memory_bytes,
-        "inference_memory_onnx_bytes": latency.onnx.peak_memory_bytes,
-    }
+def summarize_metrics(
+    parity: ParityReport, latency: LatencyReport | NotMeasured
+) -> dict[str, float]:
+    """Parity and latency as flat metrics, finite ones only, under names that stay the same.
+
+    Those of latency are missing where it was not measured.
+    """
+    metrics: dict[str, float] = {}
+    if not isinstance(latency, NotMeasured):
+        metrics = {
+            "speedup": latency.speedup.ratio,
+            "speedup_low": latency.speedup.low,
+            "speedup_high": latency.speedup.high,
+            "inference_time_pytorch_ms": latency.pytorch.median_ms,
+            "inference_time_onnx_ms": latency.onnx.median_ms,
+            "inference_memory_pytorch_bytes": latency.pytorch.peak_memory_bytes,
+            "inference_memory_onnx_bytes": latency.onnx.peak_memory_bytes,
+        }
     for output in parity.evaluation:
         metrics |= {
             f"{output.output}_mae": output.mean,

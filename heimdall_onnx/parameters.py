@@ -8,10 +8,19 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import isfunction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from heimdall_onnx.errors import ParameterError
 from heimdall_onnx.gates import AccuracyLimits
@@ -140,6 +149,8 @@ class ReleaseParameters(BaseModel):
     batch_size: int = Field(8, ge=1, le=4096)
     latency_batch_size: int = Field(1, ge=1, le=4096)
     threads: int = Field(0, ge=0, le=1024)
+    measure_latency: bool = True
+    exclusive_cores: bool = False
     profile: ProfileName = "quick"
     variants: str = Field("none", max_length=1000)
     calibration_data: str = ""
@@ -203,6 +214,16 @@ class ReleaseParameters(BaseModel):
                 )
         return value
 
+    @field_validator("variants")
+    @classmethod
+    def _variants_are_timed(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and info.data.get("measure_latency") is False:
+            raise ValueError(
+                "variants are chosen by their latency, so they need measure_latency = True; found "
+                "False. Take none of them, or let latency be measured"
+            )
+        return value
+
     @property
     def accuracy_limits(self) -> AccuracyLimits:
         """How much a lossy variant may lose."""
@@ -249,9 +270,18 @@ def check_parameters(values: Mapping[str, Any]) -> ReleaseParameters:
     """
     try:
         return ReleaseParameters.model_validate(dict(values))
-    except ValidationError as error:
-        problems = [_explain(entry) for entry in error.errors(include_url=False)]
+    except ValidationError:
+        problems = parameter_problems(values)
         raise ParameterError(f"these parameters can't be used:{listed(problems)}") from None
+
+
+def parameter_problems(values: Mapping[str, Any]) -> list[str]:
+    """What `check_parameters` finds wrong with ``values``, each on one line; none if nothing is."""
+    try:
+        ReleaseParameters.model_validate(dict(values))
+    except ValidationError as error:
+        return [_explain(entry) for entry in error.errors(include_url=False)]
+    return []
 
 
 def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
@@ -265,7 +295,9 @@ def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
     """
     known = set(ReleaseParameters.model_fields)
     names = known | injected_names(namespace.get("In", ()))
-    return check_parameters({name: namespace[name] for name in names if name in namespace})
+    # A function is no value: older notebooks import one that is called like a parameter of today.
+    given = {n: namespace[n] for n in names if n in namespace and not isfunction(namespace[n])}
+    return check_parameters(given)
 
 
 def injected_names(history: Sequence[str]) -> set[str]:

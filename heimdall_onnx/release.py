@@ -33,7 +33,7 @@ from heimdall_onnx.errors import (
 )
 from heimdall_onnx.execution import error_of, execute_notebook
 from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
-from heimdall_onnx.kernel import started_kernel
+from heimdall_onnx.kernel import StartKernel, started_kernel
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import REPORT, REPORT_HTML, VARIANTS, Manifest
 from heimdall_onnx.offer import (
@@ -136,11 +136,12 @@ class ReleaseResult:
         return result
 
 
-def notebook_path() -> Path:
-    """The release notebook: in the installed package, or in the checkout beside it."""
+def notebook_path(name: str = "release") -> Path:
+    """A notebook of ours: in the installed package, or in the checkout beside it."""
     package = Path(__file__).parent
-    installed = package / "notebooks" / "release.ipynb"
-    return installed if installed.is_file() else package.parent / "notebooks" / "release.ipynb"
+    installed = package / "notebooks" / f"{name}.ipynb"
+    beside = package.parent / "notebooks" / f"{name}.ipynb"
+    return installed if installed.is_file() else beside
 
 
 def release_checkpoint(
@@ -150,6 +151,7 @@ def release_checkpoint(
     notebook: Path | None = None,
     cell_timeout: int | None = None,
     progress: bool = False,
+    start_kernel: StartKernel | None = None,
 ) -> ReleaseResult:
     """Run the whole workflow headlessly.
 
@@ -161,11 +163,13 @@ def release_checkpoint(
         notebook: Another notebook than the one that comes with the package.
         cell_timeout: Seconds that one cell may take; six hours by default.
         progress: Show a progress bar by cell on standard error.
+        start_kernel: Starts the notebook's kernel, as `WarmKernels.started` does; by default it is
+            a fresh process of this interpreter.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C or SIGTERM, after what was begun has been taken back.
     """
-    run = _Run(parameters, settings)
+    run = _Run(parameters, settings, start_kernel or started_kernel)
     try:
         with (
             first_signal_interrupts(),
@@ -179,7 +183,10 @@ def release_checkpoint(
 class _Run:
     """One release from its parameters to its result."""
 
-    def __init__(self, parameters: ReleaseParameters, settings: Settings) -> None:
+    def __init__(
+        self, parameters: ReleaseParameters, settings: Settings, start_kernel: StartKernel
+    ) -> None:
+        self._start_kernel = start_kernel
         self.folder = new_run_folder(settings)
         self.id = self.folder.name
         self.parameters = parameters.model_copy(
@@ -214,7 +221,7 @@ class _Run:
         self._make_folder()
         with self._costs.step("services"):
             settings = ensure_store(self.settings)
-        with started_kernel(_kernel_environment(settings)) as kernel:
+        with self._start_kernel(kernel_environment(settings)) as kernel:
             with self._costs.step("services"):
                 # Before anything is spent on a release that could not be signed in the end.
                 self._signer = open_signer(self.settings)
@@ -587,8 +594,8 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute()) if path else ""
 
 
-def _kernel_environment(settings: Settings) -> dict[str, str]:
-    """The environment with the settings that are really in use."""
+def kernel_environment(settings: Settings) -> dict[str, str]:
+    """The environment of a notebook's kernel, with the settings that are really in use."""
     before = dict(os.environ)
     try:
         settings.apply()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from heimdall_onnx.compare import NOISE_FLOOR_FACTOR, tolerance_factor
+from heimdall_onnx.cores import EXCLUSIVE_CORES
 from heimdall_onnx.signature import Signature
 
 # Fewer values are kept as they are.
@@ -99,8 +100,13 @@ def compare_accuracy(
 def compare_latency(
     recorded: Mapping[str, Any], found: Mapping[str, Any]
 ) -> tuple[Comparison, ...]:
-    """Hold latency and speedup of a repetition against the recorded ones, with their intervals."""
+    """Hold latency and speedup of a repetition against the recorded ones, with their intervals.
+
+    Empty where the release has not measured latency; then its repetition does not either.
+    """
     old, new = recorded["latency"], found["latency"]
+    if old is None:
+        return ()
     figures = [_interval("speedup", _ends(old["speedup"], "ratio"), _ends(new["speedup"], "ratio"))]
     others = {contender["name"]: contender for contender in new["contenders"]}
     for before in old["contenders"]:
@@ -239,6 +245,8 @@ def _gates(
 ) -> Iterator[_Ruled]:
     again = {gate["name"]: gate for gate in new}
     for gate in old:
+        if gate["name"] == EXCLUSIVE_CORES:
+            continue  # it says nothing of the model, and a repetition does not demand it
         other = again.get(gate["name"], {"passed": None, "measured": None})
         yield f"gate {gate['name']}, passed", gate["passed"], other["passed"], _Rule()
         if exact:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.environment import capture_environment, installed_distributions
 from heimdall_onnx.gates import Gate, Verdict, escape_markdown
 from heimdall_onnx.metadata import summarize_metrics
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from heimdall_onnx.uncertainty import UncertaintyReport
     from heimdall_onnx.variants import VariantsReport
 
+_Found = TypeVar("_Found")
+
 RECORD = "release"
 VERDICT = "verdict"
 NO_CELL = "no cell"
@@ -49,15 +52,15 @@ def record_results(
     data: EvaluationData,
     parity: ParityReport,
     departure: Departure | None,
-    latency: LatencyReport,
+    latency: LatencyReport | NotMeasured,
     verdict: Verdict,
     uploaded: UploadedRelease | Skipped,
     registered: RegisteredRelease | Skipped,
-    variants: VariantsReport | None = None,
-    roofline: Roofline | None = None,
-    member: MemberComparison | None = None,
+    variants: VariantsReport | NotMeasured | None = None,
+    roofline: Roofline | NotMeasured | None = None,
+    member: MemberComparison | NotMeasured | None = None,
     members: Sequence[UncertaintyReport] | None = None,
-    profiles: Sequence[tuple[str, OperatorTimes]] = (),
+    profiles: Sequence[tuple[str, OperatorTimes]] | NotMeasured | None = (),
     costs: Sequence[StepCost] = (),
 ) -> None:
     """Keep in the running notebook what the runner must know of it, as JSON.
@@ -65,13 +68,15 @@ def record_results(
     Beside what the runner needs these are all statistics of parity and latency, without which a
     repetition could not be held against this run: ``parity`` with the grid of kinds of input and
     batch sizes (its first cell is the whole evaluation data), noise floor, batch independence and
-    errors in metres; ``latency`` with the percentiles of both contenders and their intervals; and
-    the version of every installed distribution. Numbers that JSON has no form for, NaN and Inf, are
-    text in them.
+    errors in metres; ``latency`` with the percentiles of both contenders and their intervals, host
+    and cores; and the version of every installed distribution. Numbers that JSON has no form for,
+    NaN and Inf, are text in them. What was not measured is None, and ``latency_not_measured`` says
+    why.
     """
     import scrapbook
 
-    speedup = latency.speedup
+    timed = {"variants": _or_none(variants), "member": _or_none(member)}
+    machine = _or_none(roofline)
     results = {
         "profile": verdict.profile,
         "gates": [gate.to_dict() for gate in verdict.gates],
@@ -89,16 +94,13 @@ def record_results(
         },
         "metrics": summarize_metrics(parity, latency),
         "parity": describe_parity(parity),
-        "latency": describe_latency(latency),
-        "variants": None if variants is None else _as_json(variants.to_dict()),
-        "roofline": None if roofline is None else _as_json(asdict(roofline)),
-        "member": None if member is None else _as_json(member.to_dict()),
+        **_describe_speed(latency),
+        **{what: found and _as_json(found.to_dict()) for what, found in timed.items()},
+        "roofline": machine and _as_json(asdict(machine)),
         "members": [_as_json(each.to_dict()) for each in members or ()],
-        "operator_times": {name: _as_json(asdict(times)) for name, times in profiles},
-        "speedup": speedup.ratio,
-        "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
-        f"{latency.batch_size} on {latency.threads} threads",
-        "threads": latency.threads,
+        "operator_times": {
+            name: _as_json(asdict(times)) for name, times in _or_none(profiles) or ()
+        },
         "costs": [cost.to_dict() for cost in costs],
         "departure": None if departure is None else departure.scope,
         "environment": capture_environment().to_dict(),
@@ -107,6 +109,30 @@ def record_results(
         "registered": None if isinstance(registered, Skipped) else asdict(registered),
     }
     scrapbook.glue(RECORD, results, encoder="json")
+
+
+def _or_none(found: _Found | NotMeasured) -> _Found | None:
+    return None if isinstance(found, NotMeasured) else found
+
+
+def _describe_speed(latency: LatencyReport | NotMeasured) -> dict[str, Any]:
+    if isinstance(latency, NotMeasured):
+        return {
+            "latency": None,
+            "latency_not_measured": latency.reason,
+            "speedup": None,
+            "speedup_text": str(latency),
+            "threads": None,
+        }
+    speedup = latency.speedup
+    return {
+        "latency": describe_latency(latency),
+        "latency_not_measured": None,
+        "speedup": speedup.ratio,
+        "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
+        f"{latency.batch_size} on {latency.threads} threads",
+        "threads": latency.threads,
+    }
 
 
 def _describe_checkpoint(loaded: LoadedModel) -> dict[str, Any]:
@@ -154,6 +180,7 @@ def describe_latency(latency: LatencyReport) -> dict[str, Any]:
             "confidence": latency.confidence,
             "speedup": asdict(latency.speedup),
             "machine": latency.machine and latency.machine.to_dict(),
+            "cores": latency.cores and latency.cores.to_dict(),
             "contenders": [
                 describe_contender(c, latency.batch_size) for c in (latency.pytorch, latency.onnx)
             ],

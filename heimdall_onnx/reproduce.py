@@ -135,7 +135,7 @@ class Reproduction:
         model: The model.
         accuracy: Gates, parity statistics and localization errors.
         variants: What each variant is and how good its answers are; empty without variants.
-        latency: Latency and speedup.
+        latency: Latency and speedup; empty where the release has not measured them.
         environment: What differs between the two environments.
         report: The notebook executed here.
     """
@@ -322,6 +322,8 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
     inputs = folder / _RECORDED
     known = _known(manifest)
     updates: dict[str, Any] = {"publish": False, "run_id": "", "output_dir": str(folder)}
+    # Nothing is judged by its latency, which would be no reason to end here.
+    updates["exclusive_cores"] = False
     kept = manifest.content_of("calibration_data")
     # Of its content there is no other hash; what was drawn from it is held against the record.
     calibration = kept.sha256 if kept else "that nobody noted"
@@ -451,7 +453,7 @@ def _describe(result: Reproduction) -> Iterator[str]:
         shown_too = ("differs", "flagged")
         yield from _rows(c for c in result.variants if c.judgement in shown_too or _is_main(c))
         yield ""
-    yield f"latency, which may differ: {_counted(result.latency)}"
+    yield f"latency, which may differ: {_counted(result.latency) or 'not measured'}"
     yield from _rows(c for c in result.latency if c.judgement == "flagged" or _is_main(c))
     yield ""
     yield f"environment, differences: {len(result.environment) or 'none'}"

@@ -22,7 +22,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heimdall_onnx.errors import DataError
+from heimdall_onnx.plain_yaml import line_of, parse, place_of
 from heimdall_onnx.signature import DEFAULT_LENGTHS, Axis, Signature, TensorSpec
 from heimdall_onnx.untrusted import listed, shown
 
@@ -198,51 +198,11 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain data only, each key once, no aliases, and numbers as JSON and YAML 1.2 write them."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="found an alias (*name), expected what it stands for",
-                problem_mark=self.peek_event().start_mark,  # type: ignore[no-untyped-call]
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str) or key in mapping:
-                problem = "is there twice" if isinstance(key, str) else "is no text"
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {shown(repr(key))} {problem}",
-                    problem_mark=key_node.start_mark,
-                )
-            mapping[key] = self.construct_object(value_node, deep=deep)
-        return mapping
-
-
-# YAML 1.1 takes 1e-5, without a dot, for text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def _parse(content: bytes, source: Path) -> Signature:
-    loader = None
     try:
-        loader = _Loader(content)
-        node = loader.get_single_node()
-        data = None if node is None else loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
-        # The last two are how its constructor fails on tags of its own that fit no value.
-        raise DataError(f"{source} is no YAML of a signature: {_yaml_problem(error)}") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
+        data, node = parse(content)
+    except ValueError as error:
+        raise DataError(f"{source} is no YAML of a signature: {error}") from error
     if node is None or not isinstance(data, dict):
         found = "nothing" if data is None else shown(data)
         raise DataError(
@@ -265,24 +225,11 @@ def _parse(content: bytes, source: Path) -> Signature:
     return signature
 
 
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        said = ", ".join(filter(None, (error.context, error.problem)))
-        return f"line {mark.line + 1}, column {mark.column + 1}: {shown(said)}"
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return shown(str(error) or type(error).__name__)
-
-
 def _explain(entry: Any, node: yaml.Node) -> str:
     """One problem with its line and its place, e.g. ``line 7, outputs[1].sigma_off``."""
     # Behind an index pydantic names the alternative that it tried.
     path = [part for part in entry["loc"] if not _is_alternative(part)]
-    place = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{shown(str(part))}" for part in path
-    ).removeprefix(".")
-    return f"line {_line(node, path)}, {place}: {_said(entry, path)}"
+    return f"line {line_of(node, path)}, {place_of(path)}: {_said(entry, path)}"
 
 
 def _is_alternative(part: str | int) -> bool:
@@ -329,21 +276,6 @@ def _last_name(path: Sequence[str | int]) -> str:
 def _known_keys(path: Sequence[str | int]) -> Iterator[str]:
     model = _KNOWN.get(str(path[0])) if len(path) > 1 else _File
     yield from (model or _File).model_fields
-
-
-def _line(node: yaml.Node, path: Sequence[str | int]) -> int:
-    """The line, from 1, of what is at ``path``, or of the innermost thing that is there."""
-    mark = node.start_mark
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            pair = next((pair for pair in node.value if pair[0].value == part), None)
-            if pair is None:
-                break
-            mark, node = pair[0].start_mark, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            node = node.value[part]
-            mark = node.start_mark
-    return int(mark.line) + 1
 
 
 def _too_large(signature: Signature) -> Iterator[str]:

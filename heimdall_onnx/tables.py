@@ -9,6 +9,7 @@ from IPython.display import Markdown
 from heimdall_onnx.benchmark import ContenderLatency, LatencyReport
 from heimdall_onnx.checkpoint import LoadedModel
 from heimdall_onnx.compare import ParityReport
+from heimdall_onnx.cores import Cores, unless_not_measured
 from heimdall_onnx.departure import Departure
 from heimdall_onnx.ensemble_cost import MemberComparison
 from heimdall_onnx.environment import Environment
@@ -259,6 +260,7 @@ def departure_table(report: ParityReport, departure: Departure | None) -> Markdo
     )
 
 
+@unless_not_measured
 def latency_table(report: LatencyReport) -> Markdown:
     """Latency of both contenders with intervals, and what stands beside it."""
     both = (report.pytorch, report.onnx)
@@ -297,6 +299,7 @@ def latency_table(report: LatencyReport) -> Markdown:
     )
 
 
+@unless_not_measured
 def member_table(found: MemberComparison | None) -> Markdown | None:
     """What an ensemble costs beside one of its members; None for a model without members."""
     if found is None:
@@ -327,14 +330,37 @@ def member_table(found: MemberComparison | None) -> Markdown | None:
     )
 
 
-def machine_table(machine: MachineState | None) -> Markdown:
-    """What the machine did while it was measured."""
-    if machine is None:
+@unless_not_measured
+def machine_table(report: LatencyReport | MachineState | None) -> Markdown:
+    """Which machine it was, and what it did while latency was measured on it.
+
+    Notebooks of older versions give the state alone.
+    """
+    rows = (
+        [*_core_rows(report.cores), *_machine_rows(report.machine)]
+        if isinstance(report, LatencyReport)
+        else [*_machine_rows(report)]
+    )
+    if not rows:
         return Markdown("The machine was not watched.")
-    return table(("machine", "while it was measured"), _machine_rows(machine))
+    return table(("machine", "while it was measured"), rows)
 
 
-def _machine_rows(machine: MachineState) -> Iterator[tuple[str, str]]:
+def _core_rows(cores: Cores | None) -> Iterator[tuple[str, str]]:
+    if cores is None:
+        return
+    yield "measured on", str(cores)
+    yield (
+        "exclusively ours",
+        "yes, held against other measurements"
+        if cores.exclusive
+        else "not held: other measurements may have run there (parameter `exclusive_cores`)",
+    )
+
+
+def _machine_rows(machine: MachineState | None) -> Iterator[tuple[str, str]]:
+    if machine is None:
+        return
     yield "watched", f"{machine.seconds:.1f} s"
     yield (
         "load average before and after",
@@ -387,6 +413,7 @@ def _throughput(found: Throughput) -> str:
     return f"{found.samples_per_second:,.1f} ({found.low:,.1f} to {found.high:,.1f})"
 
 
+@unless_not_measured
 def variants_table(report: VariantsReport | None) -> Markdown:
     """Every variant with its size, speed and cost in accuracy, the recommended one first."""
     if report is None:
@@ -452,6 +479,7 @@ def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str
         yield f"{task.nll:.4f} ({task.nll - before.nll:+.4f})"
 
 
+@unless_not_measured
 def calibration_table(report: VariantsReport | None) -> Markdown | None:
     """What calibrated and what judged, which are never the same samples."""
     if report is None:
@@ -472,6 +500,7 @@ def calibration_table(report: VariantsReport | None) -> Markdown | None:
     )
 
 
+@unless_not_measured
 def variant_parity_table(report: VariantsReport | None) -> Markdown | None:
     """Parity of every variant with fp32, output by output; it decides nothing here."""
     if report is None:
@@ -492,6 +521,7 @@ def variant_parity_table(report: VariantsReport | None) -> Markdown | None:
     )
 
 
+@unless_not_measured
 def tuning_table(report: VariantsReport | None) -> Markdown | None:
     """Which session options were tried on the recommended variant, and what they gained."""
     if report is None:
@@ -511,6 +541,7 @@ def tuning_table(report: VariantsReport | None) -> Markdown | None:
     )
 
 
+@unless_not_measured
 def roofline_table(report: Roofline | None) -> Markdown | None:
     """What the machine reaches, and each run beside the least time that it allows."""
     if report is None:

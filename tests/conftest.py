@@ -154,6 +154,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make_small_inputs(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture
+def no_other_measurement(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No other worker's test holds the machine's processors meanwhile."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "processors.lock"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home whose demo is there already, of a few seconds' training."""

@@ -1,8 +1,10 @@
 """Latency: who runs where, in which order, and what the numbers may claim."""
 
+import html
 import json
 import math
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,18 +23,23 @@ import pytest
 import torch
 from models import SmallNet
 
-from heimdall_onnx import benchmark
+from heimdall_onnx import benchmark, tables
 from heimdall_onnx.benchmark import (
     PERCENTILES,
     Worker,
+    benchmark_model,
     measure_latency,
     min_samples,
     paired_speedup,
     percentiles_with_intervals,
 )
+from heimdall_onnx.cores import Cores, TimedSteps
 from heimdall_onnx.errors import BenchmarkError
+from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import load_onnx
+from heimdall_onnx.parameters import PROFILES, ReleaseParameters
+from heimdall_onnx.report import describe_latency
 
 SIGNATURE = SmallNet.signature
 TESTS = Path(__file__).parent
@@ -429,6 +437,35 @@ def test_slow_pytorch_model_makes_the_speedup_large(onnx_path):
     assert report.pytorch.samples_ms.min() >= 30
     assert report.speedup.low > 2
     assert report.speedup.pairs == 6
+
+
+def test_report_says_where_it_was_measured_and_who_else_could(onnx_path, tmp_path):
+    parameters = ReleaseParameters(
+        profile="smoke", exclusive_cores=True, latency_batch_size=2, batch_size=4, threads=1
+    )
+    data = EvaluationData(SIGNATURE.random_inputs(3), None, {}, "test", None, {})
+    timed = TimedSteps(parameters, tmp_path)
+    report = timed.run(lambda: benchmark_model(SmallNet(), onnx_path, data, SIGNATURE, parameters))
+    timed.end()
+    assert (report.batch_size, report.threads) == (2, 1)
+    assert report.onnx.samples_ms.size >= PROFILES["smoke"].calls
+    assert [b.batch_size for b in report.batches] == [1, 2, 4]
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    assert report.cores == Cores(platform.node(), cores, exclusive=True)
+    found = json.loads(json.dumps(describe_latency(report), allow_nan=False))
+    assert found["cores"] == {"host": platform.node(), "numbers": [*cores], "exclusive": True}
+    assert found["machine"].keys() >= {"busy_share", "load_before", "load_after"}
+    shared = replace(report, cores=replace(report.cores, exclusive=False))
+    for shown, words in ((report, "yes, held against"), (shared, "not held: other measurements")):
+        text = html.unescape(tables.machine_table(shown).data)
+        assert f"| measured on | {report.cores} |" in text
+        assert f"| exclusively ours | {words}" in text
+        assert "processors busy" in text
+    alone = tables.machine_table(report.machine).data  # as older notebooks give it
+    assert "processors busy" in alone
+    assert "measured on" not in alone
+    for unwatched in (replace(report, cores=None, machine=None), None):
+        assert tables.machine_table(unwatched).data == "The machine was not watched."
 
 
 def test_model_of_a_script_is_measured(onnx_path, tmp_path):

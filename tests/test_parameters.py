@@ -83,6 +83,8 @@ def passed_on_the_command_line(text):
         ("batch_size", "4", 4),
         ("publish", "True", True),
         ("publish", "false", False),
+        ("measure_latency", "false", False),
+        ("exclusive_cores", "true", True),
         ("do_constant_folding", "False", False),
         ("profile", "audit", "audit"),
         ("model_kwargs", '{"backbone_size": "tiny"}', {"backbone_size": "tiny"}),
@@ -163,6 +165,8 @@ def test_name_that_papermill_took_for_something_else_is_refused_not_rewritten(te
         {"max_error_growth": -0.01},
         {"max_displacement_sigma": 0},
         {"max_output_noise": True},
+        {"measure_latency": "sometimes"},
+        {"exclusive_cores": 2},
     ],
     ids=lambda v: json.dumps(v)[:40],
 )
@@ -174,6 +178,14 @@ def test_unusable_values_are_refused(values):
 @pytest.mark.parametrize("variants", ["none", "all", "fp32", "int8-minmax, int4-weights"])
 def test_variants_are_taken_by_name(variants):
     assert check_parameters({"variants": variants}).variants == variants
+
+
+@pytest.mark.parametrize("variants", ["all", "fp32", "int8-minmax"])
+def test_variants_need_latency(variants):
+    with pytest.raises(ParameterError, match=r"variants = .*need measure_latency = True; found"):
+        check_parameters({"measure_latency": False, "variants": variants})
+    assert check_parameters({"variants": variants}).measure_latency
+    assert not check_parameters({"measure_latency": "False", "variants": "none"}).measure_latency
 
 
 @pytest.mark.parametrize("alias", ["staging", "v1a", "version1", "vnext", "latest2", "A_b-c"])
@@ -259,6 +271,14 @@ def test_unknown_injected_name_is_refused_and_a_variable_of_the_user_is_not():
         parameters_of_notebook(namespace)
     assert parameters_of_notebook({"In": ["scratch = 2"], "scratch": 2}) == ReleaseParameters()
     assert parameters_of_notebook({"seed": 3}).seed == 3
+
+
+def test_function_that_an_older_notebook_imports_is_no_parameter():
+    def measure_latency():
+        """What older notebooks call there."""
+
+    namespace = {"In": ["# Parameters\nseed = 3"], "seed": 3, "measure_latency": measure_latency}
+    assert parameters_of_notebook(namespace) == ReleaseParameters(seed=3)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ from heimdall_onnx.compare import (
     locate_departure,
     trace_depth,
 )
+from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.costs import StepCost
 from heimdall_onnx.departure import Departure
 from heimdall_onnx.depth import DepthProfile, ModuleError
@@ -1360,6 +1361,31 @@ def test_cost_names_the_longest_step_and_counts_the_contenders_memory() -> None:
     assert [bar.get_width() for bar in axes.patches] == [4.0, 14.0, 20.0, 0.6]
     assert [bar.get_width() for bar in memory.patches] == [0.3, 0.9, 0.8, 0.0, 0.5, 0.25]
     assert "latency: 20 s, 1.55 GB." in chart.alt
+
+
+def test_without_latency_the_cost_is_that_of_the_notebook_alone() -> None:
+    chart = plot.release_cost(COSTS, NotMeasured("because"))
+    assert "most memory in" in chart.title
+    assert "latency was not measured" in visible_text(chart)
+    assert [bar.get_width() for bar in chart.figure.axes[1].patches] == [0.3, 0.9, 0.8, 0.0]
+    chart.to_png()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        plot.latency,
+        plot.latency_over_time,
+        plot.throughput,
+        plot.variants,
+        plot.noise_along_depth,
+        plot.roofline,
+        plot.operator_times,
+    ],
+)
+def test_figure_of_what_was_not_measured_is_the_reason(draw) -> None:
+    missing = NotMeasured("because")
+    assert draw(missing) is missing
 
 
 def test_without_costs_there_is_no_chart() -> None:

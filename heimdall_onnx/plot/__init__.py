@@ -1,7 +1,7 @@
 """Every figure of the report, each drawn from the dataclass of its step.
 
 A figure answers one question and its title is the answer. Each function returns a `Chart`, or
-None where the question does not arise:
+None where the question does not arise, or what it was given if that says why nothing was measured:
 
     from heimdall_onnx import plot
     plot.parity_scatter(report).save("parity.png")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from heimdall_onnx.benchmark import LatencyReport
+from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.costs import StepCost
 from heimdall_onnx.plot.chart import (
     ELEMENT_COLORS,
@@ -24,7 +25,7 @@ _LATENCY = "latency"
 
 
 @styled
-def release_cost(costs: Sequence[StepCost], latency: LatencyReport) -> Chart | None:
+def release_cost(costs: Sequence[StepCost], latency: LatencyReport | NotMeasured) -> Chart | None:
     """Which step took how long, and how much memory was needed?
 
     Memory is the largest resident size of the notebook's process during the step; beside the
@@ -36,16 +37,19 @@ def release_cost(costs: Sequence[StepCost], latency: LatencyReport) -> Chart | N
     total = sum(cost.seconds for cost in costs)
     longest = max(costs, key=lambda cost: cost.seconds)
     peaks = {c.step: (c.peak_memory_bytes or 0) / 1e9 for c in costs}
-    beside = [c.peak_memory_bytes / 1e9 for c in (latency.pytorch, latency.onnx)]
+    sides = () if isinstance(latency, NotMeasured) else (latency.pytorch, latency.onnx)
+    beside = [c.peak_memory_bytes / 1e9 for c in sides]
     together = {s: p + (sum(beside) if s == _LATENCY else 0.0) for s, p in peaks.items()}
     most = max(together, key=lambda step: together[step])
     title = (
         f"{number(total)} s until here, {share(longest.seconds / total)} of it {longest.step}; "
         f"most memory in {most}: {number(together[most])} GB"
     )
-    subtitle = (
-        "By step, in this order · memory of this process, and beside latency of both contenders' "
-        f"own: PyTorch {number(beside[0])} GB, ONNX Runtime {number(beside[1])} GB"
+    subtitle = "By step, in this order · memory of this process" + (
+        f", and beside latency of both contenders' own: PyTorch {number(beside[0])} GB, "
+        f"ONNX Runtime {number(beside[1])} GB"
+        if beside
+        else "; latency was not measured"
     )
     figure = new_figure(title, subtitle, height=0.8 + 0.27 * len(costs))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -55,7 +59,7 @@ def release_cost(costs: Sequence[StepCost], latency: LatencyReport) -> Chart | N
     )
     left.bar_label(seconds, [number(c.seconds) for c in costs], padding=3, fontsize=9)
     right.barh(rows, list(peaks.values()), height=0.7, color=f"{QUIET_INK}66", label="notebook")
-    if _LATENCY in peaks:
+    if beside and _LATENCY in peaks:
         start, row = peaks[_LATENCY], list(peaks).index(_LATENCY)
         for amount, color, hatch, who in zip(
             beside,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from heimdall_onnx.cores import unless_not_measured
 from heimdall_onnx.operator_times import OperatorTimes
 from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
@@ -28,8 +29,9 @@ _BEFORE = re.compile(r"^(Nhwc|Fused|Bias|QLinear|Q(?=[A-Z])|DynamicQuantize(?!Li
 _BEHIND = re.compile(r"(?<=[a-z])(Integer|ToFloat|NBits)+$")
 
 
+@unless_not_measured
 @styled
-def operator_times(measured: Sequence[tuple[str, OperatorTimes]]) -> Chart | None:
+def operator_times(measured: Sequence[tuple[str, OperatorTimes]] | None) -> Chart | None:
     """Which operators take the time of a call, and what does the other variant do about it?
 
     Args:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
+from heimdall_onnx.cores import unless_not_measured
 from heimdall_onnx.plot.chart import (
     ELEMENT_COLORS,
     QUIET_INK,
@@ -44,6 +45,7 @@ class _Point:
     floor_rate: float | None
 
 
+@unless_not_measured
 @styled
 def roofline(report: Roofline | None) -> Chart | None:
     """How far from its floor does each run, and is it arithmetic or memory that sets the floor?

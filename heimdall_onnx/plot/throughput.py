@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from heimdall_onnx.benchmark import BatchLatency, LatencyReport
+from heimdall_onnx.cores import unless_not_measured
 from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     PYTORCH_COLOR,
@@ -26,6 +27,7 @@ _CALLS_FOR_RANGE = 40
 _SIDES = (("PyTorch", PYTORCH_COLOR, "o", "-"), ("ONNX Runtime", ONNX_COLOR, "X", "--"))
 
 
+@unless_not_measured
 @styled
 def throughput(report: LatencyReport) -> Chart:
     """Which batch size gives how many samples a second, and what do start and first call cost?

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from heimdall_onnx.benchmark import ContenderLatency, LatencyReport, Speedup
+from heimdall_onnx.cores import unless_not_measured
 from heimdall_onnx.plot.chart import (
     INK,
     ONNX_COLOR,
@@ -38,6 +39,7 @@ def _both(report: LatencyReport) -> tuple[ContenderLatency, ContenderLatency]:
     return report.pytorch, report.onnx
 
 
+@unless_not_measured
 @styled
 def latency(report: LatencyReport) -> Chart:
     """How much faster is the ONNX model, and how sure is that?
@@ -185,6 +187,7 @@ def _latency_alt(report: LatencyReport) -> str:
     return " ".join(parts)
 
 
+@unless_not_measured
 @styled
 def latency_over_time(report: LatencyReport) -> Chart:
     """Was the machine quiet while latency was measured, or did it drift or stutter?

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from heimdall_onnx.cores import unless_not_measured
 from heimdall_onnx.parameters import FP32
 from heimdall_onnx.plot.chart import (
     ELEMENT_COLORS,
@@ -33,6 +34,7 @@ _STYLES = ("-", "--", "-.", ":")
 _COLORS = (PYTORCH_COLOR, ONNX_COLOR, *ELEMENT_COLORS, INK)
 
 
+@unless_not_measured
 @styled
 def variants(report: VariantsReport | None) -> Chart | None:
     """Which variant is the fastest of those that are faithful enough?
@@ -135,17 +137,17 @@ def _scatter(
             fontsize=9,
             fontweight="bold" if best else "normal",
         )
-    front = _front(
+    best_trades = front(
         [
             (ms, max(cost, floor))
             for v, (ms, cost, _, _) in zip(shown, points, strict=True)
             if v.passed
         ]
     )
-    axes.plot(*zip(*front, strict=True), linestyle=":", color=QUIET_INK, lw=1.2, zorder=0)
+    axes.plot(*zip(*best_trades, strict=True), linestyle=":", color=QUIET_INK, lw=1.2, zorder=0)
 
 
-def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those that none other beats in both respects, by latency."""
     found: list[tuple[float, float]] = []
     for ms, cost in sorted(points):
@@ -154,6 +156,7 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
+@unless_not_measured
 @styled
 def noise_along_depth(report: VariantsReport | None) -> Chart | None:
     """Where does each lossy variant lose accuracy, and what was kept in float for that?

@@ -1,0 +1,259 @@
+"""The processors that latency is measured on, and a machine-wide lock on each of them.
+
+Two measurements at a time on one processor make each other slower, and neither number says so. So
+whoever measures with `exclusive_cores` holds a lock on every processor that it may run on, by its
+affinity, and refuses to measure where another measurement holds one of them.
+
+The locks keep measurements of this package apart, whoever runs them; they do not keep other
+programs away, nor a measurement on the other hardware thread of a core. They are files in
+`lock_folder`, so containers know of each other only if they share that folder.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import wraps
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import filelock
+
+from heimdall_onnx.errors import BenchmarkError
+from heimdall_onnx.gates import Gate, escape_markdown
+from heimdall_onnx.logs import get_logger
+
+if TYPE_CHECKING:
+    from heimdall_onnx.parameters import ReleaseParameters
+
+log = get_logger(__name__)
+
+EXCLUSIVE_CORES = "exclusive cores"
+_OURS = "held by this measurement alone"
+# Not what TMPDIR says: everybody on a machine has to look in the same place.
+_FOLDERS = ("/run/lock", "/dev/shm", "/tmp")  # noqa: S108
+_LOCKS = Path("/proc/locks")
+
+# What this process holds.
+_held: set[int] = set()
+
+_Arguments = ParamSpec("_Arguments")
+_Found = TypeVar("_Found")
+_Shown = TypeVar("_Shown")
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The processors that this process, and those that it starts, may run on.
+
+    Attributes:
+        host: Name of the machine.
+        numbers: The processors as the system numbers them, ascending.
+        exclusive: Whether this process holds them all against other measurements.
+    """
+
+    host: str
+    numbers: tuple[int, ...]
+    exclusive: bool
+
+    def __str__(self) -> str:
+        return f"{_in_words(self.numbers)} of {self.host}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return {**asdict(self), "numbers": list(self.numbers)}
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """Stands where something would stand that was to be timed.
+
+    Attributes:
+        reason: Why it was not, in words.
+    """
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not measured: {self.reason}"
+
+    def _repr_markdown_(self) -> str:
+        return f"**Not measured:** {escape_markdown(self.reason)}"
+
+
+def usable_cores() -> Cores:
+    """The processors of this process's affinity, see sched_setaffinity(2), as they are now."""
+    numbers = tuple(sorted(os.sched_getaffinity(0)))
+    return Cores(platform.node(), numbers, _held.issuperset(numbers))
+
+
+def lock_folder() -> Path:
+    """Where the locks of this machine's processors are: the same folder for all its users."""
+    for name in _FOLDERS:
+        folder = Path(name)
+        if folder.is_dir() and folder.stat().st_mode & stat.S_IRWXO == stat.S_IRWXO:
+            return folder
+    return Path(tempfile.gettempdir())
+
+
+@contextmanager
+def exclusive_cores(folder: Path | None = None) -> Iterator[Cores]:
+    """Hold every processor that this process may run on against other measurements.
+
+    It never waits. The locks end with the process, however it ends; their files stay, and are
+    written to by nobody.
+
+    Args:
+        folder: Where the locks are; `lock_folder` by default.
+
+    Yields:
+        The processors.
+
+    Raises:
+        BenchmarkError: Naming the processors that others hold, and who; or if a lock can't be used.
+    """
+    cores, folder = usable_cores(), folder or lock_folder()
+    files = {number: folder / f"heimdall-onnx-core-{number}.lock" for number in cores.numbers}
+    with ExitStack() as stack:
+        # In ascending order, and no further than the first that is taken: of several that begin at
+        # once, one always gets all of its own.
+        for number, file in files.items():
+            try:
+                # Another user's process must be able to open the file that this one makes.
+                stack.enter_context(filelock.FileLock(file, timeout=0, mode=0o666))
+            except filelock.Timeout:
+                raise BenchmarkError(_taken(cores, number, files)) from None
+            except OSError as error:
+                raise BenchmarkError(
+                    f"core {number} of {cores.host} can't be held: its lock {file} can't be used "
+                    f"({error.strerror}); delete that file if nothing is measured"
+                ) from error
+        stack.callback(_held.difference_update, cores.numbers)
+        _held.update(cores.numbers)
+        yield usable_cores()
+
+
+def _taken(cores: Cores, first: int, files: dict[int, Path]) -> str:
+    """Which processors are held by others: the first that was found so, and what the system tells.
+
+    Seen from a container, the system does not tell of processes outside of it.
+    """
+    holders = _holders()
+    held = {number: holders.get(_identity(file)) for number, file in files.items()}
+    others = [n for n in cores.numbers if n == first or (n > first and held[n])]
+    words = [
+        f"{_in_words(tuple(numbers))} by {f'process {pid}' if pid else 'an unknown process'}"
+        for pid, numbers in groupby(others, key=lambda number: held[number])
+    ]
+    return (
+        f"another measurement holds cores of {cores.host}: {', '.join(words)}; give each its own "
+        "with taskset, or let one end before the next begins"
+    )
+
+
+def _identity(file: Path) -> str:
+    """A file as /proc/locks names it; empty if it is not there."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return ""
+    device = found.st_dev
+    return f"{os.major(device):02x}:{os.minor(device):02x}:{found.st_ino}"
+
+
+def _holders() -> dict[str, int]:
+    """Who holds which file, see proc_locks(5); empty where the system does not tell."""
+    try:
+        lines = _LOCKS.read_text().splitlines()
+    except OSError:
+        return {}
+    # Of one that waits, "->" comes after the number.
+    locks = [line.split() for line in lines if "->" not in line]
+    return {lock[5]: int(lock[4]) for lock in locks if lock[1] == "FLOCK" and int(lock[4]) > 0}
+
+
+def _in_words(numbers: Sequence[int]) -> str:
+    """Processors in words, ``"cores 0-3, 8"``."""
+    runs = [
+        [number for _, number in run]
+        for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ]
+    shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"core{'s' if len(numbers) > 1 else ''} {shown}"
+
+
+class TimedSteps:
+    """Runs the steps of a release that are timed, as far as its parameters let them be.
+
+    With ``exclusive_cores`` this process holds its processors from the first step on, until `end`
+    or its own end. If it can't get them, no step is run.
+
+    Args:
+        parameters: Of the release.
+        folder: Where the locks are; `lock_folder` by default.
+    """
+
+    def __init__(self, parameters: ReleaseParameters, folder: Path | None = None) -> None:
+        self._exclusive, self._folder = parameters.exclusive_cores, folder
+        self._holding = ExitStack()
+        self._cores: Cores | None = None
+        self._refused: NotMeasured | None = None
+        if not parameters.measure_latency:
+            self._refused = NotMeasured("the parameter measure_latency is False")
+
+    def run(
+        self, step: Callable[[], _Found], *, wanted: bool = True
+    ) -> _Found | NotMeasured | None:
+        """Run a step.
+
+        Args:
+            step: What is timed.
+            wanted: Whether the step was asked for.
+
+        Returns:
+            What it returns, or why it was not run; None if it was not asked for.
+
+        Raises:
+            HeimdallError: As the step does.
+        """
+        if not wanted:
+            return None
+        if self._exclusive and self._refused is None and self._cores is None:
+            try:
+                self._cores = self._holding.enter_context(exclusive_cores(self._folder))
+            except BenchmarkError as error:
+                self._refused = NotMeasured(str(error))
+                log.warning("not measured", reason=str(error))
+        return self._refused or step()
+
+    def end(self) -> None:
+        """Let the processors go."""
+        self._holding.close()
+
+    def gate(self) -> Gate:
+        """The gate that demands exclusive processors."""
+        if self._refused is not None:
+            return Gate(EXCLUSIVE_CORES, _OURS, "taken", False, self._refused.reason)
+        if self._cores is None:
+            return Gate(EXCLUSIVE_CORES, _OURS, "unknown", False, "no step was timed")
+        return Gate(EXCLUSIVE_CORES, _OURS, _OURS, True, str(self._cores))
+
+
+def unless_not_measured(
+    show: Callable[Concatenate[_Found, _Arguments], _Shown],
+) -> Callable[Concatenate[_Found | NotMeasured, _Arguments], _Shown | NotMeasured]:
+    """Make ``show`` give back what was not measured, which says so where it is shown."""
+
+    @wraps(show)
+    def wrapper(
+        found: _Found | NotMeasured, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Shown | NotMeasured:
+        return found if isinstance(found, NotMeasured) else show(found, *args, **kwargs)
+
+    return wrapper
