@@ -19,7 +19,7 @@ $(VENV)/.made:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo 'filling the environment in $(VENV), which takes some minutes'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,embedded,postgres,openvino,train]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,embedded,postgres,openvino,train,fleet]'
 	@touch $@
 
 # Options of the release: CHECKPOINT=model.ckpt OPTIONS='--eval-data data.npz --profile audit'

@@ -20,8 +20,9 @@ HeimdallError                      exit 1
 └── ServiceError (RuntimeError)    exit 4: a service could not be reached or refused
     ├── StoreError                 the object store
     │   └── ObjectExistsError      an object that must not be overwritten is already there
-    └── RegistryError              the model registry
-        └── NotRegisteredError     it has no such model, version or run
+    ├── RegistryError              the model registry
+    │   └── NotRegisteredError     it has no such model, version or run
+    └── SchedulerError             the scheduler of a fleet's workers
 ```
 """
 
@@ -118,6 +119,10 @@ class RegistryError(ServiceError):
 
 class NotRegisteredError(RegistryError):
     """The model registry has no model, version or run of that name."""
+
+
+class SchedulerError(ServiceError):
+    """The scheduler of a fleet's workers can't be reached, or has no workers that fit."""
 
 
 def error_class(name: str) -> type[HeimdallError] | None:

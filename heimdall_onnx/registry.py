@@ -423,9 +423,16 @@ class MLflowTracker:
 
     def find_versions(self, name: str, source: str, run_id: str) -> tuple[str, ...]:
         """The versions of a model that a run has registered from a folder."""
-        with self._errors(f"look for versions of {name} from {source}"):
-            found = self._client.search_model_versions(f"run_id = '{run_id}'")
-        return tuple(str(v.version) for v in found if v.name == name and v.source == source)
+        found = self.versions_of_run(run_id)
+        return tuple(v.version for v in found if v.name == name and v.source == source)
+
+    def versions_of_run(self, run_id: str) -> tuple[RegisteredVersion, ...]:
+        """The versions of any model that a run has registered."""
+        with self._errors(f"look for what run {run_id} has registered"):
+            found = tuple(
+                _pages(self._client.search_model_versions, filter_string=f"run_id = '{run_id}'")
+            )
+        return tuple(map(_describe_version, found))
 
     def _find_own(self, name: str, source: str, run_id: str | None) -> tuple[str, ...]:
         """`find_versions`, where requests are repeated and their results can be told apart."""

@@ -144,16 +144,17 @@ def test_every_import_of_the_package_comes_without_an_extra():
     declared = {canonicalize_name(Requirement(r).name) for r in PROJECT["dependencies"]}
     homes = metadata.packages_distributions()
     known = {*sys.stdlib_module_names, "heimdall_onnx"}
-    # Imported by what asks for them, which says what brings them: a variant, a dataset, training.
-    asked_for = (*EXTRAS["openvino"], *EXTRAS["train"])
+    # Imported by what asks for them, which says what brings them: a variant, a dataset, training,
+    # a fleet.
+    asked_for = (*EXTRAS["openvino"], *EXTRAS["train"], *EXTRAS["fleet"])
     on_request = {canonicalize_name(Requirement(r).name) for r in asked_for}
-    in_training = {"lightning_module.py", "lightning_trainer.py"}
+    with_extra = {"lightning_module.py", "lightning_trainer.py", "fleet.py", "fleet_report.py"}
     for path in (ROOT / "heimdall_onnx").rglob("*.py"):
         tree = ast.parse(path.read_text())
         at_once = set(imports(tree, at_once=True))
         for module in set(imports(tree)) - known:
             owners = {canonicalize_name(d) for d in homes.get(module, ())}
-            by_all = module in at_once and path.name not in in_training
+            by_all = module in at_once and path.name not in with_extra
             allowed = declared if by_all else declared | on_request
             assert owners & allowed, f"{path.name}: {module} of {owners or 'nobody'}"
 

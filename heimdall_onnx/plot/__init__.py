@@ -12,6 +12,7 @@ from heimdall_onnx.plot.cost import release_cost
 from heimdall_onnx.plot.depth import error_along_depth
 from heimdall_onnx.plot.distribution import error_distribution
 from heimdall_onnx.plot.ensemble import members_disagreement
+from heimdall_onnx.plot.fleet import pareto
 from heimdall_onnx.plot.grid import parity_grid
 from heimdall_onnx.plot.magnitude import error_by_magnitude
 from heimdall_onnx.plot.operator_times import operator_times
@@ -38,6 +39,7 @@ __all__ = [
     "operator_times",
     "operators",
     "optimization_levels",
+    "pareto",
     "parity_grid",
     "parity_scatter",
     "position_map",

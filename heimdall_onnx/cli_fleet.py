@@ -1,0 +1,149 @@
+"""The command that releases a fleet of checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from heimdall_onnx.cli_release import parameter_options
+from heimdall_onnx.errors import ParameterError, UnavailableError
+from heimdall_onnx.untrusted import visible_lines
+
+if TYPE_CHECKING:
+    from heimdall_onnx.fleet import FleetResult
+    from heimdall_onnx.fleet_item import ItemOutcome
+    from heimdall_onnx.fleet_plan import FleetPlan
+    from heimdall_onnx.settings import Settings
+
+
+@click.command()
+@click.argument(
+    "plan",
+    required=False,
+    metavar="PLAN.yml",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--checkpoints",
+    multiple=True,
+    metavar="GLOB",
+    help="Checkpoints to release with the options below, in place of a plan; may be repeated.",
+)
+@click.option("--model", help="Model class, pkg.mod:Class.")
+@click.option("--model-kwargs", help="Its keyword arguments, JSON.")
+@click.option("--eval-data", help="Evaluation inputs, .npz.")
+@parameter_options
+@click.option("--memory", help="Memory that one release may need, e.g. 4GiB.")
+@click.option("--scheduler", default="", help="Address of a Dask scheduler, e.g. tls://host:8786.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Workers on this machine.  [default: one for each processor]",
+)
+@click.option("--force", is_flag=True, help="Release anew what is released already.")
+@click.option("--json", "as_json", is_flag=True, help="Print each outcome as a line of JSON.")
+def fleet(
+    plan: Path | None,
+    checkpoints: Sequence[str],
+    extra: Sequence[tuple[str, str]],
+    memory: str | None,
+    scheduler: str,
+    workers: int | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Release every checkpoint of PLAN.yml, or of --checkpoints, that is not released yet.
+
+    Items are spread over Dask's workers. Called again, it goes on where it was left.
+    """
+    if scheduler and workers:
+        raise ParameterError(
+            "--workers is for workers on this machine; those of --scheduler are started there"
+        )
+    values = {name: value for name, value in options.items() if value is not None} | dict(extra)
+    if (plan is None) == (not checkpoints):
+        raise ParameterError("expected either PLAN.yml or --checkpoints, found both or none")
+    if plan is not None and (values or memory):
+        given = ", ".join(sorted({*values, *(["memory"] if memory else [])}))
+        raise ParameterError(f"with a plan, parameters are in it; these were given beside: {given}")
+
+    from heimdall_onnx.settings import Settings
+
+    settings = Settings.load()
+    planned = _plan(plan, checkpoints, values, memory, settings)
+    try:
+        from heimdall_onnx.fleet import run_fleet
+        from heimdall_onnx.fleet_report import store_report
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"fleets need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
+        ) from error
+
+    result = run_fleet(
+        planned,
+        settings,
+        scheduler=scheduler,
+        workers=workers or 0,
+        force=force,
+        on_start=partial(_show_start, planned),
+        on_outcome=partial(_show_outcome, len(planned.items), as_json=as_json),
+    )
+    _show_end(result)
+    from heimdall_onnx.publish import connect
+
+    bucket = planned.items[0].parameters.bucket
+    stored = store_report(connect(settings).client, bucket, planned, result, settings.home)
+    click.echo(f"report: {stored.report_html_uri}\n        file://{stored.local_report}", err=True)
+    click.get_current_context().exit(result.exit_code)
+
+
+def _plan(
+    plan: Path | None,
+    checkpoints: Sequence[str],
+    values: dict[str, Any],
+    memory: str | None,
+    settings: Settings,
+) -> FleetPlan:
+    from heimdall_onnx.fleet_plan import plan_checkpoints, read_plan
+
+    def list_objects(bucket: str, prefix: str) -> Sequence[str]:
+        # Only a plan with checkpoints in a bucket needs the store before it is valid.
+        from heimdall_onnx.services import ensure_store
+        from heimdall_onnx.store import list_keys
+        from heimdall_onnx.store_client import make_client
+
+        return list_keys(make_client(ensure_store(settings)), bucket, prefix)
+
+    if plan is not None:
+        return read_plan(plan, list_objects)
+    return plan_checkpoints(
+        checkpoints, values, name="fleet", list_objects=list_objects, memory=memory
+    )
+
+
+def _show_start(plan: FleetPlan, dashboard: str, workers: int) -> None:
+    where = f", dashboard {dashboard}" if dashboard else ""
+    click.echo(f"fleet {plan.name}: {len(plan.items)} items on {workers} workers{where}", err=True)
+
+
+def _show_outcome(items: int, outcome: ItemOutcome, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(outcome.to_dict(), allow_nan=False))
+        return
+    where = outcome.result.get("s3_uri") or outcome.result.get("report_html_uri") or ""
+    attempts = f", attempt {outcome.attempts}" if outcome.attempts > 1 else ""
+    text = f"{outcome.label} of {items}: {outcome.status}, {outcome.seconds:.1f} s{attempts}"
+    click.echo(visible_lines(f"{text}  {where}".rstrip()))
+    if outcome.error:
+        click.echo(visible_lines(f"error: {outcome.error}"), err=True)
+
+
+def _show_end(result: FleetResult) -> None:
+    counts = ", ".join(f"{result.count(s)} {s}" for s in ("released", "kept", "failed"))
+    click.echo(f"fleet {result.name}: {counts}, in {result.seconds:.0f} s", err=True)

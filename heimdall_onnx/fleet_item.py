@@ -1,0 +1,386 @@
+"""What a worker does with one item of a fleet: find out whether it is done, release it, record it.
+
+Equal bytes of checkpoint, data and declared signature with equal parameters and code have one key.
+What became of a key is an object in the bucket of its releases, ``fleets/items/KEY.json``, so that
+any worker of any later fleet finds it by one request, however many releases there are. It is
+written before a release begins, with the MLflow run, and again after it; where the second writing
+is missing, the run leads to the release, if there is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from heimdall_onnx.environment import capture_environment
+from heimdall_onnx.errors import (
+    HeimdallError,
+    InputError,
+    ServiceError,
+    SettingsError,
+    VerificationError,
+)
+from heimdall_onnx.files import hash_file
+from heimdall_onnx.fleet_plan import FleetItem
+from heimdall_onnx.logs import get_logger
+from heimdall_onnx.manifest import REPORT, REPORT_HTML, Manifest, read_manifest
+from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.publish import METADATA, Connection, close_own_run, connect, to_json
+from heimdall_onnx.release import kernel_environment, notebook_path, release_checkpoint
+from heimdall_onnx.settings import Settings
+from heimdall_onnx.signature_file import signature_path
+from heimdall_onnx.store import (
+    MANIFEST,
+    download_file,
+    ensure_bucket,
+    exists,
+    parse_uri,
+    read_bytes,
+    read_json,
+    upload_bytes,
+)
+from heimdall_onnx.warm_kernel import WarmKernels
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+log = get_logger(__name__)
+
+RECORDS = "fleets/items"
+FLEET_TAG = "heimdall.fleet"
+KEY_TAG = "heimdall.fleet.item"
+Status = Literal["released", "kept", "failed"]
+
+# Where things are, and what a run is given: no part of what is released.
+_NO_PART = {"checkpoint", "eval_data", "calibration_data", "run_id", "output_dir", "publish"}
+
+
+@dataclass(frozen=True)
+class ItemOutcome:
+    """What became of an item.
+
+    Attributes:
+        number: The item's place in the plan.
+        label: What a person recognises it by.
+        checkpoint: Its path or address.
+        key: Hash of all that makes the release; empty where its inputs could not be read.
+        status: ``released`` now, ``kept`` as an earlier fleet has released it, or ``failed``.
+        exit_code: As the single command's.
+        error: What went wrong; empty if nothing did.
+        service_failed: Whether another attempt may succeed.
+        attempts: How often it was tried.
+        host: Name of the machine.
+        processors: Processors that the worker may use.
+        load: Load average of the machine over the last minute, when the item ended.
+        seconds: From the item's arrival at the worker to its end, the last attempt's.
+        result: The release, as the single command prints it.
+        metrics: Its parity, latency and size as numbers by name.
+    """
+
+    number: int
+    label: str
+    checkpoint: str
+    key: str
+    status: Status
+    exit_code: int
+    error: str = ""
+    service_failed: bool = False
+    attempts: int = 1
+    host: str = ""
+    processors: tuple[int, ...] = ()
+    load: float = 0.0
+    seconds: float = 0.0
+    result: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return asdict(self)
+
+
+class _Record(BaseModel):
+    """Content of ``fleets/items/KEY.json``; what was read is not trusted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fleet: str
+    run_id: str
+    model_name: str
+    release: str = ""
+    result: dict[str, Any] = Field(default_factory=dict)
+
+
+class ItemRunner:
+    """Releases one item after another in this process; a context manager.
+
+    Args:
+        settings: With the addresses of store and registry, the same for every worker of a fleet.
+        fleet: The fleet's name.
+
+    Raises:
+        SettingsError: If the settings name no store or no registry that other workers share.
+    """
+
+    def __init__(self, settings: Settings, fleet: str) -> None:
+        if settings.s3_endpoint_url is None or settings.mlflow_tracking_uri is None:
+            raise SettingsError(
+                "a worker of a fleet needs MLFLOW_S3_ENDPOINT_URL and MLFLOW_TRACKING_URI, the "
+                "same ones as every other; one of them is not set on this worker"
+            )
+        self._settings, self._fleet = settings, fleet
+        self._resources = ExitStack()
+        self._kernels: WarmKernels | None = None
+
+    def __enter__(self) -> ItemRunner:
+        """Begin to import what kernels need; nobody waits for it yet."""
+        self._kernels = self._resources.enter_context(
+            WarmKernels(kernel_environment(self._settings))
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the process that kernels are forked from."""
+        self._resources.close()
+
+    def run(self, item: FleetItem, *, force: bool = False) -> ItemOutcome:
+        """Release an item, unless that is done already.
+
+        Errors of this package end up in the outcome, since the other items go on.
+
+        Args:
+            item: The item.
+            force: Release it anew even if it is done.
+        """
+        started = time.perf_counter()
+        outcome = ItemOutcome(item.number, item.label, item.checkpoint, "", "failed", 1)
+        with tempfile.TemporaryDirectory(prefix="heimdall-fleet-") as scratch:
+            try:
+                outcome = self._run(item, outcome, Path(scratch), force=force)
+            except HeimdallError as error:
+                outcome = replace(
+                    outcome,
+                    exit_code=error.exit_code,
+                    error=str(error),
+                    service_failed=isinstance(error, ServiceError),
+                )
+        return replace(
+            outcome,
+            host=socket.gethostname(),
+            processors=tuple(sorted(os.sched_getaffinity(0))),
+            load=os.getloadavg()[0],
+            seconds=time.perf_counter() - started,
+        )
+
+    def _run(
+        self, item: FleetItem, outcome: ItemOutcome, scratch: Path, *, force: bool
+    ) -> ItemOutcome:
+        connection = connect(self._settings)
+        client, bucket = connection.client, item.parameters.bucket
+        parameters = _fetch_inputs(client, item, scratch)
+        if parameters.measure_latency:
+            # Other items are measured on the same machine.
+            parameters = parameters.model_copy(update={"exclusive_cores": True})
+        outcome = replace(outcome, key=item_key(parameters))
+        ensure_bucket(client, bucket)
+        if not force and (kept := _find(connection, bucket, outcome.key)):
+            metrics = _read_metrics(client, kept)
+            return replace(outcome, status="kept", exit_code=0, result=kept, metrics=metrics)
+        tracker = connection.tracker
+        run_id = tracker.create_run(f"fleet {self._fleet} item {item.number}")
+        tracker.set_tags({FLEET_TAG: self._fleet, KEY_TAG: outcome.key}, run_id=run_id)
+        record = _Record(fleet=self._fleet, run_id=run_id, model_name=parameters.name)
+        _write(client, bucket, outcome.key, record)
+        status = "KILLED"
+        try:
+            assert self._kernels is not None
+            result = release_checkpoint(
+                parameters.model_copy(update={"run_id": run_id}),
+                self._settings,
+                start_kernel=self._kernels.started,
+            )
+            status = "FINISHED" if result.success else "FAILED"
+        finally:
+            close_own_run(tracker, run_id, status)
+        if result.success:
+            folder = str(result.manifest_uri).rpartition("/")[0]
+            done = {"release": folder, "result": result.to_dict()}
+            _write(client, bucket, outcome.key, record.model_copy(update=done))
+        return replace(
+            outcome,
+            status="released" if result.success else "failed",
+            exit_code=result.exit_code,
+            error=result.error or "",
+            service_failed=result.exit_code == ServiceError.exit_code,
+            result=result.to_dict(),
+            metrics=_read_metrics(client, result.to_dict()) if result.success else {},
+        )
+
+
+def _find(connection: Connection, bucket: str, key: str) -> dict[str, Any] | None:
+    """What was said of the release of a key; None if there is no valid one."""
+    client, place = connection.client, f"{RECORDS}/{key}.json"
+    if not exists(client, bucket, place):
+        return None
+    try:
+        record = _Record.model_validate_json(read_bytes(client, bucket, place))
+    except ValidationError:
+        log.warning("record of an item can't be read; it is released anew", key=key)
+        return None
+    if record.release:
+        found = _valid(client, record.release)
+        return None if found is None else record.result or _of_manifest(found)
+    # Whoever began it may have finished it and had no time to say so.
+    for version in connection.tracker.versions_of_run(record.run_id):
+        found = _valid(client, version.source) if version.name == record.model_name else None
+        if found:
+            result = _of_manifest(found)
+            done = {"release": found.uri, "result": result}
+            _write(client, bucket, key, record.model_copy(update=done))
+            return result
+    return None
+
+
+def item_key(parameters: ReleaseParameters) -> str:
+    """Hash of all that makes a release: bytes, parameters and code.
+
+    Args:
+        parameters: Of the release; checkpoint and data are files that are there.
+
+    Returns:
+        SHA-256 in hexadecimal.
+
+    Raises:
+        DataError: If a file can't be read.
+        ParameterError: If there is no checkpoint at its path.
+    """
+    checkpoint = Path(parameters.checkpoint)
+    files = {
+        "checkpoint": checkpoint,
+        "signature": signature_path(checkpoint),
+        "eval_data": Path(parameters.eval_data) if parameters.eval_data else None,
+        "calibration_data": (
+            Path(parameters.calibration_data) if parameters.calibration_data else None
+        ),
+    }
+    made_of = {
+        "files": {
+            what: hash_file(path)
+            for what, path in files.items()
+            if path is not None and (what != "signature" or path.is_file())
+        },
+        "parameters": parameters.model_dump(mode="json", exclude=_NO_PART),
+        "model_code": _hash_of_module(parameters.model.partition(":")[0]),
+        "code": _hash_of_package(),
+        "packages": capture_environment().packages,
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of_module(name: str) -> str:
+    """Hash of a module's file; the model's own process is the one that imports it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return ""
+    return hash_file(Path(spec.origin))
+
+
+@cache
+def _hash_of_package() -> str:
+    """Hash of this package's code and of the notebook."""
+    digest = hashlib.sha256()
+    for path in (*sorted(Path(__file__).parent.rglob("*.py")), notebook_path()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _fetch_inputs(client: S3Client, item: FleetItem, scratch: Path) -> ReleaseParameters:
+    """The parameters of the release, with what is in a bucket downloaded."""
+    paths = {"checkpoint": item.checkpoint} | {
+        name: getattr(item.parameters, name) for name in ("eval_data", "calibration_data")
+    }
+    for name, address in paths.items():
+        if not address.startswith("s3://"):
+            continue
+        bucket, key = parse_uri(address)
+        folder = scratch / name
+        folder.mkdir()
+        path = folder / PurePosixPath(key).name
+        download_file(client, bucket, key, path)
+        if name == "checkpoint":
+            beside = str(PurePosixPath(key).with_name(signature_path(path).name))
+            if exists(client, bucket, beside):
+                download_file(client, bucket, beside, signature_path(path))
+        paths[name] = str(path)
+    return item.parameters.model_copy(update=paths)
+
+
+def _valid(client: S3Client, folder_uri: str) -> Manifest | None:
+    """The manifest of a release; None where there is none that can be read."""
+    try:
+        return read_manifest(client, folder_uri)
+    except (InputError, VerificationError):
+        return None
+
+
+def _read_metrics(client: S3Client, result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that the release's metadata name."""
+    bucket, key = parse_uri(str(result["s3_uri"]))
+    described = read_json(client, bucket, f"{key.rpartition('/')[0]}/{METADATA}")
+    found = {**described.get("inference_metrics", {}), **_size_of(described)}
+    return {k: float(v) for k, v in found.items() if isinstance(v, int | float)}
+
+
+def _size_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    name = "onnx_file_size_bytes"
+    return {name: described[name]} if name in described else {}
+
+
+def _write(client: S3Client, bucket: str, key: str, record: _Record) -> None:
+    upload_bytes(
+        client,
+        to_json(record.model_dump()),
+        bucket,
+        f"{RECORDS}/{key}.json",
+        content_type="application/json",
+    )
+
+
+def _of_manifest(manifest: Manifest) -> dict[str, Any]:
+    """What `ReleaseResult` would have said of a release that is there."""
+    registered = manifest.data["mlflow"]
+    return {
+        "success": True,
+        "exit_code": 0,
+        "verdict": manifest.verdict,
+        "version": manifest.version,
+        "s3_uri": f"{manifest.uri}/model.onnx",
+        "report_uri": f"{manifest.uri}/{REPORT}",
+        "report_html_uri": f"{manifest.uri}/{REPORT_HTML}",
+        "manifest_uri": f"{manifest.uri}/{MANIFEST}",
+        "model_name": registered["model_name"],
+        "model_version": registered["model_version"],
+        "gates": manifest.data.get("gates", []),
+        "costs": manifest.data.get("costs", []),
+    }
