@@ -1,0 +1,195 @@
+"""The report of a fleet: its table, what it puts first, and where it is stored."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from heimdall_onnx import plot
+from heimdall_onnx.cli import main
+from heimdall_onnx.errors import DataError
+from heimdall_onnx.fleet import FleetResult
+from heimdall_onnx.fleet_item import ItemOutcome
+from heimdall_onnx.fleet_plan import FleetPlan
+from heimdall_onnx.fleet_report import (
+    CSV,
+    PARQUET,
+    PLAN,
+    cost_of,
+    every_item,
+    failures,
+    outcomes_frame,
+    outliers,
+    outliers_table,
+    overview,
+    ranked,
+    ranking,
+    read_outcomes,
+    store_report,
+)
+from heimdall_onnx.store import list_keys
+
+
+def released(number: int, error_m: float, ms: float = 2.0) -> ItemOutcome:
+    uri = f"s3://models/net-{number}/v1"
+    result = {"verdict": "pass", "s3_uri": f"{uri}/model.onnx", "gates": []}
+    metrics = {"displacement_p99_m": error_m, "inference_time_onnx_ms": ms}
+    metrics["onnx_file_size_bytes"] = 1e6
+    return ItemOutcome(
+        number,
+        f"{number}: net-{number}.pt",
+        f"/runs/net-{number}.pt",
+        "ab" * 32,
+        "released",
+        0,
+        host="node1",
+        processors=(number % 2,),
+        seconds=10.0 + number,
+        result={**result, "report_html_uri": f"{uri}/report.html"},
+        metrics=metrics,
+    )
+
+
+def failed(number: int) -> ItemOutcome:
+    gates = [
+        {"name": "opset", "passed": True},
+        {"name": "batch independence", "passed": False},
+    ]
+    return ItemOutcome(
+        number,
+        f"{number}: bad|one.pt",
+        "/runs/bad.pt",
+        "cd" * 32,
+        "failed",
+        3,
+        error="a gate failed",
+        result={"gates": gates},
+    )
+
+
+@pytest.fixture
+def outcomes():
+    # Nine alike, of which one is better, and one that stands out.
+    errors = [1.0, 1.1, 0.9, 1.2, 1.0, 0.8, 1.1, 1.0, 1.05, 40.0]
+    return [*(released(n, e, ms=5 - 0.1 * n) for n, e in enumerate(errors, 1)), failed(11)]
+
+
+@pytest.fixture
+def frame(outcomes):
+    return outcomes_frame(outcomes)
+
+
+def test_table_has_a_row_for_each_item_in_the_order_of_the_plan(outcomes):
+    frame = outcomes_frame(outcomes[::-1])
+    assert frame.number.tolist() == list(range(1, 12))
+    assert frame.loc[10, "failed_gates"] == "batch independence"
+    assert np.isnan(frame.loc[10, "displacement_p99_m"])
+    assert frame.loc[0, "s3_uri"] == "s3://models/net-1/v1/model.onnx"
+
+
+def test_overview_counts_what_became_of_the_items(frame):
+    text = overview(frame).data
+    for row in ("| released | 10 |", "| failed | 1 |", "| items | 11 |", "| machines | node1 |"):
+        assert row in text
+
+
+def test_failures_come_with_the_gates_that_failed(frame):
+    text = failures(frame).data
+    assert "batch independence" in text
+    assert "bad&#124;one.pt" in text
+    assert "net-1.pt" not in text
+    assert failures(frame.head(3)).data == "No item failed."
+
+
+def test_what_stands_out_is_first(frame):
+    found = outliers(frame)
+    assert found.iloc[0].label == "10: net-10.pt"
+    assert found.iloc[0].figure == "displacement_p99_m"
+    assert "10: net-10.pt" in outliers_table(frame).data
+    assert outliers_table(frame.head(2)).data == "No item stands out in any figure."
+
+
+def test_ranking_is_by_the_error_and_names_the_cost(frame):
+    done, column, words = ranked(frame)
+    assert (column, done.label[0]) == ("displacement_p99_m", "6: net-6.pt")
+    assert "metre" in words or words.endswith("m")
+    assert cost_of(done)[0] == "inference_time_onnx_ms"
+    assert ranking(frame).data.splitlines()[2].startswith("| 1 | 6: net-6.pt |")
+    without = frame.drop(columns="inference_time_onnx_ms")
+    assert cost_of(without)[0] == "onnx_file_size_bytes"
+
+
+def test_items_without_figures_are_not_ranked(outcomes):
+    frame = outcomes_frame(outcomes[-1:])
+    assert ranking(frame).data == "No released item has a figure to be ranked by."
+    assert plot.pareto(*ranked(frame), *cost_of(frame)) is None
+
+
+def test_pareto_shows_what_no_other_beats(frame):
+    done, column, words = ranked(frame)
+    chart = plot.pareto(done, column, words, *cost_of(done))
+    # 10 is the fastest, 9, 8 and 6 each the best of those that are as fast.
+    assert chart.title == "4 models of 10 that no other beats"
+    assert "6: net-6.pt" in chart.alt
+    assert "5: net-5.pt" not in chart.alt
+    assert len(chart.to_png()) < 200_000
+
+
+def test_every_item_is_there_with_its_place(frame):
+    assert len(every_item(frame).data.splitlines()) == 2 + 11
+    assert "node1 1" in every_item(frame).data
+
+
+@pytest.mark.parametrize("content", [b"no parquet", None])
+def test_another_file_is_refused(tmp_path, content):
+    path = tmp_path / "outcomes.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="expected the outcomes of a fleet at"):
+        read_outcomes(path)
+
+
+def test_another_table_is_refused(tmp_path):
+    pd.DataFrame({"number": [1]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"it lacks .*checkpoint"):
+        read_outcomes(tmp_path / "other.parquet")
+
+
+@pytest.mark.services
+def test_report_is_stored_beside_plan_and_table(outcomes, s3, bucket, tmp_path):
+    plan = FleetPlan("july", (), json.dumps({"name": "july"}))
+    result = FleetResult("july", tuple(outcomes), 12.0, 2)
+    stored = store_report(s3, bucket, plan, result, tmp_path)
+    names = {key.rpartition("/")[2] for key in list_keys(s3, bucket, "fleets/july/")}
+    assert names == {PLAN, CSV, PARQUET, "report.ipynb", "report.html"}
+    assert stored.report_html_uri == f"{stored.folder_uri}/report.html"
+    page = stored.local_report.read_text()
+    for text in ("net-6.pt", "batch independence", "What failed, and why?"):
+        assert text in page
+    executed = nbformat.read(stored.local_report.with_suffix(".ipynb"), 4)
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 1
+    table = read_outcomes(Path(stored.local_report).with_name(PARQUET))
+    assert len(table) == len(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "either PLAN.yml or --checkpoints"),
+        (("--checkpoints", "x.pt", "--workers", "1", "--scheduler", "tls://h:1"), "--workers is"),
+        (("--checkpoints", "none/*.pt"), "none/\\*.pt|no file"),
+    ],
+)
+def test_bad_usage_is_answered_before_anything_starts(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["fleet", *arguments])
+    assert result.exit_code == 2, result.output
+    assert re.search(words, result.output), result.output
+    assert not (tmp_path / ".heimdall").exists()
