@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
 import dask
 import psutil
@@ -277,6 +278,8 @@ def _require_places(plan: FleetPlan, offered: dict[str, dict[str, float]]) -> No
 
 def _outcomes(client: Client, plan: FleetPlan, slots: int, *, force: bool) -> Iterator[ItemOutcome]:
     """Each item's outcome as it comes, with what failed for a service's reasons tried again."""
+    # Another fleet of the same name may be with the same scheduler.
+    run = uuid4().hex[:8]
     # When, in which order, how often before, and what.
     order = itertools.count()
     waiting = [(0.0, next(order), 0, item) for item in plan.items]
@@ -288,7 +291,7 @@ def _outcomes(client: Client, plan: FleetPlan, slots: int, *, force: bool) -> It
                 run_item,
                 item,
                 force,
-                key=f"release-{plan.name}-{item.number}-{tried}",
+                key=f"release-{plan.name}-{run}-{item.number}-{tried}",
                 resources=_needs(item),
                 pure=False,
             )
