@@ -92,7 +92,7 @@ def fleet(
         workers=workers or 0,
         force=force,
         on_start=partial(_show_start, planned),
-        on_outcome=partial(_show_outcome, len(planned.items), as_json=as_json),
+        on_outcome=partial(_show_outcome, as_json=as_json),
     )
     _show_end(result)
     from heimdall_onnx.publish import connect
@@ -132,13 +132,13 @@ def _show_start(plan: FleetPlan, dashboard: str, workers: int) -> None:
     click.echo(f"fleet {plan.name}: {len(plan.items)} items on {workers} workers{where}", err=True)
 
 
-def _show_outcome(items: int, outcome: ItemOutcome, *, as_json: bool) -> None:
+def _show_outcome(outcome: ItemOutcome, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(outcome.to_dict(), allow_nan=False))
         return
     where = outcome.result.get("s3_uri") or outcome.result.get("report_html_uri") or ""
     attempts = f", attempt {outcome.attempts}" if outcome.attempts > 1 else ""
-    text = f"{outcome.label} of {items}: {outcome.status}, {outcome.seconds:.1f} s{attempts}"
+    text = f"{outcome.label}: {outcome.status}, {outcome.seconds:.1f} s{attempts}"
     click.echo(visible_lines(f"{text}  {where}".rstrip()))
     if outcome.error:
         click.echo(visible_lines(f"error: {outcome.error}"), err=True)

@@ -101,7 +101,6 @@ class _FleetWorker(WorkerPlugin):  # type: ignore[misc]
         if cores := self._cores.get(str(worker.name)):
             os.sched_setaffinity(0, cores)
         self.runner = ItemRunner(Settings.load(), self._fleet)
-        self.runner.__enter__()
 
     def teardown(self, worker: Worker) -> None:
         if self.runner is not None:

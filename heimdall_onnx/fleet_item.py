@@ -17,11 +17,9 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -142,24 +140,16 @@ class ItemRunner:
                 "same ones as every other; one of them is not set on this worker"
             )
         self._settings, self._fleet = settings, fleet
-        self._resources = ExitStack()
-        self._kernels: WarmKernels | None = None
+        # Begins to import what kernels need; nobody waits for it yet.
+        self._kernels = WarmKernels(kernel_environment(settings))
 
     def __enter__(self) -> ItemRunner:
-        """Begin to import what kernels need; nobody waits for it yet."""
-        self._kernels = self._resources.enter_context(
-            WarmKernels(kernel_environment(self._settings))
-        )
+        """Nothing is waited for."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process that kernels are forked from."""
-        self._resources.close()
+        self._kernels.__exit__()
 
     def run(self, item: FleetItem, *, force: bool = False) -> ItemOutcome:
         """Release an item, unless that is done already.
@@ -211,7 +201,6 @@ class ItemRunner:
         _write(client, bucket, outcome.key, record)
         status = "KILLED"
         try:
-            assert self._kernels is not None
             result = release_checkpoint(
                 parameters.model_copy(update={"run_id": run_id}),
                 self._settings,

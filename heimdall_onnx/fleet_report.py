@@ -61,7 +61,6 @@ _OF_RESULT = (
 )
 # By what items are ranked, the first that all have: the task, where it is known, before parity.
 _RANKS = (
-    ("error_onnx_runtime_median_m", "median localization error, m"),
     ("error_onnx_median_m", "median localization error, m"),
     ("displacement_p99_m", "p99 of the displacement by the export, m"),
 )

@@ -50,10 +50,14 @@ class WarmKernels:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
         self._lock = threading.Lock()
-        self._template = subprocess.Popen(
+        self._template = self._launch()
+
+    def _launch(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             [sys.executable, "-m", __spec__.name],
-            env=dict(environment),
+            env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -67,6 +71,9 @@ class WarmKernels:
 
     def __exit__(self, *_: object) -> None:
         """End the template; kernels that still run end by themselves or with this process."""
+        self._end_template()
+
+    def _end_template(self) -> None:
         assert self._template.stdin is not None
         assert self._template.stdout is not None
         with suppress(OSError):
@@ -82,7 +89,7 @@ class WarmKernels:
         """As `heimdall_onnx.kernel.started_kernel`.
 
         Raises:
-            NotebookError: If the template has ended.
+            NotebookError: If no kernel can be forked.
         """
         kernel = AsyncKernelManager(
             kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
@@ -94,10 +101,14 @@ class WarmKernels:
 
     def fork(self, arguments: list[str], environment: Mapping[str, str], folder: str) -> int:
         """The process number of a new kernel."""
-        assert self._template.stdin is not None
-        assert self._template.stdout is not None
         asked = {"arguments": arguments, "environment": dict(environment), "folder": folder}
         with self._lock:
+            if self._template.poll() is not None:
+                # Killed, as where memory is short: this kernel need not be lost with it.
+                self._end_template()
+                self._template = self._launch()
+            assert self._template.stdin is not None
+            assert self._template.stdout is not None
             try:
                 self._template.stdin.write(json.dumps(asked) + "\n")
                 self._template.stdin.flush()

@@ -106,12 +106,22 @@ def test_kernel_can_be_interrupted(kernels):
         client.stop_channels()
 
 
-def test_lost_template_is_an_error_in_words(tmp_path):
+def test_lost_template_is_replaced():
     with WarmKernels(os.environ) as warm:
         warm._template.kill()
         warm._template.wait()
-        with pytest.raises(NotebookError, match="has ended with -9"), warm.started(os.environ):
-            pass
+        with warm.started(os.environ) as kernel:
+            assert ask(kernel, "print(6 * 7)") == "42"
+
+
+def test_template_that_can_not_start_is_an_error_in_words():
+    environment = {**os.environ, "PYTHONPATH": "", "PYTHONHOME": "/nowhere"}
+    with (
+        WarmKernels(environment) as warm,
+        pytest.raises(NotebookError, match="the process that kernels are forked from has ended"),
+        warm.started(os.environ),
+    ):
+        pass
 
 
 def test_all_end_with_a_killed_runner():
