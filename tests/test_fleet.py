@@ -1,5 +1,6 @@
 """Fleets on real workers, a real store and a real registry."""
 
+import json
 import os
 import signal
 import threading
@@ -133,6 +134,34 @@ def test_a_scheduler_that_is_not_there_is_named(settings, bucket, tmp_path, monk
     )
     with pytest.raises(SchedulerError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"):
         run_fleet(plan, settings, scheduler="tcp://127.0.0.1:9")
+
+
+def test_a_service_that_refuses_is_asked_again_and_other_failures_are_not(
+    settings, s3, bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fleet, "_LONGEST_PAUSE_S", 0.1)
+    folder = tmp_path / "checkpoints"
+    make_checkpoints(folder, 1)
+    refused = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
+    refused["Resource"] = f"arn:aws:s3:::{bucket}/*"
+    s3.put_bucket_policy(
+        Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [refused]})
+    )
+    plan = plan_checkpoints(
+        [str(folder / "*.pt")],
+        values(bucket, model="models:SmallNet"),
+        name="july",
+        list_objects=None,
+    )
+    try:
+        (outcome,) = run_fleet(plan, settings, workers=1).outcomes
+        assert (outcome.exit_code, outcome.attempts) == (4, fleet.ATTEMPTS), outcome.error
+        assert "access is forbidden" in outcome.error
+    finally:
+        s3.delete_bucket_policy(Bucket=bucket)
+    (folder / "small-00.pt").write_bytes(b"no checkpoint")
+    (outcome,) = run_fleet(plan, settings, workers=1).outcomes
+    assert (outcome.exit_code, outcome.attempts) == (2, 1), outcome.error
 
 
 @pytest.mark.thorough
