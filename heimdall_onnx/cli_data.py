@@ -163,6 +163,33 @@ def info(
     _print(described)
 
 
+@data.command()
+@click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("address", metavar="s3://BUCKET/FOLDER")
+@_json
+def upload(dataset: Path, address: str, as_json: bool) -> None:
+    """Copy DATASET into a bucket, where workers can read it; what is there is not sent again."""
+    from heimdall_onnx.content import upload_dataset
+    from heimdall_onnx.dataset import open_dataset
+    from heimdall_onnx.errors import ParameterError
+    from heimdall_onnx.services import ensure_store
+    from heimdall_onnx.settings import Settings
+    from heimdall_onnx.store import ensure_bucket, parse_uri
+    from heimdall_onnx.store_client import make_client
+
+    bucket, folder = parse_uri(address)
+    if not (folder := folder.strip("/")):
+        raise ParameterError(f"expected a folder of its own, s3://{bucket}/folder, found {address}")
+    opened = open_dataset(dataset)
+    client = make_client(ensure_store(Settings.load()))
+    ensure_bucket(client, bucket)
+    stored = upload_dataset(client, opened, bucket, folder)
+    if as_json:
+        click.echo(json.dumps({"address": stored, "digest": opened.digest}))
+        return
+    click.echo(f"{stored}: {opened.count} samples, digest {opened.digest}")
+
+
 @contextmanager
 def _bar() -> Iterator[Callable[[float, str], None]]:
     with click.progressbar(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.errors import StoreError
+from heimdall_onnx.dataset import Dataset, open_dataset
+from heimdall_onnx.dataset_schema import HEADER
+from heimdall_onnx.errors import DataError, StoreError
+from heimdall_onnx.files import hash_file
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import Content, Role, content_key
+from heimdall_onnx.manifest import Content, KeptDataset, Role, content_key, dataset_folder
 from heimdall_onnx.store import (
     download_file,
     exists,
     format_uri,
     hash_object,
+    head,
+    list_sizes,
+    parse_uri,
     touch_object,
     upload_file,
 )
@@ -56,6 +62,97 @@ def keep_content(
     # Other releases may need it: a damaged answer is no reason to delete what is stored.
     stored = upload_file(client, path, bucket, key, sha256=sha256, delete_damaged=False)
     return Content(key=key, size=stored.size_bytes, sha256=sha256, role=role, name=path.name)
+
+
+def upload_dataset(client: S3Client, dataset: Dataset, bucket: str, folder: str) -> str:
+    """Upload a dataset from its folder; its header comes last, so that it is complete or absent.
+
+    What is there already, by its recorded hash, is not sent again.
+
+    Args:
+        client: Client of the store.
+        dataset: The dataset.
+        bucket: Bucket, which must exist.
+        folder: Where to, without a slash at its end.
+
+    Returns:
+        Its address, ``s3://bucket/folder``.
+
+    Raises:
+        DataError: If the dataset is in a bucket already, can't be read, or another one is there.
+        StoreError: If the store fails, or returns something else than was sent.
+    """
+    there = list_sizes(client, bucket, f"{folder}/")
+    uri = format_uri(bucket, folder)
+    if f"{folder}/{HEADER}" in there:
+        found = open_dataset(uri, labels=False, client=client).digest
+        if found != dataset.digest:
+            raise DataError(
+                f"{uri} is another dataset: expected digest {dataset.digest}, found {found}; take "
+                "another address"
+            )
+    for name in dataset.file_names():
+        path, key = dataset.path / name, f"{folder}/{name}"
+        sha256 = hash_file(path)
+        # The header is dated anew: until a manifest names it, its age is all that protects it.
+        same = name != HEADER and there.get(key) == path.stat().st_size
+        if not (same and head(client, bucket, key).sha256 == sha256):
+            upload_file(client, path, bucket, key, sha256=sha256, delete_damaged=False)
+    log.info("dataset stored", uri=uri, digest=dataset.digest)
+    return uri
+
+
+def keep_dataset(client: S3Client, bucket: str, dataset: Dataset) -> KeptDataset:
+    """Keep a dataset from a folder under its digest; one in a bucket stays where it is.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket of the release.
+        dataset: The dataset.
+
+    Raises:
+        DataError: If it can't be read.
+        StoreError: If the store fails, or returns something else than was sent.
+    """
+    address = dataset.address
+    if not address.startswith("s3://"):
+        address = upload_dataset(client, dataset, bucket, dataset_folder(dataset.digest))
+    name = PurePosixPath(dataset.address).name
+    return KeptDataset(role="evaluation_data", name=name, address=address, digest=dataset.digest)
+
+
+def open_kept(client: S3Client, kept: KeptDataset) -> Dataset:
+    """The dataset that a release was made of; its values are not looked at.
+
+    Raises:
+        DataError: If there is none, or it is another one.
+        StoreError: If the store fails.
+    """
+    dataset = open_dataset(kept.address, labels=False, client=client)
+    if dataset.digest != kept.digest:
+        raise DataError(
+            f"{kept.address} is another dataset: expected digest {kept.digest}, found "
+            f"{dataset.digest}"
+        )
+    return dataset
+
+
+def fetch_dataset(client: S3Client, kept: KeptDataset, folder: Path) -> Path:
+    """Bring a dataset back as a folder in ``folder``, which needs room for all of it.
+
+    Its values are not looked at: who opens it as evaluation data holds them against its digest.
+
+    Raises:
+        DataError: If there is none, or it is another one.
+        StoreError: If the store fails.
+    """
+    dataset = open_kept(client, kept)
+    bucket, prefix = parse_uri(kept.address)
+    path = folder / f"{kept.role}.zarr"
+    for name in dataset.file_names():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        download_file(client, bucket, f"{prefix}/{name}", path / name)
+    return path
 
 
 def fetch_content(client: S3Client, bucket: str, content: Content, folder: Path) -> Path:

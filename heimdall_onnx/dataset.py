@@ -23,15 +23,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from heimdall_onnx.dataset_files import Files, files_at
 from heimdall_onnx.dataset_schema import (
     EVENT,
     EVENT_NAMES,
+    HEADER,
     INPUTS,
     POSITIONS,
     SCHEMA_VERSION,
@@ -45,6 +48,8 @@ from heimdall_onnx.shards import ArrayReader, ArraySpec, import_zarr, read_json,
 from heimdall_onnx.signature import Arrays
 
 if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
     from heimdall_onnx.features import FeatureSet
 
 __all__ = [
@@ -72,30 +77,39 @@ class Split:
     test: npt.NDArray[np.int64]
 
 
-def open_dataset(path: Path | str) -> Dataset:
-    """Open a dataset; reads its header, labels and events, and no inputs.
+def open_dataset(
+    address: Path | str, *, labels: bool = True, client: S3Client | None = None
+) -> Dataset:
+    """Open a dataset in a folder, or in the bucket at ``s3://bucket/folder``; reads no inputs.
 
     What is read is not trusted: dtypes are plain ones, codecs those that are written here, counts
     agree, labels are finite and on the globe, and the header fits its own digest.
     `Dataset.verify` holds the values against it too.
 
+    Args:
+        address: The folder or the address.
+        labels: Read and check labels and events at once, which all have to fit into memory. Without
+            that they are read when they are asked for.
+        client: Client of the store; by default one of the environment's.
+
     Raises:
         DataError: If it is no such dataset; every problem is named.
+        StoreError: If the store fails.
     """
-    return Dataset(Path(path))
+    dataset = Dataset(files_at(address, client))
+    if labels:
+        dataset.require_labels()
+    return dataset
 
 
 class Dataset:
-    """A dataset on disk; made by `open_dataset`.
+    """A dataset; made by `open_dataset`.
 
-    Pickled, it is its path and digest: each process opens the files for itself.
+    Pickled, it is its address and digest: each process opens the files for itself.
 
     Attributes:
-        path: Its folder.
+        files: Its files.
         count: Number of samples, N.
-        positions: True positions (N, 2) float64, degrees latitude and longitude, or None.
-        event: Number of each sample's event (N,), int64.
-        event_names: The events' names, in the order of their numbers.
         meta: Provenance and feature parameters.
         receivers: Positions of receivers by name, degrees latitude and longitude.
         arrays: Dtype, shape and SHA-256 of each array in the group by its name.
@@ -103,30 +117,64 @@ class Dataset:
             whatever the chunks.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        header = read_json(path / "zarr.json", GroupFile, "dataset", path).attributes
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        header = read_json(files, HEADER, GroupFile, "dataset").attributes
         self.arrays: dict[str, ArraySpec] = dict(header.arrays)
-        refuse(path, header_problems(header))
+        refuse(files.address, header_problems(header))
         self.meta, self.receivers = dict(header.meta), dict(header.receivers)
         self.digest = header.digest
         self.count = self.arrays[EVENT].shape[0]
-        self._files = {name: ArrayReader(path, name, spec) for name, spec in self.arrays.items()}
-        labels = self._files[POSITIONS].whole() if POSITIONS in self.arrays else None
-        self.positions: npt.NDArray[np.float64] | None = labels
-        self.event: npt.NDArray[np.int64] = self._files[EVENT].whole()
-        text = self._files[EVENT_NAMES].whole().tobytes().decode(errors="replace")
-        self.event_names = tuple(text.split("\n")[:-1])
-        refuse(path, label_problems(labels, self.event, self.event_names))
+        self.readers = {name: ArrayReader(files, name, spec) for name, spec in self.arrays.items()}
+
+    @property
+    def address(self) -> str:
+        """Its folder, or its address in the bucket."""
+        return self.files.address
+
+    @property
+    def path(self) -> Path:
+        """Its folder on disk.
+
+        Raises:
+            DataError: If it is in the bucket.
+        """
+        if self.address.startswith("s3://"):
+            raise DataError(f"expected a dataset on disk, found {self.address}; download it first")
+        return Path(self.address)
+
+    @cached_property
+    def positions(self) -> npt.NDArray[np.float64] | None:
+        """True positions (N, 2) float64, degrees latitude and longitude, or None."""
+        return self.readers[POSITIONS].whole() if POSITIONS in self.arrays else None
+
+    @cached_property
+    def event(self) -> npt.NDArray[np.int64]:
+        """Number of each sample's event (N,), int64."""
+        return self.readers[EVENT].whole()
+
+    @cached_property
+    def event_names(self) -> tuple[str, ...]:
+        """The events' names, in the order of their numbers."""
+        text = self.readers[EVENT_NAMES].whole().tobytes().decode(errors="replace")
+        return tuple(text.split("\n")[:-1])
+
+    def require_labels(self) -> None:
+        """Read labels and events.
+
+        Raises:
+            DataError: If they are not on the globe, or don't fit each other.
+        """
+        refuse(self.address, label_problems(self.positions, self.event, self.event_names))
 
     def __len__(self) -> int:
         return self.count
 
     def __repr__(self) -> str:
-        return f"<Dataset {self.path} of {self.count} samples, {self.digest[:12]}…>"
+        return f"<Dataset {self.address} of {self.count} samples, {self.digest[:12]}…>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_again, (str(self.path), self.digest)
+        return _open_again, (self.files, self.digest)
 
     @property
     def events(self) -> npt.NDArray[np.str_]:
@@ -146,7 +194,7 @@ class Dataset:
             DataError: If an index is out of range, or a file is damaged or holds NaN or Inf.
         """
         wanted = np.asarray(indices, np.int64).reshape(-1)
-        return {n.removeprefix(INPUTS): self._files[n].rows(wanted) for n in self._input_names()}
+        return {n.removeprefix(INPUTS): self.readers[n].rows(wanted) for n in self._input_names()}
 
     def batches(self, size: int) -> Iterator[tuple[slice, Arrays]]:
         """All samples in order, at most ``size`` at a time."""
@@ -178,7 +226,7 @@ class Dataset:
         asked = {"train": True, "validation": validation > 0, "test": test > 0}
         if empty := [n for i, n in enumerate(asked) if asked[n] and not (part == i).any()]:
             raise DataError(
-                f"dataset {self.path}: with seed {seed} no event falls into {', '.join(empty)} "
+                f"dataset {self.address}: with seed {seed} no event falls into {', '.join(empty)} "
                 f"({len(self.event_names)} events, shares of validation {validation:g} and test "
                 f"{test:g}); {self._remedy(validation, test, sum(asked.values()))}"
             )
@@ -192,18 +240,17 @@ class Dataset:
             DataError: With every array whose values are not those that were written, or NaN or
                 Inf.
         """
-        problems = []
-        for name, file in self._files.items():
-            try:
-                sha256 = file.sha256()
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            if sha256 != self.arrays[name].sha256:
-                problems.append(
-                    f"{name}: expected SHA-256 {self.arrays[name].sha256}, found {sha256}"
-                )
-        refuse(self.path, problems)
+        problems = (self.problem_of(name) for name in self.arrays)
+        refuse(self.address, filter(None, problems))
+
+    def problem_of(self, name: str) -> str:
+        """What is wrong with the values of an array, in words; empty where nothing is."""
+        try:
+            sha256 = self.readers[name].sha256()
+        except DataError as error:
+            return str(error)
+        expected = self.arrays[name].sha256
+        return "" if sha256 == expected else f"{name}: expected SHA-256 {expected}, found {sha256}"
 
     def write_evaluation_data(
         self, path: Path | str, rows: npt.ArrayLike, **meta: Any
@@ -223,7 +270,7 @@ class Dataset:
 
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if not wanted.size:
-            raise DataError(f"dataset {self.path}: no samples to write to {path}")
+            raise DataError(f"dataset {self.address}: no samples to write to {path}")
         arrays: Arrays = self.rows(wanted)
         if self.positions is not None:
             arrays[POSITIONS] = self.positions[wanted]
@@ -236,15 +283,23 @@ class Dataset:
         all_meta["dataset"] = {"digest": self.digest, "samples": self.count}
         return write_feature_file(Path(path), arrays, {**all_meta, **meta})
 
+    def file_names(self) -> Iterator[str]:
+        """Every file that belongs to it; what else lies there is none of it."""
+        for name, reader in self.readers.items():
+            yield f"{name}/{HEADER}"
+            yield from reader.shards
+        yield HEADER
+
     @property
     def shards(self) -> int:
         """Number of files that hold values."""
-        return sum(len(file.shards) for file in self._files.values())
+        return sum(len(file.shards) for file in self.readers.values())
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of these files."""
-        return sum(path.stat().st_size for f in self._files.values() for path in f.shards)
+        shards = {shard for file in self.readers.values() for shard in file.shards}
+        return sum(size for name, size in self.files.sizes().items() if name in shards)
 
     def _input_names(self) -> list[str]:
         return [name for name in self.arrays if name.startswith(INPUTS)]
@@ -259,12 +314,12 @@ class Dataset:
         return "take larger shares, or more events"
 
 
-def _open_again(path: str, digest: str) -> Dataset:
-    dataset = open_dataset(path)
+def _open_again(files: Files, digest: str) -> Dataset:
+    dataset = Dataset(files)
     if dataset.digest != digest:
         raise DataError(
-            f"dataset {path} was replaced while it was in use: expected digest {digest}, found "
-            f"{dataset.digest}"
+            f"dataset {files.address} was replaced while it was in use: expected digest {digest}, "
+            f"found {dataset.digest}"
         )
     return dataset
 

@@ -15,6 +15,7 @@ from heimdall_onnx.shards import DTYPES, ArraySpec, Sha256, Strict
 from heimdall_onnx.untrusted import shown
 
 SCHEMA_VERSION = 1
+HEADER = "zarr.json"
 INPUTS, POSITIONS, EVENT, EVENT_NAMES = "inputs/", "positions", "event", "event_names"
 
 _MOST_ROW_BYTES = 1 << 30

@@ -25,6 +25,7 @@ SCHEMA_VERSION = 3
 MODEL, REPORT, REPORT_HTML = "model.onnx", "report.ipynb", "report.html"
 BOM, SIGNATURE, REVIEWS = "bom.cdx.json", "model.sig", "reviews"
 CONTENT = "objects/sha256"
+DATASETS = "objects/datasets"
 VARIANTS, RECOMMENDED = "variants", "recommended"
 
 # Some hundred times what a release needs; a larger object is no manifest.
@@ -91,6 +92,22 @@ class Content(Entry):
 
     role: Role
     name: str
+
+
+class KeptDataset(_Strict):
+    """A dataset that a release was made of, which stays where it is.
+
+    Attributes:
+        role: What it was to the release.
+        name: Its name.
+        address: Where it is, ``s3://bucket/folder``.
+        digest: Its digest, which its header and all its values are held against.
+    """
+
+    role: Literal["evaluation_data"]
+    name: str
+    address: Annotated[str, Field(pattern="^s3://[^/]+/.+")]
+    digest: _Sha256
 
 
 class SignatureEntry(_Strict):
@@ -214,6 +231,7 @@ class _Known(_Strict):
     objects: Annotated[list[Entry], *_Few]
     mlflow: _Registered
     content: Annotated[list[Content], *_Few] = Field(default_factory=list)
+    datasets: Annotated[list[KeptDataset], *_Few] = Field(default_factory=list)
     signature: SignatureEntry | None = None
     variants: Variants | None = None
 
@@ -351,9 +369,19 @@ class Manifest:
         """Its version in the registry."""
         return self._known.mlflow.model_version
 
+    @property
+    def dataset(self) -> KeptDataset | None:
+        """The dataset that both models were compared on; None for a file or synthetic inputs."""
+        return next(iter(self._known.datasets), None)
+
     def content_of(self, role: str) -> Content | None:
         """The content of a role, or None."""
         return next((entry for entry in self.content if entry.role == role), None)
+
+
+def dataset_folder(digest: str) -> str:
+    """Where a dataset of this digest is kept in a bucket, if it came from a folder."""
+    return f"{DATASETS}/{digest}"
 
 
 def content_key(sha256: str) -> str:

@@ -14,10 +14,11 @@ import tempfile
 import weakref
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ IN_MEMORY_BYTES = 256 << 20
 _MOST_COMPRESSION = 200
 _MOST_NAME = 200
 _CHUNK_BYTES = 1 << 20
+_PART_BYTES = 8 << 20
 _LOCAL_HEADER = struct.Struct(
     "<26xHH"
 )  # lengths of name and extra field, see PKWARE's APPNOTE 4.3.7
@@ -47,6 +49,8 @@ class RowFile:
         dtype: Element type.
         shape: Rows first.
     """
+
+    finite = False
 
     def __init__(
         self, file: BinaryIO, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
@@ -89,12 +93,40 @@ def _stamp(file: BinaryIO) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-Rows = npt.NDArray[Any] | RowFile
+class RowReader(Protocol):
+    """An array whose rows come into memory when they are indexed, as those of a `RowFile`.
+
+    Attributes:
+        dtype: Element type.
+        shape: Rows first.
+        ndim: Number of axes.
+        finite: Whether reading a row with NaN or Inf is refused, so that none need be looked for.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    ndim: int
+    finite: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]: ...
+
+
+Rows = npt.NDArray[Any] | RowReader
+
+
+def parts(array: Rows) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """All rows in order, some megabytes at a time, each part with the index of its first row."""
+    row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+    step = max(1, _PART_BYTES // max(row_bytes, 1))
+    for start in range(0, array.shape[0], step):
+        yield start, array[start : start + step]
 
 
 def whole(array: Rows) -> npt.NDArray[Any]:
     """All of an array, in memory."""
-    return array[:] if isinstance(array, RowFile) else array
+    return array if isinstance(array, np.ndarray) else array[:]
 
 
 def read_npz(file: BinaryIO) -> dict[str, Rows]:

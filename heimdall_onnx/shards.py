@@ -8,11 +8,10 @@ refused, so that nothing a file names is ever looked up or run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -21,14 +20,16 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from heimdall_onnx.errors import DataError, UnavailableError
+from heimdall_onnx.dataset_files import Files, OpenFile
+from heimdall_onnx.errors import DataError, HeimdallError, UnavailableError
+from heimdall_onnx.npz import parts
 from heimdall_onnx.untrusted import listed, shown
 
 _SHARD_BYTES = 64 << 20  # before compression; also what is kept in memory of each array
 _CHUNK_BYTES = 64 << 10
 _MOST_CHUNK_ROWS = _MOST_CHUNKS = 4096  # in a chunk, in a shard
 _MOST_HEADER_BYTES = 64 << 20
-_READ_ROWS_BYTES = 8 << 20
+_MOST_INDICES = 1024  # of shards, kept in memory; 64 KiB each at most
 _ABSENT = 2**64 - 1  # a chunk that holds nothing but the fill value
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -187,75 +188,86 @@ class ArrayWriter:
 
 
 class ArrayReader:
-    """Reads rows of one sharded array at their offsets.
+    """Reads rows of one sharded array at their offsets; indexed, it gives rows as an array does.
 
     Args:
-        root: The dataset's folder.
+        files: The dataset's.
         name: The array's name in it.
         spec: What the header says of the array.
+
+    Attributes:
+        dtype: Element type.
+        shape: Rows first.
+        ndim: Number of axes.
+        shard_rows: Rows of a shard.
+        shards: Names of the files that hold the values.
 
     Raises:
         DataError: If its ``zarr.json`` says something else, or a shard is missing.
     """
 
-    def __init__(self, root: Path, name: str, spec: ArraySpec) -> None:
-        self._folder, self._name, self._root, self._spec = root / name, name, root, spec
-        self._dtype, self._row = np.dtype(spec.dtype), spec.shape[1:]
-        found = read_json(self._folder / "zarr.json", _ArrayFile, f"array {name}", root)
+    finite = True
+
+    def __init__(self, files: Files, name: str, spec: ArraySpec) -> None:
+        self._files, self._name, self._root, self._spec = files, name, files.address, spec
+        self.dtype, self.shape, self.ndim = np.dtype(spec.dtype), spec.shape, len(spec.shape)
+        self._row = spec.shape[1:]
+        found = read_json(files, f"{name}/zarr.json", _ArrayFile, f"array {name}")
         inner = found.codecs[0].configuration.chunk_shape
         shard = found.chunk_grid.configuration.chunk_shape
-        refuse(root, _array_problems(name, spec, found, inner, shard))
-        self._chunk_rows, self._shard_rows = inner[0], shard[0]
-        self._chunks = self._shard_rows // self._chunk_rows
-        rest = ["0"] * len(self._row)
+        refuse(self._root, _array_problems(name, spec, found, inner, shard))
+        self._chunk_rows, self.shard_rows = inner[0], shard[0]
+        self._chunks = self.shard_rows // self._chunk_rows
+        rest = "/0" * len(self._row)
         self.shards = [
-            self._folder.joinpath("c", str(number), *rest)
-            for number in range(math.ceil(spec.shape[0] / self._shard_rows))
+            f"{name}/c/{number}{rest}"
+            for number in range(math.ceil(spec.shape[0] / self.shard_rows))
         ]
-        lost = [p for p in self.shards if not p.is_file()]
-        refuse(root, [f"{p.relative_to(root)} is missing" for p in lost])
-        self._index = lru_cache(maxsize=1024)(self._read_index)
+        refuse(self._root, [f"{lost} is missing" for lost in files.missing(self.shards)])
+        self._checksum, self._zstd = import_codecs()
+        self._indices: dict[int, npt.NDArray[np.uint64]] = {}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+        """The rows of a slice without steps, or those at the given indices, as `rows`."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            return self.rows(np.arange(start, max(start, stop)))
+        return self.rows(np.asarray(rows, np.int64))
 
     def whole(self) -> npt.NDArray[Any]:
         """Every row."""
-        return self.rows(np.arange(self._spec.shape[0]))
+        return self[:]
 
     def rows(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows in the order asked for; each chunk is read once.
 
         Raises:
             DataError: If an index is out of range, or a file is damaged or holds NaN or Inf.
+            StoreError: If the store fails.
         """
-        count = self._spec.shape[0]
+        count = len(self)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < count):
             raise DataError(
                 f"dataset {self._root} has the samples 0 to {count - 1}, asked for "
                 f"{wanted.min()} to {wanted.max()}"
             )
-        found = np.empty((len(wanted), *self._row), self._dtype)
+        found = np.empty((len(wanted), *self._row), self.dtype)
         order = np.argsort(wanted, kind="stable")
         chunks = wanted[order] // self._chunk_rows
         starts = np.flatnonzero(np.diff(chunks, prepend=-1)).tolist()
-        shards = chunks // self._chunks
-        opened, file = -1, None
-        try:
-            for first, end in pairwise([*starts, len(order)]):
-                if shards[first] != opened:
-                    if file is not None:
-                        file.close()
-                    opened = int(shards[first])
-                    file = self.shards[opened].open("rb", buffering=0)
-                chunk = self._read_chunk(file, opened, int(chunks[first] % self._chunks))
+        # One after the other: where the rows of a chunk lie in `order`, by shard.
+        by_shard: dict[int, list[tuple[int, int, int]]] = {}
+        for first, end in pairwise([*starts, len(order)]):
+            shard, number = divmod(int(chunks[first]), self._chunks)
+            by_shard.setdefault(shard, []).append((number, first, end))
+        for shard, wanted_of in by_shard.items():
+            for at, chunk in self._read_chunks(shard, [number for number, _, _ in wanted_of]):
+                _, first, end = wanted_of[at]
                 places = order[first:end]
                 found[places] = chunk[wanted[places] % self._chunk_rows]
-        except (OSError, RuntimeError, ValueError) as error:  # numcodecs raises the latter two
-            raise DataError(
-                f"dataset {self._root} is damaged: {self.shards[opened].relative_to(self._root)} "
-                f"can't be read: {shown(str(error))}"
-            ) from error
-        finally:
-            if file is not None:
-                file.close()
         if found.dtype.kind in "fc" and not np.isfinite(found).all():
             finite = np.isfinite(found).reshape(len(found), -1).all(axis=1)
             raise DataError(
@@ -266,45 +278,78 @@ class ArrayReader:
 
     def sha256(self) -> str:
         """SHA-256 of the values in C order, little-endian."""
-        digest, count = hashlib.sha256(), self._spec.shape[0]
-        step = max(1, _READ_ROWS_BYTES // max(1, self._spec.row_bytes))
-        step = math.ceil(step / self._chunk_rows) * self._chunk_rows
-        for start in range(0, count, step):
-            part = self.rows(np.arange(start, min(start + step, count)))
-            values = part.astype(self._dtype.newbyteorder("<"), copy=False)
+        digest = hashlib.sha256()
+        for _, part in parts(self):
+            values = part.astype(self.dtype.newbyteorder("<"), copy=False)
             digest.update(values.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
-    def _read_index(self, shard: int) -> npt.NDArray[np.uint64]:
-        """Offset and length of each chunk of a shard (chunks, 2)."""
-        from numcodecs.checksum32 import CRC32C  # type: ignore[import-untyped]
+    def _read_chunks(
+        self, shard: int, numbers: list[int]
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """The chunks of a shard at ``numbers``, each with its place among them."""
+        try:
+            with contextlib.closing(self._files.open(self.shards[shard])) as file:
+                spans = [self._span(file, shard, number) for number in numbers]
+                file.expect([span for span in spans if span is not None])
+                for place, span in enumerate(spans):
+                    yield place, self._decoded(file, span)
+        except HeimdallError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:  # numcodecs raises the latter two
+            raise DataError(
+                f"dataset {self._root} is damaged: {self.shards[shard]} can't be read: "
+                f"{shown(str(error))}"
+            ) from error
 
-        length = 16 * self._chunks + 4
-        with self.shards[shard].open("rb") as file:
-            if file.seek(0, os.SEEK_END) < length:
-                raise ValueError(f"it is shorter than its index of {length} bytes")
-            file.seek(-length, os.SEEK_END)
-            content = file.read(length)
-        # The codec raises where the checksum at the end does not fit.
-        return np.frombuffer(CRC32C(location="end").decode(content), "<u8").reshape(-1, 2)
-
-    def _read_chunk(self, file: Any, shard: int, number: int) -> npt.NDArray[Any]:
-        from numcodecs import zstd  # type: ignore[import-untyped]
-
-        shape = (self._chunk_rows, *self._row)
-        values = np.zeros(shape, self._dtype.newbyteorder("<"))
-        offset, length = map(int, self._index(shard)[number])
+    def _span(self, file: OpenFile, shard: int, number: int) -> tuple[int, int] | None:
+        """Where a chunk is, offset and length; None for one that holds nothing but zeros."""
+        if shard not in self._indices:
+            if len(self._indices) == _MOST_INDICES:
+                del self._indices[next(iter(self._indices))]
+            self._indices[shard] = self._read_index(file)
+        offset, length = map(int, self._indices[shard][number])
         if offset == length == _ABSENT:
+            return None
+        if offset + length > file.size:
+            raise ValueError(f"chunk {number} ends at byte {offset + length} of {file.size}")
+        return offset, length
+
+    def _read_index(self, file: OpenFile) -> npt.NDArray[np.uint64]:
+        """Offset and length of each chunk of a shard (chunks, 2)."""
+        length = 16 * self._chunks + 4
+        if file.size < length:
+            raise ValueError(f"it is shorter than its index of {length} bytes")
+        content = file.read(file.size - length, length)
+        # The codec raises where the checksum at the end does not fit.
+        return np.frombuffer(self._checksum(location="end").decode(content), "<u8").reshape(-1, 2)
+
+    def _decoded(self, file: OpenFile, span: tuple[int, int] | None) -> npt.NDArray[Any]:
+        values = np.zeros((self._chunk_rows, *self._row), self.dtype.newbyteorder("<"))
+        if span is None:
             return values
-        size = os.fstat(file.fileno()).st_size
-        if offset + length > size:
-            raise ValueError(f"chunk {number} ends at byte {offset + length} of {size}")
         # Given where to write, the decoder refuses what is longer, whatever the frame claims.
         flat = values.reshape(-1).view(np.uint8)
-        zstd.decompress(os.pread(file.fileno(), length, offset), flat)
+        self._zstd.decompress(file.read(*span), flat)
         if values.dtype == np.bool_:
             np.not_equal(flat, 0, out=values.reshape(-1))
         return values
+
+
+def import_codecs() -> tuple[Any, Any]:
+    """The codecs that datasets are read with, checksum and compression.
+
+    Raises:
+        UnavailableError: If their package is not installed; with the extra that brings it.
+    """
+    try:
+        from numcodecs import zstd  # type: ignore[import-untyped]
+        from numcodecs.checksum32 import CRC32C  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UnavailableError(
+            "datasets need the package numcodecs: pip install 'heimdall-onnx[train]'"
+        ) from error
+    return CRC32C, zstd
 
 
 def import_zarr() -> Any:
@@ -327,38 +372,39 @@ def describe_rows(array: npt.NDArray[Any]) -> str:
     return f"{array.dtype.name} {array.shape[1:]} for each sample"
 
 
-def refuse(path: Path, problems: Iterable[str]) -> None:
-    """Raise if there are any problems with the dataset at ``path``.
+def refuse(address: Path | str, problems: Iterable[str]) -> None:
+    """Raise if there are any problems with the dataset at ``address``.
 
     Raises:
         DataError: With all of them.
     """
     if found := list(problems):
-        raise DataError(f"dataset {path} can't be used:" + listed(found))
+        raise DataError(f"dataset {address} can't be used:" + listed(found))
 
 
-def read_json(path: Path, kind: type[_File], what: str, root: Path) -> _File:
+def read_json(files: Files, name: str, kind: type[_File], what: str) -> _File:
     """A ``zarr.json``, held against what it should be.
 
     Args:
-        path: The file.
+        files: The dataset's.
+        name: Of the file.
         kind: What it should be.
         what: What it describes, for the message.
-        root: The dataset's folder.
 
     Raises:
         DataError: If it can't be read, or is something else; every difference is named.
+        StoreError: If the store fails.
     """
+    place = f"{files.address}/{name}"
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_HEADER_BYTES + 1)
+        content = files.content(name, _MOST_HEADER_BYTES + 1)
     except OSError as error:
         raise DataError(
-            f"{what} can't be opened: {path} can't be read ({error.strerror}); expected a folder "
+            f"{what} can't be opened: {place} can't be read ({error.strerror}); expected a folder "
             "that `heimdall-onnx data` has written"
         ) from error
     if len(content) > _MOST_HEADER_BYTES:
-        raise DataError(f"{what}: {path} is larger than {_MOST_HEADER_BYTES >> 20} MiB")
+        raise DataError(f"{what}: {place} is larger than {_MOST_HEADER_BYTES >> 20} MiB")
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
@@ -367,7 +413,7 @@ def read_json(path: Path, kind: type[_File], what: str, root: Path) -> _File:
             for e in error.errors(include_url=False, include_context=False, include_input=False)
         ]
         raise DataError(
-            f"dataset {root} can't be used: {path.relative_to(root)} is not what is written for a "
+            f"dataset {files.address} can't be used: {name} is not what is written for a "
             "dataset:" + listed(problems)
         ) from None
 

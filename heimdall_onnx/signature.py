@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.errors import DataError
-from heimdall_onnx.npz import Rows
+from heimdall_onnx.npz import Rows, parts
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -24,7 +24,6 @@ DEGREES = "degrees latitude, longitude"
 DEFAULT_LENGTHS = (1, 2, 3, 8)
 UNDECLARED_LENGTHS = (16, 8)
 _DEGREES = (DEGREES, "degrees", "degree", "deg", "°")
-_PART_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -411,7 +410,7 @@ def _array_problems(spec: TensorSpec, array: Rows) -> list[str]:
         problems.append(f"{spec.name} has shape {array.shape}, expected {spec.shape}")
     elif array.shape[0] == 0:
         problems.append(f"{spec.name} has no samples")
-    elif np.issubdtype(array.dtype, np.floating):
+    elif np.issubdtype(array.dtype, np.floating) and not getattr(array, "finite", False):
         rows = _nonfinite_rows(array)
         if rows.size:
             problems.append(
@@ -422,11 +421,8 @@ def _array_problems(spec: TensorSpec, array: Rows) -> list[str]:
 
 def _nonfinite_rows(array: Rows) -> npt.NDArray[np.intp]:
     """Indices of the rows that hold NaN or Inf; read in parts, as there may be many."""
-    row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
-    step = max(1, _PART_BYTES // max(row_bytes, 1))
     found = [np.empty(0, np.intp)]
-    for start in range(0, array.shape[0], step):
-        part = array[start : start + step]
+    for start, part in parts(array):
         finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
         found.append(start + np.flatnonzero(~finite))
     return np.concatenate(found)

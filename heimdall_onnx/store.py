@@ -328,6 +328,42 @@ def read_bytes(client: S3Client, bucket: str, key: str, *, limit: int = _MAX_REA
     return content
 
 
+def read_range(
+    client: S3Client, bucket: str, key: str, offset: int, length: int, tag: str
+) -> bytes:
+    """Some bytes of an object.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket.
+        key: Key of the object.
+        offset: Where the first of them is.
+        length: How many, at least one; there must be so many.
+        tag: The object's entity tag, as `head_tagged` gave it.
+
+    Raises:
+        DataError: If the object is another one by now, or does not have so many bytes there.
+        StoreError: If the store fails.
+    """
+    uri = format_uri(bucket, key)
+    wanted = f"bytes={offset}-{offset + length - 1}"
+    with store_errors(client, f"read {wanted} of {uri}"):
+        try:
+            found = read_object(
+                client, bucket, key, lambda a: a["Body"].read(), Range=wanted, IfMatch=tag
+            )
+        except ClientError as error:
+            if error_code(error) not in {"412", "PreconditionFailed"}:
+                raise
+            raise DataError(
+                f"{uri} was replaced while it was being read; let nothing write there, and run "
+                "again"
+            ) from error
+    if len(found) != length:
+        raise DataError(f"{uri}: expected {length} bytes from {offset} on, found {len(found)}")
+    return found
+
+
 def read_json(client: S3Client, bucket: str, key: str) -> Any:
     """The content of a JSON object.
 
@@ -353,6 +389,13 @@ def head(client: S3Client, bucket: str, key: str) -> StoredObject:
     )
 
 
+def head_tagged(client: S3Client, bucket: str, key: str) -> tuple[int, str]:
+    """Length in bytes and entity tag of an object."""
+    with store_errors(client, f"look at {format_uri(bucket, key)}"):
+        answer = client.head_object(Bucket=bucket, Key=key)
+    return answer["ContentLength"], answer["ETag"]
+
+
 def exists(client: S3Client, bucket: str, key: str) -> bool:
     """Whether there is such an object; a missing bucket counts as a missing object."""
     with store_errors(client, f"look at {format_uri(bucket, key)}"):
@@ -367,9 +410,14 @@ def exists(client: S3Client, bucket: str, key: str) -> bool:
 
 def list_keys(client: S3Client, bucket: str, prefix: str) -> tuple[str, ...]:
     """The keys that begin with ``prefix``, sorted."""
+    return tuple(sorted(list_sizes(client, bucket, prefix)))
+
+
+def list_sizes(client: S3Client, bucket: str, prefix: str) -> dict[str, int]:
+    """Length in bytes of the objects whose keys begin with ``prefix``, by their keys."""
     with store_errors(client, f"list {format_uri(bucket, prefix)}"):
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return tuple(sorted(entry["Key"] for page in pages for entry in page.get("Contents", [])))
+        return {e["Key"]: e["Size"] for page in pages for e in page.get("Contents", [])}
 
 
 def list_versions(client: S3Client, bucket: str, prefix: str) -> tuple[str, ...]:

@@ -125,7 +125,11 @@ def make_client(
 
 
 def read_object(
-    client: S3Client, bucket: str, key: str, read: Callable[[GetObjectOutputTypeDef], T]
+    client: S3Client,
+    bucket: str,
+    key: str,
+    read: Callable[[GetObjectOutputTypeDef], T],
+    **conditions: str,
 ) -> T:
     """Get an object and read it, again from its beginning where that breaks off on its way.
 
@@ -136,12 +140,13 @@ def read_object(
         bucket: Bucket.
         key: Key of the object.
         read: Reads the body of the answer to its end; may be called several times.
+        **conditions: Further arguments of ``get_object``, e.g. ``Range``.
 
     Returns:
         What ``read`` does.
     """
     for attempt in range(1, _READS):
-        answer = client.get_object(Bucket=bucket, Key=key)
+        answer = client.get_object(Bucket=bucket, Key=key, **conditions)  # type: ignore[arg-type]
         try:
             return read(answer)
         except _BROKEN_OFF as error:
@@ -149,7 +154,7 @@ def read_object(
                 "answer broke off", key=key, attempt=attempt, of=_READS, reason=type(error).__name__
             )
         time.sleep(random.uniform(0, 2**attempt))
-    return read(client.get_object(Bucket=bucket, Key=key))
+    return read(client.get_object(Bucket=bucket, Key=key, **conditions))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -10,40 +10,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+from datasets import COUNT, META, RECEIVERS, samples, write, write_in_small_shards
 
-from heimdall_onnx import shards
 from heimdall_onnx.dataset import create_dataset, open_dataset
 from heimdall_onnx.errors import DataError, ParameterError, UnavailableError
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.signature import Signature, TensorSpec
-
-COUNT = 90
-META = {"provenance": "drawn", "features": {"n_fft": 1024}}
-RECEIVERS = {"HB9ODP": (46.499351, 8.798828), "pa0rdt": (51.5, 3.60069)}
-
-
-def samples(count=COUNT, seed=0):
-    rng = np.random.default_rng(seed)
-    inputs = {
-        "features": rng.standard_normal((count, 2, 3), np.float32),
-        "mask": rng.random((count, 4)) < 0.5,
-        "receiver": rng.integers(-3, 9, (count, 4)),
-        "iq": (rng.standard_normal((count, 5)) + 1j).astype(np.complex64),
-        "scalar": rng.standard_normal(count),
-    }
-    positions = rng.uniform(-80, 80, (count, 2))
-    return inputs, positions, [f"event {i // 3}" for i in range(count)]
-
-
-def write(path, data, step=COUNT, **changes):
-    inputs, positions, events = data
-    arguments = {"meta": META, "receivers": RECEIVERS, **changes}
-    with create_dataset(path, **arguments) as writer:
-        for start in range(0, len(events), step):
-            part = slice(start, start + step)
-            rows = {name: array[part] for name, array in inputs.items()}
-            writer.append(rows, None if positions is None else positions[part], events[part])
-    return open_dataset(path)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +25,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, data):
-    """Chunks of a few rows and shards of a few chunks, so that little data has many of both."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_CHUNK_BYTES", 96)
-        patch.setattr(shards, "_SHARD_BYTES", 700)
-        return write(tmp_path_factory.mktemp("dataset") / "data", data, step=7)
+    return write_in_small_shards(tmp_path_factory.mktemp("dataset") / "data", data)
 
 
 @pytest.fixture
@@ -421,7 +389,7 @@ class TestUntrusted:
 
         shard = own.path / "event" / "c" / "0"
         bomb = zstd.compress(bytes(1 << 24), 1)
-        chunks = own._files["event"]._chunks
+        chunks = own.readers["event"]._chunks
         index = np.tile(np.array([[0, len(bomb)]], "<u8"), (chunks, 1))
         shard.write_bytes(bomb + CRC32C(location="end").encode(index.tobytes()).tobytes())
         with pytest.raises(DataError, match="destination buffer too small"):
