@@ -18,6 +18,7 @@ from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.gates import AccuracyLimits, Gate
 from heimdall_onnx.ground import difference_degrees, distance_m
 from heimdall_onnx.head_to_head import error_ratio
+from heimdall_onnx.npz import whole
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.uncertainty import negative_log_likelihood
@@ -137,8 +138,9 @@ def judge_accuracy(
         if claimed is not None:
             sigmas = np.max(np.abs(difference_degrees(b, a)) / claimed, axis=1)
         if data.positions is not None:
-            score, reference_errors = _score(a, claimed, data.positions)
-            task, errors = _score(b, signature.deviations(found), data.positions)
+            truth = whole(data.positions)
+            score, reference_errors = _score(a, claimed, truth)
+            task, errors = _score(b, signature.deviations(found), truth)
     return Accuracy(
         samples=data.count,
         outputs=tuple(statistics),

@@ -309,6 +309,14 @@ def _content_references(manifest: Mapping[str, Any], role: str) -> list[External
         _reference(manifest, entry, ExternalReferenceType.DISTRIBUTION)
         for entry in manifest.get("content", [])
         if entry["role"] == role
+    ] + [
+        ExternalReference(
+            type=ExternalReferenceType.DISTRIBUTION,
+            url=XsUri(entry["address"]),
+            comment="a dataset of many files; its digest is the component's hash",
+        )
+        for entry in manifest.get("datasets", [])
+        if entry["role"] == role
     ]
 
 

@@ -8,7 +8,7 @@ and where the signature promises more, that promise.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +20,18 @@ from heimdall_onnx.departure import Departure, first_departure
 from heimdall_onnx.depth import DepthProfile, error_along_depth
 from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.evaluation_pass import (
+    EVALUATION,
+    RTOL,
+    THIS_PROCESS,
+    Models,
+    pass_over,
+    pass_settings,
+)
+from heimdall_onnx.evaluation_workers import EvaluationWorkers
 from heimdall_onnx.examples import Examples, examples_of
 from heimdall_onnx.gates import Gate
-from heimdall_onnx.ground import GroundAccumulator, GroundReport, middle_of
+from heimdall_onnx.ground import GroundReport
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.promises import (
@@ -36,19 +45,12 @@ from heimdall_onnx.promises import (
 )
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
-from heimdall_onnx.uncertainty import (
-    UncertaintyAccumulator,
-    UncertaintyReport,
-    uncertainty_accumulators,
-)
+from heimdall_onnx.uncertainty import UncertaintyReport
 
 log = get_logger(__name__)
 
-EVALUATION = "evaluation data"
-RTOL = 1.3e-6  # torch.testing's default for float32
 ADVERSARIAL_FACTOR = 10.0
 NOISE_FLOOR_FACTOR = 2.0
-PLOTTED_SAMPLES = 2000
 SMALL_BATCH_SAMPLES = 12
 
 
@@ -145,6 +147,7 @@ class ParityReport:
         worst_inputs: The batch in which an element exceeded its tolerance most.
         worst_where: Kind and batch size of that batch, in words.
         worst_factor: What the tolerance was multiplied by there.
+        evaluated_by: Who took the models over the evaluation data, in words.
         masks: Each mask of the signature, for both models.
         orders: Each permutable axis of the signature, for both models.
         valid_inputs: Whether signature or model say which inputs are valid, so that each of those
@@ -171,6 +174,7 @@ class ParityReport:
     valid_inputs: bool = False
     uncertainty: tuple[UncertaintyReport, ...] = ()
     worst_factor: float = 1.0
+    evaluated_by: str = THIS_PROCESS
 
     @property
     def evaluation(self) -> tuple[ErrorStatistics, ...]:
@@ -305,6 +309,7 @@ def compare_outputs(
     reference_samples: int = 32,
     progress: Callable[[int, int], None] | None = None,
     examples: Examples | None = None,
+    workers: EvaluationWorkers | None = None,
 ) -> ParityReport:
     """Compare the ONNX model with the PyTorch model on evaluation data and adversarial inputs.
 
@@ -323,6 +328,8 @@ def compare_outputs(
         progress: Called with (samples done, samples in all) over the evaluation data.
         examples: Makes the adversarial inputs; by default from the signature and, where the model
             has methods for it, by the model.
+        workers: Who takes the models over the evaluation data, a dataset, and holds all of it
+            against its digest; by default this process does the former.
 
     Raises:
         DataError: If the model's own examples do not fit the signature.
@@ -335,11 +342,21 @@ def compare_outputs(
     run = _Pair(model, session, signature, tolerance, examples)
     del session
     largest = max(batch_size, 1)
-    ground = _ground(data, signature, tolerance)
-    uncertainty = uncertainty_accumulators(data, signature)
-    first = min(largest, data.count)
-    reference = _Reference(data.count, reference_samples)
-    cells = [_compare_evaluation(run, data, first, ground, uncertainty, reference, progress)]
+    settings = pass_settings(
+        data,
+        signature,
+        tolerance=tolerance,
+        batch_size=largest,
+        reference_samples=reference_samples,
+    )
+    first = settings.batch_size
+    if workers is None:
+        found = pass_over(run.models, data, settings, range(data.count), progress)
+    else:
+        assert isinstance(onnx, Path)  # a session can't be sent to a worker
+        found = workers.pass_over(model, onnx, data, settings, progress)
+    cells = [ParityCell(EVALUATION, first, data.count, found.outputs(data))]
+    run.remember_worst(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)
     for size in sorted({1, 2, 3, largest} - {first}):
         # Whole batches only: a shorter one at the end would be another batch size.
         rows = np.arange(-(-min(SMALL_BATCH_SAMPLES, data.count) // size) * size)
@@ -368,18 +385,19 @@ def compare_outputs(
         tolerance=tolerance,
         rtol=RTOL,
         cells=tuple(cells),
-        noise_floor=_noise_floor(run, reference),
+        noise_floor=_noise_floor(run, found.reference()),
         independence=independence,
-        ground=ground.result() if ground else None,
-        pytorch=run.kept(0),
-        onnx=run.kept(1),
+        ground=found.ground(),
+        pytorch=found.kept(0),
+        onnx=found.kept(1),
         worst_inputs=run.worst_inputs,
         worst_where=run.worst_where,
         masks=masks,
         orders=orders,
         valid_inputs=examples.declared,
-        uncertainty=tuple(accumulator.result() for accumulator in uncertainty),
+        uncertainty=found.uncertainty(),
         worst_factor=run.worst_factor,
+        evaluated_by=found.evaluated_by,
     )
     log.info(
         "compared",
@@ -433,8 +451,10 @@ class _Pair:
         self.worst_where = ""
         self.worst_factor = 1.0
         self._worst_excess = -1.0
-        self._kept: list[tuple[Arrays, Arrays]] = []
-        self._kept_samples = 0
+
+    @property
+    def models(self) -> Models:
+        return Models(self.pytorch, self.onnx)
 
     def pytorch(self, inputs: Arrays) -> Arrays:
         return run_pytorch(self.model, inputs, self.signature)
@@ -442,121 +462,44 @@ class _Pair:
     def onnx(self, inputs: Arrays) -> Arrays:
         return run_onnx(self.session, inputs, self.signature)
 
-    def accumulators(self, factor: float) -> list[ErrorAccumulator]:
-        return [
-            ErrorAccumulator(spec, atol=factor * self.tolerance, rtol=factor * RTOL)
-            for spec in self.signature.outputs
-        ]
-
     def compare(self, kind: str, inputs: Arrays, size: int, *, valid: bool = False) -> ParityCell:
         factor = tolerance_factor(kind, valid)
-        accumulators = self.accumulators(factor)
+        limit = Limit(factor * self.tolerance, factor * RTOL)
+        accumulators = [
+            ErrorAccumulator(spec, atol=limit.atol, rtol=limit.rtol)
+            for spec in self.signature.outputs
+        ]
         count = next(iter(inputs.values())).shape[0]
         for start in range(0, count, size):
             batch = {name: array[start : start + size] for name, array in inputs.items()}
-            self.add(accumulators, kind, batch, start, factor)
+            expected, found = self.models.run(batch, self.signature)
+            for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True):
+                accumulator.update(expected[spec.name], found[spec.name], start)
+            largest = max(
+                excess(expected[s.name], found[s.name], limit)[0] for s in self.signature.outputs
+            )
+            self.remember_worst(kind, factor, largest, batch)
         return ParityCell(kind, size, count, tuple(a.result() for a in accumulators), valid)
 
-    def add(
-        self,
-        accumulators: list[ErrorAccumulator],
-        kind: str,
-        batch: Arrays,
-        start: int,
-        factor: float = 1.0,
-    ) -> tuple[Arrays, Arrays]:
-        expected, found = self.pytorch(batch), self.onnx(batch)
-        for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True):
-            if expected[spec.name].shape != found[spec.name].shape:
-                raise EvidenceError(
-                    f"{spec.name} has shape {found[spec.name].shape} where PyTorch gives "
-                    f"{expected[spec.name].shape}: an axis is frozen inside the graph"
-                )
-            accumulator.update(expected[spec.name], found[spec.name], start)
-        self._remember_worst(kind, factor, batch, expected, found)
-        return expected, found
-
-    def _remember_worst(
-        self, kind: str, factor: float, batch: Arrays, expected: Arrays, found: Arrays
-    ) -> None:
-        limit = Limit(factor * self.tolerance, factor * RTOL)
-        largest = max(
-            excess(expected[s.name], found[s.name], limit)[0] for s in self.signature.outputs
-        )
+    def remember_worst(self, kind: str, factor: float, largest: float, batch: Arrays) -> None:
         if largest > self._worst_excess:
             self._worst_excess = largest
             self.worst_inputs, self.worst_factor = batch, factor
             self.worst_where = f"{kind}, batch {next(iter(batch.values())).shape[0]}"
 
-    def keep(self, expected: Arrays, found: Arrays) -> None:
-        if self._kept_samples < PLOTTED_SAMPLES:
-            self._kept.append((expected, found))
-            self._kept_samples += len(next(iter(expected.values())))
 
-    def kept(self, side: int) -> Arrays:
-        return {
-            spec.name: np.concatenate([pair[side][spec.name] for pair in self._kept])
-            for spec in self.signature.outputs
-        }
-
-
-def _compare_evaluation(
-    run: _Pair,
-    data: EvaluationData,
-    size: int,
-    ground: GroundAccumulator | None,
-    uncertainty: tuple[UncertaintyAccumulator, ...],
-    reference: _Reference,
-    progress: Callable[[int, int], None] | None,
-) -> ParityCell:
-    accumulators = run.accumulators(1.0)
-    position = run.signature.position_output
-    for part, batch in data.batches(size):
-        expected, found = run.add(accumulators, EVALUATION, batch, part.start)
-        run.keep(expected, found)
-        reference.keep(part, batch, expected, found)
-        if ground is not None and position is not None:
-            truth = None if data.positions is None else data.positions[part]
-            ground.update(expected[position.name], found[position.name], truth)
-            if truth is not None:
-                for accumulator, outputs in zip(uncertainty, (expected, found), strict=True):
-                    accumulator.update(outputs, truth)
-        if progress is not None:
-            progress(part.stop, data.count)
-    return ParityCell(EVALUATION, size, data.count, tuple(a.result() for a in accumulators))
-
-
-def _ground(
-    data: EvaluationData, signature: Signature, tolerance: float
-) -> GroundAccumulator | None:
-    position = signature.position_output
-    if position is None or position.shape[1:] != (2,):
-        return None
-    return GroundAccumulator(middle_of(data.positions, data.meta), tolerance, position.dtype)
-
-
-class _Reference:
-    """Evenly spaced samples and both models' outputs on them, kept while the batches stream by."""
-
-    def __init__(self, count: int, samples: int) -> None:
-        self.rows = np.unique(np.linspace(0, count - 1, min(samples, count)).astype(int))
-        self.kept: list[tuple[Arrays, Arrays, Arrays]] = []
-
-    def keep(self, part: slice, *arrays: Arrays) -> None:
-        inside = self.rows[(self.rows >= part.start) & (self.rows < part.stop)] - part.start
-        if inside.size:
-            inputs, expected, found = ({n: a[inside] for n, a in named.items()} for named in arrays)
-            self.kept.append((inputs, expected, found))
-
-
-def _noise_floor(run: _Pair, reference: _Reference) -> tuple[NoiseFloor, ...]:
+def _noise_floor(
+    run: _Pair, reference: Sequence[tuple[Arrays, Arrays, Arrays]]
+) -> tuple[NoiseFloor, ...]:
     double = copy.deepcopy(run.model).double()
     totals = {
         spec.name: np.zeros(4)  # ONNX error, PyTorch error, magnitude, elements
         for spec in run.signature.outputs
         if np.issubdtype(np.dtype(spec.dtype), np.floating)
     }
-    for batch, single, found in reference.kept:
+    samples = 0
+    for batch, single, found in reference:
+        samples += len(next(iter(batch.values())))
         exact = _run_double(double, batch, run.signature)
         for name, total in totals.items():
             # NaN and Inf have a gate of their own.
@@ -572,7 +515,7 @@ def _noise_floor(run: _Pair, reference: _Reference) -> tuple[NoiseFloor, ...]:
     for name, sums in totals.items():
         onnx, pytorch, magnitude = sums[:3] / sums[3] if sums[3] else np.full(3, np.nan)
         ulp = float(np.spacing(magnitude.astype(found[name].dtype)))
-        floors.append(NoiseFloor(name, int(reference.rows.size), float(onnx), float(pytorch), ulp))
+        floors.append(NoiseFloor(name, samples, float(onnx), float(pytorch), ulp))
     return tuple(floors)
 
 

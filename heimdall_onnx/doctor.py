@@ -17,9 +17,10 @@ import psutil
 from botocore.exceptions import ClientError
 
 from heimdall_onnx.aliases import Move, append_move, follow_log, logged_aliases, read_log
+from heimdall_onnx.dataset_schema import HEADER
 from heimdall_onnx.errors import HeimdallError, NotRegisteredError, VerificationError
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import CONTENT, REVIEWS, VARIANTS, Manifest, read_manifest
+from heimdall_onnx.manifest import CONTENT, DATASETS, REVIEWS, VARIANTS, Manifest, read_manifest
 from heimdall_onnx.publish import METADATA
 from heimdall_onnx.store import (
     MANIFEST,
@@ -142,6 +143,7 @@ def diagnose(
         *_unfinished_folders(there, ours, wanted, before),
         *_versions(there, tracker, ours, before),
         *_unreferenced_content(there, before),
+        *_unreferenced_datasets(there, before),
         *_uploads(there, before),
         *_open_runs(tracker, before),
         *_local_models(connection.settings.home, datetime.now(UTC) - older_than),
@@ -297,6 +299,44 @@ def _unreferenced_content(there: _Bucket, before: datetime) -> Iterator[Leftover
             )
 
 
+def _unreferenced_datasets(there: _Bucket, before: datetime) -> Iterator[Leftover]:
+    if there.broken:
+        return
+    named = _named_datasets(there)
+    folders: dict[str, list[datetime]] = defaultdict(list)
+    for stored in there.objects:
+        if stored.key.startswith(f"{DATASETS}/"):
+            folders["/".join(stored.key.split("/")[:3])].append(stored.modified)
+    for folder, modified in sorted(folders.items()):
+        uri = format_uri(there.name, folder)
+        if uri not in named and max(modified) <= before:
+            yield Leftover(
+                "unreferenced dataset",
+                uri,
+                f"{len(modified)} objects, and no manifest of the bucket names it",
+                "delete it",
+                partial(_delete_dataset, there, folder, max(modified)),
+            )
+
+
+def _named_datasets(there: _Bucket) -> set[str]:
+    kept = (manifest.dataset for manifest in there.manifests.values())
+    return {dataset.address for dataset in kept if dataset is not None}
+
+
+def _delete_dataset(there: _Bucket, folder: str, modified: datetime) -> None:
+    # As for content: it may be used again by now.
+    again = _Bucket(there.connection, there.name, there.prefix)
+    now = [o for o in again.objects if o.key.startswith(f"{folder}/")]
+    used = format_uri(there.name, folder) in _named_datasets(again) or again.broken
+    if used or any(stored.modified > modified for stored in now):
+        raise VerificationError(f"{format_uri(there.name, folder)} is used again")
+    # The header first: without it the rest is no dataset.
+    keys = sorted((o.key for o in now), key=lambda key: (key != f"{folder}/{HEADER}", key))
+    delete_objects(there.client, there.name, keys[:1])
+    delete_objects(there.client, there.name, keys[1:])
+
+
 def _uploads(there: _Bucket, before: datetime) -> Iterator[Leftover]:
     """Parts of uploads that were never completed; they take space, and no listing shows them."""
     if not there.exists:
@@ -305,7 +345,9 @@ def _uploads(there: _Bucket, before: datetime) -> Iterator[Leftover]:
         pages = there.client.get_paginator("list_multipart_uploads").paginate(Bucket=there.name)
         uploads = [upload for page in pages for upload in page.get("Uploads", [])]
     for upload in uploads:
-        ours = there.folder_of(upload["Key"]) or upload["Key"].startswith(f"{CONTENT}/")
+        ours = there.folder_of(upload["Key"]) or upload["Key"].startswith(
+            (f"{CONTENT}/", f"{DATASETS}/")
+        )
         if ours and upload["Initiated"] <= before:
             yield Leftover(
                 "aborted upload",

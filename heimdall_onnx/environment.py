@@ -34,6 +34,21 @@ PACKAGES = (
 )
 
 
+# What the numbers come from: other versions of these may round differently.
+NUMERICAL = (
+    "datasketches",
+    "nncf",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "pyproj",
+    "torch",
+)
+
+
 @dataclass(frozen=True)
 class Environment:
     """What a result may depend on beside its inputs.

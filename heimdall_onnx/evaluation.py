@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from heimdall_onnx.dataset import Dataset, open_dataset
+from heimdall_onnx.dataset_schema import INPUTS, POSITIONS
 from heimdall_onnx.errors import DataError
 from heimdall_onnx.examples import examples_of
-from heimdall_onnx.npz import Rows, read_npz, whole
+from heimdall_onnx.logs import get_logger
+from heimdall_onnx.npz import Rows, parts, read_npz, whole
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.untrusted import shown
+
+log = get_logger(__name__)
 
 SYNTHETIC_SAMPLES = 64
 
@@ -28,19 +33,22 @@ class EvaluationData:
     Attributes:
         inputs: One array per input of the signature, N samples each; large ones of a file are
             read row by row.
-        positions: True positions (N, 2) in degrees latitude and longitude, or None.
+        positions: True positions (N, 2) in degrees latitude and longitude, or None; those of a
+            dataset are read as its inputs are.
         meta: Provenance and feature parameters as the file records them.
-        source: File name, or ``"synthetic inputs"``.
-        sha256: SHA-256 of the file; None for synthetic inputs.
+        source: Name of the file or the dataset, or ``"synthetic inputs"``.
+        sha256: SHA-256 of the file, or the dataset's digest; None for synthetic inputs.
         receivers: Name to (latitude, longitude) in degrees, where the file gives them.
+        dataset: The dataset that the samples are the first of; None for a file.
     """
 
     inputs: Mapping[str, Rows] = field(repr=False)
-    positions: npt.NDArray[np.float64] | None = field(repr=False)
+    positions: Rows | None = field(repr=False)
     meta: dict[str, Any] = field(repr=False)
     source: str
     sha256: str | None
     receivers: dict[str, tuple[float, float]]
+    dataset: Dataset | None = field(default=None, repr=False)
 
     @property
     def count(self) -> int:
@@ -78,33 +86,54 @@ class EvaluationData:
             part = slice(start, min(start + size, self.count))
             yield part, {name: array[part] for name, array in self.inputs.items()}
 
+    def shard_of(self, sample: int) -> str:
+        """The file of a dataset that a sample's first input is in; empty where there is none."""
+        if self.dataset is None:
+            return ""
+        reader = self.dataset.readers[f"{INPUTS}{next(iter(self.inputs))}"]
+        return reader.shards[sample // reader.shard_rows]
+
     def head(self, count: int) -> EvaluationData:
         """The first ``count`` samples."""
+        return self._taken(slice(0, count)) if count < self.count else self
+
+    def spread(self, count: int) -> EvaluationData:
+        """At most ``count`` samples, evenly spaced and in memory where there are more."""
         if count >= self.count:
             return self
-        return EvaluationData(
-            {name: array[:count] for name, array in self.inputs.items()},
-            None if self.positions is None else self.positions[:count],
-            self.meta,
-            self.source,
-            self.sha256,
-            self.receivers,
+        return replace(
+            self._taken(np.linspace(0, self.count - 1, count).astype(np.int64)), dataset=None
+        )
+
+    def _taken(self, rows: slice | npt.NDArray[np.int64]) -> EvaluationData:
+        return replace(
+            self,
+            inputs={name: array[rows] for name, array in self.inputs.items()},
+            positions=None if self.positions is None else self.positions[rows],
         )
 
 
 def load_evaluation_data(
-    path: Path | str | None, signature: Signature, model: object = None
+    path: Path | str | Dataset | None,
+    signature: Signature,
+    model: object = None,
+    *,
+    verify: bool = True,
 ) -> EvaluationData:
-    """Read an ``.npz`` with one array per input, or make synthetic inputs where there is none.
+    """Read evaluation data, or make synthetic inputs where there is none.
 
     Args:
-        path: The file; ``positions`` (N, 2) and ``meta`` (JSON text) in it are optional. None
-            gives 64 seeded samples.
+        path: An ``.npz`` with one array per input, in which ``positions`` (N, 2) and ``meta`` (JSON
+            text) are optional; or a dataset, open or in a folder or at ``s3://bucket/folder``, of
+            which only what is asked for comes into memory. None gives 64 seeded samples.
         signature: What the arrays must fit.
         model: Makes the samples where it has a method for that; see `heimdall_onnx.examples`.
+        verify: Read all of a dataset and hold it against its digest; who does without must do so
+            before anything is said of it.
 
     Raises:
-        DataError: If the file can't be read or does not fit; every problem is named.
+        DataError: If it can't be read or does not fit; every problem is named.
+        StoreError: If the store of a dataset fails.
     """
     if path is None:
         examples = examples_of(model, signature)
@@ -112,24 +141,73 @@ def load_evaluation_data(
         meta = {"provenance": made_by} if examples.own else {}
         synthetic = examples.valid(SYNTHETIC_SAMPLES)
         return EvaluationData(synthetic, None, meta, "synthetic inputs", None, {})
+    if isinstance(path, Dataset):
+        return _of_dataset(path, signature, verify=verify)
+    if is_dataset(path):
+        # Labels are read as the inputs are, since there may be more than memory holds.
+        return _of_dataset(open_dataset(path, labels=False), signature, verify=verify)
     path = Path(path)
     arrays, sha256 = _read_npz(path)
     wanted = [spec.name for spec in signature.inputs]
     inputs = {name: arrays[name] for name in wanted if name in arrays}
     problems: list[str] = []
-    count = None
-    try:
-        count = signature.check_inputs(inputs or arrays, str(path))
-    except DataError as error:
-        problems.append(str(error))
-    else:
-        problems += unknown_ids(inputs, signature)
+    count = _checked_inputs(inputs or arrays, signature, path, problems)
     positions = _read_positions(arrays, count, problems)
     meta = _read_meta(arrays, problems)
     receivers = _read_receivers(meta, problems)
+    _require_none(problems, path)
+    return EvaluationData(inputs, positions, meta, path.name, sha256, receivers)
+
+
+def is_dataset(path: Path | str) -> bool:
+    """Whether evaluation data there are a dataset: a folder, or one in a bucket."""
+    text = str(path)
+    if text.startswith("s3://"):
+        return not text.endswith(".npz")
+    return bool(text) and Path(path).is_dir()
+
+
+def _of_dataset(dataset: Dataset, signature: Signature, *, verify: bool) -> EvaluationData:
+    path = dataset.address
+    arrays = {name.removeprefix(INPUTS): reader for name, reader in dataset.readers.items()}
+    wanted = [spec.name for spec in signature.inputs]
+    inputs = {name: arrays[name] for name in wanted if name in arrays}
+    problems: list[str] = []
+    count = _checked_inputs(inputs or arrays, signature, path, problems)
+    positions = arrays.get(POSITIONS)
+    if positions is not None:
+        problems += _beyond_globe(positions)
+    _check_centre(dataset.meta, problems)
+    _require_none(problems, path)
+    if verify:
+        dataset.verify()
+    log.info("dataset opened", address=dataset.address, samples=count, digest=dataset.digest)
+    return EvaluationData(
+        inputs,
+        positions,
+        dataset.meta,
+        PurePosixPath(dataset.address).name,
+        dataset.digest,
+        dataset.receivers,
+        dataset,
+    )
+
+
+def _checked_inputs(
+    inputs: Mapping[str, Rows], signature: Signature, path: Path | str, problems: list[str]
+) -> int | None:
+    try:
+        count = signature.check_inputs(inputs, str(path))
+    except DataError as error:
+        problems.append(str(error))
+        return None
+    problems += unknown_ids(inputs, signature)
+    return count
+
+
+def _require_none(problems: list[str], path: Path | str) -> None:
     if problems:
         raise DataError(f"evaluation data {path} can't be used:\n  - " + "\n  - ".join(problems))
-    return EvaluationData(inputs, positions, meta, path.name, sha256, receivers)
 
 
 def unknown_ids(inputs: Mapping[str, Rows], signature: Signature) -> Iterator[str]:
@@ -137,14 +215,20 @@ def unknown_ids(inputs: Mapping[str, Rows], signature: Signature) -> Iterator[st
     for spec in signature.inputs:
         if spec.range is None or not np.issubdtype(np.dtype(spec.dtype), np.integer):
             continue
-        ids = whole(inputs[spec.name])
-        beyond = (ids < spec.range[0]) | (ids > spec.range[1])
-        rows = np.flatnonzero(beyond.reshape(len(ids), -1).any(axis=1))
-        if rows.size:
+        low, high = spec.range
+        rows, least, most = [np.empty(0, np.intp)], [], []
+        for start, ids in parts(inputs[spec.name]):
+            beyond = (ids < low) | (ids > high)
+            if beyond.any():
+                rows.append(start + np.flatnonzero(beyond.reshape(len(ids), -1).any(axis=1)))
+                least.append(int(ids[beyond].min()))
+                most.append(int(ids[beyond].max()))
+        if least:
+            found = np.concatenate(rows)
             yield (
-                f"`{spec.name}` must be in [{spec.range[0]:g}, {spec.range[1]:g}], as the model "
-                f"declares; {ids[beyond].min()} to {ids[beyond].max()} are in {rows.size} samples, "
-                f"first in sample {rows[0]}"
+                f"`{spec.name}` must be in [{low:g}, {high:g}], as the model declares; "
+                f"{min(least)} to {max(most)} are in {found.size} samples, first in sample "
+                f"{found[0]}"
             )
 
 
@@ -173,16 +257,19 @@ def _read_meta(arrays: Mapping[str, Rows], problems: list[str]) -> dict[str, Any
     if not isinstance(meta, dict):
         problems.append(f"`meta` must be a JSON object, found {type(meta).__name__}")
         return {}
-    if (centre := meta.get("centre")) is not None:
-        try:
-            latitude, longitude = map(float, centre)
-        except (TypeError, ValueError, OverflowError):
-            latitude = longitude = float("nan")
-        if not (abs(latitude) <= 90 and abs(longitude) <= 180):
-            problems.append(
-                f"`meta.centre` must be a latitude and a longitude, found {shown(centre)}"
-            )
+    _check_centre(meta, problems)
     return meta
+
+
+def _check_centre(meta: Mapping[str, Any], problems: list[str]) -> None:
+    if (centre := meta.get("centre")) is None:
+        return
+    try:
+        latitude, longitude = map(float, centre)
+    except (TypeError, ValueError, OverflowError):
+        latitude = longitude = float("nan")
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180):
+        problems.append(f"`meta.centre` must be a latitude and a longitude, found {shown(centre)}")
 
 
 def _read_positions(
@@ -199,13 +286,23 @@ def _read_positions(
         )
         return None
     degrees = positions.astype(np.float64)
-    elsewhere = np.flatnonzero(~(np.abs(degrees) <= (90.0, 180.0)).all(axis=1))
+    problems += _beyond_globe(degrees)
+    return degrees
+
+
+def _beyond_globe(positions: Rows) -> Iterator[str]:
+    elsewhere = np.concatenate(
+        [
+            start + np.flatnonzero(~(np.abs(part) <= (90.0, 180.0)).all(axis=1))
+            for start, part in parts(positions)
+        ]
+        or [np.empty(0, np.intp)]
+    )
     if elsewhere.size:
-        problems.append(
+        yield (
             "`positions` must be latitudes in [-90, 90] and longitudes in [-180, 180]; they are "
             f"not in {elsewhere.size} samples, first in sample {elsewhere[0]}"
         )
-    return degrees
 
 
 def _read_receivers(meta: dict[str, Any], problems: list[str]) -> dict[str, tuple[float, float]]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from heimdall_onnx.dataset import open_dataset
 from heimdall_onnx.environment import capture_environment
 from heimdall_onnx.errors import (
     HeimdallError,
@@ -32,6 +33,7 @@ from heimdall_onnx.errors import (
     SettingsError,
     VerificationError,
 )
+from heimdall_onnx.evaluation import is_dataset
 from heimdall_onnx.files import hash_file
 from heimdall_onnx.fleet_plan import FleetItem
 from heimdall_onnx.logs import get_logger
@@ -64,7 +66,10 @@ KEY_TAG = "heimdall.fleet.item"
 Status = Literal["released", "kept", "failed"]
 
 # Where things are, and what a run is given: no part of what is released.
-_NO_PART = {"checkpoint", "eval_data", "calibration_data", "run_id", "output_dir", "publish"}
+_NO_PART = {
+    *("checkpoint", "eval_data", "calibration_data", "run_id", "output_dir", "publish"),
+    *("eval_workers", "eval_scheduler"),
+}
 
 
 @dataclass(frozen=True)
@@ -262,17 +267,17 @@ def item_key(parameters: ReleaseParameters) -> str:
         ParameterError: If there is no checkpoint at its path.
     """
     checkpoint = Path(parameters.checkpoint)
-    files = {
+    files: dict[str, Any] = {
         "checkpoint": checkpoint,
         "signature": signature_path(checkpoint),
-        "eval_data": Path(parameters.eval_data) if parameters.eval_data else None,
+        "eval_data": parameters.eval_data_path,
         "calibration_data": (
             Path(parameters.calibration_data) if parameters.calibration_data else None
         ),
     }
     made_of = {
         "files": {
-            what: hash_file(path)
+            what: open_dataset(path, labels=False).digest if is_dataset(path) else hash_file(path)
             for what, path in files.items()
             if path is not None and (what != "signature" or path.is_file())
         },
@@ -310,7 +315,8 @@ def _fetch_inputs(client: S3Client, item: FleetItem, scratch: Path) -> ReleasePa
         name: getattr(item.parameters, name) for name in ("eval_data", "calibration_data")
     }
     for name, address in paths.items():
-        if not address.startswith("s3://"):
+        # A dataset is read where it is.
+        if not address.startswith("s3://") or (name == "eval_data" and is_dataset(address)):
             continue
         bucket, key = parse_uri(address)
         folder = scratch / name

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pyproj import Geod
 
+from heimdall_onnx.npz import Rows, parts
 from heimdall_onnx.statistics import ExactSums, Quantiles, require_mergeable
 
 MIDDLE = "always the middle"
@@ -277,7 +278,7 @@ def _middle_of(total: Iterable[float]) -> tuple[float, float] | None:
     return math.degrees(math.atan2(z, math.hypot(x, y))), math.degrees(math.atan2(y, x))
 
 
-def middle_of(positions: Floats | None, meta: dict[str, Any]) -> tuple[float, float] | None:
+def middle_of(positions: Rows | None, meta: Mapping[str, Any]) -> tuple[float, float] | None:
     """The constant answer to beat, in degrees; None without labels.
 
     The training centre if ``meta`` records it as ``centre``, else the labels' own mean, which no
@@ -289,5 +290,10 @@ def middle_of(positions: Floats | None, meta: dict[str, Any]) -> tuple[float, fl
     if (centre := meta.get("centre")) is not None:
         latitude, longitude = centre
         return float(latitude), float(longitude)
-    turn = np.exp(1j * np.radians(positions[:, 1])).mean()
-    return float(positions[:, 0].mean()), float(np.degrees(np.angle(turn)))
+    sums, count = ExactSums(3), 0
+    for _, part in parts(positions):
+        longitude = np.radians(part[:, 1])
+        sums.add(part[:, 0], np.cos(longitude), np.sin(longitude))
+        count += len(part)
+    latitude, east, north = sums.values(count)
+    return latitude, math.degrees(math.atan2(north, east))

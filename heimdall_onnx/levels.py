@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from heimdall_onnx.compare import RTOL
+from heimdall_onnx.evaluation_pass import RTOL
 from heimdall_onnx.inference import OptimizationLevel, open_session, run_onnx, run_pytorch
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics

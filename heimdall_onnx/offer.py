@@ -68,6 +68,8 @@ def describe_manifest(
             for o in sorted(objects.values(), key=lambda o: str(o["key"]))
         ],
         "content": list(uploaded["content"]),
+        # Releases of notebooks that know none have none.
+        "datasets": list(uploaded.get("datasets", ())),
         "signature": signature,
         "protection": protection.to_dict(),
         "parameters": parameters.model_dump(mode="json"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import isfunction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,9 @@ from pydantic import (
 from heimdall_onnx.errors import ParameterError
 from heimdall_onnx.gates import AccuracyLimits
 from heimdall_onnx.untrusted import listed, shown
+
+if TYPE_CHECKING:
+    from heimdall_onnx.evaluation_workers import EvaluationWorkers
 
 ProfileName = Literal["smoke", "quick", "audit"]
 
@@ -151,6 +154,8 @@ class ReleaseParameters(BaseModel):
     threads: int = Field(0, ge=0, le=1024)
     measure_latency: bool = True
     exclusive_cores: bool = False
+    eval_workers: int = Field(0, ge=0, le=1024)
+    eval_scheduler: str = Field("", pattern=r"^((tcp|tls|ws|wss|ucx|inproc)://[^\s@]{1,500})?$")
     profile: ProfileName = "quick"
     variants: str = Field("none", max_length=1000)
     calibration_data: str = ""
@@ -170,6 +175,7 @@ class ReleaseParameters(BaseModel):
         "batch_size",
         "latency_batch_size",
         "threads",
+        "eval_workers",
         "seed",
         "max_error_growth",
         "max_nll_growth",
@@ -224,6 +230,16 @@ class ReleaseParameters(BaseModel):
             )
         return value
 
+    @field_validator("eval_scheduler")
+    @classmethod
+    def _one_kind_of_workers(cls, value: str, info: ValidationInfo) -> str:
+        if value and info.data.get("eval_workers"):
+            raise ValueError(
+                "eval_workers starts workers on this machine, those of eval_scheduler are there "
+                "already; set one of them"
+            )
+        return value
+
     @property
     def accuracy_limits(self) -> AccuracyLimits:
         """How much a lossy variant may lose."""
@@ -251,9 +267,21 @@ class ReleaseParameters(BaseModel):
         return tuple(sorted({*powers, self.batch_size}))
 
     @property
-    def eval_data_path(self) -> Path | None:
-        """The evaluation data's file; None for synthetic inputs."""
-        return Path(self.eval_data) if self.eval_data else None
+    def eval_data_path(self) -> Path | str | None:
+        """The evaluation data's file, folder or address in a bucket; None for synthetic inputs."""
+        if not self.eval_data or self.eval_data.startswith("s3://"):
+            return self.eval_data or None
+        return Path(self.eval_data)
+
+    @property
+    def evaluation_workers(self) -> EvaluationWorkers | None:
+        """Who reads the evaluation data; None if the notebook's own process does."""
+        from heimdall_onnx.evaluation_workers import EvaluationWorkers
+
+        # A few samples are worth no workers.
+        if self.limits.max_samples or not (self.eval_workers or self.eval_scheduler):
+            return None
+        return EvaluationWorkers(self.eval_workers, self.eval_scheduler)
 
     @property
     def onnx_path(self) -> Path:

@@ -136,7 +136,7 @@ def _statements(role: str, place: Place) -> Iterator[tuple[str, Statement]]:
 
 def _releaser(place: Place) -> Iterator[tuple[str, Statement]]:
     bucket, release = place.bucket, f"{place.prefix}/{_VERSION}/*"
-    own = [release, f"{place.prefix}/failed/*", "objects/sha256/*", "aliases/*"]
+    own = [release, f"{place.prefix}/failed/*", "objects/*", "aliases/*"]
     # Some stores take a doubled slash for one.
     reviews = f"{place.prefix}/{_VERSION}/*reviews/*"
     yield bucket, _list(bucket)
@@ -160,7 +160,7 @@ def _releaser(place: Place) -> Iterator[tuple[str, Statement]]:
 
 def _reviewer(place: Place) -> Iterator[tuple[str, Statement]]:
     bucket = place.bucket
-    read = [f"{place.prefix}/*", "objects/sha256/*", "aliases/*"]
+    read = [f"{place.prefix}/*", "objects/*", "aliases/*"]
     write = [f"{place.prefix}/{_VERSION}/reviews/*", "aliases/*"]
     yield bucket, _list(bucket)
     yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, read))

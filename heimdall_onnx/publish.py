@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.content import keep_content
+from heimdall_onnx.content import keep_content, keep_dataset
 from heimdall_onnx.errors import HeimdallError, ServiceError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
@@ -114,6 +114,7 @@ class UploadedRelease:
         objects: Everything in the folder.
         content: Checkpoint, declared signature, evaluation and calibration data, kept under their
             hashes; see `Content`.
+        datasets: Evaluation data that are a dataset; see `KeptDataset`.
     """
 
     version: str
@@ -124,6 +125,7 @@ class UploadedRelease:
     metadata: dict[str, Any] = field(repr=False)
     objects: tuple[StoredObject, ...] = field(repr=False)
     content: tuple[dict[str, Any], ...] = field(repr=False)
+    datasets: tuple[dict[str, Any], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,10 @@ def upload_release(
         )
         ensure_bucket(connection.client, parameters.bucket)
         content = _keep_content(connection.client, parameters, loaded, data, variants)
+        datasets = [
+            keep_dataset(connection.client, parameters.bucket, dataset).model_dump()
+            for dataset in filter(None, [data.dataset])
+        ]
         uploaded = _upload(
             connection,
             parameters,
@@ -232,6 +238,7 @@ def upload_release(
             exported,
             loaded.signature,
             content=content,
+            datasets=tuple(datasets),
             variants=variants,
         )
         undo.pop_all()
@@ -250,7 +257,7 @@ def _keep_content(
     kept = [keep_content(client, bucket, loaded.path, loaded.sha256, "checkpoint")]
     if (declared := loaded.signature_file) is not None:
         kept.append(keep_content(client, bucket, declared.path, declared.sha256, "signature"))
-    if path is not None and data.sha256 is not None:
+    if isinstance(path, Path) and data.dataset is None and data.sha256 is not None:
         kept.append(keep_content(client, bucket, path, data.sha256, "evaluation_data"))
     if variants is not None and parameters.calibration_data:
         path, digest = Path(parameters.calibration_data), variants.calibration.file_sha256
@@ -290,6 +297,7 @@ def _upload(
     signature: Signature,
     *,
     content: tuple[dict[str, Any], ...],
+    datasets: tuple[dict[str, Any], ...],
     variants: VariantsReport | None,
 ) -> UploadedRelease:
     client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
@@ -335,6 +343,7 @@ def _upload(
         metadata={**described, "version": version},
         objects=objects,
         content=content,
+        datasets=datasets,
     )
 
 

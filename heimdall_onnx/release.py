@@ -31,6 +31,7 @@ from heimdall_onnx.errors import (
     ServiceError,
     SettingsError,
 )
+from heimdall_onnx.evaluation import is_dataset
 from heimdall_onnx.execution import error_of, execute_notebook
 from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
 from heimdall_onnx.kernel import StartKernel, started_kernel
@@ -211,13 +212,20 @@ class _Run:
     def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
         if not self.parameters.checkpoint:
             raise ParameterError("there is no checkpoint to release: its path is empty")
+        data = self.parameters.eval_data
         for path, what in (
             (self.parameters.checkpoint, "a checkpoint"),
-            (self.parameters.eval_data, "evaluation data"),
+            # Whether a dataset is in its bucket is seen when it is opened.
+            ("" if is_dataset(data) else data, "evaluation data"),
             (self.parameters.calibration_data, "calibration data"),
         ):
             if path and not Path(path).exists():
                 raise ParameterError(f"expected {what} at {path}, found no such file")
+        if self.parameters.evaluation_workers is not None and not is_dataset(data):
+            raise ParameterError(
+                "eval_workers and eval_scheduler are for a dataset, a folder or s3://bucket/folder "
+                f"as `heimdall-onnx data` writes it; found evaluation data at {data or 'no path'}"
+            )
         self._make_folder()
         with self._costs.step("services"):
             settings = ensure_store(self.settings)
@@ -591,7 +599,7 @@ def _recommendation(variants: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).absolute()) if path else ""
+    return str(Path(path).absolute()) if path and not path.startswith("s3://") else path
 
 
 def kernel_environment(settings: Settings) -> dict[str, str]:

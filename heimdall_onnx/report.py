@@ -147,6 +147,7 @@ def describe_parity(parity: ParityReport) -> dict[str, Any]:
     described: dict[str, Any] = _as_json(
         {
             "samples": parity.samples,
+            "evaluated_by": parity.evaluated_by,
             "tolerance": parity.tolerance,
             "rtol": parity.rtol,
             "cells": [

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from heimdall_onnx.content import fetch_content
+from heimdall_onnx.content import fetch_content, fetch_dataset
+from heimdall_onnx.environment import NUMERICAL
 from heimdall_onnx.errors import (
     GateError,
     HeimdallError,
@@ -27,6 +28,7 @@ from heimdall_onnx.errors import (
     SettingsError,
     VerificationError,
 )
+from heimdall_onnx.evaluation_pass import THIS_PROCESS
 from heimdall_onnx.execution import error_of, execute_notebook
 from heimdall_onnx.files import hash_file
 from heimdall_onnx.interrupts import first_signal_interrupts
@@ -57,19 +59,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# What the numbers come from: other versions of these may round differently.
-NUMERICAL = (
-    "datasketches",
-    "nncf",
-    "numpy",
-    "onnx",
-    "onnx-ir",
-    "onnxruntime",
-    "onnxscript",
-    "openvino",
-    "pyproj",
-    "torch",
-)
 _NOTEBOOK, _RECORDED = "notebook.ipynb", "recorded"
 # The notebook publishes nothing this time, so its kernel gets no credentials.
 _CREDENTIALS = ("AWS_", "HEIMDALL_SIGNING_", "MLFLOW_S3_", "MLFLOW_TRACKING_")
@@ -324,6 +313,8 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
     updates: dict[str, Any] = {"publish": False, "run_id": "", "output_dir": str(folder)}
     # Nothing is judged by its latency, which would be no reason to end here.
     updates["exclusive_cores"] = False
+    # The kernel may talk to nobody.
+    updates["eval_scheduler"] = ""
     kept = manifest.content_of("calibration_data")
     # Of its content there is no other hash; what was drawn from it is held against the record.
     calibration = kept.sha256 if kept else "that nobody noted"
@@ -337,7 +328,10 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
         ),
     ):
         content = manifest.content_of(role)
-        if sha256 is None:
+        kept_dataset = manifest.dataset if role == "evaluation_data" else None
+        if kept_dataset is not None and kept_dataset.digest == sha256:
+            updates[name] = str(fetch_dataset(client, kept_dataset, inputs))
+        elif sha256 is None:
             # Synthetic inputs are made again from their seed, as is a draw of evaluation data.
             updates[name] = ""
         elif content is None or content.sha256 != sha256:
@@ -391,6 +385,7 @@ def _compare_model(client: S3Client, manifest: Manifest, path: Path) -> ModelCom
 def _differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Difference, ...]:
     """In what the environments of two records differ."""
     old, new = ({**r["environment"], "threads": r["threads"]} for r in (recorded, found))
+    by = [r["parity"].get("evaluated_by", THIS_PROCESS) for r in (recorded, found)]
     was, has = recorded["distributions"], found["distributions"]
     compared = (
         *(
@@ -405,6 +400,7 @@ def _differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple
                 ("uncommitted changes", "git_dirty", False),
             )
         ),
+        ("evaluated by", *by, True),
         *(
             (f"package {name}", was.get(name), has.get(name), name in NUMERICAL)
             for name in sorted(was.keys() | has.keys())

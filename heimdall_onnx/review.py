@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from heimdall_onnx.aliases import Move, append_move, follow_log, logged_aliases, read_log
-from heimdall_onnx.content import fetch_content
+from heimdall_onnx.content import fetch_content, open_kept
+from heimdall_onnx.dataset import Dataset
 from heimdall_onnx.environment import capture_environment
 from heimdall_onnx.errors import (
     NotRegisteredError,
@@ -319,7 +320,11 @@ def _compare(
             for side, one in enumerate((manifest, theirs))
         ]
         content = manifest.content_of("evaluation_data")
-        data = fetch_content(client, manifest.bucket, content, Path(folder)) if content else None
+        data: Path | Dataset | None = None
+        if manifest.dataset is not None:
+            data = open_kept(client, manifest.dataset)
+        elif content is not None:
+            data = fetch_content(client, manifest.bucket, content, Path(folder))
         signature = Signature.from_dict(manifest.data["model"]["signature"])
         return compare_models(models[0], models[1], data, signature, limits, version=holder)
 

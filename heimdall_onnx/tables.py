@@ -14,6 +14,7 @@ from heimdall_onnx.departure import Departure
 from heimdall_onnx.ensemble_cost import MemberComparison
 from heimdall_onnx.environment import Environment
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.evaluation_pass import THIS_PROCESS
 from heimdall_onnx.export import ExportResult
 from heimdall_onnx.gates import escape_markdown
 from heimdall_onnx.ground import MIDDLE
@@ -82,6 +83,7 @@ def evaluation_table(data: EvaluationData) -> Markdown:
         [
             ("source", data.source),
             ("provenance", data.provenance),
+            *((("address", data.dataset.address),) if data.dataset else ()),
             ("SHA-256", data.sha256 or "none: seeded random numbers"),
             ("samples", data.count),
             *(
@@ -142,19 +144,24 @@ def parity_table(report: ParityReport) -> Markdown:
         ("NaN or Inf on one side", "nonfinite_mismatches"),
     ]
     head = ("absolute error", *(f"{o.output} ({o.unit or 'no unit'})" for o in report.evaluation))
-    return table(
+    found = table(
         head, [(label, *(_value(o, name) for o in report.evaluation)) for label, name in labels]
     )
+    if report.evaluated_by == THIS_PROCESS:
+        return found
+    return Markdown(f"{found.data}\n\nEvaluated by {report.evaluated_by}.")
 
 
 def worst_table(report: ParityReport) -> Markdown:
     """The evaluation samples with the largest errors."""
+    sharded = any(w.shard for o in report.evaluation for w in o.worst)
     return table(
-        ("output", "sample", "largest error", "PyTorch", "ONNX"),
+        ("output", "sample", *(("shard",) if sharded else ()), "largest error", "PyTorch", "ONNX"),
         [
             (
                 o.output,
                 w.sample,
+                *((w.shard,) if sharded else ()),
                 f"{w.error:.3g}",
                 ", ".join(f"{v:.7g}" for v in w.reference),
                 ", ".join(f"{v:.7g}" for v in w.value),

@@ -299,16 +299,8 @@ def _coverage(nominal: float, inside: int, samples: int) -> Coverage:
     return Coverage(nominal, inside / samples, float(interval.low), float(interval.high))
 
 
-def uncertainty_accumulators(
-    data: EvaluationData, signature: Signature
-) -> tuple[UncertaintyAccumulator, ...]:
-    """One for the PyTorch model and one for ONNX; none without labels or without positions."""
-    if not _answers_positions(data, signature):
-        return ()
-    return tuple(UncertaintyAccumulator(who, signature) for who in ("PyTorch", "ONNX"))
-
-
-def _answers_positions(data: EvaluationData, signature: Signature) -> bool:
+def answers_positions(data: EvaluationData, signature: Signature) -> bool:
+    """Whether a model answers positions and the true ones are known."""
     position = signature.position_output
     return data.positions is not None and position is not None and position.shape[1:] == (2,)
 
@@ -333,7 +325,7 @@ def assess_members(
     """
     from heimdall_onnx.ensemble import Ensemble
 
-    if not isinstance(model, Ensemble) or not _answers_positions(data, signature):
+    if not isinstance(model, Ensemble) or not answers_positions(data, signature):
         return None
     return tuple(
         assess_model(f"member {number}", member, data, signature_of(member), batch_size=batch_size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.errors import NotRegisteredError, StoreError, VerificationError
+from heimdall_onnx.errors import DataError, NotRegisteredError, StoreError, VerificationError
 from heimdall_onnx.manifest import (
     MODEL,
     RECOMMENDED,
@@ -187,6 +187,17 @@ def _check_content(client: S3Client, manifest: Manifest) -> Iterator[Finding]:
             yield _compare(client, manifest.bucket, entry)
         else:
             yield Finding(entry.key, False, f"the {entry.role.replace('_', ' ')}", "nothing")
+    if (kept := manifest.dataset) is not None:
+        # Who verifies a model that was compared on a file does without what reads datasets.
+        from heimdall_onnx.content import open_kept
+
+        expected = f"a dataset with digest {kept.digest}"
+        try:
+            open_kept(client, kept).verify()
+        except DataError as error:
+            yield Finding(kept.address, False, expected, str(error))
+        else:
+            yield Finding(kept.address, True, expected, expected)
 
 
 def _check_notebook(

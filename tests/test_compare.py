@@ -21,15 +21,10 @@ from models import (
 from onnx import TensorProto, helper
 from torch import nn
 
-from heimdall_onnx.compare import (
-    EVALUATION,
-    PLOTTED_SAMPLES,
-    RTOL,
-    compare_outputs,
-    locate_departure,
-)
+from heimdall_onnx.compare import compare_outputs, locate_departure
 from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.evaluation_pass import EVALUATION, PLOTTED_SAMPLES, RTOL
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx
 from heimdall_onnx.signature import DEGREES, Axis, Signature, TensorSpec

@@ -234,7 +234,7 @@ def test_single_array_file_is_refused_by_name(tmp_path):
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         load_evaluation_data(tmp_path / "none.npz", SIGNATURE)
-    with pytest.raises(DataError, match="Is a directory"):
+    with pytest.raises(DataError, match=r"zarr\.json can't be read \(No such file"):
         load_evaluation_data(tmp_path, SIGNATURE)
 
 
@@ -323,7 +323,7 @@ def test_large_arrays_are_used_from_their_file(file, monkeypatch):
 
 def test_values_in_a_large_array_are_checked_too(file, monkeypatch):
     monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr("heimdall_onnx.signature._PART_BYTES", 24)
+    monkeypatch.setattr("heimdall_onnx.npz._PART_BYTES", 24)
     bad = np.zeros((5, 3), np.float32)
     bad[3, 1] = np.nan
     assert "NaN or Inf in 1 samples, first in sample 3" in refusal(file, x=bad)

@@ -1,0 +1,94 @@
+"""Dask workers: those of a scheduler, or some on this machine for as long as they are needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import dask
+from distributed import Client, LocalCluster, WorkerPlugin
+from distributed.worker import Worker
+
+from heimdall_onnx.errors import SchedulerError
+from heimdall_onnx.processors import usable_processors
+
+_SCHEDULER_TIMEOUT_S = 30
+
+
+@contextmanager
+def scheduler_client(address: str) -> Iterator[Client]:
+    """A client of the scheduler at an address, e.g. ``tls://host:8786``.
+
+    Raises:
+        SchedulerError: If it can't be reached or has no workers.
+    """
+    try:
+        client = Client(address, timeout=_SCHEDULER_TIMEOUT_S)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise SchedulerError(
+            f"no scheduler answers at {address}: {error or type(error).__name__}; start "
+            "`dask scheduler` there, or take workers on this machine"
+        ) from error
+    with client:
+        if not client.nthreads():
+            raise SchedulerError(f"the scheduler at {address} has no workers: start some")
+        yield client
+
+
+@contextmanager
+def local_client(
+    count: int,
+    *,
+    resources: Mapping[str, float] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Client]:
+    """A client of workers on this machine, which end with the block.
+
+    Each has one thread for tasks, and processors of its own if there are enough.
+
+    Args:
+        count: How many; 0 takes one for each processor.
+        resources: What each of them has, as Dask's resources.
+        environment: Theirs; by default this process's.
+    """
+    count = count or usable_processors()
+    with (
+        # Workers may start processes of their own.
+        dask.config.set({"distributed.worker.daemon": False}),
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            # Whoever reaches a scheduler runs code as its user: on loopback, too, only we do.
+            security=True,
+            resources=dict(resources or {}),
+            memory_limit=None,
+            env=dict(os.environ if environment is None else environment),
+            silence_logs="ERROR",
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        client.register_plugin(_OwnProcessors(own_processors(count)))
+        yield client
+
+
+def own_processors(count: int) -> dict[str, tuple[int, ...]]:
+    """The processors of each of ``count`` workers by its name; none if there are too few."""
+    processors = sorted(os.sched_getaffinity(0))
+    if count > len(processors):
+        return {}
+    return {str(number): tuple(processors[number::count]) for number in range(count)}
+
+
+class _OwnProcessors(WorkerPlugin):  # type: ignore[misc]
+    name = "heimdall-processors"
+
+    def __init__(self, processors: dict[str, tuple[int, ...]]) -> None:
+        self._processors = processors
+
+    def setup(self, worker: Worker) -> None:
+        # Threads and processes that begin from here on inherit it.
+        if own := self._processors.get(str(worker.name)):
+            os.sched_setaffinity(0, own)
