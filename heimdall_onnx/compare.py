@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from onnxruntime import InferenceSession
 from torch import nn
 
@@ -142,12 +143,14 @@ class ParityReport:
         noise_floor: Per floating-point output.
         independence: Batch independence of the ONNX model.
         ground: Positions in metres; None where no output holds positions.
-        pytorch: The PyTorch model's outputs on the first evaluation samples, for figures.
+        pytorch: The PyTorch model's outputs on some evaluation samples, for figures.
         onnx: The ONNX model's outputs on the same samples.
         worst_inputs: The batch in which an element exceeded its tolerance most.
         worst_where: Kind and batch size of that batch, in words.
         worst_factor: What the tolerance was multiplied by there.
         evaluated_by: Who took the models over the evaluation data, in words.
+        plotted: Index of each sample of ``pytorch`` and ``onnx`` in the evaluation data; None for
+            its first ones.
         masks: Each mask of the signature, for both models.
         orders: Each permutable axis of the signature, for both models.
         valid_inputs: Whether signature or model say which inputs are valid, so that each of those
@@ -175,11 +178,20 @@ class ParityReport:
     uncertainty: tuple[UncertaintyReport, ...] = ()
     worst_factor: float = 1.0
     evaluated_by: str = THIS_PROCESS
+    plotted: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
     @property
     def evaluation(self) -> tuple[ErrorStatistics, ...]:
         """Statistics per output over the whole evaluation data."""
         return self.cells[0].outputs
+
+    def place_of(self, sample: int) -> int | None:
+        """Where a sample's outputs are in ``pytorch`` and ``onnx``; None if they were not kept."""
+        kept = len(next(iter(self.pytorch.values())))
+        if self.plotted is None:
+            return sample if sample < kept else None
+        place = int(np.searchsorted(self.plotted, sample))
+        return place if place < kept and self.plotted[place] == sample else None
 
     def gates(self) -> tuple[Gate, ...]:
         """Every parity gate, evaluated."""
@@ -398,6 +410,7 @@ def compare_outputs(
         uncertainty=found.uncertainty(),
         worst_factor=run.worst_factor,
         evaluated_by=found.evaluated_by,
+        plotted=found.kept_rows(),
     )
     log.info(
         "compared",

@@ -62,6 +62,7 @@ class PassSettings:
         signature: The model's.
         tolerance: Absolute part of the element tolerance, in the outputs' units.
         batch_size: Samples in a call.
+        samples: Of the whole data.
         labelled: Whether positions are answered and the true ones are known.
         middle: The constant answer that the task error is held against, degrees; None without
             labels.
@@ -71,6 +72,7 @@ class PassSettings:
     signature: Signature
     tolerance: float
     batch_size: int
+    samples: int
     labelled: bool
     middle: tuple[float, float] | None
     reference_rows: tuple[int, ...]
@@ -90,6 +92,7 @@ def pass_settings(
         signature=signature,
         tolerance=tolerance,
         batch_size=min(max(batch_size, 1), data.count),
+        samples=data.count,
         labelled=answers_positions(data, signature),
         middle=middle_of(data.positions, data.meta),
         reference_rows=tuple(map(int, np.unique(rows))),
@@ -141,6 +144,11 @@ class EvaluationPass:
             if settings.labelled
         )
         self._reference_rows = np.array(settings.reference_rows, np.int64)
+        # Evenly spaced: the beginning of the data may be a single event.
+        size = settings.batch_size
+        batches = -(-settings.samples // size)
+        spaced = np.linspace(0, batches - 1, min(batches, max(1, PLOTTED_SAMPLES // size)))
+        self._plotted = frozenset((size * spaced.astype(np.int64)).tolist())
         # By the index of their first sample, since parts come in any order.
         self._reference: dict[int, tuple[Arrays, Arrays, Arrays]] = {}
         self._kept: dict[int, tuple[Arrays, Arrays]] = {}
@@ -183,7 +191,7 @@ class EvaluationPass:
         self._keep_worst(WorstBatch(largest, first, batch))
 
     def _keep(self, first: int, batch: Arrays, expected: Arrays, found: Arrays) -> None:
-        if first < PLOTTED_SAMPLES:
+        if first in self._plotted:
             self._kept[first] = expected, found
         count = len(next(iter(batch.values())))
         inside = (self._reference_rows >= first) & (self._reference_rows < first + count)
@@ -239,8 +247,18 @@ class EvaluationPass:
         """Inputs and both models' outputs of the reference rows, in order."""
         return [self._reference[first] for first in sorted(self._reference)]
 
+    def kept_rows(self) -> npt.NDArray[np.int64]:
+        """Which samples `kept` has, in order."""
+        name = self._settings.signature.outputs[0].name
+        return np.concatenate(
+            [
+                np.arange(first, first + len(self._kept[first][0][name]))
+                for first in sorted(self._kept)
+            ]
+        )
+
     def kept(self, side: int) -> Arrays:
-        """The first samples' outputs of PyTorch (0) or ONNX (1), for figures."""
+        """Outputs of PyTorch (0) or ONNX (1) on evenly spaced batches, for figures."""
         batches = [self._kept[first][side] for first in sorted(self._kept)]
         return {
             spec.name: np.concatenate([batch[spec.name] for batch in batches])

@@ -184,6 +184,11 @@ def uncertainty_table(
     constant = [task for task in parity.ground.task if task.who == MIDDLE] if parity.ground else []
     shown = (*parity.uncertainty, *(members or ()))
     said = [
+        f"{report.who}: assessed on {report.samples:,} evenly spaced samples of these."
+        for report in members or ()
+        if report.samples < parity.uncertainty[0].samples
+    ]
+    said += [
         f"{report.who}: {report.calibration.nonfinite:,} of {report.samples:,} samples have no "
         "usable position or deviations; no ellipse holds them."
         for report in shown

@@ -26,7 +26,7 @@ from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.evaluation_pass import EVALUATION, PLOTTED_SAMPLES, RTOL
 from heimdall_onnx.export import export_model
-from heimdall_onnx.inference import open_session, run_onnx
+from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.signature import DEGREES, Axis, Signature, TensorSpec
 
 SIGNATURE = SmallNet.signature
@@ -661,6 +661,23 @@ def test_memory_does_not_grow_with_the_number_of_samples(compare):
         assert report.cells[0].samples == count
         assert len(report.pytorch["positions"]) == PLOTTED_SAMPLES
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_kept_outputs_are_spread_over_the_data_and_know_their_samples(compare):
+    model, count = SmallNet(), 3 * PLOTTED_SAMPLES + 5
+    signal = np.zeros((count, 2, 8, 8), np.float32)
+    signal += np.arange(count, dtype=np.float32)[:, None, None, None] / count
+    data = EvaluationData({"signal": signal}, None, {}, "long", "0" * 64, {})
+    report = compare(model, data, batch_size=50)
+    rows = report.plotted
+    assert (rows[0], rows[-1]) == (0, count - 1)
+    assert np.all(np.diff(rows) > 0)
+    assert np.diff(rows).max() < 0.05 * count
+    expected = run_pytorch(model, {"signal": signal[rows]}, SIGNATURE)["positions"]
+    np.testing.assert_allclose(report.pytorch["positions"], expected, atol=1e-6)
+    assert [report.place_of(int(row)) for row in rows[[0, 7, -1]]] == [0, 7, len(rows) - 1]
+    left_out = sorted({*range(count)} - {*rows.tolist()})
+    assert [report.place_of(row) for row in (left_out[0], left_out[-1], count)] == [None] * 3
 
 
 def test_cells_are_in_the_signatures_order_of_outputs(compare):

@@ -158,6 +158,7 @@ def describe_json(found):
     """As the record keeps it."""
     parity = SimpleNamespace(
         samples=1,
+        evaluated_by="this process",
         tolerance=1e-5,
         rtol=0,
         cells=(),

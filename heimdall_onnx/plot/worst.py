@@ -52,9 +52,10 @@ class _Worst:
         """Both models' answers in one output and the error; None where these were not kept."""
         known = next((w for found, w in self.outputs if found is output), None)
         kept = [array[output.output] for array in (report.pytorch, report.onnx)]
-        if self.index >= len(kept[0]) or kept[0].shape != kept[1].shape:
+        place = report.place_of(self.index)
+        if place is None or kept[0].shape != kept[1].shape:
             return None if known is None else (known.reference, known.value, known.error)
-        pytorch, onnx = (array[self.index].ravel().astype(np.float64) for array in kept)
+        pytorch, onnx = (array[place].ravel().astype(np.float64) for array in kept)
         error = compare_values(pytorch, onnx, report.tolerance).error
         # The elements from the worst on, where there are too many to be shown.
         start = known.element if known and known.element >= shown else 0

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from heimdall_onnx import compare
 from heimdall_onnx.checkpoint import load_checkpoint
 from heimdall_onnx.compare import compare_outputs
 from heimdall_onnx.costs import peak_memory_bytes, reset_peak_memory
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.evaluation_pass import Models, pass_over, pass_settings
 from heimdall_onnx.export import export_model
-from heimdall_onnx.inference import open_session
+from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.plot import Chart
 from heimdall_onnx.plot.chart import ELEMENT_COLORS, QUIET_INK, new_figure, number, styled
 from heimdall_onnx.signature import LOCALIZATION_SIGNATURE
@@ -137,14 +137,16 @@ def statistics(checkpoint: Path) -> dict[str, Any]:
 
         return run
 
-    pair = compare._Pair(loaded.model, session, loaded.signature, 1e-5)
-    pair.pytorch, pair.onnx = timed(pair.pytorch), timed(pair.onnx)  # type: ignore[method-assign]
+    signature = loaded.signature
+    pair = Models(
+        timed(lambda batch: run_pytorch(loaded.model, batch, signature)),
+        timed(lambda batch: run_onnx(session, batch, signature)),
+    )
+    settings = pass_settings(data, signature, tolerance=1e-5, batch_size=8, reference_samples=32)
     shares = []
     for _ in range(STATISTICS_REPEATS):
         models, began = 0.0, time.perf_counter()
-        reference = compare._Reference(data.count, 32)
-        ground = compare._ground(data, loaded.signature)
-        compare._compare_evaluation(pair, data, 8, ground, reference, None)
+        pass_over(pair, data, settings, range(data.count))
         shares.append((time.perf_counter() - began - models) / models)
     return {"shares": shares, "samples": STATISTICS_SAMPLES}
 
