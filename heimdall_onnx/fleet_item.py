@@ -127,19 +127,18 @@ class ItemRunner:
 
     Args:
         settings: With the addresses of store and registry, the same for every worker of a fleet.
-        fleet: The fleet's name.
 
     Raises:
         SettingsError: If the settings name no store or no registry that other workers share.
     """
 
-    def __init__(self, settings: Settings, fleet: str) -> None:
+    def __init__(self, settings: Settings) -> None:
         if settings.s3_endpoint_url is None or settings.mlflow_tracking_uri is None:
             raise SettingsError(
                 "a worker of a fleet needs MLFLOW_S3_ENDPOINT_URL and MLFLOW_TRACKING_URI, the "
                 "same ones as every other; one of them is not set on this worker"
             )
-        self._settings, self._fleet = settings, fleet
+        self._settings = settings
         # Begins to import what kernels need; nobody waits for it yet.
         self._kernels = WarmKernels(kernel_environment(settings))
 
@@ -151,20 +150,21 @@ class ItemRunner:
         """End the process that kernels are forked from."""
         self._kernels.__exit__()
 
-    def run(self, item: FleetItem, *, force: bool = False) -> ItemOutcome:
+    def run(self, item: FleetItem, fleet: str, *, force: bool = False) -> ItemOutcome:
         """Release an item, unless that is done already.
 
         Errors of this package end up in the outcome, since the other items go on.
 
         Args:
             item: The item.
+            fleet: Name of the fleet.
             force: Release it anew even if it is done.
         """
         started = time.perf_counter()
         outcome = ItemOutcome(item.number, item.label, item.checkpoint, "", "failed", 1)
         with tempfile.TemporaryDirectory(prefix="heimdall-fleet-") as scratch:
             try:
-                outcome = self._run(item, outcome, Path(scratch), force=force)
+                outcome = self._run(item, fleet, outcome, Path(scratch), force=force)
             except HeimdallError as error:
                 outcome = replace(
                     outcome,
@@ -181,7 +181,7 @@ class ItemRunner:
         )
 
     def _run(
-        self, item: FleetItem, outcome: ItemOutcome, scratch: Path, *, force: bool
+        self, item: FleetItem, fleet: str, outcome: ItemOutcome, scratch: Path, *, force: bool
     ) -> ItemOutcome:
         connection = connect(self._settings)
         client, bucket = connection.client, item.parameters.bucket
@@ -195,9 +195,9 @@ class ItemRunner:
             metrics = _read_metrics(client, kept)
             return replace(outcome, status="kept", exit_code=0, result=kept, metrics=metrics)
         tracker = connection.tracker
-        run_id = tracker.create_run(f"fleet {self._fleet} item {item.number}")
-        tracker.set_tags({FLEET_TAG: self._fleet, KEY_TAG: outcome.key}, run_id=run_id)
-        record = _Record(fleet=self._fleet, run_id=run_id, model_name=parameters.name)
+        run_id = tracker.create_run(f"fleet {fleet} item {item.number}")
+        tracker.set_tags({FLEET_TAG: fleet, KEY_TAG: outcome.key}, run_id=run_id)
+        record = _Record(fleet=fleet, run_id=run_id, model_name=parameters.name)
         _write(client, bucket, outcome.key, record)
         status = "KILLED"
         try:
@@ -278,7 +278,7 @@ def item_key(parameters: ReleaseParameters) -> str:
         },
         "parameters": parameters.model_dump(mode="json", exclude=_NO_PART),
         "model_code": _hash_of_module(parameters.model.partition(":")[0]),
-        "code": _hash_of_package(),
+        "code": hash_of_package(),
         "packages": capture_environment().packages,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
@@ -296,7 +296,7 @@ def _hash_of_module(name: str) -> str:
 
 
 @cache
-def _hash_of_package() -> str:
+def hash_of_package() -> str:
     """Hash of this package's code and of the notebook."""
     digest = hashlib.sha256()
     for path in (*sorted(Path(__file__).parent.rglob("*.py")), notebook_path()):
