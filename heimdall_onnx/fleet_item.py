@@ -81,8 +81,9 @@ class ItemOutcome:
         error: What went wrong; empty if nothing did.
         service_failed: Whether another attempt may succeed.
         attempts: How often it was tried.
-        host: Name of the machine.
-        processors: Processors that the worker may use.
+        host: Name of the machine it was tried on; of one that is kept, where it was released, and
+            empty where nobody has noted that.
+        processors: Processors that the worker may use there.
         load: Load average of the machine over the last minute, when the item ended.
         seconds: From the item's arrival at the worker to its end, the last attempt's.
         result: The release, as the single command prints it.
@@ -119,6 +120,9 @@ class _Record(BaseModel):
     run_id: str
     model_name: str
     release: str = ""
+    host: str = ""
+    processors: tuple[int, ...] = ()
+    load: float = 0.0
     result: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -172,13 +176,8 @@ class ItemRunner:
                     error=str(error),
                     service_failed=isinstance(error, ServiceError),
                 )
-        return replace(
-            outcome,
-            host=socket.gethostname(),
-            processors=tuple(sorted(os.sched_getaffinity(0))),
-            load=os.getloadavg()[0],
-            seconds=time.perf_counter() - started,
-        )
+        where = {} if outcome.status == "kept" else _where()
+        return replace(outcome, **where, seconds=time.perf_counter() - started)
 
     def _run(
         self, item: FleetItem, fleet: str, outcome: ItemOutcome, scratch: Path, *, force: bool
@@ -192,8 +191,16 @@ class ItemRunner:
         outcome = replace(outcome, key=item_key(parameters))
         ensure_bucket(client, bucket)
         if not force and (kept := _find(connection, bucket, outcome.key)):
-            metrics = _read_metrics(client, kept)
-            return replace(outcome, status="kept", exit_code=0, result=kept, metrics=metrics)
+            return replace(
+                outcome,
+                status="kept",
+                exit_code=0,
+                host=kept.host,
+                processors=kept.processors,
+                load=kept.load,
+                result=kept.result,
+                metrics=_read_metrics(client, kept.result),
+            )
         tracker = connection.tracker
         run_id = tracker.create_run(f"fleet {fleet} item {item.number}")
         tracker.set_tags({FLEET_TAG: fleet, KEY_TAG: outcome.key}, run_id=run_id)
@@ -211,7 +218,7 @@ class ItemRunner:
             close_own_run(tracker, run_id, status)
         if result.success:
             folder = str(result.manifest_uri).rpartition("/")[0]
-            done = {"release": folder, "result": result.to_dict()}
+            done = {"release": folder, "result": result.to_dict(), **_where()}
             _write(client, bucket, outcome.key, record.model_copy(update=done))
         return replace(
             outcome,
@@ -224,8 +231,14 @@ class ItemRunner:
         )
 
 
-def _find(connection: Connection, bucket: str, key: str) -> dict[str, Any] | None:
-    """What was said of the release of a key; None if there is no valid one."""
+def _where() -> dict[str, Any]:
+    """Where this runs, and how busy it is there."""
+    processors = tuple(sorted(os.sched_getaffinity(0)))
+    return {"host": socket.gethostname(), "processors": processors, "load": os.getloadavg()[0]}
+
+
+def _find(connection: Connection, bucket: str, key: str) -> _Record | None:
+    """The record of a key with its result; None if there is no valid release of it."""
     client, place = connection.client, f"{RECORDS}/{key}.json"
     if not exists(client, bucket, place):
         return None
@@ -236,15 +249,17 @@ def _find(connection: Connection, bucket: str, key: str) -> dict[str, Any] | Non
         return None
     if record.release:
         found = _valid(client, record.release)
-        return None if found is None else record.result or _of_manifest(found)
+        if found is None:
+            return None
+        return record.model_copy(update={"result": record.result or _of_manifest(found)})
     # Whoever began it may have finished it and had no time to say so.
     for version in connection.tracker.versions_of_run(record.run_id):
         found = _valid(client, version.source) if version.name == record.model_name else None
         if found:
-            result = _of_manifest(found)
-            done = {"release": found.uri, "result": result}
-            _write(client, bucket, key, record.model_copy(update=done))
-            return result
+            done = {"release": found.uri, "result": _of_manifest(found)}
+            record = record.model_copy(update=done)
+            _write(client, bucket, key, record)
+            return record
     return None
 
 
