@@ -74,6 +74,7 @@ def fleet(
         given = ", ".join(sorted({*values, *(["memory"] if memory else [])}))
         raise ParameterError(f"with a plan, parameters are in it; these were given beside: {given}")
 
+    from heimdall_onnx.interrupts import first_signal_interrupts
     from heimdall_onnx.settings import Settings
 
     settings = Settings.load()
@@ -86,21 +87,24 @@ def fleet(
             f"fleets need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
         ) from error
 
-    result = run_fleet(
-        planned,
-        settings,
-        scheduler=scheduler,
-        workers=workers or 0,
-        force=force,
-        on_start=partial(_show_start, planned),
-        on_outcome=partial(_show_outcome, as_json=as_json),
-    )
-    _show_end(result)
-    from heimdall_onnx.publish import connect
+    with first_signal_interrupts():
+        result = run_fleet(
+            planned,
+            settings,
+            scheduler=scheduler,
+            workers=workers or 0,
+            force=force,
+            on_start=partial(_show_start, planned),
+            on_outcome=partial(_show_outcome, as_json=as_json),
+        )
+        _show_end(result)
+        from heimdall_onnx.publish import connect
 
-    bucket = planned.items[0].parameters.bucket
-    stored = store_report(connect(settings).client, bucket, planned, result, settings.home)
-    click.echo(f"report: {stored.report_html_uri}\n        file://{stored.local_report}", err=True)
+        bucket = planned.items[0].parameters.bucket
+        stored = store_report(connect(settings).client, bucket, planned, result, settings.home)
+        click.echo(
+            f"report: {stored.report_html_uri}\n        file://{stored.local_report}", err=True
+        )
     if as_json:
         click.echo(json.dumps(_end_of(result, stored), allow_nan=False))
     click.get_current_context().exit(result.exit_code)

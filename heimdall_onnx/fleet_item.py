@@ -39,6 +39,7 @@ from heimdall_onnx.manifest import REPORT, REPORT_HTML, Manifest, read_manifest
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import METADATA, Connection, close_own_run, connect, to_json
 from heimdall_onnx.release import kernel_environment, notebook_path, release_checkpoint
+from heimdall_onnx.scratch import Scratch
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature_file import signature_path
 from heimdall_onnx.store import (
@@ -143,6 +144,7 @@ class ItemRunner:
                 "same ones as every other; one of them is not set on this worker"
             )
         self._settings = settings
+        self._scratch = Scratch("heimdall-fleet-")
         # Begins to import what kernels need; nobody waits for it yet.
         self._kernels = WarmKernels(kernel_environment(settings))
 
@@ -151,8 +153,9 @@ class ItemRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process that kernels are forked from."""
+        """End the process that kernels are forked from, and remove what was downloaded."""
         self._kernels.__exit__()
+        self._scratch.remove()
 
     def run(self, item: FleetItem, fleet: str, *, force: bool = False) -> ItemOutcome:
         """Release an item, unless that is done already.
@@ -166,7 +169,7 @@ class ItemRunner:
         """
         started = time.perf_counter()
         outcome = ItemOutcome(item.number, item.label, item.checkpoint, "", "failed", 1)
-        with tempfile.TemporaryDirectory(prefix="heimdall-fleet-") as scratch:
+        with tempfile.TemporaryDirectory(dir=self._scratch.folder) as scratch:
             try:
                 outcome = self._run(item, fleet, outcome, Path(scratch), force=force)
             except HeimdallError as error:
