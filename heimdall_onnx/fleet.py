@@ -20,7 +20,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +44,7 @@ from heimdall_onnx.fleet_item import ItemOutcome
 from heimdall_onnx.fleet_plan import FleetItem, FleetPlan
 from heimdall_onnx.fleet_worker import CORES, MEMORY, RELEASE, FleetWorker, run_item
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.processors import usable_processors
+from heimdall_onnx.processors import physical_cores, usable_processors
 from heimdall_onnx.publish import connect
 from heimdall_onnx.release import kernel_environment
 from heimdall_onnx.settings import Settings
@@ -106,7 +105,8 @@ def run_fleet(
             name the same ones.
         scheduler: Address of a Dask scheduler, e.g. ``tls://host:8786``; by default workers are
             started on this machine for the time of the fleet.
-        workers: How many of these; by default one for each processor.
+        workers: How many of these; by default one for each processor, or for each physical core
+            where latency is measured.
         force: Release anew what is released already.
         on_start: Called with the dashboard's address and the number of workers.
         on_outcome: Called with each outcome as it comes.
@@ -118,7 +118,8 @@ def run_fleet(
     """
     # Before the workers, of which several would make the tables of a new registry at once.
     settings = connect(settings).settings
-    with _connected(settings, scheduler, workers) as pool:
+    count = workers or _default_workers(plan)
+    with _connected(settings, scheduler, count) as pool:
         offered = pool.offered()
         _require_places(plan, offered)
         on_start(pool.client.dashboard_link or "", len(offered))
@@ -130,6 +131,23 @@ def run_fleet(
         seconds = time.perf_counter() - started
     ordered = tuple(outcomes[item.number] for item in plan.items)
     return FleetResult(plan.name, ordered, seconds, len(offered))
+
+
+def _default_workers(plan: FleetPlan) -> int:
+    usable = usable_processors()
+    measured = any(item.parameters.measure_latency for item in plan.items)
+    return min(usable, len(physical_cores())) if measured else usable
+
+
+def _shares(count: int) -> dict[str, tuple[int, ...]]:
+    """The processors of each of ``count`` workers by its name; none where a core had to be shared.
+
+    A core's hardware threads stay together: a neighbour on the other one would be measured too.
+    """
+    cores = physical_cores()
+    if count > len(cores):
+        return {}
+    return {str(n): tuple(sorted(itertools.chain(*cores[n::count]))) for n in range(count)}
 
 
 class _Pool:
@@ -230,20 +248,16 @@ def _connected(settings: Settings, scheduler: str, workers: int) -> Iterator[_Po
 
 @contextmanager
 def _local_cluster(
-    settings: Settings, workers: int
+    settings: Settings, count: int
 ) -> Iterator[tuple[LocalCluster, dict[str, tuple[int, ...]]]]:
     """Workers on this machine, each with processors of its own if there are enough."""
-    processors = sorted(os.sched_getaffinity(0))
-    count = workers or usable_processors()
-    cores = {str(n): tuple(processors[n::count]) for n in range(count)}
+    cores = _shares(count)
     resources = {
         RELEASE: 1,
         MEMORY: int(_MEMORY_SHARE * psutil.virtual_memory().available / count),
     }
-    if count <= len(processors):
+    if cores:
         resources[CORES] = 1
-    else:
-        cores = {}
     with (
         # Workers start kernels, and each is the whole of its own.
         dask.config.set({"distributed.worker.daemon": False}),
