@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Workers on this machine.  [default: one for each processor, or core if latency is measured]",
+    help="Workers on this machine.  [default: one for each processor or, to measure, core]",
 )
 @click.option("--force", is_flag=True, help="Release anew what is released already.")
 @click.option("--json", "as_json", is_flag=True, help="Print outcomes and end as lines of JSON.")
