@@ -39,6 +39,7 @@ from heimdall_onnx.errors import (
     HeimdallError,
     ParameterError,
     SchedulerError,
+    SettingsError,
 )
 from heimdall_onnx.fleet_item import ItemOutcome
 from heimdall_onnx.fleet_plan import FleetItem, FleetPlan
@@ -234,6 +235,12 @@ def _connected(settings: Settings, scheduler: str, workers: int) -> Iterator[_Po
     if scheduler:
         try:
             client = Client(scheduler, timeout=_SCHEDULER_TIMEOUT_S)
+        except TypeError as error:  # Dask's own for certificates that it has not got
+            raise SettingsError(
+                f"the scheduler {scheduler} can't be connected to: {error}; for tls:// set "
+                "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …__TLS__CLIENT__CERT and "
+                "…__TLS__CLIENT__KEY, here and on the workers"
+            ) from error
         except (OSError, ValueError, TimeoutError) as error:
             raise SchedulerError(
                 f"no scheduler answers at {scheduler}: {error or type(error).__name__}; start "

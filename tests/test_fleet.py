@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from releases import versions
 
 from heimdall_onnx import fleet, services
-from heimdall_onnx.errors import ParameterError, SchedulerError
+from heimdall_onnx.errors import ParameterError, SchedulerError, SettingsError
 from heimdall_onnx.fleet import run_fleet
 from heimdall_onnx.fleet_plan import plan_checkpoints, read_plan
 from heimdall_onnx.processors import physical_cores
@@ -143,6 +143,8 @@ def test_a_scheduler_that_is_not_there_is_named(settings, bucket, tmp_path, monk
     )
     with pytest.raises(SchedulerError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"):
         run_fleet(plan, settings, scheduler="tcp://127.0.0.1:9")
+    with pytest.raises(SettingsError, match=r"tls://127\.0\.0\.1:9 .*__TLS__CA_FILE"):
+        run_fleet(plan, settings, scheduler="tls://127.0.0.1:9")
 
 
 def test_a_service_that_refuses_is_asked_again_and_other_failures_are_not(
