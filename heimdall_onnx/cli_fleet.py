@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.fleet import FleetResult
     from heimdall_onnx.fleet_item import ItemOutcome
     from heimdall_onnx.fleet_plan import FleetPlan
+    from heimdall_onnx.fleet_report import StoredFleet
     from heimdall_onnx.settings import Settings
 
 
@@ -43,10 +44,10 @@ if TYPE_CHECKING:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Workers on this machine.  [default: one for each processor]",
+    help="Workers on this machine.  [default: one for each processor or, to measure, core]",
 )
 @click.option("--force", is_flag=True, help="Release anew what is released already.")
-@click.option("--json", "as_json", is_flag=True, help="Print each outcome as a line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print outcomes and end as lines of JSON.")
 def fleet(
     plan: Path | None,
     checkpoints: Sequence[str],
@@ -73,6 +74,7 @@ def fleet(
         given = ", ".join(sorted({*values, *(["memory"] if memory else [])}))
         raise ParameterError(f"with a plan, parameters are in it; these were given beside: {given}")
 
+    from heimdall_onnx.interrupts import first_signal_interrupts
     from heimdall_onnx.settings import Settings
 
     settings = Settings.load()
@@ -85,21 +87,26 @@ def fleet(
             f"fleets need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
         ) from error
 
-    result = run_fleet(
-        planned,
-        settings,
-        scheduler=scheduler,
-        workers=workers or 0,
-        force=force,
-        on_start=partial(_show_start, planned),
-        on_outcome=partial(_show_outcome, as_json=as_json),
-    )
-    _show_end(result)
-    from heimdall_onnx.publish import connect
+    with first_signal_interrupts():
+        result = run_fleet(
+            planned,
+            settings,
+            scheduler=scheduler,
+            workers=workers or 0,
+            force=force,
+            on_start=partial(_show_start, planned),
+            on_outcome=partial(_show_outcome, as_json=as_json),
+        )
+        _show_end(result)
+        from heimdall_onnx.publish import connect
 
-    bucket = planned.items[0].parameters.bucket
-    stored = store_report(connect(settings).client, bucket, planned, result, settings.home)
-    click.echo(f"report: {stored.report_html_uri}\n        file://{stored.local_report}", err=True)
+        bucket = planned.items[0].parameters.bucket
+        stored = store_report(connect(settings).client, bucket, planned, result, settings.home)
+        click.echo(
+            f"report: {stored.report_html_uri}\n        file://{stored.local_report}", err=True
+        )
+    if as_json:
+        click.echo(json.dumps(_end_of(result, stored), allow_nan=False))
     click.get_current_context().exit(result.exit_code)
 
 
@@ -141,9 +148,23 @@ def _show_outcome(outcome: ItemOutcome, *, as_json: bool) -> None:
     text = f"{outcome.label}: {outcome.status}, {outcome.seconds:.1f} s{attempts}"
     click.echo(visible_lines(f"{text}  {where}".rstrip()))
     if outcome.error:
-        click.echo(visible_lines(f"error: {outcome.error}"), err=True)
+        click.echo(visible_lines(f"error: {outcome.label}: {outcome.error}"), err=True)
 
 
 def _show_end(result: FleetResult) -> None:
     counts = ", ".join(f"{result.count(s)} {s}" for s in ("released", "kept", "failed"))
     click.echo(f"fleet {result.name}: {counts}, in {result.seconds:.0f} s", err=True)
+
+
+def _end_of(result: FleetResult, stored: StoredFleet) -> dict[str, Any]:
+    """The last line: what a program needs that has not kept the others."""
+    return {
+        "success": result.exit_code == 0,
+        "fleet": result.name,
+        **{status: result.count(status) for status in ("released", "kept", "failed")},
+        "seconds": result.seconds,
+        "workers": result.workers,
+        "folder_uri": stored.folder_uri,
+        "report_html_uri": stored.report_html_uri,
+        "local_report": str(stored.local_report),
+    }

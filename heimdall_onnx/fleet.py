@@ -10,39 +10,42 @@ cores      one where the worker's processors are nobody else's; latency is measu
 ========== ============================================================================
 
 The scheduler gives an item of a lost worker to another one. What fails for a service's reasons is
-tried again after a while, what fails for its own is recorded and stops nothing. Only a few items
-are with the scheduler at a time, so that neither it nor the client grows with the plan.
+tried again after a while, what fails for its own is recorded and stops nothing. Only as many items
+as the workers can have are with the scheduler, so that neither it nor the client grows with the
+plan.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import os
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
 import dask
 import psutil
-from distributed import Client, Future, LocalCluster, WorkerPlugin, get_worker, wait
+from distributed import Client, Future, LocalCluster, wait
 from distributed.scheduler import KilledWorker
-from distributed.worker import Worker
+from distributed.utils import CancelledError
 
 from heimdall_onnx.errors import (
     EvidenceError,
     HeimdallError,
     ParameterError,
     SchedulerError,
+    SettingsError,
 )
-from heimdall_onnx.fleet_item import ItemOutcome, ItemRunner
+from heimdall_onnx.fleet_item import ItemOutcome
 from heimdall_onnx.fleet_plan import FleetItem, FleetPlan
+from heimdall_onnx.fleet_worker import CORES, MEMORY, RELEASE, FleetWorker, run_item
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.processors import usable_processors
+from heimdall_onnx.processors import physical_cores, usable_processors
 from heimdall_onnx.publish import connect
 from heimdall_onnx.release import kernel_environment
 from heimdall_onnx.settings import Settings
@@ -50,13 +53,11 @@ from heimdall_onnx.settings import Settings
 log = get_logger(__name__)
 
 ATTEMPTS = 5
-RELEASE, MEMORY, CORES = "release", "memory", "cores"
-_PLUGIN = "heimdall-fleet"
 _LONGEST_PAUSE_S = 60.0
 _SCHEDULER_TIMEOUT_S = 30
-# So many items are with the scheduler for each that can run: no worker waits for the client.
-_AHEAD = 2
 _LOOK_S = 1.0
+# Workers of a cluster come and go.
+_COUNT_WORKERS_S = 5.0
 # What stays free for the system, the store and the client.
 _MEMORY_SHARE = 0.9
 
@@ -87,35 +88,6 @@ class FleetResult:
         return sum(outcome.status == status for outcome in self.outcomes)
 
 
-class _FleetWorker(WorkerPlugin):  # type: ignore[misc]
-    """Gives a worker what all its items share."""
-
-    name = _PLUGIN
-
-    def __init__(self, fleet: str, cores: dict[str, tuple[int, ...]]) -> None:
-        self._fleet, self._cores = fleet, cores
-        self.runner: ItemRunner | None = None
-
-    def setup(self, worker: Worker) -> None:
-        # Threads and processes that begin from here on inherit it.
-        if cores := self._cores.get(str(worker.name)):
-            os.sched_setaffinity(0, cores)
-        self.runner = ItemRunner(Settings.load(), self._fleet)
-
-    def teardown(self, worker: Worker) -> None:
-        if self.runner is not None:
-            self.runner.__exit__(None, None, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "runner": None}
-
-
-def run_item(item: FleetItem, force: bool) -> ItemOutcome:
-    """Release an item on the worker that this runs on."""
-    runner: ItemRunner = get_worker().plugins[_PLUGIN].runner
-    return runner.run(item, force=force)
-
-
 def run_fleet(
     plan: FleetPlan,
     settings: Settings,
@@ -134,7 +106,8 @@ def run_fleet(
             name the same ones.
         scheduler: Address of a Dask scheduler, e.g. ``tls://host:8786``; by default workers are
             started on this machine for the time of the fleet.
-        workers: How many of these; by default one for each processor.
+        workers: How many of these; by default one for each processor, or for each physical core
+            where latency is measured.
         force: Release anew what is released already.
         on_start: Called with the dashboard's address and the number of workers.
         on_outcome: Called with each outcome as it comes.
@@ -146,14 +119,14 @@ def run_fleet(
     """
     # Before the workers, of which several would make the tables of a new registry at once.
     settings = connect(settings).settings
-    with _connected(plan, settings, scheduler, workers) as client:
-        offered = _offered(client)
+    count = workers or _default_workers(plan)
+    with _connected(settings, scheduler, count) as pool:
+        offered = pool.offered()
         _require_places(plan, offered)
-        on_start(client.dashboard_link or "", len(offered))
+        on_start(pool.client.dashboard_link or "", len(offered))
         started = time.perf_counter()
-        slots = int(sum(resources[RELEASE] for resources in offered.values()))
         outcomes = {}
-        for outcome in _outcomes(client, plan, slots, force=force):
+        for outcome in _outcomes(pool, plan, force=force):
             outcomes[outcome.number] = outcome
             on_outcome(outcome)
         seconds = time.perf_counter() - started
@@ -161,56 +134,137 @@ def run_fleet(
     return FleetResult(plan.name, ordered, seconds, len(offered))
 
 
+def _default_workers(plan: FleetPlan) -> int:
+    usable = usable_processors()
+    measured = any(item.parameters.measure_latency for item in plan.items)
+    return min(usable, len(physical_cores())) if measured else usable
+
+
+def _shares(count: int) -> dict[str, tuple[int, ...]]:
+    """The processors of each of ``count`` workers by its name; none where a core had to be shared.
+
+    A core's hardware threads stay together: a neighbour on the other one would be measured too.
+    """
+    cores = physical_cores()
+    if count > len(cores):
+        return {}
+    return {str(n): tuple(sorted(itertools.chain(*cores[n::count]))) for n in range(count)}
+
+
+class _Pool:
+    """The workers of a scheduler, as they come and go.
+
+    Args:
+        client: Of the scheduler.
+        plugin: What each worker is given.
+
+    Raises:
+        SettingsError: If a worker lacks an address of a service.
+        SchedulerError: If a worker can't be prepared.
+    """
+
+    def __init__(self, client: Client, plugin: FleetWorker) -> None:
+        self.client, self._plugin = client, plugin
+        self._slots, self._counted = 0, -math.inf
+        self._equip()
+
+    def _equip(self) -> None:
+        try:
+            self.client.register_plugin(self._plugin)
+        except Exception as error:
+            with suppress(Exception):
+                # Or the next fleet would take it for what every worker has.
+                self.client.unregister_worker_plugin(self._plugin.name)
+            if isinstance(error, HeimdallError):
+                raise
+            raise SchedulerError(  # whatever a worker of another version raises
+                f"a worker can't be prepared for releases: {type(error).__name__}: {error}; it "
+                "needs the same version of this package as the client"
+            ) from error
+
+    def offered(self) -> dict[str, dict[str, float]]:
+        """The resources of each worker that takes releases.
+
+        Raises:
+            SchedulerError: If there is none.
+        """
+        found, known = self._takers()
+        if not found:
+            raise SchedulerError(
+                f"none of the scheduler's {known} workers takes releases: start them with "
+                f'`dask worker … --nthreads 1 --resources "{RELEASE}=1 {CORES}=1 {MEMORY}=16e9"`, '
+                f"without {CORES} where others compute on the same processors"
+            )
+        return found
+
+    def _takers(self) -> tuple[dict[str, dict[str, float]], int]:
+        known = self.client.scheduler_info(n_workers=-1)["workers"]
+        resources = {address: worker["resources"] for address, worker in known.items()}
+        return {a: has for a, has in resources.items() if has.get(RELEASE)}, len(known)
+
+    def slots(self) -> int:
+        """How many items the workers can have at a time, at least one."""
+        if time.monotonic() - self._counted >= _COUNT_WORKERS_S:
+            found, _ = self._takers()
+            before, self._slots = self._slots, int(sum(has[RELEASE] for has in found.values()))
+            self._counted = time.monotonic()
+            if before and not self._slots:
+                log.warning("no worker takes releases any more; the fleet waits for one")
+        return max(1, self._slots)
+
+    def recover(self) -> None:
+        """Go on with the scheduler to which the connection was lost.
+
+        Raises:
+            SchedulerError: If it does not answer any more.
+        """
+        # The client itself tries, for as long as it would have at first.
+        while self.client.status == "connecting":
+            time.sleep(_LOOK_S)
+        if self.client.status != "running":
+            raise SchedulerError(
+                "the connection to the scheduler was lost and it answers no more; what is "
+                "released stays so: start it again and call the fleet again, which goes on"
+            )
+        self._equip()
+
+
 @contextmanager
-def _connected(
-    plan: FleetPlan, settings: Settings, scheduler: str, workers: int
-) -> Iterator[Client]:
+def _connected(settings: Settings, scheduler: str, workers: int) -> Iterator[_Pool]:
     """A client of the scheduler, whose workers know what to do."""
     if scheduler:
         try:
             client = Client(scheduler, timeout=_SCHEDULER_TIMEOUT_S)
+        except TypeError as error:  # Dask's own for certificates that it has not got
+            raise SettingsError(
+                f"the scheduler {scheduler} can't be connected to: {error}; for tls:// set "
+                "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …__TLS__CLIENT__CERT and "
+                "…__TLS__CLIENT__KEY, here and on the workers"
+            ) from error
         except (OSError, ValueError, TimeoutError) as error:
             raise SchedulerError(
                 f"no scheduler answers at {scheduler}: {error or type(error).__name__}; start "
                 "`dask scheduler` there, or leave --scheduler out to use this machine's processors"
             ) from error
         with client:
-            _equip(client, _FleetWorker(plan.name, {}))
-            yield client
+            yield _Pool(client, FleetWorker({}))
         return
     with _local_cluster(settings, workers) as (cluster, cores), Client(cluster) as client:
-        _equip(client, _FleetWorker(plan.name, cores))
-        yield client
-
-
-def _equip(client: Client, plugin: _FleetWorker) -> None:
-    try:
-        client.register_plugin(plugin)
-    except HeimdallError:
-        raise
-    except Exception as error:  # whatever a worker of another version raises
-        raise SchedulerError(
-            f"a worker can't be prepared for releases: {type(error).__name__}: {error}; it needs "
-            "the same version of this package as the client"
-        ) from error
+        yield _Pool(client, FleetWorker(cores))
 
 
 @contextmanager
 def _local_cluster(
-    settings: Settings, workers: int
+    settings: Settings, count: int
 ) -> Iterator[tuple[LocalCluster, dict[str, tuple[int, ...]]]]:
     """Workers on this machine, each with processors of its own if there are enough."""
-    processors = sorted(os.sched_getaffinity(0))
-    count = workers or usable_processors()
-    cores = {str(n): tuple(processors[n::count]) for n in range(count)}
+    cores = _shares(count)
     resources = {
         RELEASE: 1,
         MEMORY: int(_MEMORY_SHARE * psutil.virtual_memory().available / count),
     }
-    if count <= len(processors):
+    if cores:
         resources[CORES] = 1
-    else:
-        cores = {}
     with (
         # Workers start kernels, and each is the whole of its own.
         dask.config.set({"distributed.worker.daemon": False}),
@@ -228,23 +282,6 @@ def _local_cluster(
         ) as cluster,
     ):
         yield cluster, cores
-
-
-def _offered(client: Client) -> dict[str, dict[str, float]]:
-    """The resources of each worker that takes releases."""
-    known = client.scheduler_info(n_workers=-1)["workers"]
-    offered = {
-        address: worker["resources"]
-        for address, worker in known.items()
-        if worker["resources"].get(RELEASE)
-    }
-    if not offered:
-        raise SchedulerError(
-            f"none of the scheduler's {len(known)} workers takes releases: start them with "
-            f'`dask worker … --nthreads 1 --resources "{RELEASE}=1 {CORES}=1 {MEMORY}=16e9"`, '
-            f"without {CORES} where others compute on the same processors"
-        )
-    return offered
 
 
 def _needs(item: FleetItem) -> dict[str, float]:
@@ -275,7 +312,7 @@ def _require_places(plan: FleetPlan, offered: dict[str, dict[str, float]]) -> No
         )
 
 
-def _outcomes(client: Client, plan: FleetPlan, slots: int, *, force: bool) -> Iterator[ItemOutcome]:
+def _outcomes(pool: _Pool, plan: FleetPlan, *, force: bool) -> Iterator[ItemOutcome]:
     """Each item's outcome as it comes, with what failed for a service's reasons tried again."""
     # Another fleet of the same name may be with the same scheduler.
     run = uuid4().hex[:8]
@@ -284,18 +321,23 @@ def _outcomes(client: Client, plan: FleetPlan, slots: int, *, force: bool) -> It
     waiting = [(0.0, next(order), 0, item) for item in plan.items]
     running: dict[Future, tuple[FleetItem, int]] = {}
     while waiting or running:
-        while waiting and waiting[0][0] <= time.monotonic() and len(running) < _AHEAD * slots:
+        # No more than can run: what waits behind an item whose worker dies is suspected with it.
+        while waiting and waiting[0][0] <= time.monotonic() and len(running) < pool.slots():
             _, _, tried, item = heapq.heappop(waiting)
-            future = client.submit(
+            future = pool.client.submit(
                 run_item,
                 item,
+                plan.name,
                 force,
                 key=f"release-{plan.name}-{run}-{item.number}-{tried}",
                 resources=_needs(item),
                 pure=False,
             )
             running[future] = (item, tried + 1)
-        for future in _done(running):
+        done = _done(running)
+        if any(future.cancelled() for future in done):
+            pool.recover()
+        for future in done:
             item, tried = running.pop(future)
             outcome = replace(_outcome_of(future, item), attempts=tried)
             if outcome.service_failed and tried < ATTEMPTS:
@@ -317,9 +359,12 @@ def _done(running: dict[Future, Any]) -> list[Future]:
         return list(wait(list(running), timeout=_LOOK_S, return_when="FIRST_COMPLETED").done)
     except TimeoutError:
         return []
+    except CancelledError:
+        return [future for future in running if future.done()]
 
 
 def _outcome_of(future: Future, item: FleetItem) -> ItemOutcome:
+    exit_code = HeimdallError.exit_code
     try:
         outcome: ItemOutcome = future.result()
         return outcome
@@ -328,6 +373,9 @@ def _outcome_of(future: Future, item: FleetItem) -> ItemOutcome:
             f"the workers that had it died, the last one at {error.last_worker.address}; if they "
             "ran out of memory, give the item a limit (memory: …) that few workers meet"
         )
+    except CancelledError:
+        exit_code = SchedulerError.exit_code
+        problem = "the connection to the scheduler was lost"
     except Exception as error:  # a fault of ours, or of Dask's, in one item of many
         log.exception("item broke off", item=item.label)
         problem = f"it broke off with {type(error).__name__}: {error}"
@@ -337,6 +385,7 @@ def _outcome_of(future: Future, item: FleetItem) -> ItemOutcome:
         item.checkpoint,
         "",
         "failed",
-        HeimdallError.exit_code,
+        exit_code,
         error=problem,
+        service_failed=exit_code == SchedulerError.exit_code,
     )

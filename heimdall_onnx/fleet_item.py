@@ -41,6 +41,7 @@ from heimdall_onnx.manifest import REPORT, REPORT_HTML, Manifest, read_manifest
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import METADATA, Connection, close_own_run, connect, to_json
 from heimdall_onnx.release import kernel_environment, notebook_path, release_checkpoint
+from heimdall_onnx.scratch import Scratch
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature_file import signature_path
 from heimdall_onnx.store import (
@@ -86,8 +87,9 @@ class ItemOutcome:
         error: What went wrong; empty if nothing did.
         service_failed: Whether another attempt may succeed.
         attempts: How often it was tried.
-        host: Name of the machine.
-        processors: Processors that the worker may use.
+        host: Name of the machine it was tried on; of one that is kept, where it was released, and
+            empty where nobody has noted that.
+        processors: Processors that the worker may use there.
         load: Load average of the machine over the last minute, when the item ended.
         seconds: From the item's arrival at the worker to its end, the last attempt's.
         result: The release, as the single command prints it.
@@ -124,6 +126,9 @@ class _Record(BaseModel):
     run_id: str
     model_name: str
     release: str = ""
+    host: str = ""
+    processors: tuple[int, ...] = ()
+    load: float = 0.0
     result: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -132,19 +137,19 @@ class ItemRunner:
 
     Args:
         settings: With the addresses of store and registry, the same for every worker of a fleet.
-        fleet: The fleet's name.
 
     Raises:
         SettingsError: If the settings name no store or no registry that other workers share.
     """
 
-    def __init__(self, settings: Settings, fleet: str) -> None:
+    def __init__(self, settings: Settings) -> None:
         if settings.s3_endpoint_url is None or settings.mlflow_tracking_uri is None:
             raise SettingsError(
                 "a worker of a fleet needs MLFLOW_S3_ENDPOINT_URL and MLFLOW_TRACKING_URI, the "
                 "same ones as every other; one of them is not set on this worker"
             )
-        self._settings, self._fleet = settings, fleet
+        self._settings = settings
+        self._scratch = Scratch("heimdall-fleet-")
         # Begins to import what kernels need; nobody waits for it yet.
         self._kernels = WarmKernels(kernel_environment(settings))
 
@@ -153,23 +158,25 @@ class ItemRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process that kernels are forked from."""
+        """End the process that kernels are forked from, and remove what was downloaded."""
         self._kernels.__exit__()
+        self._scratch.remove()
 
-    def run(self, item: FleetItem, *, force: bool = False) -> ItemOutcome:
+    def run(self, item: FleetItem, fleet: str, *, force: bool = False) -> ItemOutcome:
         """Release an item, unless that is done already.
 
         Errors of this package end up in the outcome, since the other items go on.
 
         Args:
             item: The item.
+            fleet: Name of the fleet.
             force: Release it anew even if it is done.
         """
         started = time.perf_counter()
         outcome = ItemOutcome(item.number, item.label, item.checkpoint, "", "failed", 1)
-        with tempfile.TemporaryDirectory(prefix="heimdall-fleet-") as scratch:
+        with tempfile.TemporaryDirectory(dir=self._scratch.folder) as scratch:
             try:
-                outcome = self._run(item, outcome, Path(scratch), force=force)
+                outcome = self._run(item, fleet, outcome, Path(scratch), force=force)
             except HeimdallError as error:
                 outcome = replace(
                     outcome,
@@ -177,16 +184,11 @@ class ItemRunner:
                     error=str(error),
                     service_failed=isinstance(error, ServiceError),
                 )
-        return replace(
-            outcome,
-            host=socket.gethostname(),
-            processors=tuple(sorted(os.sched_getaffinity(0))),
-            load=os.getloadavg()[0],
-            seconds=time.perf_counter() - started,
-        )
+        where = {} if outcome.status == "kept" else _where()
+        return replace(outcome, **where, seconds=time.perf_counter() - started)
 
     def _run(
-        self, item: FleetItem, outcome: ItemOutcome, scratch: Path, *, force: bool
+        self, item: FleetItem, fleet: str, outcome: ItemOutcome, scratch: Path, *, force: bool
     ) -> ItemOutcome:
         connection = connect(self._settings)
         client, bucket = connection.client, item.parameters.bucket
@@ -197,12 +199,20 @@ class ItemRunner:
         outcome = replace(outcome, key=item_key(parameters))
         ensure_bucket(client, bucket)
         if not force and (kept := _find(connection, bucket, outcome.key)):
-            metrics = _read_metrics(client, kept)
-            return replace(outcome, status="kept", exit_code=0, result=kept, metrics=metrics)
+            return replace(
+                outcome,
+                status="kept",
+                exit_code=0,
+                host=kept.host,
+                processors=kept.processors,
+                load=kept.load,
+                result=kept.result,
+                metrics=_read_metrics(client, kept.result),
+            )
         tracker = connection.tracker
-        run_id = tracker.create_run(f"fleet {self._fleet} item {item.number}")
-        tracker.set_tags({FLEET_TAG: self._fleet, KEY_TAG: outcome.key}, run_id=run_id)
-        record = _Record(fleet=self._fleet, run_id=run_id, model_name=parameters.name)
+        run_id = tracker.create_run(f"fleet {fleet} item {item.number}")
+        tracker.set_tags({FLEET_TAG: fleet, KEY_TAG: outcome.key}, run_id=run_id)
+        record = _Record(fleet=fleet, run_id=run_id, model_name=parameters.name)
         _write(client, bucket, outcome.key, record)
         status = "KILLED"
         try:
@@ -216,7 +226,7 @@ class ItemRunner:
             close_own_run(tracker, run_id, status)
         if result.success:
             folder = str(result.manifest_uri).rpartition("/")[0]
-            done = {"release": folder, "result": result.to_dict()}
+            done = {"release": folder, "result": result.to_dict(), **_where()}
             _write(client, bucket, outcome.key, record.model_copy(update=done))
         return replace(
             outcome,
@@ -229,8 +239,14 @@ class ItemRunner:
         )
 
 
-def _find(connection: Connection, bucket: str, key: str) -> dict[str, Any] | None:
-    """What was said of the release of a key; None if there is no valid one."""
+def _where() -> dict[str, Any]:
+    """Where this runs, and how busy it is there."""
+    processors = tuple(sorted(os.sched_getaffinity(0)))
+    return {"host": socket.gethostname(), "processors": processors, "load": os.getloadavg()[0]}
+
+
+def _find(connection: Connection, bucket: str, key: str) -> _Record | None:
+    """The record of a key with its result; None if there is no valid release of it."""
     client, place = connection.client, f"{RECORDS}/{key}.json"
     if not exists(client, bucket, place):
         return None
@@ -241,15 +257,17 @@ def _find(connection: Connection, bucket: str, key: str) -> dict[str, Any] | Non
         return None
     if record.release:
         found = _valid(client, record.release)
-        return None if found is None else record.result or _of_manifest(found)
+        if found is None:
+            return None
+        return record.model_copy(update={"result": record.result or _of_manifest(found)})
     # Whoever began it may have finished it and had no time to say so.
     for version in connection.tracker.versions_of_run(record.run_id):
         found = _valid(client, version.source) if version.name == record.model_name else None
         if found:
-            result = _of_manifest(found)
-            done = {"release": found.uri, "result": result}
-            _write(client, bucket, key, record.model_copy(update=done))
-            return result
+            done = {"release": found.uri, "result": _of_manifest(found)}
+            record = record.model_copy(update=done)
+            _write(client, bucket, key, record)
+            return record
     return None
 
 
@@ -283,7 +301,7 @@ def item_key(parameters: ReleaseParameters) -> str:
         },
         "parameters": parameters.model_dump(mode="json", exclude=_NO_PART),
         "model_code": _hash_of_module(parameters.model.partition(":")[0]),
-        "code": _hash_of_package(),
+        "code": hash_of_package(),
         "packages": capture_environment().packages,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
@@ -301,7 +319,7 @@ def _hash_of_module(name: str) -> str:
 
 
 @cache
-def _hash_of_package() -> str:
+def hash_of_package() -> str:
     """Hash of this package's code and of the notebook."""
     digest = hashlib.sha256()
     for path in (*sorted(Path(__file__).parent.rglob("*.py")), notebook_path()):

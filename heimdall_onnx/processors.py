@@ -49,6 +49,20 @@ def usable_processors(root: Path = _ROOT) -> int:
     return max(1, math.ceil(min(affinity, processor_quota(root))))
 
 
+def physical_cores(root: Path = _ROOT) -> list[tuple[int, ...]]:
+    """The processors of this process's affinity, those of one physical core together.
+
+    Two hardware threads of a core share its units, so what runs on both at a time is slower on
+    each. Where the system does not tell, each processor counts as a core.
+    """
+    found: dict[str, list[int]] = {}
+    for processor in sorted(os.sched_getaffinity(0)):
+        topology = root / f"sys/devices/system/cpu/cpu{processor}/topology"
+        siblings = "".join(_lines(topology / "thread_siblings_list"))
+        found.setdefault(siblings or str(processor), []).append(processor)
+    return [tuple(numbers) for numbers in found.values()]
+
+
 def processor_quota(root: Path = _ROOT) -> float:
     """Processor time that the control groups of this process allow it, in processors.
 

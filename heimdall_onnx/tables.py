@@ -38,8 +38,11 @@ from heimdall_onnx.variants import JudgedVariant, VariantsReport
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
-    """A Markdown table; every cell is shown as inert text."""
-    lines = [[escape_markdown(str(cell)) for cell in row] for row in (head, *rows)]
+    """A Markdown table; every cell that is not Markdown of our own is shown as inert text."""
+    lines = [
+        [c.data if isinstance(c, Markdown) else escape_markdown(str(c)) for c in row]
+        for row in (head, *rows)
+    ]
     lines.insert(1, ["---"] * len(head))
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 

@@ -77,7 +77,7 @@ class TestKey:
 def test_a_worker_without_addresses_is_refused(make_settings):
     settings = make_settings("home")
     with pytest.raises(SettingsError, match="MLFLOW_S3_ENDPOINT_URL and MLFLOW_TRACKING_URI"):
-        ItemRunner(settings, "july")
+        ItemRunner(settings)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def runner(settings, tmp_path, monkeypatch):
     )
     from heimdall_onnx.release import release_checkpoint
 
-    with ItemRunner(settings, "july") as made:
+    with ItemRunner(settings) as made:
         yield made
 
 
@@ -111,7 +111,7 @@ def item_of(folder: Path, bucket: str, **changes) -> FleetItem:
 @pytest.mark.services
 def test_an_item_is_released_once_however_it_ended(runner, files, s3, bucket, settings):
     item = item_of(files, bucket)
-    first = runner.run(item)
+    first = runner.run(item, "july")
     assert (first.status, first.exit_code, first.error) == ("released", 0, "")
     assert first.result["verdict"] == "pass (smoke)"
     assert first.metrics["onnx_file_size_bytes"] > 0
@@ -119,27 +119,30 @@ def test_an_item_is_released_once_however_it_ended(runner, files, s3, bucket, se
     record = read_json(s3, bucket, f"{RECORDS}/{first.key}.json")
     assert record["release"] == first.result["manifest_uri"].rpartition("/")[0]
 
-    again = runner.run(item)
+    again = runner.run(item, "july")
     assert (again.status, again.key, again.exit_code) == ("kept", first.key, 0)
     assert again.result == first.result
     assert again.metrics == first.metrics
+    # Where it was measured, not who has found it.
+    measured = ("host", "processors", "load")
+    assert [getattr(again, n) for n in measured] == [getattr(first, n) for n in measured]
 
     # Of a worker that was killed between its release and its record.
-    begun = {**record, "release": "", "result": {}}
+    begun = {**record, "release": "", "result": {}, "host": ""}
     place = f"{RECORDS}/{first.key}.json"
     upload_bytes(s3, json.dumps(begun).encode(), bucket, place)
-    found = runner.run(item)
-    assert found.status == "kept"
+    found = runner.run(item, "july")
+    assert (found.status, found.host) == ("kept", "")
     assert found.result["manifest_uri"] == first.result["manifest_uri"]
     assert read_json(s3, bucket, place)["release"] == record["release"]
     assert len(versions(settings)) == 1
 
     # A release that is gone is none.
     s3.delete_object(Bucket=bucket, Key=first.result["manifest_uri"].split("/", 3)[3])
-    anew = runner.run(item)
+    anew = runner.run(item, "july")
     assert anew.status == "released"
     assert anew.result["manifest_uri"] != first.result["manifest_uri"]
-    assert runner.run(item, force=True).result["version"] > anew.result["version"]
+    assert runner.run(item, "july", force=True).result["version"] > anew.result["version"]
 
 
 @pytest.mark.services
@@ -148,7 +151,7 @@ def test_checkpoint_and_signature_come_from_a_bucket(runner, files, s3, bucket):
     for name in ("net.pt", "eval.npz", signature_path("net.pt").name):
         upload_file(s3, files / name, bucket, f"in/{name}")
     item = item_of(files, bucket, eval_data=f"s3://{bucket}/in/eval.npz")
-    outcome = runner.run(replace(item, checkpoint=f"s3://{bucket}/in/net.pt"))
+    outcome = runner.run(replace(item, checkpoint=f"s3://{bucket}/in/net.pt"), "july")
     assert outcome.status == "released", outcome.error
     bucket_key = outcome.result["manifest_uri"].split("/", 3)[3]
     manifest = read_json(s3, bucket, bucket_key)
@@ -158,7 +161,7 @@ def test_checkpoint_and_signature_come_from_a_bucket(runner, files, s3, bucket):
 @pytest.mark.services
 def test_what_is_wrong_with_an_item_is_said_and_no_record_is_a_release(runner, files, s3, bucket):
     (files / "net.pt").write_bytes(b"no checkpoint")
-    outcome = runner.run(item_of(files, bucket))
+    outcome = runner.run(item_of(files, bucket), "july")
     assert (outcome.status, outcome.exit_code, outcome.service_failed) == ("failed", 2, False)
     assert "net.pt" in outcome.error
     assert read_json(s3, bucket, f"{RECORDS}/{outcome.key}.json")["release"] == ""
@@ -168,6 +171,6 @@ def test_what_is_wrong_with_an_item_is_said_and_no_record_is_a_release(runner, f
 @pytest.mark.services
 def test_an_outage_is_worth_another_attempt(settings, files, bucket):
     away = settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
-    with ItemRunner(away, "july") as runner:
-        outcome = runner.run(item_of(files, bucket))
+    with ItemRunner(away) as runner:
+        outcome = runner.run(item_of(files, bucket), "july")
     assert (outcome.status, outcome.exit_code, outcome.service_failed) == ("failed", 4, True)

@@ -15,23 +15,26 @@ from heimdall_onnx.cli import main
 from heimdall_onnx.errors import DataError
 from heimdall_onnx.fleet import FleetResult
 from heimdall_onnx.fleet_item import ItemOutcome
-from heimdall_onnx.fleet_plan import FleetPlan
+from heimdall_onnx.fleet_plan import FleetItem, FleetPlan
 from heimdall_onnx.fleet_report import (
     CSV,
     PARQUET,
     PLAN,
-    cost_of,
-    every_item,
-    failures,
     outcomes_frame,
-    outliers,
-    outliers_table,
-    overview,
-    ranked,
-    ranking,
     read_outcomes,
     store_report,
 )
+from heimdall_onnx.fleet_tables import (
+    cost_of,
+    every_item,
+    facts,
+    failures,
+    outliers,
+    outliers_table,
+    ranked,
+    ranking,
+)
+from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.store import list_keys
 
 
@@ -67,7 +70,7 @@ def failed(number: int) -> ItemOutcome:
         "cd" * 32,
         "failed",
         3,
-        error="a gate failed",
+        error="1 of 2 gates failed:\n  - batch independence: expected ≤ 1, measured 7",
         result={"gates": gates},
     )
 
@@ -92,18 +95,50 @@ def test_table_has_a_row_for_each_item_in_the_order_of_the_plan(outcomes):
     assert frame.loc[0, "s3_uri"] == "s3://models/net-1/v1/model.onnx"
 
 
-def test_overview_counts_what_became_of_the_items(frame):
-    text = overview(frame).data
-    for row in ("| released | 10 |", "| failed | 1 |", "| items | 11 |", "| machines | node1 |"):
-        assert row in text
+def test_what_differs_between_items_is_a_column(outcomes):
+    made = [ReleaseParameters(threads=1 + n % 2, model_kwargs={"width": 8}) for n in range(10)]
+    items = [FleetItem(n, "/runs/a.pt", p, None) for n, p in enumerate(made, 1)]
+    frame = outcomes_frame(outcomes, items)
+    given = [name for name in frame.columns if name.startswith("parameter_")]
+    assert given == ["parameter_threads"]
+    assert frame.parameter_threads.tolist()[:2] == ["1", "2"]
 
 
-def test_failures_come_with_the_gates_that_failed(frame):
+def test_what_somebody_must_see_is_first(frame):
+    found = facts(frame, 12.0, 2)
+    assert found["items"] == "11: 10 released, 0 kept, 1 failed"
+    assert found["failed"] == "1 at a gate or in the notebook"
+    assert found["stands out"].startswith("10: net-10.pt")
+    assert found["best"].startswith("6: net-6.pt")
+    assert found["best"].endswith("(p99 of the displacement by the export 0.8 m)")
+    without = facts(frame.tail(1), 12.0, 2)
+    assert (without["stands out"], "best" in without) == ("none", False)
+
+
+def test_failures_come_with_what_was_measured(frame):
     text = failures(frame).data
-    assert "batch independence" in text
+    assert "1 of 2 gates failed: batch independence: expected ≤ 1, measured 7" in text
     assert "bad&#124;one.pt" in text
     assert "net-1.pt" not in text
     assert failures(frame.head(3)).data == "No item failed."
+
+
+def test_of_many_failures_the_rest_is_counted():
+    text = failures(outcomes_frame([failed(n) for n in range(1, 1003)])).data
+    assert text.endswith("\n\nand 2 more, which are in the stored table.")
+
+
+def test_an_item_leads_to_its_report_in_the_same_bucket(frame):
+    linked = every_item(frame, "models").data
+    assert "[1: net-1.pt](../../../net-1/v1/report.html)" in linked
+    # It has none, and its name must not make one.
+    assert "| 11: bad&#124;one.pt |" in linked
+    for other in ("", "mod", "elsewhere"):
+        assert "](" not in every_item(frame, other).data
+    frame.loc[0, "report_html_uri"] = "s3://models/a b)](javascript:x)/report.html"
+    assert (
+        "(../../../a%20b%29%5D%28javascript%3Ax%29/report.html)" in every_item(frame, "models").data
+    )
 
 
 def test_what_stands_out_is_first(frame):
@@ -112,6 +147,15 @@ def test_what_stands_out_is_first(frame):
     assert found.iloc[0].figure == "displacement_p99_m"
     assert "10: net-10.pt" in outliers_table(frame).data
     assert outliers_table(frame.head(2)).data == "No item stands out in any figure."
+
+
+def test_an_item_stands_out_once_with_all_its_figures(frame):
+    frame["a_mae"] = [*([1e-8] * 9), 1e-7, np.nan]
+    lines = outliers_table(frame).data.splitlines()
+    # The others are equal to the last bit, and it is still the one that stands out.
+    assert len(lines) == 3
+    assert "a_mae" in lines[2]
+    assert "displacement_p99_m" in lines[2]
 
 
 def test_ranking_is_by_the_error_and_names_the_cost(frame):
@@ -134,15 +178,33 @@ def test_pareto_shows_what_no_other_beats(frame):
     done, column, words = ranked(frame)
     chart = plot.pareto(done, column, words, *cost_of(done))
     # 10 is the fastest, 9, 8 and 6 each the best of those that are as fast.
-    assert chart.title == "4 models of 10 that no other beats"
+    assert chart.title == "4 of 10 models are beaten by no other in both"
     assert "6: net-6.pt" in chart.alt
     assert "5: net-5.pt" not in chart.alt
     assert len(chart.to_png()) < 200_000
 
 
+def test_pareto_tells_what_is_exact_and_what_is_close(frame):
+    done, _, words = ranked(frame)
+    # An error of zero is the best there is, and no reason to leave a model out.
+    done["displacement_p99_m"] = [0.0, *(1000.0 + n for n in range(9))]
+    chart = plot.pareto(done, "displacement_p99_m", words, *cost_of(done))
+    assert " of 10 models" in chart.title
+    done["displacement_p99_m"] = [5_200_000.0 + 20_000 * n for n in range(10)]
+    chart = plot.pareto(done, "displacement_p99_m", words, *cost_of(done))
+    chart.to_png()
+    (axes,) = chart.figure.axes
+    assert axes.get_ylabel().endswith(", km")
+    ticks = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(set(ticks)) == len(ticks)
+
+
 def test_every_item_is_there_with_its_place(frame):
     assert len(every_item(frame).data.splitlines()) == 2 + 11
-    assert "node1 1" in every_item(frame).data
+    assert "node1, processors 1, load 0.00" in every_item(frame).data
+    # Nobody knows any more where it was measured.
+    frame.loc[0, "host"] = ""
+    assert "| not noted |" in every_item(frame).data
 
 
 @pytest.mark.parametrize("content", [b"no parquet", None])
@@ -169,7 +231,7 @@ def test_report_is_stored_beside_plan_and_table(outcomes, s3, bucket, tmp_path):
     assert names == {PLAN, CSV, PARQUET, "report.ipynb", "report.html"}
     assert stored.report_html_uri == f"{stored.folder_uri}/report.html"
     page = stored.local_report.read_text()
-    for text in ("net-6.pt", "batch independence", "What failed, and why?"):
+    for text in ("FAIL — fleet july", "net-6.pt", "batch independence", "What failed, and why?"):
         assert text in page
     executed = nbformat.read(stored.local_report.with_suffix(".ipynb"), 4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]

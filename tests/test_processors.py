@@ -13,6 +13,7 @@ import pytest
 from heimdall_onnx.processors import (
     instruction_sets,
     last_level_cache_bytes,
+    physical_cores,
     processor_quota,
     usable_processors,
 )
@@ -111,6 +112,17 @@ def test_a_part_of_a_processor_counts_as_one_more(tmp_path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this machine has one processor")
     assert usable_processors(unified(tmp_path, "/", _="110000 100000")) == 2
+
+
+def test_hardware_threads_of_a_core_are_together(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 5, 7, 8})
+    siblings = {0: "0,2", 2: "0,2", 1: "1,3", 3: "1,3", 5: "4-5", 8: "8"}
+    places = {
+        f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list": f"{text}\n"
+        for number, text in siblings.items()
+    }
+    write(tmp_path, places)
+    assert physical_cores(tmp_path) == [(0, 2), (1, 3), (5,), (7,), (8,)]
 
 
 def test_affinity_bounds_the_processors() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
 from heimdall_onnx.plot.chart import (
+    INK,
     ONNX_COLOR,
     PYTORCH_COLOR,
-    QUIET_INK,
     Chart,
     count_of,
     fitting_log_axis,
+    metre_scale,
     name,
     new_figure,
     number,
@@ -21,7 +25,10 @@ from heimdall_onnx.plot.variants import front
 if TYPE_CHECKING:
     import pandas as pd
 
-_NAMED = 8
+_NAMED = 20
+# From so many times the least value on an axis is logarithmic.
+_FEW = 5.0
+_DIGITS = 4
 
 
 @styled
@@ -41,38 +48,61 @@ def pareto(
     """
     if not column or column not in frame or cost not in frame:
         return None
-    shown = frame[(frame[column] > 0) & (frame[cost] > 0)]
+    shown = frame[frame[column].notna() & frame[cost].notna()]
     if shown.empty:
         return None
-    points = [*zip(shown[cost], shown[column], shown.label, strict=True)]
+    errors = shown[column]
+    if column.endswith("_m"):
+        factor, unit = metre_scale(errors.max())
+        errors, words = errors / factor, f"{words.removesuffix(', m')}, {unit}"
+    points = [*zip(shown[cost], errors, shown.label, strict=True)]
     best = front([(x, y) for x, y, _ in points])
     labels = {(x, y): label for x, y, label in reversed(points)}
-    lowest = min(points, key=lambda point: point[1])
-    title = f"{count_of(len(best), 'model')} of {len(points)} that no other beats"
+    lowest, cheapest = (name(labels[best[at]], 60) for at in (-1, 0))
+    title = f"{len(best):,} of {count_of(len(points), 'model')} are beaten by no other in both"
+    if len(best) == 1:
+        title = f"One model beats the others in both: {lowest}"
     figure = new_figure(
         title,
-        f"lowest error: {name(lowest[2], 60)} · dotted: the best trade-offs",
+        f"lowest error: {lowest} · least cost: {cheapest} · numbers: items on the dotted line of "
+        "the best trade-offs",
         height=4.4,
     )
     axes = figure.subplots()
-    axes.plot(
-        shown[cost], shown[column], "o", color=PYTORCH_COLOR, alpha=0.6, markersize=5, gid="items"
-    )
+    axes.plot(shown[cost], errors, "o", color=PYTORCH_COLOR, alpha=0.6, markersize=5, gid="items")
     axes.plot(*zip(*best, strict=True), "o:", color=ONNX_COLOR, markersize=8, lw=1.2, gid="front")
+    axes.set(xlabel=cost_words, ylabel=words)
+    axes.margins(x=0.16, y=0.14)
+    if _wide(shown[cost]):
+        axes.set_xscale("log")
+    if _wide(errors):
+        axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        _write(axis)
     for x, y in best[:_NAMED]:
         axes.annotate(
-            name(labels[x, y]),
+            labels[x, y].partition(":")[0],
             (x, y),
             xytext=(6, 6),
             textcoords="offset points",
-            fontsize=9,
-            color=QUIET_INK,
+            fontsize=10,
+            color=INK,
         )
-    axes.set(xlabel=cost_words, ylabel=words, xscale="log", yscale="log")
-    axes.margins(x=0.16, y=0.14)
-    fitting_log_axis(axes.xaxis)
-    fitting_log_axis(axes.yaxis)
     alt = "; ".join(
         f"{labels[x, y]}: {words} {number(y, 4)} at {cost_words} {number(x, 4)}" for x, y in best
     )
     return Chart(figure, title, alt)
+
+
+def _wide(values: pd.Series[float]) -> bool:
+    """Whether values need a logarithmic axis; a zero has no place there."""
+    return bool(0 < _FEW * values.min() < values.max())
+
+
+def _write(axis: Axis) -> None:
+    if axis.get_scale() == "log":
+        fitting_log_axis(axis)
+        return
+    # Two ticks beside each other must not read alike.
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, _DIGITS)))
