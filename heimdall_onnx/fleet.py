@@ -67,7 +67,8 @@ class FleetResult:
 
     Attributes:
         name: Of the fleet.
-        outcomes: Of every item, in the plan's order.
+        outcomes: Of every item, in the plan's order; what its steps cost is in its manifest only,
+            since of thousands the client could not hold it.
         seconds: From the first submission to the last outcome.
         workers: Workers there were when it began.
     """
@@ -137,7 +138,7 @@ def run_fleet(
         workers: How many of these; by default one for each processor.
         force: Release anew what is released already.
         on_start: Called with the dashboard's address and the number of workers.
-        on_outcome: Called with each outcome as it comes.
+        on_outcome: Called with each outcome as it comes, all of it.
 
     Raises:
         ParameterError: If an item needs what no worker has.
@@ -154,8 +155,9 @@ def run_fleet(
         slots = int(sum(resources[RELEASE] for resources in offered.values()))
         outcomes = {}
         for outcome in _outcomes(client, plan, slots, force=force):
-            outcomes[outcome.number] = outcome
             on_outcome(outcome)
+            kept = {name: value for name, value in outcome.result.items() if name != "costs"}
+            outcomes[outcome.number] = replace(outcome, result=kept)
         seconds = time.perf_counter() - started
     ordered = tuple(outcomes[item.number] for item in plan.items)
     return FleetResult(plan.name, ordered, seconds, len(offered))

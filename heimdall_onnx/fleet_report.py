@@ -22,12 +22,10 @@ from heimdall_onnx.fleet_item import ItemOutcome
 from heimdall_onnx.fleet_plan import FleetPlan
 from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.manifest import REPORT, REPORT_HTML
-from heimdall_onnx.plot.chart import number
 from heimdall_onnx.publish import content_type
 from heimdall_onnx.release import notebook_path
 from heimdall_onnx.report import render_html
 from heimdall_onnx.store import claim_version, ensure_bucket, upload_file
-from heimdall_onnx.tables import table
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -189,10 +187,10 @@ def overview(frame: pd.DataFrame) -> Markdown:
         ("items", f"{len(frame):,}"),
         ("attempts", f"{frame.attempts.sum():,}"),
         ("machines", ", ".join(sorted(set(frame.host) - {""})) or "none"),
-        ("seconds an item, median", number(seconds.median())),
-        ("seconds an item, longest", number(seconds.max())),
+        ("seconds an item, median", _number(seconds.median())),
+        ("seconds an item, longest", _number(seconds.max())),
     ]
-    return table(("fleet", ""), rows)
+    return _table(("fleet", ""), rows)
 
 
 def failures(frame: pd.DataFrame) -> Markdown:
@@ -204,7 +202,7 @@ def failures(frame: pd.DataFrame) -> Markdown:
         (row.label, row.exit_code, row.failed_gates or row.error, row.report_html_uri or "none")
         for row in failed.itertuples()
     ]
-    return table(("item", "exit code", "why", "its report"), rows)
+    return _table(("item", "exit code", "why", "its report"), rows)
 
 
 def ranked(frame: pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
@@ -227,13 +225,13 @@ def ranking(frame: pd.DataFrame) -> Markdown:
         (
             place,
             row.label,
-            number(getattr(row, column), 4),
-            number(getattr(row, cost), 4),
+            _number(getattr(row, column), 4),
+            _number(getattr(row, cost), 4),
             row.s3_uri,
         )
         for place, row in enumerate(done.head(_ROWS).itertuples(), 1)
     ]
-    return table(("", "item", words, cost_words, "model"), rows)
+    return _table(("", "item", words, cost_words, "model"), rows)
 
 
 def cost_of(frame: pd.DataFrame) -> tuple[str, str]:
@@ -270,10 +268,16 @@ def outliers_table(frame: pd.DataFrame) -> Markdown:
     if found.empty:
         return Markdown("No item stands out in any figure.")
     rows = [
-        (row.label, row.figure, number(row.value, 4), number(row.median, 4), number(row.score, 2))
+        (
+            row.label,
+            row.figure,
+            _number(row.value, 4),
+            _number(row.median, 4),
+            _number(row.score, 2),
+        )
         for row in found.head(_ROWS).itertuples()
     ]
-    return table(("item", "figure", "its value", "median", "modified z-score"), rows)
+    return _table(("item", "figure", "its value", "median", "modified z-score"), rows)
 
 
 def every_item(frame: pd.DataFrame) -> Markdown:
@@ -289,4 +293,17 @@ def every_item(frame: pd.DataFrame) -> Markdown:
         )
         for row in frame.head(_MOST_ROWS).itertuples()
     ]
-    return table(("item", "", "seconds", "host and processors", "load", "report"), rows)
+    return _table(("item", "", "seconds", "host and processors", "load", "report"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
+    # PyTorch comes along with it; the client, which only stores the report, needs none.
+    from heimdall_onnx.tables import table
+
+    return table(head, rows)
+
+
+def _number(value: float, digits: int = 2) -> str:
+    from heimdall_onnx.plot.chart import number
+
+    return number(value, digits)
