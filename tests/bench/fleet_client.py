@@ -72,11 +72,22 @@ def main() -> None:
     if chosen.instead:
         fleet.run_item = answering(chosen.instead)
 
+    outcomes: list[ItemOutcome] = []
+
     def started(dashboard: str, workers: int) -> None:
         found["imports_s"] = wait_for_imports() if chosen.warm else 0.0
 
+    def ended(outcome: ItemOutcome) -> None:
+        if not chosen.instead:
+            outcomes.append(outcome)
+
     result = fleet.run_fleet(
-        plan, settings, workers=chosen.workers, force=chosen.force, on_start=started
+        plan,
+        settings,
+        workers=chosen.workers,
+        force=chosen.force,
+        on_start=started,
+        on_outcome=ended,
     )
     found |= {"seconds": result.seconds, "collected_bytes": peak_memory_bytes()}
     if chosen.report:
@@ -87,9 +98,7 @@ def main() -> None:
         store_report(client, bucket, plan, result, settings.home)
     found["peak_bytes"] = peak_memory_bytes()
     found["exit_code"] = result.exit_code
-    if not chosen.instead:
-        found["outcomes"] = [asdict(outcome) for outcome in result.outcomes]
-    print(json.dumps(found))
+    print(json.dumps(found | {"outcomes": list(map(asdict, outcomes))}))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ import os
 import re
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,7 @@ import sqlalchemy
 from processes import Run
 
 from heimdall_onnx.settings import Settings, with_driver
-from heimdall_onnx.store import make_client
+from heimdall_onnx.store import list_versions, make_client, parse_uri
 
 if TYPE_CHECKING:
     from proxy import Proxy
@@ -38,6 +41,7 @@ PARAMETERS = {"profile": "smoke", "measure_latency": False, "threads": 1, "bucke
 DAY_S, A_DAY = 86_400, 10_000
 # What a release does for its model; a bare script would have these, too.
 MODEL_STEPS = {"checkpoint", "evaluation data", "export", "validation", "parity", "departure"}
+_QUESTIONS, _PAGE = 9, 20
 BEYOND = "records, manifest, alias"
 
 Found = tuple[str, float | None, bool, str, tuple[float, ...], str]
@@ -54,6 +58,7 @@ class Sizes:
         scheduled: Of workers that do nothing for them.
         planned: Of workers that do nothing, while the client's memory is looked at.
         counted: Released while requests, bytes and rows are counted.
+        history: Versions of one name that the registry holds, and folders of releases.
     """
 
     compared: int = 16
@@ -61,6 +66,7 @@ class Sizes:
     scheduled: int = 1_000
     planned: int = 10_000
     counted: int = 50
+    history: int = 10_000
 
     def scaled(self, share: float) -> Sizes:
         """That share of each, at least four."""
@@ -232,7 +238,7 @@ class Place:
         )
         found: dict[str, Any] = json.loads(done.output.splitlines()[-1])
         if found["exit_code"]:
-            errors = {o["error"] for o in found.get("outcomes", []) if o["error"]}
+            errors = {o["error"] for o in found["outcomes"] if o["error"]}
             raise RuntimeError(f"a fleet of the benchmark has failed: {'; '.join(errors)}")
         return found
 
@@ -310,6 +316,8 @@ def rows(there: Place, rounds: int, sizes: Sizes) -> Iterator[Found]:
     yield from _scheduling(there, rounds, sizes, outcome)
     yield from _memory(there, sizes, outcome)
     yield from _costs(there, sizes, outcomes)
+    yield from _registry_history(there, sizes)
+    yield from _store_history(there, sizes)
 
 
 def _workers(
@@ -499,6 +507,97 @@ def _counted_rows(counts: Counts, items: int) -> Iterator[Found]:
         counts.rows.total(),
         f"all tables after less before; {_listed(by_table, '.1f')}; the database has grown by "
         f"{counts.database / items / 1e3:.0f} kB an item",
+    )
+
+
+def _registry_history(there: Place, sizes: Sizes) -> Iterator[Found]:
+    """What a release asks of a name with many versions."""
+    from heimdall_onnx.registry import MLflowTracker
+
+    tracker = MLflowTracker(there.environment["MLFLOW_TRACKING_URI"])
+    source = f"s3://{BUCKET}/models/localization/v20260101_000000"
+    name = "history"
+    tracker.set_alias(name, tracker.register_model(name, _with_mlmodel(there, source)), "staging")
+    few, many = sizes.history // 100, sizes.history
+    asked = {
+        "where an alias points": lambda: tracker.alias_target(name, "staging"),
+        "another version": lambda: tracker.register_model(name, source),
+    }
+    found: dict[str, dict[int, list[float]]] = {what: {few: [], many: []} for what in asked}
+    for count in (few, many):
+        _add_versions(there.database, name, count)
+        for _ in range(_QUESTIONS):
+            for what, ask in asked.items():
+                began = time.perf_counter()
+                ask()
+                found[what][count].append(1000 * (time.perf_counter() - began))
+    for what, times in found.items():
+        yield (
+            f"the registry, {what}: {many:,} versions / {few:,}",
+            None,
+            False,
+            "×",
+            tuple(a / b for a, b in zip(times[many], times[few], strict=True)),
+            f"all versions of one name; {_QUESTIONS} questions each, {_median(times[few])} and "
+            f"{_median(times[many])} ms",
+        )
+
+
+def _with_mlmodel(there: Place, source: str) -> str:
+    """The folder, with all in it that registering looks for."""
+    bucket, key = parse_uri(source)
+    client = make_client(_settings(there.environment))
+    client.put_object(Bucket=bucket, Key=f"{key}/MLmodel", Body=b"")
+    return source
+
+
+def _add_versions(database: str, name: str, count: int) -> None:
+    """Copies of the name's first version, up to so many."""
+    engine = sqlalchemy.create_engine(database)
+    with engine.begin() as connection:
+        table = sqlalchemy.Table("model_versions", sqlalchemy.MetaData(), autoload_with=connection)
+        own = sqlalchemy.select(table).where(table.c.name == name).order_by(table.c.version)
+        first, *_ = there_are = connection.execute(own).mappings().all()
+        copies = [{**first, "version": n} for n in range(there_are[-1]["version"] + 1, count + 1)]
+        connection.execute(table.insert(), copies)
+    engine.dispose()
+
+
+def _store_history(there: Place, sizes: Sizes) -> Iterator[Found]:
+    """A page of a folder that has many releases."""
+    client, prefix = make_client(_settings(there.environment)), "models/history"
+    few, many = sizes.history // 10, sizes.history
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    versions = [f"v{start + timedelta(minutes=n):%Y%m%d_%H%M%S}" for n in range(many)]
+    seconds: dict[int, list[float]] = {few: [], many: []}
+    requests: list[str] = []
+    client.meta.events.register("before-call.s3", lambda model, **_: requests.append(model.name))
+    before = 0
+    for count in (few, many):
+        keys = [
+            f"{prefix}/{version}/{name}"
+            for version in versions[before:count]
+            for name in ("manifest.json", "model.onnx")
+        ]
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda key: client.put_object(Bucket=BUCKET, Key=key), keys))
+        before = count
+        requests.clear()
+        for _ in range(_QUESTIONS):
+            began = time.perf_counter()
+            page = list_versions(client, BUCKET, prefix, after=versions[count // 2], limit=_PAGE)
+            seconds[count].append(time.perf_counter() - began)
+            if len(page) != _PAGE:
+                raise RuntimeError(f"expected a page of {_PAGE} versions, found {len(page)}")
+    yield (
+        f"a page of {_PAGE} releases: {many:,} in the folder / {few:,}",
+        None,
+        False,
+        "×",
+        tuple(a / b for a, b in zip(seconds[many], seconds[few], strict=True)),
+        f"from the middle; {_median([1000 * s for s in seconds[few]])} and "
+        f"{_median([1000 * s for s in seconds[many]])} ms, "
+        f"{len(requests) / _QUESTIONS:g} requests each",
     )
 
 
