@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,8 +22,8 @@ from heimdall_onnx.costs import peak_memory_bytes
 from heimdall_onnx.fleet_item import ItemOutcome
 from heimdall_onnx.fleet_plan import FleetItem, read_plan
 
-_IDLE_SHARE = 0.1
-_LOOK_S = 0.5
+_IDLE_SHARE, _IDLE_S = 0.1, 0.5
+_LOOK_S = 0.2
 
 
 def answering(path: str) -> Callable[[FleetItem, bool], ItemOutcome]:
@@ -35,24 +36,41 @@ def answering(path: str) -> Callable[[FleetItem, bool], ItemOutcome]:
     return answer
 
 
-def wait_for_imports() -> float:
-    """Until the processes that this one has started compute no more; how long that took."""
-    began, before = time.monotonic(), -1.0
-    while (used := _processor_seconds()) - before > _IDLE_SHARE * _LOOK_S:
-        before = used
-        time.sleep(_LOOK_S)
-    return time.monotonic() - began
+class ProcessorTime(threading.Thread):
+    """Sums up the processor time of this process and all that it has started.
 
+    It looks again and again: nobody waits for the kernels, whose time would be lost with them.
+    """
 
-def _processor_seconds() -> float:
-    total = 0.0
-    for child in psutil.Process().children(recursive=True):
-        try:
-            times = child.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system
-    return total
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._seconds: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        while True:
+            self.seconds()
+            time.sleep(_LOOK_S)
+
+    def seconds(self) -> float:
+        """So far, but for what processes that have ended computed after the last look."""
+        own = psutil.Process()
+        with self._lock:
+            for process in (own, *own.children(recursive=True)):
+                try:
+                    times = process.cpu_times()
+                except psutil.Error:
+                    continue
+                self._seconds[process.pid] = times.user + times.system
+            return sum(self._seconds.values())
+
+    def wait_until_idle(self) -> float:
+        """Until nothing is computed any more; how long that took."""
+        began, before = time.monotonic(), -1.0
+        while (used := self.seconds()) - before > _IDLE_SHARE * _IDLE_S:
+            before = used
+            time.sleep(_IDLE_S)
+        return time.monotonic() - began
 
 
 def main() -> None:
@@ -73,9 +91,12 @@ def main() -> None:
         fleet.run_item = answering(chosen.instead)
 
     outcomes: list[ItemOutcome] = []
+    processors = ProcessorTime()
+    processors.start()
 
     def started(dashboard: str, workers: int) -> None:
-        found["imports_s"] = wait_for_imports() if chosen.warm else 0.0
+        found["imports_s"] = processors.wait_until_idle() if chosen.warm else 0.0
+        found["processor_s"] = processors.seconds()
 
     def ended(outcome: ItemOutcome) -> None:
         if not chosen.instead:
@@ -89,6 +110,7 @@ def main() -> None:
         on_start=started,
         on_outcome=ended,
     )
+    found["processor_s"] = processors.seconds() - found["processor_s"]
     found |= {"seconds": result.seconds, "collected_bytes": peak_memory_bytes()}
     if chosen.report:
         from heimdall_onnx.fleet_report import store_report

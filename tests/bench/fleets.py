@@ -330,6 +330,7 @@ def _workers(
             options = ("--workers", str(workers), "--warm", "--force")
             found[workers].append(there.client(plan, *options))
     outcomes += [outcome for done in found[2] for outcome in done["outcomes"]]
+    processor = {n: [d["processor_s"] / sizes.compared for d in done] for n, done in found.items()}
     seconds = {workers: [done["seconds"] for done in each] for workers, each in found.items()}
     imports = statistics.median(done["imports_s"] for done in found[2])
     yield (
@@ -342,6 +343,15 @@ def _workers(
         f"from the first submission to the last outcome: {_median(seconds[1])} and "
         f"{_median(seconds[2])} s; before that two workers import for {imports:.1f} s, once a "
         f"fleet; store, registry and PostgreSQL run on the same {os.cpu_count()} processors",
+    )
+    yield (
+        "an item: processor seconds",
+        None,
+        False,
+        "s",
+        tuple(processor[2]),
+        "client, workers and kernels of two workers, without store and registry; of one worker "
+        f"{_median(processor[1])} s",
     )
 
 
@@ -490,14 +500,14 @@ def _counted_rows(counts: Counts, items: int) -> Iterator[Found]:
     stored = {kind: size / items / 1e3 for kind, size in counts.stored.items()}
     yield each(
         "bytes in the store",
-        "kB",
-        counts.stored.total() / 1e3,
-        f"sizes of all objects after less before; {_listed(stored, '.0f')}",
+        "MB",
+        counts.stored.total() / 1e6,
+        f"sizes of all objects after less before, kB: {_listed(stored, '.0f')}",
     )
     yield each(
         "bytes to and from the store",
-        "kB",
-        counts.moved / 1e3,
+        "MB",
+        counts.moved / 1e6,
         "bodies of requests and answers; whatever is uploaded is read back",
     )
     by_table = {table: n / items for table, n in counts.rows.items()}
