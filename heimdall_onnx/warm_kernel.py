@@ -245,6 +245,8 @@ def main() -> None:
     os.dup2(2, 1)
     with answers:
         serve(sys.stdin, answers)
+    # To take apart what was imported would take Python seconds.
+    os._exit(0)
 
 
 if __name__ == "__main__":
