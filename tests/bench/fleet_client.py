@@ -22,8 +22,8 @@ from heimdall_onnx.costs import peak_memory_bytes
 from heimdall_onnx.fleet_item import ItemOutcome
 from heimdall_onnx.fleet_plan import FleetItem, read_plan
 
-_IDLE_SHARE, _IDLE_S = 0.1, 0.5
-_LOOK_S = 0.2
+_IDLE_SHARE, _IDLE_S, _LONGEST_S = 0.2, 1.0, 90.0
+_LOOK_S = 0.5
 
 
 def answering(path: str) -> Callable[[FleetItem, bool], ItemOutcome]:
@@ -37,7 +37,7 @@ def answering(path: str) -> Callable[[FleetItem, bool], ItemOutcome]:
 
 
 class ProcessorTime(threading.Thread):
-    """Sums up the processor time of this process and all that it has started.
+    """Sums up the processor time of all that this process has started.
 
     It looks again and again: nobody waits for the kernels, whose time would be lost with them.
     """
@@ -54,9 +54,8 @@ class ProcessorTime(threading.Thread):
 
     def seconds(self) -> float:
         """So far, but for what processes that have ended computed after the last look."""
-        own = psutil.Process()
         with self._lock:
-            for process in (own, *own.children(recursive=True)):
+            for process in psutil.Process().children(recursive=True):
                 try:
                     times = process.cpu_times()
                 except psutil.Error:
@@ -65,9 +64,11 @@ class ProcessorTime(threading.Thread):
             return sum(self._seconds.values())
 
     def wait_until_idle(self) -> float:
-        """Until nothing is computed any more; how long that took."""
+        """Until little is computed any more, or for long enough; how long that took."""
         began, before = time.monotonic(), -1.0
         while (used := self.seconds()) - before > _IDLE_SHARE * _IDLE_S:
+            if time.monotonic() - began > _LONGEST_S:
+                break
             before = used
             time.sleep(_IDLE_S)
         return time.monotonic() - began

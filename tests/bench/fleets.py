@@ -350,7 +350,7 @@ def _workers(
         False,
         "s",
         tuple(processor[2]),
-        "client, workers and kernels of two workers, without store and registry; of one worker "
+        "workers and kernels of two workers, without client, store and registry; of one worker "
         f"{_median(processor[1])} s",
     )
 
