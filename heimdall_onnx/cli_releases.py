@@ -105,8 +105,18 @@ def _print_json(result: Any) -> None:
 
 @click.command("list")
 @_place_options
-def list_(bucket: str, prefix: str) -> None:
-    """List the releases, oldest first."""
+@click.option("--limit", type=click.IntRange(min=1), help="How many at most.  [default: all]")
+@click.option(
+    "--after",
+    default="",
+    metavar="VERSION",
+    help="Only later ones; the beginning of a version will do: v20261120 begins with that day.",
+)
+def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
+    """List the releases, oldest first.
+
+    With --limit or --after no more is read than what is shown, however many there are.
+    """
     from heimdall_onnx.manifest import read_manifest
     from heimdall_onnx.store import bucket_exists, list_versions
 
@@ -115,7 +125,8 @@ def list_(bucket: str, prefix: str) -> None:
         click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
         return
     unreadable = []
-    for version in list_versions(client, bucket, prefix):
+    found = list_versions(client, bucket, prefix, after=after, limit=limit and limit + 1)
+    for version in found[:limit]:
         try:
             manifest = read_manifest(client, _folder(version, bucket, prefix))
         except VerificationError as error:
@@ -128,6 +139,8 @@ def list_(bucket: str, prefix: str) -> None:
             f"{manifest.model_name} version {manifest.model_version}"
             + (f"  recommended {manifest.recommended}" if manifest.variants else "")
         )
+    if limit and found[limit:]:
+        click.echo(f"there are more: --after {found[limit - 1]}", err=True)
     if unreadable:
         raise VerificationError(f"the manifest can't be read of {', '.join(unreadable)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ import dask
 from distributed import Client, LocalCluster, WorkerPlugin
 from distributed.worker import Worker
 
-from heimdall_onnx.errors import SchedulerError
-from heimdall_onnx.processors import usable_processors
+from heimdall_onnx.errors import SchedulerError, SettingsError
+from heimdall_onnx.processors import physical_cores, usable_processors
 
 _SCHEDULER_TIMEOUT_S = 30
 
@@ -21,18 +22,23 @@ def scheduler_client(address: str) -> Iterator[Client]:
     """A client of the scheduler at an address, e.g. ``tls://host:8786``.
 
     Raises:
-        SchedulerError: If it can't be reached or has no workers.
+        SchedulerError: If it can't be reached.
+        SettingsError: If certificates are needed and none are set.
     """
     try:
         client = Client(address, timeout=_SCHEDULER_TIMEOUT_S)
+    except TypeError as error:  # Dask's own for certificates that it has not got
+        raise SettingsError(
+            f"the scheduler {address} can't be connected to: {error}; for tls:// set "
+            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …__TLS__CLIENT__CERT and "
+            "…__TLS__CLIENT__KEY, here and on the workers"
+        ) from error
     except (OSError, ValueError, TimeoutError) as error:
         raise SchedulerError(
             f"no scheduler answers at {address}: {error or type(error).__name__}; start "
             "`dask scheduler` there, or take workers on this machine"
         ) from error
     with client:
-        if not client.nthreads():
-            raise SchedulerError(f"the scheduler at {address} has no workers: start some")
         yield client
 
 
@@ -75,11 +81,14 @@ def local_client(
 
 
 def own_processors(count: int) -> dict[str, tuple[int, ...]]:
-    """The processors of each of ``count`` workers by its name; none if there are too few."""
-    processors = sorted(os.sched_getaffinity(0))
-    if count > len(processors):
+    """The processors of each of ``count`` workers by its name; none where a core had to be shared.
+
+    A core's hardware threads stay together: a neighbour on the other one would be measured too.
+    """
+    cores = physical_cores()
+    if count > len(cores):
         return {}
-    return {str(number): tuple(processors[number::count]) for number in range(count)}
+    return {str(n): tuple(sorted(itertools.chain(*cores[n::count]))) for n in range(count)}
 
 
 class _OwnProcessors(WorkerPlugin):  # type: ignore[misc]

@@ -90,7 +90,10 @@ class EvaluationWorkers:
             )
         shipped = _Shipped.of(model, onnx_path, settings)
         with self._client() as client:
-            workers = sum(client.nthreads().values())
+            if not (workers := sum(client.nthreads().values())):
+                raise SchedulerError(
+                    f"the scheduler at {self.scheduler} has no workers: start some"
+                )
             where = _require_same_versions(client.run(_place))
             sent = client.scatter([shipped, data], broadcast=True, hash=False)
             checks = [

@@ -28,18 +28,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
-import dask
 import psutil
-from distributed import Client, Future, LocalCluster, wait
+from distributed import Client, Future, wait
 from distributed.scheduler import KilledWorker
 from distributed.utils import CancelledError
 
+from heimdall_onnx.dask_workers import local_client, own_processors, scheduler_client
 from heimdall_onnx.errors import (
     EvidenceError,
     HeimdallError,
     ParameterError,
     SchedulerError,
-    SettingsError,
 )
 from heimdall_onnx.fleet_item import ItemOutcome
 from heimdall_onnx.fleet_plan import FleetItem, FleetPlan
@@ -54,7 +53,6 @@ log = get_logger(__name__)
 
 ATTEMPTS = 5
 _LONGEST_PAUSE_S = 60.0
-_SCHEDULER_TIMEOUT_S = 30
 _LOOK_S = 1.0
 # Workers of a cluster come and go.
 _COUNT_WORKERS_S = 5.0
@@ -68,7 +66,8 @@ class FleetResult:
 
     Attributes:
         name: Of the fleet.
-        outcomes: Of every item, in the plan's order.
+        outcomes: Of every item, in the plan's order; what its steps cost is in its manifest only,
+            since of thousands the client could not hold it.
         seconds: From the first submission to the last outcome.
         workers: Workers there were when it began.
     """
@@ -110,7 +109,7 @@ def run_fleet(
             where latency is measured.
         force: Release anew what is released already.
         on_start: Called with the dashboard's address and the number of workers.
-        on_outcome: Called with each outcome as it comes.
+        on_outcome: Called with each outcome as it comes, all of it.
 
     Raises:
         ParameterError: If an item needs what no worker has.
@@ -127,8 +126,9 @@ def run_fleet(
         started = time.perf_counter()
         outcomes = {}
         for outcome in _outcomes(pool, plan, force=force):
-            outcomes[outcome.number] = outcome
             on_outcome(outcome)
+            kept = {name: value for name, value in outcome.result.items() if name != "costs"}
+            outcomes[outcome.number] = replace(outcome, result=kept)
         seconds = time.perf_counter() - started
     ordered = tuple(outcomes[item.number] for item in plan.items)
     return FleetResult(plan.name, ordered, seconds, len(offered))
@@ -138,17 +138,6 @@ def _default_workers(plan: FleetPlan) -> int:
     usable = usable_processors()
     measured = any(item.parameters.measure_latency for item in plan.items)
     return min(usable, len(physical_cores())) if measured else usable
-
-
-def _shares(count: int) -> dict[str, tuple[int, ...]]:
-    """The processors of each of ``count`` workers by its name; none where a core had to be shared.
-
-    A core's hardware threads stay together: a neighbour on the other one would be measured too.
-    """
-    cores = physical_cores()
-    if count > len(cores):
-        return {}
-    return {str(n): tuple(sorted(itertools.chain(*cores[n::count]))) for n in range(count)}
 
 
 class _Pool:
@@ -233,55 +222,19 @@ class _Pool:
 def _connected(settings: Settings, scheduler: str, workers: int) -> Iterator[_Pool]:
     """A client of the scheduler, whose workers know what to do."""
     if scheduler:
-        try:
-            client = Client(scheduler, timeout=_SCHEDULER_TIMEOUT_S)
-        except TypeError as error:  # Dask's own for certificates that it has not got
-            raise SettingsError(
-                f"the scheduler {scheduler} can't be connected to: {error}; for tls:// set "
-                "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …__TLS__CLIENT__CERT and "
-                "…__TLS__CLIENT__KEY, here and on the workers"
-            ) from error
-        except (OSError, ValueError, TimeoutError) as error:
-            raise SchedulerError(
-                f"no scheduler answers at {scheduler}: {error or type(error).__name__}; start "
-                "`dask scheduler` there, or leave --scheduler out to use this machine's processors"
-            ) from error
-        with client:
-            yield _Pool(client, FleetWorker({}))
+        with scheduler_client(scheduler) as client:
+            yield _Pool(client, FleetWorker())
         return
-    with _local_cluster(settings, workers) as (cluster, cores), Client(cluster) as client:
-        yield _Pool(client, FleetWorker(cores))
-
-
-@contextmanager
-def _local_cluster(
-    settings: Settings, count: int
-) -> Iterator[tuple[LocalCluster, dict[str, tuple[int, ...]]]]:
-    """Workers on this machine, each with processors of its own if there are enough."""
-    cores = _shares(count)
-    resources = {
+    resources: dict[str, float] = {
         RELEASE: 1,
-        MEMORY: int(_MEMORY_SHARE * psutil.virtual_memory().available / count),
+        MEMORY: int(_MEMORY_SHARE * psutil.virtual_memory().available / workers),
     }
-    if cores:
+    if own_processors(workers):
         resources[CORES] = 1
-    with (
-        # Workers start kernels, and each is the whole of its own.
-        dask.config.set({"distributed.worker.daemon": False}),
-        LocalCluster(
-            n_workers=count,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            # Whoever reaches a scheduler runs code as its user: on loopback, too, only we do.
-            security=True,
-            resources=resources,
-            memory_limit=None,
-            env=kernel_environment(settings),
-            silence_logs="ERROR",
-        ) as cluster,
-    ):
-        yield cluster, cores
+    with local_client(
+        workers, resources=resources, environment=kernel_environment(settings)
+    ) as client:
+        yield _Pool(client, FleetWorker())
 
 
 def _needs(item: FleetItem) -> dict[str, float]:

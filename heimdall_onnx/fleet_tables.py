@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -11,8 +12,7 @@ from IPython.display import Markdown
 
 from heimdall_onnx.errors import EvidenceError, InputError, ServiceError
 from heimdall_onnx.gates import escape_markdown
-from heimdall_onnx.plot.chart import count_of, distance, number
-from heimdall_onnx.tables import table
+from heimdall_onnx.words import count_of, distance, number
 
 _ROWS = 20
 _MOST_ROWS = 1000
@@ -92,7 +92,7 @@ def failures(frame: pd.DataFrame, bucket: str = "") -> Markdown:
         (_linked(row, bucket), row.exit_code, _shortened(row.error or row.failed_gates))
         for row in ordered.head(_MOST_ROWS).itertuples()
     ]
-    return _with_rest(table(("item", "exit code", "why"), rows), len(ordered))
+    return _with_rest(_table(("item", "exit code", "why"), rows), len(ordered))
 
 
 def ranked(frame: pd.DataFrame) -> tuple[pd.DataFrame, str, str]:
@@ -128,7 +128,7 @@ def ranking(frame: pd.DataFrame, bucket: str = "") -> Markdown:
         for place, row in enumerate(done.head(_ROWS).itertuples())
     ]
     head = ("", "item", words.removesuffix(", m"), cost_words, "measured on", "model")
-    return _with_rest(table(head, rows), len(done))
+    return _with_rest(_table(head, rows), len(done))
 
 
 def cost_of(frame: pd.DataFrame) -> tuple[str, str]:
@@ -183,7 +183,7 @@ def outliers_table(frame: pd.DataFrame, bucket: str = "") -> Markdown:
         for row, figures in [*items][:_ROWS]
     ]
     head = ("item", "figure", "its value", "median", "modified z-score", "stands out in, too")
-    return _with_rest(table(head, rows), len(items))
+    return _with_rest(_table(head, rows), len(items))
 
 
 def every_item(frame: pd.DataFrame, bucket: str = "") -> Markdown:
@@ -204,7 +204,7 @@ def every_item(frame: pd.DataFrame, bucket: str = "") -> Markdown:
         for row in frame.head(_MOST_ROWS).itertuples()
     ]
     head = ("item", "ended", "seconds", "released or tried on", "report")
-    return _with_rest(table(head, rows), len(frame))
+    return _with_rest(_table(head, rows), len(frame))
 
 
 def _with_rest(shown: Markdown, count: int) -> Markdown:
@@ -239,3 +239,10 @@ def _shortened(text: str) -> str:
     listed = re.sub(r"\n\s*- ", "; ", text).replace(":; ", ": ")
     flat = " ".join(listed.split())
     return flat if len(flat) <= _LONGEST_REASON else f"{flat[: _LONGEST_REASON - 1]}…"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
+    # PyTorch comes along with it; the client, which only says the facts, needs none.
+    from heimdall_onnx.tables import table
+
+    return table(head, rows)

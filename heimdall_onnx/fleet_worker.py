@@ -7,7 +7,6 @@ later it takes no more items, and the one that it got is tried again elsewhere.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from distributed import WorkerPlugin, get_worker
@@ -29,16 +28,11 @@ def plugin_name() -> str:
 
 
 class FleetWorker(WorkerPlugin):  # type: ignore[misc]
-    """Gives a worker what all its items share.
-
-    Args:
-        cores: Processors of each worker by its name; what is not named stays where it is.
-    """
+    """Gives a worker what all its items share."""
 
     idempotent = True
 
-    def __init__(self, cores: dict[str, tuple[int, ...]]) -> None:
-        self._cores = cores
+    def __init__(self) -> None:
         self._code = hash_of_package()
         self.name = plugin_name()
         self.runner: ItemRunner | None = None
@@ -48,9 +42,6 @@ class FleetWorker(WorkerPlugin):  # type: ignore[misc]
         """Called by Dask on the worker."""
         if not worker.state.total_resources.get(RELEASE):
             return
-        # Threads and processes that begin from here on inherit it.
-        if cores := self._cores.get(str(worker.name)):
-            os.sched_setaffinity(0, cores)
         try:
             if self._code != hash_of_package():
                 raise SchedulerError(

@@ -246,14 +246,21 @@ class MLflowTracker:
         self._check_source(source)
         before = self._find_own(name, source, run_id)
         with self._errors(f"register {source} as {name}"):
-            try:
-                self._client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            version = self._client.create_model_version(
-                name, source, run_id=run_id, tags=_strings(tags), description=description
+            add = partial(
+                self._client.create_model_version,
+                name,
+                source,
+                run_id=run_id,
+                tags=_strings(tags),
+                description=description,
             )
+            try:
+                version = add()
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                self._ensure_model(name)
+                version = add()
         registered = str(version.version)
         # A request whose answer was lost is made again, and MLflow makes another version.
         for twin in set(self._find_own(name, source, run_id)) - {registered, *before}:
@@ -261,6 +268,15 @@ class MLflowTracker:
             self.delete_version(name, twin)
         log.info("model version registered", name=name, version=registered)
         return registered
+
+    def _ensure_model(self, name: str) -> None:
+        # Only where it is missing: to say that it is there, MLflow reads every version of it.
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            # Somebody else has made it since.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
 
     def transition_model_stage(self, name: str, version: str, stage: str) -> bool:
         """Move a version to a stage.
@@ -384,7 +400,16 @@ class MLflowTracker:
 
     def alias_target(self, name: str, alias: str) -> str | None:
         """The version that an alias points at, or None."""
-        return self.aliases(name).get(alias)
+        with self._errors(f"look at alias {alias} of {name}"):
+            try:
+                # Not by `aliases`, for which MLflow reads every version of the model.
+                version = self._client.get_model_version_by_alias(name, alias).version
+            except MlflowException as error:
+                # There is no such alias; of a model that is missing it says something else.
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                return None
+        return str(version)
 
     def aliases(self, name: str) -> dict[str, str]:
         """The versions that a model's aliases point at."""

@@ -7,11 +7,12 @@ meant. Whatever botocore raises becomes a `StoreError` that says what to do.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -420,11 +421,40 @@ def list_sizes(client: S3Client, bucket: str, prefix: str) -> dict[str, int]:
         return {e["Key"]: e["Size"] for page in pages for e in page.get("Contents", [])}
 
 
-def list_versions(client: S3Client, bucket: str, prefix: str) -> tuple[str, ...]:
-    """The releases in ``prefix``, oldest first: the folders that hold a ``manifest.json``."""
-    folder = prefix.strip("/") + "/"
-    names = (key.removeprefix(folder).split("/") for key in list_keys(client, bucket, folder))
-    return tuple(sorted(parts[0] for parts in names if len(parts) == 2 and parts[1] == MANIFEST))
+def list_versions(
+    client: S3Client, bucket: str, prefix: str, *, after: str = "", limit: int | None = None
+) -> tuple[str, ...]:
+    """The releases in ``prefix``, oldest first: the folders that hold a ``manifest.json``.
+
+    With ``after`` or ``limit`` the store is asked for no more than that page, however many
+    releases there are before and behind it.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket.
+        prefix: Folder of the releases.
+        after: Begin behind this version, e.g. ``"v20261120_143000"``, which need not exist; its
+            beginning will do: ``"v20261120"`` begins with that day.
+        limit: How many at most; None for all.
+
+    Raises:
+        StoreError: If the store fails.
+    """
+    return tuple(itertools.islice(_versions(client, bucket, prefix.strip("/") + "/", after), limit))
+
+
+def _versions(client: S3Client, bucket: str, folder: str, after: str) -> Iterator[str]:
+    # All versions begin with v, which leaves out the reports in failed/. No key within a version's
+    # folder is behind its name with a 0, which comes next to the slash.
+    start = f"{folder}{after}0" if after else f"{folder}v"
+    with store_errors(client, f"list {format_uri(bucket, folder)}"):
+        pages = client.get_paginator("list_objects_v2").paginate(
+            Bucket=bucket, Prefix=folder, StartAfter=start
+        )
+        for entry in (entry for page in pages for entry in page.get("Contents", [])):
+            version, _, name = entry["Key"].removeprefix(folder).partition("/")
+            if name == MANIFEST:
+                yield version
 
 
 def delete_objects(client: S3Client, bucket: str, keys: Sequence[str]) -> None:

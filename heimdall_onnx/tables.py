@@ -20,7 +20,6 @@ from heimdall_onnx.gates import escape_markdown
 from heimdall_onnx.ground import MIDDLE
 from heimdall_onnx.machine_watch import MachineState
 from heimdall_onnx.parameters import FP32, ReleaseParameters
-from heimdall_onnx.plot.chart import distance, number, share
 from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
 from heimdall_onnx.roofline import Roofline, RooflineRow
 from heimdall_onnx.signature import Axis, TensorSpec
@@ -35,6 +34,7 @@ from heimdall_onnx.statistics import ErrorStatistics
 from heimdall_onnx.uncertainty import REPORTED, UncertaintyReport
 from heimdall_onnx.validate import ModelInfo
 from heimdall_onnx.variants import JudgedVariant, VariantsReport
+from heimdall_onnx.words import distance, number, share
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:

@@ -86,10 +86,12 @@ class Proxy:
     Attributes:
         target: The real service.
         requests: ``METHOD path`` of every request, in order.
+        sizes: Bytes of the bodies of each request that was answered, and of its answer.
     """
 
     target: str
     requests: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     _fault: Fault | None = None
 
     def __post_init__(self) -> None:
@@ -219,6 +221,7 @@ class Proxy:
         status = int(answer.start.split(" ", 2)[1])
         bare = method == "HEAD" or status in (204, 304)
         content = [] if bare else list(_body(server, answer.headers, to_end=True))
+        self.sizes.append((sum(map(len, body)), sum(map(len, content))))
         if fault.kind == "after":
             fault.action()
         if fault.kind == "lose":

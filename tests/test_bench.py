@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,60 @@ def test_rows_of_a_search_come_from_the_record_of_its_release(bench, monkeypatch
     assert rows["the search"] == (None, (300.0,))
     assert rows["peak memory of a release with all variants"] == (4.5, (4.0,))
     assert not any(name.startswith("int4-weights") for name in rows)
+
+
+def test_what_an_item_takes_beside_its_model_is_all_but_the_models_steps(bench):
+    fleets = bench("fleets")
+
+    def item(seconds, **steps):
+        costs = [{"step": step, "seconds": taken} for step, taken in steps.items()]
+        return {"seconds": seconds, "result": {"costs": costs}}
+
+    items = [item(9.0, export=3.0, upload=4.0), item(6.0, export=2.0, upload=1.0, report=2.0)]
+    assert [fleets.seconds_beside_the_model(one) for one in items] == [6.0, 4.0]
+    assert fleets.seconds_by_step(items) == {
+        "export": 2.5,
+        "upload": 2.5,
+        "report": 2.0,
+        fleets.BEYOND: 1.5,
+    }
+
+
+def test_needs_of_a_day_follow_from_what_was_counted(bench):
+    fleets = bench("fleets")
+
+    def counts(requests, stored, rows):
+        return fleets.Counts(Counter(requests), 0, Counter(stored), Counter(rows), 0)
+
+    before = counts({"store GET": 5}, {"reports": 100}, {"runs": 7, "tags": 3})
+    after = counts(
+        {"store GET": 25, "store PUT": 20, "registry POST": 9},
+        {"reports": 1100, "records and logs": 1000},
+        {"runs": 17, "tags": 3},
+    )
+    added = after.since(before)
+    assert added.rows == {"runs": 10}
+    assert added.of_service("store") == 40
+    day = fleets.day_of(86_400, 3.0, added, 10)
+    assert (day.workers, day.requests_per_second, day.versions_per_second) == (3.0, 4.0, 1.0)
+    assert (day.bytes_stored, day.rows) == (86_400 * 200, 86_400)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "key", "kind"),
+    [
+        ("heimdall-mlflow", "ab/artifacts/report/report.html", "MLflow's artifacts"),
+        ("heimdall-bench", "models/localization/v20261120_143000/report.html", "reports"),
+        ("heimdall-bench", "models/localization/v20261120_143000/MLmodel", "models and manifests"),
+        ("heimdall-bench", "objects/sha256/ab", "checkpoints and data"),
+        ("heimdall-bench", "fleets/items/ab.json", "records and logs"),
+        ("heimdall-bench", "aliases/net/staging/00000001.json", "records and logs"),
+    ],
+)
+def test_objects_are_told_apart_by_their_keys(bench, bucket, key, kind):
+    assert bench("fleets").kind_of(bucket, key) == kind
+
+
+def test_a_share_of_every_fleet_is_at_least_a_few_items(bench):
+    scaled = bench("fleets").Sizes(compared=16, planned=10_000).scaled(0.01)
+    assert (scaled.compared, scaled.planned) == (4, 100)

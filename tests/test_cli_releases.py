@@ -45,6 +45,18 @@ def test_list_names_the_recommended_variant(call, releases):
     assert "recommended" not in plain
 
 
+def test_list_shows_a_page_and_says_where_the_next_one_begins(call, releases):
+    first, second = releases
+    page = call("list", "--limit", "1")
+    assert [line.split()[0] for line in page.stdout.splitlines()] == [first.version]
+    assert page.stderr.splitlines()[-1] == f"there are more: --after {first.version}"
+    rest = call("list", "--limit", "1", "--after", first.version)
+    assert [line.split()[0] for line in rest.stdout.splitlines()] == [second.version]
+    assert "there are more" not in rest.stderr
+    since = call("list", "--after", first.version[:9])
+    assert len(since.stdout.splitlines()) == 2
+
+
 def test_show_says_what_became_of_each_variant(call, releases):
     varied = releases[0]
     shown = call("show", varied.version)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -255,3 +257,9 @@ def test_bad_usage_is_answered_before_anything_starts(arguments, words, tmp_path
     assert result.exit_code == 2, result.output
     assert re.search(words, result.output), result.output
     assert not (tmp_path / ".heimdall").exists()
+
+
+def test_whoever_stores_a_report_needs_no_pytorch():
+    code = "import sys, heimdall_onnx.fleet_report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -56,7 +56,7 @@ from heimdall_onnx.export import export_model
 from heimdall_onnx.ground import GroundAccumulator, distance_m, middle_of
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.levels import LevelParity, LevelReport, compare_levels
-from heimdall_onnx.plot.chart import ONNX_COLOR, PYTORCH_COLOR, distance, name, number, share
+from heimdall_onnx.plot.chart import ONNX_COLOR, PYTORCH_COLOR
 from heimdall_onnx.signature import (
     LOCALIZATION_SIGNATURE,
     Arrays,
@@ -64,6 +64,7 @@ from heimdall_onnx.signature import (
     TensorSpec,
 )
 from heimdall_onnx.statistics import ErrorAccumulator
+from heimdall_onnx.words import distance, name, number, share
 
 RECEIVERS = {"DF0KL": (54.1, 13.4), "HB9RYZ": (47.2, 8.1), "F1JEK": (46.6, 0.3)}
 KINDS = (EVALUATION, "zeros", "amplitude ×100")

@@ -33,6 +33,7 @@ def test_without_a_fault_everything_passes(proxy, embedded_settings, bucket, tmp
     assert hash_object(client, bucket, "large")[0] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert any("uploadId" in request for request in proxy.requests)
     assert f"PUT /{bucket}/small" in proxy.requests
+    assert min(sum(given) for given in zip(*proxy.sizes, strict=True)) > 65 << 20
 
 
 @pytest.mark.parametrize(

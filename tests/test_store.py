@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
@@ -404,6 +404,32 @@ def test_only_folders_with_a_manifest_are_releases(s3: S3Client, bucket: str) ->
     assert store.list_versions(s3, bucket, "m") == ("v1", "v3")
     assert store.list_versions(s3, bucket, "m/") == ("v1", "v3")
     assert store.list_versions(s3, bucket, "none") == ()
+
+
+def test_a_page_of_versions_takes_as_many_requests_as_it_is_long(s3: S3Client, bucket: str) -> None:
+    """However many releases, and reports of failed ones, come before and behind it."""
+    days = [f"v202601{day:02}" for day in range(1, 31)]
+    known = [f"{day}_{number:06}" for day in days for number in range(40)]
+    put = [f"m/{version}/manifest.json" for version in known]
+    put += [f"m/failed/{version}/report.html" for version in known]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda key: s3.put_object(Bucket=bucket, Key=key), put))
+    asked: list[str] = []
+    s3.meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name), "count")
+
+    def page(**options: Any) -> tuple[list[str], int]:
+        asked.clear()
+        return list(store.list_versions(s3, bucket, "m", **options)), len(asked)
+
+    try:
+        assert page(limit=7) == (known[:7], 1)
+        assert page(limit=7, after=known[500]) == (known[501:508], 1)
+        assert page(limit=7, after=known[-3]) == (known[-2:], 1)
+        assert page(after=days[-1]) == (known[-40:], 1)
+        assert page(after="v2027") == ([], 1)
+        assert page() == (known, 2)
+    finally:
+        s3.meta.events.unregister("before-call.s3", unique_id="count")
 
 
 # --- downloads

@@ -66,9 +66,9 @@ def test_modules_are_looked_for_where_each_start_says(kernels, tmp_path):
 
 
 def test_imports_are_there_and_figures_appear_in_the_notebook(kernels):
-    code = "import sys; print('mlflow' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys; print({'mlflow', 'torch._dynamo', 'networkx'} <= sys.modules.keys())"
     with kernels.started(os.environ) as kernel:
-        assert ask(kernel, code) == "True True"
+        assert ask(kernel, code) == "True"
         backend = ask(kernel, "import matplotlib; print(matplotlib.get_backend())")
     assert backend.endswith("matplotlib_inline.backend_inline")
 

@@ -16,10 +16,9 @@ from heimdall_onnx.plot.chart import (
     QUIET_INK,
     Chart,
     new_figure,
-    number,
-    share,
     styled,
 )
+from heimdall_onnx.words import number, share
 
 _LATENCY = "latency"
 

@@ -15,15 +15,13 @@ from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     QUIET_INK,
     Chart,
-    count_of,
     log_axis,
-    name,
     new_figure,
-    number,
     plain,
     say,
     styled,
 )
+from heimdall_onnx.words import count_of, name, number
 
 _LABELS = 14
 _OPERATORS_SHOWN = 4

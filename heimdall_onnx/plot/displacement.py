@@ -13,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.ground import km_per_degree, offset_km
-from heimdall_onnx.plot.chart import INK, QUIET_INK, count_of, distance, metre_scale
+from heimdall_onnx.plot.chart import INK, QUIET_INK
+from heimdall_onnx.words import count_of, distance, metre_scale
 
 Floats = npt.NDArray[np.float64]
 

@@ -9,18 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from heimdall_onnx.compare import ParityReport
-from heimdall_onnx.plot.chart import (
-    ELEMENT_COLORS,
-    INK,
-    Chart,
-    name,
-    new_figure,
-    number,
-    plain,
-    say,
-    share,
-    styled,
-)
+from heimdall_onnx.plot.chart import ELEMENT_COLORS, INK, Chart, new_figure, plain, say, styled
 from heimdall_onnx.plot.outputs import (
     Floats,
     OutputColumn,
@@ -32,6 +21,7 @@ from heimdall_onnx.plot.outputs import (
     worst_output,
 )
 from heimdall_onnx.statistics import ErrorStatistics
+from heimdall_onnx.words import name, number, share
 
 
 @styled

@@ -12,19 +12,8 @@ from matplotlib.ticker import PercentFormatter
 from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.ensemble import ALEATORIC, EPISTEMIC
 from heimdall_onnx.ground import metres_per_degree
-from heimdall_onnx.plot.chart import (
-    ONNX_COLOR,
-    QUIET_INK,
-    Chart,
-    count_of,
-    distance,
-    metre_scale,
-    name,
-    new_figure,
-    say,
-    share,
-    styled,
-)
+from heimdall_onnx.plot.chart import ONNX_COLOR, QUIET_INK, Chart, new_figure, say, styled
+from heimdall_onnx.words import count_of, distance, metre_scale, name, share
 
 Floats = npt.NDArray[np.float64]
 

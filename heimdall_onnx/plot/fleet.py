@@ -12,15 +12,12 @@ from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     PYTORCH_COLOR,
     Chart,
-    count_of,
     fitting_log_axis,
-    metre_scale,
-    name,
     new_figure,
-    number,
     styled,
 )
 from heimdall_onnx.plot.variants import front
+from heimdall_onnx.words import count_of, metre_scale, name, number
 
 if TYPE_CHECKING:
     import pandas as pd

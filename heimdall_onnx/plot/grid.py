@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from heimdall_onnx.compare import ADVERSARIAL_FACTOR, ParityCell, ParityReport
-from heimdall_onnx.plot.chart import INK, Chart, name, new_figure, no_grid, number, plain, styled
+from heimdall_onnx.plot.chart import INK, Chart, new_figure, no_grid, plain, styled
+from heimdall_onnx.words import name, number
 
 # Light to dark green within the tolerance, purple beyond it; the number stands in the cell too.
 _CLASSES = (

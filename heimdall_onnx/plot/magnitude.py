@@ -15,9 +15,7 @@ from heimdall_onnx.plot.chart import (
     QUIET_INK,
     Chart,
     log_axis,
-    name,
     new_figure,
-    number,
     plain,
     say,
     styled,
@@ -30,6 +28,7 @@ from heimdall_onnx.plot.outputs import (
     describe_source,
     worst_columns,
 )
+from heimdall_onnx.words import name, number
 
 _ELEMENTS_SHOWN = 3000  # of one output
 _FEWEST = 16  # elements below which quarters say nothing

@@ -11,15 +11,12 @@ from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     QUIET_INK,
     Chart,
-    count_of,
-    name,
     new_figure,
-    number,
     paired_bars,
     plain,
-    share,
     styled,
 )
+from heimdall_onnx.words import count_of, name, number, share
 
 _SHOWN = 9
 _BETWEEN = "between nodes"

@@ -14,16 +14,14 @@ from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     QUIET_INK,
     Chart,
-    count_of,
     log_axis,
-    name,
     new_figure,
-    number,
     paired_bars,
     plain,
     styled,
 )
 from heimdall_onnx.plot.outputs import ELEMENT_MARKERS
+from heimdall_onnx.words import count_of, name, number
 
 _OUTPUTS_SHOWN = 4
 _OPERATORS_SHOWN = 14

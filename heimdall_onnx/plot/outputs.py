@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.compare import ParityReport
-from heimdall_onnx.plot.chart import count_of, name, number, plain
+from heimdall_onnx.plot.chart import plain
 from heimdall_onnx.signature import DEGREES, TensorSpec
 from heimdall_onnx.statistics import ErrorStatistics
+from heimdall_onnx.words import count_of, name, number
 
 Floats = npt.NDArray[np.float64]
 

@@ -22,14 +22,13 @@ from heimdall_onnx.plot.chart import (
     PYTORCH_COLOR,
     QUIET_INK,
     Chart,
-    distance,
-    name,
     new_figure,
     plain,
     say,
     styled,
 )
 from heimdall_onnx.plot.displacement import draw_displacement
+from heimdall_onnx.words import distance, name
 
 Floats = npt.NDArray[np.float64]
 

@@ -15,15 +15,9 @@ from heimdall_onnx.plot.chart import (
     PYTORCH_COLOR,
     QUIET_INK,
     Chart,
-    count_of,
-    distance,
     fine_log_axis,
     log_axis,
-    metre_scale,
-    name,
     new_figure,
-    number,
-    share,
     styled,
 )
 from heimdall_onnx.uncertainty import (
@@ -33,6 +27,7 @@ from heimdall_onnx.uncertainty import (
     Calibration,
     UncertaintyReport,
 )
+from heimdall_onnx.words import count_of, distance, metre_scale, name, number, share
 
 Floats = npt.NDArray[np.float64]
 

@@ -12,15 +12,13 @@ from heimdall_onnx.plot.chart import (
     ELEMENT_COLORS,
     QUIET_INK,
     Chart,
-    count_of,
     fine_log_axis,
-    name,
     new_figure,
-    number,
     plain,
     styled,
 )
 from heimdall_onnx.roofline import Roofline, RooflineRow
+from heimdall_onnx.words import count_of, name, number
 
 # Of each precision: colour, marker, line.
 _STYLES = dict(

@@ -16,9 +16,7 @@ from heimdall_onnx.plot.chart import (
     INK,
     QUIET_INK,
     Chart,
-    name,
     new_figure,
-    number,
     plain,
     say,
     styled,
@@ -32,6 +30,7 @@ from heimdall_onnx.plot.outputs import (
     parity_answer,
     worst_columns,
 )
+from heimdall_onnx.words import name, number
 
 _ELEMENTS_SHOWN = 2000  # of one output
 _TICKS = FuncFormatter(lambda value, _: number(value).replace("-", "−", 1))

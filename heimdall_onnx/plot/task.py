@@ -8,20 +8,9 @@ from matplotlib.axes import Axes
 
 from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.ground import MIDDLE, GroundReport, TaskError
-from heimdall_onnx.plot.chart import (
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    QUIET_INK,
-    Chart,
-    count_of,
-    distance,
-    metre_scale,
-    name,
-    new_figure,
-    number,
-    styled,
-)
+from heimdall_onnx.plot.chart import ONNX_COLOR, PYTORCH_COLOR, QUIET_INK, Chart, new_figure, styled
 from heimdall_onnx.plot.positions import coordinates
+from heimdall_onnx.words import count_of, distance, metre_scale, name, number
 
 _CONTENDERS = {
     "PyTorch": (PYTORCH_COLOR, "o"),

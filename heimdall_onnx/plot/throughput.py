@@ -14,14 +14,13 @@ from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     PYTORCH_COLOR,
     Chart,
-    count_of,
     log_axis,
     new_figure,
-    number,
     paired_bars,
     styled,
 )
 from heimdall_onnx.plot.timing import Floats
+from heimdall_onnx.words import count_of, number
 
 _CALLS_FOR_RANGE = 40
 _SIDES = (("PyTorch", PYTORCH_COLOR, "o", "-"), ("ONNX Runtime", ONNX_COLOR, "X", "--"))

@@ -11,16 +11,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from heimdall_onnx.benchmark import ContenderLatency, LatencyReport, Speedup
 from heimdall_onnx.cores import unless_not_measured
-from heimdall_onnx.plot.chart import (
-    INK,
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    Chart,
-    count_of,
-    new_figure,
-    number,
-    styled,
-)
+from heimdall_onnx.plot.chart import INK, ONNX_COLOR, PYTORCH_COLOR, Chart, new_figure, styled
+from heimdall_onnx.words import count_of, number
 
 Floats = npt.NDArray[np.float64]
 

@@ -16,16 +16,15 @@ from heimdall_onnx.plot.chart import (
     PYTORCH_COLOR,
     QUIET_INK,
     Chart,
-    distance,
     fine_log_axis,
     fitting_log_axis,
     new_figure,
-    number,
     plain,
     say,
     styled,
 )
 from heimdall_onnx.variants import JudgedVariant, VariantsReport
+from heimdall_onnx.words import distance, number
 
 _LEAST = 1e-7
 _TICKS = 26

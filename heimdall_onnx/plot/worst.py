@@ -14,20 +14,11 @@ from matplotlib.figure import SubFigure
 from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.departure import compare_values
 from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.plot.chart import (
-    INK,
-    Chart,
-    name,
-    new_figure,
-    no_grid,
-    number,
-    plain,
-    say,
-    styled,
-)
+from heimdall_onnx.plot.chart import INK, Chart, new_figure, no_grid, plain, say, styled
 from heimdall_onnx.plot.outputs import after
 from heimdall_onnx.signature import Arrays, TensorSpec
 from heimdall_onnx.statistics import ErrorStatistics, WorstSample
+from heimdall_onnx.words import name, number
 
 _SAMPLES_SHOWN = 3
 _CHANNELS_SHOWN = 4

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import fleets
 import growth
 import numpy as np
 import search
@@ -95,16 +96,22 @@ class Bench:
         folder: For what is made on the way.
         pairs: How often whole commands are compared.
         environment: With the services' addresses in it.
+        share: Of the items that fleets have.
     """
 
     folder: Path
     pairs: int
     environment: dict[str, str]
+    share: float = 1.0
 
     def run(self, *command: str | Path) -> Run:
         """Run a command in a folder of its own, which goes with it."""
+        return self.run_with(self.environment, *command)
+
+    def run_with(self, environment: dict[str, str], *command: str | Path) -> Run:
+        """The same in another environment."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            return run(command, Path(folder), self.environment)
+            return run(command, Path(folder), environment)
 
     def checkpoint(self, size: str) -> Path:
         """A checkpoint of the reference model with random weights of one seed."""
@@ -297,6 +304,14 @@ def training_rows(bench: Bench) -> Iterator[Row]:
         )
 
 
+def fleet_rows(bench: Bench) -> Iterator[Row]:
+    """Fleets beside single releases, and what an item takes from store and registry."""
+    with fleets.place(bench.folder, bench.environment, bench.run_with) as there:
+        sizes = fleets.Sizes().scaled(bench.share)
+        for name, target, at_least, unit, values, method in fleets.rows(there, bench.pairs, sizes):
+            yield Row(name, target, unit, values, method, at_least)
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "startup": startup,
     "steps": single_steps,
@@ -306,6 +321,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "training": training_rows,
     "variants-tiny": variants_of("tiny"),
     "variants-large": variants_of("large"),
+    "fleet": fleet_rows,
 }
 
 
@@ -339,6 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--pairs", type=int, default=3, help="how often commands are compared")
+    parser.add_argument("--share", type=float, default=1.0, help="of the fleets' items, to try it")
     parser.add_argument("--output", type=Path, default=Path(".heimdall/bench"), help="folder")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.parts) - PARTS.keys():
@@ -354,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = Path(tempfile.mkdtemp(prefix="work-", dir=output))
     try:
         with services(work) as environment:
-            bench = Bench(work, chosen.pairs, environment)
+            bench = Bench(work, chosen.pairs, environment, chosen.share)
             for part in chosen.parts or PARTS:
                 for row in PARTS[part](bench):
                     rows.append(row)

@@ -27,9 +27,10 @@ from heimdall_onnx.evaluation_pass import Models, pass_over, pass_settings
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.plot import Chart
-from heimdall_onnx.plot.chart import ELEMENT_COLORS, QUIET_INK, new_figure, number, styled
+from heimdall_onnx.plot.chart import ELEMENT_COLORS, QUIET_INK, new_figure, styled
 from heimdall_onnx.signature import LOCALIZATION_SIGNATURE
 from heimdall_onnx.validate import validate_model
+from heimdall_onnx.words import number
 
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000)
 SIZES = ("tiny", "small", "medium", "large")

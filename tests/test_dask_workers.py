@@ -1,0 +1,33 @@
+"""Dask workers on this machine: each with processors of its own, or with none for itself."""
+
+import os
+from pathlib import Path
+
+from heimdall_onnx import dask_workers
+from heimdall_onnx.dask_workers import local_client, own_processors
+
+
+def test_workers_share_no_core(monkeypatch):
+    monkeypatch.setattr(dask_workers, "physical_cores", lambda: [(0, 4), (1, 5), (2, 6)])
+    assert own_processors(2) == {"0": (0, 2, 4, 6), "1": (1, 5)}
+    assert own_processors(3) == {"0": (0, 4), "1": (1, 5), "2": (2, 6)}
+    # There is a processor for each of four, and none for itself.
+    assert own_processors(4) == {}
+
+
+def test_workers_end_with_the_block_and_keep_to_their_processors():
+    shares = own_processors(1)
+    environment = {**os.environ, "OWN": "1"}
+    with local_client(1, resources={"release": 1}, environment=environment) as client:
+        seen = client.run(
+            lambda dask_worker: (
+                os.getpid(),
+                tuple(sorted(os.sched_getaffinity(0))),
+                os.environ["OWN"],
+                dict(dask_worker.state.total_resources),
+            )
+        )
+        ((pid, processors, own, resources),) = seen.values()
+    assert processors == shares["0"]
+    assert (own, resources) == ("1", {"release": 1})
+    assert not Path(f"/proc/{pid}").exists()
