@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import evaluation
 import fleets
 import growth
 import numpy as np
@@ -96,7 +97,7 @@ class Bench:
         folder: For what is made on the way.
         pairs: How often whole commands are compared.
         environment: With the services' addresses in it.
-        share: Of the items that fleets have.
+        share: Of the items that fleets have, and of the samples that workers share.
     """
 
     folder: Path
@@ -312,6 +313,42 @@ def fleet_rows(bench: Bench) -> Iterator[Row]:
             yield Row(name, target, unit, values, method, at_least)
 
 
+def evaluation_rows(bench: Bench) -> Iterator[Row]:
+    """A dataset that two workers share beside one process, and the memory that it takes."""
+    found = []
+    for samples in evaluation.SAMPLES:
+        count = str(max(100, round(bench.share * samples)))
+        rounds = str(bench.pairs if samples == evaluation.SAMPLES[0] else 1)
+        done = bench.run(PYTHON, HERE / "evaluation.py", count, rounds)
+        found.append(json.loads(done.output.splitlines()[-1]))
+    few, many = found
+    seconds, counts = few["seconds"], f"{few['samples']:,} samples"
+    yield Row(
+        "figures of a shared evaluation that differ from one process's",
+        0,
+        "",
+        tuple(few["differing"]),
+        f"of {few['figures']}, quantiles left out, which are estimates; {counts}, all gates' "
+        "statistics, task error and calibration",
+    )
+    yield Row(
+        "evaluation by one process / by two workers",
+        None,
+        "×",
+        tuple(a / b for a, b in zip(seconds["alone"], seconds["shared"], strict=True)),
+        f"{counts} of a small model, one thread each, in turns; all values held against the digest; "
+        f"one process {statistics.median(seconds['alone']):.1f} s, workers "
+        f"{statistics.median(seconds['shared']):.1f} s with their start",
+    )
+    yield Row(
+        f"memory of the client at {many['samples']:,} / at {few['samples']:,} samples",
+        1.1,
+        "×",
+        (many["client_bytes"][0] / max(few["client_bytes"]),),
+        f"a dataset of {many['bytes'] / 1e9:.2g} GB; {many['client_bytes'][0] / 1e6:.0f} MB",
+    )
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "startup": startup,
     "steps": single_steps,
@@ -322,6 +359,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "variants-tiny": variants_of("tiny"),
     "variants-large": variants_of("large"),
     "fleet": fleet_rows,
+    "evaluation": evaluation_rows,
 }
 
 
@@ -355,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--pairs", type=int, default=3, help="how often commands are compared")
-    parser.add_argument("--share", type=float, default=1.0, help="of the fleets' items, to try it")
+    parser.add_argument("--share", type=float, default=1.0, help="of items and samples, to try it")
     parser.add_argument("--output", type=Path, default=Path(".heimdall/bench"), help="folder")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.parts) - PARTS.keys():

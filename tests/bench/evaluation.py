@@ -28,6 +28,7 @@ from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 # Estimates of a sketch; everything else must be equal to the last bit.
 ESTIMATES = {"p50", "p99", "p999", "ulp_p50", "ulp_p999", "error_cdf"}
 PORTION = 500
+SAMPLES = (4_000, 40_000)
 
 
 def write_dataset(path: Path, count: int) -> None:
