@@ -336,7 +336,8 @@ def evaluation_rows(bench: Bench) -> Iterator[Row]:
         None,
         "×",
         tuple(a / b for a, b in zip(seconds["alone"], seconds["shared"], strict=True)),
-        f"{counts} of a small model, one thread each, in turns; all values held against the digest; "
+        f"{counts} of a small model, one thread each, in turns; all values are held against their "
+        "digest; "
         f"one process {statistics.median(seconds['alone']):.1f} s, workers "
         f"{statistics.median(seconds['shared']):.1f} s with their start",
     )
