@@ -569,7 +569,8 @@ def _add_versions(database: str, name: str, count: int) -> None:
         own = sqlalchemy.select(table).where(table.c.name == name).order_by(table.c.version)
         first, *_ = there_are = connection.execute(own).mappings().all()
         copies = [{**first, "version": n} for n in range(there_are[-1]["version"] + 1, count + 1)]
-        connection.execute(table.insert(), copies)
+        if copies:
+            connection.execute(table.insert(), copies)
     engine.dispose()
 
 
