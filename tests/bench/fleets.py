@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,9 @@ class Sizes:
     history: int = 10_000
 
     def scaled(self, share: float) -> Sizes:
-        """That share of each, at least four."""
-        return Sizes(*(max(4, round(share * getattr(self, f.name))) for f in fields(self)))
+        """That share of each, at least four items, and a history of some pages."""
+        scaled = Sizes(*(max(4, round(share * getattr(self, f.name))) for f in fields(self)))
+        return replace(scaled, history=max(1_000, scaled.history))
 
 
 @dataclass(frozen=True)
