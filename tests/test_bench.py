@@ -174,4 +174,4 @@ def test_objects_are_told_apart_by_their_keys(bench, bucket, key, kind):
 
 def test_a_share_of_every_fleet_is_at_least_a_few_items(bench):
     scaled = bench("fleets").Sizes(compared=16, planned=10_000).scaled(0.01)
-    assert (scaled.compared, scaled.planned) == (4, 100)
+    assert (scaled.compared, scaled.planned, scaled.history) == (4, 100, 1_000)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,9 @@ class Sizes:
     history: int = 10_000
 
     def scaled(self, share: float) -> Sizes:
-        """That share of each, at least four."""
-        return Sizes(*(max(4, round(share * getattr(self, f.name))) for f in fields(self)))
+        """That share of each, at least four items, and a history of some pages."""
+        scaled = Sizes(*(max(4, round(share * getattr(self, f.name))) for f in fields(self)))
+        return replace(scaled, history=max(1_000, scaled.history))
 
 
 @dataclass(frozen=True)
@@ -569,7 +570,8 @@ def _add_versions(database: str, name: str, count: int) -> None:
         own = sqlalchemy.select(table).where(table.c.name == name).order_by(table.c.version)
         first, *_ = there_are = connection.execute(own).mappings().all()
         copies = [{**first, "version": n} for n in range(there_are[-1]["version"] + 1, count + 1)]
-        connection.execute(table.insert(), copies)
+        if copies:
+            connection.execute(table.insert(), copies)
     engine.dispose()
 
 
