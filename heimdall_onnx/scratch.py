@@ -6,12 +6,12 @@ lives, and the next one that makes such a folder removes those whose lock nobody
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-
-import filelock
 
 _LOCK = "lock"
 
@@ -29,20 +29,20 @@ class Scratch:
     def __init__(self, prefix: str) -> None:
         for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
             _remove_if_left(left)
-        self.folder = Path(tempfile.mkdtemp(prefix=prefix))
-        self._lock = filelock.FileLock(self.folder / _LOCK, timeout=0)
-        self._lock.acquire()
+        begun = Path(tempfile.mkdtemp(prefix=f".{prefix}"))
+        self._lock = os.open(begun / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        # Nobody looks at it under that name, so none is seen that is not locked yet.
+        self.folder = begun.rename(begun.with_name(begun.name.removeprefix(".")))
 
     def remove(self) -> None:
         """Remove it with all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
+        os.close(self._lock)
 
 
 def _remove_if_left(folder: Path) -> None:
-    # Without a lock it may be just being made; it is locked before anything is in it.
-    if not (folder / _LOCK).is_file():
-        return
-    # Somebody else's, or still in use.
-    with suppress(OSError, filelock.Timeout), filelock.FileLock(folder / _LOCK, timeout=0):
+    # Somebody else's, still in use, or gone meanwhile.
+    with suppress(OSError), (folder / _LOCK).open("rb+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -51,3 +52,12 @@ def test_what_a_killed_process_has_left_goes_with_the_next(folder):
     assert names(folder) == {meanwhile.folder.name, after.folder.name, *others}
     meanwhile.remove()
     after.remove()
+
+
+def test_many_that_begin_at_once_keep_their_own(folder):
+    with ThreadPoolExecutor(8) as pool:
+        made = [*pool.map(lambda _: Scratch("of-a-test-"), range(200))]
+    assert all((one.folder / "lock").is_file() for one in made)
+    for one in made:
+        one.remove()
+    assert names(folder) == set()
