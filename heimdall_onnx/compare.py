@@ -19,7 +19,7 @@ from torch import nn
 
 from heimdall_onnx.departure import Departure, first_departure
 from heimdall_onnx.depth import DepthProfile, error_along_depth
-from heimdall_onnx.errors import EvidenceError
+from heimdall_onnx.errors import EvidenceError, ParameterError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.evaluation_pass import (
     EVALUATION,
@@ -346,6 +346,7 @@ def compare_outputs(
     Raises:
         DataError: If the model's own examples do not fit the signature.
         InvalidModelError: If ONNX Runtime can't load the file.
+        ParameterError: If there are workers and ``onnx`` is a session.
         EvidenceError: If a model can't run on an input of the signature's shape, PyTorch's not in
             float64, or the outputs have different shapes.
     """
@@ -364,8 +365,9 @@ def compare_outputs(
     first = settings.batch_size
     if workers is None:
         found = pass_over(run.models, data, settings, range(data.count), progress)
+    elif not isinstance(onnx, Path):
+        raise ParameterError("workers need the ONNX file; a session can't be sent to them")
     else:
-        assert isinstance(onnx, Path)  # a session can't be sent to a worker
         found = workers.pass_over(model, onnx, data, settings, progress)
     cells = [ParityCell(EVALUATION, first, data.count, found.outputs(data))]
     run.remember_worst(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)

@@ -22,6 +22,7 @@ from heimdall_onnx.store import (
     touch_object,
     upload_file,
 )
+from heimdall_onnx.untrusted import listed
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -64,42 +65,70 @@ def keep_content(
     return Content(key=key, size=stored.size_bytes, sha256=sha256, role=role, name=path.name)
 
 
-def upload_dataset(client: S3Client, dataset: Dataset, bucket: str, folder: str) -> str:
+def upload_dataset(
+    client: S3Client, dataset: Dataset, bucket: str, folder: str, *, replace: bool = False
+) -> str:
     """Upload a dataset from its folder; its header comes last, so that it is complete or absent.
 
-    What is there already, by its recorded hash, is not sent again.
+    What is there already, by its recorded hash, is not sent again unless it turns out to be
+    damaged: in the end all values are read back from the store and held against the digest.
 
     Args:
         client: Client of the store.
         dataset: The dataset.
         bucket: Bucket, which must exist.
         folder: Where to, without a slash at its end.
+        replace: Take the place of another dataset that is there.
 
     Returns:
         Its address, ``s3://bucket/folder``.
 
     Raises:
-        DataError: If the dataset is in a bucket already, can't be read, or another one is there.
+        DataError: If the dataset is in a bucket already, can't be read or has changed since it was
+            opened, or another one is there.
         StoreError: If the store fails, or returns something else than was sent.
     """
     there = list_sizes(client, bucket, f"{folder}/")
     uri = format_uri(bucket, folder)
-    if f"{folder}/{HEADER}" in there:
-        found = open_dataset(uri, labels=False, client=client).digest
-        if found != dataset.digest:
-            raise DataError(
-                f"{uri} is another dataset: expected digest {dataset.digest}, found {found}; take "
-                "another address"
-            )
+    if f"{folder}/{HEADER}" in there and not replace:
+        _require_same(uri, open_dataset(uri, labels=False, client=client), dataset.digest)
     for name in dataset.file_names():
-        path, key = dataset.path / name, f"{folder}/{name}"
-        sha256 = hash_file(path)
         # The header is dated anew: until a manifest names it, its age is all that protects it.
-        same = name != HEADER and there.get(key) == path.stat().st_size
-        if not (same and head(client, bucket, key).sha256 == sha256):
-            upload_file(client, path, bucket, key, sha256=sha256, delete_damaged=False)
+        known = there.get(f"{folder}/{name}") if name != HEADER else None
+        _send(client, dataset.path / name, bucket, f"{folder}/{name}", known)
+    problems = _problems(client, uri, dataset)
+    for array in problems:
+        log.warning("damaged array of a dataset is replaced", uri=uri, array=array)
+        for name in dataset.file_names():
+            if name.startswith(f"{array}/"):
+                _send(client, dataset.path / name, bucket, f"{folder}/{name}", None)
+    if problems and (left := _problems(client, uri, dataset)):
+        raise DataError(
+            f"dataset {dataset.address} has changed since it was opened:" + listed([*left.values()])
+        )
     log.info("dataset stored", uri=uri, digest=dataset.digest)
     return uri
+
+
+def _send(client: S3Client, path: Path, bucket: str, key: str, known_size: int | None) -> None:
+    """Upload a file, unless one of that length and recorded hash is there."""
+    sha256 = hash_file(path)
+    same = known_size == path.stat().st_size and head(client, bucket, key).sha256 == sha256
+    if not same:
+        upload_file(client, path, bucket, key, sha256=sha256, delete_damaged=False)
+
+
+def _problems(client: S3Client, uri: str, dataset: Dataset) -> dict[str, str]:
+    """What is wrong with each array of a stored dataset, in words; read back whole."""
+    stored = open_dataset(uri, labels=False, client=client)
+    _require_same(uri, stored, dataset.digest)
+    found = ((name, stored.problem_of(name)) for name in stored.arrays)
+    return {name: problem for name, problem in found if problem}
+
+
+def _require_same(uri: str, found: Dataset, digest: str) -> None:
+    if found.digest != digest:
+        raise DataError(f"{uri} is another dataset: expected digest {digest}, found {found.digest}")
 
 
 def keep_dataset(client: S3Client, bucket: str, dataset: Dataset) -> KeptDataset:
@@ -116,7 +145,8 @@ def keep_dataset(client: S3Client, bucket: str, dataset: Dataset) -> KeptDataset
     """
     address = dataset.address
     if not address.startswith("s3://"):
-        address = upload_dataset(client, dataset, bucket, dataset_folder(dataset.digest))
+        folder = dataset_folder(dataset.digest)
+        address = upload_dataset(client, dataset, bucket, folder, replace=True)
     name = PurePosixPath(dataset.address).name
     return KeptDataset(role="evaluation_data", name=name, address=address, digest=dataset.digest)
 
@@ -129,11 +159,7 @@ def open_kept(client: S3Client, kept: KeptDataset) -> Dataset:
         StoreError: If the store fails.
     """
     dataset = open_dataset(kept.address, labels=False, client=client)
-    if dataset.digest != kept.digest:
-        raise DataError(
-            f"{kept.address} is another dataset: expected digest {kept.digest}, found "
-            f"{dataset.digest}"
-        )
+    _require_same(kept.address, dataset, kept.digest)
     return dataset
 
 

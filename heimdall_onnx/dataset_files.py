@@ -1,7 +1,8 @@
 """The files of a dataset, in a folder or in the bucket, read at offsets.
 
-A file in the bucket is read by ranges of neighbouring bytes, each of which must still belong to the
-object that was opened first (its entity tag), so that no dataset is read half old, half new.
+A file in the bucket is read by ranges of neighbouring bytes. Every file must be the one that was
+there when the dataset was opened, by its entity tag in the bucket and by length and time of change
+in a folder, in each process that the dataset is sent to: none is read half old, half new.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class OpenFile(Protocol):
         """The bytes of a span; fewer at the end of the file.
 
         Raises:
+            DataError: If the file was replaced.
             OSError: If they can't be read.
             StoreError: If the store fails.
         """
@@ -73,13 +75,14 @@ class Files(Protocol):
         ...
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that are not there."""
+        """Those of ``names`` that are not there; the others are the ones to be read from now on."""
         ...
 
     def open(self, name: str) -> OpenFile:
         """Open a file.
 
         Raises:
+            DataError: If it is not the one that `missing` has seen.
             OSError: If there is none, or it can't be read.
             StoreError: If the store fails.
         """
@@ -101,7 +104,8 @@ def files_at(address: Path | str, client: S3Client | None = None) -> Files:
     if not text.startswith(_S3):
         return _FolderFiles(text)
     bucket, _, folder = text.removeprefix(_S3).partition("/")
-    if not bucket or not folder.strip("/"):
+    # Some stores take a doubled slash for one, others do not.
+    if not bucket or not folder.strip("/") or "//" in folder:
         raise DataError(f"expected the address of a dataset, s3://bucket/folder, found {text!r}")
     return _BucketFiles(bucket, folder.strip("/"), client)
 
@@ -111,6 +115,8 @@ class _FolderFiles:
     """A dataset's files in a folder."""
 
     address: str
+    # Length and time of change of each file that was seen.
+    stamps: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def content(self, name: str, limit: int) -> bytes:
         with self._path(name).open("rb") as file:
@@ -125,10 +131,26 @@ class _FolderFiles:
         }
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if not self._path(name).is_file()]
+        lost = []
+        for name in names:
+            try:
+                status = self._path(name).stat()
+            except OSError:
+                lost.append(name)
+            else:
+                self.stamps.setdefault(name, (status.st_size, status.st_mtime_ns))
+        return lost
 
     def open(self, name: str) -> OpenFile:
-        return _LocalFile(self._path(name))
+        file = _LocalFile(self._path(name))
+        if file.stamp != self.stamps.setdefault(name, file.stamp):
+            file.close()
+            raise DataError(
+                f"{self.address}/{name} is not the file that was there when the dataset was "
+                "opened: let nothing write there, and where several machines read it, let them see "
+                "one folder or read it from the bucket"
+            )
+        return file
 
     def _path(self, name: str) -> Path:
         return Path(self.address, name)
@@ -137,7 +159,9 @@ class _FolderFiles:
 class _LocalFile:
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
-        self.size = os.fstat(self._file.fileno()).st_size
+        status = os.fstat(self._file.fileno())
+        self.size = status.st_size
+        self.stamp = (status.st_size, status.st_mtime_ns)
 
     def expect(self, spans: Sequence[tuple[int, int]]) -> None:
         pass  # the system reads ahead
@@ -157,15 +181,17 @@ class _BucketFiles:
         bucket: The bucket.
         folder: What their keys begin with, without a slash at its end.
         given: Client of the store; None for one of the environment's.
+        listed: Length and entity tag of each file, as they were when it was opened.
     """
 
     bucket: str
     folder: str
     given: S3Client | None = field(default=None, repr=False, compare=False)
+    listed: dict[str, tuple[int, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Neither a client nor what it has listed goes to another process.
-        return _BucketFiles, (self.bucket, self.folder)
+        # A client does not go to another process.
+        return _BucketFiles, (self.bucket, self.folder, None, self.listed)
 
     @property
     def address(self) -> str:
@@ -184,41 +210,41 @@ class _BucketFiles:
         return make_client(ensure_store(Settings.load()))
 
     def content(self, name: str, limit: int) -> bytes:
-        from heimdall_onnx.store import exists
-
-        if not exists(self.client, self.bucket, self.key(name)):
-            raise FileNotFoundError(2, "there is no such object", name)
         file = self.open(name)
         return file.read(0, min(limit, file.size))
 
     def sizes(self) -> dict[str, int]:
-        from heimdall_onnx.store import list_sizes
-
-        prefix = f"{self.folder}/"
-        found = list_sizes(self.client, self.bucket, prefix)
-        return {key.removeprefix(prefix): size for key, size in found.items()}
+        return {name: size for name, (size, _) in self._known().items()}
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name not in self._known]
+        known = self._known()
+        return [name for name in names if name not in known]
 
     def open(self, name: str) -> OpenFile:
-        return _StoredFile(self.client, self.bucket, self.key(name))
+        known = self._known()
+        if name not in known:
+            raise FileNotFoundError(2, "there is no such object", name)
+        return _StoredFile(self.client, self.bucket, self.key(name), *known[name])
 
     def key(self, name: str) -> str:
         """The key of a file."""
         return f"{self.folder}/{name}"
 
-    @cached_property
-    def _known(self) -> dict[str, int]:
-        return self.sizes()
+    def _known(self) -> dict[str, tuple[int, str]]:
+        if not self.listed:
+            from heimdall_onnx.store import bucket_exists, list_tagged
+
+            prefix, found = f"{self.folder}/", {}
+            if bucket_exists(self.client, self.bucket):
+                found = list_tagged(self.client, self.bucket, prefix)
+            self.listed.update({key.removeprefix(prefix): what for key, what in found.items()})
+        return self.listed
 
 
 class _StoredFile:
-    def __init__(self, client: S3Client, bucket: str, key: str) -> None:
-        from heimdall_onnx.store import head_tagged
-
+    def __init__(self, client: S3Client, bucket: str, key: str, size: int, tag: str) -> None:
         self._client, self._bucket, self._key = client, bucket, key
-        self.size, self._tag = head_tagged(client, bucket, key)
+        self.size, self._tag = size, tag
         self._expected: list[tuple[int, int]] = []
         self._start, self._held = 0, b""
 

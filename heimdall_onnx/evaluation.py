@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,7 @@ from heimdall_onnx.dataset_schema import INPUTS, POSITIONS
 from heimdall_onnx.errors import DataError
 from heimdall_onnx.examples import examples_of
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.npz import Rows, parts, read_npz, whole
+from heimdall_onnx.npz import IN_MEMORY_BYTES, Rows, parts, read_npz, whole
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.untrusted import shown
 
@@ -98,7 +99,9 @@ class EvaluationData:
         return self._taken(slice(0, count)) if count < self.count else self
 
     def spread(self, count: int) -> EvaluationData:
-        """At most ``count`` samples, evenly spaced and in memory where there are more."""
+        """At most ``count`` samples and 256 MiB, evenly spaced; in memory where there are more."""
+        row_bytes = sum(a.dtype.itemsize * math.prod(a.shape[1:]) for a in self.inputs.values())
+        count = min(count, max(1, IN_MEMORY_BYTES // max(row_bytes, 1)))
         if count >= self.count:
             return self
         return replace(
@@ -146,6 +149,11 @@ def load_evaluation_data(
     if is_dataset(path):
         # Labels are read as the inputs are, since there may be more than memory holds.
         return _of_dataset(open_dataset(path, labels=False), signature, verify=verify)
+    if str(path).startswith("s3://"):
+        raise DataError(
+            f"expected evaluation data in a file, found {path}; only datasets are read from a "
+            "bucket"
+        )
     path = Path(path)
     arrays, sha256 = _read_npz(path)
     wanted = [spec.name for spec in signature.inputs]

@@ -3,33 +3,35 @@
 Each worker opens the dataset for itself, in a folder that all of them see or in the bucket, with
 the credentials of its own environment. The models travel once to each. What comes back is an
 `EvaluationPass` of each part, and they are merged as they come, so that the memory of neither grows
-with the data. Meanwhile all values are held against the dataset's digest, an array at a time.
+with the data. Meanwhile all values are held against the dataset's digest, an array at a time, on
+every machine that has a folder of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import cloudpickle
 
-from heimdall_onnx.environment import NUMERICAL, capture_environment, installed_distributions
-from heimdall_onnx.errors import EvidenceError, ParameterError, SchedulerError, UnavailableError
+from heimdall_onnx.errors import (
+    EvidenceError,
+    HeimdallError,
+    ParameterError,
+    SchedulerError,
+    UnavailableError,
+)
 from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.evaluation_pass import EvaluationPass, Models, PassSettings, pass_over
+from heimdall_onnx.evaluation_pass import EvaluationPass, PassSettings
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.processors import usable_processors
 from heimdall_onnx.shards import refuse
-from heimdall_onnx.untrusted import listed
+from heimdall_onnx.untrusted import shown
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -50,7 +52,7 @@ class EvaluationWorkers:
     Attributes:
         count: Workers to start on this machine, each with its share of the processors.
         scheduler: Address of a Dask scheduler whose workers to take instead, e.g.
-            ``tls://host:8786``.
+            ``tls://host:8786``; each must have one thread.
     """
 
     count: int = 0
@@ -78,9 +80,10 @@ class EvaluationWorkers:
             EvidenceError: If a model can't run on a batch, the outputs have different shapes, or
                 the workers died.
             ParameterError: If the data are no dataset.
-            SchedulerError: If the scheduler can't be reached, or has no workers, or some with other
-                versions of the packages that compute.
+            SchedulerError: If the scheduler can't be reached, or has no workers, or some that would
+                compute something else.
             StoreError: If the store of a dataset fails.
+            UnavailableError: Without the package distributed.
         """
         dataset = data.dataset
         if dataset is None or dataset.count != data.count:
@@ -88,118 +91,83 @@ class EvaluationWorkers:
                 f"workers share the samples of a dataset; {data.source} is none, or only its "
                 "beginning is taken: leave eval_workers and eval_scheduler out"
             )
-        shipped = _Shipped.of(model, onnx_path, settings)
-        with self._client() as client:
-            if not (workers := sum(client.nthreads().values())):
-                raise SchedulerError(
-                    f"the scheduler at {self.scheduler} has no workers: start some"
-                )
-            where = _require_same_versions(client.run(_place))
-            sent = client.scatter([shipped, data], broadcast=True, hash=False)
-            checks = [
-                client.submit(dataset.problem_of, name, pure=False) for name in dataset.arrays
-            ]
-            found = EvaluationPass(settings)
-            done = 0
-            for rows, part in _parts(client, sent, _ranges(data, settings, workers), workers):
-                found.merge(part)
-                done += len(rows)
-                if progress is not None:
-                    progress(done, data.count)
-            refuse(dataset.address, filter(None, client.gather(checks)))
-        found.evaluated_by = (
-            f"{workers} workers, {where}"
-            if self.scheduler
-            else f"{workers} workers on this machine"
-        )
-        log.info("evaluated on workers", workers=workers, samples=done)
-        return found
-
-    @contextmanager
-    def _client(self) -> Iterator[Client]:
         try:
             from heimdall_onnx.dask_workers import local_client, scheduler_client
+            from heimdall_onnx.evaluation_worker import Code, EvaluationWorker, Job, place
         except ModuleNotFoundError as error:
             raise UnavailableError(
                 f"workers need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
             ) from error
-        opened = scheduler_client(self.scheduler) if self.scheduler else local_client(self.count)
-        with opened as client:
-            yield client
-
-
-def _place() -> tuple[str, str, dict[str, str | None]]:
-    """Host, processor and what computes on the worker that this runs on."""
-    here, installed = capture_environment(), installed_distributions()
-    return socket.gethostname(), here.cpu, {name: installed.get(name) for name in NUMERICAL}
-
-
-def _require_same_versions(places: Mapping[str, tuple[str, str, dict[str, str | None]]]) -> str:
-    """Where the workers are, in words, if they compute with this process's versions."""
-    wanted = _place()[2]
-    differing = [
-        f"{address}: {name} {versions[name] or 'missing'}, expected {wanted[name] or 'none'}"
-        for address, (_, _, versions) in places.items()
-        for name in wanted
-        if versions[name] != wanted[name]
-    ]
-    if differing:
-        raise SchedulerError(
-            "these workers would compute something else than what is released; give them the same "
-            "versions:" + listed(differing)
+        module = type(model).__module__
+        job = Job(
+            f"heimdall-evaluation-{uuid4().hex}",
+            cloudpickle.dumps(model),
+            module,
+            onnx_path.read_bytes(),
+            settings,
+            data,
+            Code.here(module),
         )
-    hosts = {host for host, _, _ in places.values()}
-    processors = sorted({processor for _, processor, _ in places.values()})
-    return f"{len(hosts)} machines: {', '.join(processors)}"
+        opened = scheduler_client(self.scheduler) if self.scheduler else local_client(self.count)
+        with opened as client, _prepared(client, EvaluationWorker(job)):
+            if not (workers := len(client.nthreads())):
+                raise SchedulerError(f"the scheduler {self.scheduler} has no workers: start some")
+            places: Mapping[str, tuple[str, str]] = client.run(place)
+            checks = _submit_checks(client, job.name, data, places)
+            found = EvaluationPass(settings)
+            done = 0
+            for rows, part in _parts(client, job.name, _ranges(data, settings, workers), workers):
+                found.merge(part)
+                done += len(rows)
+                if progress is not None:
+                    progress(done, data.count)
+            refuse(dataset.address, {problem for c in checks if (problem := _result_of(c))})
+        found.evaluated_by = f"{workers} workers on this machine"
+        if self.scheduler:
+            hosts = {host for host, _ in places.values()}
+            processors = sorted({processor for _, processor in places.values()})
+            found.evaluated_by = (
+                f"{workers} workers, {len(hosts)} machines: {', '.join(processors)}"
+            )
+        log.info("evaluated on workers", workers=workers, samples=done)
+        return found
 
 
-@dataclass(frozen=True)
-class _Shipped:
-    """Both models on their way to a worker; equal ones are opened once there."""
-
-    model: bytes = field(repr=False)
-    onnx: bytes = field(repr=False)
-    settings: PassSettings
-    digest: str
-
-    @classmethod
-    def of(cls, model: Any, onnx_path: Path, settings: PassSettings) -> _Shipped:
-        pickled, onnx = cloudpickle.dumps(model), onnx_path.read_bytes()
-        digest = hashlib.sha256(pickled + onnx).hexdigest()
-        return cls(pickled, onnx, settings, digest)
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Shipped) and self.digest == other.digest
+@contextmanager
+def _prepared(client: Client, plugin: Any) -> Iterator[None]:
+    """Give every worker, and those to come, what they need."""
+    try:
+        client.register_plugin(plugin)
+    except HeimdallError as error:
+        raise type(error)(f"a worker can't take part in the evaluation: {error}") from error
+    except Exception as error:  # whatever a worker of another version raises
+        raise SchedulerError(
+            f"a worker can't be prepared for the evaluation: {type(error).__name__}: "
+            f"{shown(str(error))}; it needs the same version of this package as the client"
+        ) from error
+    try:
+        yield
+    finally:
+        # A scheduler that is gone has no plugin either.
+        with suppress(Exception):
+            client.unregister_worker_plugin(plugin.name)
 
 
-@lru_cache(maxsize=1)
-def _opened(shipped: _Shipped) -> Models:
-    """Both models, on a worker that has its processors for one part at a time."""
-    import torch
+def _submit_checks(
+    client: Client, name: str, data: EvaluationData, places: Mapping[str, tuple[str, str]]
+) -> list[Future]:
+    """Hold each array against its hash: once in the bucket, once on each machine for a folder."""
+    from heimdall_onnx.evaluation_worker import check_array
 
-    from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
-
-    threads = usable_processors()
-    torch.set_num_threads(threads)
-    # Made by the process that this worker takes its work from, which may run any code here.
-    model = cloudpickle.loads(shipped.model)
-    signature = shipped.settings.signature
-    with tempfile.TemporaryDirectory(prefix="heimdall-evaluation-") as folder:
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(shipped.onnx)
-        session = open_session(path, threads=threads, spinning=False)
-    return Models(
-        lambda inputs: run_pytorch(model, inputs, signature),
-        lambda inputs: run_onnx(session, inputs, signature),
-    )
-
-
-def evaluate_part(shipped: _Shipped, data: EvaluationData, start: int, stop: int) -> EvaluationPass:
-    """The pass over the samples from ``start`` to ``stop``, on the worker that this runs on."""
-    return pass_over(_opened(shipped), data, shipped.settings, range(start, stop))
+    assert data.dataset is not None
+    stored = data.dataset.address.startswith("s3://")
+    # Whoever is on the machine; which workers these are may change while it goes on.
+    hosts = {host: [a for a, (h, _) in places.items() if h == host] for host, _ in places.values()}
+    return [
+        client.submit(check_array, name, array, pure=False, **where)
+        for array in data.dataset.arrays
+        for where in ([{}] if stored else [{"workers": addresses} for addresses in hosts.values()])
+    ]
 
 
 def _ranges(data: EvaluationData, settings: PassSettings, workers: int) -> Iterator[range]:
@@ -212,29 +180,49 @@ def _ranges(data: EvaluationData, settings: PassSettings, workers: int) -> Itera
 
 
 def _parts(
-    client: Client, sent: list[Future], ranges: Iterator[range], workers: int
+    client: Client, name: str, ranges: Iterator[range], workers: int
 ) -> Iterator[tuple[range, EvaluationPass]]:
     from distributed import as_completed
-    from distributed.scheduler import KilledWorker
+
+    from heimdall_onnx.evaluation_worker import evaluate_part
 
     running: dict[Future, range] = {}
 
     def submit(rows: range) -> Future:
-        future = client.submit(evaluate_part, *sent, rows.start, rows.stop, pure=False)
+        future = client.submit(evaluate_part, name, rows.start, rows.stop, pure=False)
         running[future] = rows
         return future
 
     finished = as_completed([submit(rows) for rows in itertools.islice(ranges, _AHEAD * workers)])
     for future in finished:
         rows = running.pop(future)
-        try:
-            part = future.result()
-        except KilledWorker as error:
-            raise EvidenceError(
-                f"the workers that had the samples {rows.start} to {rows.stop - 1} died, the last "
-                f"one at {error.last_worker.address}; if they ran out of memory, take fewer"
-            ) from error
+        part: EvaluationPass = _result_of(future)
         for further in itertools.islice(ranges, 1):
             finished.add(submit(further))
         yield rows, part
         future.release()
+
+
+def _result_of(future: Future) -> Any:
+    """What a task gave.
+
+    Raises:
+        EvidenceError: If the workers that had it died.
+        HeimdallError: As the task raised it.
+        SchedulerError: If the connection to the scheduler was lost.
+    """
+    from distributed.scheduler import KilledWorker
+    from distributed.utils import CancelledError
+
+    try:
+        return future.result()
+    except KilledWorker as error:
+        raise EvidenceError(
+            f"the workers that had a part of the evaluation data died, the last one at "
+            f"{error.last_worker.address}; if they ran out of memory, take fewer"
+        ) from error
+    except CancelledError as error:
+        raise SchedulerError(
+            "the connection to the scheduler of the evaluation was lost; start it again, and run "
+            "again"
+        ) from error

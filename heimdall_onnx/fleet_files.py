@@ -301,6 +301,11 @@ class ItemParameters:
                         "filled in"
                     )
         yield from parameter_problems(given)
+        if given.get("eval_scheduler"):
+            yield (
+                "eval_scheduler can't be set for items, which would wait on the workers that they "
+                "hold; eval_workers starts some for each"
+            )
         for name, text in _data(given):
             if text.startswith(_S3):
                 if not _is_object(text):
@@ -308,7 +313,8 @@ class ItemParameters:
                 continue
             path = absolute(self._folder, text)
             # A dataset is a folder.
-            if (found := kind_of(path)) not in {"a file", "a folder"}:
+            expected = ("a file", "a folder") if name == "eval_data" else ("a file",)
+            if (found := kind_of(path)) not in expected:
                 yield f"{name}: expected a file, found {found} at {shown(path)}"
 
 

@@ -10,7 +10,6 @@ is missing, the run leads to the release, if there is one.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import socket
@@ -18,12 +17,12 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from heimdall_onnx.code_identity import hash_of_module, hash_of_package
 from heimdall_onnx.dataset import open_dataset
 from heimdall_onnx.environment import capture_environment
 from heimdall_onnx.errors import (
@@ -40,7 +39,7 @@ from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import REPORT, REPORT_HTML, Manifest, read_manifest
 from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.publish import METADATA, Connection, close_own_run, connect, to_json
-from heimdall_onnx.release import kernel_environment, notebook_path, release_checkpoint
+from heimdall_onnx.release import kernel_environment, release_checkpoint
 from heimdall_onnx.scratch import Scratch
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature_file import signature_path
@@ -300,31 +299,11 @@ def item_key(parameters: ReleaseParameters) -> str:
             if path is not None and (what != "signature" or path.is_file())
         },
         "parameters": parameters.model_dump(mode="json", exclude=_NO_PART),
-        "model_code": _hash_of_module(parameters.model.partition(":")[0]),
+        "model_code": hash_of_module(parameters.model.partition(":")[0]),
         "code": hash_of_package(),
         "packages": capture_environment().packages,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-
-def _hash_of_module(name: str) -> str:
-    """Hash of a module's file; the model's own process is the one that imports it."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):
-        spec = None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        return ""
-    return hash_file(Path(spec.origin))
-
-
-@cache
-def hash_of_package() -> str:
-    """Hash of this package's code and of the notebook."""
-    digest = hashlib.sha256()
-    for path in (*sorted(Path(__file__).parent.rglob("*.py")), notebook_path()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _fetch_inputs(client: S3Client, item: FleetItem, scratch: Path) -> ReleaseParameters:

@@ -13,8 +13,9 @@ from distributed import WorkerPlugin, get_worker
 from distributed.utils import sync
 from distributed.worker import Worker
 
+from heimdall_onnx.code_identity import hash_of_package
 from heimdall_onnx.errors import HeimdallError, SchedulerError
-from heimdall_onnx.fleet_item import ItemOutcome, ItemRunner, hash_of_package
+from heimdall_onnx.fleet_item import ItemOutcome, ItemRunner
 from heimdall_onnx.fleet_plan import FleetItem
 from heimdall_onnx.settings import Settings
 

@@ -27,6 +27,8 @@ from heimdall_onnx.retention import Protection, retain
 from heimdall_onnx.store import MANIFEST, exists, format_uri, parse_uri, upload_bytes
 
 if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
     from heimdall_onnx.parameters import ReleaseParameters
     from heimdall_onnx.signing import Signer
 
@@ -157,6 +159,7 @@ def complete_release(
     kept = [entry.key for entry in (*manifest.objects.values(), *manifest.content)]
     if manifest.signature is not None:
         kept.append(manifest.signature.key)
+    kept += _own_dataset(client, manifest)
     retain(client, bucket, kept, protection)
     for entry in manifest.content:
         if not exists(client, bucket, entry.key):
@@ -173,6 +176,21 @@ def complete_release(
         lock_until=protection.until,
     )
     return manifest
+
+
+def _own_dataset(client: S3Client, manifest: Manifest) -> list[str]:
+    """The keys of the release's dataset in its bucket, all of which are there.
+
+    One in another bucket belongs to whoever keeps that.
+    """
+    if manifest.dataset is None:
+        return []
+    from heimdall_onnx.content import open_kept
+
+    dataset = open_kept(client, manifest.dataset)
+    bucket, folder = parse_uri(manifest.dataset.address)
+    own = bucket == manifest.bucket
+    return [f"{folder}/{name}" for name in dataset.file_names()] if own else []
 
 
 def offer_release(connection: Connection, manifest: Manifest, alias: str, by: str) -> None:

@@ -6,6 +6,9 @@
 | reviewer | ``reviews/`` below a release, ``aliases/`` | all but MLflow's artifacts |
 | consumer | nothing | releases |
 
+Evaluation data that are a dataset elsewhere than in ``objects/`` are a place of their own: whoever
+releases on them, verifies such a release fully or promotes it needs to read and list that, too.
+
 The documents are in AWS's policy language, which other stores speak too. Attached to an identity
 one names no principal; as the policy of a bucket it does (`bucket_policies`).
 

@@ -212,13 +212,22 @@ class _Run:
     def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
         if not self.parameters.checkpoint:
             raise ParameterError("there is no checkpoint to release: its path is empty")
-        data = self.parameters.eval_data
+        data, calibration = self.parameters.eval_data, self.parameters.calibration_data
+        if is_dataset(calibration):
+            raise ParameterError(
+                f"expected calibration data in an .npz, found a dataset at {calibration}; leave "
+                "calibration_data out to set a part of the evaluation data apart"
+            )
         for path, what in (
             (self.parameters.checkpoint, "a checkpoint"),
             # Whether a dataset is in its bucket is seen when it is opened.
             ("" if is_dataset(data) else data, "evaluation data"),
-            (self.parameters.calibration_data, "calibration data"),
+            (calibration, "calibration data"),
         ):
+            if path.startswith("s3://"):
+                raise ParameterError(
+                    f"expected {what} in a file, found {path}; only datasets are read from a bucket"
+                )
             if path and not Path(path).exists():
                 raise ParameterError(f"expected {what} at {path}, found no such file")
         if self.parameters.evaluation_workers is not None and not is_dataset(data):

@@ -227,6 +227,10 @@ class ArrayReader:
         self._checksum, self._zstd = import_codecs()
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the indices that were read.
+        return ArrayReader, (self._files, self._name, self._spec)
+
     def __len__(self) -> int:
         return self.shape[0]
 

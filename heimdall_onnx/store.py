@@ -340,7 +340,7 @@ def read_range(
         key: Key of the object.
         offset: Where the first of them is.
         length: How many, at least one; there must be so many.
-        tag: The object's entity tag, as `head_tagged` gave it.
+        tag: The object's entity tag, as `list_tagged` gave it; empty for any.
 
     Raises:
         DataError: If the object is another one by now, or does not have so many bytes there.
@@ -348,17 +348,23 @@ def read_range(
     """
     uri = format_uri(bucket, key)
     wanted = f"bytes={offset}-{offset + length - 1}"
+    conditions = {"Range": wanted} | ({"IfMatch": tag} if tag else {})
     with store_errors(client, f"read {wanted} of {uri}"):
         try:
             found = read_object(
-                client, bucket, key, lambda a: a["Body"].read(), Range=wanted, IfMatch=tag
+                client,
+                bucket,
+                key,
+                # The second read finds the end, or that it has come too early.
+                lambda answer: answer["Body"].read(length) + answer["Body"].read(1),
+                **conditions,
             )
         except ClientError as error:
-            if error_code(error) not in {"412", "PreconditionFailed"}:
+            if error_code(error) not in {"412", "PreconditionFailed", "404", "NoSuchKey"}:
                 raise
             raise DataError(
-                f"{uri} was replaced while it was being read; let nothing write there, and run "
-                "again"
+                f"{uri} was replaced or deleted while it was being read; let nothing write there, "
+                "and run again"
             ) from error
     if len(found) != length:
         raise DataError(f"{uri}: expected {length} bytes from {offset} on, found {len(found)}")
@@ -390,13 +396,6 @@ def head(client: S3Client, bucket: str, key: str) -> StoredObject:
     )
 
 
-def head_tagged(client: S3Client, bucket: str, key: str) -> tuple[int, str]:
-    """Length in bytes and entity tag of an object."""
-    with store_errors(client, f"look at {format_uri(bucket, key)}"):
-        answer = client.head_object(Bucket=bucket, Key=key)
-    return answer["ContentLength"], answer["ETag"]
-
-
 def exists(client: S3Client, bucket: str, key: str) -> bool:
     """Whether there is such an object; a missing bucket counts as a missing object."""
     with store_errors(client, f"look at {format_uri(bucket, key)}"):
@@ -416,9 +415,21 @@ def list_keys(client: S3Client, bucket: str, prefix: str) -> tuple[str, ...]:
 
 def list_sizes(client: S3Client, bucket: str, prefix: str) -> dict[str, int]:
     """Length in bytes of the objects whose keys begin with ``prefix``, by their keys."""
+    return {key: size for key, (size, _) in list_tagged(client, bucket, prefix).items()}
+
+
+def list_tagged(client: S3Client, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
+    """Length in bytes and entity tag of the objects whose keys begin with ``prefix``.
+
+    The tag is empty where a store gives none.
+    """
     with store_errors(client, f"list {format_uri(bucket, prefix)}"):
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return {e["Key"]: e["Size"] for page in pages for e in page.get("Contents", [])}
+        return {
+            entry["Key"]: (entry["Size"], entry.get("ETag", ""))
+            for page in pages
+            for entry in page.get("Contents", [])
+        }
 
 
 def list_versions(

@@ -1,6 +1,7 @@
 """Datasets in the bucket: read by ranges, as the folder they came from; sent once."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from heimdall_onnx.cli import main
 from heimdall_onnx.content import fetch_dataset, keep_dataset, open_kept, upload_dataset
 from heimdall_onnx.dataset import open_dataset
 from heimdall_onnx.errors import DataError, StoreError
-from heimdall_onnx.store import delete_objects, list_keys, read_bytes, upload_bytes
+from heimdall_onnx.files import hash_file
+from heimdall_onnx.store import (
+    delete_objects,
+    list_keys,
+    read_bytes,
+    upload_bytes,
+    upload_file,
+)
 
 pytestmark = pytest.mark.services
 
@@ -62,7 +70,7 @@ def test_neighbouring_chunks_come_with_one_request(s3, bucket, tmp_path):
     assert len(reader.shards) == 1
     reader[:1]  # brings the shard's index
     seen = requests(s3, lambda: reader[:])
-    assert seen == ["HeadObject", "GetObject"]
+    assert seen == ["GetObject"]
 
 
 def test_neighbours_are_joined_up_to_the_most_at_once(monkeypatch):
@@ -82,14 +90,32 @@ def test_dataset_goes_to_other_processes_without_a_client(
     np.testing.assert_array_equal(pickle.loads(sent).rows([5])["mask"], stored.rows([5])["mask"])
 
 
-def test_object_that_is_replaced_while_it_is_read_is_refused(s3, bucket, stored):
-    reader = stored.readers["inputs/iq"]
-    name = reader.shards[0]
-    with_tag = stored.files.open(name)
-    content = read_bytes(s3, bucket, f"sets/own/{name}")
-    upload_bytes(s3, content[:-1] + b"x", bucket, f"sets/own/{name}")
-    with pytest.raises(DataError, match="was replaced while it was being read"):
-        with_tag.read(0, 8)
+def test_object_that_is_replaced_while_it_is_read_is_refused(
+    s3, bucket, stored, mlflow_environment
+):
+    stored.rows([0])
+    elsewhere = pickle.loads(pickle.dumps(stored))
+    for name in stored.readers["inputs/iq"].shards[1:3]:
+        content = read_bytes(s3, bucket, f"sets/own/{name}")
+        upload_bytes(s3, content[:-1] + b"x", bucket, f"sets/own/{name}")
+        for opened in (stored, elsewhere):
+            with pytest.raises(DataError, match="was replaced or deleted while"):
+                opened.rows(range(opened.count))
+        upload_bytes(s3, content, bucket, f"sets/own/{name}")
+
+
+def test_file_that_is_replaced_while_it_is_read_is_refused(tmp_path):
+    own = write_in_small_shards(tmp_path / "own", samples())
+    other = write_in_small_shards(tmp_path / "other", samples(seed=1))
+    own.rows([0])
+    elsewhere = pickle.loads(pickle.dumps(own))
+    name = own.readers["inputs/iq"].shards[1]
+    (own.path / name).write_bytes((other.path / name).read_bytes())
+    for opened in (own, elsewhere):
+        with pytest.raises(DataError, match=f"{name} is not the file that was there"):
+            opened.rows(range(opened.count))
+    with pytest.raises(DataError, match="expected SHA-256"):
+        open_dataset(own.path).verify()
 
 
 def test_damage_in_the_bucket_is_named(s3, bucket, stored, dataset):
@@ -101,6 +127,11 @@ def test_damage_in_the_bucket_is_named(s3, bucket, stored, dataset):
     # Sent again, what differs is mended, and nothing else.
     seen = requests(s3, lambda: upload_dataset(s3, dataset, bucket, "sets/own"))
     assert seen.count("PutObject") == 2  # and the header, which is dated anew
+    # What claims to be right is read all the same.
+    claimed = {"sha256": hash_file(dataset.path / first)}
+    size = (dataset.path / first).stat().st_size
+    s3.put_object(Bucket=bucket, Key=key, Body=bytes(size), Metadata=claimed)
+    upload_dataset(s3, dataset, bucket, "sets/own")
     open_dataset(stored.address, client=s3).verify()
     delete_objects(s3, bucket, [key])
     with pytest.raises(DataError, match=f"{first} is missing"):
@@ -144,9 +175,26 @@ def test_dataset_of_a_folder_is_kept_and_comes_back(s3, bucket, dataset, tmp_pat
         open_kept(s3, kept.model_copy(update={"digest": "0" * 64}))
 
 
-def test_address_needs_a_folder():
+def test_dataset_that_changed_since_it_was_opened_is_not_kept(s3, bucket, tmp_path):
+    own = write_in_small_shards(tmp_path / "own", samples())
+    other = write_in_small_shards(tmp_path / "other", samples(seed=1))
+    name = own.readers["inputs/iq"].shards[1]
+    right = (own.path / name).read_bytes()
+    (own.path / name).write_bytes((other.path / name).read_bytes())
+    with pytest.raises(DataError, match="has changed since it was opened"):
+        keep_dataset(s3, bucket, own)
+    (own.path / name).write_bytes(right)
+    # What was left there under its digest is in nobody's way.
+    shutil.copy(other.path / "zarr.json", tmp_path / "header")
+    upload_file(s3, tmp_path / "header", bucket, f"objects/datasets/{own.digest}/zarr.json")
+    kept = keep_dataset(s3, bucket, open_dataset(own.path))
+    open_kept(s3, kept).verify()
+
+
+@pytest.mark.parametrize("address", ["s3://bucket", "s3://bucket/", "s3://bucket/a//b"])
+def test_address_needs_a_folder(address):
     with pytest.raises(DataError, match="expected the address of a dataset, s3://bucket/folder"):
-        open_dataset("s3://bucket")
+        open_dataset(address)
 
 
 def test_command_uploads(s3, bucket, dataset, mlflow_environment):

@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from distributed import LocalCluster
 from models import SmallNet
 
-from heimdall_onnx import evaluation_workers
 from heimdall_onnx.compare import compare_outputs
 from heimdall_onnx.content import upload_dataset
 from heimdall_onnx.dataset import create_dataset, open_dataset
 from heimdall_onnx.errors import DataError, EvidenceError, ParameterError, SchedulerError
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.evaluation_pass import EvaluationPass, Models, pass_over, pass_settings
+from heimdall_onnx.evaluation_worker import Code
 from heimdall_onnx.evaluation_workers import EvaluationWorkers, _ranges
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
@@ -181,7 +182,7 @@ def test_workers_of_a_scheduler_read_a_dataset_in_the_bucket(
         workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
         found = compare_outputs(model, onnx_path, data, model.signature, workers=workers)
     expected = alone[1]
-    assert found.evaluated_by.startswith("2 workers, 1 machines: ")
+    assert found.evaluated_by.startswith("2 workers, 1 machine: ")
     assert [(o.count, o.violations) for o in found.evaluation] == [
         (o.count, o.violations) for o in expected.evaluation
     ]
@@ -266,16 +267,75 @@ def test_scheduler_that_is_not_there_is_named(model, onnx_path, alone, unused_po
         workers.pass_over(model, onnx_path, alone[0], settings_of(alone[0]))
 
 
-def test_workers_with_other_versions_are_refused():
-    place = evaluation_workers._place()
-    here = ("node1", "a processor", place[2])
-    other = ("node2", "a processor", {**place[2], "onnxruntime": "1.0", "torch": None})
-    assert evaluation_workers._require_same_versions({"a": here}) == "1 machines: a processor"
-    with pytest.raises(SchedulerError) as refused:
-        evaluation_workers._require_same_versions({"tcp://a": here, "tcp://b": other})
-    assert "tcp://b: onnxruntime 1.0, expected 1." in str(refused.value)
-    assert "tcp://b: torch missing, expected" in str(refused.value)
-    assert "tcp://a" not in str(refused.value)
+def test_workers_with_other_code_are_refused():
+    here = Code.here("models")
+    other = replace(here, packages={**here.packages, "onnxruntime": "1.0", "torch": None})
+    assert here.differences(here) == []
+    found = "; ".join(here.differences(other))
+    assert "onnxruntime 1.0, expected 1." in found
+    assert "torch missing, expected" in found
+    assert here.differences(replace(here, package="x")) == [
+        "another heimdall_onnx than the client's"
+    ]
+    assert here.differences(replace(here, model="")) == ["no module of the model's class"]
+    assert here.differences(replace(here, model="x")) == ["another module of the model's class"]
+
+
+@pytest.mark.thorough
+def test_what_keeps_a_worker_from_taking_part_is_said(model, onnx_path, dataset, alone, tmp_path):
+    own = shutil.copytree(dataset.path, tmp_path / "own.zarr")
+    data = load_evaluation_data(own, model.signature)
+    settings = settings_of(data)
+
+    def refusal(cluster, kind, evaluated=data):
+        workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
+        with pytest.raises(kind) as refused:
+            workers.pass_over(model, onnx_path, evaluated, settings)
+        return str(refused.value)
+
+    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1}
+    with LocalCluster(n_workers=1, **{**options, "threads_per_worker": 2}) as cluster:
+        assert "takes 2 parts at a time" in refusal(cluster, SchedulerError)
+    with LocalCluster(n_workers=0, **options) as cluster:
+        assert "has no workers" in refusal(cluster, SchedulerError)
+    with LocalCluster(n_workers=1, **options) as cluster:
+        # As on another machine, where the folder is not, or another one is.
+        own.rename(tmp_path / "gone.zarr")
+        assert "can't be opened" in refusal(cluster, DataError)
+        shutil.copytree(tmp_path / "gone.zarr", own, copy_function=shutil.copyfile)
+        assert "is not the file that was there" in refusal(cluster, DataError)
+
+
+@pytest.mark.thorough
+def test_single_worker_that_is_lost_is_started_again(model, onnx_path, alone):
+    data, expected = alone
+    killed = []
+
+    def kill(done, of):
+        if not killed:
+            (worker,) = (
+                p
+                for p in psutil.Process().children(recursive=True)
+                if "spawn_main" in str(p.cmdline())
+            )
+            killed.append(worker.pid)
+            worker.kill()
+
+    one = EvaluationWorkers(count=1)
+    found = compare_outputs(model, onnx_path, data, model.signature, workers=one, progress=kill)
+    assert killed
+    assert [o.count for o in found.evaluation] == [o.count for o in expected.evaluation]
+
+
+def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone):
+    data, _ = alone
+    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster:
+        workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
+        with pytest.raises(SchedulerError, match=r"connection to the scheduler .* was lost"):
+            workers.pass_over(
+                model, onnx_path, data, settings_of(data), lambda done, of: cluster.close()
+            )
 
 
 @pytest.mark.parametrize(("workers", "batch"), [(1, 8), (2, 7), (64, 512), (3, 5000)])

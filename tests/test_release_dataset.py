@@ -163,6 +163,13 @@ def test_workers_without_a_dataset_are_refused_before_anything_starts(inputs, se
     result = release_checkpoint(with_file, settings)
     assert result.exit_code == ParameterError.exit_code
     assert "eval_workers and eval_scheduler are for a dataset" in result.error
+    folder = str(inputs.checkpoint.parent)
+    for wrong, said in (
+        ({"calibration_data": folder}, "expected calibration data in an .npz"),
+        ({"eval_data": "s3://bucket/x.npz"}, "only datasets are read from a bucket"),
+    ):
+        result = release_checkpoint(smoke(inputs, BUCKET, **wrong), settings)
+        assert (result.exit_code, said in result.error) == (2, True)
     gone = smoke(inputs, BUCKET, eval_data="s3://no-such-bucket/none.zarr")
     result = release_checkpoint(gone, settings)
     assert result.exit_code == DataError.exit_code
