@@ -126,9 +126,8 @@ class EvaluationWorkers:
         if self.scheduler:
             hosts = {host for host, _ in places.values()}
             processors = sorted({processor for _, processor in places.values()})
-            found.evaluated_by = (
-                f"{workers} workers, {len(hosts)} machines: {', '.join(processors)}"
-            )
+            machines = f"{len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
+            found.evaluated_by = f"{workers} workers, {machines}: {', '.join(processors)}"
         log.info("evaluated on workers", workers=workers, samples=done)
         return found
 
@@ -157,16 +156,22 @@ def _submit_checks(
     client: Client, name: str, data: EvaluationData, places: Mapping[str, tuple[str, str]]
 ) -> list[Future]:
     """Hold each array against its hash: once in the bucket, once on each machine for a folder."""
+    from distributed.comm import get_address_host
+
     from heimdall_onnx.evaluation_worker import check_array
 
     assert data.dataset is not None
+    anywhere: list[dict[str, Any]] = [{}]
+    # A machine's workers may be others by then, or gone with it.
+    by_host: list[dict[str, Any]] = [
+        {"workers": host, "allow_other_workers": True}
+        for host in {get_address_host(address) for address in places}
+    ]
     stored = data.dataset.address.startswith("s3://")
-    # Whoever is on the machine; which workers these are may change while it goes on.
-    hosts = {host: [a for a, (h, _) in places.items() if h == host] for host, _ in places.values()}
     return [
         client.submit(check_array, name, array, pure=False, **where)
         for array in data.dataset.arrays
-        for where in ([{}] if stored else [{"workers": addresses} for addresses in hosts.values()])
+        for where in (anywhere if stored else by_host)
     ]
 
 
