@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from heimdall_onnx.settings import Settings
 
 
+_file = click.Path(dir_okay=False, path_type=Path)
+
+
 def parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What is released under which name, and how; None means the default of the parameters."""
     for option in (
@@ -63,6 +66,20 @@ def release_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Another notebook.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option(
+            "--junit",
+            "junit_file",
+            type=_file,
+            metavar="FILE.xml",
+            help="Write the gates as JUnit XML, however the release ends.",
+        ),
+        click.option(
+            "--summary",
+            "summary_file",
+            type=_file,
+            metavar="FILE.md",
+            help="Write a summary in Markdown, e.g. for a merge request.",
+        ),
     ):
         command = option(command)
     return command
@@ -153,6 +170,8 @@ def _release(
     cell_timeout: int | None,
     notebook: Path | None,
     as_json: bool,
+    junit_file: Path | None,
+    summary_file: Path | None,
     **options: Any,
 ) -> None:
     from heimdall_onnx.settings import Settings
@@ -168,11 +187,13 @@ def _release(
         settings = Settings.load()
         parameters = parameters.model_copy(update=inputs(settings, parameters))
     except HeimdallError as error:
-        if as_json:
+        if as_json or junit_file or summary_file:
             from heimdall_onnx.release import ReleaseResult
 
             failed = ReleaseResult(False, error.exit_code, "fail", error=str(error))
-            click.echo(json.dumps(failed.to_dict()))
+            _write(failed, junit_file, summary_file)
+            if as_json:
+                click.echo(json.dumps(failed.to_dict()))
         raise
     from heimdall_onnx.release import release_checkpoint
 
@@ -183,10 +204,23 @@ def _release(
         cell_timeout=cell_timeout,
         progress=sys.stderr.isatty() or not as_json,
     )
+    _write(result, junit_file, summary_file)
     if as_json:
         click.echo(json.dumps(result.to_dict(), allow_nan=False))
     show_result(result, as_json=as_json)
     click.get_current_context().exit(result.exit_code)
+
+
+def _write(result: ReleaseResult, junit_file: Path | None, summary_file: Path | None) -> None:
+    """Write what continuous integration shows; that it can't be written changes no outcome."""
+    from heimdall_onnx.ci_output import write_junit, write_summary
+
+    for path, write in ((junit_file, write_junit), (summary_file, write_summary)):
+        if path is not None:
+            try:
+                write(result, path)
+            except HeimdallError as error:
+                click.echo(visible_lines(f"warning: {error}"), err=True)
 
 
 def show_result(result: ReleaseResult, *, as_json: bool = False) -> None:
