@@ -91,7 +91,6 @@ def settings(make_settings):
 @pytest.fixture
 def runner(settings, tmp_path, monkeypatch):
     notebook = changed_notebook(tmp_path)
-    monkeypatch.setattr(fleet_item, "notebook_path", lambda: notebook)
     monkeypatch.setattr(
         fleet_item,
         "release_checkpoint",

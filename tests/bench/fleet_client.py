@@ -26,10 +26,10 @@ _IDLE_SHARE, _IDLE_S, _LONGEST_S = 0.2, 1.0, 90.0
 _LOOK_S = 0.5
 
 
-def answering(path: str) -> Callable[[FleetItem, bool], ItemOutcome]:
+def answering(path: str) -> Callable[[FleetItem, str, bool], ItemOutcome]:
     """What a worker runs in place of a release."""
 
-    def answer(item: FleetItem, force: bool) -> ItemOutcome:
+    def answer(item: FleetItem, fleet: str, force: bool) -> ItemOutcome:
         own = {"number": item.number, "label": item.label, "checkpoint": item.checkpoint}
         return ItemOutcome(**json.loads(Path(path).read_text()) | own)
 
