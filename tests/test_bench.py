@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 from collections import Counter
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from heimdall_onnx.fleet_worker import run_item
 
 
 @pytest.fixture
@@ -175,3 +178,8 @@ def test_objects_are_told_apart_by_their_keys(bench, bucket, key, kind):
 def test_a_share_of_every_fleet_is_at_least_a_few_items(bench):
     scaled = bench("fleets").Sizes(compared=16, planned=10_000).scaled(0.01)
     assert (scaled.compared, scaled.planned, scaled.history) == (4, 100, 1_000)
+
+
+def test_workers_that_do_nothing_are_asked_as_those_of_a_fleet(bench):
+    answer = bench("fleet_client").answering("outcome.json")
+    assert [*inspect.signature(answer).parameters] == [*inspect.signature(run_item).parameters]
