@@ -8,12 +8,10 @@ case with its limit and its measured value; what kept the gates from being evalu
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from heimdall_onnx.errors import EvidenceError
-from heimdall_onnx.files import replace_file
 from heimdall_onnx.gates import Gate, escape_markdown
 
 if TYPE_CHECKING:
@@ -21,34 +19,6 @@ if TYPE_CHECKING:
 
 # What XML 1.0 has no form for, not even escaped.
 _NO_XML = re.compile(r"[^\t\n\r -\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
-
-
-def write_junit(result: ReleaseResult, path: Path) -> None:
-    """Write the gates as JUnit XML.
-
-    Args:
-        result: How a release ended.
-        path: The file; one that exists is replaced.
-
-    Raises:
-        DataError: If it can't be written.
-    """
-    with replace_file(path) as file:
-        file.write(junit(result))
-
-
-def write_summary(result: ReleaseResult, path: Path) -> None:
-    """Write the summary in Markdown.
-
-    Args:
-        result: How a release ended.
-        path: The file; one that exists is replaced.
-
-    Raises:
-        DataError: If it can't be written.
-    """
-    with replace_file(path) as file:
-        file.write(markdown(result).encode())
 
 
 def junit(result: ReleaseResult) -> bytes:

@@ -213,12 +213,14 @@ def _release(
 
 def _write(result: ReleaseResult, junit_file: Path | None, summary_file: Path | None) -> None:
     """Write what continuous integration shows; that it can't be written changes no outcome."""
-    from heimdall_onnx.ci_output import write_junit, write_summary
+    from heimdall_onnx.ci_output import junit, markdown
+    from heimdall_onnx.files import replace_file
 
-    for path, write in ((junit_file, write_junit), (summary_file, write_summary)):
+    for path, text in ((junit_file, junit), (summary_file, lambda r: markdown(r).encode())):
         if path is not None:
             try:
-                write(result, path)
+                with replace_file(path) as file:
+                    file.write(text(result))
             except HeimdallError as error:
                 click.echo(visible_lines(f"warning: {error}"), err=True)
 
