@@ -209,7 +209,7 @@ class WorstSample:
         element: Index of that element in the flattened output of the sample.
         reference: The PyTorch model's first values at that sample, eight at most.
         value: The ONNX model's first values at that sample.
-        shard: Name of the part of the data that it came from; empty where there are no parts.
+        shard: The file of a dataset that it is in; empty where there is none.
     """
 
     sample: int
@@ -221,9 +221,9 @@ class WorstSample:
     shard: str = ""
 
 
-def _badness(sample: WorstSample) -> tuple[float, int, str]:
+def _badness(sample: WorstSample) -> tuple[float, int]:
     """Sorts the worst sample first, and of equally bad ones the first of the data."""
-    return -sample.error, sample.sample, sample.shard
+    return -sample.error, sample.sample
 
 
 @dataclass(frozen=True)
@@ -303,8 +303,6 @@ class ErrorAccumulator:
         reference: npt.NDArray[Any],
         value: npt.NDArray[Any],
         first: int,
-        *,
-        shard: str = "",
     ) -> None:
         """Add a batch.
 
@@ -312,7 +310,6 @@ class ErrorAccumulator:
             reference: The PyTorch model's output, sample axis first.
             value: The ONNX model's, of the same shape.
             first: Index of the first sample in the whole data.
-            shard: Name of the part of the data that the samples come from, for `WorstSample`.
         """
         a, b = reference.astype(np.float64), value.astype(np.float64)
         if a.shape != b.shape:
@@ -334,7 +331,7 @@ class ErrorAccumulator:
             excess = np.divide(error, allowed, out=np.zeros_like(error), where=error > 0)
         self._excess = max(self._excess, float(excess.max(initial=0.0)))
         self._add_finite(a[finite], b[finite], error[finite])
-        self._add_worst(a, b, error, excess, first, shard)
+        self._add_worst(a, b, error, excess, first)
 
     def _add_finite(self, a: Floats, b: Floats, error: Floats) -> None:
         if a.size == 0:
@@ -353,9 +350,7 @@ class ErrorAccumulator:
                 ulps = error / np.spacing(np.abs(a).astype(dtype)).astype(np.float64)
             self._ulps.update(ulps)
 
-    def _add_worst(
-        self, a: Floats, b: Floats, error: Floats, excess: Floats, first: int, shard: str
-    ) -> None:
+    def _add_worst(self, a: Floats, b: Floats, error: Floats, excess: Floats, first: int) -> None:
         if error.size == 0:
             return
         peaks = error.reshape(error.shape[0], -1).max(axis=1)
@@ -374,7 +369,6 @@ class ErrorAccumulator:
                     element,
                     tuple(map(float, a[row].ravel()[:8])),
                     tuple(map(float, b[row].ravel()[:8])),
-                    shard,
                 )
             )
         self._keep_worst(found)

@@ -335,9 +335,9 @@ def test_quantiles_leave_nan_out():
 # --- In parts ---
 
 
-def accumulate(count, *, seed=0, first=0, shard=""):
+def accumulate(count, *, seed=0, first=0):
     accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
-    accumulator.update(*pair(count, seed=seed), first, shard=shard)
+    accumulator.update(*pair(count, seed=seed), first)
     return accumulator
 
 
@@ -403,28 +403,15 @@ def test_many_values_in_parts_have_the_sums_and_extremes_of_the_whole(sizes):
     assert found.worst == whole.worst
 
 
-def test_worst_samples_know_their_shard_and_their_index_in_the_data():
-    whole = accumulate(50, seed=1, shard="a.npz")
-    whole.merge(accumulate(50, seed=2, first=50, shard="b.npz"))
-    found = whole.result().worst
-    assert {w.shard for w in found} == {"a.npz", "b.npz"}
-    assert all((w.sample < 50) == (w.shard == "a.npz") for w in found)
-    errors = [w.error for w in found]
-    assert errors == sorted(errors, reverse=True)
-    assert accumulate(50, seed=1).result().worst[0].shard == ""
-
-
-def test_equally_bad_samples_of_the_same_index_come_in_the_order_of_their_shards():
+def test_equally_bad_samples_come_in_the_order_of_the_data():
     zeros = np.zeros((1, 2))
-    orders = []
-    for names in ("abc", "cba"):
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
         whole = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
-        for name in names:
+        for first in order:
             part = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
-            part.update(zeros, zeros, 0, shard=name)
+            part.update(zeros, zeros, first)
             whole.merge(part)
-        orders.append([w.shard for w in whole.result().worst])
-    assert orders == [["a", "b", "c"]] * 2
+        assert [w.sample for w in whole.result().worst] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
