@@ -26,7 +26,8 @@ from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.manifest import REPORT, REPORT_HTML
 from heimdall_onnx.publish import content_type
 from heimdall_onnx.release import notebook_path
-from heimdall_onnx.report import put_verdict_first, render_html
+from heimdall_onnx.rendering import render_html
+from heimdall_onnx.report import put_verdict_first
 from heimdall_onnx.store import claim_version, ensure_bucket, upload_file
 
 if TYPE_CHECKING:

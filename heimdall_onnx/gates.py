@@ -52,6 +52,10 @@ class Gate:
         found = f"{self.name}: expected {self.limit}, measured {_number(self.measured)}"
         return found + (f" ({self.detail})" if self.detail else "")
 
+    def as_shown(self) -> dict[str, Any]:
+        """The gate as a reader sees it: its measured value as text."""
+        return {**self.to_dict(), "measured": _number(self.measured)}
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy; a measured NaN or Inf becomes text, as JSON has neither."""
         measured = self.measured
@@ -128,16 +132,19 @@ class Verdict:
         if not self.passed:
             raise GateError(self.reasons())
 
+    def failed_first(self) -> tuple[Gate, ...]:
+        """The gates, those that do not hold before the others."""
+        return tuple(sorted(self.gates, key=lambda gate: gate.passed))
+
     def to_markdown(self) -> str:
         """The gates as a Markdown table, failed ones first."""
-        rows = sorted(self.gates, key=lambda gate: gate.passed)
         return "\n".join(
             ["| gate | result | limit | measured | where |", "|---|---|---|---|---|"]
             + [
                 f"| {escape_markdown(g.name)} | {'pass' if g.passed else '**FAIL**'} "
                 f"| {escape_markdown(g.limit)} | {escape_markdown(_number(g.measured))} "
                 f"| {escape_markdown(g.detail)} |"
-                for g in rows
+                for g in self.failed_first()
             ]
         )
 

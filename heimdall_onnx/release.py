@@ -52,12 +52,8 @@ from heimdall_onnx.publish import (
     content_type,
     withdraw,
 )
-from heimdall_onnx.report import (
-    Judgement,
-    figures,
-    put_verdict_first,
-    render_html,
-)
+from heimdall_onnx.rendering import render_html
+from heimdall_onnx.report import Judgement, figures, put_verdict_first
 from heimdall_onnx.retention import Protection, prepare_bucket
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
@@ -69,6 +65,7 @@ from heimdall_onnx.store import (
     ensure_bucket,
     upload_file,
 )
+from heimdall_onnx.summary import release_facts, three_sentences
 from heimdall_onnx.workspace import RUNNER, new_run_folder
 
 if TYPE_CHECKING:
@@ -505,34 +502,19 @@ class _Run:
     def _write_report(
         self, judgement: Judgement, title: str, *, passed: bool, error: str = ""
     ) -> None:
-        done = judgement.record
-        data = done.get("evaluation_data")
-        facts = {
-            "model": self.parameters.name,
-            "profile": self.parameters.profile
-            + (" (a test run, not evidence)" if self.parameters.profile == "smoke" else ""),
-            "checkpoint": done.get("checkpoint", {}).get("sha256", self.parameters.checkpoint),
-            "evaluation data": f"{data['source']}: {data['provenance']}" if data else "not read",
-            "speedup": done.get("speedup_text", "not measured"),
-            **_recommendation(done.get("variants")),
-            "MLflow run": self.parameters.run_id,
-        }
-        if passed:
-            facts |= {
-                "address": done["uploaded"]["s3_uri"],
-                "SHA-256 of the model": done["uploaded"]["sha256"],
-                "registered as version": done["registered"]["model_version"],
-                "signed": f"by the key with SHA-256 {self._signer.sha256}"
-                if self._signer
-                else "no",
-            }
-        else:
-            facts["what went wrong"] = error
-            facts["first departing module"] = done.get("departure") or "not determined"
+        done, alias = judgement.record, self.parameters.alias if passed else None
+        facts = release_facts(done, self.parameters, alias, self._signer)
         report = self.folder / REPORT
         if self.parameters.profile == "smoke":
             title += " (smoke)"
-        put_verdict_first(report, passed=passed, title=title, facts=facts)
+        put_verdict_first(
+            report,
+            passed=passed,
+            title=title,
+            facts=facts,
+            sentences=three_sentences(done, alias),
+            problem=error,
+        )
         render_html(report, f"{self.parameters.name} {title}")
 
     def _log_artifacts(self, connection: Connection) -> None:
@@ -592,19 +574,6 @@ def _known(error: HeimdallError | OSError, folder: Path) -> HeimdallError | None
 
 def _with_left(error: HeimdallError, left: tuple[str, ...]) -> HeimdallError:
     return type(error)(f"{error}\nCould not be taken back: {'; '.join(left)}")
-
-
-def _recommendation(variants: dict[str, Any] | None) -> dict[str, str]:
-    """The recommended variant as a fact of the report; nothing where none were asked for."""
-    if variants is None:
-        return {}
-    against = variants["against_pytorch"]["speedup"]
-    passed = sum(variant["status"] == "passed" for variant in variants["judged"])
-    return {
-        "recommended variant": f"{variants['recommended']}, {against['ratio']:.2f}× PyTorch "
-        f"({against['low']:.2f} to {against['high']:.2f}); {passed} of {len(variants['judged'])} "
-        "variants passed"
-    }
 
 
 def _absolute(path: str) -> str:

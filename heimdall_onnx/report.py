@@ -1,13 +1,11 @@
-"""The executed notebook as a report: recording, judging from outside, verdict cell, HTML."""
+"""The executed notebook as a report: recording, judging from outside, the verdict as first cell."""
 
 from __future__ import annotations
 
 import base64
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +14,7 @@ from heimdall_onnx.environment import capture_environment, installed_distributio
 from heimdall_onnx.gates import Gate, Verdict, escape_markdown
 from heimdall_onnx.metadata import summarize_metrics
 from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
+from heimdall_onnx.words import count_of
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -37,13 +36,6 @@ _Found = TypeVar("_Found")
 RECORD = "release"
 VERDICT = "verdict"
 NO_CELL = "no cell"
-# Whatever got into a report, it can't run, load or send anything.
-_NO_SCRIPTS = (
-    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-    "style-src 'unsafe-inline'; font-src data:; base-uri 'none'; form-action 'none'\">"
-)
-_TEMPLATE_SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
-NO_ALTERNATIVE = 'alt="No description has been provided for this image"'
 
 
 def record_results(
@@ -130,7 +122,7 @@ def _describe_speed(latency: LatencyReport | NotMeasured) -> dict[str, Any]:
         "latency_not_measured": None,
         "speedup": speedup.ratio,
         "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
-        f"{latency.batch_size} on {latency.threads} threads",
+        f"{latency.batch_size} on {count_of(latency.threads, 'thread')}",
         "threads": latency.threads,
     }
 
@@ -289,68 +281,71 @@ def read_notebook(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def put_verdict_first(path: Path, *, passed: bool, title: str, facts: dict[str, str]) -> None:
+def put_verdict_first(
+    path: Path,
+    *,
+    passed: bool,
+    title: str,
+    facts: Mapping[str, str],
+    sentences: Sequence[str] = (),
+    problem: str = "",
+) -> None:
     """Put the verdict as the first cell of an executed notebook.
+
+    Everything given is shown as inert text. The cell's metadata hold it as data, for the page.
 
     Args:
         path: The notebook, changed in place.
         passed: The verdict.
         title: What it is about, e.g. the release version.
-        facts: What a reviewer must see at once: label to value, shown as inert text.
+        facts: What a reviewer may look for: label to value.
+        sentences: What a reviewer must know at once.
+        problem: What went wrong, in words; empty if nothing did.
     """
     import nbformat
 
     notebook = read_notebook(path)
-    mark = "✔ PASS" if passed else "✘ FAIL"
-    lines = [f"# {mark} — {escape_markdown(title)}", "", "| | |", "|---|---|"]
-    lines += [f"| **{label}** | {escape_markdown(value)} |" for label, value in facts.items()]
-    verdict = _recorded_verdict(read_record(path))
-    if verdict is not None:
-        lines += ["", verdict.to_markdown()]
-    cell = nbformat.v4.new_markdown_cell("\n".join(lines), id=VERDICT, metadata={"tags": [VERDICT]})
+    gates = _recorded_verdict(read_record(path))
+    found = {
+        "passed": passed,
+        "title": title,
+        "sentences": list(sentences),
+        "problem": problem,
+        "failed_cell": _failed_cell(notebook) if problem else None,
+        "gates": [] if gates is None else [gate.as_shown() for gate in gates.failed_first()],
+        # nbformat sorts the keys of mappings.
+        "facts": [list(fact) for fact in facts.items()],
+    }
+    lines = [f"# {'✔ PASS' if passed else '✘ FAIL'} — {escape_markdown(title)}"]
+    if problem:
+        lines += ["**What went wrong**", "\n".join(map(_quote, problem.splitlines()))]
+    lines += map(escape_markdown, sentences)
+    if gates is not None:
+        lines.append(gates.to_markdown())
+    rows = [f"| {escape_markdown(k)} | {escape_markdown(v)} |" for k, v in facts.items()]
+    if rows:
+        lines.append("\n".join(["| fact | value |", "|---|---|", *rows]))
+    cell = nbformat.v4.new_markdown_cell(
+        "\n\n".join(lines), id=VERDICT, metadata={"tags": [VERDICT], VERDICT: found}
+    )
     notebook.cells = [cell, *(c for c in notebook.cells if c.get("id") != VERDICT)]
     nbformat.write(notebook, path)
 
 
-def render_html(path: Path, title: str) -> Path:
-    """Render an executed notebook beside itself as one HTML file that needs no network."""
-    from nbconvert import HTMLExporter
+def _quote(line: str) -> str:
+    return f"> {escape_markdown(line)}  "
 
-    exporter = HTMLExporter(
-        template_name="lab",
-        embed_images=True,
-        # nbconvert would fetch these from a CDN; the report has neither formulas nor widgets.
-        require_js_url="",
-        mathjax_url="",
-        mermaid_js_url="",
-        jquery_url="",
+
+def _failed_cell(notebook: NotebookNode) -> str | None:
+    return next(
+        (
+            cell.get("id")
+            for cell in notebook.cells
+            for output in cell.get("outputs", [])
+            if output.output_type == "error"
+        ),
+        None,
     )
-    notebook = read_notebook(path)
-    for cell in notebook.cells:
-        # The record is for programs; nbconvert would warn that it can't show it.
-        cell.outputs = [o for o in cell.get("outputs", []) if not _is_record(o)]
-    html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
-    for alternative in _alternatives(notebook):
-        # nbconvert's template leaves out the text that a figure brings along.
-        html = html.replace(NO_ALTERNATIVE, f'alt="{escape(alternative)}"', 1)
-    # What is left of nbconvert's scripts does nothing without what it would fetch.
-    html = _TEMPLATE_SCRIPT.sub("", html)
-    html = html.replace("<head>", f"<head>{_NO_SCRIPTS}", 1)
-    target = path.with_suffix(".html")
-    target.write_text(html, encoding="utf-8")
-    return target
-
-
-def _alternatives(notebook: NotebookNode) -> Iterator[str]:
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                described = output.metadata.get("image/png", {}).get("alt")
-                yield described or f"Figure of the cell {cell.id}"
-
-
-def _is_record(output: NotebookNode) -> bool:
-    return "scrapbook" in output.get("metadata", {})
 
 
 def figures(path: Path) -> Iterator[tuple[str, bytes]]:

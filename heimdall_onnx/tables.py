@@ -56,7 +56,7 @@ def checkpoint_table(loaded: LoadedModel) -> Markdown:
     """The model that was loaded and the file it came from."""
     parameters = sum(p.numel() for p in loaded.model.parameters())
     return table(
-        ("checkpoint", ""),
+        ("checkpoint", "value"),
         [
             ("file", loaded.path.name),
             ("SHA-256", loaded.sha256),
@@ -82,7 +82,7 @@ def checkpoint_table(loaded: LoadedModel) -> Markdown:
 def evaluation_table(data: EvaluationData) -> Markdown:
     """The evaluation inputs and where they come from."""
     return table(
-        ("evaluation data", ""),
+        ("evaluation data", "value"),
         [
             ("source", data.source),
             ("provenance", data.provenance),
@@ -102,7 +102,7 @@ def evaluation_table(data: EvaluationData) -> Markdown:
 def export_table(exported: ExportResult) -> Markdown:
     """The file that was written."""
     return table(
-        ("export", ""),
+        ("export", "value"),
         [
             ("exporter", exported.exporter),
             ("opset", exported.opset),
@@ -118,7 +118,7 @@ def validation_table(info: ModelInfo) -> Markdown:
     """What the file says of itself."""
     most = sorted(info.operators.items(), key=lambda item: -item[1])[:8]
     return table(
-        ("file", ""),
+        ("file", "value"),
         [
             ("opset", info.opset_version),
             ("IR version", info.ir_version),
@@ -501,7 +501,7 @@ def calibration_table(report: VariantsReport | None) -> Markdown | None:
         return None
     split, limits = report.calibration, report.limits
     return table(
-        ("judged by", ""),
+        ("judged by", "value"),
         [
             ("calibrated on", f"{split.samples} samples of {split.source}"),
             ("SHA-256 of these", split.sha256),
@@ -563,7 +563,7 @@ def roofline_table(report: Roofline | None) -> Markdown | None:
         return None
     machine = report.machine
     reached = table(
-        (f"this machine, {machine.threads} threads", ""),
+        (f"this machine, {machine.threads} threads", "value"),
         [
             ("instruction sets", ", ".join(machine.instruction_sets) or "unknown"),
             ("last-level cache", f"{machine.cache_bytes / 1e6:,.1f} MB"),
@@ -622,7 +622,7 @@ def registry_table(registered: RegisteredRelease | Skipped) -> Markdown | Skippe
 def environment_table(environment: Environment) -> Markdown:
     """Versions, processor and code of this run."""
     return table(
-        ("environment", ""),
+        ("environment", "value"),
         [
             ("Python", environment.python),
             ("system", environment.system),

@@ -1,8 +1,10 @@
-"""How names, numbers, shares, lengths and counts are written in figures, tables and messages."""
+"""How names, numbers, units, shares, lengths and counts are written for readers."""
 
 from __future__ import annotations
 
 import math
+
+from heimdall_onnx.signature import DEGREES
 
 
 def name(text: str, limit: int = 28) -> str:
@@ -56,3 +58,13 @@ def distance(metres: float) -> str:
 def count_of(count: int, noun: str) -> str:
     """``1 sample``, ``1,024 samples``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def unit_of(unit: str | None) -> str:
+    """What to write for ``unit`` on an axis; empty without one."""
+    return "degrees" if unit == DEGREES else name(unit or "")
+
+
+def after(unit: str | None) -> str:
+    """``unit`` as it follows a number."""
+    return f" {unit_of(unit)}" if unit_of(unit) else ""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -17,7 +14,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 DESKTOP, NARROW = (1280, 900), (390, 844)
-_MISSING = "Debian's chromium is not installed; it opens pages as a reader would"
 
 
 @contextmanager
@@ -27,7 +23,7 @@ def chromium() -> Iterator[Browser]:
 
     program = shutil.which("chromium")
     if program is None:
-        pytest.skip(_MISSING)
+        pytest.skip("Debian's chromium is not installed; it opens pages as a reader would")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=program,
@@ -54,27 +50,15 @@ def violations(page: Page, **options: Any) -> list[str]:
     ]
 
 
-def open_in_chromium(page: str, folder: Path) -> tuple[set[str], list[str], str]:
+def open_in_chromium(address: str) -> tuple[set[str], list[str], str]:
     """Hosts asked for, console messages and the resulting document of a page, without network."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip(_MISSING)
-    log = folder / "net.json"
-    done = subprocess.run(
-        [
-            *(program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *("--disable-quic", "--host-resolver-rules=MAP * ~NOTFOUND"),
-            *("--enable-logging=stderr", f"--log-net-log={log}", "--virtual-time-budget=8000"),
-            *(f"--user-data-dir={folder / 'profile'}", "--dump-dom", page),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    events = json.loads(log.read_text())["events"]
-    urls = [event.get("params", {}).get("url", "") for event in events]
-    hosts = {urlsplit(u).hostname or "" for u in urls if u.startswith(("http", "ws"))}
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return hosts, console, done.stdout
+    with chromium() as browser:
+        page = browser.new_context(offline=True).new_page()
+        urls: list[str] = []
+        console: list[str] = []
+        page.on("request", lambda request: urls.append(request.url))
+        page.on("console", lambda message: console.append(message.text))
+        page.on("pageerror", lambda error: console.append(str(error)))
+        page.goto(address)
+        hosts = {urlsplit(u).hostname or "" for u in urls if u.startswith(("http", "ws"))}
+        return hosts, console, page.content()

@@ -233,7 +233,7 @@ def test_report_is_stored_beside_plan_and_table(outcomes, s3, bucket, tmp_path):
     assert names == {PLAN, CSV, PARQUET, "report.ipynb", "report.html"}
     assert stored.report_html_uri == f"{stored.folder_uri}/report.html"
     page = stored.local_report.read_text()
-    for text in ("FAIL — fleet july", "net-6.pt", "batch independence", "What failed, and why?"):
+    for text in ("✘ FAIL", "fleet july", "net-6.pt", "batch independence", "What failed, and why?"):
         assert text in page
     executed = nbformat.read(stored.local_report.with_suffix(".ipynb"), 4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]

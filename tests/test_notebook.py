@@ -55,6 +55,19 @@ def test_every_section_is_numbered_and_opens_with_prose(notebook):
     assert all(len(s.splitlines()) > 2 for s in sections)
 
 
+@pytest.mark.parametrize("name", ["release", "fleet"])
+def test_prose_that_says_how_to_read_it_stands_before_every_figure(name):
+    words, drawn = None, 0
+    for cell in nbformat.read(notebook_path(name), 4).cells:
+        if cell.cell_type == "markdown":
+            words = [line for line in cell.source.splitlines() if line and line[0] != "#"]
+        elif "plot." in cell.source:
+            drawn += 1
+            assert words, f"{cell.id} is a second figure after the same words"
+            words = None
+    assert drawn
+
+
 @pytest.mark.slow
 def test_notebook_runs_with_its_defaults_and_publishes_nothing(demo_home, tmp_path):
     # nbval runs every cell in a kernel, as JupyterLab's "run all" would.

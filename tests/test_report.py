@@ -8,7 +8,6 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from browser import open_in_chromium
 from models import NaNNet
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -143,36 +142,6 @@ def test_putting_the_verdict_twice_leaves_one(complete, tmp_path):
     assert [s.split(" — ")[0] for s in sources if "# ✔" in s or "# ✘" in s] == ["# ✘ FAIL"]
 
 
-@pytest.mark.parametrize(
-    "text", ["<script>alert(1)</script>", "[a](http://evil)", "a | b\n# c", "`x` ![i](u)"]
-)
-def test_facts_are_inert_text(complete, tmp_path, text):
-    path = Path(shutil.copy(complete, tmp_path))
-    report.put_verdict_first(path, passed=True, title=text, facts={"what": text})
-    html = report.render_html(path, "t").read_text()
-    body = html[html.index("<body") :]
-    assert "<script>alert" not in body
-    assert 'href="http://evil"' not in body
-    assert "<h1>c" not in body
-
-
-def test_every_figure_has_its_alternative_text(tmp_path):
-    def picture(**metadata):
-        return new_output("display_data", data={"image/png": "AAAA"}, metadata=metadata)
-
-    described = picture(**{"image/png": {"alt": 'median "3" ms'}})
-    cells = [
-        new_code_cell("a", outputs=[described]),
-        new_code_cell("b", outputs=[picture()], id="b"),
-    ]
-    path = tmp_path / "n.ipynb"
-    nbformat.write(new_notebook(cells=cells), path)
-    html = report.render_html(path, "t").read_text()
-    assert 'alt="median &quot;3&quot; ms"' in html
-    assert 'alt="Figure of the cell b"' in html
-    assert "No description" not in html
-
-
 def test_figures_are_named_after_their_cells(complete):
     cells = nbformat.read(complete, 4).cells
     assert [name for name, _ in report.figures(complete)] == [f"{cells[1].id}.png"]
@@ -184,11 +153,3 @@ def test_two_figures_of_one_cell_get_two_names(tmp_path):
     path = tmp_path / "n.ipynb"
     nbformat.write(new_notebook(cells=[cell]), path)
     assert [name for name, _ in report.figures(path)] == ["plot.png", "plot-2.png"]
-
-
-def test_chromium_check_sees_requests_and_errors(tmp_path):
-    page = tmp_path / "bad.html"
-    page.write_text('<script src="http://cdn.test/x.js"></script><script>nope()</script>')
-    hosts, console, _ = open_in_chromium(page.as_uri(), tmp_path)
-    assert "cdn.test" in hosts
-    assert any("nope is not defined" in line for line in console)

@@ -123,9 +123,9 @@ def live_attributes(document: str) -> list[str]:
 @pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["released", "failed"])
-def test_hostile_text_is_inert_in_the_page(which, request, tmp_path):
+def test_hostile_text_is_inert_in_the_page(which, request):
     page = Path(request.getfixturevalue(which).local_report)
-    hosts, console, document = open_in_chromium(page.as_uri(), tmp_path)
+    hosts, console, document = open_in_chromium(page.as_uri())
     assert "alert(1)" in document
     assert HOST not in hosts
     assert f'title="{MARK}"' not in document.partition("<body")[0]

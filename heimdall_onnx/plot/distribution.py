@@ -13,7 +13,6 @@ from heimdall_onnx.plot.chart import ELEMENT_COLORS, INK, Chart, new_figure, pla
 from heimdall_onnx.plot.outputs import (
     Floats,
     OutputColumn,
-    after,
     describe_errors,
     describe_source,
     parity_answer,
@@ -21,7 +20,7 @@ from heimdall_onnx.plot.outputs import (
     worst_output,
 )
 from heimdall_onnx.statistics import ErrorStatistics
-from heimdall_onnx.words import name, number, share
+from heimdall_onnx.words import after, name, number, share
 
 
 @styled

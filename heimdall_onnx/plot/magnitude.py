@@ -24,11 +24,10 @@ from heimdall_onnx.plot.outputs import (
     ELEMENT_MARKERS,
     Floats,
     OutputColumn,
-    after,
     describe_source,
     worst_columns,
 )
-from heimdall_onnx.words import name, number
+from heimdall_onnx.words import after, name, number
 
 _ELEMENTS_SHOWN = 3000  # of one output
 _FEWEST = 16  # elements below which quarters say nothing

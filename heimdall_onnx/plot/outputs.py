@@ -12,7 +12,7 @@ from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.plot.chart import plain
 from heimdall_onnx.signature import DEGREES, TensorSpec
 from heimdall_onnx.statistics import ErrorStatistics
-from heimdall_onnx.words import count_of, name, number
+from heimdall_onnx.words import after, count_of, name, number, unit_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,11 +54,6 @@ class OutputColumn:
         """``what`` with the unit."""
         unit = unit_of(self.spec.unit)
         return f"{what} ({plain(unit)})" if unit else what
-
-
-def unit_of(unit: str | None) -> str:
-    """What to write for ``unit`` on an axis; empty without one."""
-    return "degrees" if unit == DEGREES else name(unit or "")
 
 
 def worst_columns(report: ParityReport) -> list[OutputColumn]:
@@ -103,11 +98,6 @@ def describe_errors(report: ParityReport) -> str:
         f"{o.nonfinite_mismatches} not comparable."
         for o in report.evaluation
     )
-
-
-def after(unit: str | None) -> str:
-    """``unit`` as it follows a number."""
-    return f" {unit_of(unit)}" if unit_of(unit) else ""
 
 
 def worst_output(columns: list[OutputColumn]) -> ErrorStatistics:

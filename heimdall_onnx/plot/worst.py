@@ -15,10 +15,9 @@ from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.departure import compare_values
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.plot.chart import INK, Chart, new_figure, no_grid, plain, say, styled
-from heimdall_onnx.plot.outputs import after
 from heimdall_onnx.signature import Arrays, TensorSpec
 from heimdall_onnx.statistics import ErrorStatistics, WorstSample
-from heimdall_onnx.words import name, number
+from heimdall_onnx.words import after, name, number
 
 _SAMPLES_SHOWN = 3
 _CHANNELS_SHOWN = 4
