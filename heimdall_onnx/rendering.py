@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +29,32 @@ _ERROR_MARKS = {"papermill-error-cell-tag"}
 _SHOWN = frozenset({"image/png", "text/html", "text/markdown", "text/plain"})
 
 
-def render_html(path: Path, title: str) -> Path:
+@dataclass(frozen=True)
+class Decision:
+    """What a person has decided about a release, as its page shows it.
+
+    Attributes:
+        action: ``"promote"`` or ``"rollback"``.
+        alias: The alias that was moved to the release.
+        reviewer: Who decided.
+        note: Why.
+        time: When.
+    """
+
+    action: str
+    alias: str
+    reviewer: str
+    note: str
+    time: datetime
+
+
+def render_html(path: Path, title: str, decisions: Sequence[Decision] = ()) -> Path:
     """Render an executed notebook beside itself as one HTML file that needs no network.
 
     Args:
         path: The notebook, with the verdict as its first cell or without.
         title: Title of the page.
+        decisions: Who has approved it since, the latest last.
     """
     from nbconvert import HTMLExporter
 
@@ -43,7 +65,7 @@ def render_html(path: Path, title: str) -> Path:
         exclude_anchor_links=True,
     )
     notebook = read_notebook(path)
-    resources = {"metadata": {"name": title}, **arrange(notebook)}
+    resources = {"metadata": {"name": title}, **arrange(notebook), "decisions": decisions}
     html, _ = exporter.from_notebook_node(notebook, resources=resources)
     target = path.with_suffix(".html")
     target.write_text(html, encoding="utf-8")
@@ -63,7 +85,7 @@ def arrange(notebook: NotebookNode) -> dict[str, Any]:
     for number, cell in enumerate(notebook.cells):
         # Notebooks of an older format have none.
         cell.setdefault("id", f"cell-{number}")
-    verdict = next((c.metadata.get(VERDICT) for c in notebook.cells if c.id == VERDICT), None)
+    verdict = next((c.metadata[VERDICT] for c in notebook.cells if _is_verdict(c)), None)
     notebook.cells = [c for c in notebook.cells if not _is_apart(c)]
     # Without scripts a widget is what it carries as picture or text.
     notebook.metadata.pop("widgets", None)
@@ -94,8 +116,13 @@ def _name(cell: NotebookNode) -> str:
     return "injected parameters" if injected else str(cell.id)
 
 
+def _is_verdict(cell: NotebookNode) -> bool:
+    # Reports of older versions have it as text only, which is shown as such.
+    return cell.id == VERDICT and VERDICT in cell.metadata
+
+
 def _is_apart(cell: NotebookNode) -> bool:
-    return cell.id == VERDICT or not _ERROR_MARKS.isdisjoint(cell.metadata.get("tags", []))
+    return _is_verdict(cell) or not _ERROR_MARKS.isdisjoint(cell.metadata.get("tags", []))
 
 
 def _is_record(output: NotebookNode) -> bool:

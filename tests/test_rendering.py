@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
@@ -15,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from heimdall_onnx import report
-from heimdall_onnx.rendering import arrange, render_html
+from heimdall_onnx.rendering import Decision, arrange, render_html
 
 GATE = {"name": "mean absolute error", "limit": "≤ 1e-05", "measured": 1e-7, "detail": ""}
 WIDE = "| " + " | ".join(f"a quite long heading {n}" for n in range(20)) + " |\n|" + "---|" * 20
@@ -213,6 +214,27 @@ def test_words_of_the_verdict_are_inert(tmp_path, text):
     assert page.header.find(["script", "a", "img", "code"]) is None
     assert page.title.get_text() == text
     assert page.header.get_text().count(text) == 5
+
+
+def test_who_decided_stands_at_the_head_as_inert_text(tmp_path):
+    text = "<b>bold</b> [a](http://evil)"
+    when = datetime(2026, 11, 20, 14, 30, tzinfo=UTC)
+    decided = Decision("promote", "production", text, f"looked at, {text}", when)
+    page = soup(render_html(write(tmp_path, *CELLS, verdict=PASSED), "t", [decided]))
+    found = page.find(class_="decisions").get_text()
+    assert found.strip() == (
+        f"Promoted as production by {text} on 2026-11-20 14:30 UTC: looked at, {text}"
+    )
+    words = page.get_text(" ")
+    assert words.index("PASS") < words.index("Promoted as") < words.index("It is faithful.")
+
+
+def test_verdict_that_an_older_version_wrote_stays_as_text(tmp_path):
+    path = write(tmp_path, *CELLS, verdict=PASSED)
+    notebook = nbformat.read(path, 4)
+    del notebook.cells[0].metadata[report.VERDICT]
+    nbformat.write(notebook, path)
+    assert "v20261120_143000" in soup(render_html(path, "t")).main.get_text()
 
 
 def test_gates_that_fail_come_first_and_say_so_in_words(tmp_path):
