@@ -15,6 +15,7 @@ import click
 from heimdall_onnx import cli_release, cli_releases
 from heimdall_onnx.cli_data import data, receivers_option
 from heimdall_onnx.cli_fleet import fleet
+from heimdall_onnx.cli_help import Group
 from heimdall_onnx.cli_train import train
 from heimdall_onnx.errors import HeimdallError
 from heimdall_onnx.untrusted import visible_lines
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 
 
-class _Group(click.Group):
+class _Group(Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
@@ -51,7 +52,12 @@ for command in (train, data, fleet, *cli_release.COMMANDS, *cli_releases.COMMAND
     main.add_command(command)
 
 
-@main.command()
+@main.command(
+    example=r"""
+        heimdall-onnx features A_iq.wav B_iq.wav C_iq.wav -o eval.npz \
+          --position 50.0152 9.0112
+    """
+)
 @click.argument(
     "recordings", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORDING…"
 )
@@ -102,7 +108,7 @@ def features(
     click.echo(f"{made.path}: {made.count} windows, SHA-256 {made.sha256}")
 
 
-@main.group()
+@main.group(cls=Group)
 def services() -> None:
     """The embedded store and MLflow, on loopback."""
 
@@ -116,7 +122,7 @@ def _show_services(call: Callable[[Settings], Sequence[Any]]) -> None:
         click.echo(f"{status.name:<12}{state:<10}{detail or ''}")
 
 
-@services.command()
+@services.command(example="heimdall-onnx services up")
 def up() -> None:
     """Start what is not running."""
     from heimdall_onnx.services import services_up
@@ -124,7 +130,7 @@ def up() -> None:
     _show_services(services_up)
 
 
-@services.command()
+@services.command(example="heimdall-onnx services down")
 def down() -> None:
     """Stop both; their data stays."""
     from heimdall_onnx.services import services_down
@@ -132,7 +138,7 @@ def down() -> None:
     _show_services(services_down)
 
 
-@services.command()
+@services.command(example="heimdall-onnx services status")
 def status() -> None:
     """Say what is running, and where."""
     from heimdall_onnx.services import services_status

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from heimdall_onnx.cli_help import Group
+
 if TYPE_CHECKING:
     from heimdall_onnx.dataset import Dataset
 
@@ -40,12 +42,12 @@ receivers_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Datasets of features with positions, for training."""
 
 
-@data.command()
+@data.command(example="heimdall-onnx data simulate -o captures.zarr --events 2000")
 @_output
 @click.option("--events", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option(
@@ -81,7 +83,9 @@ def simulate(
     _say_written(made, as_json)
 
 
-@data.command()
+@data.command(
+    example="heimdall-onnx data features *_iq.wav -o captures.zarr --positions positions.csv"
+)
 @click.argument(
     "recordings", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORDING…"
 )
@@ -131,7 +135,7 @@ def features(
     _say_written(made, as_json)
 
 
-@data.command()
+@data.command(example="heimdall-onnx data info captures.zarr --verify")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--validation-split", type=_share, default=0.2, show_default=True)
 @click.option("--test-split", type=_share, default=0.1, show_default=True)
@@ -163,7 +167,7 @@ def info(
     _print(described)
 
 
-@data.command()
+@data.command(example="heimdall-onnx data upload captures.zarr s3://datasets/captures.zarr")
 @click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("address", metavar="s3://BUCKET/FOLDER")
 @_json

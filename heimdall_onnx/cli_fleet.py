@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from heimdall_onnx.cli_help import Command
 from heimdall_onnx.cli_release import parameter_options
 from heimdall_onnx.errors import ParameterError, UnavailableError
 from heimdall_onnx.untrusted import visible_lines
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from heimdall_onnx.settings import Settings
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx fleet --checkpoints 'runs/*.pt' --model detector:Detector \
+          --eval-data eval.npz --name 'detector-{stem}'
+    """,
+)
 @click.argument(
     "plan",
     required=False,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from heimdall_onnx.cli_help import Command
 from heimdall_onnx.errors import EvidenceError, HeimdallError, ParameterError, SettingsError
 from heimdall_onnx.interrupts import first_signal_interrupts
 from heimdall_onnx.untrusted import visible_lines
@@ -85,7 +86,13 @@ def release_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx release detector.pt --model detector:Detector \
+          --eval-data eval.npz --name detector
+    """,
+)
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
 @click.option("--model", help="Model class, pkg.mod:Class.")
 @click.option("--model-kwargs", help="Its keyword arguments, JSON.")
@@ -132,7 +139,7 @@ def _combine(
     return made.parameters
 
 
-@click.command()
+@click.command(cls=Command, example="heimdall-onnx demo --variants all")
 @release_options
 def demo(**options: Any) -> None:
     """Make a small trained checkpoint, if there is none yet, and release it."""

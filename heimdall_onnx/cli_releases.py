@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from heimdall_onnx.cli_help import Command
 from heimdall_onnx.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _print_json(result: Any) -> None:
     click.echo(json.dumps(result, allow_nan=False))
 
 
-@click.command("list")
+@click.command("list", cls=Command, example="heimdall-onnx list --after v20261120 --limit 20")
 @_place_options
 @click.option("--limit", type=click.IntRange(min=1), help="How many at most.  [default: all]")
 @click.option(
@@ -145,7 +146,7 @@ def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
         raise VerificationError(f"the manifest can't be read of {', '.join(unreadable)}")
 
 
-@click.command()
+@click.command(cls=Command, example="heimdall-onnx show detector@staging")
 @click.argument("version")
 @_place_options
 @_json_option
@@ -176,7 +177,7 @@ def _describe_variants(variants: Variants) -> Iterator[str]:
         yield line.rstrip()
 
 
-@click.command()
+@click.command(cls=Command, example="heimdall-onnx verify detector@staging")
 @click.argument("version")
 @_place_options
 @_trust_options
@@ -219,7 +220,13 @@ def verify(
         )
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx promote detector@staging --to production \
+          --reviewer "$USER" --note "parity looked at"
+    """,
+)
 @click.argument("version")
 @_place_options
 @click.option("--to", "alias", default="production", show_default=True, help="The alias.")
@@ -261,7 +268,13 @@ def promote(
     _show_review(review, as_json)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx rollback detector --to-previous \
+          --reviewer "$USER" --note "too slow in the field"
+    """,
+)
 @_name_argument
 @click.option("--alias", default="production", show_default=True, help="The alias.")
 @click.option("--bucket", default="heimdall-models", show_default=True)
@@ -313,7 +326,7 @@ def _show_review(review: Review, as_json: bool) -> None:
             click.echo(f"         {line}")
 
 
-@click.command()
+@click.command(cls=Command, example="heimdall-onnx history detector")
 @_name_argument
 @click.option("--bucket", default="heimdall-models", show_default=True)
 @_json_option
@@ -347,7 +360,7 @@ def history(name: str, bucket: str, as_json: bool) -> None:
         raise VerificationError("; ".join(wrong))
 
 
-@click.command()
+@click.command(cls=Command, example="heimdall-onnx reproduce detector@staging")
 @click.argument("version")
 @_place_options
 @_trust_options
@@ -377,7 +390,7 @@ def reproduce(
     reproduction.require()
 
 
-@click.command()
+@click.command(cls=Command, example="heimdall-onnx doctor --older-than 1 --fix")
 @_place_options
 @click.option(
     "--older-than",
@@ -417,7 +430,7 @@ def doctor(bucket: str, prefix: str, older_than: float, fix: bool, as_json: bool
         click.echo("nothing is left over", err=True)
 
 
-@click.command()
+@click.command(cls=Command, example="heimdall-onnx link detector@staging --hours 24")
 @click.argument("version")
 @_place_options
 @click.option(
@@ -436,7 +449,7 @@ def link(version: str, bucket: str, prefix: str, hours: float) -> None:
         click.echo(f"{one.name:<14}{one.url.get_secret_value()}")
 
 
-@click.command()
+@click.command(cls=Command, example="heimdall-onnx policy reviewer --bucket heimdall-models")
 @click.argument("role", type=click.Choice(["releaser", "reviewer", "consumer"]))
 @_place_options
 @click.option("--artifact-uri", default="s3://heimdall-mlflow", show_default=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from heimdall_onnx.cli_help import Command
 from heimdall_onnx.cli_release import parameter_options, show_result
 from heimdall_onnx.errors import EvidenceError, HeimdallError, ParameterError
 from heimdall_onnx.training_result import DIVERGED
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx train --data-dir captures.zarr \
+          --model-kwargs '{"backbone_size": "atto"}'
+    """,
+)
 @click.option("--data-dir", metavar="DATASET", help="What `data simulate` or `features` has made.")
 @click.option("--epochs", type=int, help="At most.  [default: 100]")
 @click.option("--batch-size", type=int, help="[default: 32]")
