@@ -552,8 +552,14 @@ def _as_json(value: Any) -> Any:
 
 
 def ratio_words(ratio: Ratio) -> str:
-    """A ratio with its interval: ``0.88× (0.86 to 0.9)``."""
-    return f"{number(ratio.ratio, 3)}× ({number(ratio.low, 3)} to {number(ratio.high, 3)})"
+    """A ratio with its interval: ``0.880× (0.860 to 0.902)``."""
+    value, low, high = (_near_one(end, 3) for end in (ratio.ratio, ratio.low, ratio.high))
+    return f"{value}× ({low} to {high})"
+
+
+def _near_one(value: float, places: int) -> str:
+    # Beside 1 these places tell a difference from none.
+    return f"{value:.{places}f}" if 0.01 < value < 10 else number(value, 3)
 
 
 def _clear(ratio: Ratio) -> bool:
@@ -566,7 +572,7 @@ def _speed_words(ratio: Ratio | None) -> Iterator[str]:
     elif not _clear(ratio):
         yield (
             "no clear difference in speed (B takes "
-            f"{number(ratio.low, 3)} to {number(ratio.high, 3)} of A's time)"
+            f"{_near_one(ratio.low, 2)} to {_near_one(ratio.high, 2)} times as long)"
         )
     elif ratio.ratio > 1:
         yield f"B is {_growth(ratio.ratio, ratio.low, ratio.high, 'slower')}"
@@ -591,7 +597,9 @@ def _error_words(errors: LocalizationErrors) -> Iterator[str]:
     elif not _clear(ratio):
         yield f"no clear difference in localization error (median {distance(b)})"
     elif ratio.ratio > 1:
-        yield f"B's median error is {_growth(ratio.ratio, ratio.low, ratio.high, 'larger')}"
+        grown = _growth(ratio.ratio, ratio.low, ratio.high, "larger")
+        grown = f"{ratio_words(ratio)} that of A" if ratio.ratio >= 2 else grown
+        yield f"B's median error is {grown}"
     else:
         less = [100 * (1 - end) for end in (ratio.high, ratio.low)]
         yield (
@@ -626,7 +634,7 @@ def largest_change(answers: Answers) -> ErrorStatistics:
 
 def _output_words(answers: Answers) -> str:
     most = largest_change(answers)
-    called, unit = name(most.output), _after(most.unit)
+    called, unit = f"the output {name(most.output)}", _after(most.unit)
     if most.nonfinite_mismatches:
         return (
             f"{most.nonfinite_mismatches:,} of {most.count:,} values of {called} are NaN or Inf in "

@@ -64,6 +64,7 @@ class ComparisonResult:
         """A JSON-serialisable copy: the figures, and where the report is."""
         return {
             "success": True,
+            "sentence": self.sentence,
             **self.figures,
             "report": str(self.report),
             "report_html": str(self.report_html),
@@ -206,14 +207,14 @@ def _facts(figures: dict[str, Any]) -> dict[str, str]:
     }
     allowed = (
         f"latency by {limits['slowdown']:.0%}, median localization error by "
-        f"{limits['error_growth']:.0%}, each by the whole of its interval; no gate that A holds, "
-        "no value that is NaN or Inf in one of them"
+        f"{limits['error_growth']:.0%}, each by the whole of its interval; no lost gate, and no "
+        "value that is NaN or Inf in one of them"
     )
     return {
         **sides,
         "evaluation data": f"{figures['samples']:,} samples, {figures['evaluation_data']}",
-        "in what B is worse": "; ".join(figures["worse"]) or "in nothing beyond the limits",
-        "PASS allows B to be worse": allowed,
+        "B is worse in": "; ".join(figures["worse"]) or "nothing beyond what PASS allows",
+        "PASS allows": f"that B is worse: {allowed}",
     }
 
 

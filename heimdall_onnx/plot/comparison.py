@@ -38,7 +38,7 @@ from heimdall_onnx.plot.chart import (
 from heimdall_onnx.plot.outputs import after, unit_of
 from heimdall_onnx.plot.positions import coordinates
 from heimdall_onnx.statistics import ErrorStatistics
-from heimdall_onnx.words import count_of, distance, metre_scale, name, number
+from heimdall_onnx.words import count_of, distance, metre_scale, name, number, share
 
 Floats = npt.NDArray[np.float64]
 
@@ -94,7 +94,8 @@ def _moved_answer(answers: Answers, moved: Displacement) -> str:
         return f"No position moves: all {answers.samples:,} are equal in A and B"
     most = f"B moves positions by at most {distance(moved.max_m)}"
     if distance(moved.p99_m) == distance(moved.max_m):
-        return f"{most}, half of them by {distance(moved.p50_m)} or less"
+        half = f"by {distance(moved.p50_m)} or less" if moved.p50_m else "not at all"
+        return f"{most}, half of them {half}"
     return f"{most}, 99% of them by at most {distance(moved.p99_m)}"
 
 
@@ -234,8 +235,12 @@ def _draw_differences(axes: Axes, output: ErrorStatistics) -> None:
     if np.isnan(cdf).any() or not output.maximum:
         say(axes, "no finite values" if np.isnan(cdf).any() else "no difference")
         return
-    rising = np.flatnonzero(np.diff(cdf, prepend=0.0) > 0)
-    first = max(int(rising[0]) - 1, 0)
+    # What is below the first edge is equal, for which a logarithmic axis has no place.
+    rising = np.flatnonzero(np.diff(cdf) > 0) + 1
+    if not rising.size:
+        say(axes, f"no difference above {number(edges[0])}")
+        return
+    first = max(int(rising[0]) - 5, 0)
     last = min(int(rising[-1]) + 1, edges.size - 1)
     axes.step(
         edges[first : last + 1],
@@ -243,6 +248,7 @@ def _draw_differences(axes: Axes, output: ErrorStatistics) -> None:
         where="post",
         color=INK,
         gid=f"differences {output.output}",
+        label=f"{share(float(cdf[0]))} equal" if cdf[0] > 0 else "_",
     )
     marks = [("p50", output.p50, 50.0)]
     marks += [("p99", output.p99, 99.0)] if output.count >= _FEW else []
@@ -285,16 +291,14 @@ def localization_errors(answers: Answers) -> Chart | None:
         return None
     medians = errors.medians_m
     if errors.ratio is not None:
-        ratio = errors.ratio
-        clear = not ratio.low <= 1 <= ratio.high
-        title = (
-            f"B's median error is {ratio_words(ratio)} that of A"
-            if clear
-            else f"No clear difference in error: B's median is {ratio_words(ratio)} that of A"
-        )
+        told = f"B's median is {ratio_words(errors.ratio)} that of A"
+        clear = not errors.ratio.low <= 1 <= errors.ratio.high
+        title = told if clear else f"No clear difference in error: {told}"
     else:
-        title = "The errors can't be put in a ratio: some answers are NaN or Inf, or there is one"
-    title += f": {distance(medians[1])} after {distance(medians[0])}"
+        title = (
+            "The errors have no ratio, since some answers are NaN or Inf, or there is one sample"
+        )
+    title += f"; medians {distance(medians[0])} (A) and {distance(medians[1])} (B)"
     subtitle = (
         f"{name(answers.source, 60)}, {count_of(answers.samples, 'labelled sample')} · 95% interval"
         " of the ratio by a paired bootstrap · marked: medians"
@@ -322,8 +326,8 @@ def localization_errors(answers: Answers) -> Chart | None:
             _MARKERS[index],
             color=_COLORS[index],
             ls=_LINES[index],
-            ms=9,
-            mfc="white" if index == 0 else _COLORS[index],
+            ms=(13, 8)[index],
+            mfc="none" if index == 0 else _COLORS[index],
             mew=1.6,
             label=f"{who}  median {distance(median)}",
             gid=f"median {who}",
@@ -372,9 +376,7 @@ def recorded_parity(parity: Sequence[RecordedParity]) -> Chart | None:
         _draw_parity(axes, one)
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
-    panels[0].legend(
-        loc="lower left", bbox_to_anchor=(0, 1.1), ncols=2, borderaxespad=0, handlelength=3
-    )
+    panels[0].legend(loc="best", handlelength=3, frameon=True, framealpha=1, edgecolor="none")
     alt = " ".join(
         f"{one.output}, {who}: mean {number(side.mean, 3)}, "
         + ", ".join(f"{label} {number(getattr(side, what), 3)}" for label, what in _PERCENTILES)
@@ -414,8 +416,6 @@ def _draw_parity(axes: Axes, one: RecordedParity) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(_PERCENTILES)), [label for label, _ in _PERCENTILES])
     axes.set_ylim(len(_PERCENTILES) - 0.5, -0.5)
-    if 0 in values:
-        axes.annotate("0", (zero, 1), xycoords=("data", "axes fraction"), ha="center", size=9)
     unit = unit_of(one.unit)
     axes.set_xlabel(plain(f"error ({unit})" if unit else "error"))
 
@@ -434,3 +434,13 @@ def _draw_percentiles(axes: Axes, side: RecordedErrors, index: int, zero: float)
         label=(A, B)[index],
         gid=f"parity {(A, B)[index]}",
     )
+    for place in np.flatnonzero(np.array(found) == 0):
+        axes.annotate(
+            "0",
+            (zero, float(place) + (-0.12, 0.12)[index]),
+            xytext=(-7, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            size=9,
+        )
