@@ -303,11 +303,11 @@ def _kept(connection: Connection, manifest: Manifest, folder: Path) -> Path | Da
 def _open(
     connection: Connection, who: str, manifest: Manifest, folder: Path, *, content: bool
 ) -> VerifiedRelease:
-    client, cache = connection.client, connection.settings.home / "models"
-    path, hashed = fetch_model(client, manifest, manifest.variant(FP32), cache)
-    # The model is not read twice; its hash was taken as it was fetched.
-    findings = verify_release(connection, manifest, hashed=hashed, content=content)
+    # In the store, whatever may be here already of an earlier look.
+    findings = verify_release(connection, manifest, content=content)
     require_verified(findings, f"{who}, {manifest.uri},")
+    cache = connection.settings.home / "models"
+    path, _ = fetch_model(connection.client, manifest, manifest.variant(FP32), cache)
     signature = released_signature(manifest)
     said = _read(_Said, manifest.data, f"the manifest of {who}, {manifest.uri}")
     facts = ComparedRelease(

@@ -125,7 +125,9 @@ def test_lost_positions_are_counted_and_worse(compare):
     assert f"{SAMPLES} of {SAMPLES} positions are NaN or Inf in one of them" in found.sentence
     assert any("NaN or Inf" in reason for reason in found.worse)
     # JSON has neither NaN nor Inf.
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["displacement_m"]["p99"] == "inf"
+    assert (
+        json.loads(json.dumps(found.to_dict(), allow_nan=False))["displacement_m"]["p99"] == "inf"
+    )
 
 
 def test_displacement_without_a_position_in_both_is_no_displacement():
@@ -254,8 +256,8 @@ def test_gates_are_paired_by_name_and_order():
         ([GATE], "no gate changes"),
         ([replace(GATE, passed=False)], "1 gate changes (mean absolute error fails now)"),
         (
-            [Gate.none_of("opset", ()), Gate.none_of("signature", ["x"])],
-            "3 gates change (mean absolute error is gone; opset is new; signature is new and fails)",
+            [Gate.none_of("opset", ()), Gate.none_of("order", ["x"])],
+            "3 gates change (mean absolute error is gone; opset is new; order is new and fails)",
         ),
     ],
 )
@@ -279,7 +281,10 @@ def test_everything_is_json(compare):
     )
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert told["latency"]["ratio"] == {
-        **{"ratio": 1.2, "low": 1.1, "high": 1.3, "limit": 1.1},
+        "ratio": 1.2,
+        "low": 1.1,
+        "high": 1.3,
+        "limit": 1.1,
         "holds": True,
     }
     assert told["localization_error"]["ratio"]["ratio"] == pytest.approx(2, rel=1e-3)
@@ -296,6 +301,7 @@ def test_latency_is_left_out_on_request_and_measured_in_turns(models, data):
     found = measure_both(models["one"], path, data, SIGNATURE, calls=60)
     assert (found.first.name, found.second.name) == ("B", "A")
     assert found.speedup.low > 1
-    assert "slower" in comparison(
-        compare_answers(models["one"], path, data, SIGNATURE), latency=found
-    ).sentence
+    assert (
+        "slower"
+        in comparison(compare_answers(models["one"], path, data, SIGNATURE), latency=found).sentence
+    )

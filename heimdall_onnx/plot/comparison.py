@@ -291,7 +291,7 @@ def localization_errors(answers: Answers) -> Chart | None:
         return None
     medians = errors.medians_m
     if errors.ratio is not None:
-        told = f"B's median is {ratio_words(errors.ratio)} that of A"
+        told = f"B's median error is {ratio_words(errors.ratio)} that of A"
         clear = not errors.ratio.low <= 1 <= errors.ratio.high
         title = told if clear else f"No clear difference in error: {told}"
     else:
