@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from heimdall_onnx.cli_help import Command
-from heimdall_onnx.errors import VerificationError
+from heimdall_onnx.errors import HeimdallError, VerificationError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.manifest import Variants
     from heimdall_onnx.publish import Connection
     from heimdall_onnx.review import Review
+    from heimdall_onnx.settings import Settings
 
 _Command = Callable[..., Any]
 
@@ -77,19 +78,29 @@ def _store() -> S3Client:
 def _connect(
     public_key: Path | None = None, trusted_certificates: Path | None = None
 ) -> Connection:
-    from heimdall_onnx.settings import Settings
     from heimdall_onnx.verify import open_for_reading
+
+    return open_for_reading(_settings(public_key, trusted_certificates))
+
+
+def _settings(public_key: Path | None, trusted_certificates: Path | None) -> Settings:
+    from heimdall_onnx.settings import Settings
 
     given = {"public_key": public_key, "trusted_certificates": trusted_certificates}
     # One given here takes the place of both in the environment.
     update = given if any(given.values()) else {}
-    return open_for_reading(Settings.load().model_copy(update=update))
+    return Settings.load().model_copy(update=update)
 
 
 def _folder(version: str, bucket: str, prefix: str) -> str:
-    return (
-        version if version.startswith("s3://") else f"s3://{bucket}/{prefix.strip('/')}/{version}"
-    )
+    """The folder of a release: of a version, an address, or NAME@ALIAS and NAME/NUMBER."""
+    if version.startswith("s3://"):
+        return version
+    if "@" not in version and "/" not in version:
+        return f"s3://{bucket}/{prefix.strip('/')}/{version}"
+    from heimdall_onnx.loading import find_release
+
+    return find_release(_connect(), version, bucket=bucket, prefix=prefix).uri
 
 
 def _say(text: str, indent: int = 0, err: bool = False) -> None:
@@ -151,7 +162,7 @@ def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
 @_place_options
 @_json_option
 def show(version: str, bucket: str, prefix: str, as_json: bool) -> None:
-    """Print the manifest of VERSION, which may also be an s3:// address.
+    """Print the manifest of VERSION, which may also be NAME@ALIAS or an s3:// address.
 
     Below it, on standard error, come the variants: what became of each, the size of its file, and
     which one is recommended.
@@ -390,6 +401,98 @@ def reproduce(
     reproduction.require()
 
 
+@click.command(
+    cls=Command,
+    no_args_is_help=True,
+    example="heimdall-onnx compare detector@production detector@staging --store",
+)
+@click.argument("a")
+@click.argument("b")
+@_place_options
+@click.option(
+    "--eval-data",
+    metavar="FILE.npz",
+    help="Other evaluation inputs, or a dataset; by default the newer release's own.",
+)
+@click.option("--no-latency", is_flag=True, help="Leave latency out.")
+@click.option("--calls", type=click.IntRange(min=12), help="Timed calls of each; 200 by default.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Where the report goes; by default a folder of its own below HEIMDALL_HOME.",
+)
+@click.option("--store", is_flag=True, help="Store the report beside the newer release too.")
+@_trust_options
+@click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell.")
+@_json_option
+def compare(
+    a: str,
+    b: str,
+    bucket: str,
+    prefix: str,
+    eval_data: str | None,
+    no_latency: bool,
+    calls: int | None,
+    output: Path | None,
+    store: bool,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    cell_timeout: int | None,
+    as_json: bool,
+) -> None:
+    """Run releases A and B on the same inputs, and say in what they differ.
+
+    B is the one that would take A's place. Each is a version, NAME@ALIAS, NAME/VERSION or an s3://
+    address; both must verify. The exit code is 0 whatever the comparison says; `promote` is what
+    refuses.
+    """
+    import sys
+
+    from heimdall_onnx.compared_releases import ComparisonParameters
+    from heimdall_onnx.comparison_report import compare_releases
+    from heimdall_onnx.parameters import check_as
+
+    given = {
+        "eval_data": eval_data,
+        "calls": calls,
+        "output_dir": output and str(output),
+    }
+    try:
+        result = compare_releases(
+            check_as(
+                ComparisonParameters,
+                {
+                    "a": a,
+                    "b": b,
+                    "bucket": bucket,
+                    "prefix": prefix.strip("/"),
+                    "measure_latency": not no_latency,
+                    **{name: value for name, value in given.items() if value is not None},
+                },
+            ),
+            _settings(public_key, trusted_certificates),
+            store=store,
+            cell_timeout=cell_timeout,
+            progress=sys.stderr.isatty() or not as_json,
+        )
+    except HeimdallError as error:
+        if as_json:
+            _print_json({"success": False, "error": str(error)})
+        raise
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    _say(f"{result.sentence}.")
+    for reason in result.worse:
+        _say(f"worse than a promotion allows: {reason}")
+    _say(f"report    {result.report}")
+    _say(f"rendered  file://{result.report_html}")
+    for address in filter(None, (result.report_uri, result.report_html_uri)):
+        _say(f"stored    {address}")
+
+
 @click.command(cls=Command, example="heimdall-onnx doctor --older-than 1 --fix")
 @_place_options
 @click.option(
@@ -469,6 +572,7 @@ COMMANDS = (
     rollback,
     history,
     reproduce,
+    compare,
     doctor,
     link,
     policy,

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.errors import HeimdallError, NotebookError, error_class
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.report import NO_CELL, Judgement, judge_notebook, last_started
+from heimdall_onnx.report import NO_CELL, RECORD, Judgement, judge_notebook, last_started
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
-
-    from heimdall_onnx.parameters import ReleaseParameters
+    from pydantic import BaseModel
 
 log = get_logger(__name__)
 
@@ -26,9 +25,10 @@ _CELL_TIMEOUT_S = 6 * 3600
 def execute_notebook(
     notebook: Path,
     report: Path,
-    parameters: ReleaseParameters,
+    parameters: BaseModel,
     kernel: AsyncKernelManager,
     *,
+    record: str = RECORD,
     cell_timeout: int | None = None,
     progress: bool = False,
 ) -> Judgement:
@@ -39,6 +39,7 @@ def execute_notebook(
         report: Where the executed notebook goes.
         parameters: Its parameters.
         kernel: A running kernel, which is ended.
+        record: What it calls its record.
         cell_timeout: Seconds that one cell may take; six hours by default.
         progress: Show a progress bar by cell on standard error.
 
@@ -78,7 +79,7 @@ def execute_notebook(
             raise NotebookError(f"the notebook's kernel did not start: {error}") from error
     if not report.is_file():
         raise NotebookError(f"papermill wrote no notebook for {notebook} ({stopped})")
-    judgement = judge_notebook(report)
+    judgement = judge_notebook(report, record)
     if stopped == CellTimeoutError.__name__:
         limit = cell_timeout or _CELL_TIMEOUT_S
         problem = f"a cell took longer than the {limit} s it may: {last_started(report)}"
@@ -89,7 +90,7 @@ def execute_notebook(
     return judgement
 
 
-def _given(notebook: Path, parameters: ReleaseParameters) -> dict[str, Any]:
+def _given(notebook: Path, parameters: BaseModel) -> dict[str, Any]:
     """What a notebook is given: what it declares, and of the rest what is no default.
 
     One of an older version may call something else by a newer parameter's name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from heimdall_onnx.ground import Floats, distance_m
 from heimdall_onnx.inference import open_session, run_onnx
 from heimdall_onnx.npz import whole
 from heimdall_onnx.runtimes import SessionSettings
-from heimdall_onnx.signature import Signature
+from heimdall_onnx.signature import Arrays, Signature
 
 _BATCH = 64
-_MOST_SAMPLES = 10_000
+MOST_SAMPLES = 10_000
 _RESAMPLES = 2000
 # Values that the resampling holds at once: 64 MB.
 _RESAMPLED_AT_ONCE = 8 << 20
@@ -127,7 +128,7 @@ def compare_models(
         BenchmarkError: If one of the models can't be timed.
     """
     given = load_evaluation_data(eval_data, signature, verify=False)
-    data = given.spread(_MOST_SAMPLES)
+    data = given.spread(MOST_SAMPLES)
     of = f" of {given.count}" if data.count < given.count else ""
     provenance = f"{data.count}{of} samples, {data.source}"
     # Both are run in any case: what can't be run can't be timed either.
@@ -155,13 +156,28 @@ def compare_models(
     return HeadToHead(version, provenance, tuple(ratios), tuple(notes))
 
 
+def run_batches(path: Path, data: EvaluationData, signature: Signature) -> Iterator[Arrays]:
+    """The outputs of an ONNX file on all samples in order, batch by batch.
+
+    Raises:
+        EvidenceError: If it can't be run on them.
+    """
+    session = open_session(path)
+    return (run_onnx(session, inputs, signature) for _, inputs in data.batches(_BATCH))
+
+
+def positions_of(signature: Signature) -> str | None:
+    """Name of the output that holds positions (N, 2) in degrees; None where there is none."""
+    position = signature.position_output
+    return position.name if position is not None and position.shape[1:] == (2,) else None
+
+
 def _answers(path: Path, data: EvaluationData, signature: Signature) -> Floats | None:
     """Positions (N, 2) in degrees; None where the model has no such output."""
-    session, position = open_session(path), signature.position_output
-    found = [run_onnx(session, inputs, signature) for _, inputs in data.batches(_BATCH)]
-    if position is None or position.shape[1:] != (2,):
+    name, found = positions_of(signature), [*run_batches(path, data, signature)]
+    if name is None:
         return None
-    return np.concatenate([outputs[position.name] for outputs in found]).astype(np.float64)
+    return np.concatenate([outputs[name] for outputs in found]).astype(np.float64)
 
 
 def error_ratio(candidate: Floats, holder: Floats, limit: float) -> Ratio:

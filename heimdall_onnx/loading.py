@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,18 +25,23 @@ from heimdall_onnx.processors import multiplies_in_8_bits, usable_processors
 from heimdall_onnx.runtimes import OpenVINOSession, open_onnxruntime
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
+from heimdall_onnx.signature import Signature
 from heimdall_onnx.signing import Trust
 from heimdall_onnx.store import download_file, head, list_keys, make_client, parse_uri
+from heimdall_onnx.untrusted import shown
 from heimdall_onnx.verify import require_verified, verify_release
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from onnxruntime import InferenceSession
 
-    from heimdall_onnx.registry import RegisteredVersion
+    from heimdall_onnx.publish import Connection
+    from heimdall_onnx.registry import MLflowTracker, RegisteredVersion
 
 log = get_logger(__name__)
 
+# As people write a registered version: with or without what MLflow puts before it.
+_SHORT_URI = re.compile(r"[^/@]+(@[^/]+|/\d+)")
 _MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))$")
 
 
@@ -128,6 +133,49 @@ def load_model(
     return _open(path, chosen, threads)
 
 
+def find_release(connection: Connection, address: str, *, bucket: str, prefix: str) -> Manifest:
+    """The manifest of a release, however it is called; whether it verifies is another question.
+
+    Args:
+        connection: Store and registry.
+        address: ``vYYYYMMDD_HHMMSS``, ``s3://bucket/prefix/version``, ``models:/name@alias``,
+            ``models:/name/version``, or the last two without ``models:/``.
+        bucket: Bucket of a bare version.
+        prefix: Its folder in the bucket.
+
+    Raises:
+        ParameterError: If ``address`` is empty.
+        VerificationError: If there is no such release, or its manifest can't be read.
+        ServiceError: If a service can't be reached or refuses, or has no such version.
+    """
+    if not address.strip():
+        raise ParameterError(
+            "expected a release: a version as `heimdall-onnx list` shows them, NAME@ALIAS, "
+            "NAME/VERSION or s3://BUCKET/PREFIX/VERSION; found nothing"
+        )
+    uri = f"models:/{address}" if _SHORT_URI.fullmatch(address) else address
+    if not uri.startswith(("s3://", "models:/")):
+        uri = f"s3://{bucket}/{prefix.strip('/')}/{address}"
+    found = _find_registered(lambda: connection.tracker, uri)
+    return _manifest_of(connection.client, found, uri)
+
+
+def released_signature(manifest: Manifest) -> Signature:
+    """What a released model takes and gives, as its manifest says.
+
+    Raises:
+        VerificationError: If it says nothing that can be read.
+    """
+    try:
+        return Signature.from_dict(manifest.data["model"]["signature"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise VerificationError(
+            f"{manifest.uri} names no signature that can be read "
+            f"({type(error).__name__}: {shown(str(error))}); it was made by another version of "
+            "this program, or changed"
+        ) from error
+
+
 def _warn_of_processor(manifest: Manifest, variant: Variant, uri: str) -> None:
     """8-bit weights that were made for a processor with products of them saturate on others."""
     made_on = (manifest.data.get("environment") or {}).get("instruction_sets") or []
@@ -170,16 +218,7 @@ def _verified_model(
     from heimdall_onnx.registry import open_registry
     from heimdall_onnx.registry_errors import missing_database
 
-    # Named as in a folder of their own, where external data are looked for.
-    local = {name: name.rpartition("/")[2] for name in variant.files}
-    hashes = {name: entry.sha256 for name, entry in variant.files.items()}
-    path = _fetch(
-        client,
-        manifest.bucket,
-        {local[name]: entry.key for name, entry in variant.files.items()},
-        {local[name]: sha256 for name, sha256 in hashes.items()},
-        cache,
-    )
+    path, hashes = fetch_model(client, manifest, variant, cache)
     missing = missing_database(settings.tracking_uri.get_secret_value())
     if missing:
         # An address in the store is enough for who has no registry; a signature takes its place.
@@ -198,6 +237,31 @@ def _verified_model(
     return path
 
 
+def fetch_model(
+    client: S3Client, manifest: Manifest, variant: Variant, cache: Path
+) -> tuple[Path, dict[str, str]]:
+    """Bring a model into ``cache``, checked against its manifest, which may itself be wrong.
+
+    Returns:
+        Its file, and the SHA-256 of each of its files by name within the release's folder.
+
+    Raises:
+        VerificationError: If a file is not what the manifest says.
+        StoreError: If the store can't be reached or refuses.
+    """
+    # Named as in a folder of their own, where external data are looked for.
+    local = {name: name.rpartition("/")[2] for name in variant.files}
+    hashes = {name: entry.sha256 for name, entry in variant.files.items()}
+    path = _fetch(
+        client,
+        manifest.bucket,
+        {local[name]: entry.key for name, entry in variant.files.items()},
+        {local[name]: sha256 for name, sha256 in hashes.items()},
+        cache,
+    )
+    return path, hashes
+
+
 def _open_unverified(client: S3Client, source: str, threads: int | None) -> InferenceSession:
     bucket, folder = parse_uri(source)
     with tempfile.TemporaryDirectory(prefix="heimdall-unverified-") as scratch:
@@ -208,12 +272,22 @@ def _open_unverified(client: S3Client, source: str, threads: int | None) -> Infe
 
 def _registered(settings: Settings, uri: str) -> RegisteredVersion | None:
     """The registered version that ``uri`` names; None if it is no address of the registry."""
+
+    def open_tracker() -> MLflowTracker:
+        from heimdall_onnx.registry import open_registry
+
+        return open_registry(settings)
+
+    return _find_registered(open_tracker, uri)
+
+
+def _find_registered(
+    open_tracker: Callable[[], MLflowTracker], uri: str
+) -> RegisteredVersion | None:
     match = _MODEL_URI.match(uri)
     if match is None:
         return None
-    from heimdall_onnx.registry import open_registry
-
-    tracker = open_registry(settings)
+    tracker = open_tracker()
     if match["alias"]:
         return tracker.version_by_alias(match["name"], match["alias"])
     return tracker.get_version(match["name"], match["version"])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 3
 MODEL, REPORT, REPORT_HTML = "model.onnx", "report.ipynb", "report.html"
 BOM, SIGNATURE, REVIEWS = "bom.cdx.json", "model.sig", "reviews"
+# Below the reviews, which come after the signature too: who may review a release may add to them.
+COMPARISONS = f"{REVIEWS}/comparisons"
 CONTENT = "objects/sha256"
 DATASETS = "objects/datasets"
 VARIANTS, RECOMMENDED = "variants", "recommended"

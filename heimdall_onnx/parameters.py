@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import isfunction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from heimdall_onnx.evaluation_workers import EvaluationWorkers
 
 ProfileName = Literal["smoke", "quick", "audit"]
+
+_Parameters = TypeVar("_Parameters", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ VARIANTS = (
 
 # Names that make an S3 key, an MLflow name and a line of Markdown without surprises.
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_PREFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
+BUCKET = r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$"
+PREFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
 
 
 def _json_text(value: object) -> object:
@@ -142,8 +145,8 @@ class ReleaseParameters(BaseModel):
     model_kwargs: ModelKwargs = Field(default_factory=dict)
     eval_data: str = ""
     name: str = Field("heimdall-localization-onnx", pattern=_NAME, max_length=200)
-    bucket: str = Field("heimdall-models", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
-    prefix: str = Field("models/localization", pattern=_PREFIX, max_length=500)
+    bucket: str = Field("heimdall-models", pattern=BUCKET)
+    prefix: str = Field("models/localization", pattern=PREFIX, max_length=500)
     # MLflow takes no dots in an alias.
     alias: str = Field("staging", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=255)
     tolerance: float = Field(1e-5, gt=0)
@@ -296,11 +299,17 @@ def check_parameters(values: Mapping[str, Any]) -> ReleaseParameters:
         ParameterError: Naming every unknown name with its nearest known ones, and every value
             that has the wrong type or is out of range.
     """
+    return check_as(ReleaseParameters, values)
+
+
+def check_as(kind: type[_Parameters], values: Mapping[str, Any]) -> _Parameters:
+    """`check_parameters` for another notebook, with parameters of a ``kind`` of its own."""
     try:
-        return ReleaseParameters.model_validate(dict(values))
-    except ValidationError:
-        problems = parameter_problems(values)
-        raise ParameterError(f"these parameters can't be used:{listed(problems)}") from None
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ParameterError(
+            f"these parameters can't be used:{listed(_explained(kind, error))}"
+        ) from None
 
 
 def parameter_problems(values: Mapping[str, Any]) -> list[str]:
@@ -308,7 +317,7 @@ def parameter_problems(values: Mapping[str, Any]) -> list[str]:
     try:
         ReleaseParameters.model_validate(dict(values))
     except ValidationError as error:
-        return [_explain(entry) for entry in error.errors(include_url=False)]
+        return _explained(ReleaseParameters, error)
     return []
 
 
@@ -321,11 +330,16 @@ def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
     Raises:
         ParameterError: As `check_parameters`.
     """
-    known = set(ReleaseParameters.model_fields)
+    return read_notebook_as(ReleaseParameters, namespace)
+
+
+def read_notebook_as(kind: type[_Parameters], namespace: Mapping[str, Any]) -> _Parameters:
+    """`parameters_of_notebook` for another notebook, with parameters of a ``kind`` of its own."""
+    known = set(kind.model_fields)
     names = known | injected_names(namespace.get("In", ()))
     # A function is no value: older notebooks import one that is called like a parameter of today.
     given = {n: namespace[n] for n in names if n in namespace and not isfunction(namespace[n])}
-    return check_parameters(given)
+    return check_as(kind, given)
 
 
 def injected_names(history: Sequence[str]) -> set[str]:
@@ -357,15 +371,19 @@ def _parsed(source: str) -> list[ast.stmt]:
         ) from error
 
 
-def _explain(entry: Any) -> str:
+def _explained(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    return [_explain(kind, entry) for entry in error.errors(include_url=False)]
+
+
+def _explain(kind: type[BaseModel], entry: Any) -> str:
     name = shown(".".join(map(str, entry["loc"])))
     if entry["type"] != "extra_forbidden":
         return f"{name} = {_shown_value(entry['input'])}: {shown(entry['msg'], 300)}"
-    near = difflib.get_close_matches(name, ReleaseParameters.model_fields, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, kind.model_fields, n=3, cutoff=0.5)
     known = (
         f"did you mean {' or '.join(near)}?"
         if near
-        else (f"known are {', '.join(ReleaseParameters.model_fields)}")
+        else (f"known are {', '.join(kind.model_fields)}")
     )
     return f"{name} is not a parameter; {known}"
 

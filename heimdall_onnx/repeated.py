@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from heimdall_onnx.compare import NOISE_FLOOR_FACTOR, tolerance_factor
 from heimdall_onnx.cores import EXCLUSIVE_CORES
+from heimdall_onnx.environment import NUMERICAL
+from heimdall_onnx.evaluation_pass import THIS_PROCESS
 from heimdall_onnx.signature import Signature
 
 # Fewer values are kept as they are.
@@ -26,6 +28,23 @@ METRES_PER_DEGREE = 111_700.0
 
 Figure = float | int | str | bool | None
 Verdict = Literal["identical", "within", "differs", "flagged", "not judged"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something in which two environments differ.
+
+    Attributes:
+        what: What it is, e.g. ``"package torch"``.
+        recorded: In the release; None where it was not there.
+        found: In the other; None where it is not there.
+        numerical: Whether figures may differ because of it.
+    """
+
+    what: str
+    recorded: Figure
+    found: Figure
+    numerical: bool
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,40 @@ class Comparison:
     rule: str
     recorded_interval: tuple[float, float] | None = None
     found_interval: tuple[float, float] | None = None
+
+
+def environment_differences(
+    recorded: Mapping[str, Any], found: Mapping[str, Any]
+) -> tuple[Difference, ...]:
+    """In what the environments of two records differ.
+
+    Args:
+        recorded: What `heimdall_onnx.report.record_results` kept of a release.
+        found: What it kept of another run.
+    """
+    old, new = ({**r["environment"], "threads": r["threads"]} for r in (recorded, found))
+    by = [(r["parity"] or {}).get("evaluated_by", THIS_PROCESS) for r in (recorded, found)]
+    was, has = recorded["distributions"], found["distributions"]
+    compared = (
+        *(
+            (what, old.get(name), new.get(name), numerical)
+            for what, name, numerical in (
+                ("Python", "python", True),
+                ("processor", "cpu", True),
+                ("processors in use", "processors", True),
+                ("threads", "threads", True),
+                ("system", "system", False),
+                ("git commit", "git_commit", False),
+                ("uncommitted changes", "git_dirty", False),
+            )
+        ),
+        ("evaluated by", *by, True),
+        *(
+            (f"package {name}", was.get(name), has.get(name), name in NUMERICAL)
+            for name in sorted(was.keys() | has.keys())
+        ),
+    )
+    return tuple(Difference(*each) for each in compared if each[1] != each[2])
 
 
 @dataclass(frozen=True)

@@ -190,12 +190,17 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """What `record_results` kept in an executed notebook; empty if it never got that far."""
+def read_record(path: Path, record: str = RECORD) -> dict[str, Any]:
+    """What `record_results` kept in an executed notebook; empty if it never got that far.
+
+    Args:
+        path: The notebook.
+        record: What it calls its record; that of a comparison has a name of its own.
+    """
     import scrapbook
 
     scraps = scrapbook.read_notebook(str(path)).scraps
-    return dict(scraps[RECORD].data) if RECORD in scraps else {}
+    return dict(scraps[record].data) if record in scraps else {}
 
 
 @dataclass(frozen=True)
@@ -222,34 +227,37 @@ class Judgement:
         return not self.problem and self.verdict is not None and self.verdict.passed
 
 
-def judge_notebook(path: Path) -> Judgement:
+def judge_notebook(path: Path, record: str = RECORD) -> Judgement:
     """Judge an executed notebook from its file alone.
 
     papermill marks every cell of a dead kernel ``completed`` and takes ``sys.exit(0)`` for
     success, so neither its status nor its return is believed: each code cell must have been
-    executed, in order, without an error output, and the record must be there.
+    executed, in order, without an error output, and the record must be there. That of a release
+    holds its gates.
     """
     cells = _code_cells(path)
-    record = read_record(path)
-    verdict = _recorded_verdict(record)
+    found = read_record(path, record)
+    verdict = _recorded_verdict(found) if record == RECORD else None
     for number, cell in enumerate(cells, start=1):
         error = next((o for o in cell.outputs if o.output_type == "error"), None)
         where = _where(number, cells)
         if error is not None:
             problem = f"{where} raised {error.ename}"
-            return Judgement(problem, error.ename, error.evalue, record, verdict)
+            return Judgement(problem, error.ename, error.evalue, found, verdict)
         if cell.execution_count is None:
             problem = (
                 f"{where} never finished: the kernel died, the cell ran out of time, or an "
                 "earlier cell ended the kernel"
             )
-            return Judgement(problem, "", "", record, verdict)
+            return Judgement(problem, "", "", found, verdict)
     counts = [cell.execution_count for cell in cells]
     if counts != sorted(counts):
-        return Judgement("the code cells ran out of order", "", "", record, verdict)
-    if verdict is None:
-        return Judgement("the notebook recorded no gates", "", "", record, verdict)
-    return Judgement("", "", "", record, verdict)
+        return Judgement("the code cells ran out of order", "", "", found, verdict)
+    if verdict is None and record == RECORD:
+        return Judgement("the notebook recorded no gates", "", "", found, verdict)
+    if not found:
+        return Judgement(f"the notebook recorded no {record}", "", "", found, verdict)
+    return Judgement("", "", "", found, verdict)
 
 
 def last_started(path: Path) -> str:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from heimdall_onnx.content import fetch_content, fetch_dataset
-from heimdall_onnx.environment import NUMERICAL
 from heimdall_onnx.errors import (
     GateError,
     HeimdallError,
@@ -28,7 +27,6 @@ from heimdall_onnx.errors import (
     SettingsError,
     VerificationError,
 )
-from heimdall_onnx.evaluation_pass import THIS_PROCESS
 from heimdall_onnx.execution import error_of, execute_notebook
 from heimdall_onnx.files import hash_file
 from heimdall_onnx.interrupts import first_signal_interrupts
@@ -39,10 +37,12 @@ from heimdall_onnx.onnx_diff import describe_differences
 from heimdall_onnx.parameters import ReleaseParameters, check_parameters
 from heimdall_onnx.repeated import (
     Comparison,
+    Difference,
     Figure,
     compare_accuracy,
     compare_latency,
     compare_variants,
+    environment_differences,
 )
 from heimdall_onnx.report import VERDICT, read_notebook, read_record
 from heimdall_onnx.signature_file import signature_path
@@ -77,23 +77,6 @@ class _Known(BaseModel):
     checkpoint: _Input
     evaluation_data: _Input
     parameters: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Something in which two environments differ.
-
-    Attributes:
-        what: What it is, e.g. ``"package torch"``.
-        recorded: In the release; None where it was not there.
-        found: Here; None where it is not there.
-        numerical: Whether figures may differ because of it.
-    """
-
-    what: str
-    recorded: Figure
-    found: Figure
-    numerical: bool
 
 
 @dataclass(frozen=True)
@@ -222,7 +205,7 @@ def reproduce_release(
             raise _not_repeated(manifest, error_of(judgement))
         found = judgement.record
         _require_figures(found, f"the repetition of {manifest.uri}")
-        differences = _differences(recorded, found)
+        differences = environment_differences(recorded, found)
         exact = not any(difference.numerical for difference in differences)
         result = Reproduction(
             folder_uri=manifest.uri,
@@ -380,33 +363,6 @@ def _compare_model(client: S3Client, manifest: Manifest, path: Path) -> ModelCom
             _fetch(client, manifest, entry, beside / name)
         differences = describe_differences(beside / MODEL, path)
     return ModelComparison(not differences, manifest.model.sha256, found[MODEL], differences)
-
-
-def _differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """In what the environments of two records differ."""
-    old, new = ({**r["environment"], "threads": r["threads"]} for r in (recorded, found))
-    by = [r["parity"].get("evaluated_by", THIS_PROCESS) for r in (recorded, found)]
-    was, has = recorded["distributions"], found["distributions"]
-    compared = (
-        *(
-            (what, old[name], new[name], numerical)
-            for what, name, numerical in (
-                ("Python", "python", True),
-                ("processor", "cpu", True),
-                ("processors in use", "processors", True),
-                ("threads", "threads", True),
-                ("system", "system", False),
-                ("git commit", "git_commit", False),
-                ("uncommitted changes", "git_dirty", False),
-            )
-        ),
-        ("evaluated by", *by, True),
-        *(
-            (f"package {name}", was.get(name), has.get(name), name in NUMERICAL)
-            for name in sorted(was.keys() | has.keys())
-        ),
-    )
-    return tuple(Difference(*each) for each in compared if each[1] != each[2])
 
 
 def _in_words(comparison: Comparison) -> str:

@@ -50,7 +50,7 @@ from heimdall_onnx.errors import (
 )
 from heimdall_onnx.evaluation import unknown_ids
 from heimdall_onnx.inference import run_onnx
-from heimdall_onnx.loading import load_model
+from heimdall_onnx.loading import load_model, released_signature
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import RECOMMENDED, Manifest, read_manifest
 from heimdall_onnx.services import ensure_store
@@ -403,7 +403,7 @@ class ServedModel:
                     f"{found.name}: expected a manifest with SHA-256 {recorded}, found "
                     f"{manifest.sha256}"
                 )
-            signature = _signature_of(manifest)
+            signature = released_signature(manifest)
             if first is not None:
                 _require_compatible(first, signature)  # before anything large is fetched
             session = load_model(
@@ -470,17 +470,6 @@ def _checked_inputs(inputs: Mapping[str, npt.ArrayLike], signature: Signature) -
     if problems:
         raise DataError("\n".join(problems))
     return arrays
-
-
-def _signature_of(manifest: Manifest) -> Signature:
-    try:
-        return Signature.from_dict(manifest.data["model"]["signature"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise VerificationError(
-            f"{manifest.uri} names no signature that can be read "
-            f"({type(error).__name__}: {shown(str(error))}); it was made by another version of "
-            "this program, or changed"
-        ) from error
 
 
 def _status_of(version: _Version) -> ServingStatus:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from IPython.display import Markdown
+from pydantic import BaseModel
 
-from heimdall_onnx.benchmark import ContenderLatency, LatencyReport
+from heimdall_onnx.benchmark import ContenderLatency, LatencyReport, PairLatency
 from heimdall_onnx.checkpoint import LoadedModel
 from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.cores import Cores, unless_not_measured
@@ -19,7 +20,7 @@ from heimdall_onnx.export import ExportResult
 from heimdall_onnx.gates import escape_markdown
 from heimdall_onnx.ground import MIDDLE
 from heimdall_onnx.machine_watch import MachineState
-from heimdall_onnx.parameters import FP32, ReleaseParameters
+from heimdall_onnx.parameters import FP32
 from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
 from heimdall_onnx.roofline import Roofline, RooflineRow
 from heimdall_onnx.signature import Axis, TensorSpec
@@ -47,7 +48,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def parameters_table(parameters: ReleaseParameters) -> Markdown:
+def parameters_table(parameters: BaseModel) -> Markdown:
     """Every parameter with its value."""
     return table(("parameter", "value"), parameters.model_dump(mode="json").items())
 
@@ -315,6 +316,34 @@ def latency_table(report: LatencyReport) -> Markdown:
 
 
 @unless_not_measured
+def pair_table(report: PairLatency) -> Markdown:
+    """Latency of two ONNX models that took turns, the one in the ratio's denominator first."""
+    both, ratio = (report.second, report.first), report.speedup
+    wanted = sorted({p.percentile for c in both for p in c.percentiles})
+    return table(
+        (f"batch {report.batch_size}", *(c.name for c in both)),
+        [
+            *((f"p{p:g}, ms", *(_percentile(c, p) for c in both)) for p in wanted),
+            ("mean, ms", *(f"{c.mean_ms:.2f}" for c in both)),
+            ("counted calls", *(c.samples_ms.size for c in both)),
+            ("loading the model, ms", *(f"{c.load_ms:.0f}" for c in both)),
+            ("first call, ms", *(f"{c.first_call_ms:.1f}" for c in both)),
+            (
+                "peak memory of the process, MB",
+                *(f"{c.peak_memory_bytes / 1e6:,.0f}" for c in both),
+            ),
+            (
+                f"latency beside {both[0].name} (95% interval)",
+                "1",
+                f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {ratio.pairs} pairs of "
+                "blocks",
+            ),
+            ("stationary", *map(_steadiness, both)),
+        ],
+    )
+
+
+@unless_not_measured
 def member_table(found: MemberComparison | None) -> Markdown | None:
     """What an ensemble costs beside one of its members; None for a model without members."""
     if found is None:
@@ -346,16 +375,15 @@ def member_table(found: MemberComparison | None) -> Markdown | None:
 
 
 @unless_not_measured
-def machine_table(report: LatencyReport | MachineState | None) -> Markdown:
+def machine_table(report: LatencyReport | PairLatency | MachineState | None) -> Markdown:
     """Which machine it was, and what it did while latency was measured on it.
 
     Notebooks of older versions give the state alone.
     """
-    rows = (
-        [*_core_rows(report.cores), *_machine_rows(report.machine)]
-        if isinstance(report, LatencyReport)
-        else [*_machine_rows(report)]
-    )
+    state = report.machine if isinstance(report, LatencyReport | PairLatency) else report
+    rows = [*_machine_rows(state)]
+    if isinstance(report, LatencyReport):
+        rows = [*_core_rows(report.cores), *rows]
     if not rows:
         return Markdown("The machine was not watched.")
     return table(("machine", "while it was measured"), rows)

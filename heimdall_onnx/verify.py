@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from heimdall_onnx.errors import DataError, NotRegisteredError, StoreError, VerificationError
 from heimdall_onnx.manifest import (
+    COMPARISONS,
     MODEL,
     RECOMMENDED,
     REPORT,
@@ -41,9 +42,11 @@ if TYPE_CHECKING:
     from heimdall_onnx.registry import MLflowTracker
 
 
-REVIEW_TAG = "review."
+REVIEW_TAG, COMPARISON_TAG = "review.", "comparison."
 NOT_RECORDED = "0" * 64
-_REVIEW = re.compile(rf"{REVIEWS}/[A-Za-z0-9_]+-([0-9a-f]{{64}})\.json")
+_SHA256 = "([0-9a-f]{64})"
+_REVIEW = re.compile(rf"{REVIEWS}/[A-Za-z0-9_]+-{_SHA256}\.json")
+_COMPARISON = re.compile(rf"{COMPARISONS}/[A-Za-z0-9_.-]+/report-{_SHA256}\.(html|ipynb)")
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def verify_release(
 ) -> tuple[Finding, ...]:
     """Download a release again and hold all of it against manifest, registry and signature.
 
-    Every object is read once: those of the release, its reviews, its signature, and the checkpoint
-    and evaluation data that it was made of.
+    Every object is read once: those of the release, its reviews and comparisons, its signature, and
+    the checkpoint and evaluation data that it was made of.
 
     Args:
         connection: Store and registry.
@@ -103,7 +106,8 @@ def verify_release(
             one of what the manifest says of them; their content is not looked at.
         registry: Hold it against the registry too; without it a rewritten release is found out by
             its signature alone.
-        content: Read checkpoint and evaluation data too.
+        content: Read checkpoint and evaluation data too, and the reports of stored comparisons,
+            of which otherwise the names count.
 
     Raises:
         SettingsError: If the public key or the certificates can't be read.
@@ -125,7 +129,7 @@ def verify_release(
         *(_check_content(client, manifest) if content else ()),
         *_check_notebook(client, manifest, found),
         *registry_findings,
-        *_check_reviews(client, manifest, tags),
+        *_check_reviews(client, manifest, tags, content),
         *_check_signature(client, manifest, found, tags, trust),
     )
 
@@ -263,28 +267,37 @@ def _check_registry(
 
 
 def _check_reviews(
-    client: S3Client, manifest: Manifest, tags: Mapping[str, str] | None
+    client: S3Client, manifest: Manifest, tags: Mapping[str, str] | None, content: bool
 ) -> Iterator[Finding]:
-    """Each review has its hash in its name, and the registry has the hashes of all."""
+    """Reviews and comparisons have their hash in their name, and the registry has all hashes."""
     folder = f"{manifest.folder}/"
-    expected = {v for k, v in (tags or {}).items() if k.startswith(REVIEW_TAG)}
+    kept = {
+        REVIEW_TAG: (f"{REVIEWS}/…-{{}}.json", "a review record"),
+        COMPARISON_TAG: (f"{COMPARISONS}/…-{{}}", "a stored comparison"),
+    }
+    expected = {v: kept[t] for k, v in (tags or {}).items() for t in kept if k.startswith(t)}
     seen = set()
     for key in list_keys(client, manifest.bucket, f"{folder}{REVIEWS}/"):
+        name = key.removeprefix(folder)
+        compared = _COMPARISON.fullmatch(name)
+        match = _REVIEW.fullmatch(name) or compared
+        named = match[1] if match else "none"
         try:
-            digest, _ = hash_object(client, manifest.bucket, key)
+            unread = compared and not content
+            digest = named if unread else hash_object(client, manifest.bucket, key)[0]
         except StoreError:
             # Who lost a race has taken it away since it was listed.
             if exists(client, manifest.bucket, key):
                 raise
             continue
-        named = match[1] if (match := _REVIEW.fullmatch(key.removeprefix(folder))) else "none"
         seen.add(digest)
         # One that is being written, or never was to its end: nothing of the release is wrong.
         unknown = tags is not None and digest not in expected
         what = f"{key}{', which the registry does not know: not completed' if unknown else ''}"
         yield _same(what, named, digest)
-    for digest in sorted(expected - seen):
-        yield Finding(f"{folder}{REVIEWS}/…-{digest}.json", False, "a review record", "nothing")
+    for digest in sorted(expected.keys() - seen):
+        name, what = expected[digest]
+        yield Finding(f"{folder}{name.format(digest)}", False, what, "nothing")
 
 
 def _check_signature(

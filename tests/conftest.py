@@ -105,7 +105,7 @@ def _warm_kernels() -> Iterator[None]:
             return stack.enter_context(WarmKernels(_CLEAN))
 
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for room in ("release", "reproduce"):
+        for room in ("release", "reproduce", "comparison_report"):
             patch.setattr(
                 f"heimdall_onnx.{room}.started_kernel",
                 lambda environment: template().started(environment),

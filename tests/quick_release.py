@@ -7,10 +7,11 @@ matrices as are asked for, so that its latency is, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -63,8 +64,14 @@ class Factory:
         signer: Signer | None = None,
         labelled: bool = True,
         recommended: str = "",
+        signature: Signature = SIGNATURE,
+        described: Mapping[str, Any] | None = None,
+        recorded: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Make a release; with a name of one that is ``recommended`` it has all `VARIANTS`."""
+        """Make a release; with a name of one that is ``recommended`` it has all `VARIANTS`.
+
+        What is ``described`` is in its manifest too, what is ``recorded`` in its notebook.
+        """
         client, tracker = self.connection.client, self.connection.tracker
         ensure_bucket(client, self.bucket)
         version = claim_version(
@@ -72,13 +79,13 @@ class Factory:
         )
         key, folder = f"{PREFIX}/{version}", self.folder / version
         write_mlmodel_folder(folder, SIGNATURE, model_size_bytes=0)
-        onnx.save(_model(error_degrees, products), folder / "model.onnx")
+        onnx.save(make_model(error_degrees, products), folder / "model.onnx")
         sha256 = hash_file(folder / "model.onnx")
         variants = None
         if recommended:
             judged = [variant.to_dict() for variant in _judge(folder)]
             variants = {"recommended": recommended, "judged": judged}
-        record = {"uploaded": {"sha256": sha256}, "variants": variants}
+        record = {"uploaded": {"sha256": sha256}, "variants": variants, **(recorded or {})}
         (folder / "report.ipynb").write_text(_notebook(record))
         (folder / "report.html").write_text("<h1>report</h1>")
         objects = [
@@ -92,7 +99,7 @@ class Factory:
         keep = partial(keep_content, client, self.bucket)
         checkpoint, data = self.folder / "model.ckpt", self._evaluation_data(labelled)
         checkpoint.write_bytes(b"weights")
-        described = {
+        manifest = {
             "schema_version": SCHEMA_VERSION,
             "version": version,
             "verdict": verdict,
@@ -103,14 +110,15 @@ class Factory:
             ],
             "signature": signer and {"key": f"{key}/model.sig", "signer_sha256": signer.sha256},
             "protection": {"versioning": False, "retained_until": None, "note": ""},
-            "model": {"class": "none", "signature": SIGNATURE.to_dict()},
+            "model": {"class": "none", "signature": signature.to_dict()},
             "variants": variants,
             "mlflow": {"model_name": self.name, "model_version": number},
+            **(described or {}),
         }
-        manifest = complete_release(self.connection, uri, described, signer)
+        released = complete_release(self.connection, uri, manifest, signer)
         if alias:
-            offer_release(self.connection, manifest, alias, "a run")
-        return manifest
+            offer_release(self.connection, released, alias, "a run")
+        return released
 
     def _evaluation_data(self, labelled: bool) -> Path:
         signal = np.random.default_rng(0).uniform(45, 50, (64, 2)).astype(np.float32)
@@ -131,12 +139,13 @@ def _judge(folder: Path) -> Iterator[JudgedVariant]:
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if offset is not None:
-            onnx.save(_model(offset, 0), path)
+            onnx.save(make_model(offset, 0), path)
         size = path.stat().st_size
         yield replace(variant, path=path, sha256=hash_file(path), size_bytes=size)
 
 
-def _model(offset: float, products: int) -> onnx.ModelProto:
+def make_model(offset: float, products: int = 0) -> onnx.ModelProto:
+    """Adds ``offset`` degrees to a latitude after so many products of matrices."""
     size = 256
     matrix = np.full((size, size), 1 / size, np.float32)
     weights = [

@@ -57,6 +57,20 @@ def test_list_shows_a_page_and_says_where_the_next_one_begins(call, releases):
     assert len(since.stdout.splitlines()) == 2
 
 
+@pytest.mark.parametrize("address", ["net@staging", "net/2", "models:/net@staging"])
+def test_release_is_found_by_its_registered_version(call, releases, address):
+    for command in ("show", "verify", "link"):
+        result = call(command, address)
+        assert result.exit_code == 0, result.stderr
+        assert releases[1].version in result.stdout, command
+
+
+def test_unknown_alias_is_no_release(call, releases):
+    result = call("show", "net@nowhere")
+    assert result.exit_code == 4
+    assert "nowhere" in result.stderr
+
+
 def test_show_says_what_became_of_each_variant(call, releases):
     varied = releases[0]
     shown = call("show", varied.version)

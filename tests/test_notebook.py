@@ -10,15 +10,17 @@ import nbformat
 import papermill
 import pytest
 
+from heimdall_onnx.compared_releases import ComparisonParameters
+from heimdall_onnx.parameters import ReleaseParameters
 from heimdall_onnx.release import notebook_path
 from heimdall_onnx.report import judge_notebook, read_record
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def notebook():
-    return nbformat.read(notebook_path(), 4)
+@pytest.fixture(scope="module", params=["release", "compare"])
+def notebook(request):
+    return nbformat.read(notebook_path(request.param), 4)
 
 
 def test_committed_notebook_carries_no_outputs(notebook):
@@ -28,9 +30,10 @@ def test_committed_notebook_carries_no_outputs(notebook):
 
 
 def test_only_the_first_code_cells_import_and_none_defines(notebook):
-    costs, imports, *others = [c.source for c in notebook.cells if c.cell_type == "code"]
-    assert "import" in costs
-    assert "import" in imports
+    sources = {c.id: c.source for c in notebook.cells if c.cell_type == "code"}
+    before = [sources.pop(name) for name in ("costs", "imports") if name in sources]
+    assert all("import" in source for source in before)
+    others = sources.values()
     logic = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.For, ast.While, ast.If)
     for source in others:
         assert not [n for n in ast.walk(ast.parse(source)) if isinstance(n, logic)], source
@@ -43,9 +46,14 @@ def test_one_cell_is_tagged_parameters_with_a_typed_and_explained_line_each(note
         assert "  # " in line, line
 
 
-def test_papermill_can_explain_every_parameter():
-    inspected = papermill.inspect_notebook(str(notebook_path()))
-    assert len(inspected) > 15
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("release", ReleaseParameters), ("compare", ComparisonParameters)]
+)
+def test_papermill_can_explain_every_parameter(name, parameters):
+    inspected = papermill.inspect_notebook(str(notebook_path(name)))
+    assert list(inspected) == list(parameters.model_fields)
+    for parameter, default in parameters().model_dump().items():
+        assert ast.literal_eval(inspected[parameter]["default"]) == default
     assert all(p["help"] and p["inferred_type_name"] != "None" for p in inspected.values())
 
 
@@ -126,3 +134,20 @@ def test_bad_parameters_through_papermill_stop_the_notebook(tmp_path):
     assert judgement.error_name == "ParameterError"
     for words in ("did you mean tolerance", "batch_size", "smoke"):
         assert words in judgement.error_message
+
+
+def test_comparison_without_releases_says_what_to_set(tmp_path):
+    executed = tmp_path / "out.ipynb"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "papermill", str(notebook_path("compare")), str(executed)),
+            *("-p", "a", "v20261120_143000", "--no-progress-bar"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HEIMDALL_HOME": str(tmp_path)},
+    )
+    assert done.returncode != 0
+    judgement = judge_notebook(executed, "comparison")
+    assert judgement.error_name == "ParameterError"
+    assert "which releases are compared? Set b" in judgement.error_message

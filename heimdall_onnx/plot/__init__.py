@@ -8,6 +8,12 @@ None where the question does not arise, or what it was given if that says why no
 """
 
 from heimdall_onnx.plot.chart import Chart
+from heimdall_onnx.plot.comparison import (
+    localization_errors,
+    output_changes,
+    position_changes,
+    recorded_parity,
+)
 from heimdall_onnx.plot.cost import release_cost
 from heimdall_onnx.plot.depth import error_along_depth
 from heimdall_onnx.plot.distribution import error_distribution
@@ -23,7 +29,7 @@ from heimdall_onnx.plot.roofline import roofline
 from heimdall_onnx.plot.scatter import parity_scatter
 from heimdall_onnx.plot.task import task_error
 from heimdall_onnx.plot.throughput import throughput
-from heimdall_onnx.plot.timing import latency, latency_over_time
+from heimdall_onnx.plot.timing import latency, latency_over_time, pair_latency
 from heimdall_onnx.plot.variants import noise_along_depth, variants
 from heimdall_onnx.plot.worst import worst_inputs
 
@@ -34,15 +40,20 @@ __all__ = [
     "error_distribution",
     "latency",
     "latency_over_time",
+    "localization_errors",
     "members_disagreement",
     "noise_along_depth",
     "operator_times",
     "operators",
     "optimization_levels",
+    "output_changes",
+    "pair_latency",
     "pareto",
     "parity_grid",
     "parity_scatter",
+    "position_changes",
     "position_map",
+    "recorded_parity",
     "release_cost",
     "reliability",
     "roofline",

@@ -27,6 +27,10 @@ from heimdall_onnx.words import number
 # and line style.
 PYTORCH_COLOR = "#0072B2"
 ONNX_COLOR = "#D55E00"
+# Of two releases, each of which has both of these. The second is the darker one of Paul Tol's muted
+# scheme (SRON/EPS/TN/09-002, 2021), since the first must differ from it in lightness too.
+A_COLOR = "#009E73"
+B_COLOR = "#882255"
 ELEMENT_COLORS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 INK = "#222222"
 QUIET_INK = "#595959"

@@ -9,9 +9,24 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from heimdall_onnx.benchmark import ContenderLatency, LatencyReport, Speedup
+from heimdall_onnx.benchmark import (
+    CONFIDENCE,
+    ContenderLatency,
+    LatencyReport,
+    PairLatency,
+    Speedup,
+)
 from heimdall_onnx.cores import unless_not_measured
-from heimdall_onnx.plot.chart import INK, ONNX_COLOR, PYTORCH_COLOR, Chart, new_figure, styled
+from heimdall_onnx.plot.chart import (
+    A_COLOR,
+    B_COLOR,
+    INK,
+    ONNX_COLOR,
+    PYTORCH_COLOR,
+    Chart,
+    new_figure,
+    styled,
+)
 from heimdall_onnx.words import count_of, number
 
 Floats = npt.NDArray[np.float64]
@@ -22,13 +37,24 @@ _LOG_FROM = 3.0
 _QUIET = 0.1
 _BLOCKS_FOR_SPREAD = 4
 _COLORS = (PYTORCH_COLOR, ONNX_COLOR)
+_PAIR_COLORS = (A_COLOR, B_COLOR)
 _MARKERS = ("o", "X")
 _LINES = ("-", "--")
 _HATCHES = ("", "////")
 
 
-def _both(report: LatencyReport) -> tuple[ContenderLatency, ContenderLatency]:
+_Report = LatencyReport | PairLatency
+
+
+def _both(report: _Report) -> tuple[ContenderLatency, ContenderLatency]:
+    """The sides in the order in which they are drawn."""
+    if isinstance(report, PairLatency):
+        return report.second, report.first
     return report.pytorch, report.onnx
+
+
+def _colors(report: _Report) -> tuple[str, str]:
+    return _PAIR_COLORS if isinstance(report, PairLatency) else _COLORS
 
 
 @unless_not_measured
@@ -47,6 +73,39 @@ def latency(report: LatencyReport) -> Chart:
         + f" · batch {report.batch_size} · {count_of(report.threads, 'thread')} each · "
         f"load average {load}"
     )
+    return _draw_latency(report, title, subtitle, report.confidence)
+
+
+@unless_not_measured
+@styled
+def pair_latency(report: PairLatency) -> Chart:
+    """Which of two models that took turns is faster, and how sure is that?
+
+    As `latency`; the one in the denominator of the ratio comes first.
+    """
+    second, first = _both(report)
+    ratio, batch = report.speedup, f"at batch {report.batch_size}"
+    if ratio.low <= 1 <= ratio.high:
+        title = (
+            f"No clear difference in speed {batch}: {first.name} takes {_ratio(ratio.ratio)}× as "
+            f"long as {second.name} ({_interval(ratio, CONFIDENCE, invert=False)})"
+        )
+    else:
+        faster = ratio.ratio < 1
+        title = (
+            f"{first.name} is {_ratio(1 / ratio.ratio if faster else ratio.ratio)}× "
+            f"{'faster' if faster else 'slower'} than {second.name} {batch} "
+            f"({_interval(ratio, CONFIDENCE, invert=faster)})"
+        )
+    subtitle = (
+        ", ".join(f"{c.name} {count_of(c.samples_ms.size, 'call')}" for c in (second, first))
+        + f" in turns · batch {report.batch_size} · load average "
+        f"{report.machine.load_before:.1f} → {report.machine.load_after:.1f}"
+    )
+    return _draw_latency(report, title, subtitle, CONFIDENCE)
+
+
+def _draw_latency(report: _Report, title: str, subtitle: str, confidence: float) -> Chart:
     rows = sorted({p.percentile for c in _both(report) for p in c.percentiles})
     figure = new_figure(title, subtitle, height=2.9 + 0.36 * max(len(rows), 1))
     above, below = figure.subplots(
@@ -54,7 +113,7 @@ def latency(report: LatencyReport) -> Chart:
     )
     _draw_histograms(above, report)
     _draw_percentiles(below, report, rows)
-    below.set_xlabel(f"milliseconds per call (whiskers: {report.confidence:.0%} intervals)")
+    below.set_xlabel(f"milliseconds per call (whiskers: {confidence:.0%} intervals)")
     return Chart(figure, title, _latency_alt(report))
 
 
@@ -90,7 +149,7 @@ def _ratio(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 100 else number(ratio)
 
 
-def _use_log_axis(report: LatencyReport) -> bool:
+def _use_log_axis(report: _Report) -> bool:
     medians = [c.median_ms for c in _both(report)]
     samples = np.concatenate([c.samples_ms for c in _both(report)])
     return bool(
@@ -99,7 +158,7 @@ def _use_log_axis(report: LatencyReport) -> bool:
     )
 
 
-def _draw_histograms(axes: Axes, report: LatencyReport) -> None:
+def _draw_histograms(axes: Axes, report: _Report) -> None:
     samples = np.concatenate([c.samples_ms for c in _both(report)])
     low, high = float(samples.min()), float(samples.max())
     low, high = (low * 0.97, high * 1.03) if high > low else (0.9 * low, 1.1 * high)
@@ -117,8 +176,8 @@ def _draw_histograms(axes: Axes, report: LatencyReport) -> None:
             np.where(counts > 0, counts, np.nan),
             bins,
             fill=True,
-            facecolor=f"{_COLORS[index]}44",
-            edgecolor=_COLORS[index],
+            facecolor=f"{_colors(report)[index]}44",
+            edgecolor=_colors(report)[index],
             linestyle=_LINES[index],
             hatch=_HATCHES[index],
             linewidth=1.4,
@@ -130,7 +189,7 @@ def _draw_histograms(axes: Axes, report: LatencyReport) -> None:
     axes.legend(loc="best")
 
 
-def _draw_percentiles(axes: Axes, report: LatencyReport, rows: list[float]) -> None:
+def _draw_percentiles(axes: Axes, report: _Report, rows: list[float]) -> None:
     for index, contender in enumerate(_both(report)):
         for row, percentile in enumerate(rows):
             found = contender.percentile(percentile)
@@ -143,7 +202,7 @@ def _draw_percentiles(axes: Axes, report: LatencyReport, rows: list[float]) -> N
                     [max(found.value_ms - found.low_ms, 0.0)],
                     [max(found.high_ms - found.value_ms, 0.0)],
                 ],
-                color=_COLORS[index],
+                color=_colors(report)[index],
                 marker=_MARKERS[index],
                 markersize=6,
                 capsize=3,
@@ -164,7 +223,7 @@ def _draw_percentiles(axes: Axes, report: LatencyReport, rows: list[float]) -> N
         )
 
 
-def _latency_alt(report: LatencyReport) -> str:
+def _latency_alt(report: _Report) -> str:
     parts = []
     for contender in _both(report):
         percentiles = ", ".join(
