@@ -24,7 +24,7 @@ from heimdall_onnx.words import count_of, distance, name, number
 MOST_CHARACTERS, _MOST_OF_RELEASE = 5_000, 4_000
 _DIGEST_CHARACTERS = 36
 _MOST_OUTPUTS = 4
-_REVIEWS = "\n\n**Reviews**\n\n"
+_REVIEWS = "\n\n##### Reviews\n\n"
 _OLDEST_REVIEW = re.compile(re.escape(_REVIEWS) + r"- .*\n(?=- )")
 
 
@@ -129,7 +129,8 @@ def describe_version(
         facts.append("a test run, not evidence")
     load = f'`heimdall_onnx.load_model("{model}")` opens it if it verifies.'
     for rows in (_rows(record, folder_uri, run), _rows(record, folder_uri, run, brief=True)):
-        lines = [f"| {what} | {found} |" for what, found in rows]
+        # MLflow draws tables without any space between their columns.
+        lines = [f"| {what}&emsp; | {found} |" for what, found in rows]
         text = "\n".join([f"{', '.join(facts)}. {load}", "", "| | |", "|---|---|", *lines])
         if len(text) <= _MOST_OF_RELEASE:
             break
@@ -187,12 +188,11 @@ def review_line(
     action: str, alias: str, *, reviewer: str, note: str, at: datetime, previous: str | None
 ) -> str:
     """Who pointed an alias at a version, when and why, as a line of its page."""
-    did = "promoted to" if action == "promote" else "rolled back to, as"
-    before = f"; it was at version {previous}" if previous else ""
-    return (
-        f"- {at:%Y-%m-%d %H:%M} UTC: {did} **{escape_markdown(alias)}** by {_outside(reviewer)}"
-        f"{before}. {_outside(note, 300)}"
-    )
+    pointed = f"**{escape_markdown(alias)}**"
+    did = f"promoted to {pointed}" if action == "promote" else f"{pointed} rolled back to it"
+    before = f", from version {previous}" if previous else ""
+    by = f"by {_outside(reviewer)}{before}: {_outside(note, 300)}"
+    return f"- {at:%Y-%m-%d %H:%M} UTC, {did} {by}"
 
 
 def add_review(description: str, line: str) -> str:
