@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,32 @@ if TYPE_CHECKING:
     from heimdall_onnx.benchmark import LatencyReport
     from heimdall_onnx.compare import ParityReport
     from heimdall_onnx.signature import Signature
+
+# MLflow makes a section of charts of what comes before a name's last slash, so that what is to be
+# compared stands side by side, and writes two decimals, so that each has a unit that suits it.
+# Those of outputs come first: an output may be called as anything.
+_MILLIONTHS, _MIB = 1e6, 2.0**-20
+_PATHS = tuple(
+    (re.compile(pattern), path, factor)
+    for pattern, path, factor in (
+        (r"(.+)_mae", r"parity/\1_mae_1e-6", _MILLIONTHS),
+        (r"(.+)_max_abs_error", r"parity/\1_max_1e-6", _MILLIONTHS),
+        (r"(.+)_p99_abs_error", r"parity/\1_p99_1e-6", _MILLIONTHS),
+        (r"displacement_p99_m", r"parity/displacement_p99_m", 1.0),
+        (r"speedup", r"speedup/ratio", 1.0),
+        (r"speedup_(low|high)", r"speedup/ratio_\1", 1.0),
+        (r"inference_time_(pytorch|onnx)_ms", r"latency/\1_p50_ms", 1.0),
+        (r"inference_memory_(pytorch|onnx)_bytes", r"memory/\1_peak_mib", _MIB),
+        (r"error_(.+_(?:median|p95)_m)", r"position_error/\1", 1.0),
+        (r"(nll|calibration_error)_(.+)", r"uncertainty/\2_\1", 1.0),
+        (r"sharpness_(.+)_m", r"uncertainty/\1_sharpness_m", 1.0),
+        (r"coverage_(\d+)_(.+)", r"uncertainty/\2_coverage_\1", 1.0),
+    )
+)
+# What `ONNXExporter.test_onnx_inference` documents, so that runs are looked for by these names too.
+_DOCUMENTED = re.compile(r"\w[\w .:-]*_mae|speedup|inference_time_(pytorch|onnx)_ms", re.ASCII)
+# What MLflow takes no name with; a slash within an output's name would make another section.
+_NOT_IN_NAMES = re.compile(r"[^\w .:-]", re.ASCII)
 
 
 def describe_model(
@@ -101,3 +128,22 @@ def summarize_metrics(
             for coverage in found.calibration.coverage:
                 metrics[f"coverage_{100 * coverage.nominal:.0f}_{who}"] = coverage.observed
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def run_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of `summarize_metrics` as an MLflow run has them.
+
+    Each gets a path by which MLflow groups its charts, and a unit that can be read in them:
+    ``parity/positions_mae_1e-6`` is in millionths of the output's unit, ``memory/onnx_peak_mib`` in
+    MiB. The documented ones (`ONNXExporter.test_onnx_inference`) stay beside them as they are, and
+    a name that is none of ours stays alone.
+    """
+    documented = {name: value for name, value in metrics.items() if _DOCUMENTED.fullmatch(name)}
+    return documented | dict(_in_charts(name, value) for name, value in metrics.items())
+
+
+def _in_charts(name: str, value: float) -> tuple[str, float]:
+    for pattern, path, factor in _PATHS:
+        if found := pattern.fullmatch(_NOT_IN_NAMES.sub("_", name)):
+            return found.expand(path), factor * value
+    return name, value

@@ -22,6 +22,7 @@ from heimdall_onnx.manifest import (
     Manifest,
     parse_manifest,
 )
+from heimdall_onnx.mlflow_page import describe_model, describe_version
 from heimdall_onnx.publish import Connection, content_type, to_json
 from heimdall_onnx.retention import Protection, retain
 from heimdall_onnx.store import MANIFEST, exists, format_uri, parse_uri, upload_bytes
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from heimdall_onnx.parameters import ReleaseParameters
     from heimdall_onnx.signing import Signer
+
+_FEW_VERSIONS = 100
 
 
 def describe_manifest(
@@ -191,6 +194,26 @@ def _own_dataset(client: S3Client, manifest: Manifest) -> list[str]:
     bucket, folder = parse_uri(manifest.dataset.address)
     own = bucket == manifest.bucket
     return [f"{folder}/{name}" for name in dataset.file_names()] if own else []
+
+
+def present_release(connection: Connection, manifest: Manifest, record: Mapping[str, Any]) -> None:
+    """Say on MLflow's own pages what a complete release is.
+
+    Args:
+        connection: Store and registry.
+        manifest: Of the release.
+        record: What the notebook has recorded.
+
+    Raises:
+        RegistryError: If MLflow can't be reached or refuses.
+    """
+    tracker, name, version = connection.tracker, manifest.model_name, manifest.model_version
+    run = tracker.get_run_info(record["uploaded"]["run_id"])
+    text = describe_version(record, manifest.uri, run, verdict=manifest.verdict)
+    tracker.describe_version(name, version, text)
+    # To say anything of a model, MLflow reads all its versions.
+    if int(version) <= _FEW_VERSIONS:
+        tracker.describe_model(name, describe_model(name))
 
 
 def offer_release(connection: Connection, manifest: Manifest, alias: str, by: str) -> None:

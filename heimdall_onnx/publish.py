@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from heimdall_onnx.content import keep_content, keep_dataset
 from heimdall_onnx.errors import HeimdallError, ServiceError
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.metadata import describe_model
+from heimdall_onnx.metadata import describe_model, run_metrics
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.store import (
@@ -443,7 +443,6 @@ def _register(
     logged = parameters.model_dump(mode="json", exclude={"output_dir", "run_id", "publish"})
     named = {f"{prefix}.{name}": value for name, value in logged.items()}
     tracker.log_params(named, run_id=uploaded.run_id)
-    tracker.log_metrics(metrics, run_id=uploaded.run_id)
     Journal(Path(parameters.output_dir)).write(registering=True)
     version = tracker.register_model(
         parameters.name,
@@ -453,6 +452,8 @@ def _register(
         tags={k: v for k, v in version_tags(uploaded.metadata).items() if k != "sha256"},
         description=f"ONNX release {uploaded.version}",
     )
+    # Of a chart's axis each version is a step, whichever runs they came from.
+    tracker.log_metrics(run_metrics(metrics), int(version), run_id=uploaded.run_id)
     log.info("registered", model_name=parameters.name, model_version=version)
     return RegisteredRelease(parameters.name, version, uploaded.folder_uri)
 

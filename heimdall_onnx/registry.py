@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.errors import DataError, NotRegisteredError, ParameterError, RegistryError
 from heimdall_onnx.logs import get_logger
@@ -33,9 +34,13 @@ with warnings.catch_warnings():
     # In a notebook MLflow's progress bars ask for a widget library that nothing here needs.
     warnings.filterwarnings("ignore", ".*IProgress not found")
     import mlflow
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
     from mlflow.exceptions import MlflowException
     from mlflow.tracking.context.registry import resolve_tags
+    from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+if TYPE_CHECKING:
+    from heimdall_onnx.mlflow_page import NamedData
 
 log = get_logger(__name__)
 
@@ -61,6 +66,7 @@ class RegisteredVersion:
         stage: ``"None"``, ``"Staging"``, ``"Production"`` or ``"Archived"``.
         tags: Its tags.
         created_ms: When it was registered, milliseconds since 1970.
+        description: What its page says, Markdown.
     """
 
     name: str
@@ -70,6 +76,7 @@ class RegisteredVersion:
     stage: str
     tags: Mapping[str, str]
     created_ms: int
+    description: str = ""
 
 
 class MLflowTracker:
@@ -208,6 +215,20 @@ class MLflowTracker:
         logged = [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
         with self._errors("log metrics"):
             self._client.log_batch(run_id, metrics=logged)
+
+    def log_dataset(self, data: NamedData, *, run_id: str) -> None:
+        """Name the data that a run was evaluated on; naming them again changes nothing."""
+        dataset = Dataset(
+            name=data.name,
+            digest=data.digest,
+            source_type=data.source_type,
+            source=json.dumps(data.source),
+            schema=json.dumps({"mlflow_colspec": list(data.columns)}),
+            profile=json.dumps(data.profile),
+        )
+        tag = InputTag(MLFLOW_DATASET_CONTEXT, "evaluation")
+        with self._errors(f"name the evaluation data of run {run_id}"):
+            self._client.log_inputs(run_id, [DatasetInput(dataset, [tag])])
 
     def log_artifact(
         self, path: str | Path, artifact_path: str | None = None, *, run_id: str | None = None
@@ -387,6 +408,17 @@ class MLflowTracker:
                 f"the tags {', '.join(wrong)} of version {version} of {name} read back differently "
                 "from what was written; they were damaged on their way or changed meanwhile"
             )
+
+    def describe_version(self, name: str, version: str, text: str) -> None:
+        """Set what a version's page says, Markdown of at most 5,000 characters."""
+        with self._errors(f"describe version {version} of {name}"):
+            self._client.update_model_version(name, version, text)
+
+    def describe_model(self, name: str, text: str) -> None:
+        """Set what a registered model's page says, unless somebody has said something there."""
+        with self._errors(f"describe {name}"):
+            if not self._client.get_registered_model(name).description:
+                self._client.update_registered_model(name, text)
 
     def get_version(self, name: str, version: str) -> RegisteredVersion:
         """A version by its number."""
@@ -600,4 +632,5 @@ def _describe_version(version: Any) -> RegisteredVersion:
         str(version.current_stage),
         dict(version.tags),
         int(version.creation_timestamp),
+        version.description or "",
     )

@@ -37,11 +37,13 @@ from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
 from heimdall_onnx.kernel import StartKernel, started_kernel
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import REPORT, REPORT_HTML, VARIANTS, Manifest
+from heimdall_onnx.mlflow_page import name_data
 from heimdall_onnx.offer import (
     add_bom,
     complete_release,
     describe_manifest,
     offer_release,
+    present_release,
     withdraw_offer,
 )
 from heimdall_onnx.parameters import ReleaseParameters
@@ -378,7 +380,7 @@ class _Run:
             with ThreadPoolExecutor(1) as beside:
                 upload = partial(self._upload_reports, connection, version)
                 reports = beside.submit(copy_context().run, upload)
-                self._log_artifacts(connection)
+                self._log_to_run(connection, done)
                 objects |= {o.key: asdict(o) for o in reports.result()}
         self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
         self._offer(connection, judgement, objects, folder_uri)
@@ -431,6 +433,7 @@ class _Run:
         )
         described = add_bom(connection, folder_uri, described, record)
         self._manifest = complete_release(connection, folder_uri, described, self._signer)
+        present_release(connection, self._manifest, record)
         with uninterrupted():
             offer_release(connection, self._manifest, parameters.alias, f"run {parameters.run_id}")
             self._offered = True
@@ -472,7 +475,7 @@ class _Run:
         try:
             if upload:
                 self._upload_failed_report(connection)
-            self._log_artifacts(connection)
+            self._log_to_run(connection, judgement.record)
         except ServiceError as trouble:
             # The verdict stands, whether or not its report could be kept there.
             log.warning("report not kept", reason=str(trouble), local=str(self.folder))
@@ -517,8 +520,11 @@ class _Run:
         )
         render_html(report, f"{self.parameters.name} {title}")
 
-    def _log_artifacts(self, connection: Connection) -> None:
-        tracker, run_id = connection.tracker, self.result.run_id
+    def _log_to_run(self, connection: Connection, record: dict[str, Any]) -> None:
+        tracker, run_id = connection.tracker, self.parameters.run_id
+        data = name_data(record, self.parameters.bucket, self.parameters.eval_data)
+        if data is not None:
+            tracker.log_dataset(data, run_id=run_id)
         for name in (REPORT, REPORT_HTML):
             tracker.log_artifact(self.folder / name, "report", run_id=run_id)
         pictures = self.folder / "figures"

@@ -83,6 +83,11 @@ def record_results(
             "provenance": data.provenance,
             "sha256": data.sha256,
             "samples": data.count,
+            "labelled": data.positions is not None,
+            "inputs": {
+                name: {"dtype": str(array.dtype), "shape": list(array.shape[1:])}
+                for name, array in data.inputs.items()
+            },
         },
         "metrics": summarize_metrics(parity, latency),
         "parity": describe_parity(parity),

@@ -24,6 +24,7 @@ from heimdall_onnx.errors import (
     NotRegisteredError,
     ParameterError,
     PromotionError,
+    RegistryError,
     StoreError,
     VerificationError,
 )
@@ -31,6 +32,7 @@ from heimdall_onnx.head_to_head import HeadToHead, Limits, compare_models
 from heimdall_onnx.interrupts import uninterrupted
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import MODEL, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.mlflow_page import add_review, review_line
 from heimdall_onnx.parameters import check_parameters
 from heimdall_onnx.publish import content_type, to_json
 from heimdall_onnx.signature import Signature
@@ -411,6 +413,13 @@ def _write_down(
         raise
     follow_log(connection.client, manifest.bucket, connection.tracker, name, alias)
     log.info("alias moved", alias=alias, model_name=name, version=version, previous=previous)
+    line = review_line(action, alias, reviewer=reviewer, note=note, at=now, previous=previous)
+    try:
+        described = connection.tracker.get_version(name, version).description
+        connection.tracker.describe_version(name, version, add_review(described, line))
+    except RegistryError as error:
+        # The decision is made and recorded; this is only where MLflow shows it.
+        log.warning("review not shown in MLflow", model_name=name, reason=str(error))
     return Review(
         action=action,
         model_name=name,

@@ -70,13 +70,18 @@ def nothing_is_offered(s3, settings: Settings, bucket: str) -> None:
     assert versions(settings) == []
 
 
-def changed_notebook(folder: Path, after: str = "", source: str = "") -> Path:
-    """The release notebook without figures and with one more cell after the cell ``after``."""
+def changed_notebook(folder: Path, after: str = "", source: str = "", figure: str = "") -> Path:
+    """The release notebook without figures but that of the cell ``figure``, and with one more cell
+    after the cell ``after``."""
     notebook = nbformat.read(notebook_path(), 4)
     if after:
         place = next(i for i, cell in enumerate(notebook.cells) if cell.id == after)
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
-    notebook.cells = [c for c in notebook.cells if c.cell_type != "code" or "plot." not in c.source]
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type != "code" or "plot." not in cell.source or cell.id == figure
+    ]
     path = folder / "changed.ipynb"
     nbformat.write(notebook, path)
     return path
