@@ -237,8 +237,16 @@ def judge_notebook(path: Path) -> Judgement:
     success, so neither its status nor its return is believed: each code cell must have been
     executed, in order, without an error output, and the record must be there.
     """
-    cells = _code_cells(path)
-    record = read_record(path)
+    return judge_cells(_code_cells(path), read_record(path))
+
+
+def judge_cells(cells: Sequence[NotebookNode], record: dict[str, Any]) -> Judgement:
+    """Judge the code cells of an executed notebook that is read already, as `judge_notebook`.
+
+    Args:
+        cells: Code cells that aren't empty, as nbformat gives them.
+        record: What the notebook recorded.
+    """
     verdict = _recorded_verdict(record)
     for number, cell in enumerate(cells, start=1):
         error = next((o for o in cell.outputs if o.output_type == "error"), None)
@@ -271,7 +279,7 @@ def _code_cells(path: Path) -> list[NotebookNode]:
     return [c for c in read_notebook(path).cells if c.cell_type == "code" and c.source.strip()]
 
 
-def _where(number: int, cells: list[NotebookNode]) -> str:
+def _where(number: int, cells: Sequence[NotebookNode]) -> str:
     first_line = cells[number - 1].source.strip().splitlines()[0]
     return f"code cell {number} of {len(cells)} ({first_line!r})"
 

@@ -7,10 +7,11 @@ matrices as are asked for, so that its latency is, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -63,8 +64,13 @@ class Factory:
         signer: Signer | None = None,
         labelled: bool = True,
         recommended: str = "",
+        record: Mapping[str, Any] = {},
+        cells: Sequence[nbformat.NotebookNode] = (),
     ) -> Manifest:
-        """Make a release; with a name of one that is ``recommended`` it has all `VARIANTS`."""
+        """Make a release; with a name of one that is ``recommended`` it has all `VARIANTS`.
+
+        Its report records ``record`` too, and has these ``cells`` before that.
+        """
         client, tracker = self.connection.client, self.connection.tracker
         ensure_bucket(client, self.bucket)
         version = claim_version(
@@ -78,8 +84,8 @@ class Factory:
         if recommended:
             judged = [variant.to_dict() for variant in _judge(folder)]
             variants = {"recommended": recommended, "judged": judged}
-        record = {"uploaded": {"sha256": sha256}, "variants": variants}
-        (folder / "report.ipynb").write_text(_notebook(record))
+        record = {**record, "uploaded": {"sha256": sha256}, "variants": variants}
+        (folder / "report.ipynb").write_text(make_notebook(record, cells))
         (folder / "report.html").write_text("<h1>report</h1>")
         objects = [
             upload_file(client, path, self.bucket, f"{key}/{path.relative_to(folder)}")
@@ -163,8 +169,8 @@ def _model(offset: float, products: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _notebook(record: dict) -> str:
-    """A notebook with what scrapbook would have put into it."""
+def make_notebook(record: Mapping[str, Any], cells: Sequence[nbformat.NotebookNode] = ()) -> str:
+    """An executed notebook of these cells, with what scrapbook would have put into it."""
     scrap = {"name": "release", "data": record, "encoder": "json", "version": 1}
     output = nbformat.v4.new_output(
         "display_data",
@@ -172,4 +178,4 @@ def _notebook(record: dict) -> str:
         metadata={"scrapbook": {"name": "release", "data": True, "display": False}},
     )
     cell = nbformat.v4.new_code_cell("record()", outputs=[output], execution_count=1)
-    return json.dumps(nbformat.v4.new_notebook(cells=[cell]))
+    return json.dumps(nbformat.v4.new_notebook(cells=[*cells, cell]))
