@@ -56,7 +56,7 @@ def gallery(
         raise click.UsageError("--port is for --serve")
 
     from heimdall_onnx.files import replace_file
-    from heimdall_onnx.gallery import make_gallery, store_gallery
+    from heimdall_onnx.gallery import make_gallery, store_gallery, summary
     from heimdall_onnx.services import ensure_store
     from heimdall_onnx.settings import Settings
     from heimdall_onnx.store import bucket_exists, format_uri, make_client
@@ -72,11 +72,9 @@ def gallery(
         address, changed = str(output), True
     else:
         address, changed = format_uri(bucket, made.key), store_gallery(client, bucket, made)
-    counts = made.counts()
-    result = {"gallery": address, "changed": changed, "read": made.read, **counts}
-    told = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items())
+    result = {"gallery": address, "changed": changed, "read": made.read, **made.counts()}
     if not serve:
-        click.echo(json.dumps(result) if as_json else f"{address}: {told}")
+        click.echo(json.dumps(result) if as_json else f"{address}: {summary(made.rows)}")
     else:
         if output is not None:
             made = make_gallery(client, bucket, prefix, name=name)

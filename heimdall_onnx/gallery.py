@@ -11,16 +11,16 @@ import base64
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heimdall_onnx.errors import ParameterError
-from heimdall_onnx.gallery_rows import GALLERY, Row, collect_rows
+from heimdall_onnx.gallery_rows import Row, collect_rows
 from heimdall_onnx.manifest import REPORT_HTML
 from heimdall_onnx.publish import content_type
-from heimdall_onnx.store import exists, format_uri, head, upload_bytes
+from heimdall_onnx.store import GALLERY, exists, format_uri, head, upload_bytes
 from heimdall_onnx.untrusted import shown
 from heimdall_onnx.words import count_of, distance, number
 
@@ -202,7 +202,7 @@ def render_page(rows: Sequence[Row], *, title: str, place: str, above: str | Non
         counts=Counter(row.facts.state for row in rows),
         models=models,
         aliases=aliases,
-        summary=_summary(rows),
+        summary=summary(rows),
         curves=list(model_curves(rows, models)),
         count_of=count_of,
     )
@@ -221,7 +221,8 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
+    """How many releases and failed runs there are, in words."""
     failed = sum(row.failed for row in rows)
     told = [count_of(len(rows) - failed, "release"), count_of(failed, "failed run")]
     if tests := sum(row.facts.state == "smoke" for row in rows):
@@ -266,16 +267,17 @@ def _curves(releases: Sequence[Row]) -> Iterator[Curve]:
         )
     located = [one.median_error_m for one in facts if one.median_error_m is not None]
     if len(located) > 1:
-        yield _curve("Median localization error", located, distance)
+        yield _curve("Localization error", located, distance)
+    # In units of what is allowed, as in the table.
     errors = [e for one in facts if (e := one.max_error) is not None and math.isfinite(e)]
     if len(errors) > 1:
-        yield _curve("Largest parity error, in tolerances", errors, number)
+        yield _curve("Parity error", errors, number)
 
 
 def _curve(
     name: str,
     values: Sequence[float],
-    write: Any,
+    write: Callable[[float], str],
     interval: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Curve:
     low, high = interval or (values, values)

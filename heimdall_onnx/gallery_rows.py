@@ -27,7 +27,15 @@ from heimdall_onnx.errors import StoreError, VerificationError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import REPORT, REPORT_HTML, REVIEWS, Manifest, read_manifest
 from heimdall_onnx.report import RECORD, judge_cells
-from heimdall_onnx.store import MANIFEST, exists, format_uri, list_tagged, read_bytes, upload_bytes
+from heimdall_onnx.store import (
+    GALLERY,
+    MANIFEST,
+    exists,
+    format_uri,
+    list_tagged,
+    read_bytes,
+    upload_bytes,
+)
 from heimdall_onnx.untrusted import shown
 
 if TYPE_CHECKING:
@@ -35,7 +43,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-FAILED, GALLERY = "failed", "gallery"
+FAILED = "failed"
 VERSION = r"v\d{8}_\d{6}"
 # What is kept for the next call.
 KEPT = f"{GALLERY}/rows.json"
@@ -235,10 +243,10 @@ def collect_rows(client: S3Client, bucket: str, prefix: str) -> Collected:
     """
     place = _Place(client, bucket, prefix.strip("/"))
     kept = place.read_kept()
-    facts = place.each(kept.facts, place.folders(), place.facts_of)
-    reviews = place.each(kept.reviews, place.reviews(), place.review_of)
+    facts = place.each("releases and failed runs", kept.facts, place.folders(), place.facts_of)
+    reviews = place.each("review records", kept.reviews, place.reviews(), place.review_of)
     models = {one.made.model_name for one in facts.values()}
-    moves = place.each(kept.moves, place.log_entries(models), place.move_of)
+    moves = place.each("alias moves", kept.moves, place.log_entries(models), place.move_of)
     sound = {key: one for key, one in facts.items() if one.made.state != "broken"}
     now = _Kept(facts=sound, reviews=reviews, moves=moves)
     if now != kept:
@@ -332,6 +340,7 @@ class _Place:
 
     def each(
         self,
+        what: str,
         kept: Mapping[str, _Made[T]],
         there: Mapping[str, str],
         make: Callable[[str], T | None],
@@ -342,7 +351,7 @@ class _Place:
         new = sorted(there.keys() - same.keys())
         self.read += len(new)
         if new:
-            log.info("reading", what=make.__name__.removesuffix("_of"), count=len(new))
+            log.info("reading", what=what, count=len(new))
         with ThreadPoolExecutor(_READERS) as readers:
             made = list(readers.map(make, new))
         return same | {
