@@ -25,7 +25,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from heimdall_onnx.aliases import ALIASES, Move
 from heimdall_onnx.errors import StoreError, VerificationError
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import REPORT, REPORT_HTML, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.manifest import (
+    MAX_MANIFEST_BYTES,
+    REPORT,
+    REPORT_HTML,
+    REVIEWS,
+    Manifest,
+    parse_manifest,
+)
 from heimdall_onnx.report import RECORD, judge_cells
 from heimdall_onnx.store import (
     GALLERY,
@@ -365,13 +372,12 @@ class _Place:
         version = folder.rpartition("/")[2]
         if folder.startswith(f"{FAILED}/"):
             return self._failed(folder, version)
-        uri = format_uri(self.bucket, f"{self.prefix}/{folder}")
         try:
-            manifest = read_manifest(self.client, uri)
+            manifest = self._manifest(folder)
         except VerificationError as error:
-            if not exists(self.client, self.bucket, f"{self.prefix}/{folder}/{MANIFEST}"):
-                return None
             return Facts(version=version, state="broken", problem=shown(str(error), 300))
+        if manifest is None:
+            return None
         facts = _released(manifest)
         report = manifest.objects.get(REPORT)
         text = self._report(folder)
@@ -382,6 +388,19 @@ class _Place:
         else:
             return _with_measured(facts, _read_notebook(text))
         return facts.model_copy(update={"state": "broken", "problem": problem})
+
+    def _manifest(self, folder: str) -> Manifest | None:
+        """The manifest of a folder; None if it is not there any more."""
+        key = f"{self.prefix}/{folder}/{MANIFEST}"
+        if (size := self._size(f"{folder}/{MANIFEST}")) > MAX_MANIFEST_BYTES:
+            raise VerificationError(f"expected at most {MAX_MANIFEST_BYTES} bytes, found {size}")
+        try:
+            text = read_bytes(self.client, self.bucket, key)
+        except StoreError:
+            if exists(self.client, self.bucket, key):
+                raise
+            return None
+        return parse_manifest(text, format_uri(self.bucket, f"{self.prefix}/{folder}"))
 
     def _failed(self, folder: str, version: str) -> Facts:
         text = self._report(folder)
@@ -629,15 +648,15 @@ def shrink(png: str, alt: str) -> Thumbnail | None:
             if picture.width * picture.height > _MAX_PIXELS:
                 return None
             size = _THUMBNAIL_WIDTH, max(1, _THUMBNAIL_WIDTH * picture.height // picture.width)
-            # Where a figure shows nothing, the page's colour would make its black text vanish.
-            opaque = Image.new("RGB", picture.size, "white")
-            opaque.paste(picture, mask=picture.convert("RGBA").getchannel("A"))
-            small = opaque.resize(size, Image.Resampling.BOX, reducing_gap=2.0)
+            small = picture.convert("RGBA").resize(size, Image.Resampling.BOX, reducing_gap=2.0)
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         log.warning("a figure can't be read", reason=shown(str(error)))
         return None
+    # Where a figure shows nothing, the page's colour would make its black text vanish.
+    opaque = Image.new("RGB", size, "white")
+    opaque.paste(small, mask=small)
     made = io.BytesIO()
-    small.save(made, "WEBP", quality=_THUMBNAIL_QUALITY)
+    opaque.save(made, "WEBP", quality=_THUMBNAIL_QUALITY)
     return Thumbnail(
         webp=base64.b64encode(made.getvalue()).decode("ascii"),
         width=size[0],
