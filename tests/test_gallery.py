@@ -32,7 +32,8 @@ from quick_release import PREFIX, Factory, make_notebook
 from heimdall_onnx.cli import main
 from heimdall_onnx.doctor import diagnose
 from heimdall_onnx.gallery import make_gallery, store_gallery
-from heimdall_onnx.gallery_rows import KEPT, collect_rows, shrink
+from heimdall_onnx.gallery_facts import shrink
+from heimdall_onnx.gallery_rows import KEPT, collect_rows
 from heimdall_onnx.gallery_server import GalleryServer
 from heimdall_onnx.publish import Connection, connect
 from heimdall_onnx.review import promote_release
@@ -286,11 +287,45 @@ def test_what_is_no_figure_gives_no_thumbnail(png):
     assert shrink("not base64", "") is None
 
 
-def test_figure_far_too_large_gives_no_thumbnail():
+@pytest.mark.parametrize("size", [(50_000, 900), (2, 100_000)], ids=["large", "tall"])
+def test_figure_far_too_large_gives_no_thumbnail(size):
     png = io.BytesIO()
-    Image.new("1", (50_000, 900)).save(png, "PNG")
+    Image.new("1", size).save(png, "PNG")
     assert len(png.getvalue()) < 100_000
     assert shrink(base64.b64encode(png.getvalue()).decode(), "") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"git": 3},
+        {"checkpoint": {"file": ["a"]}},
+        {"objects": [{"key": "a", "size": 10**400, "sha256": "0" * 64}]},
+        {"verdict": None},
+    ],
+    ids=["git", "checkpoint", "objects", "verdict"],
+)
+def test_manifest_that_is_none_is_shown_as_broken(place, change):
+    key = f"{PREFIX}/{place.versions['other']}/manifest.json"
+    before = read_bytes(place.client, BUCKET, key)
+    forged = json.dumps(json.loads(before) | change)
+    place.client.put_object(Bucket=BUCKET, Key=key, Body=forged.encode())
+    try:
+        assert place.gallery().broken == (place.versions["other"],)
+    finally:
+        place.client.put_object(Bucket=BUCKET, Key=key, Body=before)
+
+
+@pytest.mark.parametrize(
+    "notebook",
+    [b"{", b"[" * 100_000, b'{"cells": [{"source": [3, {}], "outputs": 3}]}', b"null"],
+    ids=["cut off", "deep", "forms", "null"],
+)
+def test_report_that_is_no_notebook_is_shown_as_broken(s3, bucket, notebook):
+    upload_bytes(s3, notebook, bucket, f"{PREFIX}/failed/v20200101_000000/report.ipynb")
+    (row,) = collect_rows(s3, bucket, PREFIX).rows
+    assert (row.facts.state, row.facts.problem) == ("broken", "its report can't be read")
+    assert row.report is None
 
 
 # The command
@@ -492,7 +527,7 @@ def test_hostile_text_stays_text(s3, settings, browser, tmp_path, mlflow_environ
     cell = nbformat.v4.new_code_cell(EVERYTHING, execution_count=1, outputs=[error])
     failed = {"name": EVERYTHING, "checkpoint": EVERYTHING, "profile": EVERYTHING}
     keep_failed(s3, HOSTILE_BUCKET, "v20200101_000000", {"gates": 3}, cell, **failed)
-    said = {"release": release.uri, "alias": EVERYTHING, "note": EVERYTHING, "time": EVERYTHING}
+    said = {"release": release.uri, "alias": "production", "note": EVERYTHING, "time": EVERYTHING}
     review = {**said, "action": "promote", "reviewer": EVERYTHING}
     move = {
         **said,

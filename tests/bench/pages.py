@@ -25,7 +25,8 @@ import numpy as np
 from processes import Run
 
 from heimdall_onnx.gallery import Gallery, render_page
-from heimdall_onnx.gallery_rows import KEPT, Decision, Interval, Row, Thumbnail, collect_rows
+from heimdall_onnx.gallery_facts import Interval, Thumbnail
+from heimdall_onnx.gallery_rows import KEPT, Decision, Row, collect_rows
 from heimdall_onnx.gallery_server import GalleryServer
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.store import ensure_bucket, list_versions, make_client, read_bytes
