@@ -1,6 +1,6 @@
 """What a reader waits for: pages in Debian's Chromium, and what it takes to make the gallery.
 
-`first_paint` and `until_painted` measure any page; a part of the benchmark that has further pages
+`load_page` and `until_painted` measure any page; a part of the benchmark that has further pages
 adds its rows to `rows`.
 """
 
@@ -114,8 +114,9 @@ def page_rows(shown: tuple[Row, ...]) -> Iterator[Found]:
 
     with _served(shown) as (url, size), chromium() as browser:
         how = f"{count} with a parity picture of its own each, from loopback, {size / 1e6:.1f} MB"
-        paints = first_paint(browser, url)
-        yield f"a gallery of {count}: first paint", 1.0, False, "s", paints, f"{LOADS} loads, {how}"
+        loads, how = load_page(browser, url), f"{LOADS} loads, {how}"
+        yield f"a gallery of {count}: first paint", 1.0, False, "s", loads.painted, how
+        yield f"a gallery of {count}: all there, can be sorted", None, False, "s", loads.ready, how
         yield f"a gallery of {count}: size", None, False, "MB", (size / 1e6,), "one file"
         page = browser.new_page()
         page.goto(url)
@@ -146,18 +147,32 @@ def page_rows(shown: tuple[Row, ...]) -> Iterator[Found]:
         page.close()
 
 
-def first_paint(browser: Browser, url: str, loads: int = LOADS) -> tuple[float, ...]:
-    """Seconds from navigation to first contentful paint, each load in a context of its own."""
+@dataclass(frozen=True)
+class Loads:
+    """Loads of a page, each in a context of its own; seconds from the navigation on.
+
+    Attributes:
+        painted: When it showed something (first contentful paint).
+        ready: When all of it was there and its scripts had run.
+    """
+
+    painted: tuple[float, ...]
+    ready: tuple[float, ...]
+
+
+def load_page(browser: Browser, url: str, loads: int = LOADS) -> Loads:
+    """Open a page so many times."""
+    paint = "performance.getEntriesByName('first-contentful-paint').map((e) => e.startTime)"
+    ready = "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
     found = []
     for _ in range(loads):
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         page = context.new_page()
         page.goto(url)
-        script = "performance.getEntriesByName('first-contentful-paint').map((e) => e.startTime)"
-        page.wait_for_function(f"{script}.length")
-        found.append(page.evaluate(script)[0] / 1e3)
+        page.wait_for_function(f"{paint}.length")
+        found.append((page.evaluate(paint)[0] / 1e3, page.evaluate(ready) / 1e3))
         context.close()
-    return tuple(found)
+    return Loads(*zip(*found, strict=True))
 
 
 def until_painted(page: Page, act: str) -> float:
