@@ -15,6 +15,7 @@ import click
 from heimdall_onnx import cli_release, cli_releases
 from heimdall_onnx.cli_data import data, receivers_option
 from heimdall_onnx.cli_fleet import fleet
+from heimdall_onnx.cli_gallery import gallery
 from heimdall_onnx.cli_help import Group
 from heimdall_onnx.cli_train import train
 from heimdall_onnx.errors import HeimdallError
@@ -48,7 +49,7 @@ def main(json_logs: bool) -> None:
     configure_logs(as_json=True if json_logs else None)
 
 
-for command in (train, data, fleet, *cli_release.COMMANDS, *cli_releases.COMMANDS):
+for command in (train, data, fleet, gallery, *cli_release.COMMANDS, *cli_releases.COMMANDS):
     main.add_command(command)
 
 

@@ -31,7 +31,7 @@ DATASETS = "objects/datasets"
 VARIANTS, RECOMMENDED = "variants", "recommended"
 
 # Some hundred times what a release needs; a larger object is no manifest.
-_MAX_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 16 << 20
 # Each object costs time, above all where it is wrong.
 _Few = (FailFast(), Field(max_length=1000))
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -405,12 +405,12 @@ def read_manifest(client: S3Client, folder_uri: str) -> Manifest:
             f"{folder_uri} has no {MANIFEST}, so it is not a release; `heimdall-onnx list` "
             "shows those that are"
         )
-    if (size := head(client, bucket, key).size_bytes) > _MAX_BYTES:
+    if (size := head(client, bucket, key).size_bytes) > MAX_MANIFEST_BYTES:
         raise VerificationError(
-            f"{folder_uri}/{MANIFEST} is no manifest of a release: expected at most {_MAX_BYTES} "
-            f"bytes, found {size}"
+            f"{folder_uri}/{MANIFEST} is no manifest of a release: expected at most "
+            f"{MAX_MANIFEST_BYTES} bytes, found {size}"
         )
-    return parse_manifest(read_bytes(client, bucket, key, limit=_MAX_BYTES), folder_uri)
+    return parse_manifest(read_bytes(client, bucket, key, limit=MAX_MANIFEST_BYTES), folder_uri)
 
 
 def parse_manifest(text: bytes, folder_uri: str) -> Manifest:

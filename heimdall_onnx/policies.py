@@ -2,8 +2,8 @@
 
 | role | writes | reads |
 |---|---|---|
-| releaser | new releases, ``objects/``, ``aliases/``, ``failed/``, MLflow's artifacts | the same |
-| reviewer | ``reviews/`` below a release, ``aliases/`` | all but MLflow's artifacts |
+| releaser | releases, ``objects/``, ``aliases/``, ``failed/``, ``gallery/``, artifacts | the same |
+| reviewer | ``reviews/`` below a release, ``aliases/``, ``gallery/`` | all but MLflow's artifacts |
 | consumer | nothing | releases |
 
 Evaluation data that are a dataset elsewhere than in ``objects/`` are a place of their own: whoever
@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 
 from heimdall_onnx.errors import ParameterError
 from heimdall_onnx.parameters import check_parameters
-from heimdall_onnx.store import MANIFEST, parse_uri
+from heimdall_onnx.store import GALLERY, MANIFEST, parse_uri
 
 Role = Literal["releaser", "reviewer", "consumer"]
 Statement = dict[str, Any]
@@ -140,12 +140,14 @@ def _statements(role: str, place: Place) -> Iterator[tuple[str, Statement]]:
 def _releaser(place: Place) -> Iterator[tuple[str, Statement]]:
     bucket, release = place.bucket, f"{place.prefix}/{_VERSION}/*"
     own = [release, f"{place.prefix}/failed/*", "objects/*", "aliases/*"]
+    # Made from the others, and replaced whenever there is a new one: never retained.
+    written = [*own, f"{place.prefix}/{GALLERY}/*"]
     # Some stores take a doubled slash for one.
     reviews = f"{place.prefix}/{_VERSION}/*reviews/*"
     yield bucket, _list(bucket)
     yield bucket, _allow("Protection", _PROTECTION, [_arn(bucket)])
-    yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, own))
-    yield bucket, _allow("Write", _WRITE, _arns(bucket, own))
+    yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, written))
+    yield bucket, _allow("Write", _WRITE, _arns(bucket, written))
     yield bucket, _allow("Retain", ["s3:PutObjectRetention"], _arns(bucket, own))
     yield bucket, _allow("TakeBack", ["s3:DeleteObject"], _arns(bucket, [release]))
     # Who releases must not judge the release.
@@ -164,11 +166,12 @@ def _releaser(place: Place) -> Iterator[tuple[str, Statement]]:
 def _reviewer(place: Place) -> Iterator[tuple[str, Statement]]:
     bucket = place.bucket
     read = [f"{place.prefix}/*", "objects/*", "aliases/*"]
-    write = [f"{place.prefix}/{_VERSION}/reviews/*", "aliases/*"]
+    once = [f"{place.prefix}/{_VERSION}/reviews/*", "aliases/*"]
+    write = [*once, f"{place.prefix}/{GALLERY}/*"]
     yield bucket, _list(bucket)
     yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, read))
     yield bucket, _allow("Write", ["s3:PutObject"], _arns(bucket, write))
-    yield from _append_only(place, write)
+    yield from _append_only(place, once)
 
 
 def _consumer(place: Place) -> Iterator[tuple[str, Statement]]:

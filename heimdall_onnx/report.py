@@ -240,8 +240,19 @@ def judge_notebook(path: Path, record: str = RECORD) -> Judgement:
     executed, in order, without an error output, and the record must be there. That of a release
     holds its gates.
     """
-    cells = _code_cells(path)
-    found = read_record(path, record)
+    return judge_cells(_code_cells(path), read_record(path, record), record)
+
+
+def judge_cells(
+    cells: Sequence[NotebookNode], found: dict[str, Any], record: str = RECORD
+) -> Judgement:
+    """Judge the code cells of an executed notebook that is read already, as `judge_notebook`.
+
+    Args:
+        cells: Code cells that aren't empty, as nbformat gives them.
+        found: What the notebook recorded.
+        record: What it calls its record.
+    """
     verdict = _recorded_verdict(found) if record == RECORD else None
     for number, cell in enumerate(cells, start=1):
         error = next((o for o in cell.outputs if o.output_type == "error"), None)
@@ -276,7 +287,7 @@ def _code_cells(path: Path) -> list[NotebookNode]:
     return [c for c in read_notebook(path).cells if c.cell_type == "code" and c.source.strip()]
 
 
-def _where(number: int, cells: list[NotebookNode]) -> str:
+def _where(number: int, cells: Sequence[NotebookNode]) -> str:
     first_line = cells[number - 1].source.strip().splitlines()[0]
     return f"code cell {number} of {len(cells)} ({first_line!r})"
 

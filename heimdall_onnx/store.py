@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 MANIFEST = "manifest.json"
+# Beside the releases: pages about all of them.
+GALLERY = "gallery"
 
 _CHUNK_BYTES = 1 << 20
 # What is read as a whole are manifests, records and notebooks.

@@ -7,7 +7,7 @@ matrices as are asked for, so that its latency is, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,10 +67,12 @@ class Factory:
         signature: Signature = SIGNATURE,
         described: Mapping[str, Any] | None = None,
         recorded: Mapping[str, Any] | None = None,
+        cells: Sequence[nbformat.NotebookNode] = (),
     ) -> Manifest:
         """Make a release; with a name of one that is ``recommended`` it has all `VARIANTS`.
 
-        What is ``described`` is in its manifest too, what is ``recorded`` in its notebook.
+        What is ``described`` is in its manifest too, what is ``recorded`` in its notebook, after
+        these ``cells``.
         """
         client, tracker = self.connection.client, self.connection.tracker
         ensure_bucket(client, self.bucket)
@@ -86,7 +88,7 @@ class Factory:
             judged = [variant.to_dict() for variant in _judge(folder)]
             variants = {"recommended": recommended, "judged": judged}
         record = {"uploaded": {"sha256": sha256}, "variants": variants, **(recorded or {})}
-        (folder / "report.ipynb").write_text(_notebook(record))
+        (folder / "report.ipynb").write_text(make_notebook(record, cells))
         (folder / "report.html").write_text("<h1>report</h1>")
         objects = [
             upload_file(client, path, self.bucket, f"{key}/{path.relative_to(folder)}")
@@ -172,8 +174,8 @@ def make_model(offset: float, products: int = 0) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _notebook(record: dict) -> str:
-    """A notebook with what scrapbook would have put into it."""
+def make_notebook(record: Mapping[str, Any], cells: Sequence[nbformat.NotebookNode] = ()) -> str:
+    """An executed notebook of these cells, with what scrapbook would have put into it."""
     scrap = {"name": "release", "data": record, "encoder": "json", "version": 1}
     output = nbformat.v4.new_output(
         "display_data",
@@ -181,4 +183,4 @@ def _notebook(record: dict) -> str:
         metadata={"scrapbook": {"name": "release", "data": True, "display": False}},
     )
     cell = nbformat.v4.new_code_cell("record()", outputs=[output], execution_count=1)
-    return json.dumps(nbformat.v4.new_notebook(cells=[cell]))
+    return json.dumps(nbformat.v4.new_notebook(cells=[*cells, cell]))

@@ -19,6 +19,7 @@ from releases import PREFIX, changed_notebook, keys, smoke
 from heimdall_onnx import services, store
 from heimdall_onnx.daemon import write_private
 from heimdall_onnx.errors import ParameterError, StoreError
+from heimdall_onnx.gallery import make_gallery, store_gallery
 from heimdall_onnx.head_to_head import Limits
 from heimdall_onnx.loading import load_model
 from heimdall_onnx.policies import ROLES, Place, bucket_policies, identity_policy
@@ -145,6 +146,7 @@ STORED = (
     *(f"{V}/{name}" for name in ("model.onnx", "manifest.json", "reviews/1.json")),
     f"{PREFIX}/failed/v20261120_143001/report.html",
     *("objects/sha256/ab", "aliases/model/staging/00000001.json", "elsewhere"),
+    f"{PREFIX}/gallery/index.html",
 )
 ALIAS = "aliases/model/staging/00000002.json"
 EVERY_ROLE, NO_ROLE = set(ROLES), set[str]()
@@ -171,6 +173,9 @@ TRIED: dict[str, tuple[Callable, set[str]]] = {
     "leave a release upwards": (_put(f"{V}/reviews/../model.onnx"), NO_ROLE),
     "leave a release upwards, reading": (_get(f"{V}/../../../objects/sha256/ab"), NO_ROLE),
     "copy a model over a review": (_copy_model_over_review, {"reviewer"}),
+    "read the gallery": (_get(STORED[7]), {"releaser", "reviewer"}),
+    "write the gallery anew": (_put(STORED[7]), {"releaser", "reviewer"}),
+    "delete the gallery": (_delete(STORED[7]), NO_ROLE),
     "write beside the releases": (_put(f"{PREFIX}/notes"), NO_ROLE),
     "write elsewhere": (_put("elsewhere"), NO_ROLE),
     "delete of a release": (_delete(f"{V}/metadata.json"), {"releaser"}),
@@ -285,6 +290,16 @@ def test_a_reviewer_promotes_it(roles, folder, reset_mlflow):
     written = keys(store.make_client(roles.settings), BY_IDENTITY.bucket)
     assert "aliases/test-model/production/00000001.json" in written
     assert [f for f in verify_release(connection, folder) if not f.holds] == []
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("role", ["releaser", "reviewer"])
+def test_who_releases_and_who_reviews_write_the_gallery(roles, folder, role):
+    client = roles.client_of(f"{role}-identity")
+    gallery = make_gallery(client, BY_IDENTITY.bucket, PREFIX)
+    store_gallery(client, BY_IDENTITY.bucket, gallery)
+    assert folder.rpartition("/")[2] in [row.facts.version for row in gallery.rows]
+    assert store.read_bytes(client, BY_IDENTITY.bucket, gallery.key) == gallery.page
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import evaluation
 import fleets
 import growth
 import numpy as np
+import pages
 import search
 import steps
 from processes import PSS_EVERY_S, Run, run
@@ -350,6 +351,13 @@ def evaluation_rows(bench: Bench) -> Iterator[Row]:
     )
 
 
+def page_rows(bench: Bench) -> Iterator[Row]:
+    """What a reader waits for: pages in a browser, and what it takes to make them."""
+    place = pages.Place(bench.folder, bench.environment, bench.run_with)
+    for name, target, at_least, unit, values, method in pages.rows(place, bench.share):
+        yield Row(name, target, unit, values, method, at_least)
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "startup": startup,
     "steps": single_steps,
@@ -361,6 +369,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "variants-large": variants_of("large"),
     "fleet": fleet_rows,
     "evaluation": evaluation_rows,
+    "pages": page_rows,
 }
 
 
