@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from heimdall_onnx.cli_help import Command
+
 from heimdall_onnx.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -16,12 +18,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.gallery import Gallery
 
 
-@click.command(
-    epilog="\b\n"
-    "Examples:\n"
-    "  heimdall-onnx gallery --serve\n"
-    "  heimdall-onnx gallery --name heimdall-localization-onnx -o gallery.html"
-)
+@click.command(cls=Command, example="heimdall-onnx gallery --serve")
 @click.option("--bucket", default="heimdall-models", show_default=True)
 @click.option("--prefix", default="models/localization", show_default=True)
 @click.option("--name", default="", help="Only this registered model.  [default: all]")

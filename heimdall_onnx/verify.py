@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 REVIEW_TAG, COMPARISON_TAG = "review.", "comparison."
 NOT_RECORDED = "0" * 64
 _SHA256 = "([0-9a-f]{64})"
-_REVIEW = re.compile(rf"{REVIEWS}/[A-Za-z0-9_]+-{_SHA256}\.json")
+_REVIEW = re.compile(rf"{REVIEWS}/[A-Za-z0-9_]+-{_SHA256}\.(json|html)")
 _COMPARISON = re.compile(rf"{COMPARISONS}/[A-Za-z0-9_.-]+/report-{_SHA256}\.(html|ipynb)")
 
 
@@ -106,8 +106,8 @@ def verify_release(
             one of what the manifest says of them; their content is not looked at.
         registry: Hold it against the registry too; without it a rewritten release is found out by
             its signature alone.
-        content: Read checkpoint and evaluation data too, and the reports of stored comparisons,
-            of which otherwise the names count.
+        content: Read checkpoint and evaluation data too, and the pages of reviews and stored
+            comparisons, of which otherwise the names count.
 
     Raises:
         SettingsError: If the public key or the certificates can't be read.
@@ -272,18 +272,17 @@ def _check_reviews(
     """Reviews and comparisons have their hash in their name, and the registry has all hashes."""
     folder = f"{manifest.folder}/"
     kept = {
-        REVIEW_TAG: (f"{REVIEWS}/…-{{}}.json", "a review record"),
+        REVIEW_TAG: (f"{REVIEWS}/…-{{}}", "a review record or its page"),
         COMPARISON_TAG: (f"{COMPARISONS}/…-{{}}", "a stored comparison"),
     }
     expected = {v: kept[t] for k, v in (tags or {}).items() for t in kept if k.startswith(t)}
     seen = set()
     for key in list_keys(client, manifest.bucket, f"{folder}{REVIEWS}/"):
         name = key.removeprefix(folder)
-        compared = _COMPARISON.fullmatch(name)
-        match = _REVIEW.fullmatch(name) or compared
+        match = _REVIEW.fullmatch(name) or _COMPARISON.fullmatch(name)
         named = match[1] if match else "none"
         try:
-            unread = compared and not content
+            unread = match and match[2] != "json" and not content
             digest = named if unread else hash_object(client, manifest.bucket, key)[0]
         except StoreError:
             # Who lost a race has taken it away since it was listed.

@@ -101,9 +101,9 @@ def test_report_was_executed_and_holds_the_figures(told):
     ]
 
 
-def test_text_of_a_release_is_inert_in_the_report(told, tmp_path):
+def test_text_of_a_release_is_inert_in_the_report(told):
     page = Path(told["report_html"])
-    hosts, console, document = open_in_chromium(page.as_uri(), tmp_path)
+    hosts, console, document = open_in_chromium(page.as_uri())
     assert not hosts & {HOST}
     assert not console
     assert f"<title>{MARK}" not in document

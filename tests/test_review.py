@@ -3,16 +3,18 @@
 import json
 
 import pytest
+from bs4 import BeautifulSoup
 from keys import make_key
 from quick_release import Factory
 
 from heimdall_onnx.aliases import read_log
-from heimdall_onnx.errors import ParameterError, PromotionError
+from heimdall_onnx.errors import ParameterError, PromotionError, VerificationError
 from heimdall_onnx.head_to_head import Limits
+from heimdall_onnx.links import share_release
 from heimdall_onnx.publish import connect
 from heimdall_onnx.review import alias_history, promote_release, roll_back
 from heimdall_onnx.signing import Trust
-from heimdall_onnx.store import list_keys, parse_uri, read_json
+from heimdall_onnx.store import list_keys, parse_uri, read_bytes, read_json
 from heimdall_onnx.verify import verify_release
 
 pytestmark = pytest.mark.services
@@ -70,6 +72,32 @@ def test_promotion_moves_alias_and_stage_and_leaves_a_record(connection, release
     }
     assert holds(connection, first)
     assert holds(connection, second)
+
+
+def test_page_of_a_decision_says_at_its_head_who_has_decided(connection, release):
+    first = release()
+    promote(connection, first, compare=False, reviewer="first reviewer", note="<b>fast</b>")
+    promote(connection, release(), compare=False)
+    review = go_back(connection, first, reviewer="second reviewer")
+    page = read_bytes(connection.client, *parse_uri(review.page_uri), limit=10**7).decode()
+    decided = BeautifulSoup(page, "html.parser").find(class_="decisions").find_all("li")
+    promoted, gone_back = (line.get_text() for line in decided)
+    assert promoted.startswith("Promoted as production by first reviewer on ")
+    assert promoted.endswith(" UTC: <b>fast</b>")
+    assert gone_back.startswith("Gone back to as production by second reviewer on ")
+    assert holds(connection, first)
+    (*_, link) = share_release(connection.client, first.uri, expires_s=60)
+    assert review.page_uri.endswith(link.name)
+
+
+def test_changed_page_of_a_decision_is_found_out(connection, release):
+    first = release()
+    review = promote(connection, first, compare=False)
+    bucket, key = parse_uri(review.page_uri)
+    connection.client.put_object(Bucket=bucket, Key=key, Body=b"<h1>approved</h1>")
+    assert not holds(connection, first)
+    with pytest.raises(VerificationError, match="is not what was written"):
+        share_release(connection.client, first.uri, expires_s=60)
 
 
 def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, release):
