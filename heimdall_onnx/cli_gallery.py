@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from heimdall_onnx.cli_help import Command
-
 from heimdall_onnx.errors import VerificationError
 
 if TYPE_CHECKING:
