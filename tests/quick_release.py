@@ -64,7 +64,7 @@ class Factory:
         signer: Signer | None = None,
         labelled: bool = True,
         recommended: str = "",
-        signature: Signature = SIGNATURE,
+        signature: Signature | None = None,
         described: Mapping[str, Any] | None = None,
         recorded: Mapping[str, Any] | None = None,
     ) -> Manifest:
@@ -110,7 +110,7 @@ class Factory:
             ],
             "signature": signer and {"key": f"{key}/model.sig", "signer_sha256": signer.sha256},
             "protection": {"versioning": False, "retained_until": None, "note": ""},
-            "model": {"class": "none", "signature": signature.to_dict()},
+            "model": {"class": "none", "signature": (signature or SIGNATURE).to_dict()},
             "variants": variants,
             "mlflow": {"model_name": self.name, "model_version": number},
             **(described or {}),
