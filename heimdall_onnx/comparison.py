@@ -29,7 +29,7 @@ from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.signature import DEGREES, Signature, TensorSpec
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.untrusted import listed
-from heimdall_onnx.words import count_of, distance, name, number, share
+from heimdall_onnx.words import count_of, distance, name, number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -585,8 +585,8 @@ def _growth(ratio: float, low: float, high: float, word: str) -> str:
     """``12% slower (10 to 14)``, or ``3.1× slower (3 to 3.2)`` from twice on."""
     if ratio >= 2:
         return f"{number(ratio)}× {word} ({number(low)} to {number(high)})"
-    percents = [100 * (value - 1) for value in (low, high)]
-    return f"{share(ratio - 1)} {word} ({number(percents[0])} to {number(percents[1])})"
+    growth, least, most = (number(100 * (value - 1)) for value in (ratio, low, high))
+    return f"{growth}% {word} ({least} to {most})"
 
 
 def _error_words(errors: LocalizationErrors) -> Iterator[str]:
@@ -601,11 +601,10 @@ def _error_words(errors: LocalizationErrors) -> Iterator[str]:
         grown = f"{ratio_words(ratio)} that of A" if ratio.ratio >= 2 else grown
         yield f"B's median error is {grown}"
     else:
-        less = [100 * (1 - end) for end in (ratio.high, ratio.low)]
-        yield (
-            f"B's median error is {share(1 - ratio.ratio)} smaller "
-            f"({number(less[0])} to {number(less[1])})"
+        less, least, most = (
+            number(100 * (1 - end)) for end in (ratio.ratio, ratio.high, ratio.low)
         )
+        yield f"B's median error is {less}% smaller ({least} to {most})"
 
 
 def _moved_words(answers: Answers) -> str:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.compared_releases import INPUTS, RECORD, ComparisonParameters, find_pair
+from heimdall_onnx.comparison import ratio_words
 from heimdall_onnx.errors import ParameterError, SettingsError, VerificationError
 from heimdall_onnx.execution import error_of, execute_notebook
+from heimdall_onnx.head_to_head import Ratio
 from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
 from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.logs import get_logger
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 NOTEBOOK = "compare"
+_RATIO = ("ratio", "low", "high", "limit")
 
 
 @dataclass(frozen=True)
@@ -214,9 +217,22 @@ def _facts(figures: dict[str, Any]) -> dict[str, str]:
     return {
         **sides,
         "evaluation data": f"{figures['samples']:,} samples, {figures['evaluation_data']}",
+        "latency of B over A": _latency_fact(figures),
         "B is worse in": "; ".join(figures["worse"]) or "nothing beyond what PASS allows",
         "PASS allows": f"that B is worse: {allowed}",
     }
+
+
+def _latency_fact(figures: dict[str, Any]) -> str:
+    measured = figures["latency"]
+    if measured is None:
+        return f"not measured: {figures['latency_not_measured']}"
+    text = ratio_words(Ratio("latency", **{k: measured["ratio"][k] for k in _RATIO}))
+    steady = [side["stationarity"] for side in measured["contenders"]]
+    if any(found is not None and not found["holds"] for found in steady):
+        # Blocks next to each other share what lasts, and not what comes and goes.
+        text += "; the machine was not steady meanwhile, so measure again before you rely on it"
+    return text
 
 
 def store_comparison(

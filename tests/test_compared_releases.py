@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 from keys import make_key
@@ -25,6 +26,7 @@ from heimdall_onnx.comparison_tables import (
     parameters_table,
     releases_table,
 )
+from heimdall_onnx.content import keep_dataset
 from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.errors import (
     DataError,
@@ -229,6 +231,23 @@ def test_other_evaluation_data_take_the_place_of_the_newer_ones(opened, releases
     np.savez(tmp_path / "wrong.npz", other=signal)
     with pytest.raises(DataError, match="can't be used"):
         opened(*releases, eval_data=str(tmp_path / "wrong.npz")).load_data()
+
+
+def test_kept_or_given_dataset_is_read_row_by_row(opened, factory, releases, tmp_path, s3):
+    signal = np.random.default_rng(0).uniform(45, 50, (40, 2)).astype(np.float32)
+    rows = ({"signal": signal}, signal.astype(np.float64), [f"event {n}" for n in range(40)])
+    dataset = datasets.write(tmp_path / "set.zarr", rows, receivers={})
+    kept = keep_dataset(s3, BUCKET, dataset).model_dump()
+    newer = factory(error_degrees=0.04, described={"content": [], "datasets": [kept]})
+    pairs = (
+        opened(releases[0], newer),
+        opened(*releases, eval_data=str(tmp_path / "set.zarr")),
+    )
+    for pair, ratio in zip(pairs, (4, 2), strict=True):
+        data = pair.load_data()
+        assert (data.count, data.sha256) == (40, dataset.digest)
+        errors = compare_pair(pair, data).errors
+        assert errors.ratio.ratio == pytest.approx(ratio, rel=1e-3)
 
 
 def test_release_on_synthetic_inputs_is_compared_on_such(opened, factory, releases):

@@ -144,6 +144,7 @@ def test_another_comparison_takes_no_place_of_the_first(call, told, releases):
 def test_changed_missing_or_added_byte_of_a_comparison_is_named(
     settings, told, releases, s3, change, reset_mlflow
 ):
+    connection = connect(settings)
     bucket, key = parse_uri(told["report_html_uri"])
     before, other = read_bytes(s3, bucket, key), key.replace("report-", "report")
     try:
@@ -151,7 +152,10 @@ def test_changed_missing_or_added_byte_of_a_comparison_is_named(
             s3.delete_object(Bucket=bucket, Key=key)
         else:
             s3.put_object(Bucket=bucket, Key=key if change == "changed" else other, Body=b"x")
-        wrong = [f for f in verify_release(connect(settings), releases[1].uri) if not f.holds]
+        wrong, unread = (
+            [f for f in verify_release(connection, releases[1].uri, content=read) if not f.holds]
+            for read in (True, False)
+        )
     finally:
         s3.put_object(Bucket=bucket, Key=key, Body=before)
         s3.delete_object(Bucket=bucket, Key=other)
@@ -159,6 +163,8 @@ def test_changed_missing_or_added_byte_of_a_comparison_is_named(
     expected = {"changed": {key, digest}, "taken away": {digest}, "added": {other}}[change]
     assert {word for word in expected if any(word in f.what for f in wrong)} == expected
     assert all(COMPARISONS in finding.what for finding in wrong)
+    # Who only opens the model does not read them, and counts them all the same.
+    assert bool(unread) == (change != "changed")
 
 
 def test_report_that_is_there_is_not_overwritten(call, told, releases):

@@ -169,6 +169,7 @@ TRIED: dict[str, tuple[Callable, set[str]]] = {
     "write a checkpoint": (_put("objects/sha256/cd"), {"releaser"}),
     "write the alias log": (_put(ALIAS, IfNoneMatch="*"), {"releaser", "reviewer"}),
     "write a review": (_put(f"{V}/reviews/2.json", IfNoneMatch="*"), {"reviewer"}),
+    "write a comparison": (_put(f"{V}/reviews/comparisons/1/report.html"), {"reviewer"}),
     "write a review, spelt otherwise": (_put(f"{V}//reviews/3.json"), {"reviewer"}),
     "leave a release upwards": (_put(f"{V}/reviews/../model.onnx"), NO_ROLE),
     "leave a release upwards, reading": (_get(f"{V}/../../../objects/sha256/ab"), NO_ROLE),

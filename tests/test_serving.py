@@ -310,8 +310,10 @@ def test_version_with_another_signature_is_refused(settings, factory, uri, monke
             patch.setattr(
                 quick_release, "SIGNATURE", replace(quick_release.SIGNATURE, inputs=renamed)
             )
-            plain = quick_release._model
-            patch.setattr(quick_release, "_model", lambda *size: rename_input(plain(*size), "iq"))
+            plain = quick_release.make_model
+            patch.setattr(
+                quick_release, "make_model", lambda *size: rename_input(plain(*size), "iq")
+            )
             factory(error_degrees=0.25)
         status = model.refresh()
         assert status.refused.model_version == "2"
@@ -425,7 +427,7 @@ def localization(settings, tmp_path_factory):
     path = export_model(net, folder / "tiny.onnx", opset=14).path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quick_release, "SIGNATURE", LOCALIZATION_SIGNATURE)
-        patch.setattr(quick_release, "_model", lambda *_: onnx.load(path))
+        patch.setattr(quick_release, "make_model", lambda *_: onnx.load(path))
         Factory(connect(settings), BUCKET, folder, name="localization")(alias="production")
     return net
 

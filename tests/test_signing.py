@@ -122,11 +122,12 @@ def test_unreadable_keys_are_named(tmp_path):
 
 def test_the_standard_tool_verifies_a_downloaded_folder(pair, tmp_path):
     folder = tmp_path / "v1"
-    (folder / "reviews").mkdir(parents=True)
+    (folder / "reviews" / "comparisons" / "other").mkdir(parents=True)
     (folder / "model.onnx").write_bytes(b"model")
     (folder / "manifest.json").write_bytes(b"{}")
-    # Written after the signature, as a review is.
+    # Written after the signature, as a review or a comparison is.
     (folder / "reviews" / "one.json").write_bytes(b"{}")
+    (folder / "reviews" / "comparisons" / "other" / "report.html").write_bytes(b"")
     digests = {name: hash_file(folder / name) for name in ("model.onnx", "manifest.json")}
     (folder / "model.sig").write_bytes(signed(digests, signing_key=pair.private))
     command = [sys.executable, "-m", "model_signing", "verify", "key", str(folder)]
