@@ -116,6 +116,10 @@ class Workshop:
         return self.folder / ".heimdall"
 
 
+def own_release() -> str:
+    return block("Your own model", "heimdall-onnx release")
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Iterator[Workshop]:
     """The README up to the first release of the reader's own model."""
@@ -132,7 +136,7 @@ def workshop(tmp_path_factory) -> Iterator[Workshop]:
     (folder / model.splitlines()[0].removeprefix("# ")).write_text(model)
     made.python(block("Your own model", "import numpy"))
     try:
-        made.shell(block("Your own model", "heimdall-onnx release"))
+        made.shell(own_release())
         yield made
     finally:
         made.shell("heimdall-onnx services down")
@@ -179,7 +183,7 @@ def test_addresses_of_services_are_read_from_the_file(tmp_path):
     file = tmp_path / ".env"
     file.write_text(block("Your own MinIO and MLflow", "MLFLOW"))
     settings = Settings(_env_file=file)
-    assert settings.tracking_uri.get_secret_value() == "https://mlflow.example.org"
+    assert settings.mlflow_tracking_uri.get_secret_value() == "https://mlflow.example.org"
     assert settings.s3_endpoint_url == "https://minio.example.org"
     assert [part.get_secret_value() for part in settings.credentials] == ["…", "…"]
     assert {*dotenv_values(file)} < {
@@ -188,8 +192,7 @@ def test_addresses_of_services_are_read_from_the_file(tmp_path):
 
 
 def test_two_releases_are_compared(reviewed):
-    again = block("Your own model", "heimdall-onnx release ")
-    reviewed.shell(again.replace("--profile quick", "--profile smoke -p opset 14"))
+    reviewed.shell(own_release().replace("--profile quick", "--profile smoke -p opset 14"))
     printed = reviewed.shell(block("Reading a report", "heimdall-onnx compare"))
     assert re.match(r"B is .*gate", printed)
     assert "stored" in printed
@@ -211,6 +214,7 @@ def test_gallery_is_served(reviewed):
                 assert b"detector" in page.read()
         finally:
             served.terminate()
+            served.communicate(timeout=30)
     assert served.returncode == 0
 
 
@@ -238,7 +242,7 @@ def _alternatives(words: list[str]) -> list[list[str]]:
 
 def test_signature_file_is_read(tmp_path):
     (tmp_path / "net.signature.yaml").write_text(block("Signatures", "inputs:"))
-    signature = read_signature_file(tmp_path / "net.signature.yaml")
+    signature = read_signature_file(tmp_path / "net.signature.yaml").signature
     assert [spec.name for spec in signature.inputs] == ["receiver_features", "signal_mask"]
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -59,10 +60,13 @@ class Place:
     command: Callable[..., Run]
 
     def run(self, *command: str | Path) -> Run:
-        """Run this package with these arguments; it finds the tests' models."""
+        """Run this package with these arguments."""
+        return self.command(self.with_tests(), sys.executable, "-m", "heimdall_onnx", *command)
+
+    def with_tests(self) -> dict[str, str]:
+        """The environment of a process that finds the tests' models."""
         paths = os.pathsep.join(filter(None, (str(TESTS), self.environment.get("PYTHONPATH"))))
-        environment = {**self.environment, "PYTHONPATH": paths}
-        return self.command(environment, sys.executable, "-m", "heimdall_onnx", *command)
+        return {**self.environment, "PYTHONPATH": paths}
 
 
 def rows(place: Place, share: float) -> Iterator[Found]:
@@ -73,7 +77,63 @@ def rows(place: Place, share: float) -> Iterator[Found]:
         share: Of the releases, to try it.
     """
     sys.path.append(str(TESTS))
+    yield from report_rows(place)
     yield from gallery_rows(place, max(10, round(share * RELEASES)))
+
+
+def report_rows(place: Place) -> Iterator[Found]:
+    """The report of a release with all variants, and that of a run that failed."""
+    from browser import chromium
+
+    made = place.run("demo", "--variants", "all", "--json")
+    report = Path(json.loads(made.output.splitlines()[-1])["local_report"])
+    failed = _failed_report(place)
+    size = report.stat().st_size / 1e6
+    what = "the report of a release with all variants"
+    yield f"{what}: size", 3.0, False, "MB", (size,), "one file, pictures in it"
+    with chromium() as browser:
+        loads = load_page(browser, report.as_uri())
+        how = f"{LOADS} loads without network, {size:.1f} MB, from a file"
+        yield f"{what}: first paint", 1.0, False, "s", loads.painted, how
+        yield f"{what}: all there", 1.0, False, "s", loads.ready, how
+        for shown, page in ((what, report), ("the report of a failed run", failed)):
+            yield _axe_row(browser, shown, page.as_uri())
+
+
+def _failed_report(place: Place) -> Path:
+    """Of a run that stopped for want of its weights."""
+    import torch
+
+    checkpoint = place.folder / "other.pt"
+    torch.save({"other.weight": torch.zeros(1)}, checkpoint)
+    command = (sys.executable, "-m", "heimdall_onnx", "release", str(checkpoint))
+    options = ("--model", "models:SmallNet", "--profile", "smoke", "--json")
+    done = subprocess.run(
+        [*command, *options], env=place.with_tests(), capture_output=True, text=True, check=False
+    )
+    return Path(json.loads(done.stdout.splitlines()[-1])["local_report"])
+
+
+def _axe_row(browser: Browser, shown: str, url: str) -> Found:
+    """What axe-core finds, in each style and width, as it opens and with everything unfolded."""
+    from browser import DESKTOP, NARROW, violations
+
+    found = []
+    for scheme in ("light", "dark"):
+        for width, height in (DESKTOP, NARROW):
+            context = browser.new_context(
+                viewport={"width": width, "height": height},
+                color_scheme=scheme,  # type: ignore[arg-type]
+                bypass_csp=True,  # axe is a script, which the page itself forbids
+            )
+            page = context.new_page()
+            page.goto(url)
+            folded = violations(page)
+            page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
+            found.append(float(len(folded) + len(violations(page))))
+            context.close()
+    how = "axe-core, light and dark, 1280 and 390 pixels wide, folded and unfolded"
+    return f"{shown}: rules of accessibility broken", 0.0, False, "", tuple(found), how
 
 
 def gallery_rows(place: Place, count: int) -> Iterator[Found]:
@@ -166,7 +226,8 @@ def load_page(browser: Browser, url: str, loads: int = LOADS) -> Loads:
     ready = "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
     found = []
     for _ in range(loads):
-        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        local = url.startswith("file:")
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=local)
         page = context.new_page()
         page.goto(url)
         page.wait_for_function(f"{paint}.length")
