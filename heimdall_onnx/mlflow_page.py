@@ -181,7 +181,9 @@ def _accuracy(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _outside(text: str, limit: int = 60) -> str:
-    return escape_markdown(name(text, limit))
+    """Text from outside, inert, in at most twice ``limit`` characters."""
+    inert = escape_markdown(name(text, limit))
+    return inert if len(inert) <= 2 * limit else escape_markdown(name(text, limit // 5))
 
 
 def review_line(
