@@ -24,7 +24,7 @@ from heimdall_onnx.words import count_of, distance, name, number
 MOST_CHARACTERS, _MOST_OF_RELEASE = 5_000, 4_000
 _DIGEST_CHARACTERS = 36
 _MOST_OUTPUTS = 4
-_REVIEWS = "\n\n##### Reviews\n\n"
+_REVIEWS = "\n\n#### Reviews\n\n"
 _OLDEST_REVIEW = re.compile(re.escape(_REVIEWS) + r"- .*\n(?=- )")
 
 
