@@ -24,7 +24,7 @@ from heimdall_onnx.words import count_of, distance, name, number
 MOST_CHARACTERS, _MOST_OF_RELEASE = 5_000, 4_000
 _DIGEST_CHARACTERS = 36
 _MOST_OUTPUTS = 4
-_REVIEWS = "\n\n##### Reviews\n\n"
+_REVIEWS = "\n\n#### Reviews\n\n"
 _OLDEST_REVIEW = re.compile(re.escape(_REVIEWS) + r"- .*\n(?=- )")
 
 
@@ -181,7 +181,9 @@ def _accuracy(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _outside(text: str, limit: int = 60) -> str:
-    return escape_markdown(name(text, limit))
+    """Text from outside, inert, in at most twice ``limit`` characters."""
+    inert = escape_markdown(name(text, limit))
+    return inert if len(inert) <= 2 * limit else escape_markdown(name(text, limit // 5))
 
 
 def review_line(

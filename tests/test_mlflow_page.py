@@ -121,7 +121,7 @@ def test_reviews_are_added_in_order_and_the_oldest_go():
         )
         text = add_review(text, line)
     head, *lines = [line for line in text.splitlines() if line]
-    assert (head, lines[0]) == ("PASS", "##### Reviews")
+    assert (head, lines[0]) == ("PASS", "#### Reviews")
     said = "- 2026-11-20 14:30 UTC, promoted to **production** by Ada, from version 4: note 99"
     assert lines[-1] == said
     assert lines[-2].endswith(

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ from heimdall_onnx.errors import (
     RegistryError,
     SettingsError,
 )
+from heimdall_onnx.mlflow_page import MOST_CHARACTERS, NamedData
 from heimdall_onnx.registry import (
     MLflowTracker,
     initialize_mlflow,
@@ -295,6 +297,44 @@ def test_a_version_keeps_its_tags_and_aliases_move(
         tracker.version_by_alias(name, "staging")
     with pytest.raises(RegistryError, match="find version 2"):
         tracker.get_version(name, second)
+
+
+def test_pages_say_what_they_are_told_and_a_person_is_not_overwritten(
+    tracker: MLflowTracker, name: str, release: str
+) -> None:
+    version = tracker.register_model(name, release, description="text")
+    assert tracker.get_version(name, version).description == "text"
+    tracker.describe_version(name, version, "**PASS**")
+    assert tracker.get_version(name, version).description == "**PASS**"
+    for text in ("what a release says", "what the next one says"):
+        tracker.describe_model(name, text)
+    client = mlflow.MlflowClient(tracker._uri, tracker._uri)
+    assert client.get_registered_model(name).description == "what a release says"
+    longest = "x" * MOST_CHARACTERS
+    tracker.describe_version(name, version, longest)
+    assert tracker.get_version(name, version).description == longest
+
+
+def test_data_that_a_run_names_twice_are_named_once(tracker: MLflowTracker) -> None:
+    run_id = tracker.create_run("release")
+    data = NamedData(
+        name="eval.npz",
+        digest="a" * 36,
+        source_type="s3",
+        source={"uri": "s3://models/objects/sha256/a"},
+        columns=({"name": "signal", "type": "float32 (2, 8)"},),
+        profile={"samples": 64},
+    )
+    for _ in range(2):
+        tracker.log_dataset(data, run_id=run_id)
+    tracker.log_dataset(replace(data, digest="b" * 36), run_id=run_id)
+    client = mlflow.MlflowClient(tracker._uri, tracker._uri)
+    named = client.get_run(run_id).inputs.dataset_inputs
+    assert sorted(one.dataset.digest[0] for one in named) == ["a", "b"]
+    for one in named:
+        assert [(tag.key, tag.value) for tag in one.tags] == [("mlflow.data.context", "evaluation")]
+        # MLflow itself finds its way back to the file.
+        assert mlflow.data.get_source(one).uri == "s3://models/objects/sha256/a"
 
 
 def test_an_alias_that_another_writer_adds_at_the_same_moment_is_moved(

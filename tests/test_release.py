@@ -208,6 +208,27 @@ def test_registered_version_leads_to_the_evidence(released, s3):
     assert found.tags["manifest_sha256"] == hashlib.sha256(manifest["Body"].read()).hexdigest()
 
 
+def test_mlflow_says_what_was_released_on_which_data(released, inputs):
+    client = mlflow.MlflowClient(released.settings.tracking_uri.get_secret_value())
+    version = client.get_model_version("test-model", released.result.model_version)
+    begins = f"PASS (SMOKE), speedup {released.result.speedup:.2f}×, "
+    assert version.description.startswith(begins)
+    for address in (released.result.s3_uri, released.result.report_html_uri):
+        assert f"`{address}`" in version.description
+    assert f"SHA-256 `{hash_file(inputs.checkpoint)}`" in version.description
+    (named,) = client.get_run(released.result.run_id).inputs.dataset_inputs
+    digest = hash_file(inputs.eval_data)
+    assert (named.dataset.name, named.dataset.digest) == ("eval.npz", digest[:36])
+    kept = f"s3://{released.bucket}/objects/sha256/{digest}"
+    assert json.loads(named.dataset.source) == {"uri": kept}
+    assert json.loads(named.dataset.profile)["true positions"] == "yes"
+    (point,) = client.get_metric_history(released.result.run_id, "speedup/ratio")
+    assert (point.value, str(point.step)) == (
+        pytest.approx(released.result.speedup),
+        str(version.version),
+    )
+
+
 def test_run_holds_metrics_figures_and_report(released, mlflow_environment):
     client = mlflow.MlflowClient(released.settings.tracking_uri.get_secret_value())
     run = client.get_run(released.result.run_id)

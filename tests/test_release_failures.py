@@ -24,7 +24,8 @@ from releases import (
 )
 
 from heimdall_onnx import release
-from heimdall_onnx.errors import StoreError
+from heimdall_onnx.errors import RegistryError, StoreError
+from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.settings import Settings
 
@@ -140,6 +141,20 @@ def test_notebook_that_publishes_nothing_is_no_release(settings, small, s3, buck
 
 
 SILENT = "parameters = parameters.model_copy(update={'publish': False})"
+
+
+def test_release_whose_page_can_not_be_written_is_taken_back(
+    settings, small, s3, bucket, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise RegistryError("the description was refused")
+
+    monkeypatch.setattr(MLflowTracker, "describe_version", fail)
+    quick = smoke(small, bucket, measure_latency=False)
+    result = release_checkpoint(quick, settings, notebook=changed_notebook(tmp_path))
+    assert result.exit_code == 4
+    assert "the description was refused" in result.error
+    nothing_is_offered(s3, settings, bucket)
 
 
 def test_forbidden_bucket_is_a_service_failure(settings, small, s3, bucket, tmp_path):

@@ -1,6 +1,7 @@
 """Promotion and rollback: on evidence, in a record, with every reason against it at once."""
 
 import json
+import re
 
 import pytest
 from bs4 import BeautifulSoup
@@ -8,10 +9,16 @@ from keys import make_key
 from quick_release import Factory
 
 from heimdall_onnx.aliases import read_log
-from heimdall_onnx.errors import ParameterError, PromotionError, VerificationError
+from heimdall_onnx.errors import (
+    ParameterError,
+    PromotionError,
+    RegistryError,
+    VerificationError,
+)
 from heimdall_onnx.head_to_head import Limits
 from heimdall_onnx.links import share_release
 from heimdall_onnx.publish import connect
+from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.review import alias_history, promote_release, roll_back
 from heimdall_onnx.signing import Trust
 from heimdall_onnx.store import list_keys, parse_uri, read_bytes, read_json
@@ -187,6 +194,18 @@ def test_hostile_words_stay_what_they_are(connection, release):
     assert (record["reviewer"], record["note"]) == ("<b>reviewer</b>", note)
     (move,) = read_log(connection.client, release.bucket, "net", "production")
     assert (move.by, move.note) == ("<b>reviewer</b>", note)
+    said = connection.tracker.get_version("net", review.version).description
+    assert "&#60;b&#62;reviewer&#60;/b&#62;: &#60;script&#62;" in said
+
+
+def test_decision_stands_that_mlflow_can_not_show(connection, release, monkeypatch):
+    def fail(*_):
+        raise RegistryError("it is read-only")
+
+    manifest = release()
+    monkeypatch.setattr(MLflowTracker, "describe_version", fail)
+    assert promote(connection, manifest).version == pointed_at(connection) == "1"
+    assert holds(connection, manifest)
 
 
 def test_rollback_goes_back_one_version_each_time(connection, release):
@@ -198,6 +217,11 @@ def test_rollback_goes_back_one_version_each_time(connection, release):
     with pytest.raises(PromotionError, match="no version to go back to"):
         go_back(connection, manifests[0])
     assert pointed_at(connection) == "1"
+    said = connection.tracker.get_version("net", "1").description
+    assert re.findall(r"UTC, (.*) by reviewer(.*): ", said) == [
+        ("promoted to **production**", ""),
+        ("**production** rolled back to it", ", from version 2"),
+    ]
     promote(connection, manifests[2], compare=False)
     assert go_back(connection, manifests[0]).version == "1"
     assert all(holds(connection, manifest) for manifest in manifests)
