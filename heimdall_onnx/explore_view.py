@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, NamedTuple
 
+import anywidget
 import ipywidgets as widgets
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,28 @@ _CLASSES = (
     ("adversarial inputs", "triangle-up", ELEMENT_COLORS[1]),
 )
 _WIDE = {"description_width": "initial"}
+
+
+def _fitted(width: str) -> dict[str, Any]:
+    """A control as wide as that with its description, no wider than what it lies in."""
+    return {"style": _WIDE, "layout": widgets.Layout(width=width, max_width="100%")}
+
+
+class _RoomWatch(anywidget.AnyWidget):  # type: ignore[misc]
+    """Tells a figure below it that there is more or less room for it.
+
+    plotly's widget looks at its own width only when the window changes (plotly.py #5208).
+    """
+
+    _esm = """
+    export default {
+      render({ el }) {
+        const watch = new ResizeObserver(() => window.dispatchEvent(new Event("resize")));
+        watch.observe(el);
+        return () => watch.disconnect();
+      },
+    };
+    """
 
 
 class _Key(NamedTuple):
@@ -114,12 +137,14 @@ class _View:
         self._kind = widgets.Dropdown(
             options=[*((name(kind, 40), kind) for kind in exploration.kinds), ("all kinds", ALL)],
             description="Inputs",
+            **_fitted("18em"),
         )
-        self._size = widgets.Dropdown(description="Batch size", style=_WIDE)
+        self._size = widgets.Dropdown(description="Batch size", **_fitted("10em"))
         self._output = widgets.Dropdown(
             options=[(name(spec.name), spec.name) for spec in self._signature.outputs],
             value=worst.output,
             description="Output",
+            **_fitted("16em"),
         )
         self._hover = widgets.Checkbox(value=False, description="choose by pointing", indent=False)
         wide = widgets.Layout(width="auto", flex="1 1 320px")
@@ -134,9 +159,7 @@ class _View:
             rows=12, layout=widgets.Layout(width="auto"), description="Worst first", style=_WIDE
         )
         self._list.layout.flex = "1 1 auto"
-        self._number = widgets.BoundedIntText(
-            description="Sample", min=0, layout=widgets.Layout(width="12em")
-        )
+        self._number = widgets.BoundedIntText(description="Sample", min=0, **_fitted("10em"))
         self._figure = self._new_figure()
         self._details = widgets.HTML()
         self.box = self._laid_out()
@@ -151,7 +174,10 @@ class _View:
                 layout=widgets.Layout(flex_flow="row wrap", align_items="center", width="100%"),
             )
 
-        figure = widgets.Box([self._figure], layout=widgets.Layout(flex="3 1 420px", min_width="0"))
+        figure = widgets.VBox(
+            [_RoomWatch(), self._figure],
+            layout=widgets.Layout(flex="3 1 420px", min_width="0", overflow="hidden"),
+        )
         choice = widgets.VBox(
             [self._number, self._list],
             layout=widgets.Layout(flex="1 1 250px", min_width="0"),
@@ -191,7 +217,7 @@ class _View:
                         y=[],
                         mode="lines",
                         name=text,
-                        line={"color": color, "dash": dash, "width": 1.5},
+                        line={"color": color, "dash": dash, "width": 1.5, "shape": "hv"},
                         hoverinfo="skip",
                     )
                     for text, color, dash in (
@@ -218,13 +244,13 @@ class _View:
                 "template": "none",
                 "height": 420,
                 "autosize": True,
-                "margin": {"l": 70, "r": 15, "t": 15, "b": 50},
+                "margin": {"l": 70, "r": 15, "t": 45, "b": 60},
                 "paper_bgcolor": "white",
                 "plot_bgcolor": "white",
                 "font": {"color": INK, "size": 13},
                 "hovermode": "closest",
                 "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"color": INK}},
-                "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+                "legend": {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top"},
                 **{
                     axis: {
                         "type": "log",
@@ -237,7 +263,14 @@ class _View:
                 },
             },
         )
-        figure._config = {**figure._config, "displaylogo": False, "responsive": True}
+        # Plotly offers to send a chart to a server of its own; nothing here leaves the machine.
+        figure._config = {
+            "displaylogo": False,
+            "showSendToCloud": False,
+            "plotlyServerURL": "",
+            "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+            "responsive": True,
+        }
         return figure
 
     @property
@@ -360,7 +393,7 @@ class _View:
         self._limits = (lowest, highest, floor, top)
         spec, cells = self._spec(), points.cells
         self._rows = []
-        line = np.geomspace(lowest, highest, 100)
+        line = np.geomspace(lowest, highest, 300)
         with self._figure.batch_update():
             for index, trace in enumerate(self._points_of):
                 mine = rows[[self._class_of(cells[c]) == index for c in points.cell[rows]]]
@@ -418,7 +451,8 @@ class _View:
     def _label(self, row: int) -> str:
         points = self._points
         key = points.key(row)
-        parts = [f"{key.sample}: {number(points.excess[row])}×"]
+        excess = points.excess[row]
+        parts = [f"{key.sample}: {f'{number(excess)}×' if excess else 'equal'}"]
         if np.isfinite(points.metres[row]):
             parts.append(distance(points.metres[row]))
         if len(points.cells) > 1:
@@ -497,6 +531,8 @@ def _span(magnitude: Floats) -> tuple[float, float]:
 
 
 def _times(excess: float) -> str:
+    if excess == 0:
+        return "equal"
     return f"{number(excess)}× allowed" if math.isfinite(excess) else "NaN or Inf in one model only"
 
 
@@ -527,9 +563,10 @@ def _describe(sample: ExploredSample, exploration: Exploration) -> str:
         alt = escape(f"{chart.title}. {chart.alt}")
         picture = f'<img style="max-width: 100%" alt="{alt}" src="data:image/png;base64,{image}">'
     return (
-        '<div class="jp-RenderedHTMLCommon">'
+        '<div class="jp-RenderedHTMLCommon" style="contain: inline-size">'
         f"<p><strong>{escape(heading)}</strong>{escape(''.join(facts))}</p>"
-        f'<div style="overflow-x: auto"><table>{table}</table></div>{picture}</div>'
+        '<div style="overflow-x: auto"><table style="margin-left: 0">'
+        f"{table}</table></div>{picture}</div>"
     )
 
 

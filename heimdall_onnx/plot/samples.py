@@ -103,6 +103,9 @@ def _worst(courses: list[_Course]) -> list[tuple[float, int, int]]:
 
 
 def _answer(courses: list[_Course]) -> str:
+    differing = next((c.column for c in courses if c.column.shapes), None)
+    if differing is not None:
+        return f"{name(differing.spec.name)} can't be compared: {differing.shapes}"
     worst = _worst(courses)
     if not worst:
         return "The models give equal answers to every sample"
