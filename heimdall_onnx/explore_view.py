@@ -50,18 +50,38 @@ def _fitted(width: str) -> dict[str, Any]:
     return {"style": _WIDE, "layout": widgets.Layout(width=width, max_width="100%")}
 
 
-class _RoomWatch(anywidget.AnyWidget):  # type: ignore[misc]
-    """Tells a figure below it that there is more or less room for it.
+class _FrontEnd(anywidget.AnyWidget):  # type: ignore[misc]
+    """What the widgets around it lack in the browser: room, names, and their arrow keys.
 
-    plotly's widget looks at its own width only when the window changes (plotly.py #5208).
+    plotly's widget looks at its own width only when the window changes (plotly.py #5208). The
+    handles of a slider have no names. In JupyterLab the arrow keys of a list choose cells instead.
     """
 
     _esm = """
+    function mend(box) {
+      for (const list of box.querySelectorAll("select")) {
+        list.setAttribute("data-lm-suppress-shortcuts", "true");
+      }
+      for (const handle of box.querySelectorAll(".noUi-handle")) {
+        const slider = handle.closest(".widget-slider, .jupyter-widgets");
+        const end = handle.matches(".noUi-handle-lower") ? "lowest" : "highest";
+        const name = slider?.querySelector(".widget-label")?.textContent ?? "";
+        handle.setAttribute("aria-label", `${name}, ${end}`);
+      }
+    }
     export default {
       render({ el }) {
-        const watch = new ResizeObserver(() => window.dispatchEvent(new Event("resize")));
-        watch.observe(el);
-        return () => watch.disconnect();
+        let box = null;
+        const changes = new MutationObserver(() => mend(box));
+        const room = new ResizeObserver(() => {
+          if (box === null && (box = el.closest(".heimdall-explore")) !== null) {
+            mend(box);
+            changes.observe(box, { childList: true, subtree: true });
+          }
+          window.dispatchEvent(new Event("resize"));
+        });
+        room.observe(el);
+        return () => { room.disconnect(); changes.disconnect(); };
       },
     };
     """
@@ -175,7 +195,7 @@ class _View:
             )
 
         figure = widgets.VBox(
-            [_RoomWatch(), self._figure],
+            [_FrontEnd(), self._figure],
             layout=widgets.Layout(flex="3 1 420px", min_width="0", overflow="hidden"),
         )
         choice = widgets.VBox(
@@ -551,7 +571,7 @@ def _describe(sample: ExploredSample, exploration: Exploration) -> str:
     rows = [
         row for spec in exploration.signature.outputs for row in _rows(spec, sample, exploration)
     ]
-    head = ("output", "", "PyTorch", "ONNX", "difference", "× allowed")
+    head = ("output", "element", "PyTorch", "ONNX", "difference", "× allowed")
     table = "".join(
         f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
         for tag, row in (("th", head), *(("td", row) for row in rows))

@@ -42,6 +42,13 @@ pytestmark = pytest.mark.slow
 OUTLIER = 5
 SAMPLES = 8  # all that the profile smoke looks at
 _START_S, _RUN_S = 60, 240
+# Waits until nothing in an element has changed for a moment.
+_QUIET = """element => new Promise(done => {
+  const end = () => { watch.disconnect(); done(); };
+  let timer = setTimeout(end, 400);
+  const watch = new MutationObserver(() => { clearTimeout(timer); timer = setTimeout(end, 400); });
+  watch.observe(element, { subtree: true, childList: true, attributes: true });
+})"""
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,25 @@ class Lab:
         self.widget.get_by_text(text).first.wait_for(timeout=20_000)
 
     def reset(self) -> None:
+        """Show the evaluation data's positions, drawn to the end."""
         self.widget.get_by_label("Inputs", exact=True).scroll_into_view_if_needed()
-        self.select("Inputs", "zeros")
-        self.says(re.compile(r"zeros, batch"))
-        self.select("Inputs", EVALUATION)
-        self.says(f"{SAMPLES} of {SAMPLES} samples")
         self.select("Output", "positions")
+        self.select("Inputs", "zeros")
+        self.says(re.compile("· zeros, batch"))
+        self.select("Inputs", EVALUATION)
+        self.says(re.compile(f"· {EVALUATION}, batch {SAMPLES}"))
+        self.has_points(SAMPLES)
+
+    def has_points(self, count: int) -> None:
+        """So many samples of the evaluation data are drawn, in the order of the data."""
+        from playwright.sync_api import expect
+
+        expect(self.points).to_have_count(count, timeout=20_000)
+        self.widget.evaluate(_QUIET)
+
+    @property
+    def points(self) -> Locator:
+        return self.widget.locator(".scatterlayer .trace").first.locator(".point")
 
     def answers(self, rows: np.ndarray) -> tuple[dict, dict]:
         """Both models' answers to a batch, run here."""
@@ -101,7 +121,7 @@ class Lab:
 
 @contextmanager
 def jupyter_lab(folder: Path) -> Iterator[str]:
-    """Address of a JupyterLab of its own, with nothing of the user's; it serves ``folder/files``."""
+    """Address of the notebook in ``folder/files`` in a JupyterLab with nothing of the user's."""
     port, token = servers.free_port(), secrets.token_hex(16)
     own = {
         **{f"JUPYTER_{what}_DIR": folder / what.lower() for what in ("CONFIG", "DATA", "RUNTIME")},
@@ -188,10 +208,8 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
 
 def test_point_that_is_clicked_shows_its_sample(lab):
     lab.reset()
-    # Points of the first trace are in the order of the samples.
-    point = lab.widget.locator(".scatterlayer .trace").first.locator(".point").nth(OUTLIER)
-    point.scroll_into_view_if_needed()
-    box = point.bounding_box()
+    lab.points.nth(OUTLIER).scroll_into_view_if_needed()
+    box = lab.points.nth(OUTLIER).bounding_box()
     lab.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     lab.widget.locator(".hoverlayer").get_by_text(f"sample {OUTLIER}, ").wait_for()
     lab.page.mouse.down()
@@ -204,9 +222,8 @@ def test_pointing_is_enough_where_it_is_asked_for(lab):
     lab.page.mouse.move(0, 0)
     pointing = lab.widget.get_by_label("choose by pointing")
     pointing.check()
-    point = lab.widget.locator(".scatterlayer .trace").first.locator(".point").nth(OUTLIER)
-    point.scroll_into_view_if_needed()
-    point.hover(force=True)
+    lab.points.nth(OUTLIER).scroll_into_view_if_needed()
+    lab.points.nth(OUTLIER).hover(force=True)
     lab.has_shown(OUTLIER, lab.signal, OUTLIER, EVALUATION, 8)
     pointing.uncheck()
 
@@ -218,6 +235,7 @@ def test_sample_is_chosen_by_number_and_from_the_list_without_a_mouse(lab):
     number_.press("Enter")
     lab.has_shown(3, lab.signal, 3, EVALUATION, 8)
     listed = lab.widget.get_by_label("Worst first")
+    assert listed.locator("option").count() == SAMPLES
     samples = [int(text.split(":")[0]) for text in listed.locator("option").all_inner_texts()]
     assert sorted(samples) == list(range(SAMPLES))
     assert samples[0] == OUTLIER
@@ -241,11 +259,7 @@ def test_kind_of_input_and_batch_size_are_chosen(lab):
 
 def test_errors_are_limited_with_the_keyboard(lab):
     lab.reset()
-    before = lab.widget.locator(".scatterlayer .trace").first.locator(".point").count()
-    assert before == SAMPLES
-    low = lab.widget.get_by_label("Error, × allowed").locator(".noUi-handle-lower")
-    low = low if low.count() else lab.widget.locator(".noUi-handle-lower").nth(1)
-    low.focus()
+    lab.widget.locator(".noUi-handle-lower").nth(1).focus()
     for _ in range(30):
         lab.page.keyboard.press("ArrowRight")
         if lab.widget.get_by_text(f"1 of {SAMPLES} samples within the limits").count():
@@ -254,7 +268,7 @@ def test_errors_are_limited_with_the_keyboard(lab):
     lab.says(f"1 of {SAMPLES} samples within the limits")
     listed = lab.widget.get_by_label("Worst first").locator("option").all_inner_texts()
     assert [text.split(":")[0] for text in listed] == [str(OUTLIER)]
-    assert lab.widget.locator(".scatterlayer .trace").first.locator(".point").count() == 1
+    lab.has_points(1)
 
 
 def test_widget_fits_into_a_narrow_window(lab):
@@ -273,6 +287,15 @@ def test_widget_fits_into_a_narrow_window(lab):
         page.set_viewport_size(dict(zip(("width", "height"), DESKTOP, strict=True)))
 
 
+def test_widget_is_for_readers_without_mouse_or_sight_too(lab):
+    from axe_playwright_python.sync_playwright import Axe
+
+    lab.reset()
+    found = Axe().run(lab.page, context=".heimdall-explore").response
+    assert [rule["id"] for rule in found["violations"]] == []
+    assert "aria-input-field-name" in {rule["id"] for rule in found["passes"]}
+
+
 def test_nothing_leaves_the_machine(lab):
     assert {urlsplit(url).hostname for url in lab.requested if url.startswith("http")} == {
         "127.0.0.1"
@@ -285,8 +308,7 @@ def test_nothing_leaves_the_machine(lab):
 
 def test_saved_notebook_has_the_picture_and_renders_without_a_widget(lab):
     before = lab.notebook.stat().st_mtime_ns
-    lab.page.get_by_role("menuitem", name="File", exact=True).click()
-    lab.page.get_by_role("menuitem", name="Save Notebook", exact=True).click()
+    lab.page.keyboard.press("Control+s")
     deadline = time.monotonic() + 30
     while lab.notebook.stat().st_mtime_ns == before and time.monotonic() < deadline:
         time.sleep(0.1)
