@@ -72,16 +72,24 @@ class _FrontEnd(anywidget.AnyWidget):  # type: ignore[misc]
     export default {
       render({ el }) {
         let box = null;
+        const drawn = () => box?.querySelector(".js-plotly-plot .scatterlayer .trace");
         const changes = new MutationObserver(() => mend(box));
+        // A plot that is still being drawn for the first time must be left alone.
+        const fit = () => drawn() && window.dispatchEvent(new Event("resize"));
         const room = new ResizeObserver(() => {
           if (box === null && (box = el.closest(".heimdall-explore")) !== null) {
             mend(box);
             changes.observe(box, { childList: true, subtree: true });
           }
-          window.dispatchEvent(new Event("resize"));
+          fit();
         });
         room.observe(el);
-        return () => { room.disconnect(); changes.disconnect(); };
+        document.addEventListener("plotlywidget-after-render", fit);
+        return () => {
+          room.disconnect();
+          changes.disconnect();
+          document.removeEventListener("plotlywidget-after-render", fit);
+        };
       },
     };
     """

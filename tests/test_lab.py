@@ -92,6 +92,13 @@ class Lab:
     def points(self) -> Locator:
         return self.widget.locator(".scatterlayer .trace").first.locator(".point")
 
+    def read_saved(self) -> nbformat.NotebookNode | None:
+        """The notebook's file; None while it is being written."""
+        try:
+            return nbformat.read(self.notebook, 4)
+        except nbformat.reader.NotJSONError:
+            return None
+
     def answers(self, rows: np.ndarray) -> tuple[dict, dict]:
         """Both models' answers to a batch, run here."""
         model = SmallNet()
@@ -199,7 +206,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         status.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=_START_S * 1000)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.locator(".heimdall-explore .main-svg").first.wait_for(
+        page.locator(".heimdall-explore .point").first.wait_for(
             state="attached", timeout=_RUN_S * 1000
         )
         status.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=_RUN_S * 1000)
@@ -307,12 +314,12 @@ def test_nothing_leaves_the_machine(lab):
 
 
 def test_saved_notebook_has_the_picture_and_renders_without_a_widget(lab):
-    before = lab.notebook.stat().st_mtime_ns
     lab.page.keyboard.press("Control+s")
-    deadline = time.monotonic() + 30
-    while lab.notebook.stat().st_mtime_ns == before and time.monotonic() < deadline:
-        time.sleep(0.1)
-    saved = nbformat.read(lab.notebook, 4)
+    saved, deadline = lab.read_saved(), time.monotonic() + 30
+    while not (saved and saved.cells[-1].outputs == [] and saved.cells[-1].execution_count):
+        assert time.monotonic() < deadline, "not saved"
+        time.sleep(0.2)
+        saved = lab.read_saved()
     assert judge_notebook(lab.notebook).passed
     (cell,) = [cell for cell in saved.cells if cell.id == "explore"]
     picture, widget = cell.outputs
