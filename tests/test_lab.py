@@ -37,11 +37,11 @@ from heimdall_onnx.words import distance, number
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 OUTLIER = 5
 SAMPLES = 8  # all that the profile smoke looks at
-_START_S, _RUN_S = 60, 240
+_START_S, _RUN_S = 120, 300
 # Waits until nothing in an element has changed for a moment.
 _QUIET = """element => new Promise(done => {
   const end = () => { watch.disconnect(); done(); };
