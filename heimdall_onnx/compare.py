@@ -372,16 +372,10 @@ def compare_outputs(
     cells = [ParityCell(EVALUATION, first, data.count, found.outputs(data))]
     run.remember_worst(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)
     for size in sorted({1, 2, 3, largest} - {first}):
-        # Whole batches only: a shorter one at the end would be another batch size.
-        rows = np.arange(-(-min(SMALL_BATCH_SAMPLES, data.count) // size) * size)
-        cells.append(run.compare(EVALUATION, data.rows(rows), size))
+        cells.append(run.compare(EVALUATION, first_rows(data, size), size))
     for size in sorted({1, 2, 3, largest}):
-        base = data.rows(np.arange(max(size, 2)))
-        further = examples.at_other_lengths(max(size, 2), seed=size)
-        for kind, inputs in examples.adversarial(base).items():
-            if kind not in further:
-                cells.append(run.compare(kind, inputs, size))
-        cells += [run.compare(kind, inputs, size, valid=True) for kind, inputs in further.items()]
+        for kind, inputs, valid in further_kinds(data, examples, size):
+            cells.append(run.compare(kind, inputs, size, valid=valid))
     independence = _batch_independence(run, data)
     promised = (
         {"PyTorch": run.pytorch, "ONNX": run.onnx},
@@ -421,6 +415,31 @@ def compare_outputs(
         mean_error={o.output: o.mean for o in report.evaluation},
     )
     return report
+
+
+def first_rows(data: EvaluationData, size: int) -> Arrays:
+    """The evaluation inputs that are compared at another batch size than the largest.
+
+    Whole batches only: a shorter one at the end would be another batch size.
+    """
+    return data.rows(np.arange(-(-min(SMALL_BATCH_SAMPLES, data.count) // size) * size))
+
+
+def further_kinds(
+    data: EvaluationData, examples: Examples, size: int
+) -> Iterator[tuple[str, Arrays, bool]]:
+    """Every kind of input beside the evaluation data that is compared at a batch size.
+
+    Yields:
+        Its name, its inputs, and whether they are ordinary ones, at a further length.
+    """
+    count = max(size, 2)
+    further = examples.at_other_lengths(count, seed=size)
+    for kind, inputs in examples.adversarial(data.rows(np.arange(count))).items():
+        if kind not in further:
+            yield kind, inputs, False
+    for kind, inputs in further.items():
+        yield kind, inputs, True
 
 
 def locate_departure(report: ParityReport, model: nn.Module, onnx_path: Path) -> Departure | None:

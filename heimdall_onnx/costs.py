@@ -35,6 +35,7 @@ STEPS = {
     "upload_release": "upload",
     "register_release": "registration",
     "plot": "figures",
+    "explore_parity": "figures",
 }
 IMPORTS, OTHER = "imports", "other cells"
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +36,7 @@ Floats = npt.NDArray[np.float64]
 
 _SKETCH_K = 64
 WORST_SAMPLES = 8
+_ELEMENTS_AT_ONCE = 1 << 20
 
 # frexp gives a float64 as m·2ᵉ with 0.5 <= |m| < 1 and e from -1073 on: m·2⁵³ is whole.
 _LEAST_EXPONENT = -1073
@@ -280,6 +281,81 @@ class ErrorStatistics:
         return {k: v for k, v in vars(self).items() if k not in skipped}
 
 
+def element_errors(
+    reference: Floats, value: Floats, *, atol: float, rtol: float
+) -> tuple[Floats, Floats, Floats]:
+    """Absolute errors, element by element: as they are, in units of what is allowed, and that.
+
+    Allowed is atol + rtol·|reference|. Where only one side is NaN or Inf, or they differ in it, the
+    error is infinite; where both are the same it is zero.
+    """
+    same = (reference == value) | (np.isnan(reference) & np.isnan(value))
+    finite = np.isfinite(reference) & np.isfinite(value)
+    a, b = np.where(finite, reference, 0.0), np.where(finite, value, 0.0)
+    error = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
+    allowed = atol + rtol * np.abs(a)
+    with np.errstate(divide="ignore"):  # nothing may be allowed at all
+        excess = np.divide(error, allowed, out=np.zeros_like(error), where=error > 0)
+    return error, excess, allowed
+
+
+@dataclass(frozen=True)
+class WorstElements:
+    """Of each sample (N,) that element of an output which differs most from its reference.
+
+    Attributes:
+        element: Its index in the flattened output of the sample.
+        reference: The PyTorch model's value; NaN where the output has no elements.
+        value: The ONNX model's.
+        error: Absolute error, infinite where only one side is NaN or Inf.
+        excess: The same in units of what is allowed there.
+    """
+
+    element: npt.NDArray[np.int64]
+    reference: Floats
+    value: Floats
+    error: Floats
+    excess: Floats
+
+    @classmethod
+    def joined(cls, parts: Sequence[WorstElements]) -> WorstElements:
+        """Those of ``parts``, one after the other."""
+        names = [entry.name for entry in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def worst_elements(
+    reference: npt.NDArray[Any], value: npt.NDArray[Any], *, atol: float, rtol: float
+) -> WorstElements:
+    """Find the elements that differ most in units of what is allowed, atol + rtol·|reference|.
+
+    Args:
+        reference: The PyTorch model's output, sample axis first.
+        value: The ONNX model's, of the same shape.
+        atol: Absolute part of what is allowed.
+        rtol: Relative part.
+    """
+    width = math.prod(reference.shape[1:])
+    if width == 0:
+        nothing = np.zeros(len(reference))
+        missing = np.full(len(reference), np.nan)
+        return WorstElements(nothing.astype(np.int64), missing, missing, nothing, nothing)
+    # A part at a time: float64 takes twice the memory, and there may be much of it.
+    step = max(1, _ELEMENTS_AT_ONCE // width)
+    parts = []
+    for start in range(0, max(len(reference), 1), step):
+        a, b = (
+            array[start : start + step].reshape(-1, width).astype(np.float64)
+            for array in (reference, value)
+        )
+        error, excess, _ = element_errors(a, b, atol=atol, rtol=rtol)
+        element = excess.argmax(axis=1)
+        rows = np.arange(len(a))
+        found = (array[rows, element] for array in (a, b, error, excess))
+        parts.append(WorstElements(element.astype(np.int64), *found))
+    return WorstElements.joined(parts)
+
+
 class ErrorAccumulator:
     """Collects `ErrorStatistics` of one output, batch by batch, in constant memory."""
 
@@ -319,16 +395,12 @@ class ErrorAccumulator:
             self._violations += a.size
             self._excess = np.inf
             return
-        same = (a == b) | (np.isnan(a) & np.isnan(b))
         finite = np.isfinite(a) & np.isfinite(b)
-        error = np.where(finite, np.abs(a - np.where(finite, b, 0.0)), np.where(same, 0.0, np.inf))
+        error, excess, allowed = element_errors(a, b, atol=self._atol, rtol=self._rtol)
         self._count += a.size
-        self._mismatches += int((~finite & ~same).sum())
+        self._mismatches += int((np.isinf(error) & ~finite).sum())
         self._nonfinite += int((~np.isfinite(b)).sum())
-        allowed = self._atol + self._rtol * np.where(finite, np.abs(a), 0.0)
         self._violations += int((error > allowed).sum())
-        with np.errstate(divide="ignore"):  # nothing may be allowed at all
-            excess = np.divide(error, allowed, out=np.zeros_like(error), where=error > 0)
         self._excess = max(self._excess, float(excess.max(initial=0.0)))
         self._add_finite(a[finite], b[finite], error[finite])
         self._add_worst(a, b, error, excess, first)

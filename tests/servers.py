@@ -108,7 +108,7 @@ def mlflow_server(database_uri: str, folder: Path) -> Iterator[str]:
         )
     try:
         deadline = time.monotonic() + 120
-        while not _answers(f"{address}/health"):
+        while not answers(f"{address}/health"):
             if server.poll() is not None or time.monotonic() > deadline:
                 pytest.fail("mlflow server did not start:\n" + (folder / "log").read_text())
             time.sleep(0.2)
@@ -118,7 +118,7 @@ def mlflow_server(database_uri: str, folder: Path) -> Iterator[str]:
         server.wait(timeout=30)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return response.status == 200

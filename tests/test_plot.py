@@ -289,6 +289,7 @@ def charts(
         found += [
             plot.error_by_magnitude(report),
             plot.worst_inputs(report, data),
+            plot.errors_by_sample(report),
             plot.optimization_levels(levels),
             plot.operators(levels),
         ]
@@ -311,7 +312,7 @@ def charts(
 def test_every_chart_of_a_real_run_is_a_small_png_titled_with_its_answer(
     charts: list[plot.Chart],
 ) -> None:
-    assert len(charts) == 23
+    assert len(charts) == 25
     for chart in charts:
         png = chart.to_png()
         image = Image.open(io.BytesIO(png))
@@ -1225,6 +1226,45 @@ def test_outputs_without_elements_have_no_worst_input() -> None:
     report = erring(np.zeros((3, 0), np.float32), np.zeros((3, 0)))
     given = EvaluationData({"x": np.zeros((3, 4), np.float32)}, None, {}, "c.npz", "ab", {})
     assert plot.worst_inputs(report, given) is None
+
+
+def test_sample_that_stands_out_is_named_at_its_place() -> None:
+    errors = np.full((30, 1), 1e-7)
+    errors[17] = 5e-6
+    chart = plot.errors_by_sample(erring(np.ones((30, 1), np.float32), errors))
+    assert chart.title.startswith("Sample 17 stands out: 0.4")
+    line = artists(chart.figure, "samples y")[0]
+    places = dict(zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True))
+    assert places[17] == pytest.approx(5e-6 / (TOLERANCE + RTOL), rel=0.02)
+    assert artists(chart.figure, "named 17")[0].xy == (17, places[17])
+    assert "sample 17, 0.4" in chart.alt
+
+
+def test_even_errors_name_no_sample_as_standing_out() -> None:
+    chart = plot.errors_by_sample(erring(np.ones((8, 1), np.float32), np.full((8, 1), 2e-6)))
+    assert chart.title.startswith("No sample stands out")
+    equal = plot.errors_by_sample(erring(np.ones((8, 1), np.float32), np.zeros((8, 1))))
+    assert equal.title == "The models give equal answers to every sample"
+
+
+def test_worst_sample_is_drawn_though_its_answers_were_not_kept() -> None:
+    errors = np.full((30, 1), 1e-7)
+    errors[17] = 5e-6
+    report = erring(np.ones((30, 1), np.float32), errors)
+    kept = np.array([0, 1, 2, 3, 28, 29])
+    part = {side: {"y": getattr(report, side)["y"][kept]} for side in ("pytorch", "onnx")}
+    chart = plot.errors_by_sample(replace(report, plotted=kept, **part))
+    assert chart.title.startswith("Sample 17 stands out")
+    assert 17 in artists(chart.figure, "samples y")[0].get_xdata()
+    assert "6 evenly spaced" in visible_text(chart)
+
+
+def test_samples_that_can_not_be_compared_are_said() -> None:
+    lost = np.zeros((4, 1))
+    lost[2] = np.nan
+    chart = plot.errors_by_sample(erring(np.ones((4, 1), np.float32), lost))
+    assert chart.title == "Sample 2 can't be compared: NaN or Inf in one model only"
+    assert chart.to_png()
 
 
 def test_equal_models_have_no_worst_input(data: EvaluationData) -> None:

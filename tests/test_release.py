@@ -138,6 +138,14 @@ def test_release_passes_every_gate_and_says_smoke(released):
     assert all(gate["passed"] for gate in released.result.gates)
 
 
+def test_report_has_the_picture_of_what_can_be_explored_and_no_widget(released):
+    notebook = nbformat.read(Path(released.result.local_report).with_suffix(".ipynb"), 4)
+    (cell,) = [cell for cell in notebook.cells if cell.id == "explore"]
+    assert [set(output.data) for output in cell.outputs] == [{"image/png", "text/plain"}]
+    text = Path(released.result.local_report).with_suffix(".ipynb").read_text()
+    assert "vnd.jupyter.widget" not in text
+
+
 def test_folder_holds_what_the_manifest_says_and_nothing_else(released):
     # Plain boto3, as somebody without this package would read it.
     s = released.settings

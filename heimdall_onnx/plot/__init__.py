@@ -26,6 +26,7 @@ from heimdall_onnx.plot.optimization import operators, optimization_levels
 from heimdall_onnx.plot.positions import position_map
 from heimdall_onnx.plot.reliability import reliability
 from heimdall_onnx.plot.roofline import roofline
+from heimdall_onnx.plot.samples import errors_by_sample
 from heimdall_onnx.plot.scatter import parity_scatter
 from heimdall_onnx.plot.task import task_error
 from heimdall_onnx.plot.throughput import throughput
@@ -38,6 +39,7 @@ __all__ = [
     "error_along_depth",
     "error_by_magnitude",
     "error_distribution",
+    "errors_by_sample",
     "latency",
     "latency_over_time",
     "localization_errors",

@@ -46,14 +46,26 @@ class OutputColumn:
     def elements(self) -> list[str]:
         """What to call the elements of a sample; empty if they are too many to tell apart."""
         width = self.reference.shape[1]
-        if (self.spec.unit == DEGREES or self.of_position) and width == 2:
-            return ["latitude", "longitude"]
-        return [f"element {i}" for i in range(width)] if 1 < width <= len(ELEMENT_MARKERS) else []
+        names = element_names(self.spec, width, of_position=self.of_position)
+        return names if 1 < width <= len(ELEMENT_MARKERS) else []
 
     def label(self, what: str) -> str:
         """``what`` with the unit."""
         unit = unit_of(self.spec.unit)
         return f"{what} ({plain(unit)})" if unit else what
+
+
+def element_names(spec: TensorSpec, width: int, *, of_position: bool) -> list[str]:
+    """What to call the elements of an output with so many of them.
+
+    Args:
+        spec: The output.
+        width: Elements of a sample.
+        of_position: Whether it is the spread of a position, whose elements it shares.
+    """
+    if (spec.unit == DEGREES or of_position) and width == 2:
+        return ["latitude", "longitude"]
+    return [f"element {i}" for i in range(width)]
 
 
 def worst_columns(report: ParityReport) -> list[OutputColumn]:

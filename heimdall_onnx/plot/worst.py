@@ -15,7 +15,7 @@ from heimdall_onnx.compare import ParityReport
 from heimdall_onnx.departure import compare_values
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.plot.chart import INK, Chart, new_figure, no_grid, plain, say, styled
-from heimdall_onnx.signature import Arrays, TensorSpec
+from heimdall_onnx.signature import Arrays, Signature, TensorSpec
 from heimdall_onnx.statistics import ErrorStatistics, WorstSample
 from heimdall_onnx.words import after, name, number
 
@@ -68,9 +68,7 @@ def worst_inputs(report: ParityReport, data: EvaluationData) -> Chart | None:
     title = _answer(found)
     many = len(report.signature.inputs) > 1
     subtitle = (
-        f"{name(report.source, 60)} · beside each input both models' answers · colours from each "
-        f"{'column' if many else 'channel'}'s smallest to its largest value"
-        + (f", of inputs with more than {_COLUMNS} columns from the input's" if many else "")
+        f"{name(report.source, 60)} · beside each input both models' answers · {_scale_of(many)}"
     )
     figure = new_figure(title, subtitle, height=(2.15 if many else 1.75) * len(found))
     bands = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
@@ -113,32 +111,78 @@ def _answer(found: list[_Worst]) -> str:
     )
 
 
+@styled
+def sample_inputs(inputs: Arrays, signature: Signature, title: str) -> Chart | None:
+    """How the inputs of one sample look, drawn as `worst_inputs` draws them.
+
+    Args:
+        inputs: One array per input, without the batch axis.
+        signature: Of the model.
+        title: What sample it is.
+
+    Returns:
+        None where no input has elements.
+    """
+    if not any(array.size for array in inputs.values()):
+        return None
+    many = len(inputs) > 1
+    figure = new_figure(title, _scale_of(many), height=2.15 if many else 1.75)
+    (band,) = figure.subfigures(1, 1, squeeze=False)[0]
+    _draw_inputs(band, inputs, signature, beside=False)
+    shapes = "; ".join(
+        f"{n}: {' × '.join(map(str, a.shape)) or 'one value'}, from {number(float(a.min()), 3)} to "
+        f"{number(float(a.max()), 3)}"
+        for n, a in inputs.items()
+        if a.size
+    )
+    return Chart(figure, title, f"Inputs: {shapes}.")
+
+
+def _scale_of(many: bool) -> str:
+    return (
+        f"colours from each {'column' if many else 'channel'}'s smallest to its largest value"
+        + (f", of inputs with more than {_COLUMNS} columns from the input's" if many else "")
+    )
+
+
 def _draw_sample(band: SubFigure, sample: _Worst, inputs: Arrays, report: ParityReport) -> None:
+    panels = _draw_inputs(band, inputs, report.signature, beside=True)
+    _write(panels[-1], sample, report)
+
+
+def _draw_inputs(
+    band: SubFigure, inputs: Arrays, signature: Signature, *, beside: bool
+) -> list[Axes]:
+    """The panels of a sample's inputs, and ``beside`` them an empty one for text."""
     if len(inputs) > 1:
-        _draw_inputs(band, sample, inputs, report)
-        return
+        return _draw_many(band, inputs, signature, beside=beside)
     channels = _channels(next(iter(inputs.values())))
     shown = channels[:_CHANNELS_SHOWN]
     count = max(1, len(shown))
-    panels = band.subplots(1, count + 1, width_ratios=[1.0] * count + [2.2], squeeze=False)[0]
+    widths = [1.0] * count + [2.2] * beside
+    panels = list(band.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
     for number_, (axes, channel) in enumerate(zip(panels, shown, strict=False)):
         _draw_channel(axes, channel)
         more = f" of {len(channels)}" if len(channels) > len(shown) else ""
         axes.set_title(f"channel {number_}{more}", fontsize=9)
     if not shown:
         say(panels[0], "not drawn")
-    _write(panels[-1], sample, report)
+    return panels
 
 
-def _draw_inputs(band: SubFigure, sample: _Worst, inputs: Arrays, report: ParityReport) -> None:
+def _draw_many(
+    band: SubFigure, inputs: Arrays, signature: Signature, *, beside: bool
+) -> list[Axes]:
     """Each input as an image, a single value for each row as the number itself."""
-    drawn = [spec for spec in report.signature.inputs if inputs[spec.name].size]
+    drawn = [spec for spec in signature.inputs if inputs[spec.name].size]
     drawn = drawn[:_INPUTS_SHOWN]
     widths = [1.0 if inputs[spec.name].ndim > 1 else 0.5 for spec in drawn]
     # Characters of a panel of width 1.
-    limit = int(100 * _INPUTS_SHARE / max(sum(widths), 1.0))
-    text_width = sum(widths) * (1 - _INPUTS_SHARE) / _INPUTS_SHARE
-    panels = band.subplots(1, len(drawn) + 1, width_ratios=[*widths, text_width], squeeze=False)[0]
+    share = _INPUTS_SHARE if beside else 1.0
+    limit = int(100 * share / max(sum(widths), 1.0))
+    text_width = [sum(widths) * (1 - _INPUTS_SHARE) / _INPUTS_SHARE] * beside
+    ratios = [*widths, *text_width]
+    panels = list(band.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
     for axes, spec, width in zip(panels, drawn, widths, strict=False):
         values = np.atleast_1d(inputs[spec.name])
         no_grid(axes)
@@ -151,7 +195,7 @@ def _draw_inputs(band: SubFigure, sample: _Worst, inputs: Arrays, report: Parity
         axes.set_title(plain(f"{_folded(spec.name, int(limit * width))}\n{shape}"), fontsize=9)
         if image.shape[1] == 1 and len(image) <= _ROWS_WRITTEN:
             _write_values(axes, cells[:, 0], [_value(value, spec) for value in image[:, 0]])
-    _write(panels[-1], sample, report)
+    return panels
 
 
 def _scaled(image: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
