@@ -6,7 +6,6 @@ Thin, as the rest of the command line: values in, results out, exit codes from t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -331,8 +330,8 @@ def _show_review(review: Review, as_json: bool) -> None:
     before = f"version {review.previous}" if review.previous else "nothing"
     click.echo(
         f"{review.model_name}@{review.alias} points at version {review.version} now, "
-        f"before at {before}\nrelease  {review.release}\nrecord   {review.record_uri}\n"
-        f"page     {review.page_uri}"
+        f"before at {before}\nrelease  {review.release}\nrecord   {review.record_uri}"
+        + (f"\npage     {review.page_uri}" if review.page_uri else "")
     )
     if review.comparison:
         for line in (*map(str, review.comparison.ratios), *review.comparison.notes):
@@ -551,8 +550,7 @@ def link(version: str, bucket: str, prefix: str, hours: float) -> None:
 
     folder = _folder(version, bucket, prefix)
     for one in share_release(_store(), folder, expires_s=max(1, int(hours * 3600))):
-        # Without the hash that the name of a decision's page ends with.
-        click.echo(f"{re.sub('-[0-9a-f]{64}', '', one.name):<40}{one.url.get_secret_value()}")
+        click.echo(f"{one.name:<14}{one.url.get_secret_value()}")
 
 
 @click.command(cls=Command, example="heimdall-onnx policy reviewer --bucket heimdall-models")

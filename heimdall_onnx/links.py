@@ -18,17 +18,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SecretStr
 
 from heimdall_onnx.errors import ParameterError, VerificationError
-from heimdall_onnx.manifest import (
-    BOM,
-    REPORT,
-    REPORT_HTML,
-    REVIEW_PAGE,
-    REVIEWS,
-    Manifest,
-    read_manifest,
-)
+from heimdall_onnx.manifest import BOM, REPORT, REPORT_HTML, Manifest, read_manifest
 from heimdall_onnx.publish import content_type
-from heimdall_onnx.store import MANIFEST, format_uri, hash_object, list_keys
+from heimdall_onnx.store import MANIFEST, hash_object
 from heimdall_onnx.store_client import store_errors
 
 if TYPE_CHECKING:
@@ -55,9 +47,7 @@ class Link:
 
 
 def share_release(client: S3Client, folder_uri: str, *, expires_s: int) -> tuple[Link, ...]:
-    """Links to what a reviewer reads of a release.
-
-    Report, notebook, manifest, bill of materials, and the report with who has decided about it.
+    """Links to what a reviewer reads of a release: report, notebook, manifest, bill of materials.
 
     Nothing else of the release can be read with them, and nothing can be written.
 
@@ -85,36 +75,20 @@ def share_release(client: S3Client, folder_uri: str, *, expires_s: int) -> tuple
                 f"{manifest.uri}/{name} is not what was released, so no link is made; see "
                 "`heimdall-onnx verify`"
             )
-    names += _latest_page(client, manifest)
     with store_errors(client, f"sign links to {folder_uri}"):
         return tuple(
             Link(name, _sign(client, manifest, name, expires_s), expires_s) for name in names
         )
 
 
-def _latest_page(client: S3Client, manifest: Manifest) -> list[str]:
-    """The report with who has decided about the release, if anybody has."""
-    folder = f"{manifest.folder}/"
-    keys = list_keys(client, manifest.bucket, f"{folder}{REVIEWS}/")
-    pages = sorted(key for key in keys if REVIEW_PAGE.fullmatch(key.removeprefix(folder)))
-    for key in pages[-1:]:
-        digest = hash_object(client, manifest.bucket, key)[0]
-        if not key.endswith(f"-{digest}.html"):
-            raise VerificationError(
-                f"{format_uri(manifest.bucket, key)} is not what was written, so no link is made; "
-                "see `heimdall-onnx verify`"
-            )
-    return [key.removeprefix(folder) for key in pages[-1:]]
-
-
 def _sign(client: S3Client, manifest: Manifest, name: str, expires_s: int) -> SecretStr:
-    # Only reports are for the browser. What it is shown as must not depend on how it was stored.
-    shown = "inline" if name.endswith(".html") else "attachment"
+    # Only the report is for the browser. What it is shown as must not depend on how it was stored.
+    shown = "inline" if name == REPORT_HTML else "attachment"
     parameters: dict[str, Any] = {
         "Bucket": manifest.bucket,
         "Key": f"{manifest.folder}/{name}",
         "ResponseContentType": content_type(name),
-        "ResponseContentDisposition": f'{shown}; filename="{name.rpartition("/")[2]}"',
+        "ResponseContentDisposition": f'{shown}; filename="{name}"',
         "ResponseCacheControl": "private, no-store",
     }
     return SecretStr(

@@ -26,8 +26,6 @@ MODEL, REPORT, REPORT_HTML = "model.onnx", "report.ipynb", "report.html"
 BOM, SIGNATURE, REVIEWS = "bom.cdx.json", "model.sig", "reviews"
 # Below the reviews, which come after the signature too: who may review a release may add to them.
 COMPARISONS = f"{REVIEWS}/comparisons"
-# Each has its SHA-256 in its name.
-REVIEW_PAGE = re.compile(rf"{REVIEWS}/[A-Za-z0-9_]+-[0-9a-f]{{64}}\.html")
 CONTENT = "objects/sha256"
 DATASETS = "objects/datasets"
 VARIANTS, RECOMMENDED = "variants", "recommended"

@@ -8,6 +8,7 @@ folded, and the prose before a figure as the caption that says how to read it.
 from __future__ import annotations
 
 import base64
+import binascii
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Cells with this tag are for whoever doubts: the page folds what they show.
 DETAILS = "details"
+# A section of such cells is left out if they ran and show nothing.
+OPTIONAL = "optional"
 _TEMPLATES = Path(__file__).parent / "templates"
 # papermill's own words on a failure, which the verdict says better.
 _ERROR_MARKS = {"papermill-error-cell-tag"}
@@ -95,13 +98,13 @@ def arrange(notebook: NotebookNode) -> dict[str, Any]:
             cell.outputs = [o for o in cell.outputs if not _is_record(o)]
             for output in cell.outputs:
                 _arrange_output(cell, output)
-    contents, left_out = [], []
+    contents: list[dict[str, Any]] = []
+    left_out: list[str] = []
     for block in _blocks(notebook.cells):
         head = block[0].page if block[0].cell_type == "markdown" else {}
         outputs = [o for cell in block for o in cell.get("outputs", [])]
-        ran = len(block) > 1 and all(c.execution_count for c in block[1:] if c.source.strip())
-        if head.get("level") == 3 and ran and not outputs:
-            left_out.append(head["heading"])
+        if _did_not_arise(block, outputs):
+            left_out += filter(None, [head.get("heading")])
             for cell in block:
                 cell.page["left_out"] = True
             continue
@@ -142,6 +145,14 @@ def _blocks(cells: list[NotebookNode]) -> Iterator[list[NotebookNode]]:
         block.append(cell)
     if block:
         yield block
+
+
+def _did_not_arise(block: list[NotebookNode], outputs: list[NotebookNode]) -> bool:
+    """Whether all that a section would show, it has found not to be there to be shown."""
+    code = [cell for cell in block[1:] if cell.cell_type == "code" and cell.source.strip()]
+    optional = all(OPTIONAL in cell.metadata.get("tags", []) for cell in code)
+    ran = all(cell.execution_count for cell in code)
+    return block[0].cell_type == "markdown" and bool(code) and optional and ran and not outputs
 
 
 def _split(source: str) -> dict[str, Any]:
@@ -185,5 +196,8 @@ def _arrange_block(block: list[NotebookNode], outputs: list[NotebookNode]) -> No
 
 def _size(png: str) -> tuple[int, int] | None:
     """Width and height of a PNG, so that the page keeps room for it; None if it is none."""
-    start = base64.b64decode(png[:64])
-    return struct.unpack(">II", start[16:24]) if start[12:16] == b"IHDR" else None
+    try:
+        start = base64.b64decode(png[:64])
+        return struct.unpack(">II", start[16:24]) if start[12:16] == b"IHDR" else None
+    except (binascii.Error, struct.error):
+        return None

@@ -25,24 +25,23 @@ from heimdall_onnx.errors import (
     ParameterError,
     PromotionError,
     RegistryError,
+    ServiceError,
     StoreError,
     VerificationError,
 )
 from heimdall_onnx.head_to_head import HeadToHead, Limits, compare_models
 from heimdall_onnx.interrupts import uninterrupted
+from heimdall_onnx.loading import released_signature
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import MODEL, REPORT, REVIEWS, Manifest, read_manifest
 from heimdall_onnx.mlflow_page import add_review, review_line
 from heimdall_onnx.parameters import check_parameters
 from heimdall_onnx.publish import content_type, to_json
 from heimdall_onnx.rendering import Decision, render_html
-from heimdall_onnx.signature import Signature
 from heimdall_onnx.store import (
     delete_objects,
     download_file,
     format_uri,
-    list_keys,
-    read_json,
     upload_bytes,
 )
 from heimdall_onnx.verify import (
@@ -76,7 +75,8 @@ class Review:
         reviewer: Who decided.
         note: Why.
         record_uri: The review record.
-        page_uri: The report with who has decided about it at its head.
+        page_uri: The report with who has decided about it at its head; None if it could not be
+            kept.
         findings: Everything that was verified.
         comparison: How it compares with the version before; None where that was not asked for.
     """
@@ -90,7 +90,7 @@ class Review:
     reviewer: str
     note: str
     record_uri: str
-    page_uri: str
+    page_uri: str | None
     findings: tuple[Finding, ...] = field(repr=False)
     comparison: HeadToHead | None = None
 
@@ -337,7 +337,7 @@ def _compare(
             data = open_kept(client, manifest.dataset)
         elif content is not None:
             data = fetch_content(client, manifest.bucket, content, Path(folder))
-        signature = Signature.from_dict(manifest.data["model"]["signature"])
+        signature = released_signature(manifest)
         return compare_models(models[0], models[1], data, signature, limits, version=holder)
 
 
@@ -393,16 +393,13 @@ def _write_down(
             "environment": capture_environment().to_dict(),
         }
     )
-    page = _page(connection, manifest, Decision(action, alias, reviewer, note, now))
-    stamp = f"{now:%Y%m%d_%H%M%S}_{action}"
-    keys, tags = [], {}
-    for content, suffix in ((record, ".json"), (page, ".html")):
-        digest = hashlib.sha256(content).hexdigest()
-        keys.append(f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}{suffix}")
-        tags[f"{REVIEW_TAG}{stamp}_{digest[:12]}"] = digest
-        kind = content_type(f"review{suffix}")
-        upload_bytes(connection.client, content, manifest.bucket, keys[-1], content_type=kind)
-    connection.tracker.set_version_tags(name, version, tags)
+    digest, stamp = hashlib.sha256(record).hexdigest(), f"{now:%Y%m%d_%H%M%S}_{action}"
+    key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.json"
+    tag = f"{REVIEW_TAG}{stamp}_{digest[:12]}"
+    upload_bytes(
+        connection.client, record, manifest.bucket, key, content_type=content_type("review.json")
+    )
+    connection.tracker.set_version_tags(name, version, {tag: digest})
     try:
         append_move(
             connection.client,
@@ -420,10 +417,9 @@ def _write_down(
     except PromotionError:
         # Of two who decide at once only one has decided. Where a reviewer may not delete, the
         # record stays as one that was not completed.
-        for tag in tags:
-            connection.tracker.delete_version_tag(name, version, tag)
+        connection.tracker.delete_version_tag(name, version, tag)
         with contextlib.suppress(StoreError):
-            delete_objects(connection.client, manifest.bucket, keys)
+            delete_objects(connection.client, manifest.bucket, [key])
         raise
     follow_log(connection.client, manifest.bucket, connection.tracker, name, alias)
     log.info("alias moved", alias=alias, model_name=name, version=version, previous=previous)
@@ -443,32 +439,52 @@ def _write_down(
         previous=previous,
         reviewer=reviewer,
         note=note,
-        record_uri=format_uri(manifest.bucket, keys[0]),
-        page_uri=format_uri(manifest.bucket, keys[1]),
+        record_uri=format_uri(manifest.bucket, key),
+        page_uri=_store_page(connection, manifest, stamp),
         findings=findings,
         comparison=comparison,
     )
 
 
-def _page(connection: Connection, manifest: Manifest, decision: Decision) -> bytes:
-    """The report with who has decided about it at its head, so that it alone says so."""
-    client, bucket = connection.client, manifest.bucket
-    tags = connection.tracker.get_version(manifest.model_name, manifest.model_version).tags
-    earlier = []
-    for key in list_keys(client, bucket, f"{manifest.folder}/{REVIEWS}/"):
-        # Of what was not completed the registry knows nothing.
-        if key.endswith(".json") and key.removesuffix(".json")[-64:] in tags.values():
-            earlier.append(_decision(read_json(client, bucket, key)))
+def _store_page(connection: Connection, manifest: Manifest, stamp: str) -> str | None:
+    """Store the report with who has decided about it at its head, so that it alone says so.
+
+    The decision is made and recorded: that its page can't be made changes nothing of it.
+    """
+    try:
+        page = _page(connection, manifest)
+        digest = hashlib.sha256(page).hexdigest()
+        key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.html"
+        kind = content_type("review.html")
+        upload_bytes(connection.client, page, manifest.bucket, key, content_type=kind)
+        tags = {f"{REVIEW_TAG}{stamp}_{digest[:12]}": digest}
+        connection.tracker.set_version_tags(manifest.model_name, manifest.model_version, tags)
+    except (ServiceError, VerificationError) as error:
+        log.warning("page of the decision not kept", release=manifest.uri, reason=str(error))
+        return None
+    return format_uri(manifest.bucket, key)
+
+
+def _page(connection: Connection, manifest: Manifest) -> bytes:
+    client, bucket, entry = connection.client, manifest.bucket, manifest.objects.get(REPORT)
+    if entry is None:
+        raise VerificationError(f"{manifest.uri} has no {REPORT}")
+    # What the logs do not have was not decided.
+    moves = [
+        move
+        for alias in logged_aliases(client, bucket, manifest.model_name)
+        for move in read_log(client, bucket, manifest.model_name, alias)
+        if move.release == manifest.uri and move.action in ("promote", "rollback")
+    ]
+    decisions = [
+        Decision(move.action, move.alias, move.by, move.note, datetime.fromisoformat(move.time))
+        for move in sorted(moves, key=lambda move: move.time)
+    ]
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
-        path, entry = Path(folder) / REPORT, manifest.objects[REPORT]
+        path = Path(folder) / REPORT
         download_file(client, bucket, entry.key, path, sha256=entry.sha256)
         title = f"{manifest.model_name} {manifest.version}"
-        return render_html(path, title, [*earlier, decision]).read_bytes()
-
-
-def _decision(record: dict[str, Any]) -> Decision:
-    what = {name: str(record[name]) for name in ("action", "alias", "reviewer", "note")}
-    return Decision(**what, time=datetime.fromisoformat(record["time"]))
+        return render_html(path, title, decisions).read_bytes()
 
 
 def _last_number(connection: Connection, bucket: str, name: str, alias: str) -> int:

@@ -36,13 +36,12 @@ def _fidelity(record: Mapping[str, Any]) -> str:
     answer = (
         f"The ONNX model answers as the PyTorch model does: all {len(gates)} gates hold"
         if not failed
-        else f"The ONNX model is not shown to answer as the PyTorch model does: "
-        f"{len(failed)} of {len(gates)} gates fail ({', '.join(failed)})"
+        else f"{len(failed)} of {count_of(len(gates), 'gate')} fail: {', '.join(failed)}"
     )
     told = [
         f"on {count_of(parity['samples'], 'sample')} of {record['evaluation_data']['source']}, "
-        f"the largest difference is {number(_finite(worst['maximum']))}{after(worst['unit'])} "
-        f"(in {worst['output']}, {number(_finite(worst['excess']))} of what is allowed there)"
+        f"{worst['output']} differ by {number(_finite(worst['maximum']))}{after(worst['unit'])} at "
+        f"most, and nowhere by more than {number(_finite(worst['excess']))} of what is allowed"
     ]
     if parity["ground"] is not None:
         moved = _finite(parity["ground"]["displacement_p99_m"])

@@ -434,7 +434,7 @@ def file_url(place, tmp_path_factory) -> str:
 def shown(page) -> list[str]:
     """The versions that are to be seen, from top to bottom."""
     heads = page.locator("tbody tr:visible th")
-    return [re.search(r"v\d{8}_\d{6}", text)[0] for text in heads.all_inner_texts()]
+    return [re.search(r"v\d{8}_\d{6}", text)[0] for text in heads.all_text_contents()]
 
 
 def test_columns_sort_both_ways_with_missing_values_last(place, browser, file_url):

@@ -12,7 +12,13 @@ import nbformat
 import pytest
 from browser import DESKTOP, NARROW, chromium, open_in_chromium, violations
 from bs4 import BeautifulSoup
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import (
+    new_code_cell,
+    new_markdown_cell,
+    new_notebook,
+    new_output,
+    new_raw_cell,
+)
 from PIL import Image
 
 from heimdall_onnx import report
@@ -79,7 +85,9 @@ CELLS = (
     new_markdown_cell("### Does it agree?\n\nPoints on the line agree.", id="question"),
     code("plot()", figure(), id="scatter"),
     new_markdown_cell("### Do the members agree?\n\nOf an ensemble.", id="members"),
-    code("plot_members()"),
+    code("plot_members()", tags=("optional",)),
+    new_markdown_cell("### What is computed?\n\nSomething.", id="computed"),
+    code("only = computed"),
     code("record()", record(passed=True)),
 )
 
@@ -132,7 +140,9 @@ def test_verdict_sentences_gates_and_facts_come_before_the_notebook(passed):
 def test_contents_name_every_section_and_lead_there(passed):
     page = soup(passed)
     links = {a.get_text(): a["href"] for a in page.nav.find_all("a")}
-    assert [*links] == ["Verdict", "A notebook", "1. Section", "Does it agree?"]
+    assert [*links] == [
+        *("Verdict", "A notebook", "1. Section", "Does it agree?", "What is computed?")
+    ]
     ids = [tag["id"] for tag in page.find_all(id=True)]
     assert len(ids) == len(set(ids))
     assert {href.removeprefix("#") for href in links.values()} <= set(ids)
@@ -172,10 +182,16 @@ def test_questions_that_did_not_arise_are_left_out_and_named(passed):
     page = soup(passed)
     assert page.find(id="members") is None
     assert "Do the members agree?" in page.find(id="left-out").find_next("p").get_text()
+    assert page.find(id="computed")
 
 
 def test_question_whose_cell_never_ran_is_not_said_not_to_arise(tmp_path):
-    cells = (new_markdown_cell("### Why?\n\nBecause."), code("x", execution_count=None))
+    cells = (
+        new_markdown_cell("### Why?\n\nBecause."),
+        code("x", tags=("optional",), execution_count=None),
+        new_markdown_cell("### Raw?"),
+        new_raw_cell("raw"),
+    )
     assert arrange(new_notebook(cells=list(cells)))["left_out"] == []
 
 

@@ -8,15 +8,15 @@ from bs4 import BeautifulSoup
 from keys import make_key
 from quick_release import Factory
 
+from heimdall_onnx import store
 from heimdall_onnx.aliases import read_log
 from heimdall_onnx.errors import (
     ParameterError,
     PromotionError,
     RegistryError,
-    VerificationError,
+    StoreError,
 )
 from heimdall_onnx.head_to_head import Limits
-from heimdall_onnx.links import share_release
 from heimdall_onnx.publish import connect
 from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.review import alias_history, promote_release, roll_back
@@ -93,8 +93,6 @@ def test_page_of_a_decision_says_at_its_head_who_has_decided(connection, release
     assert promoted.endswith(" UTC: <b>fast</b>")
     assert gone_back.startswith("Gone back to as production by second reviewer on ")
     assert holds(connection, first)
-    (*_, link) = share_release(connection.client, first.uri, expires_s=60)
-    assert review.page_uri.endswith(link.name)
 
 
 def test_changed_page_of_a_decision_is_found_out(connection, release):
@@ -103,8 +101,36 @@ def test_changed_page_of_a_decision_is_found_out(connection, release):
     bucket, key = parse_uri(review.page_uri)
     connection.client.put_object(Bucket=bucket, Key=key, Body=b"<h1>approved</h1>")
     assert not holds(connection, first)
-    with pytest.raises(VerificationError, match="is not what was written"):
-        share_release(connection.client, first.uri, expires_s=60)
+
+
+def test_decision_stands_where_its_page_can_not_be_kept(connection, release, monkeypatch):
+    first = release()
+    upload = store.upload_bytes
+
+    def refused(client, content, bucket, key, **options):
+        if key.endswith(".html"):
+            raise StoreError("no room")
+        return upload(client, content, bucket, key, **options)
+
+    monkeypatch.setattr("heimdall_onnx.review.upload_bytes", refused)
+    review = promote(connection, first, compare=False)
+    assert (pointed_at(connection), review.page_uri) == ("1", None)
+    assert holds(connection, first)
+
+
+def test_page_names_no_decision_that_the_log_does_not_have(connection, release, monkeypatch):
+    first = release()
+
+    def lost(*arguments, **options):
+        raise StoreError("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("heimdall_onnx.review.append_move", lost)
+        with pytest.raises(StoreError):
+            promote(connection, first, compare=False, reviewer="nobody")
+    review = promote(connection, first, compare=False)
+    page = read_bytes(connection.client, *parse_uri(review.page_uri), limit=10**7).decode()
+    assert "nobody" not in BeautifulSoup(page, "html.parser").find(class_="decisions").get_text()
 
 
 def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, release):
