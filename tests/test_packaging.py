@@ -145,13 +145,13 @@ def test_every_import_of_the_package_comes_without_an_extra():
     homes = metadata.packages_distributions()
     known = {*sys.stdlib_module_names, "heimdall_onnx"}
     # Imported by what asks for them, which says what brings them: a variant, a dataset, training,
-    # a fleet.
-    asked_for = (*EXTRAS["openvino"], *EXTRAS["train"], *EXTRAS["fleet"])
+    # a fleet, exploring.
+    asked_for = (*EXTRAS["openvino"], *EXTRAS["train"], *EXTRAS["fleet"], *EXTRAS["lab"])
     on_request = {canonicalize_name(Requirement(r).name) for r in asked_for}
     with_extra = {
         *("lightning_module.py", "lightning_trainer.py", "dask_workers.py"),
         *("fleet.py", "fleet_report.py", "fleet_tables.py", "fleet_worker.py"),
-        "evaluation_worker.py",
+        *("evaluation_worker.py", "explore_view.py"),
     }
     for path in (ROOT / "heimdall_onnx").rglob("*.py"):
         tree = ast.parse(path.read_text())
