@@ -53,8 +53,10 @@ def _fitted(width: str) -> dict[str, Any]:
 class _FrontEnd(anywidget.AnyWidget):  # type: ignore[misc]
     """What the widgets around it lack in the browser: room, names, and their arrow keys.
 
-    plotly's widget looks at its own width only when the window changes (plotly.py #5208). The
-    handles of a slider have no names. In JupyterLab the arrow keys of a list choose cells instead.
+    plotly's widget looks at its own width only when the window changes (plotly.py #5208), and a
+    browser too busy to load its 5 MB within anywidget's two seconds leaves it empty for good: then
+    this asks for another one. The handles of a slider have no names. In JupyterLab the arrow keys
+    of a list choose cells instead.
     """
 
     _esm = """
@@ -70,9 +72,10 @@ class _FrontEnd(anywidget.AnyWidget):  # type: ignore[misc]
       }
     }
     export default {
-      render({ el }) {
-        let box = null;
-        const drawn = () => box?.querySelector(".js-plotly-plot .scatterlayer .trace");
+      render({ model, el }) {
+        let box = null, empty = null, asked = null;
+        const plot = () => box?.querySelector(".js-plotly-plot") ?? null;
+        const drawn = () => plot()?.querySelector(".scatterlayer .trace");
         const changes = new MutationObserver(() => mend(box));
         // A plot that is still being drawn for the first time must be left alone.
         const fit = () => drawn() && window.dispatchEvent(new Event("resize"));
@@ -85,7 +88,17 @@ class _FrontEnd(anywidget.AnyWidget):  # type: ignore[misc]
         });
         room.observe(el);
         document.addEventListener("plotlywidget-after-render", fit);
+        const watch = setInterval(() => {
+          if (drawn()) return clearInterval(watch);
+          // Twice the same one.
+          if (plot() !== null && plot() === empty && plot() !== asked) {
+            asked = plot();
+            model.send({ kind: "empty" });
+          }
+          empty = plot();
+        }, 4000);
         return () => {
+          clearInterval(watch);
           room.disconnect();
           changes.disconnect();
           document.removeEventListener("plotlywidget-after-render", fit);
@@ -188,6 +201,7 @@ class _View:
         )
         self._list.layout.flex = "1 1 auto"
         self._number = widgets.BoundedIntText(description="Sample", min=0, **_fitted("10em"))
+        self._front_end = _FrontEnd()
         self._figure = self._new_figure()
         self._details = widgets.HTML()
         self.box = self._laid_out()
@@ -202,8 +216,8 @@ class _View:
                 layout=widgets.Layout(flex_flow="row wrap", align_items="center", width="100%"),
             )
 
-        figure = widgets.VBox(
-            [_FrontEnd(), self._figure],
+        self._plot = widgets.VBox(
+            [self._front_end, self._figure],
             layout=widgets.Layout(flex="3 1 420px", min_width="0", overflow="hidden"),
         )
         choice = widgets.VBox(
@@ -211,7 +225,7 @@ class _View:
             layout=widgets.Layout(flex="1 1 250px", min_width="0"),
         )
         beside = widgets.Box(
-            [figure, choice], layout=widgets.Layout(flex_flow="row wrap", width="100%")
+            [self._plot, choice], layout=widgets.Layout(flex_flow="row wrap", width="100%")
         )
         box = widgets.VBox(
             [
@@ -316,9 +330,20 @@ class _View:
             (self._number, self._numbered),
         ):
             control.observe(lambda _, react=react: self._react(react), "value")
+        self._front_end.on_msg(lambda *_: self._draw_anew())
+        self._connect_figure()
+
+    def _connect_figure(self) -> None:
         for index, trace in enumerate(self._points_of):
             trace.on_click(lambda _, points, __, i=index: self._pointed(i, points))
             trace.on_hover(lambda _, points, __, i=index: self._hovered(i, points))
+
+    def _draw_anew(self) -> None:
+        """Put another figure in the place of one that the browser could not load."""
+        self._figure = self._new_figure()
+        self._connect_figure()
+        self._refresh()
+        self._plot.children = [self._front_end, self._figure]
 
     def _react(self, react: Any) -> None:
         """Do what a control is for, unless its value was set by the program; say what is wrong."""

@@ -255,6 +255,17 @@ def test_what_can_not_be_run_is_said_in_the_widget(compared, view_class, tmp_pat
     assert "Not shown: ONNX Runtime can" in view._said.value
 
 
+def test_figure_that_the_browser_could_not_load_is_replaced_by_a_whole_one(compared, view_class):
+    view = view_class(compared.explored())
+    before = view._figure
+    view._front_end._handle_custom_msg({"kind": "empty"}, [])
+    assert view._figure is not before
+    assert view._plot.children[1] is view._figure
+    assert sum(len(trace.x) for trace in view._points_of) == 21
+    view._number.value = 4
+    assert len(view._figure.data[-1].x) == 1
+
+
 def test_names_from_outside_are_inert(tmp_path, view_class):
     hostile = "<img src=x onerror=alert(1)>"
 
