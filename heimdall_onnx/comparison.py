@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,12 @@ from heimdall_onnx.ground import distance_m, error_m
 from heimdall_onnx.head_to_head import Limits, Ratio, error_ratio, positions_of, run_batches
 from heimdall_onnx.npz import whole
 from heimdall_onnx.repeated import Difference
+from heimdall_onnx.report import as_json
 from heimdall_onnx.runtimes import SessionSettings
-from heimdall_onnx.signature import DEGREES, Signature, TensorSpec
+from heimdall_onnx.signature import Signature, TensorSpec
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.untrusted import listed
-from heimdall_onnx.words import count_of, distance, name, number
+from heimdall_onnx.words import after, count_of, distance, name, number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -416,6 +417,7 @@ class ReleaseComparison:
         environment: In what the environments differ that they were made in; None where a release
             records none.
         limits: How much worse B may be.
+        packages_recorded: Whether both record which packages were installed.
     """
 
     a: ComparedRelease
@@ -427,6 +429,7 @@ class ReleaseComparison:
     parameters: tuple[Difference, ...] | None
     environment: tuple[Difference, ...] | None
     limits: Limits
+    packages_recorded: bool = True
 
     @property
     def latency_ratio(self) -> Ratio | None:
@@ -484,7 +487,7 @@ class ReleaseComparison:
         """The figures as JSON without arrays; NaN and Inf as text, as JSON has neither."""
         answers, latency = self.answers, self.latency
         moved, errors, ratio = answers.displacement, answers.errors, self.latency_ratio
-        found: dict[str, Any] = _as_json(
+        found: dict[str, Any] = as_json(
             {
                 "sentence": self.sentence,
                 "worse": list(self.worse),
@@ -527,6 +530,7 @@ class ReleaseComparison:
                         ("environment", self.environment),
                     )
                 },
+                "packages_recorded": self.packages_recorded,
                 "limits": asdict(self.limits),
             }
         )
@@ -541,14 +545,6 @@ def _ratio_dict(ratio: Ratio) -> dict[str, float | bool]:
         "limit": ratio.limit,
         "holds": ratio.holds,
     }
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def ratio_words(ratio: Ratio) -> str:
@@ -633,7 +629,7 @@ def largest_change(answers: Answers) -> ErrorStatistics:
 
 def _output_words(answers: Answers) -> str:
     most = largest_change(answers)
-    called, unit = f"the output {name(most.output)}", _after(most.unit)
+    called, unit = f"the output {name(most.output)}", after(most.unit)
     if most.nonfinite_mismatches:
         return (
             f"{most.nonfinite_mismatches:,} of {most.count:,} values of {called} are NaN or Inf in "
@@ -645,10 +641,6 @@ def _output_words(answers: Answers) -> str:
     if most.count < _SAMPLES_FOR_P99:
         return f"{called} changes {several}by {number(most.maximum)}{unit} at most"
     return f"{called} changes {several}by {number(most.p99)}{unit} at p99"
-
-
-def _after(unit: str | None) -> str:
-    return f" {'degrees' if unit == DEGREES else name(unit)}" if unit else ""
 
 
 def gate_words(gates: Sequence[GatePair] | None, changed: Sequence[GatePair]) -> str:

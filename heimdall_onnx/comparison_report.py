@@ -16,7 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.compared_releases import INPUTS, RECORD, ComparisonParameters, find_pair
+from heimdall_onnx.compared_releases import (
+    INPUTS,
+    RECORD,
+    ComparisonParameters,
+    find_pair,
+    newer_of,
+)
 from heimdall_onnx.comparison import ratio_words
 from heimdall_onnx.errors import ParameterError, SettingsError, VerificationError
 from heimdall_onnx.execution import error_of, execute_notebook
@@ -149,8 +155,8 @@ def compare_releases(
     stored: dict[str, str] = {}
     if store:
         a, b = manifests
-        newer, other = (a, b) if a.version > b.version else (b, a)
-        stored = store_comparison(connection, newer, other, folder)
+        newer = newer_of(a, b)
+        stored = store_comparison(connection, newer, b if newer is a else a, folder)
     return ComparisonResult(
         sentence=figures["sentence"],
         worse=tuple(figures["worse"]),

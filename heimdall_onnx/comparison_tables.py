@@ -140,7 +140,13 @@ def parameters_table(comparison: ReleaseComparison) -> Markdown:
 
 def environment_table(comparison: ReleaseComparison) -> Markdown:
     """Where the two releases were made, as far as that differs."""
-    return _differences(comparison.environment, "environment", "The environments")
+    found = _differences(comparison.environment, "environment", "The environments")
+    if comparison.environment is None or comparison.packages_recorded:
+        return found
+    return Markdown(
+        f"{found.data}\n\nInstalled packages can't be compared: one of the releases does not "
+        "record them."
+    )
 
 
 def _differences(found: Sequence[Difference] | None, head: str, what: str) -> Markdown:
@@ -150,8 +156,20 @@ def _differences(found: Sequence[Difference] | None, head: str, what: str) -> Ma
         return Markdown(f"{what} are the same.")
     return table(
         (head, "A", "B"),
-        [(shown(one.what), _value(one.recorded), _value(one.found)) for one in found],
+        [(shown(one.what), *_values(one)) for one in found],
     )
+
+
+def _values(one: Difference) -> tuple[str, str]:
+    a, b = _value(one.recorded), _value(one.found)
+    if a != b:
+        return a, b
+    # They differ further on than is shown.
+    whole = str(one.recorded), str(one.found)
+    differing = (place for place, (m, n) in enumerate(zip(*whole, strict=False)) if m != n)
+    start = max(0, next(differing, min(map(len, whole))) - _LONGEST // 4)
+    a, b = ("…" * bool(start) + shown(text[start:], _LONGEST) for text in whole)
+    return a, b
 
 
 def _value(value: Figure) -> str:

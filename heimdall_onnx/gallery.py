@@ -130,14 +130,14 @@ def make_gallery(
     folder = prefix.strip("/")
     if not folder:
         raise ParameterError(
-            f"expected the folder of the releases in {bucket}, found an empty prefix; name one, e.g. "
-            "models/localization"
+            f"expected the folder of the releases in {bucket}, found an empty prefix; name one, "
+            "e.g. models/localization"
         )
     # It becomes a part of the page's key.
     if name and not re.fullmatch(NAME, name):
         raise ParameterError(
-            "expected the name of a registered model, of letters, digits, '.', '_' and '-', the first "
-            f"a letter or digit; found {shown(name)}"
+            "expected the name of a registered model, of letters, digits, '.', '_' and '-', the "
+            f"first a letter or digit; found {shown(name)}"
         )
     collected = collect_rows(client, bucket, prefix)
     rows = tuple(row for row in collected.rows if name in ("", row.facts.model_name))

@@ -39,8 +39,8 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# A report needs no script. It is no part of this site (sandbox): it can't read another one, and runs,
-# loads and sends nothing.
+# A report needs no script. It is no part of this site (sandbox): it can't read another one, and
+# runs, loads and sends nothing.
 _REPORT_POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; font-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox allow-downloads"
