@@ -22,7 +22,14 @@ from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.gates import Gate
 from heimdall_onnx.ground import distance_m, error_m
-from heimdall_onnx.head_to_head import Limits, Ratio, error_ratio, positions_of, run_batches
+from heimdall_onnx.head_to_head import (
+    Limits,
+    Ratio,
+    error_ratio,
+    positions_of,
+    run_batches,
+    verdict_reasons,
+)
 from heimdall_onnx.npz import whole
 from heimdall_onnx.repeated import Difference
 from heimdall_onnx.report import as_json
@@ -30,7 +37,7 @@ from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.signature import Signature, TensorSpec
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.untrusted import listed
-from heimdall_onnx.words import after, count_of, distance, name, number
+from heimdall_onnx.words import after, count_of, distance, name, number, unsteady
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,12 +93,18 @@ class LocalizationErrors:
     Attributes:
         a_m: Errors of A (N,) in metres; infinite for a position that is NaN or Inf.
         b_m: Those of B.
-        ratio: Of the medians, B over A; None where a median is not finite or one sample is all.
+        ratio: Of the medians of the samples that are finite in both, B over A; None where these
+            are fewer than two.
     """
 
     a_m: Floats = field(repr=False)
     b_m: Floats = field(repr=False)
     ratio: Ratio | None
+
+    @property
+    def left_out(self) -> int:
+        """Samples that the ratio leaves out: their error is not finite in A or in B."""
+        return int((~(np.isfinite(self.a_m) & np.isfinite(self.b_m))).sum())
 
     @property
     def medians_m(self) -> tuple[float, float]:
@@ -252,8 +265,8 @@ def _checked_positions(found: npt.NDArray[Any], who: str) -> Floats:
 def _errors(both: tuple[Floats, Floats], truth: Floats, limits: Limits) -> LocalizationErrors:
     a, b = (error_m(side, truth) for side in both)
     # What is infinitely far off has no ratio, and resampling may bring it into any median.
-    known = len(truth) > 1 and bool(np.isfinite(a).all() and np.isfinite(b).all())
-    ratio = error_ratio(b, a, 1 + limits.error_growth) if known else None
+    known = np.isfinite(a) & np.isfinite(b)
+    ratio = error_ratio(b[known], a[known], 1 + limits.error_growth) if known.sum() > 1 else None
     return LocalizationErrors(a, b, ratio)
 
 
@@ -461,6 +474,7 @@ class ReleaseComparison:
                 for ratio in self.ratios
                 if not ratio.holds
             ),
+            *(f"B: {reason}" for reason in verdict_reasons(self.b.verdict, self.limits)),
             *(f"gate {name(g.name, 60)} {g.change}" for g in self.gates or () if g.worse),
             *([f"{nonfinite:,} values are NaN or Inf in one of them"] if nonfinite else []),
             *(
@@ -471,17 +485,45 @@ class ReleaseComparison:
         )
 
     @property
+    def not_judged(self) -> tuple[str, ...]:
+        """What a promotion asks for and is not known here, in words."""
+        answers = self.answers
+        found = []
+        if isinstance(self.latency, NotMeasured):
+            found.append(f"latency ({self.latency.reason})")
+        if answers.errors is None:
+            why = "true positions are not known" if answers.positions else "there are no positions"
+            found.append(f"localization error ({why})")
+        elif answers.errors.ratio is None:
+            found.append("localization error (fewer than two samples are finite in both)")
+        if self.gates is None:
+            found.append("gates (one of the releases records none)")
+        return tuple(found)
+
+    @property
+    def judged(self) -> bool:
+        """Whether latency, localization error or gates could be compared."""
+        return bool(self.ratios) or self.gates is not None
+
+    @property
     def sentence(self) -> str:
         """The comparison in one sentence, without a full stop."""
         errors = self.answers.errors
         parts = [
             *_speed_words(self.latency_ratio),
-            *(_error_words(errors) if errors else ()),
+            *([moved] if (moved := self._unsteady()) else ()),
+            *(_error_words(errors) if errors else ["localization error was not compared"]),
             *([_moved_words(self.answers)]),
             gate_words(self.gates, self.changed_gates),
         ]
         text = ", ".join(parts)
         return text[0].upper() + text[1:]
+
+    def _unsteady(self) -> str:
+        measured = self.latency
+        return (
+            "" if isinstance(measured, NotMeasured) else unsteady(measured.to_dict()["contenders"])
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON without arrays; NaN and Inf as text, as JSON has neither."""
@@ -491,6 +533,8 @@ class ReleaseComparison:
             {
                 "sentence": self.sentence,
                 "worse": list(self.worse),
+                "not_judged": list(self.not_judged),
+                "judged": self.judged,
                 "a": asdict(self.a),
                 "b": asdict(self.b),
                 "evaluation_data": answers.source,
@@ -503,6 +547,7 @@ class ReleaseComparison:
                 and {
                     "median_m": dict(zip(("a", "b"), errors.medians_m, strict=True)),
                     "p95_m": dict(zip(("a", "b"), errors.p95s_m, strict=True)),
+                    "left_out": errors.left_out,
                     "ratio": errors.ratio and _ratio_dict(errors.ratio),
                 },
                 "latency": None
@@ -589,7 +634,7 @@ def _error_words(errors: LocalizationErrors) -> Iterator[str]:
     ratio = errors.ratio
     a, b = errors.medians_m
     if ratio is None:
-        yield f"median localization error {distance(a)} (A) and {distance(b)} (B)"
+        yield f"median localization error {distance(a)} (A) and {distance(b)} (B), not compared"
     elif not _clear(ratio):
         yield f"no clear difference in localization error (median {distance(b)})"
     elif ratio.ratio > 1:
@@ -601,6 +646,8 @@ def _error_words(errors: LocalizationErrors) -> Iterator[str]:
             number(100 * (1 - end)) for end in (ratio.ratio, ratio.high, ratio.low)
         )
         yield f"B's median error is {less}% smaller ({least} to {most})"
+    if ratio is not None and errors.left_out:
+        yield f"{count_of(errors.left_out, 'sample')} left out of that (NaN or Inf in one or both)"
 
 
 def _moved_words(answers: Answers) -> str:

@@ -37,6 +37,7 @@ from heimdall_onnx.rendering import render_html
 from heimdall_onnx.report import put_verdict_first
 from heimdall_onnx.store import format_uri, upload_bytes
 from heimdall_onnx.verify import COMPARISON_TAG, open_for_reading
+from heimdall_onnx.words import unsteady
 from heimdall_onnx.workspace import new_run_folder
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def compare_releases(
     versions = " and ".join(manifest.version for manifest in manifests)
     put_verdict_first(
         folder / REPORT,
-        passed=not figures["worse"],
+        passed=not figures["worse"] and figures["judged"],
         title=figures["sentence"],
         facts=_facts(figures),
     )
@@ -224,7 +225,9 @@ def _facts(figures: dict[str, Any]) -> dict[str, str]:
         **sides,
         "evaluation data": f"{figures['samples']:,} samples, {figures['evaluation_data']}",
         "latency of B over A": _latency_fact(figures),
-        "B is worse in": "; ".join(figures["worse"]) or "nothing beyond what PASS allows",
+        "B is worse in": "; ".join(figures["worse"])
+        or ("nothing that was judged" if figures["judged"] else "not known, nothing was judged"),
+        **({"not judged": "; ".join(missing)} if (missing := figures["not_judged"]) else {}),
         "PASS allows": f"that B is worse: {allowed}",
     }
 
@@ -234,11 +237,8 @@ def _latency_fact(figures: dict[str, Any]) -> str:
     if measured is None:
         return f"not measured: {figures['latency_not_measured']}"
     text = ratio_words(Ratio("latency", **{k: measured["ratio"][k] for k in _RATIO}))
-    steady = [side["stationarity"] for side in measured["contenders"]]
-    if any(found is not None and not found["holds"] for found in steady):
-        # Blocks next to each other share what lasts, and not what comes and goes.
-        text += "; the machine was not steady meanwhile, so measure again before you rely on it"
-    return text
+    moved = unsteady(measured["contenders"])
+    return f"{text}; {moved}" if moved else text
 
 
 def store_comparison(
