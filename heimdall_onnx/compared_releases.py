@@ -6,6 +6,7 @@ released them wrote; so what is read from them is checked before it is believed 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ class _Recorded(BaseModel):
 
     parity: _Parity | None = None
     environment: _Environment | None = None
-    distributions: Annotated[dict[str, str], Field(max_length=_MOST)] = Field(default_factory=dict)
+    distributions: Annotated[dict[str, str], Field(max_length=_MOST)] | None = None
     threads: int | None = None
 
 
@@ -190,7 +191,8 @@ class Pair:
     @property
     def newer(self) -> VerifiedRelease:
         """Whichever was released later; B of two of one second."""
-        return newer_of(self.a, self.b)
+        newer = newer_of(self.a.manifest, self.b.manifest)
+        return self.a if newer is self.a.manifest else self.b
 
     @property
     def sides(self) -> tuple[VerifiedRelease, VerifiedRelease]:
@@ -208,9 +210,9 @@ class Pair:
         return data.spread(MOST_SAMPLES)
 
 
-def newer_of(a: VerifiedRelease, b: VerifiedRelease) -> VerifiedRelease:
+def newer_of(a: Manifest, b: Manifest) -> Manifest:
     """Whichever was released later; B of two of one second."""
-    return a if a.manifest.version > b.manifest.version else b
+    return a if a.version > b.version else b
 
 
 def prepare(parameters: ComparisonParameters, settings: Settings) -> ComparisonParameters:
@@ -269,7 +271,7 @@ def open_pair(parameters: ComparisonParameters, settings: Settings) -> Pair:
     manifests = find_pair(connection, parameters)
     folder = Path(parameters.output_dir) / INPUTS
     folder.mkdir(parents=True, exist_ok=True)
-    newer = manifests[0] if manifests[0].version > manifests[1].version else manifests[1]
+    newer = newer_of(*manifests)
     a, b = (
         # Of what it was made of only the evaluation data that are used have to be right.
         _open(connection, who, one, folder, content=one is newer and not parameters.eval_data)
@@ -393,6 +395,7 @@ def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -
         parity=recorded_parity(pair),
         parameters=_parameter_differences(pair),
         environment=_environment_differences(pair),
+        packages_recorded=_packages_recorded(pair),
         limits=Limits(),
     )
     log.info("compared", a=pair.a.facts.uri, b=pair.b.facts.uri, sentence=found.sentence)
@@ -419,31 +422,42 @@ def _parameter_differences(pair: Pair) -> tuple[Difference, ...] | None:
         return None
     was, has = (dict(_made_of(one)) for one in pair.sides)
     return tuple(
-        Difference(what, was.get(what), has.get(what), numerical=True)
+        Difference(what, _figure(was.get(what)), _figure(has.get(what)), numerical=True)
         for what in dict.fromkeys((*was, *has))
-        if was.get(what) != has.get(what)
+        if _written(was.get(what)) != _written(has.get(what))
     )
 
 
-def _made_of(one: VerifiedRelease) -> Iterator[tuple[str, Figure]]:
+def _made_of(one: VerifiedRelease) -> Iterator[tuple[str, object]]:
     """What a release was made of, and with which parameters."""
-    yield "checkpoint, SHA-256", _figure(one.said.checkpoint.get("sha256"))
-    yield "evaluation data, SHA-256", _figure(one.said.evaluation_data.get("sha256"))
-    yield "evaluation samples", _figure(one.said.evaluation_data.get("samples"))
+    yield "checkpoint, SHA-256", one.said.checkpoint.get("sha256")
+    yield "evaluation data, SHA-256", one.said.evaluation_data.get("sha256")
+    yield "evaluation samples", one.said.evaluation_data.get("samples")
     for what, value in (one.said.parameters or {}).items():
         if what not in _OWN_TO_A_RUN:
-            yield what, _figure(value)
+            yield what, value
 
 
 def _figure(value: object) -> Figure:
-    return value if isinstance(value, float | int | str | None) else shown(value)
+    return value if isinstance(value, float | int | str | None) else _written(value)
+
+
+def _written(value: object) -> str:
+    """All of a value: abbreviated, two that differ may look the same."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _environment_differences(pair: Pair) -> tuple[Difference, ...] | None:
     if any(one.recorded.environment is None for one in pair.sides):
         return None
     was, has = (one.recorded.model_dump() for one in pair.sides)
+    if not _packages_recorded(pair):
+        was, has = ({**record, "distributions": {}} for record in (was, has))
     return environment_differences(was, has)
+
+
+def _packages_recorded(pair: Pair) -> bool:
+    return all(one.recorded.distributions is not None for one in pair.sides)
 
 
 def record_comparison(found: ReleaseComparison) -> None:

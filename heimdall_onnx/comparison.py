@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,22 @@ from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.gates import Gate
 from heimdall_onnx.ground import distance_m, error_m
-from heimdall_onnx.head_to_head import Limits, Ratio, error_ratio, positions_of, run_batches
+from heimdall_onnx.head_to_head import (
+    Limits,
+    Ratio,
+    error_ratio,
+    positions_of,
+    run_batches,
+    verdict_reasons,
+)
 from heimdall_onnx.npz import whole
 from heimdall_onnx.repeated import Difference
+from heimdall_onnx.report import as_json
 from heimdall_onnx.runtimes import SessionSettings
-from heimdall_onnx.signature import DEGREES, Signature, TensorSpec
+from heimdall_onnx.signature import Signature, TensorSpec
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.untrusted import listed
-from heimdall_onnx.words import count_of, distance, name, number
+from heimdall_onnx.words import after, count_of, distance, name, number, unsteady
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,12 +93,18 @@ class LocalizationErrors:
     Attributes:
         a_m: Errors of A (N,) in metres; infinite for a position that is NaN or Inf.
         b_m: Those of B.
-        ratio: Of the medians, B over A; None where a median is not finite or one sample is all.
+        ratio: Of the medians of the samples that are finite in both, B over A; None where these
+            are fewer than two.
     """
 
     a_m: Floats = field(repr=False)
     b_m: Floats = field(repr=False)
     ratio: Ratio | None
+
+    @property
+    def left_out(self) -> int:
+        """Samples that the ratio leaves out: their error is not finite in A or in B."""
+        return int((~(np.isfinite(self.a_m) & np.isfinite(self.b_m))).sum())
 
     @property
     def medians_m(self) -> tuple[float, float]:
@@ -251,8 +265,8 @@ def _checked_positions(found: npt.NDArray[Any], who: str) -> Floats:
 def _errors(both: tuple[Floats, Floats], truth: Floats, limits: Limits) -> LocalizationErrors:
     a, b = (error_m(side, truth) for side in both)
     # What is infinitely far off has no ratio, and resampling may bring it into any median.
-    known = len(truth) > 1 and bool(np.isfinite(a).all() and np.isfinite(b).all())
-    ratio = error_ratio(b, a, 1 + limits.error_growth) if known else None
+    known = np.isfinite(a) & np.isfinite(b)
+    ratio = error_ratio(b[known], a[known], 1 + limits.error_growth) if known.sum() > 1 else None
     return LocalizationErrors(a, b, ratio)
 
 
@@ -416,6 +430,7 @@ class ReleaseComparison:
         environment: In what the environments differ that they were made in; None where a release
             records none.
         limits: How much worse B may be.
+        packages_recorded: Whether both record which packages were installed.
     """
 
     a: ComparedRelease
@@ -427,6 +442,7 @@ class ReleaseComparison:
     parameters: tuple[Difference, ...] | None
     environment: tuple[Difference, ...] | None
     limits: Limits
+    packages_recorded: bool = True
 
     @property
     def latency_ratio(self) -> Ratio | None:
@@ -458,6 +474,7 @@ class ReleaseComparison:
                 for ratio in self.ratios
                 if not ratio.holds
             ),
+            *(f"B: {reason}" for reason in verdict_reasons(self.b.verdict, self.limits)),
             *(f"gate {name(g.name, 60)} {g.change}" for g in self.gates or () if g.worse),
             *([f"{nonfinite:,} values are NaN or Inf in one of them"] if nonfinite else []),
             *(
@@ -468,26 +485,56 @@ class ReleaseComparison:
         )
 
     @property
+    def not_judged(self) -> tuple[str, ...]:
+        """What a promotion asks for and is not known here, in words."""
+        answers = self.answers
+        found = []
+        if isinstance(self.latency, NotMeasured):
+            found.append(f"latency ({self.latency.reason})")
+        if answers.errors is None:
+            why = "true positions are not known" if answers.positions else "there are no positions"
+            found.append(f"localization error ({why})")
+        elif answers.errors.ratio is None:
+            found.append("localization error (fewer than two samples are finite in both)")
+        if self.gates is None:
+            found.append("gates (one of the releases records none)")
+        return tuple(found)
+
+    @property
+    def judged(self) -> bool:
+        """Whether latency, localization error or gates could be compared."""
+        return bool(self.ratios) or self.gates is not None
+
+    @property
     def sentence(self) -> str:
         """The comparison in one sentence, without a full stop."""
         errors = self.answers.errors
         parts = [
             *_speed_words(self.latency_ratio),
-            *(_error_words(errors) if errors else ()),
+            *([moved] if (moved := self._unsteady()) else ()),
+            *(_error_words(errors) if errors else ["localization error was not compared"]),
             *([_moved_words(self.answers)]),
             gate_words(self.gates, self.changed_gates),
         ]
         text = ", ".join(parts)
         return text[0].upper() + text[1:]
 
+    def _unsteady(self) -> str:
+        measured = self.latency
+        return (
+            "" if isinstance(measured, NotMeasured) else unsteady(measured.to_dict()["contenders"])
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON without arrays; NaN and Inf as text, as JSON has neither."""
         answers, latency = self.answers, self.latency
         moved, errors, ratio = answers.displacement, answers.errors, self.latency_ratio
-        found: dict[str, Any] = _as_json(
+        found: dict[str, Any] = as_json(
             {
                 "sentence": self.sentence,
                 "worse": list(self.worse),
+                "not_judged": list(self.not_judged),
+                "judged": self.judged,
                 "a": asdict(self.a),
                 "b": asdict(self.b),
                 "evaluation_data": answers.source,
@@ -500,6 +547,7 @@ class ReleaseComparison:
                 and {
                     "median_m": dict(zip(("a", "b"), errors.medians_m, strict=True)),
                     "p95_m": dict(zip(("a", "b"), errors.p95s_m, strict=True)),
+                    "left_out": errors.left_out,
                     "ratio": errors.ratio and _ratio_dict(errors.ratio),
                 },
                 "latency": None
@@ -527,6 +575,7 @@ class ReleaseComparison:
                         ("environment", self.environment),
                     )
                 },
+                "packages_recorded": self.packages_recorded,
                 "limits": asdict(self.limits),
             }
         )
@@ -541,14 +590,6 @@ def _ratio_dict(ratio: Ratio) -> dict[str, float | bool]:
         "limit": ratio.limit,
         "holds": ratio.holds,
     }
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def ratio_words(ratio: Ratio) -> str:
@@ -593,7 +634,7 @@ def _error_words(errors: LocalizationErrors) -> Iterator[str]:
     ratio = errors.ratio
     a, b = errors.medians_m
     if ratio is None:
-        yield f"median localization error {distance(a)} (A) and {distance(b)} (B)"
+        yield f"median localization error {distance(a)} (A) and {distance(b)} (B), not compared"
     elif not _clear(ratio):
         yield f"no clear difference in localization error (median {distance(b)})"
     elif ratio.ratio > 1:
@@ -605,6 +646,8 @@ def _error_words(errors: LocalizationErrors) -> Iterator[str]:
             number(100 * (1 - end)) for end in (ratio.ratio, ratio.high, ratio.low)
         )
         yield f"B's median error is {less}% smaller ({least} to {most})"
+    if ratio is not None and errors.left_out:
+        yield f"{count_of(errors.left_out, 'sample')} left out of that (NaN or Inf in one or both)"
 
 
 def _moved_words(answers: Answers) -> str:
@@ -633,7 +676,7 @@ def largest_change(answers: Answers) -> ErrorStatistics:
 
 def _output_words(answers: Answers) -> str:
     most = largest_change(answers)
-    called, unit = f"the output {name(most.output)}", _after(most.unit)
+    called, unit = f"the output {name(most.output)}", after(most.unit)
     if most.nonfinite_mismatches:
         return (
             f"{most.nonfinite_mismatches:,} of {most.count:,} values of {called} are NaN or Inf in "
@@ -645,10 +688,6 @@ def _output_words(answers: Answers) -> str:
     if most.count < _SAMPLES_FOR_P99:
         return f"{called} changes {several}by {number(most.maximum)}{unit} at most"
     return f"{called} changes {several}by {number(most.p99)}{unit} at p99"
-
-
-def _after(unit: str | None) -> str:
-    return f" {'degrees' if unit == DEGREES else name(unit)}" if unit else ""
 
 
 def gate_words(gates: Sequence[GatePair] | None, changed: Sequence[GatePair]) -> str:

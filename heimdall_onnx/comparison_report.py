@@ -16,7 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.compared_releases import INPUTS, RECORD, ComparisonParameters, find_pair
+from heimdall_onnx.compared_releases import (
+    INPUTS,
+    RECORD,
+    ComparisonParameters,
+    find_pair,
+    newer_of,
+)
 from heimdall_onnx.comparison import ratio_words
 from heimdall_onnx.errors import ParameterError, SettingsError, VerificationError
 from heimdall_onnx.execution import error_of, execute_notebook
@@ -31,6 +37,7 @@ from heimdall_onnx.rendering import render_html
 from heimdall_onnx.report import put_verdict_first
 from heimdall_onnx.store import format_uri, upload_bytes
 from heimdall_onnx.verify import COMPARISON_TAG, open_for_reading
+from heimdall_onnx.words import unsteady
 from heimdall_onnx.workspace import new_run_folder
 
 if TYPE_CHECKING:
@@ -141,7 +148,7 @@ def compare_releases(
     versions = " and ".join(manifest.version for manifest in manifests)
     put_verdict_first(
         folder / REPORT,
-        passed=not figures["worse"],
+        passed=not figures["worse"] and figures["judged"],
         title=figures["sentence"],
         facts=_facts(figures),
     )
@@ -149,8 +156,8 @@ def compare_releases(
     stored: dict[str, str] = {}
     if store:
         a, b = manifests
-        newer, other = (a, b) if a.version > b.version else (b, a)
-        stored = store_comparison(connection, newer, other, folder)
+        newer = newer_of(a, b)
+        stored = store_comparison(connection, newer, b if newer is a else a, folder)
     return ComparisonResult(
         sentence=figures["sentence"],
         worse=tuple(figures["worse"]),
@@ -218,7 +225,9 @@ def _facts(figures: dict[str, Any]) -> dict[str, str]:
         **sides,
         "evaluation data": f"{figures['samples']:,} samples, {figures['evaluation_data']}",
         "latency of B over A": _latency_fact(figures),
-        "B is worse in": "; ".join(figures["worse"]) or "nothing beyond what PASS allows",
+        "B is worse in": "; ".join(figures["worse"])
+        or ("nothing that was judged" if figures["judged"] else "not known, nothing was judged"),
+        **({"not judged": "; ".join(missing)} if (missing := figures["not_judged"]) else {}),
         "PASS allows": f"that B is worse: {allowed}",
     }
 
@@ -228,11 +237,8 @@ def _latency_fact(figures: dict[str, Any]) -> str:
     if measured is None:
         return f"not measured: {figures['latency_not_measured']}"
     text = ratio_words(Ratio("latency", **{k: measured["ratio"][k] for k in _RATIO}))
-    steady = [side["stationarity"] for side in measured["contenders"]]
-    if any(found is not None and not found["holds"] for found in steady):
-        # Blocks next to each other share what lasts, and not what comes and goes.
-        text += "; the machine was not steady meanwhile, so measure again before you rely on it"
-    return text
+    moved = unsteady(measured["contenders"])
+    return f"{text}; {moved}" if moved else text
 
 
 def store_comparison(

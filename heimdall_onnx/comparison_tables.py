@@ -85,7 +85,7 @@ def errors_table(answers: Answers) -> Markdown:
     if errors is None:
         missing = "true positions are not known" if answers.positions else "there are no positions"
         return Markdown(f"Localization errors can't be compared: {missing}.")
-    ratio = "not known: some answers are NaN or Inf, or there is one sample"
+    ratio = "not known: fewer than two samples are finite in both"
     return table(
         (f"{answers.samples:,} labelled samples", "A", "B"),
         [
@@ -96,6 +96,7 @@ def errors_table(answers: Answers) -> Markdown:
                 "1",
                 ratio_words(errors.ratio) if errors.ratio else ratio,
             ),
+            ("left out of that: NaN or Inf in A or B", "", count_of(errors.left_out, "sample")),
         ],
     )
 
@@ -140,7 +141,13 @@ def parameters_table(comparison: ReleaseComparison) -> Markdown:
 
 def environment_table(comparison: ReleaseComparison) -> Markdown:
     """Where the two releases were made, as far as that differs."""
-    return _differences(comparison.environment, "environment", "The environments")
+    found = _differences(comparison.environment, "environment", "The environments")
+    if comparison.environment is None or comparison.packages_recorded:
+        return found
+    return Markdown(
+        f"{found.data}\n\nInstalled packages can't be compared: one of the releases does not "
+        "record them."
+    )
 
 
 def _differences(found: Sequence[Difference] | None, head: str, what: str) -> Markdown:
@@ -150,8 +157,20 @@ def _differences(found: Sequence[Difference] | None, head: str, what: str) -> Ma
         return Markdown(f"{what} are the same.")
     return table(
         (head, "A", "B"),
-        [(shown(one.what), _value(one.recorded), _value(one.found)) for one in found],
+        [(shown(one.what), *_values(one)) for one in found],
     )
+
+
+def _values(one: Difference) -> tuple[str, str]:
+    a, b = _value(one.recorded), _value(one.found)
+    if a != b:
+        return a, b
+    # They differ further on than is shown.
+    whole = str(one.recorded), str(one.found)
+    differing = (place for place, (m, n) in enumerate(zip(*whole, strict=False)) if m != n)
+    start = max(0, next(differing, min(map(len, whole))) - _LONGEST // 4)
+    a, b = ("…" * bool(start) + shown(text[start:], _LONGEST) for text in whole)
+    return a, b
 
 
 def _value(value: Figure) -> str:
@@ -164,11 +183,15 @@ def conclusion(comparison: ReleaseComparison) -> Markdown:
     if comparison.worse:
         lines += ["In what B is worse than a promotion allows:"]
         lines.append("\n".join(f"- {escape_markdown(reason)}" for reason in comparison.worse))
+    elif not comparison.judged:
+        lines.append("Whether B is worse is not known.")
     else:
         lines.append(
-            "B is in nothing worse than a promotion allows: latency by "
+            "B is in nothing that was judged worse than a promotion allows: latency by "
             f"{comparison.limits.slowdown:.0%}, median localization error by "
             f"{comparison.limits.error_growth:.0%}, each by the whole of its interval; no gate "
             "that A holds."
         )
+    if missing := comparison.not_judged:
+        lines.append(f"Not judged: {escape_markdown('; '.join(missing))}.")
     return Markdown("\n\n".join(lines))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from heimdall_onnx.errors import ParameterError
 from heimdall_onnx.gallery_rows import Row, collect_rows
 from heimdall_onnx.manifest import REPORT_HTML
+from heimdall_onnx.parameters import NAME
 from heimdall_onnx.publish import content_type
 from heimdall_onnx.store import GALLERY, exists, format_uri, head, upload_bytes
 from heimdall_onnx.untrusted import shown
@@ -122,10 +124,22 @@ def make_gallery(
             of the bucket, however that is served.
 
     Raises:
-        ParameterError: If there is nothing of that model.
+        ParameterError: If there is nothing of that model, its name is none, or there is no prefix.
         StoreError: If the store can't be reached or refuses.
     """
-    collected, folder = collect_rows(client, bucket, prefix), prefix.strip("/")
+    folder = prefix.strip("/")
+    if not folder:
+        raise ParameterError(
+            f"expected the folder of the releases in {bucket}, found an empty prefix; name one, "
+            "e.g. models/localization"
+        )
+    # It becomes a part of the page's key.
+    if name and not re.fullmatch(NAME, name):
+        raise ParameterError(
+            "expected the name of a registered model, of letters, digits, '.', '_' and '-', the "
+            f"first a letter or digit; found {shown(name)}"
+        )
+    collected = collect_rows(client, bucket, prefix)
     rows = tuple(row for row in collected.rows if name in ("", row.facts.model_name))
     if name and not rows:
         there = sorted({row.facts.model_name for row in collected.rows} - {""})

@@ -3,7 +3,8 @@
 Whoever can reach the port reads what these credentials can read, other users of the machine and the
 pages open in a browser among them. So every address begins with a secret that is drawn at the
 start, requests for another host's name are refused, and nothing is served but the page and rendered
-reports, each of which is held against its manifest first.
+reports. That of a release is held against its manifest first; a failed run has none, so its report
+may be anybody's who can write into the bucket. No report may run, load or send anything.
 """
 
 from __future__ import annotations
@@ -38,12 +39,11 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# A report's own policy says what may run in it. Whatever that is worth, a report is no part of this
-# site (sandbox): it can't read another one, and loads and sends nothing.
+# A report needs no script. It is no part of this site (sandbox): it can't read another one, and
+# runs, loads and sends nothing.
 _REPORT_POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; font-src data:; "
-    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "sandbox allow-scripts allow-downloads allow-popups"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; sandbox allow-downloads"
 )
 _PAGE_POLICY = "frame-ancestors 'none'"
 

@@ -156,6 +156,18 @@ def compare_models(
     return HeadToHead(version, provenance, tuple(ratios), tuple(notes))
 
 
+def verdict_reasons(verdict: str, limits: Limits) -> tuple[str, ...]:
+    """Why a release of this verdict is not promoted; empty if its verdict is no reason."""
+    return (
+        *([] if verdict.startswith("pass") else [f"its verdict is {verdict!r}"]),
+        *(
+            ["it is a test run (profile smoke), which is no evidence"]
+            if "smoke" in verdict and not limits.allow_smoke
+            else []
+        ),
+    )
+
+
 def run_batches(path: Path, data: EvaluationData, signature: Signature) -> Iterator[Arrays]:
     """The outputs of an ONNX file on all samples in order, batch by batch.
 

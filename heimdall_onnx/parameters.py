@@ -117,7 +117,7 @@ VARIANTS = (
 )
 
 # Names that make an S3 key, an MLflow name and a line of Markdown without surprises.
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 BUCKET = r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$"
 PREFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
 
@@ -144,7 +144,7 @@ class ReleaseParameters(BaseModel):
     model: str = "heimdall_onnx.localization_net:LocalizationNet"
     model_kwargs: ModelKwargs = Field(default_factory=dict)
     eval_data: str = ""
-    name: str = Field("heimdall-localization-onnx", pattern=_NAME, max_length=200)
+    name: str = Field("heimdall-localization-onnx", pattern=NAME, max_length=200)
     bucket: str = Field("heimdall-models", pattern=BUCKET)
     prefix: str = Field("models/localization", pattern=PREFIX, max_length=500)
     # MLflow takes no dots in an alias.

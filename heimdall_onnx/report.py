@@ -92,11 +92,11 @@ def record_results(
         "metrics": summarize_metrics(parity, latency),
         "parity": describe_parity(parity),
         **_describe_speed(latency),
-        **{what: found and _as_json(found.to_dict()) for what, found in timed.items()},
-        "roofline": machine and _as_json(asdict(machine)),
-        "members": [_as_json(each.to_dict()) for each in members or ()],
+        **{what: found and as_json(found.to_dict()) for what, found in timed.items()},
+        "roofline": machine and as_json(asdict(machine)),
+        "members": [as_json(each.to_dict()) for each in members or ()],
         "operator_times": {
-            name: _as_json(asdict(times)) for name, times in _or_none(profiles) or ()
+            name: as_json(asdict(times)) for name, times in _or_none(profiles) or ()
         },
         "costs": [cost.to_dict() for cost in costs],
         "departure": None if departure is None else departure.scope,
@@ -141,7 +141,7 @@ def _describe_checkpoint(loaded: LoadedModel) -> dict[str, Any]:
 
 def describe_parity(parity: ParityReport) -> dict[str, Any]:
     """The statistics of a parity report as JSON, without its arrays and curves."""
-    described: dict[str, Any] = _as_json(
+    described: dict[str, Any] = as_json(
         {
             "samples": parity.samples,
             "evaluated_by": parity.evaluated_by,
@@ -171,7 +171,7 @@ def describe_latency(latency: LatencyReport) -> dict[str, Any]:
     # It imports PyTorch, which the runner does without.
     from heimdall_onnx.benchmark import describe_contender
 
-    described: dict[str, Any] = _as_json(
+    described: dict[str, Any] = as_json(
         {
             "batch_size": latency.batch_size,
             "threads": latency.threads,
@@ -187,11 +187,12 @@ def describe_latency(latency: LatencyReport) -> dict[str, Any]:
     return described
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """A copy for JSON: NaN and Inf, which it has no form for, as text."""
     if isinstance(value, Mapping):
-        return {key: _as_json(inner) for key, inner in value.items()}
+        return {key: as_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(inner) for inner in value]
+        return [as_json(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

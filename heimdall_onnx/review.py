@@ -29,7 +29,7 @@ from heimdall_onnx.errors import (
     StoreError,
     VerificationError,
 )
-from heimdall_onnx.head_to_head import HeadToHead, Limits, compare_models
+from heimdall_onnx.head_to_head import HeadToHead, Limits, compare_models, verdict_reasons
 from heimdall_onnx.interrupts import uninterrupted
 from heimdall_onnx.loading import released_signature
 from heimdall_onnx.logs import get_logger
@@ -135,10 +135,7 @@ def promote_release(
     findings = verify_release(connection, manifest, trust=trust)
     reasons = differences(findings)
     verified = not reasons
-    if not manifest.verdict.startswith("pass"):
-        reasons.append(f"its verdict is {manifest.verdict!r}")
-    if "smoke" in manifest.verdict and not limits.allow_smoke:
-        reasons.append("it is a test run (profile smoke), which is no evidence")
+    reasons += verdict_reasons(manifest.verdict, limits)
     if holder == version:
         reasons.append(f"version {version} holds the alias {alias} already")
     comparison = None

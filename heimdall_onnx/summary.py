@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.environment import DISTRIBUTION
-from heimdall_onnx.words import after, count_of, distance, number
+from heimdall_onnx.words import after, count_of, distance, number, unsteady
 
 if TYPE_CHECKING:
     from heimdall_onnx.parameters import ReleaseParameters
@@ -65,10 +65,12 @@ def _speed(record: Mapping[str, Any]) -> str:
         answer = f"It is slower than PyTorch, {ratio['ratio']:.2f} times as fast ({sure})"
     else:
         answer = f"Neither model is known to be faster: the ratio is {ratio['ratio']:.2f} ({sure})"
+    moved = unsteady(latency["contenders"])
     return (
         f"{answer}: a call at batch {latency['batch_size']} on "
         f"{count_of(latency['threads'], 'thread')} takes {number(onnx['median_ms'], 3)} ms, "
-        f"PyTorch's {number(pytorch['median_ms'], 3)} ms (medians)."
+        f"PyTorch's {number(pytorch['median_ms'], 3)} ms (medians)"
+        + (f"; {moved}." if moved else ".")
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from heimdall_onnx.signature import DEGREES
 
@@ -68,3 +70,11 @@ def unit_of(unit: str | None) -> str:
 def after(unit: str | None) -> str:
     """``unit`` as it follows a number."""
     return f" {unit_of(unit)}" if unit_of(unit) else ""
+
+
+def unsteady(contenders: Sequence[Mapping[str, Any]]) -> str:
+    """What must be said beside recorded latencies of a machine that was not steady, else empty."""
+    # Blocks next to each other share what lasts, and not what comes and goes.
+    if all(one["stationarity"] is None or one["stationarity"]["holds"] for one in contenders):
+        return ""
+    return "the machine was not steady meanwhile, so measure again before you rely on it"

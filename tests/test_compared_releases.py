@@ -1,5 +1,6 @@
 """Two releases are found by any of their addresses, and none is run that does not verify."""
 
+import json
 from dataclasses import replace
 
 import datasets
@@ -211,6 +212,31 @@ def test_release_that_records_nothing_is_compared_in_what_there_is(opened, facto
     assert found.sentence.endswith("no position moves, gates are not recorded in both")
     for table in (gates_table, parameters_table, environment_table):
         assert "record" in table(found).data
+
+
+def test_long_parameters_that_differ_at_their_end_differ(opened, factory):
+    lists = [[*range(500), last] for last in (1, 2)]
+    pair = opened(
+        *(factory(described={"parameters": {"sizes": one, "same": [[1, {}]]}}) for one in lists)
+    )
+    found = conclude(pair, compare_pair(pair, pair.load_data()), NotMeasured("not asked for"))
+    (difference,) = found.parameters
+    assert [json.loads(v) for v in (difference.recorded, difference.found)] == lists
+    row = parameters_table(found).data.splitlines()[-1]
+    assert row.count("498, 499, ") == 2
+    assert "499, 1" in row
+    assert "499, 2" in row
+
+
+def test_packages_that_are_not_recorded_are_no_difference(opened, factory, releases):
+    older = {key: value for key, value in RECORDED.items() if key != "distributions"}
+    pair = opened(factory(recorded=older, described={"parameters": {}}), releases[1])
+    found = conclude(pair, compare_pair(pair, pair.load_data()), NotMeasured("not asked for"))
+    assert found.environment == ()
+    assert environment_table(found).data == (
+        "The environments are the same.\n\nInstalled packages can't be compared: one of the "
+        "releases does not record them."
+    )
 
 
 def test_other_signatures_end_with_every_difference(opened, factory, releases):

@@ -21,6 +21,8 @@ from heimdall_onnx.comparison import (
     ratio_words,
     shared_signature,
 )
+from heimdall_onnx.comparison_report import _facts
+from heimdall_onnx.comparison_tables import conclusion
 from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
@@ -30,6 +32,7 @@ from heimdall_onnx.head_to_head import Limits, Ratio
 from heimdall_onnx.machine_watch import MachineState
 from heimdall_onnx.repeated import Difference
 from heimdall_onnx.signature import Signature, TensorSpec
+from heimdall_onnx.summary import _speed
 
 LEVEL = TensorSpec("positions", "float32", ("batch", 2), unit="dB")
 SAMPLES = 200
@@ -152,7 +155,8 @@ def test_model_without_positions_is_compared_in_its_own_unit(compare):
     found = comparison(compare("exact", "one", Signature(SIGNATURE.inputs, (LEVEL,))))
     assert (found.answers.displacement, found.answers.errors) == (None, None)
     assert found.sentence == (
-        "Latency was not compared, the output positions changes by 0.01 dB at p99, no gate changes"
+        "Latency was not compared, localization error was not compared, the output positions "
+        "changes by 0.01 dB at p99, no gate changes"
     )
 
 
@@ -305,3 +309,58 @@ def test_latency_is_left_out_on_request_and_measured_in_turns(models, data):
         "slower"
         in comparison(compare_answers(models["one"], path, data, SIGNATURE), latency=found).sentence
     )
+
+
+def test_sample_that_is_lost_in_both_leaves_the_others_compared(compare, data):
+    signal = data.inputs["signal"].copy()
+    signal[3] = np.nan
+    found = comparison(compare("one", "two", inputs={"signal": signal}))
+    assert found.answers.errors.left_out == 1
+    assert found.answers.errors.ratio.ratio == pytest.approx(2, rel=1e-3)
+    assert found.worse[0].startswith("median localization error 2.000× (")
+    assert "1 sample left out of that" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        ("fail", "B: its verdict is 'fail'"),
+        ("pass (smoke)", "B: it is a test run (profile smoke), which is no evidence"),
+    ],
+)
+def test_release_that_is_not_promoted_for_its_verdict_is_worse(compare, verdict, words):
+    found = comparison(compare("one", "one"), b=replace(SIDE, who="B", verdict=verdict))
+    assert found.worse == (words,)
+    assert comparison(compare("one", "one"), a=replace(SIDE, verdict=verdict)).worse == ()
+
+
+def test_what_is_not_judged_is_named_and_nothing_judged_is_no_pass(compare):
+    found = comparison(compare("one", "one", positions=None), gates=None)
+    assert found.not_judged == (
+        "latency (not asked for)",
+        "localization error (true positions are not known)",
+        "gates (one of the releases records none)",
+    )
+    assert (found.judged, found.worse) == (False, ())
+    said = conclusion(found).data
+    assert "Whether B is worse is not known" in said
+    assert "Not judged: latency" in said
+    assert "localization error was not compared" in found.sentence
+    facts = _facts(found.to_dict())
+    assert facts["not judged"] == "; ".join(found.not_judged)
+    assert facts["B is worse in"] == "not known, nothing was judged"
+    whole = comparison(compare("one", "one"), latency=latency(1.0, 0.9, 1.1))
+    assert (whole.not_judged, whole.judged) == ((), True)
+    assert "Not judged" not in conclusion(whole).data
+    assert "not judged" not in _facts(whole.to_dict())
+
+
+def test_machine_that_was_not_steady_is_said_with_the_speed(compare):
+    found = latency(0.5, 0.4, 0.6)
+    drifting = replace(found.second, samples_ms=np.repeat(np.arange(2.0, 8.0), 10))
+    for side in (found.second, drifting):
+        measured = comparison(compare("one", "one"), latency=replace(found, second=side))
+        told = (measured.sentence, _facts(measured.to_dict())["latency of B over A"])
+        assert [("not steady" in text) for text in told] == [side is drifting] * 2
+        record = {"latency": {**measured.to_dict()["latency"], "confidence": 0.95, "threads": 1}}
+        assert ("; the machine was not steady" in _speed(record)) == (side is drifting)

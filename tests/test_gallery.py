@@ -374,6 +374,20 @@ def test_unknown_model_is_named_beside_those_that_are_there(call):
     assert f"no release of nett in s3://{BUCKET}/{PREFIX}, found those of net, other" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["../net", "a/b", ".net", "net\n"])
+def test_name_that_no_model_can_have_is_bad_input(call, name):
+    done = call("--name", name)
+    assert done.exit_code == 2
+    assert "expected the name of a registered model" in done.stderr
+
+
+@pytest.mark.parametrize("prefix", ["", "/"])
+def test_gallery_of_no_folder_is_bad_input(call, prefix):
+    done = call("--prefix", prefix)
+    assert done.exit_code == 2
+    assert "found an empty prefix" in done.stderr
+
+
 def test_page_in_a_file_has_no_links_that_lead_nowhere(place, call, tmp_path):
     done = call("-o", str(tmp_path / "pages" / "gallery.html"))
     assert done.exit_code == 0, done.output
@@ -609,12 +623,27 @@ def test_served_report_can_neither_load_nor_read_anything(place, served):
     policy = headers["Content-Security-Policy"]
     assert status == 200
     assert "default-src 'none'" in policy
-    assert "sandbox allow-scripts" in policy
-    assert "allow-same-origin" not in policy
+    assert policy.endswith("sandbox allow-downloads")
+    assert "script" not in policy
     assert (headers["X-Content-Type-Options"], headers["Referrer-Policy"]) == (
         "nosniff",
         "no-referrer",
     )
+
+
+def test_script_in_a_report_does_not_run(place, browser, served):
+    key = f"{PREFIX}/failed/{place.versions['failed']}/report.html"
+    before = read_bytes(place.client, BUCKET, key)
+    script = b"<title>before</title><script>document.title = 'ran'</script><h1>failed</h1>"
+    place.client.put_object(Bucket=BUCKET, Key=key, Body=script)
+    page = browser.new_page()
+    try:
+        page.goto(served.url.removesuffix("gallery/") + key.removeprefix(f"{PREFIX}/"))
+        assert page.inner_text("h1") == "failed"
+        assert page.title() == "before"
+    finally:
+        page.close()
+        place.client.put_object(Bucket=BUCKET, Key=key, Body=before)
 
 
 @pytest.mark.parametrize(
