@@ -125,6 +125,7 @@ def workshop(tmp_path_factory) -> Iterator[Workshop]:
     """The README up to the first release of the reader's own model."""
     folder = tmp_path_factory.mktemp("workshop")
     (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    (folder / ".env").touch()  # one in a folder above is not theirs
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "AWS_"))}
     environment = inherited | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
