@@ -31,7 +31,8 @@ from heimdall_onnx.explore import NOTE, WIDGET_VIEW
 from heimdall_onnx.ground import distance_m
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.release import notebook_path
-from heimdall_onnx.report import judge_notebook, render_html
+from heimdall_onnx.rendering import render_html
+from heimdall_onnx.report import judge_notebook
 from heimdall_onnx.words import distance, number
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 OUTLIER = 5
 SAMPLES = 8  # all that the profile smoke looks at
-_START_S, _RUN_S = 120, 300
+_START_S, _RUN_S, _ANSWER_MS = 120, 300, 60_000
 # Waits until nothing in an element has changed for a moment.
 _QUIET = """element => new Promise(done => {
   const end = () => { watch.disconnect(); done(); };
@@ -69,7 +70,7 @@ class Lab:
         self.widget.get_by_label(label, exact=True).select_option(value)
 
     def says(self, text: str | re.Pattern[str]) -> None:
-        self.widget.get_by_text(text).first.wait_for(timeout=20_000)
+        self.widget.get_by_text(text).first.wait_for(timeout=_ANSWER_MS)
 
     def reset(self) -> None:
         """Show the evaluation data's positions, drawn to the end."""
@@ -85,7 +86,7 @@ class Lab:
         """So many samples of the evaluation data are drawn, in the order of the data."""
         from playwright.sync_api import expect
 
-        expect(self.points).to_have_count(count, timeout=20_000)
+        expect(self.points).to_have_count(count, timeout=_ANSWER_MS)
         self.widget.evaluate(_QUIET)
 
     @property
