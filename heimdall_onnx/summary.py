@@ -45,7 +45,7 @@ def _fidelity(record: Mapping[str, Any]) -> str:
     ]
     if parity["ground"] is not None:
         moved = _finite(parity["ground"]["displacement_p99_m"])
-        told.append(f"99% of the positions move by less than {distance(moved)}")
+        told.append(f"99% of the positions move by at most {distance(moved)}")
     return f"{answer}; {'; '.join(told)}."
 
 
