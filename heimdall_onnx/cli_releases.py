@@ -235,7 +235,7 @@ def verify(
     cls=Command,
     example=r"""
         heimdall-onnx promote detector@staging --to production \
-          --reviewer "$USER" --note "parity looked at"
+          --reviewer "$(id -un)" --note "parity looked at"
     """,
 )
 @click.argument("version")
@@ -283,7 +283,7 @@ def promote(
     cls=Command,
     example=r"""
         heimdall-onnx rollback detector --to-previous \
-          --reviewer "$USER" --note "too slow in the field"
+          --reviewer "$(id -un)" --note "too slow in the field"
     """,
 )
 @_name_argument

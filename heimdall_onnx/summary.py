@@ -123,7 +123,7 @@ def release_facts(
         "SHA-256 of the model": record["uploaded"]["sha256"],
         "registered as version": record["registered"]["model_version"],
         "signed": f"by the key with SHA-256 {signer.sha256}" if signer else "no",
-        "approved": f"by nobody when this was written; its gates alone decide on {alias}",
+        "approved when released": f"by nobody; its gates alone decide on {alias}",
     }
 
 
@@ -154,7 +154,7 @@ def _decision(alias: str | None) -> Iterator[str]:
         yield "it is offered to nobody"
         return
     yield f"its gates, and no person, have offered it as {alias}"
-    yield "who approves it later is written in reviews/ beside this report"
+    yield "who approves it later is written in reviews/ of the release"
 
 
 def _finite(value: float | str) -> float:

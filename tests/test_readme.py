@@ -129,7 +129,6 @@ def workshop(tmp_path_factory) -> Iterator[Workshop]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "AWS_"))}
     environment = inherited | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "USER": "reviewer",
         "PYTHONPATH": "",
     }
     made = Workshop(folder, environment)

@@ -306,7 +306,7 @@ def test_report_alone_answers_a_reviewer(released, inputs):
         f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}",  # which code
         "answers as the PyTorch model does",  # is it faithful
         "with 95% confidence",  # is it faster, and how sure is that
-        "by nobody when this was written",  # who approved
+        "by nobody; its gates alone decide",  # who approved
     ):
         assert answer in first
 
