@@ -19,6 +19,7 @@ ROOMS = (
     "export",
     "validate",
     "levels",
+    "explore",
     "benchmark",
     "plot",
     "tables",

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import re
-from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -290,20 +287,6 @@ class TestONNXExporter:
         with pytest.raises(InvalidModelError, match="keeps its weights in files beside it"):
             exporter.upload_to_minio(tmp_path / "two.onnx", bucket, object_name="two.onnx")
         assert "Contents" not in s3.list_objects_v2(Bucket=bucket)
-
-
-def test_readme_shows_how_a_training_script_registers(
-    embedded_settings, run_id, tmp_path, monkeypatch
-):
-    embedded_settings.model_copy(update={"home": tmp_path}).apply()
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow.get_tracking_uri()
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", text, re.S) if "run_id" in s]
-    monkeypatch.chdir(tmp_path)
-    names = {"model": SmallLocalizationNet(), "run_id": run_id}
-    exec(snippet, names)
-    assert names["result"]["success"], names["result"]
-    assert names["result"]["registration"]["model_name"] == "detector"
 
 
 class TestONNXExportWorkflow:

@@ -88,6 +88,8 @@ def test_manifest_report_and_bill_of_materials_say_which_dataset(released, datas
         "provenance": "drawn for a test",
         "sha256": dataset.digest,
         "samples": COUNT,
+        "labelled": True,
+        "inputs": {"signal": {"dtype": "float32", "shape": [2, 8, 8]}},
     }
     assert released.content_of("evaluation_data") is None
     page = read_bytes(s3, BUCKET, f"{released.folder}/report.html").decode()

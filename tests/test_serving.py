@@ -504,7 +504,7 @@ def served_by_mlflow(uri, settings, folder):
     try:
         address = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + 120
-        while not servers._answers(f"{address}/ping"):
+        while not servers.answers(f"{address}/ping"):
             if server.poll() is not None or time.monotonic() > deadline:
                 pytest.fail("mlflow models serve:\n" + (folder / "serve.log").read_text())
             time.sleep(0.2)

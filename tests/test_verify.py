@@ -168,7 +168,7 @@ def test_reviews_are_held_against_their_names_and_the_registry(
     tampered(name, b"changed")
     assert any(digest in what for what in differing(connection, folder))
     tampered(name, None)
-    assert differing(connection, folder) == {f"…-{digest}.json"}
+    assert differing(connection, folder) == {f"…-{digest}"}
     connection.tracker.delete_version_tag("test-model", released.model_version, "review.1")
 
 
