@@ -74,7 +74,7 @@ ERROR = new_output(
     "error",
     ename="KeyError",
     evalue="'weights'",
-    traceback=["\x1b[31mKeyError\x1b[0m"],
+    traceback=["\x1b[38;5;28mif\x1b[39m <b>"],
 )
 CELLS = (
     new_markdown_cell("# A notebook\n\nWhat it is about."),
@@ -202,6 +202,9 @@ def test_failed_run_says_first_what_went_wrong_and_folds_the_traceback(failed):
     assert page.header.find("a", href="#load")
     traceback = page.find("pre", attrs={"aria-label": "Traceback"})
     assert traceback.find_parent("details")
+    # The colours of a terminal can't be read on every ground.
+    assert traceback.get_text(strip=True) == "if <b>"
+    assert traceback.find(True) is None
     assert "An Exception was encountered" not in words
 
 
