@@ -27,7 +27,7 @@ import structlog
 from filelock import FileLock
 from releases import Inputs, make_small_inputs
 
-from heimdall_onnx import services, store
+from heimdall_onnx import logs, services, store
 from heimdall_onnx.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from heimdall_onnx.registry import MLflowTracker
 
 _CLEAN: dict[str, str] = {}
+# Taken before any fixture runs: one that calls the command line sends events to a stream that is
+# closed when a test begins.
+logs.get_logger(__name__)
+_LOGS = structlog.get_config()
 
 
 def pytest_configure() -> None:
@@ -84,9 +88,8 @@ def _untraced_exporter() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """What a test, or a fixture of its module, puts into environment and logging ends with it."""
-    logs = structlog.get_config()
     yield
-    structlog.configure(**logs)
+    structlog.configure(**_LOGS)
     for name in os.environ.keys() - _CLEAN.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update(_CLEAN)
