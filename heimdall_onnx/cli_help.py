@@ -1,8 +1,9 @@
-"""Commands whose help ends with an example."""
+"""Help that says what is taken where nothing is given, and ends with an example."""
 
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from typing import Any
 
 import click
@@ -32,3 +33,24 @@ class Group(click.Group):
     """A group of such commands."""
 
     command_class = Command
+
+
+class ParameterOption(click.Option):
+    """An option for the field of its name of a pydantic model, whose default its help shows.
+
+    Args:
+        arguments: As for click.
+        parameters: The model, ``package.module:Class``; imported when the help is asked for.
+        options: As for click, but without a default: what is not given is left to the model.
+    """
+
+    def __init__(self, *arguments: Any, parameters: str, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.parameters = parameters
+
+    def get_help_extra(self, context: click.Context) -> Any:
+        """Click's own, with the field's default, unless it is empty."""
+        field = pkgutil.resolve_name(self.parameters).model_fields[self.name]
+        default = field.get_default(call_default_factory=True)
+        extra = super().get_help_extra(context)
+        return extra if default in (None, "", {}) else {**extra, "default": str(default)}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli_help import Command
+from heimdall_onnx.cli_help import Command, ParameterOption
 from heimdall_onnx.errors import EvidenceError, HeimdallError, ParameterError, SettingsError
 from heimdall_onnx.interrupts import first_signal_interrupts
 from heimdall_onnx.untrusted import visible_lines
@@ -32,58 +32,69 @@ if TYPE_CHECKING:
 _file = click.Path(dir_okay=False, path_type=Path)
 
 
+parameter_option = partial(
+    click.option, cls=ParameterOption, parameters="heimdall_onnx.parameters:ReleaseParameters"
+)
+
+
 def parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What is released under which name, and how; None means the default of the parameters."""
-    for option in (
-        click.option("--name", help="Name of the registered model."),
-        click.option("--bucket", help="Bucket of the releases."),
-        click.option("--prefix", help="Folder of the releases in the bucket."),
-        click.option("--tolerance", type=float, help="Limit of the mean absolute error."),
-        click.option("--alias", help="Registry alias that is moved to the release."),
-        click.option("--profile", help="How much is measured: smoke, quick or audit."),
-        click.option("--variants", help="Other forms of the model: all, or names with commas."),
-        click.option(
-            "-p",
-            "extra",
-            nargs=2,
-            multiple=True,
-            metavar="NAME VALUE",
-            help="Any other parameter of the notebook; may be repeated.",
-        ),
-    ):
+    for option in reversed(_PARAMETER_OPTIONS):
         command = option(command)
     return command
+
+
+_PARAMETER_OPTIONS = (
+    parameter_option("--name", help="Name of the registered model."),
+    parameter_option("--bucket", help="Bucket of the releases."),
+    parameter_option("--prefix", help="Folder of the releases in the bucket."),
+    parameter_option("--tolerance", type=float, help="Limit of the mean absolute error."),
+    parameter_option("--alias", help="Registry alias that is moved to the release."),
+    parameter_option("--profile", help="How much is measured: smoke, quick or audit."),
+    parameter_option("--variants", help="Other forms of the model: all, or names with commas."),
+    click.option(
+        "-p",
+        "extra",
+        nargs=2,
+        multiple=True,
+        metavar="NAME VALUE",
+        help="Any other parameter of the notebook; may be repeated.",
+    ),
+)
 
 
 def release_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of the commands that do nothing but release."""
-    for option in (
-        parameter_options,
-        click.option("--run-id", help="MLflow run to log into."),
-        click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell."),
-        click.option(
-            "--notebook",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Another notebook.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option(
-            "--junit",
-            "junit_file",
-            type=_file,
-            metavar="FILE.xml",
-            help="Write the gates as JUnit XML, however the release ends.",
-        ),
-        click.option(
-            "--summary",
-            "summary_file",
-            type=_file,
-            metavar="FILE.md",
-            help="Write a summary in Markdown, e.g. for a merge request.",
-        ),
-    ):
+    for option in reversed(_RELEASE_OPTIONS):
         command = option(command)
     return command
+
+
+_RELEASE_OPTIONS = (
+    parameter_options,
+    parameter_option("--run-id", help="MLflow run to log into."),
+    click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell."),
+    click.option(
+        "--notebook",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Another notebook.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option(
+        "--junit",
+        "junit_file",
+        type=_file,
+        metavar="FILE.xml",
+        help="Write the gates as JUnit XML, however the release ends.",
+    ),
+    click.option(
+        "--summary",
+        "summary_file",
+        type=_file,
+        metavar="FILE.md",
+        help="Write a summary in Markdown, e.g. for a merge request.",
+    ),
+)
 
 
 @click.command(
@@ -94,9 +105,9 @@ def release_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """,
 )
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
-@click.option("--model", help="Model class, pkg.mod:Class.")
-@click.option("--model-kwargs", help="Its keyword arguments, JSON.")
-@click.option("--eval-data", help="Evaluation inputs, .npz.")
+@parameter_option("--model", help="Model class, pkg.mod:Class.")
+@parameter_option("--model-kwargs", help="Its keyword arguments, JSON.")
+@parameter_option("--eval-data", help="Evaluation inputs, .npz.")
 @release_options
 def release(checkpoints: tuple[str, ...], **options: Any) -> None:
     """Release CHECKPOINT: run the notebook headlessly, judge it, publish, move the alias.

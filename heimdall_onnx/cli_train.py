@@ -6,11 +6,12 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli_help import Command
+from heimdall_onnx.cli_help import Command, ParameterOption
 from heimdall_onnx.cli_release import parameter_options, show_result
 from heimdall_onnx.errors import EvidenceError, HeimdallError, ParameterError
 from heimdall_onnx.training_result import DIVERGED
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from heimdall_onnx.training import TrainingParameters, TrainingResult
 
 _INTERRUPTED = 130
+_option = partial(
+    click.option,
+    cls=ParameterOption,
+    parameters="heimdall_onnx.training_parameters:TrainingParameters",
+)
 
 
 @click.command(
@@ -30,31 +36,31 @@ _INTERRUPTED = 130
           --model-kwargs '{"backbone_size": "atto"}'
     """,
 )
-@click.option("--data-dir", metavar="DATASET", help="What `data simulate` or `features` has made.")
-@click.option("--epochs", type=int, help="At most.  [default: 100]")
-@click.option("--batch-size", type=int, help="[default: 32]")
-@click.option("--learning-rate", "--lr", type=float, help="[default: 0.001]")
-@click.option("--weight-decay", type=float, help="AdamW's.  [default: 0.05]")
-@click.option("--warmup", type=float, help="Share with a rising learning rate.  [default: 0.05]")
-@click.option("--validation-split", type=float, help="Share of the events.  [default: 0.2]")
-@click.option("--test-split", type=float, help="Share never trained on.  [default: 0.1]")
-@click.option("--split-seed", type=int, help="Of the division into parts.  [default: 0]")
-@click.option("--num-workers", type=int, help="Processes that read data.  [default: 4]")
-@click.option("--accelerator", help="auto, cpu, gpu, …  [default: auto]")
-@click.option("--devices", type=int, help="[default: 1]")
+@_option("--data-dir", metavar="DATASET", help="What `data simulate` or `features` has made.")
+@_option("--epochs", type=int, help="At most.")
+@_option("--batch-size", type=int, help="Samples in a step, on each device.")
+@_option("--learning-rate", "--lr", type=float, help="After the warm-up.")
+@_option("--weight-decay", type=float, help="AdamW's.")
+@_option("--warmup", type=float, help="Share with a rising learning rate.")
+@_option("--validation-split", type=float, help="Share of the events.")
+@_option("--test-split", type=float, help="Share never trained on.")
+@_option("--split-seed", type=int, help="Of the division into parts.")
+@_option("--num-workers", type=int, help="Processes that read data.")
+@_option("--accelerator", help="auto, cpu, gpu, …")
+@_option("--devices", type=int, help="Number of devices.")
 @click.option("--threads", type=int, help="On the CPU.  [default: all or one, as is faster]")
-@click.option("--max-time", type=float, metavar="SECONDS", help="Of the training.")
-@click.option("--checkpoint-dir", help="For what is made.  [default: below HEIMDALL_HOME]")
-@click.option("--checkpoint", help="To start or go on from, or to release.")
+@_option("--max-time", type=float, metavar="SECONDS", help="Of the training.")
+@_option("--checkpoint-dir", help="For what is made.  [default: below HEIMDALL_HOME]")
+@_option("--checkpoint", help="To start or go on from, or to release.")
 @click.option("--resume-training", is_flag=True, help="Go on where it was left.")
 @click.option("--export-only", is_flag=True, help="Release, without training.")
-@click.option("--experiment-name", help="Of MLflow.")
-@click.option("--run-name-prefix", help="Of the MLflow run.  [default: train]")
-@click.option("--model", help="Model class, pkg.mod:Class.")
-@click.option("--model-kwargs", help="Its keyword arguments, JSON.")
-@click.option("--seed", type=int, help="Of weights, order and dropout.  [default: 0]")
-@click.option("--patience", type=int, help="Epochs without a better loss.  [default: 10]")
-@click.option("--beta", type=float, help="Weight of the variance in the loss.  [default: 0.5]")
+@_option("--experiment-name", help="Of MLflow.")
+@_option("--run-name-prefix", help="Of the MLflow run.")
+@_option("--model", help="Model class, pkg.mod:Class.")
+@_option("--model-kwargs", help="Its keyword arguments, JSON.")
+@_option("--seed", type=int, help="Of weights, order and dropout.")
+@_option("--patience", type=int, help="Epochs without a better loss.")
+@_option("--beta", type=float, help="Weight of the variance in the loss.")
 @click.option("--release/--no-release", default=True, help="Release the best checkpoint.")
 @parameter_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
