@@ -201,13 +201,16 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class WorstSample:
-    """A sample with a large error.
+    """A sample that differs much, and the element in which it does so most.
+
+    Elements and samples are ordered by their error in units of what is allowed there, as the gates
+    judge them, and not by the absolute error, which is largest where the values are.
 
     Attributes:
         sample: Its index in the data.
-        error: Its largest absolute error over the output's elements.
-        excess: Its largest error in units of what is allowed there, atol + rtol·|reference|.
-        element: Index of that element in the flattened output of the sample.
+        error: Absolute error of the element.
+        excess: The same in units of what is allowed there, atol + rtol·|reference|.
+        element: Its index in the flattened output of the sample.
         reference: The PyTorch model's first values at that sample, eight at most.
         value: The ONNX model's first values at that sample.
         shard: The file of a dataset that it is in; empty where there is none.
@@ -222,9 +225,12 @@ class WorstSample:
     shard: str = ""
 
 
-def _badness(sample: WorstSample) -> tuple[float, int]:
-    """Sorts the worst sample first, and of equally bad ones the first of the data."""
-    return -sample.error, sample.sample
+def _badness(sample: WorstSample) -> tuple[float, float, int]:
+    """Sorts the worst sample first, and of equally bad ones the first of the data.
+
+    Where nothing at all is allowed every error is infinitely many times that: hence the second.
+    """
+    return -sample.excess, -sample.error, sample.sample
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,7 @@ class ErrorStatistics:
         lowest: Smallest finite element of the ONNX model's output.
         highest: Largest finite element of the ONNX model's output.
         nonfinite: Elements of the ONNX model's output that are NaN or Inf.
-        worst: The samples with the largest errors, largest first.
+        worst: The samples that differ most in units of what is allowed, the worst first.
         error_edges: Ascending absolute errors at which ``error_cdf`` is given.
         error_cdf: Fraction of elements with an error at or below each edge.
     """
@@ -349,11 +355,17 @@ def worst_elements(
             for array in (reference, value)
         )
         error, excess, _ = element_errors(a, b, atol=atol, rtol=rtol)
-        element = excess.argmax(axis=1)
-        rows = np.arange(len(a))
-        found = (array[rows, element] for array in (a, b, error, excess))
-        parts.append(WorstElements(element.astype(np.int64), *found))
+        parts.append(_worst_of_rows(a, b, error, excess))
     return WorstElements.joined(parts)
+
+
+def _worst_of_rows(a: Floats, b: Floats, error: Floats, excess: Floats) -> WorstElements:
+    """Those of samples whose elements lie side by side, (N, elements)."""
+    # Where several are infinitely far beyond what is allowed, the largest error decides.
+    furthest = excess == excess.max(axis=1, keepdims=True)
+    element = np.where(furthest, error, -1.0).argmax(axis=1)
+    rows = np.arange(len(a))
+    return WorstElements(element, *(array[rows, element] for array in (a, b, error, excess)))
 
 
 class ErrorAccumulator:
@@ -425,25 +437,21 @@ class ErrorAccumulator:
     def _add_worst(self, a: Floats, b: Floats, error: Floats, excess: Floats, first: int) -> None:
         if error.size == 0:
             return
-        peaks = error.reshape(error.shape[0], -1).max(axis=1)
-        found = []
+        sides = [array.reshape(len(array), -1) for array in (a, b, error, excess)]
+        found = _worst_of_rows(*sides)
         # Stable, so that of equally bad samples the first are kept however the data is split.
-        for row in np.argsort(-peaks, kind="stable")[:WORST_SAMPLES]:
-            error_of_row = float(peaks[row])
-            if len(self._worst) == WORST_SAMPLES and error_of_row < self._worst[-1].error:
-                break
-            element = int(excess[row].argmax())
-            found.append(
-                WorstSample(
-                    first + int(row),
-                    error_of_row,
-                    float(excess[row].ravel()[element]),
-                    element,
-                    tuple(map(float, a[row].ravel()[:8])),
-                    tuple(map(float, b[row].ravel()[:8])),
-                )
+        order = np.lexsort((-found.error, -found.excess))[:WORST_SAMPLES]
+        self._keep_worst(
+            WorstSample(
+                first + row,
+                float(found.error[row]),
+                float(found.excess[row]),
+                int(found.element[row]),
+                tuple(map(float, sides[0][row, :8])),
+                tuple(map(float, sides[1][row, :8])),
             )
-        self._keep_worst(found)
+            for row in order.tolist()
+        )
 
     def _keep_worst(self, found: Iterable[WorstSample]) -> None:
         self._worst = heapq.nsmallest(WORST_SAMPLES, [*self._worst, *found], key=_badness)

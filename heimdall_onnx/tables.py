@@ -157,16 +157,20 @@ def parity_table(report: ParityReport) -> Markdown:
 
 
 def worst_table(report: ParityReport) -> Markdown:
-    """The evaluation samples with the largest errors."""
+    """The evaluation samples that differ most in units of what is allowed there."""
     sharded = any(w.shard for o in report.evaluation for w in o.worst)
     return table(
-        ("output", "sample", *(("shard",) if sharded else ()), "largest error", "PyTorch", "ONNX"),
+        (
+            *("output", "sample", *(("shard",) if sharded else ())),
+            *("error", "× what is allowed", "PyTorch", "ONNX"),
+        ),
         [
             (
                 o.output,
                 w.sample,
                 *((w.shard,) if sharded else ()),
                 f"{w.error:.3g}",
+                f"{w.excess:.3g}",
                 ", ".join(f"{v:.7g}" for v in w.reference),
                 ", ".join(f"{v:.7g}" for v in w.value),
             )

@@ -260,7 +260,32 @@ def test_worst_samples_come_with_their_indices_and_values_largest_first():
         assert worst.reference == tuple(map(float, reference[worst.sample]))
         assert worst.value == tuple(map(float, value[worst.sample]))
         error = np.abs(value[worst.sample].astype(float) - reference[worst.sample])
-        assert worst.error == error.max()
+        excess = error / (ATOL + RTOL * np.abs(reference[worst.sample].astype(float)))
+        assert (worst.error, worst.excess) == (error[excess.argmax()], excess.max())
+
+
+def test_the_worst_samples_are_those_furthest_beyond_what_is_allowed():
+    reference = np.array([[1e6, 0.0]] * 2 * WORST_SAMPLES, np.float32)
+    value = reference.copy()
+    value[: WORST_SAMPLES + 1, 0] += 0.25
+    value[-3, 1] += np.float32(1e-4)
+    found = collect(reference, value).worst
+    assert [w.sample for w in found] == [len(value) - 3, *range(WORST_SAMPLES - 1)]
+    assert (found[0].element, found[1].element) == (1, 0)
+
+
+def test_where_nothing_is_allowed_the_largest_error_is_the_worst():
+    reference = np.zeros((4, 2), np.float32)
+    value = np.array([[0, 1], [3, 2], [0, 0], [1, 2]], np.float32)
+    accumulator = ErrorAccumulator(SPEC, atol=0.0, rtol=0.0)
+    accumulator.update(reference, value, 0)
+    found = accumulator.result().worst
+    assert [(w.sample, w.element, w.error) for w in found] == [
+        (1, 0, 3.0),
+        (3, 1, 2.0),
+        (0, 1, 1.0),
+        (2, 0, 0.0),
+    ]
 
 
 @pytest.mark.parametrize("sizes", [[20], [3, 17], [17, 3], [1] * 20])
