@@ -7,6 +7,7 @@ itself, the one that it really took is read back and compared. Each is imported 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -272,6 +273,9 @@ class Port:
     type: str
 
 
+_ONE_AT_A_TIME = threading.Lock()
+
+
 class OpenVINOSession:
     """An ONNX file on OpenVINO, called like an ONNX Runtime session.
 
@@ -286,14 +290,14 @@ class OpenVINOSession:
     """
 
     def __init__(self, path: Path | str, settings: SessionSettings) -> None:
-        openvino = import_openvino()
         self.device = "CPU" if settings.provider == CPU else settings.provider
-        core = openvino.Core()
         options = {
             "INFERENCE_NUM_THREADS": settings.thread_count,
             "INFERENCE_PRECISION_HINT": settings.precision,
             "PERFORMANCE_HINT": "LATENCY",
         }
+        with _ONE_AT_A_TIME:
+            core = _only_core(import_openvino())
         try:
             self._model = core.compile_model(str(path), self.device, options)
         except Exception as error:  # OpenVINO's errors share no narrower base
@@ -343,6 +347,17 @@ def _port(port: Any) -> Port:
 
 def _run_named(session: OpenVINOSession, names: list[str], inputs: Arrays) -> Arrays:
     return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+@functools.cache
+def _only_core(openvino: Any) -> Any:
+    """The core of this process, which is never let go.
+
+    Its plugin gives the thread that it is loaded in a stack for signals, and unmaps that when it is
+    unloaded. Were that done by another thread, which drops the last model, the first would keep
+    the address, and the next signal would end the process.
+    """
+    return openvino.Core()
 
 
 def import_openvino() -> Any:

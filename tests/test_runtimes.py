@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -129,6 +130,24 @@ def test_openvino_session_is_called_like_one_of_onnx_runtime(onnx_path, inputs):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
     (spread,) = session.run(["spread"], inputs)
     assert spread.shape == (3, 2)
+
+
+_SIGNAL_AFTERWARDS = """
+import signal, sys, threading
+from heimdall_onnx.runtimes import OpenVINOSession, SessionSettings
+
+sessions = [OpenVINOSession(sys.argv[1], SessionSettings(runtime="openvino", provider="CPU"))]
+thread = threading.Thread(target=sessions.clear)
+thread.start()
+thread.join()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_survived_after_another_thread_has_dropped_the_openvino_model(onnx_path):
+    command = [sys.executable, "-c", _SIGNAL_AFTERWARDS, onnx_path]
+    assert subprocess.run(command, timeout=60).returncode == 5
 
 
 def test_openvino_says_what_it_can_not_run(onnx_path, tmp_path):
