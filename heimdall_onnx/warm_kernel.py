@@ -191,16 +191,12 @@ class _Provisioner(LocalProvisioner):  # type: ignore[misc]
 
 def serve(questions: TextIO, answers: TextIO) -> None:
     """Fork a kernel for each line of ``questions`` and answer with its process number."""
-    import importlib
-
-    from heimdall_onnx.preload import ROOMS
+    from heimdall_onnx.preload import ROOMS, import_for_good
 
     # As a kernel's, which sets it before anything is imported.
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    for name in (*(f"{__package__}.{room}" for room in ROOMS), *_LIBRARIES):
-        # Whatever can't be imported is left for the notebook's own cell to fail on.
-        with suppress(ImportError):
-            importlib.import_module(name)
+    # Whatever can't be imported is left for the notebook's own cell to fail on.
+    import_for_good((*(f"{__package__}.{room}" for room in ROOMS), *_LIBRARIES))
     # Where modules are besides, as a kernel's own environment says.
     own = {"", *sys.path[:1], *_paths(os.environ)}
     base = [path for path in sys.path if path not in own]

@@ -23,3 +23,13 @@ def test_everything_that_the_notebook_imports_is_there_already():
     imports = next(c for c in nbformat.read(notebook_path(), 4).cells if c.id == "imports")
     preload = "from heimdall_onnx.preload import load_ipython_extension as f; f(None)"
     assert loaded_after(f"exec({imports.source!r})") <= loaded_after(preload)
+
+
+def test_what_is_imported_is_not_looked_through_for_garbage_again():
+    code = (
+        "import gc; from heimdall_onnx.preload import import_for_good; "
+        "import_for_good(['json', 'no_such_module', 'heimdall_onnx.plot']); "
+        "print(gc.isenabled(), gc.get_freeze_count() > len(gc.get_objects()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"

@@ -70,7 +70,10 @@ def test_imports_are_there_and_figures_appear_in_the_notebook(kernels):
     with kernels.started(os.environ) as kernel:
         assert ask(kernel, code) == "True"
         backend = ask(kernel, "import matplotlib; print(matplotlib.get_backend())")
+        collected = ask(kernel, "import gc; print(gc.isenabled(), gc.get_freeze_count() > 100_000)")
     assert backend.endswith("matplotlib_inline.backend_inline")
+    # A fork copies every page that the collector writes to.
+    assert collected == "True True"
 
 
 def test_two_run_at_once_and_each_ends_with_its_block(kernels):
