@@ -147,9 +147,10 @@ def _prepared(client: Client, plugin: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # A scheduler that is gone has no plugin either.
-        with suppress(Exception):
-            client.unregister_worker_plugin(plugin.name)
+        # A scheduler that is gone has no plugin either; asking it would take half a minute.
+        if client.status == "running":
+            with suppress(Exception):
+                client.unregister_worker_plugin(plugin.name)
 
 
 def _submit_checks(

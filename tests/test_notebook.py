@@ -77,6 +77,7 @@ def test_prose_that_says_how_to_read_it_stands_before_every_figure(name):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_notebook_runs_with_its_defaults_and_publishes_nothing(demo_home, tmp_path):
     # nbval runs every cell in a kernel, as JupyterLab's "run all" would.
     done = subprocess.run(
@@ -97,24 +98,24 @@ def test_notebook_runs_with_its_defaults_and_publishes_nothing(demo_home, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.thorough
-def test_papermill_alone_gives_a_report(small, tmp_path):
+def test_papermill_alone_gives_a_report_and_publishes_nothing(demo_home, tmp_path):
     executed = tmp_path / "out.ipynb"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "papermill", str(notebook_path()), str(executed)),
             *("-p", "profile", "smoke", "-p", "output_dir", str(tmp_path / "run")),
-            *("-p", "checkpoint", str(small.checkpoint), "-p", "model", small.model),
-            *("-p", "eval_data", str(small.eval_data), "--no-progress-bar"),
+            "--no-progress-bar",
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "HEIMDALL_HOME": str(tmp_path)},
+        env={**os.environ, "HEIMDALL_HOME": str(demo_home)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert judge_notebook(executed).passed
     assert read_record(executed)["uploaded"] is None
     assert (tmp_path / "run" / "model.onnx").is_file()
+    assert not (demo_home / "store").exists()
+    assert not (demo_home / "mlflow.db").exists()
 
 
 def test_bad_parameters_through_papermill_stop_the_notebook(tmp_path):
