@@ -288,6 +288,7 @@ def test_features_of_a_broken_recording_are_bad_input(tmp_path):
     assert not (tmp_path / "o.npz").exists()
 
 
+@pytest.mark.thorough
 def test_services_go_up_and_down(tmp_path):
     os.environ["HEIMDALL_HOME"] = str(tmp_path / "home")
     try:

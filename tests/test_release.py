@@ -318,8 +318,9 @@ def test_report_is_readable_without_mouse_and_sight(released):
             page = browser.new_context(viewport=size, bypass_csp=True).new_page()
             page.goto(Path(released.result.local_report).as_uri())
             page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
-            assert violations(page) == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # Narrow, where most has to be scrolled.
+        assert violations(page) == []
 
 
 def test_release_verifies(released, mlflow_environment):

@@ -404,7 +404,13 @@ def test_store_with_an_unknown_certificate_is_refused(
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "MLFLOW_TRACKING_SERVER_CERT_PATH"])
+@pytest.mark.parametrize(
+    "variable",
+    [
+        pytest.param("REQUESTS_CA_BUNDLE", marks=pytest.mark.thorough),
+        "MLFLOW_TRACKING_SERVER_CERT_PATH",
+    ],
+)
 def test_mlflow_with_an_unknown_certificate_is_refused(
     mlflow_server, certificate, monkeypatch, reset_mlflow, variable
 ):

@@ -196,9 +196,9 @@ def test_without_labels_the_displacement_decides(model, eval_data, tmp_path):
     path = tmp_path / "model.onnx"
     export_model(model, path, signature=SIGNATURE, opset=14)
     data = replace(load_evaluation_data(eval_data, SIGNATURE), positions=None)
-    parameters = ReleaseParameters(variants="int8-weights", profile="smoke", threads=1)
+    parameters = ReleaseParameters(variants="int8-dynamic", profile="smoke", threads=1)
     report = compare_variants(model, path, data, SIGNATURE, parameters)
-    (*_, gate) = report.variant("int8-weights").gates
+    (*_, gate) = report.variant("int8-dynamic").gates
     assert "displacement" in gate.name
 
 
@@ -215,11 +215,11 @@ def test_random_inputs_judge_nothing_that_rounds(model, tmp_path):
     path = tmp_path / "model.onnx"
     export_model(model, path, signature=SIGNATURE, opset=14)
     parameters = ReleaseParameters(
-        variants="fp32-optimized,int8-weights", profile="smoke", threads=1
+        variants="fp32-optimized,int8-dynamic", profile="smoke", threads=1
     )
     data = load_evaluation_data(None, SIGNATURE)
     report = compare_variants(model, path, data, SIGNATURE, parameters)
     assert report.variant("fp32-optimized").passed
-    refused = report.variant("int8-weights")
+    refused = report.variant("int8-dynamic")
     assert refused.status == "failed"
     assert "random numbers" in refused.reason
