@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @parameter_option("--model", help="Model class, pkg.mod:Class.")
 @parameter_option("--model-kwargs", help="Its keyword arguments, JSON.")
-@parameter_option("--eval-data", help="Evaluation inputs, .npz.")
+@parameter_option("--eval-data", help="Evaluation inputs: .npz or dataset.  [default: synthetic]")
 @parameter_options
 @click.option("--memory", help="Memory that one release may need, e.g. 4GiB.")
 @click.option("--scheduler", default="", help="Address of a Dask scheduler, e.g. tls://host:8786.")

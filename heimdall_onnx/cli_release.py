@@ -73,7 +73,11 @@ def release_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _RELEASE_OPTIONS = (
     parameter_options,
     parameter_option("--run-id", help="MLflow run to log into."),
-    click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell."),
+    click.option(
+        "--cell-timeout",
+        type=click.IntRange(min=1),
+        help="Seconds for one cell.  [default: six hours]",
+    ),
     click.option(
         "--notebook",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -107,7 +111,7 @@ _RELEASE_OPTIONS = (
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
 @parameter_option("--model", help="Model class, pkg.mod:Class.")
 @parameter_option("--model-kwargs", help="Its keyword arguments, JSON.")
-@parameter_option("--eval-data", help="Evaluation inputs, .npz.")
+@parameter_option("--eval-data", help="Evaluation inputs: .npz or dataset.  [default: synthetic]")
 @release_options
 def release(checkpoints: tuple[str, ...], **options: Any) -> None:
     """Release CHECKPOINT: run the notebook headlessly, judge it, publish, move the alias.

@@ -78,13 +78,14 @@ def _store() -> S3Client:
 def _connect(
     public_key: Path | None = None, trusted_certificates: Path | None = None
 ) -> Connection:
-    from heimdall_onnx.preload import import_for_good
+    from heimdall_onnx.preload import without_garbage_collection
 
-    # Nearly all of a command's time.
-    import_for_good(("heimdall_onnx.verify", "heimdall_onnx.registry"))
-    from heimdall_onnx.verify import open_for_reading
+    settings = _settings(public_key, trusted_certificates)
+    # To import it, and MLflow as it is opened, is nearly all of a command's time.
+    with without_garbage_collection():
+        from heimdall_onnx.verify import open_for_reading
 
-    return open_for_reading(_settings(public_key, trusted_certificates))
+        return open_for_reading(settings)
 
 
 def _settings(public_key: Path | None, trusted_certificates: Path | None) -> Settings:

@@ -1,8 +1,9 @@
 """papermill's engine, with a kernel that runs already.
 
 papermill writes the whole file, with every figure so far, before and after each cell, prose
-included, which took a second of a release. Here it is written as a cell of code begins, and at the
-end: whenever the runner is killed, the file says which cell ran and has everything before it.
+included, which took a second of a release. Here it is written as a cell of code begins, after the
+last one or the one that failed, and, as by papermill, every half minute in which a cell prints:
+when the runner is killed, the file says which cell of code began last and has all before it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc]
     """Ends a kernel in which nothing runs any more at once, and any other gracefully."""
 
     def papermill_execute_cells(self) -> None:
-        super().papermill_execute_cells()
+        with _saved_as_code_begins(self.nb_man):
+            super().papermill_execute_cells()
         # Not reached where a cell ran out of time or was interrupted: that cell must get the time
         # to leave nothing behind.
         self.shutdown_kernel = "immediate"
@@ -52,8 +54,7 @@ class _Engine(NBClientEngine):  # type: ignore[misc]
             startup_timeout=start_timeout,
         )
         client.owns_km = True
-        with _saved_as_code_begins(nb_man):
-            return client.execute()
+        return client.execute()
 
 
 @contextmanager
@@ -71,8 +72,9 @@ def _saved_as_code_begins(nb_man: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # papermill's own writes what the run has come to.
-        nb_man.save = save
+        del nb_man.save  # papermill's own is its class's
+        # A kernel may take its time to end what it was doing.
+        nb_man.save()
 
 
 papermill_engines.register(ENGINE, _Engine)

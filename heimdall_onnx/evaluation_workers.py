@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ _PART_BYTES = 64 << 20
 _PARTS_A_WORKER = 4
 # So many parts are with the scheduler for each that can run: no worker waits for this process.
 _AHEAD = 2
+_RECONNECTS_WITHIN_S = 5
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,11 @@ def _prepared(client: Client, plugin: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # A scheduler that is gone has no plugin either; asking it would take half a minute.
+        # One that only the connection to was lost would keep model and data for good.
+        deadline = time.monotonic() + _RECONNECTS_WITHIN_S
+        while client.status == "connecting" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        # To ask a scheduler that is gone takes half a minute.
         if client.status == "running":
             with suppress(Exception):
                 client.unregister_worker_plugin(plugin.name)

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from heimdall_onnx.orphans import end_with
 
@@ -39,17 +39,25 @@ def load_ipython_extension(_: object) -> None:
 
 
 def import_for_good(names: Iterable[str]) -> None:
-    """Import modules that stay as long as the process does; what can't be imported is left out.
+    """Import modules in a process that is theirs; what can't be imported is left out.
 
-    Meanwhile, and in them from then on, Python looks for no garbage. It would find none, in a fifth
-    of the time that the imports take; and later on, each time that it looks through everything, it
-    would write to every page of it, which a fork must copy first.
+    Whatever there is afterwards is never looked through for garbage again. That would be in vain,
+    and write to every page of it, which a fork must copy first.
     """
-    gc.disable()
-    try:
+    with without_garbage_collection():
         for name in names:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-    finally:
         gc.freeze()
-        gc.enable()
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For imports, a fifth of whose time goes into looking for garbage that is not there."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -273,7 +273,7 @@ class Port:
     type: str
 
 
-_ONE_AT_A_TIME = threading.Lock()
+_CORE_LOCK = threading.Lock()
 
 
 class OpenVINOSession:
@@ -296,7 +296,7 @@ class OpenVINOSession:
             "INFERENCE_PRECISION_HINT": settings.precision,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        with _ONE_AT_A_TIME:
+        with _CORE_LOCK:
             core = _only_core(import_openvino())
         try:
             self._model = core.compile_model(str(path), self.device, options)

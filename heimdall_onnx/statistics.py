@@ -228,7 +228,7 @@ class WorstSample:
 def _badness(sample: WorstSample) -> tuple[float, float, int]:
     """Sorts the worst sample first, and of equally bad ones the first of the data.
 
-    Where nothing at all is allowed every error is infinitely many times that: hence the second.
+    The error decides between equal shares of what is allowed, infinite ones among them.
     """
     return -sample.excess, -sample.error, sample.sample
 
@@ -361,7 +361,7 @@ def worst_elements(
 
 def _worst_of_rows(a: Floats, b: Floats, error: Floats, excess: Floats) -> WorstElements:
     """Those of samples whose elements lie side by side, (N, elements)."""
-    # Where several are infinitely far beyond what is allowed, the largest error decides.
+    # The error decides between equal shares, infinite ones among them.
     furthest = excess == excess.max(axis=1, keepdims=True)
     element = np.where(furthest, error, -1.0).argmax(axis=1)
     rows = np.arange(len(a))

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.registry import MLflowTracker
 
 _CLEAN: dict[str, str] = {}
-# Taken before any fixture runs: one that calls the command line sends events to a stream that is
-# closed when a test begins.
+# A fixture that calls the command line leaves events going to a stream that is closed by then.
 logs.get_logger(__name__)
 _LOGS = structlog.get_config()
 
@@ -66,9 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not long & {mark.name for mark in item.iter_markers()})
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -96,6 +99,7 @@ def _untraced_exporter() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """What a test, or a fixture of its module, puts into environment and logging ends with it."""
+    structlog.configure(**_LOGS)
     yield
     structlog.configure(**_LOGS)
     for name in os.environ.keys() - _CLEAN.keys() - {"PYTEST_CURRENT_TEST"}:

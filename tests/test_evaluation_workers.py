@@ -4,13 +4,14 @@ import itertools
 import os
 import random
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from distributed import LocalCluster
+from distributed import LocalCluster, Status, default_client
 from models import SmallNet
 
 from heimdall_onnx.compare import compare_outputs
@@ -295,15 +296,44 @@ def test_what_keeps_a_worker_from_taking_part_is_said(model, onnx_path, dataset,
         assert "is not the file that was there" in refusal(cluster, DataError)
 
 
+LOST = r"connection to the scheduler .* was lost"
+ONE_WORKER = {
+    "n_workers": 1,
+    "threads_per_worker": 1,
+    "host": "127.0.0.1",
+    "dashboard_address": "127.0.0.1:0",
+}
+
+
 def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone):
     data, _ = alone
-    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    with LocalCluster(n_workers=1, threads_per_worker=1, **options) as cluster:
+    closed = []
+
+    def close(done, of):
+        cluster.close()
+        closed.append(time.monotonic())
+
+    with LocalCluster(**ONE_WORKER) as cluster:
         workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
-        with pytest.raises(SchedulerError, match=r"connection to the scheduler .* was lost"):
-            workers.pass_over(
-                model, onnx_path, data, settings_of(data), lambda done, of: cluster.close()
-            )
+        with pytest.raises(SchedulerError, match=LOST):
+            workers.pass_over(model, onnx_path, data, settings_of(data), close)
+    # Dask would go on asking it for half a minute.
+    assert time.monotonic() - closed[0] < 25
+
+
+def test_scheduler_keeps_nothing_when_only_the_connection_is_lost(model, onnx_path, alone):
+    data, _ = alone
+
+    def cut(done, of):
+        client = default_client()
+        client.loop.add_callback(client.scheduler_comm.comm.abort)
+
+    with LocalCluster(**ONE_WORKER) as cluster:
+        workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
+        with pytest.raises(SchedulerError, match=LOST):
+            workers.pass_over(model, onnx_path, data, settings_of(data), cut)
+        assert cluster.status == Status.running
+        assert not [name for name in cluster.scheduler.worker_plugins if "evaluation" in name]
 
 
 @pytest.mark.parametrize(("workers", "batch"), [(1, 8), (2, 7), (64, 512), (3, 5000)])

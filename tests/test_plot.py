@@ -1125,7 +1125,7 @@ def test_worst_inputs_are_shown_in_order_with_both_answers(
 ) -> None:
     chart = plot.worst_inputs(failing, data)
     text = visible_text(chart)
-    order = failing.evaluation[0].worst
+    order = sorted(failing.evaluation[0].worst, key=lambda w: (-w.excess, -w.error, w.sample))
     for worst in order[:3]:
         assert f"sample {worst.sample}: " in text
         assert ", ".join(f"{v:.7g}" for v in worst.reference) in text

@@ -247,7 +247,7 @@ def test_empty_batch_adds_nothing():
     assert accumulator.result() == collect(reference, value)
 
 
-def test_worst_samples_come_with_their_indices_and_values_largest_first():
+def test_worst_samples_come_with_their_indices_and_values_the_worst_first():
     reference, _ = pair(100)
     value = reference.copy()
     planted = {93: 0.5, 2: 0.4, 55: 0.3, 54: 0.2}
@@ -264,7 +264,7 @@ def test_worst_samples_come_with_their_indices_and_values_largest_first():
         assert (worst.error, worst.excess) == (error[excess.argmax()], excess.max())
 
 
-def test_the_worst_samples_are_those_furthest_beyond_what_is_allowed():
+def test_samples_are_ranked_by_the_share_of_what_is_allowed():
     reference = np.array([[1e6, 0.0]] * 2 * WORST_SAMPLES, np.float32)
     value = reference.copy()
     value[: WORST_SAMPLES + 1, 0] += 0.25

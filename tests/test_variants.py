@@ -192,6 +192,7 @@ def test_limits_come_from_the_parameters():
     assert parameters.accuracy_limits == AccuracyLimits(0.02, 0.03, 0.4, 0.05)
 
 
+@pytest.mark.thorough
 def test_without_labels_the_displacement_decides(model, eval_data, tmp_path):
     path = tmp_path / "model.onnx"
     export_model(model, path, signature=SIGNATURE, opset=14)

@@ -36,6 +36,7 @@ class _Worst:
 
     index: int
     excess: float
+    error: float
     outputs: list[tuple[ErrorStatistics, WorstSample]]
 
     def values(self, output: ErrorStatistics, report: ParityReport, shown: int) -> _Values | None:
@@ -93,17 +94,26 @@ def _worst_samples(report: ParityReport) -> list[_Worst]:
     for output in report.evaluation:
         for worst in output.worst:
             by_sample.setdefault(worst.sample, []).append((output, worst))
-    found = [
-        _Worst(index, max(w.excess for _, w in pairs), pairs) for index, pairs in by_sample.items()
-    ]
-    return sorted(found, key=lambda sample: (-sample.excess, sample.index))[:_SAMPLES_SHOWN]
+    found = []
+    for index, pairs in by_sample.items():
+        _, most = _most(pairs)
+        found.append(_Worst(index, most.excess, most.error, pairs))
+    found.sort(key=lambda sample: (-sample.excess, -sample.error, sample.index))
+    return found[:_SAMPLES_SHOWN]
+
+
+def _most(
+    pairs: list[tuple[ErrorStatistics, WorstSample]],
+) -> tuple[ErrorStatistics, WorstSample]:
+    """The output that differs most at a sample, and how."""
+    return max(pairs, key=lambda pair: (pair[1].excess, pair[1].error))
 
 
 def _answer(found: list[_Worst]) -> str:
     first = found[0]
     if first.excess == 0:
         return "The models agree to the last digit: the first samples stand for all"
-    output, worst = max(first.outputs, key=lambda pair: pair[1].excess)
+    output, worst = _most(first.outputs)
     times = f"{number(worst.excess)}×" if math.isfinite(worst.excess) else "incomparably beyond"
     return (
         f"Sample {first.index} differs most: {number(worst.error)}{after(output.unit)} in "
