@@ -86,10 +86,13 @@ def _draw_distribution(
     magnitude = max(abs(o.lowest), abs(o.highest))
     relative = report.tolerance + report.rtol * magnitude
     zero, low, high = _error_axis(edges, cdf, o, relative)
+    shares = 100 * np.diff(cdf)
+    # Nearly all are empty, and each would be drawn.
+    filled = shares > 0
     above.bar(
-        edges[:-1],
-        100 * np.diff(cdf),
-        np.diff(edges),
+        edges[:-1][filled],
+        shares[filled],
+        np.diff(edges)[filled],
         align="edge",
         color=ELEMENT_COLORS[2],
         edgecolor="white",
