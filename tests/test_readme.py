@@ -273,12 +273,18 @@ def test_model_is_served_in_a_process(reviewed):
 @pytest.mark.thorough
 def test_model_is_served_by_mlflow(reviewed):
     script = block("Serving a release", ". .venv")
-    lines = [line for line in script.splitlines() if not line.startswith("export")]
-    images = np.load(reviewed.folder / "eval.npz")["image"][:1].tolist()
-    served = "\n".join(lines).replace("--port 5001", "--port 5001 &\nserver=$!\nsleep 40")
-    asked = served.replace("[[[[…]]]]", str(images))
-    done = reviewed.shell(f"trap 'kill $server' EXIT\n{asked}")
-    assert '"score"' in done.stdout
+    settings = ensure_store(Settings(_env_file=None, HEIMDALL_HOME=reviewed.home))
+    registry = f"sqlite:///{reviewed.home / 'mlflow.db'}"
+    credentials = [part.get_secret_value() for part in settings.credentials[:2]]
+    for value in (registry, settings.s3_endpoint_url, *credentials):
+        script = script.replace("=…", f"={value}", 1)
+    wait = "until curl -s localhost:5001/ping; do kill -0 $server; sleep 1; done"
+    script = script.replace("--port 5001", f"--port 5001 &\nserver=$!\n{wait}", 1)
+    image = np.load(reviewed.folder / "eval.npz")["image"][:1]
+    script = script.replace("[[[[…]]]]", json.dumps(image.tolist()))
+    # The server is a child of the command.
+    printed = reviewed.shell(f"trap 'pkill -P $server; kill $server' EXIT\n{script}")
+    assert list(json.loads(printed.splitlines()[-1])["predictions"]) == ["score"]
 
 
 def test_plan_of_a_fleet_is_read(workshop, tmp_path):
