@@ -230,14 +230,15 @@ def test_worker_answers_with_every_latency_in_order(worker):
 
 def test_slower_contender_is_found_slower_by_about_as_much(worker):
     with (
-        worker(partial(jobs.load_sleeper, 0.009), "slow") as slow,
-        worker(partial(jobs.load_sleeper, 0.001), "fast") as fast,
+        worker(partial(jobs.load_sleeper, 0.09), "slow") as slow,
+        worker(partial(jobs.load_sleeper, 0.01), "fast") as fast,
     ):
         slow.start()
         fast.start()
         benchmark.take_turns([slow, fast], 12, 0, random.Random(0), None)
     speedup = paired_speedup(slow.blocks, fast.blocks)
-    assert 2 < speedup.low <= speedup.ratio <= speedup.high < 10
+    # Nine times; a busy machine wakes nobody in time.
+    assert 3 < speedup.low <= speedup.ratio <= speedup.high < 27
 
 
 def test_peak_memory_is_the_workers_own(worker):
