@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from heimdall_onnx.cli_help import Command
-from heimdall_onnx.cli_release import parameter_option, parameter_options
+from heimdall_onnx.cli_release import model_options, parameter_options
 from heimdall_onnx.errors import ParameterError, UnavailableError
 from heimdall_onnx.untrusted import visible_lines
 
@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     metavar="GLOB",
     help="Checkpoints to release with the options below, in place of a plan; may be repeated.",
 )
-@parameter_option("--model", help="Model class, pkg.mod:Class.")
-@parameter_option("--model-kwargs", help="Its keyword arguments, JSON.")
-@parameter_option("--eval-data", help="Evaluation inputs: .npz or dataset.  [default: synthetic]")
+@model_options
 @parameter_options
 @click.option("--memory", help="Memory that one release may need, e.g. 4GiB.")
 @click.option("--scheduler", default="", help="Address of a Dask scheduler, e.g. tls://host:8786.")

@@ -37,6 +37,22 @@ parameter_option = partial(
 )
 
 
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Of which model the checkpoints are, and what it is compared on."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+_MODEL_OPTIONS = (
+    parameter_option("--model", help="Model class, pkg.mod:Class."),
+    parameter_option("--model-kwargs", help="Its keyword arguments, JSON."),
+    parameter_option(
+        "--eval-data", help="Evaluation inputs: .npz or dataset.  [default: synthetic]"
+    ),
+)
+
+
 def parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What is released under which name, and how; None means the default of the parameters."""
     for option in reversed(_PARAMETER_OPTIONS):
@@ -109,9 +125,7 @@ _RELEASE_OPTIONS = (
     """,
 )
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
-@parameter_option("--model", help="Model class, pkg.mod:Class.")
-@parameter_option("--model-kwargs", help="Its keyword arguments, JSON.")
-@parameter_option("--eval-data", help="Evaluation inputs: .npz or dataset.  [default: synthetic]")
+@model_options
 @release_options
 def release(checkpoints: tuple[str, ...], **options: Any) -> None:
     """Release CHECKPOINT: run the notebook headlessly, judge it, publish, move the alias.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -15,6 +17,7 @@ from heimdall_onnx.errors import SchedulerError, SettingsError
 from heimdall_onnx.processors import physical_cores, usable_processors
 
 _SCHEDULER_TIMEOUT_S = 30
+_LOOK_S = 0.2
 
 
 @contextmanager
@@ -40,6 +43,19 @@ def scheduler_client(address: str) -> Iterator[Client]:
         ) from error
     with client:
         yield client
+
+
+def connected(client: Client, within_s: float = math.inf) -> bool:
+    """Whether a client has its scheduler, or again has it after the connection was lost.
+
+    Args:
+        client: It tries to reach the scheduler by itself, for half a minute.
+        within_s: Seconds to wait for that.
+    """
+    deadline = time.monotonic() + within_s
+    while client.status == "connecting" and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    return bool(client.status == "running")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -137,6 +136,8 @@ class EvaluationWorkers:
 @contextmanager
 def _prepared(client: Client, plugin: Any) -> Iterator[None]:
     """Give every worker, and those to come, what they need."""
+    from heimdall_onnx.dask_workers import connected
+
     try:
         client.register_plugin(plugin)
     except HeimdallError as error:
@@ -149,12 +150,9 @@ def _prepared(client: Client, plugin: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # One that only the connection to was lost would keep model and data for good.
-        deadline = time.monotonic() + _RECONNECTS_WITHIN_S
-        while client.status == "connecting" and time.monotonic() < deadline:
-            time.sleep(0.1)
-        # To ask a scheduler that is gone takes half a minute.
-        if client.status == "running":
+        # One that only the connection to was lost would keep model and data for good; to ask one
+        # that is gone takes half a minute.
+        if connected(client, within_s=_RECONNECTS_WITHIN_S):
             with suppress(Exception):
                 client.unregister_worker_plugin(plugin.name)
 

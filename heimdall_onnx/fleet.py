@@ -33,7 +33,7 @@ from distributed import Client, Future, wait
 from distributed.scheduler import KilledWorker
 from distributed.utils import CancelledError
 
-from heimdall_onnx.dask_workers import local_client, own_processors, scheduler_client
+from heimdall_onnx.dask_workers import connected, local_client, own_processors, scheduler_client
 from heimdall_onnx.errors import (
     EvidenceError,
     HeimdallError,
@@ -207,10 +207,7 @@ class _Pool:
         Raises:
             SchedulerError: If it does not answer any more.
         """
-        # The client itself tries, for as long as it would have at first.
-        while self.client.status == "connecting":
-            time.sleep(_LOOK_S)
-        if self.client.status != "running":
+        if not connected(self.client):
             raise SchedulerError(
                 "the connection to the scheduler was lost and it answers no more; what is "
                 "released stays so: start it again and call the fleet again, which goes on"

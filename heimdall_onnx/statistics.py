@@ -225,7 +225,7 @@ class WorstSample:
     shard: str = ""
 
 
-def _badness(sample: WorstSample) -> tuple[float, float, int]:
+def badness(sample: WorstSample) -> tuple[float, float, int]:
     """Sorts the worst sample first, and of equally bad ones the first of the data.
 
     The error decides between equal shares of what is allowed, infinite ones among them.
@@ -454,7 +454,7 @@ class ErrorAccumulator:
         )
 
     def _keep_worst(self, found: Iterable[WorstSample]) -> None:
-        self._worst = heapq.nsmallest(WORST_SAMPLES, [*self._worst, *found], key=_badness)
+        self._worst = heapq.nsmallest(WORST_SAMPLES, [*self._worst, *found], key=badness)
 
     def merge(self, other: ErrorAccumulator) -> None:
         """Add everything that was added to ``other``, which stays as it is.

@@ -16,7 +16,7 @@ from heimdall_onnx.departure import compare_values
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.plot.chart import INK, Chart, new_figure, no_grid, plain, say, styled
 from heimdall_onnx.signature import Arrays, Signature, TensorSpec
-from heimdall_onnx.statistics import ErrorStatistics, WorstSample
+from heimdall_onnx.statistics import ErrorStatistics, WorstSample, badness
 from heimdall_onnx.words import after, name, number
 
 _SAMPLES_SHOWN = 3
@@ -35,9 +35,12 @@ class _Worst:
     """A sample with what each output has to say of it."""
 
     index: int
-    excess: float
-    error: float
     outputs: list[tuple[ErrorStatistics, WorstSample]]
+
+    @property
+    def most(self) -> tuple[ErrorStatistics, WorstSample]:
+        """The output that differs most, and how."""
+        return min(self.outputs, key=lambda pair: badness(pair[1]))
 
     def values(self, output: ErrorStatistics, report: ParityReport, shown: int) -> _Values | None:
         """Both models' answers in one output and the error; None where these were not kept."""
@@ -94,26 +97,15 @@ def _worst_samples(report: ParityReport) -> list[_Worst]:
     for output in report.evaluation:
         for worst in output.worst:
             by_sample.setdefault(worst.sample, []).append((output, worst))
-    found = []
-    for index, pairs in by_sample.items():
-        _, most = _most(pairs)
-        found.append(_Worst(index, most.excess, most.error, pairs))
-    found.sort(key=lambda sample: (-sample.excess, -sample.error, sample.index))
-    return found[:_SAMPLES_SHOWN]
-
-
-def _most(
-    pairs: list[tuple[ErrorStatistics, WorstSample]],
-) -> tuple[ErrorStatistics, WorstSample]:
-    """The output that differs most at a sample, and how."""
-    return max(pairs, key=lambda pair: (pair[1].excess, pair[1].error))
+    found = [_Worst(index, pairs) for index, pairs in by_sample.items()]
+    return sorted(found, key=lambda sample: badness(sample.most[1]))[:_SAMPLES_SHOWN]
 
 
 def _answer(found: list[_Worst]) -> str:
     first = found[0]
-    if first.excess == 0:
+    output, worst = first.most
+    if worst.excess == 0:
         return "The models agree to the last digit: the first samples stand for all"
-    output, worst = _most(first.outputs)
     times = f"{number(worst.excess)}×" if math.isfinite(worst.excess) else "incomparably beyond"
     return (
         f"Sample {first.index} differs most: {number(worst.error)}{after(output.unit)} in "
@@ -266,7 +258,7 @@ def _write(axes: Axes, sample: _Worst, report: ParityReport) -> None:
     axes.set(xticks=[], yticks=[])
     # Several inputs leave less room beside them.
     shown = _VALUES_SHOWN if len(report.signature.inputs) == 1 else _VALUES_SHOWN // 2
-    lines = [f"sample {sample.index}: {number(sample.excess)}× the tolerance"]
+    lines = [f"sample {sample.index}: {number(sample.most[1].excess)}× the tolerance"]
     for output in report.evaluation[:_OUTPUTS_SHOWN]:
         values = sample.values(output, report, shown)
         if values is None:
