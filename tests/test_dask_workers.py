@@ -1,10 +1,13 @@
-"""Dask workers on this machine: each with processors of its own, or with none for itself."""
+"""Dask workers on this machine, and the scheduler to which the connection may be lost."""
 
 import os
+import time
 from pathlib import Path
 
+from distributed import LocalCluster
+
 from heimdall_onnx import dask_workers
-from heimdall_onnx.dask_workers import local_client, own_processors
+from heimdall_onnx.dask_workers import connected, local_client, own_processors, scheduler_client
 
 
 def test_workers_share_no_core(monkeypatch):
@@ -31,3 +34,18 @@ def test_workers_end_with_the_block_and_keep_to_their_processors():
     assert processors == shares["0"]
     assert (own, resources) == ("1", {"release": 1})
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_client_knows_whether_it_has_its_scheduler_again():
+    options = {"n_workers": 0, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(**options) as cluster, scheduler_client(cluster.scheduler_address) as client:
+        before = client.scheduler_comm
+        client.loop.add_callback(before.comm.abort)
+        while client.scheduler_comm is before:
+            time.sleep(0.05)
+        assert connected(client)
+        before = client.scheduler_comm
+        cluster.close()
+        while client.scheduler_comm is before and client.status == "running":
+            time.sleep(0.05)
+        assert not connected(client, within_s=0.5)
