@@ -96,7 +96,8 @@ def features(
     **parameters: int | None,
 ) -> None:
     """Turn IQ recordings into evaluation inputs."""
-    from heimdall_onnx.features import FeatureParameters, write_features
+    from heimdall_onnx.features import write_features
+    from heimdall_onnx.mel import FeatureParameters
 
     chosen = {k: v for k, v in parameters.items() if v is not None}
     made = write_features(

@@ -55,7 +55,8 @@ def gallery(
     from heimdall_onnx.gallery import make_gallery, store_gallery, summary
     from heimdall_onnx.services import ensure_store
     from heimdall_onnx.settings import Settings
-    from heimdall_onnx.store import bucket_exists, format_uri, make_client
+    from heimdall_onnx.store import bucket_exists, format_uri
+    from heimdall_onnx.store_client import make_client
 
     client = make_client(ensure_store(Settings.load()))
     if not bucket_exists(client, bucket):

@@ -70,7 +70,7 @@ def _name_argument(command: _Command) -> _Command:
 def _store() -> S3Client:
     from heimdall_onnx.services import ensure_store
     from heimdall_onnx.settings import Settings
-    from heimdall_onnx.store import make_client
+    from heimdall_onnx.store_client import make_client
 
     return make_client(ensure_store(Settings.load()))
 

@@ -19,7 +19,8 @@ from heimdall_onnx.untrusted import visible_lines
 
 if TYPE_CHECKING:
     from heimdall_onnx.parameters import ReleaseParameters
-    from heimdall_onnx.training import TrainingParameters, TrainingResult
+    from heimdall_onnx.training_parameters import TrainingParameters
+    from heimdall_onnx.training_result import TrainingResult
 
 _INTERRUPTED = 130
 _option = partial(
@@ -106,9 +107,8 @@ def _train(
     # Everything is checked before anything heavy is imported.
     from heimdall_onnx.parameters import check_parameters
     from heimdall_onnx.settings import Settings
-    from heimdall_onnx.training import check_training
     from heimdall_onnx.training import train as run
-    from heimdall_onnx.training_parameters import NAMED, OWN
+    from heimdall_onnx.training_parameters import NAMED, OWN, check_training
 
     if own := OWN & {name for name, _ in extra}:
         raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the training sets it")

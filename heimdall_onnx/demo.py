@@ -20,7 +20,8 @@ from heimdall_onnx.errors import DataError, ParameterError
 from heimdall_onnx.files import hash_file, replace_file
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.simulate import CHANNEL, simulate_dataset
-from heimdall_onnx.training import TrainingParameters, train
+from heimdall_onnx.training import train
+from heimdall_onnx.training_parameters import TrainingParameters
 
 log = get_logger(__name__)
 

@@ -21,11 +21,7 @@ from heimdall_onnx.ground import GroundAccumulator, GroundReport, middle_of
 from heimdall_onnx.promises import Limit, excess
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics, require_mergeable
-from heimdall_onnx.uncertainty import (
-    UncertaintyAccumulator,
-    UncertaintyReport,
-    answers_positions,
-)
+from heimdall_onnx.uncertainty import UncertaintyAccumulator, UncertaintyReport, answers_positions
 
 EVALUATION = "evaluation data"
 RTOL = 1.3e-6  # torch.testing's default for float32

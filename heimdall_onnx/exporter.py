@@ -14,12 +14,7 @@ from heimdall_onnx.aliases import STAGES as ALIASES_WITH_STAGE
 from heimdall_onnx.aliases import Offer, offer_version, withdraw_version
 from heimdall_onnx.benchmark import measure_latency, min_samples
 from heimdall_onnx.compare import compare_outputs, locate_departure
-from heimdall_onnx.errors import (
-    HeimdallError,
-    InvalidModelError,
-    ParameterError,
-    ParityError,
-)
+from heimdall_onnx.errors import HeimdallError, InvalidModelError, ParameterError, ParityError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.examples import examples_of
 from heimdall_onnx.export import eval_mode, export_model
@@ -27,8 +22,9 @@ from heimdall_onnx.files import hash_file
 from heimdall_onnx.gates import Verdict
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.metadata import describe_model
+from heimdall_onnx.mlmodel import write_mlmodel_folder
 from heimdall_onnx.publish import METADATA, object_metadata, to_json, version_tags
-from heimdall_onnx.registry import STAGES, MLflowTracker, write_mlmodel_folder
+from heimdall_onnx.registry import STAGES, MLflowTracker
 from heimdall_onnx.signature import signature_of
 from heimdall_onnx.store import (
     claim_version,

@@ -34,12 +34,7 @@ from distributed.scheduler import KilledWorker
 from distributed.utils import CancelledError
 
 from heimdall_onnx.dask_workers import connected, local_client, own_processors, scheduler_client
-from heimdall_onnx.errors import (
-    EvidenceError,
-    HeimdallError,
-    ParameterError,
-    SchedulerError,
-)
+from heimdall_onnx.errors import EvidenceError, HeimdallError, ParameterError, SchedulerError
 from heimdall_onnx.fleet_item import ItemOutcome
 from heimdall_onnx.fleet_plan import FleetItem, FleetPlan
 from heimdall_onnx.fleet_worker import CORES, MEMORY, RELEASE, FleetWorker, run_item

@@ -20,13 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from heimdall_onnx.aliases import ALIASES, Move
 from heimdall_onnx.errors import StoreError, VerificationError
-from heimdall_onnx.gallery_facts import (
-    Facts,
-    Frozen,
-    read_failed,
-    read_release,
-    with_measured,
-)
+from heimdall_onnx.gallery_facts import Facts, Frozen, read_failed, read_release, with_measured
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import (
     MAX_MANIFEST_BYTES,

@@ -76,7 +76,8 @@ def ingest_recordings(
         ParameterError: If a position is out of range, or a receiver is in no recording.
         UnavailableError: Without the package Zarr.
     """
-    from heimdall_onnx.dataset import create_dataset, open_dataset
+    from heimdall_onnx.dataset import open_dataset
+    from heimdall_onnx.dataset_writer import create_dataset
 
     parameters = parameters or FeatureParameters()
     sites = dict(receivers or {})

@@ -13,13 +13,7 @@ from heimdall_onnx.errors import ParameterError, VerificationError
 from heimdall_onnx.files import hash_file
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import (
-    MODEL,
-    RECOMMENDED,
-    Manifest,
-    Variant,
-    read_manifest,
-)
+from heimdall_onnx.manifest import MODEL, RECOMMENDED, Manifest, Variant, read_manifest
 from heimdall_onnx.parameters import FP32
 from heimdall_onnx.processors import multiplies_in_8_bits, usable_processors
 from heimdall_onnx.runtimes import OpenVINOSession, open_onnxruntime
@@ -27,7 +21,8 @@ from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature import Signature
 from heimdall_onnx.signing import Trust
-from heimdall_onnx.store import download_file, head, list_keys, make_client, parse_uri
+from heimdall_onnx.store import download_file, head, list_keys, parse_uri
+from heimdall_onnx.store_client import make_client
 from heimdall_onnx.untrusted import shown
 from heimdall_onnx.verify import require_verified, verify_release
 

@@ -32,10 +32,10 @@ from heimdall_onnx.store import (
     ensure_bucket,
     head,
     list_keys,
-    make_client,
     read_json,
     upload_file,
 )
+from heimdall_onnx.store_client import make_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -18,12 +18,7 @@ from typing import TYPE_CHECKING, Any
 from heimdall_onnx.errors import DataError, NotRegisteredError, ParameterError, RegistryError
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.mlmodel import write_mlmodel_folder as write_mlmodel_folder
-from heimdall_onnx.registry_errors import (
-    limit_waits,
-    missing_database,
-    probe,
-    registry_errors,
-)
+from heimdall_onnx.registry_errors import limit_waits, missing_database, probe, registry_errors
 from heimdall_onnx.retries import MLFLOW_DEFAULTS, log_http_requests, set_default_session
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings, bypass_proxy, with_driver

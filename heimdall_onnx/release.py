@@ -47,26 +47,14 @@ from heimdall_onnx.offer import (
     withdraw_offer,
 )
 from heimdall_onnx.parameters import ReleaseParameters
-from heimdall_onnx.publish import (
-    Connection,
-    close_own_run,
-    connect,
-    content_type,
-    withdraw,
-)
+from heimdall_onnx.publish import Connection, close_own_run, connect, content_type, withdraw
 from heimdall_onnx.rendering import render_html
 from heimdall_onnx.report import Judgement, figures, put_verdict_first
 from heimdall_onnx.retention import Protection, prepare_bucket
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signing import Signer, open_signer
-from heimdall_onnx.store import (
-    MANIFEST,
-    StoredObject,
-    claim_version,
-    ensure_bucket,
-    upload_file,
-)
+from heimdall_onnx.store import MANIFEST, StoredObject, claim_version, ensure_bucket, upload_file
 from heimdall_onnx.summary import release_facts, three_sentences
 from heimdall_onnx.workspace import RUNNER, new_run_folder
 

@@ -38,19 +38,8 @@ from heimdall_onnx.mlflow_page import add_review, review_line
 from heimdall_onnx.parameters import check_parameters
 from heimdall_onnx.publish import content_type, to_json
 from heimdall_onnx.rendering import Decision, render_html
-from heimdall_onnx.store import (
-    delete_objects,
-    download_file,
-    format_uri,
-    upload_bytes,
-)
-from heimdall_onnx.verify import (
-    REVIEW_TAG,
-    Finding,
-    differences,
-    require_verified,
-    verify_release,
-)
+from heimdall_onnx.store import delete_objects, download_file, format_uri, upload_bytes
+from heimdall_onnx.verify import REVIEW_TAG, Finding, differences, require_verified, verify_release
 
 if TYPE_CHECKING:
     from heimdall_onnx.publish import Connection

@@ -56,7 +56,7 @@ from heimdall_onnx.manifest import RECOMMENDED, Manifest, read_manifest
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature import Arrays, Signature, TensorSpec
-from heimdall_onnx.store import make_client
+from heimdall_onnx.store_client import make_client
 from heimdall_onnx.untrusted import shown
 
 if TYPE_CHECKING:

@@ -242,7 +242,8 @@ def simulate_dataset(
         DataError: If ``path`` exists, or a file can't be written.
         UnavailableError: Without the package Zarr.
     """
-    from heimdall_onnx.dataset import create_dataset, open_dataset
+    from heimdall_onnx.dataset import open_dataset
+    from heimdall_onnx.dataset_writer import create_dataset
 
     problems = [
         f"{name} must be at least {least}, found {value!r}"

@@ -22,14 +22,7 @@ from heimdall_onnx.logs import get_logger
 from heimdall_onnx.processors import usable_processors
 from heimdall_onnx.signature import signature_of
 from heimdall_onnx.training_parameters import FIXED, TrainingParameters, command_of
-from heimdall_onnx.training_result import (
-    BEST,
-    DIVERGED,
-    EVAL_DATA,
-    LAST,
-    RECORD,
-    TrainingResult,
-)
+from heimdall_onnx.training_result import BEST, DIVERGED, EVAL_DATA, LAST, RECORD, TrainingResult
 from heimdall_onnx.untrusted import listed, shown
 
 if TYPE_CHECKING:

@@ -16,14 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from heimdall_onnx.benchmark import (
-    BLOCK_CALLS,
-    Contestant,
-    Floats,
-    Speedup,
-    Worker,
-    paired_speedup,
-)
+from heimdall_onnx.benchmark import BLOCK_CALLS, Contestant, Floats, Speedup, Worker, paired_speedup
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.signature import Arrays, Signature

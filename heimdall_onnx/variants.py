@@ -15,12 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.accuracy import (
-    Accuracy,
-    accuracy_gates,
-    answers_of,
-    judge_accuracy,
-)
+from heimdall_onnx.accuracy import Accuracy, accuracy_gates, answers_of, judge_accuracy
 from heimdall_onnx.apart import Apart, process_apart
 from heimdall_onnx.benchmark import (
     PYTORCH,

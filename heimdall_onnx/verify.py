@@ -25,15 +25,8 @@ from heimdall_onnx.manifest import (
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signing import MAX_SIGNATURE_BYTES, Trust, check_signature
-from heimdall_onnx.store import (
-    MANIFEST,
-    exists,
-    hash_object,
-    head,
-    list_keys,
-    make_client,
-    read_bytes,
-)
+from heimdall_onnx.store import MANIFEST, exists, hash_object, head, list_keys, read_bytes
+from heimdall_onnx.store_client import make_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

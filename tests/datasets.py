@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from heimdall_onnx import shards
-from heimdall_onnx.dataset import create_dataset, open_dataset
+from heimdall_onnx.dataset import open_dataset
+from heimdall_onnx.dataset_writer import create_dataset
 
 COUNT = 90
 META = {"provenance": "drawn", "features": {"n_fft": 1024}}

@@ -19,9 +19,9 @@ from heimdall_onnx.cli_train import summary, train
 from heimdall_onnx.errors import EvidenceError, ParameterError, RegistryError
 from heimdall_onnx.parameters import check_parameters
 from heimdall_onnx.registry import MLflowTracker
-from heimdall_onnx.training import TrainingParameters, check_training, read_result
 from heimdall_onnx.training import train as run
-from heimdall_onnx.training_parameters import command_of
+from heimdall_onnx.training_parameters import TrainingParameters, check_training, command_of
+from heimdall_onnx.training_result import read_result
 
 MODEL = ("--model", f"{HERE}:Framed", "--lr", "0.02", "--accelerator", "cpu")
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from datasets import COUNT, META, RECEIVERS, samples, write, write_in_small_shards
 
-from heimdall_onnx.dataset import create_dataset, open_dataset
+from heimdall_onnx.dataset import open_dataset
+from heimdall_onnx.dataset_writer import create_dataset
 from heimdall_onnx.errors import DataError, ParameterError, UnavailableError
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.signature import Signature, TensorSpec

@@ -14,13 +14,7 @@ from heimdall_onnx.content import fetch_dataset, keep_dataset, open_kept, upload
 from heimdall_onnx.dataset import open_dataset
 from heimdall_onnx.errors import DataError, StoreError
 from heimdall_onnx.files import hash_file
-from heimdall_onnx.store import (
-    delete_objects,
-    list_keys,
-    read_bytes,
-    upload_bytes,
-    upload_file,
-)
+from heimdall_onnx.store import delete_objects, list_keys, read_bytes, upload_bytes, upload_file
 
 pytestmark = pytest.mark.services
 

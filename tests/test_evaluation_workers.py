@@ -16,7 +16,8 @@ from models import SmallNet
 
 from heimdall_onnx.compare import compare_outputs
 from heimdall_onnx.content import upload_dataset
-from heimdall_onnx.dataset import create_dataset, open_dataset
+from heimdall_onnx.dataset import open_dataset
+from heimdall_onnx.dataset_writer import create_dataset
 from heimdall_onnx.errors import DataError, EvidenceError, ParameterError, SchedulerError
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.evaluation_pass import EvaluationPass, Models, pass_over, pass_settings

@@ -6,13 +6,7 @@ from faults import FEATURES, MASK, SET, STATIONS, SetNet
 from models import SIGNAL, declare
 
 from heimdall_onnx.errors import DataError
-from heimdall_onnx.examples import (
-    examples_of,
-    garbled,
-    generic_adversarial,
-    padded,
-    permuted,
-)
+from heimdall_onnx.examples import examples_of, garbled, generic_adversarial, padded, permuted
 from heimdall_onnx.signature import Axis, Signature, TensorSpec
 
 AMPLITUDES = ["zeros", "constant", "amplitude ×0.01", "amplitude ×100", "silent channel"]

@@ -14,9 +14,10 @@ from models import IntegerNet, NaNNet, SmallNet
 from torch import nn
 
 from heimdall_onnx import explore
-from heimdall_onnx.compare import EVALUATION, ParityReport, compare_outputs
+from heimdall_onnx.compare import ParityReport, compare_outputs
 from heimdall_onnx.errors import InvalidModelError, ParameterError
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.evaluation_pass import EVALUATION
 from heimdall_onnx.explore import INSTALL, Explorable, Exploration, explore_parity
 from heimdall_onnx.export import export_model
 from heimdall_onnx.ground import distance_m

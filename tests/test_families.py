@@ -34,11 +34,7 @@ from heimdall_onnx.release import ReleaseResult, release_checkpoint
 from heimdall_onnx.reproduce import reproduce_release
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature import Signature
-from heimdall_onnx.signature_file import (
-    read_signature_file,
-    signature_path,
-    write_signature_file,
-)
+from heimdall_onnx.signature_file import read_signature_file, signature_path, write_signature_file
 from heimdall_onnx.verify import verify_release
 
 MODELS = [Triangulator, MultiModalNet]

@@ -19,7 +19,8 @@ from runs import environment, short, start_release
 from heimdall_onnx.errors import StoreError
 from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.release import release_checkpoint
-from heimdall_onnx.store import list_keys, make_client, upload_file
+from heimdall_onnx.store import list_keys, upload_file
+from heimdall_onnx.store_client import make_client
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 

@@ -21,13 +21,7 @@ from torch import nn
 
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.export import export_model
-from heimdall_onnx.inference import (
-    load_onnx,
-    load_pytorch,
-    open_session,
-    run_onnx,
-    run_pytorch,
-)
+from heimdall_onnx.inference import load_onnx, load_pytorch, open_session, run_onnx, run_pytorch
 
 SIGNATURE = SmallNet.signature
 

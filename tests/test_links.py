@@ -16,7 +16,7 @@ import pytest
 from heimdall_onnx.errors import ParameterError, StoreError, VerificationError
 from heimdall_onnx.links import LONGEST_S, share_release
 from heimdall_onnx.logs import configure_logs, get_logger
-from heimdall_onnx.store import make_client
+from heimdall_onnx.store_client import make_client
 
 FOLDER = "models/localization/v20261120_143000"
 PAGE = b"<!doctype html><title>report</title>"

@@ -15,7 +15,8 @@ from heimdall_onnx.manifest import Entry, Sessions, Variant
 from heimdall_onnx.publish import connect, to_json
 from heimdall_onnx.runtimes import OpenVINOSession, SessionSettings
 from heimdall_onnx.signing import open_signer
-from heimdall_onnx.store import make_client, upload_bytes
+from heimdall_onnx.store import upload_bytes
+from heimdall_onnx.store_client import make_client
 from heimdall_onnx.verify import verify_release
 
 pytestmark = pytest.mark.services

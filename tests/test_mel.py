@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 
 from heimdall_onnx.errors import ParameterError
-from heimdall_onnx.mel import (
-    FeatureParameters,
-    log_mel,
-    mel_windows,
-    normalize,
-    signed_mel_filters,
-)
+from heimdall_onnx.mel import FeatureParameters, log_mel, mel_windows, normalize, signed_mel_filters
 
 RATE = 12_000.0
 PARAMETERS = FeatureParameters()

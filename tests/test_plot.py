@@ -38,8 +38,6 @@ from heimdall_onnx.benchmark import (
 )
 from heimdall_onnx.compare import (
     ADVERSARIAL_FACTOR,
-    EVALUATION,
-    RTOL,
     BatchIndependence,
     ParityCell,
     ParityReport,
@@ -52,17 +50,13 @@ from heimdall_onnx.costs import StepCost
 from heimdall_onnx.departure import Departure
 from heimdall_onnx.depth import DepthProfile, ModuleError
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.evaluation_pass import EVALUATION, RTOL
 from heimdall_onnx.export import export_model
 from heimdall_onnx.ground import GroundAccumulator, distance_m, middle_of
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.levels import LevelParity, LevelReport, compare_levels
 from heimdall_onnx.plot.chart import ONNX_COLOR, PYTORCH_COLOR
-from heimdall_onnx.signature import (
-    LOCALIZATION_SIGNATURE,
-    Arrays,
-    Signature,
-    TensorSpec,
-)
+from heimdall_onnx.signature import LOCALIZATION_SIGNATURE, Arrays, Signature, TensorSpec
 from heimdall_onnx.statistics import ErrorAccumulator
 from heimdall_onnx.words import distance, name, number, share
 

@@ -9,7 +9,8 @@ from proxy import Fault, proxied
 
 from heimdall_onnx.errors import StoreError
 from heimdall_onnx.settings import Settings
-from heimdall_onnx.store import hash_object, list_keys, make_client, upload_bytes, upload_file
+from heimdall_onnx.store import hash_object, list_keys, upload_bytes, upload_file
+from heimdall_onnx.store_client import make_client
 
 pytestmark = pytest.mark.services
 

@@ -37,7 +37,8 @@ from heimdall_onnx.publish import (
     upload_release,
     withdraw,
 )
-from heimdall_onnx.store import list_keys, make_client
+from heimdall_onnx.store import list_keys
+from heimdall_onnx.store_client import make_client
 from heimdall_onnx.variants import JudgedVariant
 
 pytestmark = pytest.mark.services

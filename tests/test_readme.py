@@ -31,7 +31,8 @@ from heimdall_onnx.fleet_plan import read_plan
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature_file import read_signature_file
-from heimdall_onnx.store import list_keys, make_client
+from heimdall_onnx.store import list_keys
+from heimdall_onnx.store_client import make_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -39,12 +39,8 @@ from heimdall_onnx.errors import (
     SettingsError,
 )
 from heimdall_onnx.mlflow_page import MOST_CHARACTERS, NamedData
-from heimdall_onnx.registry import (
-    MLflowTracker,
-    initialize_mlflow,
-    open_registry,
-    write_mlmodel_folder,
-)
+from heimdall_onnx.mlmodel import write_mlmodel_folder
+from heimdall_onnx.registry import MLflowTracker, initialize_mlflow, open_registry
 from heimdall_onnx.registry_errors import limit_waits
 from heimdall_onnx.services import ensure_store, services_down
 from heimdall_onnx.settings import Settings, with_driver

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from releases import PREFIX, make_small_inputs, smoke, versions
 
-from heimdall_onnx.dataset import create_dataset, open_dataset
+from heimdall_onnx.dataset import open_dataset
+from heimdall_onnx.dataset_writer import create_dataset
 from heimdall_onnx.doctor import diagnose
 from heimdall_onnx.errors import DataError, ParameterError
 from heimdall_onnx.fleet_item import item_key
@@ -19,13 +20,7 @@ from heimdall_onnx.release import release_checkpoint
 from heimdall_onnx.reproduce import reproduce_release
 from heimdall_onnx.review import promote_release
 from heimdall_onnx.signature import Signature
-from heimdall_onnx.store import (
-    delete_objects,
-    download_file,
-    read_bytes,
-    read_json,
-    upload_bytes,
-)
+from heimdall_onnx.store import delete_objects, download_file, read_bytes, read_json, upload_bytes
 from heimdall_onnx.verify import verify_release
 
 pytestmark = pytest.mark.services

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from models import SmallNet
 
-from heimdall_onnx.compare import EVALUATION, compare_outputs
+from heimdall_onnx.compare import compare_outputs
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.evaluation_pass import EVALUATION
 from heimdall_onnx.export import export_model
 from heimdall_onnx.repeated import (
     METRES_PER_DEGREE,

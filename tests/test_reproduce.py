@@ -18,8 +18,8 @@ from heimdall_onnx.loading import load_model
 from heimdall_onnx.manifest import read_manifest
 from heimdall_onnx.publish import Connection, connect, to_json
 from heimdall_onnx.release import release_checkpoint
-from heimdall_onnx.repeated import Comparison
-from heimdall_onnx.reproduce import Difference, Reproduction, reproduce_release
+from heimdall_onnx.repeated import Comparison, Difference
+from heimdall_onnx.reproduce import Reproduction, reproduce_release
 from heimdall_onnx.settings import Settings
 
 BUCKET = "test-reproduce"

@@ -10,12 +10,7 @@ from quick_release import Factory
 
 from heimdall_onnx import store
 from heimdall_onnx.aliases import read_log
-from heimdall_onnx.errors import (
-    ParameterError,
-    PromotionError,
-    RegistryError,
-    StoreError,
-)
+from heimdall_onnx.errors import ParameterError, PromotionError, RegistryError, StoreError
 from heimdall_onnx.head_to_head import Limits
 from heimdall_onnx.publish import connect
 from heimdall_onnx.registry import MLflowTracker

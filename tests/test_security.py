@@ -52,14 +52,8 @@ from heimdall_onnx.publish import connect
 from heimdall_onnx.registry import MLflowTracker
 from heimdall_onnx.release import notebook_path, release_checkpoint
 from heimdall_onnx.signature import Signature
-from heimdall_onnx.store import (
-    format_uri,
-    list_keys,
-    make_client,
-    parse_uri,
-    read_json,
-    upload_bytes,
-)
+from heimdall_onnx.store import format_uri, list_keys, parse_uri, read_json, upload_bytes
+from heimdall_onnx.store_client import make_client
 from heimdall_onnx.validate import validate_model
 from heimdall_onnx.verify import verify_release
 

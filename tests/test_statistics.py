@@ -16,12 +16,7 @@ from parts import partings, read_in_parts
 
 from heimdall_onnx.errors import InputError
 from heimdall_onnx.signature import TensorSpec
-from heimdall_onnx.statistics import (
-    WORST_SAMPLES,
-    ErrorAccumulator,
-    ExactSums,
-    Quantiles,
-)
+from heimdall_onnx.statistics import WORST_SAMPLES, ErrorAccumulator, ExactSums, Quantiles
 
 SPEC = TensorSpec("positions", "float32", ("batch", 2), unit="metres")
 OTHER = TensorSpec("other", "float32", ("batch", 2))

@@ -9,8 +9,8 @@ from botocore.exceptions import ClientError
 from proxy import Fault, proxied
 
 from heimdall_onnx.errors import StoreError
-from heimdall_onnx.store import bucket_exists, make_client, upload_bytes
-from heimdall_onnx.store_client import explain_store_error, read_object
+from heimdall_onnx.store import bucket_exists, upload_bytes
+from heimdall_onnx.store_client import explain_store_error, make_client, read_object
 
 pytestmark = pytest.mark.services
 

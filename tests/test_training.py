@@ -19,7 +19,8 @@ from torch import nn
 from heimdall_onnx import Signature, TensorSpec, lightning_trainer, training, training_run
 from heimdall_onnx.checkpoint import load_checkpoint
 from heimdall_onnx.compare import compare_outputs
-from heimdall_onnx.dataset import create_dataset, open_dataset
+from heimdall_onnx.dataset import open_dataset
+from heimdall_onnx.dataset_writer import create_dataset
 from heimdall_onnx.errors import CheckpointError, DataError, EvidenceError, ParameterError
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.export import export_model
@@ -35,7 +36,9 @@ from heimdall_onnx.lightning_module import (
 from heimdall_onnx.lightning_trainer import PlainCheckpoints
 from heimdall_onnx.localization_net import LocalizationNet
 from heimdall_onnx.signature import DEGREES
-from heimdall_onnx.training import check_training, read_result, train
+from heimdall_onnx.training import train
+from heimdall_onnx.training_parameters import check_training
+from heimdall_onnx.training_result import read_result
 
 HERE = "test_training"
 MIDDLE = (50.0, 9.0)

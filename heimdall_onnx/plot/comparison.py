@@ -37,16 +37,7 @@ from heimdall_onnx.plot.chart import (
 )
 from heimdall_onnx.plot.positions import coordinates
 from heimdall_onnx.statistics import ErrorStatistics
-from heimdall_onnx.words import (
-    after,
-    count_of,
-    distance,
-    metre_scale,
-    name,
-    number,
-    share,
-    unit_of,
-)
+from heimdall_onnx.words import after, count_of, distance, metre_scale, name, number, share, unit_of
 
 Floats = npt.NDArray[np.float64]
 

@@ -20,13 +20,7 @@ from heimdall_onnx.plot.chart import (
     new_figure,
     styled,
 )
-from heimdall_onnx.uncertainty import (
-    CONFIDENCE,
-    GATED,
-    NOMINAL,
-    Calibration,
-    UncertaintyReport,
-)
+from heimdall_onnx.uncertainty import CONFIDENCE, GATED, NOMINAL, Calibration, UncertaintyReport
 from heimdall_onnx.words import count_of, distance, metre_scale, name, number, share
 
 Floats = npt.NDArray[np.float64]

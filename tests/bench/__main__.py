@@ -32,7 +32,8 @@ from processes import PSS_EVERY_S, Run, run
 from heimdall_onnx import LocalizationNet, Settings, ensure_store
 from heimdall_onnx.environment import capture_environment
 from heimdall_onnx.services import services_down
-from heimdall_onnx.store import ensure_bucket, make_client
+from heimdall_onnx.store import ensure_bucket
+from heimdall_onnx.store_client import make_client
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable

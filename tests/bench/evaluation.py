@@ -18,7 +18,7 @@ import torch
 from growth import Stem
 
 from heimdall_onnx.costs import peak_memory_bytes, reset_peak_memory
-from heimdall_onnx.dataset import create_dataset
+from heimdall_onnx.dataset_writer import create_dataset
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evaluation_pass import EvaluationPass, Models, pass_over, pass_settings
 from heimdall_onnx.evaluation_workers import EvaluationWorkers

@@ -27,7 +27,8 @@ import sqlalchemy
 from processes import Run
 
 from heimdall_onnx.settings import Settings, with_driver
-from heimdall_onnx.store import list_versions, make_client, parse_uri
+from heimdall_onnx.store import list_versions, parse_uri
+from heimdall_onnx.store_client import make_client
 
 if TYPE_CHECKING:
     from proxy import Proxy

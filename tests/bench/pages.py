@@ -30,7 +30,8 @@ from heimdall_onnx.gallery_facts import Interval, Thumbnail
 from heimdall_onnx.gallery_rows import KEPT, Decision, Row, collect_rows
 from heimdall_onnx.gallery_server import GalleryServer
 from heimdall_onnx.settings import Settings
-from heimdall_onnx.store import ensure_bucket, list_versions, make_client, read_bytes
+from heimdall_onnx.store import ensure_bucket, list_versions, read_bytes
+from heimdall_onnx.store_client import make_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

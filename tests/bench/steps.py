@@ -19,7 +19,8 @@ from heimdall_onnx.checkpoint import load_checkpoint
 from heimdall_onnx.export import export_model
 from heimdall_onnx.mlmodel import write_mlmodel_folder
 from heimdall_onnx.registry import initialize_mlflow
-from heimdall_onnx.store import hash_object, make_client, upload_file
+from heimdall_onnx.store import hash_object, upload_file
+from heimdall_onnx.store_client import make_client
 from heimdall_onnx.validate import validate_model
 
 BUCKET = "heimdall-bench"

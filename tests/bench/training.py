@@ -25,7 +25,8 @@ from scipy import stats
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
-from heimdall_onnx.dataset import create_dataset, open_dataset
+from heimdall_onnx.dataset import open_dataset
+from heimdall_onnx.dataset_writer import create_dataset
 from heimdall_onnx.frame import placement_of
 from heimdall_onnx.lightning_module import Objective, Progress, Recipe, Rows, TrainingModule
 from heimdall_onnx.lightning_module import make_loader as our_loader

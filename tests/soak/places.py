@@ -20,7 +20,8 @@ from releases import Inputs, changed_notebook, make_small_inputs
 
 from heimdall_onnx.services import ensure_store, services_down
 from heimdall_onnx.settings import Settings
-from heimdall_onnx.store import ensure_bucket, make_client
+from heimdall_onnx.store import ensure_bucket
+from heimdall_onnx.store_client import make_client
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from heimdall_onnx.errors import (
     VerificationError,
 )
 from heimdall_onnx.evaluation import load_evaluation_data
-from heimdall_onnx.features import FeatureParameters, write_features
+from heimdall_onnx.features import write_features
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.manifest import parse_manifest
+from heimdall_onnx.mel import FeatureParameters
 from heimdall_onnx.parameters import check_parameters, parameters_of_notebook
 from heimdall_onnx.validate import validate_model
 

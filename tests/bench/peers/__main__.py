@@ -44,7 +44,8 @@ from heimdall_onnx.processors import usable_processors
 from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signature import Signature
-from heimdall_onnx.store import download_file, make_client
+from heimdall_onnx.store import download_file
+from heimdall_onnx.store_client import make_client
 
 HERE = Path(__file__).resolve().parent
 CONSTRAINTS = HERE.parents[2] / "constraints.txt"
