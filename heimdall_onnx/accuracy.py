@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.gates import AccuracyLimits, Gate
+from heimdall_onnx.gates import Gate
 from heimdall_onnx.ground import difference_degrees, distance_m
 from heimdall_onnx.head_to_head import error_ratio
 from heimdall_onnx.npz import whole
+from heimdall_onnx.parameters import AccuracyLimits
 from heimdall_onnx.signature import Arrays, Signature
 from heimdall_onnx.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.uncertainty import negative_log_likelihood

@@ -46,8 +46,8 @@ from heimdall_onnx.workspace import new_run_folder
 
 if TYPE_CHECKING:
     from heimdall_onnx.benchmark import PairLatency
-    from heimdall_onnx.cores import NotMeasured
     from heimdall_onnx.dataset import Dataset
+    from heimdall_onnx.gates import NotMeasured
     from heimdall_onnx.publish import Connection
     from heimdall_onnx.settings import Settings
 

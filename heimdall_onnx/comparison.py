@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.benchmark import Contestant, PairLatency, measure_pair
-from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
-from heimdall_onnx.gates import Gate
+from heimdall_onnx.gates import Gate, NotMeasured
 from heimdall_onnx.ground import distance_m, error_m
 from heimdall_onnx.head_to_head import (
     Limits,

@@ -18,19 +18,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import wraps
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import filelock
 
 from heimdall_onnx.errors import BenchmarkError
-from heimdall_onnx.gates import Gate, escape_markdown
+from heimdall_onnx.gates import Gate, NotMeasured
 from heimdall_onnx.logs import get_logger
 
 if TYPE_CHECKING:
     from heimdall_onnx.parameters import ReleaseParameters
+
+_Found = TypeVar("_Found")
 
 log = get_logger(__name__)
 
@@ -42,10 +43,6 @@ _LOCKS = Path("/proc/locks")
 
 # What this process holds.
 _held: set[int] = set()
-
-_Arguments = ParamSpec("_Arguments")
-_Found = TypeVar("_Found")
-_Shown = TypeVar("_Shown")
 
 
 @dataclass(frozen=True)
@@ -68,23 +65,6 @@ class Cores:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy."""
         return {**asdict(self), "numbers": list(self.numbers)}
-
-
-@dataclass(frozen=True)
-class NotMeasured:
-    """Stands where something would stand that was to be timed.
-
-    Attributes:
-        reason: Why it was not, in words.
-    """
-
-    reason: str
-
-    def __str__(self) -> str:
-        return f"not measured: {self.reason}"
-
-    def _repr_markdown_(self) -> str:
-        return f"**Not measured:** {escape_markdown(self.reason)}"
 
 
 def usable_cores() -> Cores:
@@ -243,17 +223,3 @@ class TimedSteps:
         if self._cores is None:
             return Gate(EXCLUSIVE_CORES, _OURS, "unknown", False, "no step was timed")
         return Gate(EXCLUSIVE_CORES, _OURS, _OURS, True, str(self._cores))
-
-
-def unless_not_measured(
-    show: Callable[Concatenate[_Found, _Arguments], _Shown],
-) -> Callable[Concatenate[_Found | NotMeasured, _Arguments], _Shown | NotMeasured]:
-    """Make ``show`` give back what was not measured, which says so where it is shown."""
-
-    @wraps(show)
-    def wrapper(
-        found: _Found | NotMeasured, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
-    ) -> _Shown | NotMeasured:
-        return found if isinstance(found, NotMeasured) else show(found, *args, **kwargs)
-
-    return wrapper

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from heimdall_onnx.errors import GateError
-
-if TYPE_CHECKING:
-    from heimdall_onnx.compare import ParityReport
-    from heimdall_onnx.cores import TimedSteps
-    from heimdall_onnx.parameters import ReleaseParameters
-    from heimdall_onnx.uncertainty import UncertaintyReport
-    from heimdall_onnx.validate import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -68,27 +62,6 @@ class Gate:
             "passed": self.passed,
             "detail": self.detail,
         }
-
-
-@dataclass(frozen=True)
-class AccuracyLimits:
-    """How much a variant may lose.
-
-    Attributes:
-        error_growth: Share by which the median and the 95th percentile of the localization error
-            may grow.
-        nll_growth: Share by which the negative log-likelihood may grow; of one nat where it is
-            smaller than that.
-        displacement_sigma: Without labels: largest 99th percentile of the displacement, in units of
-            the predicted standard deviation.
-        output_noise: For a model without positions and their deviation: largest relative error
-            of an output, its RMS over the RMS of the reference about its mean.
-    """
-
-    error_growth: float = 0.01
-    nll_growth: float = 0.01
-    displacement_sigma: float = 0.25
-    output_noise: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -152,85 +125,6 @@ class Verdict:
         return self.to_markdown()
 
 
-def file_gates(info: ModelInfo, opset: int) -> tuple[Gate, ...]:
-    """The gates on the file itself: the opset that was asked for, and the signature."""
-    return (
-        Gate("opset", f"= {opset}", info.opset_version, info.opset_version == opset),
-        Gate.none_of("signature", info.signature_problems),
-    )
-
-
-def decide(
-    parameters: ReleaseParameters,
-    info: ModelInfo,
-    parity: ParityReport,
-    timed: TimedSteps | None = None,
-) -> Verdict:
-    """Evaluate every gate of a release.
-
-    Args:
-        parameters: Of the release.
-        info: What the file says of itself.
-        parity: What the comparison found.
-        timed: What has run the steps that are timed, which knows whether the processors were
-            exclusively this process's.
-    """
-    gates = (
-        *file_gates(info, parameters.opset),
-        *parity.gates(),
-        *coverage_gates(parity.uncertainty, parameters.min_coverage),
-        *_core_gates(parameters, timed),
-    )
-    return Verdict(gates, parameters.profile)
-
-
-def _core_gates(parameters: ReleaseParameters, timed: TimedSteps | None) -> tuple[Gate, ...]:
-    """The gate on exclusive processors; none where they are not asked for, or nothing is timed."""
-    from heimdall_onnx.cores import TimedSteps
-
-    if not (parameters.exclusive_cores and parameters.measure_latency):
-        return ()
-    # A notebook that times nothing through it has held nothing.
-    return ((timed or TimedSteps(parameters)).gate(),)
-
-
-def coverage_gates(
-    uncertainty: Sequence[UncertaintyReport], min_coverage: float
-) -> tuple[Gate, ...]:
-    """The gate that demands coverage of the ONNX model's 90 % ellipse; none where 0 is demanded.
-
-    What is demanded must be shown: the lower end of the confidence interval has to reach it, so
-    that a few samples that happen to be covered prove nothing. A model whose ellipse holds 90 % of
-    them shows 0.8 with about seventy samples, 0.85 with some two hundred, and 0.9 itself never.
-
-    Args:
-        uncertainty: What the comparison found, for both models; empty without labels.
-        min_coverage: What is demanded, below 1.
-    """
-    if min_coverage == 0:
-        return ()
-    name = "coverage of the 90% ellipse"
-    limit = f"≥ {min_coverage:g} at the lower end of its 95% interval"
-    found = next((report for report in uncertainty if report.who == "ONNX"), None)
-    if found is None or found.calibration is None:
-        missing = (
-            "the evaluation data has no true positions (array `positions`), or the model none"
-            if found is None
-            else "the model predicts no deviations: its signature names no output as `sigma_of` or "
-            "`log_variance_of` the positions"
-        )
-        return (Gate(name, limit, "unknown", False, missing),)
-    coverage = found.calibration.coverage_of(0.9)
-    detail = (
-        f"ONNX, {coverage.low:.3g} to {coverage.high:.3g} over {found.samples} labelled samples"
-    )
-    if unusable := found.calibration.nonfinite:
-        detail += f", {unusable} of them without usable position or deviations"
-    if coverage.low < min_coverage <= coverage.observed:
-        detail += ": too few to show what is demanded"
-    return (Gate(name, limit, coverage.observed, coverage.low >= min_coverage, detail),)
-
-
 _MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "&\\`*{}[]<>|#~$@"})
 # Within a word an underscore is only that.
 _EMPHASIS = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -252,3 +146,39 @@ def escape_markdown(text: str) -> str:
 
 def _number(value: float | int | str) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+_Arguments = ParamSpec("_Arguments")
+_Found = TypeVar("_Found")
+_Shown = TypeVar("_Shown")
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """Stands where something would stand that was to be timed.
+
+    Attributes:
+        reason: Why it was not, in words.
+    """
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"not measured: {self.reason}"
+
+    def _repr_markdown_(self) -> str:
+        return f"**Not measured:** {escape_markdown(self.reason)}"
+
+
+def unless_not_measured(
+    show: Callable[Concatenate[_Found, _Arguments], _Shown],
+) -> Callable[Concatenate[_Found | NotMeasured, _Arguments], _Shown | NotMeasured]:
+    """Make ``show`` give back what was not measured, which says so where it is shown."""
+
+    @wraps(show)
+    def wrapper(
+        found: _Found | NotMeasured, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Shown | NotMeasured:
+        return found if isinstance(found, NotMeasured) else show(found, *args, **kwargs)
+
+    return wrapper

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.cores import NotMeasured
+from heimdall_onnx.gates import NotMeasured
 
 if TYPE_CHECKING:
     from torch import nn

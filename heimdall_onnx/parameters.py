@@ -23,7 +23,6 @@ from pydantic import (
 )
 
 from heimdall_onnx.errors import ParameterError
-from heimdall_onnx.gates import AccuracyLimits
 from heimdall_onnx.untrusted import listed, shown
 
 if TYPE_CHECKING:
@@ -391,3 +390,24 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
 def _shown_value(value: object) -> str:
     # Quotes are part of what was given.
     return shown(repr(value[:200]) if isinstance(value, str) else value)
+
+
+@dataclass(frozen=True)
+class AccuracyLimits:
+    """How much a variant may lose.
+
+    Attributes:
+        error_growth: Share by which the median and the 95th percentile of the localization error
+            may grow.
+        nll_growth: Share by which the negative log-likelihood may grow; of one nat where it is
+            smaller than that.
+        displacement_sigma: Without labels: largest 99th percentile of the displacement, in units of
+            the predicted standard deviation.
+        output_noise: For a model without positions and their deviation: largest relative error
+            of an output, its RMS over the RMS of the reference about its mean.
+    """
+
+    error_growth: float = 0.01
+    nll_growth: float = 0.01
+    displacement_sigma: float = 0.25
+    output_noise: float = 0.01

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.environment import capture_environment, installed_distributions
-from heimdall_onnx.gates import Gate, Verdict, escape_markdown
+from heimdall_onnx.gates import Gate, NotMeasured, Verdict, escape_markdown
 from heimdall_onnx.metadata import summarize_metrics
 from heimdall_onnx.publish import RegisteredRelease, Skipped, UploadedRelease
 from heimdall_onnx.words import count_of

@@ -10,14 +10,14 @@ from pydantic import BaseModel
 from heimdall_onnx.benchmark import ContenderLatency, LatencyReport, PairLatency
 from heimdall_onnx.checkpoint import LoadedModel
 from heimdall_onnx.compare import ParityReport
-from heimdall_onnx.cores import Cores, unless_not_measured
+from heimdall_onnx.cores import Cores
 from heimdall_onnx.departure import Departure
 from heimdall_onnx.ensemble_cost import MemberComparison
 from heimdall_onnx.environment import Environment
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.evaluation_pass import THIS_PROCESS
 from heimdall_onnx.export import ExportResult
-from heimdall_onnx.gates import escape_markdown
+from heimdall_onnx.gates import escape_markdown, unless_not_measured
 from heimdall_onnx.ground import MIDDLE
 from heimdall_onnx.machine_watch import MachineState
 from heimdall_onnx.parameters import FP32

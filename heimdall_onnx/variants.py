@@ -29,11 +29,11 @@ from heimdall_onnx.calibration import CalibrationSplit, split_calibration
 from heimdall_onnx.errors import BenchmarkError, EvidenceError, UnavailableError
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.files import hash_file
-from heimdall_onnx.gates import AccuracyLimits, Gate
+from heimdall_onnx.gates import Gate
 from heimdall_onnx.logs import get_logger
 from heimdall_onnx.manifest import MODEL, VARIANTS
 from heimdall_onnx.optimize import RECIPES, Job, Recipe, chosen_recipes, make_variant
-from heimdall_onnx.parameters import FP32
+from heimdall_onnx.parameters import FP32, AccuracyLimits
 from heimdall_onnx.runtimes import CPU, SessionSettings, open_runner, require_runtime
 from heimdall_onnx.sensitivity import NoiseProfile, noise_profile
 from heimdall_onnx.tuning import LATENCY, THROUGHPUT, Tuning, tune_session

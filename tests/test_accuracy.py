@@ -7,8 +7,8 @@ from scipy import stats
 
 from heimdall_onnx.accuracy import accuracy_gates, answers_of, judge_accuracy
 from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.gates import AccuracyLimits
 from heimdall_onnx.ground import distance_m
+from heimdall_onnx.parameters import AccuracyLimits
 from heimdall_onnx.signature import Signature, TensorSpec
 
 SIGNATURE = Signature((SIGNAL,), (POSITIONS, SPREAD))

@@ -12,9 +12,9 @@ import pytest
 
 from heimdall_onnx.accuracy import accuracy_gates, judge_accuracy
 from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.gates import AccuracyLimits
 from heimdall_onnx.manifest import parse_manifest
 from heimdall_onnx.optimize import weights_of_seven_bits
+from heimdall_onnx.parameters import AccuracyLimits
 from heimdall_onnx.signature import LOCALIZATION_SIGNATURE
 
 HERE = Path(__file__).parent / "bench" / "peers"

@@ -28,7 +28,6 @@ from heimdall_onnx.comparison_tables import (
     releases_table,
 )
 from heimdall_onnx.content import keep_dataset
-from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.errors import (
     DataError,
     InvalidModelError,
@@ -36,6 +35,7 @@ from heimdall_onnx.errors import (
     RegistryError,
     VerificationError,
 )
+from heimdall_onnx.gates import NotMeasured
 from heimdall_onnx.publish import connect
 from heimdall_onnx.signature import Signature, TensorSpec
 

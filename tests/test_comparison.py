@@ -23,10 +23,9 @@ from heimdall_onnx.comparison import (
 )
 from heimdall_onnx.comparison_report import _facts
 from heimdall_onnx.comparison_tables import conclusion
-from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
-from heimdall_onnx.gates import Gate
+from heimdall_onnx.gates import Gate, NotMeasured
 from heimdall_onnx.ground import distance_m
 from heimdall_onnx.head_to_head import Limits, Ratio
 from heimdall_onnx.machine_watch import MachineState

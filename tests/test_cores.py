@@ -13,16 +13,15 @@ from heimdall_onnx import cores
 from heimdall_onnx.cores import (
     EXCLUSIVE_CORES,
     Cores,
-    NotMeasured,
     TimedSteps,
     exclusive_cores,
     lock_folder,
-    unless_not_measured,
     usable_cores,
 )
 from heimdall_onnx.errors import BenchmarkError
-from heimdall_onnx.gates import decide
+from heimdall_onnx.gates import NotMeasured, unless_not_measured
 from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.verdict import decide
 
 ALL = sorted(os.sched_getaffinity(0))
 EXCLUSIVE = ReleaseParameters(exclusive_cores=True)

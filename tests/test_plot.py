@@ -45,13 +45,13 @@ from heimdall_onnx.compare import (
     locate_departure,
     trace_depth,
 )
-from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.costs import StepCost
 from heimdall_onnx.departure import Departure
 from heimdall_onnx.depth import DepthProfile, ModuleError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.evaluation_pass import EVALUATION, RTOL
 from heimdall_onnx.export import export_model
+from heimdall_onnx.gates import NotMeasured
 from heimdall_onnx.ground import GroundAccumulator, distance_m, middle_of
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.levels import LevelParity, LevelReport, compare_levels

@@ -13,7 +13,7 @@ from heimdall_onnx import plot
 from heimdall_onnx.benchmark import ContenderLatency, PairLatency, paired_speedup
 from heimdall_onnx.comparison import Answers, Displacement, RecordedErrors, RecordedParity
 from heimdall_onnx.comparison import LocalizationErrors as Errors
-from heimdall_onnx.cores import NotMeasured
+from heimdall_onnx.gates import NotMeasured
 from heimdall_onnx.ground import error_m
 from heimdall_onnx.head_to_head import error_ratio
 from heimdall_onnx.machine_watch import MachineState

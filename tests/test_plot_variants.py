@@ -14,9 +14,9 @@ from heimdall_onnx.benchmark import (
 )
 from heimdall_onnx.calibration import split_calibration
 from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.gates import AccuracyLimits
 from heimdall_onnx.inference import run_pytorch
 from heimdall_onnx.machine_watch import MachineWatch
+from heimdall_onnx.parameters import AccuracyLimits
 from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.sensitivity import GroupNoise, NoiseProfile
 from heimdall_onnx.single_stream import offline_throughput

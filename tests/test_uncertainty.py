@@ -21,7 +21,6 @@ from heimdall_onnx.ensemble import Ensemble
 from heimdall_onnx.errors import InputError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.export import export_model
-from heimdall_onnx.gates import coverage_gates, decide
 from heimdall_onnx.ground import distance_m
 from heimdall_onnx.metadata import summarize_metrics
 from heimdall_onnx.parameters import ReleaseParameters
@@ -33,6 +32,7 @@ from heimdall_onnx.uncertainty import (
     assess_members,
     negative_log_likelihood,
 )
+from heimdall_onnx.verdict import coverage_gates, decide
 
 SIGNATURE = Signature((SIGNAL,), (POSITIONS, SPREAD))
 PLACE = np.array([50.0, 8.0])

@@ -10,9 +10,8 @@ from heimdall_onnx.benchmark import PairLatency
 from heimdall_onnx.errors import DataError
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.export import export_model
-from heimdall_onnx.gates import AccuracyLimits
 from heimdall_onnx.inference import run_pytorch
-from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.parameters import AccuracyLimits, ReleaseParameters
 from heimdall_onnx.runtimes import open_runner
 from heimdall_onnx.variants import compare_variants
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from heimdall_onnx.benchmark import LatencyReport
-from heimdall_onnx.cores import NotMeasured
 from heimdall_onnx.costs import StepCost
+from heimdall_onnx.gates import NotMeasured
 from heimdall_onnx.plot.chart import (
     ELEMENT_COLORS,
     ONNX_COLOR,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from heimdall_onnx.cores import unless_not_measured
+from heimdall_onnx.gates import unless_not_measured
 from heimdall_onnx.operator_times import OperatorTimes
 from heimdall_onnx.plot.chart import (
     ONNX_COLOR,

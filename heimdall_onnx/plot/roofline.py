@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from heimdall_onnx.cores import unless_not_measured
+from heimdall_onnx.gates import unless_not_measured
 from heimdall_onnx.plot.chart import (
     ELEMENT_COLORS,
     QUIET_INK,

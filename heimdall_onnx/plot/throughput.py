@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from heimdall_onnx.benchmark import BatchLatency, LatencyReport
-from heimdall_onnx.cores import unless_not_measured
+from heimdall_onnx.gates import unless_not_measured
 from heimdall_onnx.plot.chart import (
     ONNX_COLOR,
     PYTORCH_COLOR,

@@ -16,7 +16,7 @@ from heimdall_onnx.benchmark import (
     PairLatency,
     Speedup,
 )
-from heimdall_onnx.cores import unless_not_measured
+from heimdall_onnx.gates import unless_not_measured
 from heimdall_onnx.plot.chart import (
     A_COLOR,
     B_COLOR,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from heimdall_onnx.cores import unless_not_measured
+from heimdall_onnx.gates import unless_not_measured
 from heimdall_onnx.parameters import FP32
 from heimdall_onnx.plot.chart import (
     ELEMENT_COLORS,

@@ -15,7 +15,7 @@ from heimdall_onnx.accuracy import accuracy_gates, answers_of, judge_accuracy
 from heimdall_onnx.apart import process_apart
 from heimdall_onnx.benchmark import Contestant, measure_pair
 from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.gates import AccuracyLimits
+from heimdall_onnx.parameters import AccuracyLimits
 from heimdall_onnx.runtimes import SessionSettings, open_runner
 from heimdall_onnx.signature import Arrays, Signature
 
