@@ -29,12 +29,13 @@ from heimdall_onnx.evaluation_pass import (
     pass_over,
     pass_settings,
 )
-from heimdall_onnx.evaluation_workers import EvaluationWorkers
+from heimdall_onnx.evaluation_workers import evaluate_on
 from heimdall_onnx.examples import Examples, examples_of
 from heimdall_onnx.gates import Gate
 from heimdall_onnx.ground import GroundReport
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.logs import get_logger
+from heimdall_onnx.parameters import EvaluationWorkers
 from heimdall_onnx.promises import (
     SAMPLES,
     Limit,
@@ -368,7 +369,7 @@ def compare_outputs(
     elif not isinstance(onnx, Path):
         raise ParameterError("workers need the ONNX file; a session can't be sent to them")
     else:
-        found = workers.pass_over(model, onnx, data, settings, progress)
+        found = evaluate_on(workers, model, onnx, data, settings, progress)
     cells = [ParityCell(EVALUATION, first, data.count, found.outputs(data))]
     run.remember_worst(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)
     for size in sorted({1, 2, 3, largest} - {first}):

@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -30,6 +29,7 @@ from heimdall_onnx.errors import (
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.evaluation_pass import EvaluationPass, PassSettings
 from heimdall_onnx.logs import get_logger
+from heimdall_onnx.parameters import EvaluationWorkers
 from heimdall_onnx.shards import refuse
 from heimdall_onnx.untrusted import shown
 
@@ -46,91 +46,81 @@ _AHEAD = 2
 _RECONNECTS_WITHIN_S = 5
 
 
-@dataclass(frozen=True)
-class EvaluationWorkers:
-    """Who takes the models over a dataset.
+def evaluate_on(
+    workers: EvaluationWorkers,
+    model: Any,
+    onnx_path: Path,
+    data: EvaluationData,
+    settings: PassSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvaluationPass:
+    """Take both models over all of the data.
 
-    Attributes:
-        count: Workers to start on this machine, each with its share of the processors.
-        scheduler: Address of a Dask scheduler whose workers to take instead, e.g.
-            ``tls://host:8786``; each must have one thread.
+    Args:
+        workers: Who takes them.
+        model: The PyTorch model, in eval mode; its class must be known to the workers.
+        onnx_path: The ONNX file.
+        data: A dataset.
+        settings: Of the pass.
+        progress: Called with (samples done, samples in all).
+
+    Raises:
+        DataError: If the data can't be read, or are not what their digest says.
+        EvidenceError: If a model can't run on a batch, the outputs have different shapes, or
+            the workers died.
+        ParameterError: If the data are no dataset.
+        SchedulerError: If the scheduler can't be reached, or has no workers, or some that would
+            compute something else.
+        StoreError: If the store of a dataset fails.
+        UnavailableError: Without the package distributed.
     """
-
-    count: int = 0
-    scheduler: str = ""
-
-    def pass_over(
-        self,
-        model: Any,
-        onnx_path: Path,
-        data: EvaluationData,
-        settings: PassSettings,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> EvaluationPass:
-        """Take both models over all of the data.
-
-        Args:
-            model: The PyTorch model, in eval mode; its class must be known to the workers.
-            onnx_path: The ONNX file.
-            data: A dataset.
-            settings: Of the pass.
-            progress: Called with (samples done, samples in all).
-
-        Raises:
-            DataError: If the data can't be read, or are not what their digest says.
-            EvidenceError: If a model can't run on a batch, the outputs have different shapes, or
-                the workers died.
-            ParameterError: If the data are no dataset.
-            SchedulerError: If the scheduler can't be reached, or has no workers, or some that would
-                compute something else.
-            StoreError: If the store of a dataset fails.
-            UnavailableError: Without the package distributed.
-        """
-        dataset = data.dataset
-        if dataset is None or dataset.count != data.count:
-            raise ParameterError(
-                f"workers share the samples of a dataset; {data.source} is none, or only its "
-                "beginning is taken: leave eval_workers and eval_scheduler out"
-            )
-        try:
-            from heimdall_onnx.dask_workers import local_client, scheduler_client
-            from heimdall_onnx.evaluation_worker import Code, EvaluationWorker, Job, place
-        except ModuleNotFoundError as error:
-            raise UnavailableError(
-                f"workers need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
-            ) from error
-        module = type(model).__module__
-        job = Job(
-            f"heimdall-evaluation-{uuid4().hex}",
-            cloudpickle.dumps(model),
-            module,
-            onnx_path.read_bytes(),
-            settings,
-            data,
-            Code.here(module),
+    dataset = data.dataset
+    if dataset is None or dataset.count != data.count:
+        raise ParameterError(
+            f"workers share the samples of a dataset; {data.source} is none, or only its "
+            "beginning is taken: leave eval_workers and eval_scheduler out"
         )
-        opened = scheduler_client(self.scheduler) if self.scheduler else local_client(self.count)
-        with opened as client, _prepared(client, EvaluationWorker(job)):
-            if not (workers := len(client.nthreads())):
-                raise SchedulerError(f"the scheduler {self.scheduler} has no workers: start some")
-            places: Mapping[str, tuple[str, str]] = client.run(place)
-            checks = _submit_checks(client, job.name, data, places)
-            found = EvaluationPass(settings)
-            done = 0
-            for rows, part in _parts(client, job.name, _ranges(data, settings, workers), workers):
-                found.merge(part)
-                done += len(rows)
-                if progress is not None:
-                    progress(done, data.count)
-            refuse(dataset.address, {problem for c in checks if (problem := _result_of(c))})
-        found.evaluated_by = f"{workers} workers on this machine"
-        if self.scheduler:
-            hosts = {host for host, _ in places.values()}
-            processors = sorted({processor for _, processor in places.values()})
-            machines = f"{len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
-            found.evaluated_by = f"{workers} workers, {machines}: {', '.join(processors)}"
-        log.info("evaluated on workers", workers=workers, samples=done)
-        return found
+    try:
+        from heimdall_onnx.dask_workers import local_client, scheduler_client
+        from heimdall_onnx.evaluation_worker import Code, EvaluationWorker, Job, place
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"workers need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
+        ) from error
+    module = type(model).__module__
+    job = Job(
+        f"heimdall-evaluation-{uuid4().hex}",
+        cloudpickle.dumps(model),
+        module,
+        onnx_path.read_bytes(),
+        settings,
+        data,
+        Code.here(module),
+    )
+    opened = (
+        scheduler_client(workers.scheduler) if workers.scheduler else local_client(workers.count)
+    )
+    with opened as client, _prepared(client, EvaluationWorker(job)):
+        if not (count := len(client.nthreads())):
+            raise SchedulerError(f"the scheduler {workers.scheduler} has no workers: start some")
+        places: Mapping[str, tuple[str, str]] = client.run(place)
+        checks = _submit_checks(client, job.name, data, places)
+        found = EvaluationPass(settings)
+        done = 0
+        for rows, part in _parts(client, job.name, _ranges(data, settings, count), count):
+            found.merge(part)
+            done += len(rows)
+            if progress is not None:
+                progress(done, data.count)
+        refuse(dataset.address, {problem for c in checks if (problem := _result_of(c))})
+    found.evaluated_by = f"{count} workers on this machine"
+    if workers.scheduler:
+        hosts = {host for host, _ in places.values()}
+        processors = sorted({processor for _, processor in places.values()})
+        machines = f"{len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
+        found.evaluated_by = f"{count} workers, {machines}: {', '.join(processors)}"
+    log.info("evaluated on workers", workers=count, samples=done)
+    return found
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import isfunction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -24,9 +24,6 @@ from pydantic import (
 
 from heimdall_onnx.errors import ParameterError
 from heimdall_onnx.untrusted import listed, shown
-
-if TYPE_CHECKING:
-    from heimdall_onnx.evaluation_workers import EvaluationWorkers
 
 ProfileName = Literal["smoke", "quick", "audit"]
 
@@ -278,8 +275,6 @@ class ReleaseParameters(BaseModel):
     @property
     def evaluation_workers(self) -> EvaluationWorkers | None:
         """Who reads the evaluation data; None if the notebook's own process does."""
-        from heimdall_onnx.evaluation_workers import EvaluationWorkers
-
         # A few samples are worth no workers.
         if self.limits.max_samples or not (self.eval_workers or self.eval_scheduler):
             return None
@@ -390,6 +385,20 @@ def _explain(kind: type[BaseModel], entry: Any) -> str:
 def _shown_value(value: object) -> str:
     # Quotes are part of what was given.
     return shown(repr(value[:200]) if isinstance(value, str) else value)
+
+
+@dataclass(frozen=True)
+class EvaluationWorkers:
+    """Who takes the models over a dataset.
+
+    Attributes:
+        count: Workers to start on this machine, each with its share of the processors.
+        scheduler: Address of a Dask scheduler whose workers to take instead, e.g.
+            ``tls://host:8786``; each must have one thread.
+    """
+
+    count: int = 0
+    scheduler: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from heimdall_onnx.errors import DataError, EvidenceError, ParameterError, Sched
 from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.evaluation_pass import EvaluationPass, Models, pass_over, pass_settings
 from heimdall_onnx.evaluation_worker import Code
-from heimdall_onnx.evaluation_workers import EvaluationWorkers, _ranges
+from heimdall_onnx.evaluation_workers import _ranges, evaluate_on
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.parameters import EvaluationWorkers
 from heimdall_onnx.statistics import Quantiles
 
 COUNT = 3000
@@ -234,7 +235,7 @@ def test_model_that_can_not_run_is_said_as_by_one_process(onnx_path, alone):
             raise RuntimeError("no ears")
 
     with pytest.raises(EvidenceError, match=r"can't run on .*no ears"):
-        TWO.pass_over(Deaf(), onnx_path, alone[0], settings_of(alone[0]))
+        evaluate_on(TWO, Deaf(), onnx_path, alone[0], settings_of(alone[0]))
 
 
 def settings_of(data):
@@ -246,16 +247,16 @@ def settings_of(data):
 def test_only_a_whole_dataset_is_shared(model, onnx_path, alone):
     data = alone[0].head(20)
     with pytest.raises(ParameterError, match="workers share the samples of a dataset"):
-        TWO.pass_over(model, onnx_path, data, settings_of(data))
+        evaluate_on(TWO, model, onnx_path, data, settings_of(data))
     with pytest.raises(ParameterError, match="workers share the samples of a dataset"):
-        TWO.pass_over(model, onnx_path, replace(alone[0], dataset=None), settings_of(data))
+        evaluate_on(TWO, model, onnx_path, replace(alone[0], dataset=None), settings_of(data))
 
 
 def test_scheduler_that_is_not_there_is_named(model, onnx_path, alone, unused_port, monkeypatch):
     monkeypatch.setattr("heimdall_onnx.dask_workers._SCHEDULER_TIMEOUT_S", 1)
     workers = EvaluationWorkers(scheduler=f"tcp://127.0.0.1:{unused_port}")
     with pytest.raises(SchedulerError, match="no scheduler answers at tcp://"):
-        workers.pass_over(model, onnx_path, alone[0], settings_of(alone[0]))
+        evaluate_on(workers, model, onnx_path, alone[0], settings_of(alone[0]))
 
 
 def test_workers_with_other_code_are_refused():
@@ -281,7 +282,7 @@ def test_what_keeps_a_worker_from_taking_part_is_said(model, onnx_path, dataset,
     def refusal(cluster, kind, evaluated=data):
         workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
         with pytest.raises(kind) as refused:
-            workers.pass_over(model, onnx_path, evaluated, settings)
+            evaluate_on(workers, model, onnx_path, evaluated, settings)
         return str(refused.value)
 
     options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1}
@@ -317,7 +318,7 @@ def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone
     with LocalCluster(**ONE_WORKER) as cluster:
         workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
         with pytest.raises(SchedulerError, match=LOST):
-            workers.pass_over(model, onnx_path, data, settings_of(data), close)
+            evaluate_on(workers, model, onnx_path, data, settings_of(data), close)
     # Dask would go on asking it for half a minute.
     assert time.monotonic() - closed[0] < 25
 
@@ -332,7 +333,7 @@ def test_scheduler_keeps_nothing_when_only_the_connection_is_lost(model, onnx_pa
     with LocalCluster(**ONE_WORKER) as cluster:
         workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
         with pytest.raises(SchedulerError, match=LOST):
-            workers.pass_over(model, onnx_path, data, settings_of(data), cut)
+            evaluate_on(workers, model, onnx_path, data, settings_of(data), cut)
         assert cluster.status == Status.running
         assert not [name for name in cluster.scheduler.worker_plugins if "evaluation" in name]
 

@@ -21,9 +21,10 @@ from heimdall_onnx.costs import peak_memory_bytes, reset_peak_memory
 from heimdall_onnx.dataset_writer import create_dataset
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evaluation_pass import EvaluationPass, Models, pass_over, pass_settings
-from heimdall_onnx.evaluation_workers import EvaluationWorkers
+from heimdall_onnx.evaluation_workers import evaluate_on
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.parameters import EvaluationWorkers
 
 # Estimates of a sketch; everything else must be equal to the last bit.
 ESTIMATES = {"p50", "p99", "p999", "ulp_p50", "ulp_p999", "error_cdf"}
@@ -90,7 +91,7 @@ def main(count: int, rounds: int) -> None:
 
         def shared() -> EvaluationPass:
             reset_peak_memory()
-            found = workers.pass_over(model, path, data, settings)
+            found = evaluate_on(workers, model, path, data, settings)
             client_bytes.append(peak_memory_bytes())
             return found
 
