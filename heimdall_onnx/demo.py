@@ -19,9 +19,6 @@ from typing import Any
 from heimdall_onnx.errors import DataError, ParameterError
 from heimdall_onnx.files import hash_file, replace_file
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.simulate import CHANNEL, simulate_dataset
-from heimdall_onnx.training import train
-from heimdall_onnx.training_parameters import TrainingParameters
 
 log = get_logger(__name__)
 
@@ -88,6 +85,9 @@ def make_demo(
         ParameterError: If ``seconds`` is not positive, the seed negative, or there is no such size.
         DataError: If the files can't be written.
     """
+    # Imported here and below: whoever has a checkpoint imports this too, and simulates nothing.
+    from heimdall_onnx.simulate import CHANNEL
+
     _check(seconds, seed)
     folder = Path(folder)
     recipe = {
@@ -104,6 +104,10 @@ def make_demo(
 
 
 def _make(folder: Path, recipe: dict[str, Any], seconds: float, progress: Progress) -> Demo:
+    from heimdall_onnx.simulate import simulate_dataset
+    from heimdall_onnx.training import train
+    from heimdall_onnx.training_parameters import TrainingParameters
+
     began = time.monotonic()
     events = max(_FEWEST_EVENTS, min(_MOST_EVENTS, round(_EVENTS_PER_SECOND * seconds)))
     share = 0.0

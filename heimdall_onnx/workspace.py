@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 from uuid import uuid4
 
 import structlog
@@ -21,12 +23,30 @@ def new_run_folder(settings: Settings) -> Path:
     return settings.home / "runs" / f"{datetime.now(UTC):%Y%m%d_%H%M%S}-{uuid4().hex[:8]}"
 
 
-def prepare(parameters: ReleaseParameters, settings: Settings) -> ReleaseParameters:
+class Demo(Protocol):
+    """What stands in for a checkpoint where none is given."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained weights."""
+
+    @property
+    def eval_data(self) -> Path:
+        """Evaluation data of theirs."""
+
+
+def prepare(
+    parameters: ReleaseParameters, settings: Settings, make_demo: Callable[[Path], Demo]
+) -> ReleaseParameters:
     """Complete the parameters of a notebook and make its folder.
 
-    Without a checkpoint the demo's is taken, and made if it is not there yet (up to two
-    minutes), with its evaluation data. Events go to ``events.jsonl`` in the folder, so that they
-    don't mix with the report.
+    Events go to ``events.jsonl`` in the folder, so that they don't mix with the report.
+
+    Args:
+        parameters: As they were given.
+        settings: Say where a folder is made if none is given.
+        make_demo: Called without a checkpoint, with the folder of the demo: makes checkpoint and
+            evaluation data if they are not there yet, which may take minutes.
     """
     updates: dict[str, str] = {}
     if not parameters.output_dir:
@@ -37,8 +57,6 @@ def prepare(parameters: ReleaseParameters, settings: Settings) -> ReleaseParamet
     if parameters.run_id:
         structlog.contextvars.bind_contextvars(run_id=parameters.run_id)
     if not parameters.checkpoint:
-        from heimdall_onnx.demo import make_demo
-
         demo = make_demo(settings.home / "demo")
         updates["checkpoint"] = str(demo.checkpoint)
         updates["eval_data"] = parameters.eval_data or str(demo.eval_data)
