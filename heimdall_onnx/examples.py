@@ -210,10 +210,16 @@ def examples_of(model: object, signature: Signature) -> Examples:
 def generic_inputs(
     signature: Signature,
     count: int,
-    rng: np.random.Generator,
+    seed: int | np.random.Generator = 0,
     lengths: Mapping[str, int] | None = None,
 ) -> Arrays:
-    """What `Examples.valid` makes for a model without a method of its own.
+    """Inputs from the signature alone; `examples_of` asks the model too.
+
+    Args:
+        signature: Says names, dtypes, shapes and what values may be.
+        count: Number of samples.
+        seed: Seed of the values, or what draws them.
+        lengths: Of dynamic axes, by name.
 
     Raises:
         DataError: If the range of an input, which values are drawn from, has an infinite end.
@@ -228,6 +234,7 @@ def generic_inputs(
             f"no example inputs can be drawn from {', '.join(endless)}: declare finite ends, or "
             "give the model a method example_inputs(count, rng, lengths)"
         )
+    rng = np.random.default_rng(seed)
     wanted = Examples(signature).lengths(**(lengths or {}))
 
     def values(spec: TensorSpec) -> _Array:

@@ -49,6 +49,7 @@ from heimdall_onnx.errors import (
     VerificationError,
 )
 from heimdall_onnx.evaluation import unknown_ids
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.inference import run_onnx
 from heimdall_onnx.loading import load_model, released_signature
 from heimdall_onnx.logs import get_logger
@@ -418,7 +419,7 @@ class ServedModel:
                 threads=self._threads,
             )
             for count in self._warm_up:
-                run_onnx(session, signature.random_inputs(count), signature)
+                run_onnx(session, generic_inputs(signature, count), signature)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

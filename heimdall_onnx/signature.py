@@ -304,13 +304,6 @@ class Signature:
                 )
         return problems
 
-    def random_inputs(self, count: int, seed: int = 0) -> Arrays:
-        """Example inputs from the signature alone; `examples_of` asks the model too."""
-        # Imported here, as examples are made from signatures.
-        from heimdall_onnx.examples import generic_inputs
-
-        return generic_inputs(self, count, np.random.default_rng(seed))
-
     def check_inputs(self, arrays: Mapping[str, Rows], source: str) -> int:
         """Check that ``arrays`` can be fed to the model and return the number of samples.
 

@@ -36,6 +36,7 @@ from heimdall_onnx.benchmark import (
 from heimdall_onnx.cores import Cores, TimedSteps
 from heimdall_onnx.errors import BenchmarkError
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import load_onnx
 from heimdall_onnx.parameters import PROFILES, ReleaseParameters
@@ -256,7 +257,7 @@ def test_peak_memory_is_the_workers_own(worker):
 
 
 def test_onnx_contender_has_its_threads_and_no_pytorch(worker, onnx_path, tmp_path):
-    inputs = SIGNATURE.random_inputs(1)
+    inputs = generic_inputs(SIGNATURE, 1)
     found = {}
     for threads in (1, 3):
         job = partial(load_onnx, onnx_path, inputs, SIGNATURE, threads)
@@ -370,7 +371,7 @@ def test_local_model_is_measured_in_its_own_process_with_the_threads_asked_for(
     report = measure_latency(
         Talkative(),
         onnx_path,
-        SIGNATURE.random_inputs(2),
+        generic_inputs(SIGNATURE, 2),
         SIGNATURE,
         calls=66,
         threads=wanted,
@@ -408,7 +409,7 @@ def test_further_batch_sizes_are_measured_after_the_first(onnx_path, tmp_path):
     report = measure_latency(
         Sized(),
         onnx_path,
-        SIGNATURE.random_inputs(2),
+        generic_inputs(SIGNATURE, 2),
         SIGNATURE,
         calls=12,
         threads=1,
@@ -433,7 +434,7 @@ class SleepyNet(SmallNet):
 
 def test_slow_pytorch_model_makes_the_speedup_large(onnx_path):
     report = measure_latency(
-        SleepyNet(), onnx_path, SIGNATURE.random_inputs(1), SIGNATURE, calls=12, threads=1
+        SleepyNet(), onnx_path, generic_inputs(SIGNATURE, 1), SIGNATURE, calls=12, threads=1
     )
     assert report.pytorch.samples_ms.min() >= 30
     assert report.speedup.low > 2
@@ -444,7 +445,7 @@ def test_report_says_where_it_was_measured_and_who_else_could(onnx_path, tmp_pat
     parameters = ReleaseParameters(
         profile="smoke", exclusive_cores=True, latency_batch_size=2, batch_size=4, threads=1
     )
-    data = EvaluationData(SIGNATURE.random_inputs(3), None, {}, "test", None, {})
+    data = EvaluationData(generic_inputs(SIGNATURE, 3), None, {}, "test", None, {})
     timed = TimedSteps(parameters, tmp_path)
     report = timed.run(lambda: benchmark_model(SmallNet(), onnx_path, data, SIGNATURE, parameters))
     timed.end()
@@ -475,12 +476,13 @@ def test_model_of_a_script_is_measured(onnx_path, tmp_path):
         "import sys; from pathlib import Path\n"
         "from models import SmallNet\n"
         "from heimdall_onnx.benchmark import measure_latency\n"
+        "from heimdall_onnx.examples import generic_inputs\n"
         "class Mine(SmallNet):\n"
         "    def forward(self, signal):\n"
         "        return super().forward(signal)\n"
         "if __name__ == '__main__':\n"
         "    report = measure_latency(Mine(), Path(sys.argv[1]),\n"
-        "        Mine.signature.random_inputs(1), Mine.signature, calls=6, threads=1)\n"
+        "        generic_inputs(Mine.signature, 1), Mine.signature, calls=6, threads=1)\n"
         "    print(report.speedup.pairs)\n"
     )
     done = subprocess.run(
@@ -497,7 +499,7 @@ def test_model_that_can_not_be_pickled_is_refused_in_words(onnx_path, temporary)
     model = SmallNet()
     model.lock = threading.Lock()
     with pytest.raises(BenchmarkError, match=r"SmallNet can't be handed .*lock"):
-        measure_latency(model, onnx_path, SIGNATURE.random_inputs(1), SIGNATURE)
+        measure_latency(model, onnx_path, generic_inputs(SIGNATURE, 1), SIGNATURE)
     assert list(temporary.iterdir()) == []
 
 
@@ -513,7 +515,7 @@ def test_failure_of_one_contender_ends_the_other_and_leaves_no_files(
     monkeypatch.setattr(Worker, "__enter__", remember)
     with pytest.raises(BenchmarkError, match=r"ONNX Runtime failed .*InvalidModelError"):
         measure_latency(
-            SmallNet(), tmp_path / "none.onnx", SIGNATURE.random_inputs(1), SIGNATURE, threads=1
+            SmallNet(), tmp_path / "none.onnx", generic_inputs(SIGNATURE, 1), SIGNATURE, threads=1
         )
     assert [w._process.poll() is not None for w in started] == [True, True]
     assert list(temporary.iterdir()) == []

@@ -25,6 +25,7 @@ from heimdall_onnx.compare import compare_outputs, locate_departure
 from heimdall_onnx.errors import EvidenceError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.evaluation_pass import EVALUATION, PLOTTED_SAMPLES, RTOL
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.signature import DEGREES, Axis, Signature, TensorSpec
@@ -53,13 +54,13 @@ GATES = [
 
 
 def evaluation(count=64, signature=SIGNATURE, seed=1, **inputs):
-    arrays = signature.random_inputs(count, seed) | inputs
+    arrays = generic_inputs(signature, count, seed) | inputs
     return EvaluationData(arrays, None, {}, "test data", "0" * 64, {})
 
 
 def marked(count=64, sample=37):
     """Evaluation data in which one sample bears the mark; 37 is no reference sample of 64."""
-    signal = SIGNATURE.random_inputs(count, 1)["signal"]
+    signal = generic_inputs(SIGNATURE, count, 1)["signal"]
     signal[sample, 0, 0, 0] = MARK
     return evaluation(signal=signal)
 
@@ -269,7 +270,7 @@ def test_model_that_normalizes_over_the_batch_is_found(compare):
 
 
 def test_z_scored_neighbours_alone_would_have_missed_it(compare, exported):
-    signal = SIGNATURE.random_inputs(8)["signal"].astype(np.float64)
+    signal = generic_inputs(SIGNATURE, 8)["signal"].astype(np.float64)
     axes = (1, 2, 3)
     signal -= signal.mean(axes, keepdims=True)
     signal = (signal / signal.std(axes, keepdims=True)).astype(np.float32)
@@ -649,7 +650,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(compare):
     model, peaks = SmallNet(), []
     for count in (3 * PLOTTED_SAMPLES, 20 * PLOTTED_SAMPLES):
         # One sample seen many times takes no memory itself.
-        signal = np.broadcast_to(SIGNATURE.random_inputs(1)["signal"], (count, 2, 8, 8))
+        signal = np.broadcast_to(generic_inputs(SIGNATURE, 1)["signal"], (count, 2, 8, 8))
         data = evaluation(1)
         data = EvaluationData({"signal": signal}, None, {}, "long", "0" * 64, {})
         compare(model, evaluation(2))  # what is made once

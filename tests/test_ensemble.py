@@ -33,6 +33,7 @@ from heimdall_onnx.ensemble import (
 from heimdall_onnx.ensemble_cost import compare_member
 from heimdall_onnx.errors import CheckpointError, ParameterError
 from heimdall_onnx.evaluation import load_evaluation_data
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.plot.ensemble import members_disagreement
@@ -284,7 +285,7 @@ def test_aleatoric_deviation_keeps_the_members_range_to_the_last_bit():
 def test_members_are_called_and_answer_by_name(member, tmp_path):
     model = Ensemble(f"{__name__}:{member}", [{}, {}])
     model.members[1].shift.data += 0.5
-    inputs = model.signature.random_inputs(5)
+    inputs = generic_inputs(model.signature, 5)
     single = [run_pytorch(one, inputs, one.signature) for one in model.members]
     expected = mixture([s["positions"] for s in single], [s["claimed"] for s in single])
     np.testing.assert_allclose(expected[0], 48.25 + inputs["first"], rtol=1e-6)
@@ -457,7 +458,7 @@ def test_fault_in_one_member_is_found_there(ensemble, exported, tmp_path):
 def test_members_may_have_parts_of_other_lengths(tmp_path):
     model = Ensemble("models:BlockNet", [{"blocks": 2}, {"blocks": 3}])
     path = export_model(model, tmp_path / "model.onnx", opset=14).path
-    signal = model.signature.random_inputs(3)
+    signal = generic_inputs(model.signature, 3)
     found = run_onnx(open_session(path), signal, model.signature)
     for name, value in run_pytorch(model, signal, model.signature).items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4)
@@ -532,7 +533,7 @@ def test_signature_beside_the_checkpoints_travels_with_them(tmp_path):
     loaded = load_checkpoint(found.path, model=found.model, model_kwargs=kwargs)
     names = [output.name for output in loaded.signature.outputs]
     assert names == ["where", "doubt", ALEATORIC, EPISTEMIC]
-    answer = run_pytorch(loaded.model, loaded.signature.random_inputs(2), loaded.signature)
+    answer = run_pytorch(loaded.model, generic_inputs(loaded.signature, 2), loaded.signature)
     assert answer["where"].shape == (2, 2)
 
 

@@ -20,6 +20,7 @@ from models import (
 from torch import nn
 
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import load_onnx, load_pytorch, open_session, run_onnx, run_pytorch
 
@@ -33,7 +34,7 @@ def small_onnx(tmp_path_factory):
 
 @pytest.fixture
 def inputs():
-    return SIGNATURE.random_inputs(3)
+    return generic_inputs(SIGNATURE, 3)
 
 
 class Raw(nn.Module):

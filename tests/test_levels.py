@@ -10,6 +10,7 @@ from models import SIGNAL, SmallNet, declare
 from heimdall_onnx import levels
 from heimdall_onnx.compare import compare_outputs
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.levels import compare_levels
@@ -24,7 +25,7 @@ def path(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def data() -> EvaluationData:
-    return EvaluationData(declare([SIGNAL], []).random_inputs(20), None, {}, "e.npz", "ab", {})
+    return EvaluationData(generic_inputs(declare([SIGNAL], []), 20), None, {}, "e.npz", "ab", {})
 
 
 def compared(path, data, **options):

@@ -12,6 +12,7 @@ from models import SmallNet
 from onnx import TensorProto, helper
 
 from heimdall_onnx.errors import EvidenceError, InvalidModelError
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.operator_times import OperatorTimes, operator_times
 from heimdall_onnx.signature import Signature, TensorSpec
@@ -33,7 +34,7 @@ def path(model: SmallNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def times(model: SmallNet, path: Path) -> OperatorTimes:
-    inputs = model.signature.random_inputs(16)
+    inputs = generic_inputs(model.signature, 16)
     return operator_times(path, inputs, model.signature, threads=1, level="none", calls=7)
 
 
@@ -65,13 +66,13 @@ def test_warm_up_is_left_out_and_no_record_left_behind(times, path, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     signature = SmallNet.signature
-    found = operator_times(path, signature.random_inputs(1), signature, threads=1, calls=2)
+    found = operator_times(path, generic_inputs(signature, 1), signature, threads=1, calls=2)
     assert (times.calls, found.calls) == (7, 2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_runs_is_what_the_optimization_level_makes_of_the_file(model, path, times) -> None:
-    inputs = model.signature.random_inputs(2)
+    inputs = generic_inputs(model.signature, 2)
     fused = operator_times(path, inputs, model.signature, threads=1, calls=2)
     assert sum(o.nodes for o in fused.operators) < sum(o.nodes for o in times.operators)
 
@@ -119,7 +120,7 @@ def loop(path: Path) -> tuple[Path, Signature]:
 def test_broken_files_and_unfit_inputs_are_refused(model, path, tmp_path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(path.read_bytes()[:100])
-    inputs = model.signature.random_inputs(1)
+    inputs = generic_inputs(model.signature, 1)
     with pytest.raises(InvalidModelError, match=r"broken\.onnx"):
         operator_times(broken, inputs, model.signature)
     with pytest.raises(EvidenceError, match="can't run the model on"):

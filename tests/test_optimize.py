@@ -8,6 +8,7 @@ from models import BlockNet, SmallNet
 
 from heimdall_onnx import optimize
 from heimdall_onnx.errors import EvidenceError, UnavailableError
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.optimize import RECIPES, Job, chosen_recipes, make_variant
 from heimdall_onnx.parameters import VARIANTS
@@ -26,7 +27,7 @@ def fp32(tmp_path_factory):
 
 
 def job(source, folder, keep=()):
-    inputs = BlockNet.signature.random_inputs(10)
+    inputs = generic_inputs(BlockNet.signature, 10)
     return Job(source, folder / "variant.onnx", inputs, keep, folder)
 
 
@@ -43,7 +44,7 @@ def test_every_variant_is_made_and_runs(fp32, tmp_path, name):
     settings = RECIPES[name].settings
     if settings.provider.startswith("CUDA"):
         settings = settings.model_copy(update={"provider": "CPUExecutionProvider"})
-    inputs = BlockNet.signature.random_inputs(4, seed=3)
+    inputs = generic_inputs(BlockNet.signature, 4, seed=3)
     runner = open_runner(path, BlockNet.signature, settings)
     reference = open_runner(fp32, BlockNet.signature, RECIPES["fp32"].settings)
     found, expected = runner.run(inputs), reference.run(inputs)

@@ -50,6 +50,7 @@ from heimdall_onnx.departure import Departure
 from heimdall_onnx.depth import DepthProfile, ModuleError
 from heimdall_onnx.evaluation import EvaluationData
 from heimdall_onnx.evaluation_pass import EVALUATION, RTOL
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.gates import NotMeasured
 from heimdall_onnx.ground import GroundAccumulator, distance_m, middle_of
@@ -96,7 +97,7 @@ def onnx_path(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def data() -> EvaluationData:
     rng = np.random.default_rng(0)
-    inputs = LOCALIZATION_SIGNATURE.random_inputs(24)
+    inputs = generic_inputs(LOCALIZATION_SIGNATURE, 24)
     truth = np.stack([rng.uniform(49, 51, 24), rng.uniform(7, 9, 24)], axis=1)
     return EvaluationData(inputs, truth, {}, "captures.npz", "ab", RECEIVERS)
 
@@ -123,7 +124,7 @@ def moved_model(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def measured(model: nn.Module, onnx_path: Path) -> LatencyReport:
-    inputs = LOCALIZATION_SIGNATURE.random_inputs(2)
+    inputs = generic_inputs(LOCALIZATION_SIGNATURE, 2)
     return measure_latency(
         model,
         onnx_path,

@@ -14,6 +14,7 @@ from heimdall_onnx.benchmark import (
 )
 from heimdall_onnx.calibration import split_calibration
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.inference import run_pytorch
 from heimdall_onnx.machine_watch import MachineWatch
 from heimdall_onnx.parameters import AccuracyLimits
@@ -75,7 +76,7 @@ def profile(name, level):
 
 @pytest.fixture(scope="module")
 def report():
-    inputs = SIGNATURE.random_inputs(60)
+    inputs = generic_inputs(SIGNATURE, 60)
     answers = run_pytorch(BlockNet().eval(), inputs, SIGNATURE)
     data = EvaluationData(inputs, answers["positions"] + 0.3, {}, "eval.npz", "0" * 64, {})
     split = split_calibration(data, samples=20, judged=40)

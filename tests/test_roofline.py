@@ -12,6 +12,7 @@ from models import DictNet, SmallNet
 from torch import nn
 
 from heimdall_onnx.errors import BenchmarkError, EvidenceError
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.processors import instruction_sets, last_level_cache_bytes, usable_processors
 from heimdall_onnx.roofline import (
     Floor,
@@ -58,7 +59,7 @@ def measured() -> Machine:
 @pytest.mark.parametrize("model", [SmallNet(), DictNet()])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_operations_are_counted_for_a_sample_whatever_the_batch(model, batch) -> None:
-    work = work_of(model, model.signature.random_inputs(batch), model.signature)
+    work = work_of(model, generic_inputs(model.signature, batch), model.signature)
     convolutions = 2 * 64 * (9 * 2 * 8 + 9 * 8 * 8)
     heads = 2 * (8 * 2 + 8 * 2)
     assert work.flops == convolutions + heads
@@ -69,7 +70,7 @@ def test_grouped_convolutions_count_what_they_compute() -> None:
     spec = TensorSpec("x", "float32", ("batch", 8, 4, 4))
     signature = Signature((spec,), (TensorSpec("y", "float32", ("batch", 8, 4, 4)),))
     model = nn.Conv2d(8, 8, 3, padding=1, groups=8).eval()
-    assert work_of(model, signature.random_inputs(2), signature).flops == 2 * 9 * 8 * 16
+    assert work_of(model, generic_inputs(signature, 2), signature).flops == 2 * 9 * 8 * 16
 
 
 def test_counting_says_which_inputs_the_model_can_not_take() -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from heimdall_onnx import runtimes
 from heimdall_onnx.benchmark import write_model
 from heimdall_onnx.errors import EvidenceError, InputError, InvalidModelError, UnavailableError
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import run_pytorch
 from heimdall_onnx.processors import instruction_sets, usable_processors
@@ -37,7 +38,7 @@ def onnx_path(tmp_path_factory):
 
 @pytest.fixture
 def inputs():
-    return SIGNATURE.random_inputs(3)
+    return generic_inputs(SIGNATURE, 3)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_answers_are_not_overwritten_by_the_next_call(onnx_path, inputs):
     runner = open_runner(onnx_path, SIGNATURE, OPENVINO)
     first = runner.run(inputs)
     kept = first["positions"].copy()
-    runner.run(SIGNATURE.random_inputs(3, seed=1))
+    runner.run(generic_inputs(SIGNATURE, 3, seed=1))
     assert (first["positions"] == kept).all()
 
 
@@ -203,7 +204,7 @@ def test_only_gpus_have_a_way_to_go():
 
 def test_threads_that_share_an_openvino_session_get_their_own_answers(onnx_path):
     session = OpenVINOSession(onnx_path, OPENVINO)
-    feeds = [SIGNATURE.random_inputs(3, seed=seed) for seed in range(4)]
+    feeds = [generic_inputs(SIGNATURE, 3, seed=seed) for seed in range(4)]
     expected = [session.run(["positions"], feed)[0] for feed in feeds]
 
     def wrong(index):

@@ -3,7 +3,7 @@ import pytest
 from families import Triangulator
 from models import BlockNet
 
-from heimdall_onnx.examples import examples_of
+from heimdall_onnx.examples import examples_of, generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.optimize import Job, make_variant
 from heimdall_onnx.sensitivity import (
@@ -14,7 +14,7 @@ from heimdall_onnx.sensitivity import (
     relative_error,
 )
 
-INPUTS = BlockNet.signature.random_inputs(16)
+INPUTS = generic_inputs(BlockNet.signature, 16)
 MODULES = [name for name, _ in BlockNet().named_modules(remove_duplicate=False)]
 
 

@@ -6,6 +6,7 @@ import pytest
 from faults import FEATURES, LOG_VARIANCE, MASK, POSITION, SET, STATIONS
 
 from heimdall_onnx.errors import DataError
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.signature import (
     DEGREES,
     LOCALIZATION_SIGNATURE,
@@ -189,21 +190,21 @@ def test_sound_declarations_have_no_problems(signature):
 
 
 def test_random_inputs_have_the_declared_shapes_and_depend_on_the_seed_only():
-    first, again = TWO_INPUTS.random_inputs(5, seed=3), TWO_INPUTS.random_inputs(5, seed=3)
+    first, again = generic_inputs(TWO_INPUTS, 5, seed=3), generic_inputs(TWO_INPUTS, 5, seed=3)
     assert {n: (a.shape, a.dtype.name) for n, a in first.items()} == {
         "audio": ((5, 2, 8), "float32"),
         "station": ((5,), "int64"),
     }
     np.testing.assert_array_equal(first["audio"], again["audio"])
-    assert not np.array_equal(first["audio"], TWO_INPUTS.random_inputs(5, seed=4)["audio"])
+    assert not np.array_equal(first["audio"], generic_inputs(TWO_INPUTS, 5, seed=4)["audio"])
 
 
 def test_fitting_inputs_are_counted():
-    assert TWO_INPUTS.check_inputs(TWO_INPUTS.random_inputs(7), "here") == 7
+    assert TWO_INPUTS.check_inputs(generic_inputs(TWO_INPUTS, 7), "here") == 7
 
 
 def inputs(**changes):
-    return TWO_INPUTS.random_inputs(4) | changes
+    return generic_inputs(TWO_INPUTS, 4) | changes
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def inputs(**changes):
         (inputs(audio=np.zeros((4, 3, 8), np.float32)), "audio has shape \\(4, 3, 8\\)"),
         (inputs(audio=np.zeros((4, 2), np.float32)), "audio has shape \\(4, 2\\)"),
         (inputs(station=np.int64(1)), "station has shape \\(\\)"),
-        (TWO_INPUTS.random_inputs(0), "audio has no samples"),
+        (generic_inputs(TWO_INPUTS, 0), "audio has no samples"),
         (inputs(station=np.zeros(3, np.int64)), "different numbers of samples: \\[3, 4\\]"),
         (
             inputs(audio=np.full((4, 2, 8), np.nan, np.float32)),

@@ -9,6 +9,7 @@ from heimdall_onnx.compare import compare_outputs
 from heimdall_onnx.departure import Departure
 from heimdall_onnx.environment import capture_environment
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.publish import Skipped
@@ -22,7 +23,7 @@ def exported(tmp_path_factory):
 
 def parity(exported, tolerance: float):
     model = SmallNet()
-    inputs = model.signature.random_inputs(4)
+    inputs = generic_inputs(model.signature, 4)
     data = EvaluationData(inputs, None, {}, "synthetic inputs", None, {})
     session = open_session(exported.path, spinning=False)
     return compare_outputs(model, session, data, model.signature, tolerance=tolerance)

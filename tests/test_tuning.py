@@ -4,6 +4,7 @@ from models import SmallNet
 
 from heimdall_onnx import tuning
 from heimdall_onnx.benchmark import Contestant, paired_speedup
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.runtimes import SessionSettings
 from heimdall_onnx.tuning import LATENCY, tune_session
@@ -20,7 +21,7 @@ def tune(contestant):
     signature = SmallNet.signature
     return tune_session(
         contestant,
-        signature.random_inputs(1),
+        generic_inputs(signature, 1),
         signature,
         purpose=LATENCY,
         batch_size=1,

@@ -20,6 +20,7 @@ from heimdall_onnx.compare import BatchIndependence, compare_outputs
 from heimdall_onnx.ensemble import Ensemble
 from heimdall_onnx.errors import InputError
 from heimdall_onnx.evaluation import EvaluationData
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.ground import distance_m
 from heimdall_onnx.metadata import summarize_metrics
@@ -359,7 +360,7 @@ def ensemble():
 @pytest.fixture(scope="module")
 def data(ensemble):
     """Around the first member's own answers, with half of the deviation that it claims."""
-    inputs = SIGNATURE.random_inputs(60)
+    inputs = generic_inputs(SIGNATURE, 60)
     with torch.no_grad():
         positions, spread = ensemble.members[0](torch.from_numpy(inputs["signal"]))
     noise = np.random.default_rng(1).standard_normal((60, 2))

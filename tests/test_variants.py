@@ -9,6 +9,7 @@ from models import BlockNet
 from heimdall_onnx.benchmark import PairLatency
 from heimdall_onnx.errors import DataError
 from heimdall_onnx.evaluation import load_evaluation_data
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import run_pytorch
 from heimdall_onnx.parameters import AccuracyLimits, ReleaseParameters
@@ -27,7 +28,7 @@ def model():
 @pytest.fixture(scope="module")
 def eval_data(model, tmp_path_factory):
     """Labelled samples about which the model is as uncertain as it says."""
-    inputs = SIGNATURE.random_inputs(SAMPLES, seed=7)
+    inputs = generic_inputs(SIGNATURE, SAMPLES, seed=7)
     answers = run_pytorch(model, inputs, SIGNATURE)
     noise = np.random.default_rng(0).standard_normal((SAMPLES, 2))
     labels = np.clip(answers["positions"] + answers["spread"] * noise, -80, 80)

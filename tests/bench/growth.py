@@ -24,6 +24,7 @@ from heimdall_onnx.compare import compare_outputs
 from heimdall_onnx.costs import peak_memory_bytes, reset_peak_memory
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evaluation_pass import Models, pass_over, pass_settings
+from heimdall_onnx.examples import generic_inputs
 from heimdall_onnx.export import export_model
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.plot import Chart
@@ -124,7 +125,7 @@ def statistics(checkpoint: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         path = export_model(loaded.model, Path(folder) / "model.onnx", opset=14).path
         session = open_session(path, spinning=False)
-    inputs = loaded.signature.random_inputs(STATISTICS_SAMPLES)
+    inputs = generic_inputs(loaded.signature, STATISTICS_SAMPLES)
     data = EvaluationData(inputs, None, {}, "random", None, {})
     models = 0.0
 
