@@ -13,12 +13,13 @@ from families import Triangulator, make_triangulation_data
 from models import IntegerNet, NaNNet, SmallNet
 from torch import nn
 
-from heimdall_onnx import explore
+from heimdall_onnx import explore_entry
 from heimdall_onnx.compare import ParityReport, compare_outputs
 from heimdall_onnx.errors import InvalidModelError, ParameterError
 from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evaluation_pass import EVALUATION
-from heimdall_onnx.explore import INSTALL, Explorable, Exploration, explore_parity
+from heimdall_onnx.explore import Exploration
+from heimdall_onnx.explore_entry import INSTALL, Explorable, explore_parity
 from heimdall_onnx.export import export_model
 from heimdall_onnx.ground import distance_m
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
@@ -305,7 +306,7 @@ def test_a_script_gets_the_figure_alone(compared):
 
 
 def test_who_lacks_the_extra_gets_the_figure_and_what_to_install(compared, monkeypatch):
-    monkeypatch.setattr(explore, "person_at_notebook", lambda: True)
+    monkeypatch.setattr(explore_entry, "person_at_notebook", lambda: True)
     monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.delitem(sys.modules, "heimdall_onnx.explore_view", raising=False)
     monkeypatch.delitem(sys.modules, "plotly.graph_objects", raising=False)

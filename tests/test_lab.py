@@ -27,7 +27,7 @@ from browser import DESKTOP, NARROW, chromium
 from models import SmallNet
 
 from heimdall_onnx.evaluation_pass import EVALUATION
-from heimdall_onnx.explore import NOTE, WIDGET_VIEW
+from heimdall_onnx.explore_entry import NOTE, WIDGET_VIEW
 from heimdall_onnx.ground import distance_m
 from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.release import notebook_path
