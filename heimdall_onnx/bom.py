@@ -30,8 +30,8 @@ from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
 
 from heimdall_onnx.environment import DISTRIBUTION
-from heimdall_onnx.manifest import MODEL, REPORT_HTML
-from heimdall_onnx.parameters import FP32
+from heimdall_onnx.manifest import REPORT_HTML
+from heimdall_onnx.parameters import FP32, MODEL
 from heimdall_onnx.signature import DEGREES, Signature, TensorSpec
 
 # Namespace of the serial numbers; drawn once.

@@ -20,7 +20,8 @@ from heimdall_onnx.aliases import Move, append_move, follow_log, logged_aliases,
 from heimdall_onnx.dataset_schema import HEADER
 from heimdall_onnx.errors import HeimdallError, NotRegisteredError, VerificationError
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import CONTENT, DATASETS, REVIEWS, VARIANTS, Manifest, read_manifest
+from heimdall_onnx.manifest import CONTENT, DATASETS, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.parameters import VARIANTS_FOLDER
 from heimdall_onnx.publish import METADATA
 from heimdall_onnx.store import (
     MANIFEST,
@@ -374,7 +375,9 @@ def _open_runs(tracker: MLflowTracker, before: datetime) -> Iterator[Leftover]:
 def _local_models(home: Path, before: datetime) -> Iterator[Leftover]:
     """A run deletes its own copy of the model when it ends, unless it is killed."""
     runs = home / "runs"
-    for path in sorted([*runs.glob("*/model.onnx*"), *runs.glob(f"*/{VARIANTS}/*/model.onnx*")]):
+    for path in sorted(
+        [*runs.glob("*/model.onnx*"), *runs.glob(f"*/{VARIANTS_FOLDER}/*/model.onnx*")]
+    ):
         with contextlib.suppress(OSError, ValueError):
             # Without a runner it is somebody's own; with one that runs it is under way.
             run = runs / path.relative_to(runs).parts[0]

@@ -13,8 +13,8 @@ from heimdall_onnx.errors import ParameterError, VerificationError
 from heimdall_onnx.files import hash_file
 from heimdall_onnx.inference import open_session
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import MODEL, RECOMMENDED, Manifest, Variant, read_manifest
-from heimdall_onnx.parameters import FP32
+from heimdall_onnx.manifest import RECOMMENDED, Manifest, Variant, read_manifest
+from heimdall_onnx.parameters import FP32, MODEL
 from heimdall_onnx.processors import multiplies_in_8_bits, usable_processors
 from heimdall_onnx.runtimes import OpenVINOSession, open_onnxruntime
 from heimdall_onnx.services import ensure_store

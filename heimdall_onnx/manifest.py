@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from heimdall_onnx.errors import ParameterError, VerificationError
-from heimdall_onnx.parameters import FP32
+from heimdall_onnx.parameters import FP32, MODEL, VARIANTS_FOLDER
 from heimdall_onnx.runtimes import CPU, CUDA, TENSORRT, SessionSettings
 from heimdall_onnx.store import MANIFEST, exists, head, parse_uri, read_bytes
 from heimdall_onnx.untrusted import shown
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 SCHEMA_VERSION = 3
-MODEL, REPORT, REPORT_HTML = "model.onnx", "report.ipynb", "report.html"
+REPORT, REPORT_HTML = "report.ipynb", "report.html"
 BOM, SIGNATURE, REVIEWS = "bom.cdx.json", "model.sig", "reviews"
 # Below the reviews, which come after the signature too: who may review a release may add to them.
 COMPARISONS = f"{REVIEWS}/comparisons"
 CONTENT = "objects/sha256"
 DATASETS = "objects/datasets"
-VARIANTS, RECOMMENDED = "variants", "recommended"
+RECOMMENDED = "recommended"
 
 # Some hundred times what a release needs; a larger object is no manifest.
 MAX_MANIFEST_BYTES = 16 << 20
@@ -489,7 +489,7 @@ def _wrong_variants(manifest: Manifest) -> Iterator[str]:
     if variants.recommended not in {FP32, *variants.passed}:
         yield f"expected one of those that passed to be recommended, found {variants.recommended}"
     for name, one in variants.passed.items():
-        own = f"{VARIANTS}/{name}/{MODEL}"
+        own = f"{VARIANTS_FOLDER}/{name}/{MODEL}"
         expected = [MODEL] if name == FP32 else [MODEL, own]
         if one.file not in expected:
             yield f"expected variant {name} in {' or '.join(expected)}, found {shown(one.file)}"

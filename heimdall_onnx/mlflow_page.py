@@ -15,7 +15,8 @@ from datetime import datetime
 from typing import Any
 
 from heimdall_onnx.gates import escape_markdown
-from heimdall_onnx.manifest import MODEL, REPORT, REPORT_HTML
+from heimdall_onnx.manifest import REPORT, REPORT_HTML
+from heimdall_onnx.parameters import MODEL
 from heimdall_onnx.store import MANIFEST, format_uri
 from heimdall_onnx.untrusted import shown
 from heimdall_onnx.words import count_of, distance, name, number

@@ -93,6 +93,9 @@ PROFILES: dict[ProfileName, Profile] = {
     ),
 }
 
+# What an export and the folder of its variants are called, in a run's folder as in a release.
+MODEL, VARIANTS_FOLDER = "model.onnx", "variants"
+
 # Forms of the model beside its parity-checked fp32 file, which is always one of them; how each is
 # made is in `heimdall_onnx.optimize`.
 FP32 = "fp32"

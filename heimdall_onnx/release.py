@@ -36,7 +36,7 @@ from heimdall_onnx.execution import error_of, execute_notebook
 from heimdall_onnx.interrupts import first_signal_interrupts, uninterrupted
 from heimdall_onnx.kernel import StartKernel, started_kernel
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import REPORT, REPORT_HTML, VARIANTS, Manifest
+from heimdall_onnx.manifest import REPORT, REPORT_HTML, Manifest
 from heimdall_onnx.mlflow_page import name_data
 from heimdall_onnx.offer import (
     add_bom,
@@ -46,7 +46,7 @@ from heimdall_onnx.offer import (
     present_release,
     withdraw_offer,
 )
-from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.parameters import VARIANTS_FOLDER, ReleaseParameters
 from heimdall_onnx.publish import Connection, close_own_run, connect, content_type, withdraw
 from heimdall_onnx.rendering import render_html
 from heimdall_onnx.report import Judgement, figures, put_verdict_first
@@ -284,7 +284,7 @@ class _Run:
                     close_own_run(connection.tracker, self.parameters.run_id, status)
                 for model in self.folder.glob("model.onnx*"):
                     model.unlink()
-                shutil.rmtree(self.folder / VARIANTS, ignore_errors=True)
+                shutil.rmtree(self.folder / VARIANTS_FOLDER, ignore_errors=True)
         return result
 
     def _give_up(self, connection: Connection, error: BaseException) -> None:

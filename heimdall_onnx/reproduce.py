@@ -32,9 +32,9 @@ from heimdall_onnx.files import hash_file
 from heimdall_onnx.interrupts import first_signal_interrupts
 from heimdall_onnx.kernel import started_kernel
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import MODEL, REPORT, VARIANTS, Entry, Manifest, read_manifest
+from heimdall_onnx.manifest import REPORT, Entry, Manifest, read_manifest
 from heimdall_onnx.onnx_diff import describe_differences
-from heimdall_onnx.parameters import ReleaseParameters, check_parameters
+from heimdall_onnx.parameters import MODEL, VARIANTS_FOLDER, ReleaseParameters, check_parameters
 from heimdall_onnx.repeated import (
     Comparison,
     Difference,
@@ -238,7 +238,7 @@ def _emptied(folder: Path) -> Iterator[None]:
         if not (recorded / MODEL).is_file():
             for path in folder.glob(f"{MODEL}*"):
                 path.unlink()
-        shutil.rmtree(folder / VARIANTS, ignore_errors=True)
+        shutil.rmtree(folder / VARIANTS_FOLDER, ignore_errors=True)
         shutil.rmtree(recorded)
 
 

@@ -33,9 +33,9 @@ from heimdall_onnx.head_to_head import HeadToHead, Limits, compare_models, verdi
 from heimdall_onnx.interrupts import uninterrupted
 from heimdall_onnx.loading import released_signature
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import MODEL, REPORT, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.manifest import REPORT, REVIEWS, Manifest, read_manifest
 from heimdall_onnx.mlflow_page import add_review, review_line
-from heimdall_onnx.parameters import check_parameters
+from heimdall_onnx.parameters import MODEL, check_parameters
 from heimdall_onnx.publish import content_type, to_json
 from heimdall_onnx.rendering import Decision, render_html
 from heimdall_onnx.store import delete_objects, download_file, format_uri, upload_bytes

@@ -31,9 +31,8 @@ from heimdall_onnx.evaluation import load_evaluation_data
 from heimdall_onnx.files import hash_file
 from heimdall_onnx.gates import Gate
 from heimdall_onnx.logs import get_logger
-from heimdall_onnx.manifest import MODEL, VARIANTS
 from heimdall_onnx.optimize import RECIPES, Job, Recipe, chosen_recipes, make_variant
-from heimdall_onnx.parameters import FP32, AccuracyLimits
+from heimdall_onnx.parameters import FP32, MODEL, VARIANTS_FOLDER, AccuracyLimits
 from heimdall_onnx.runtimes import CPU, SessionSettings, open_runner, require_runtime
 from heimdall_onnx.sensitivity import NoiseProfile, noise_profile
 from heimdall_onnx.tuning import LATENCY, THROUGHPUT, Tuning, tune_session
@@ -262,7 +261,7 @@ class _Search:
     ) -> None:
         self._model, self._onnx, self._split = model, onnx_path, split
         self._signature, self._parameters = signature, parameters
-        self._folder = onnx_path.parent / VARIANTS
+        self._folder = onnx_path.parent / VARIANTS_FOLDER
         self._inputs: Arrays = dict(split.evaluation.inputs)  # type: ignore[arg-type]
         # A number, so that who opens the model elsewhere knows with how many it was measured.
         self._threads = SessionSettings(threads=parameters.threads or default_threads())
@@ -291,7 +290,7 @@ class _Search:
 
     def _described(self, recipe: Recipe) -> JudgedVariant:
         settings = recipe.settings.model_copy(update={"threads": self._threads.threads})
-        file = MODEL if recipe.make is None else f"{VARIANTS}/{recipe.name}/{MODEL}"
+        file = MODEL if recipe.make is None else f"{VARIANTS_FOLDER}/{recipe.name}/{MODEL}"
         return JudgedVariant(
             recipe.name, recipe.what, recipe.precision, "failed", settings=settings, file=file
         )

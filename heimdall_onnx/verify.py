@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from heimdall_onnx.errors import DataError, NotRegisteredError, StoreError, VerificationError
 from heimdall_onnx.manifest import (
     COMPARISONS,
-    MODEL,
     RECOMMENDED,
     REPORT,
     REVIEWS,
@@ -22,6 +21,7 @@ from heimdall_onnx.manifest import (
     Manifest,
     read_manifest,
 )
+from heimdall_onnx.parameters import MODEL
 from heimdall_onnx.services import ensure_store
 from heimdall_onnx.settings import Settings
 from heimdall_onnx.signing import MAX_SIGNATURE_BYTES, Trust, check_signature
