@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from heimdall_onnx import plot
 from heimdall_onnx.cli import main
 from heimdall_onnx.errors import DataError
 from heimdall_onnx.fleet import FleetResult
@@ -37,6 +36,7 @@ from heimdall_onnx.fleet_tables import (
     ranking,
 )
 from heimdall_onnx.parameters import ReleaseParameters
+from heimdall_onnx.plot.fleet import pareto
 from heimdall_onnx.store import list_keys
 
 
@@ -173,12 +173,12 @@ def test_ranking_is_by_the_error_and_names_the_cost(frame):
 def test_items_without_figures_are_not_ranked(outcomes):
     frame = outcomes_frame(outcomes[-1:])
     assert ranking(frame).data == "No released item has a figure to be ranked by."
-    assert plot.pareto(*ranked(frame), *cost_of(frame)) is None
+    assert pareto(*ranked(frame), *cost_of(frame)) is None
 
 
 def test_pareto_shows_what_no_other_beats(frame):
     done, column, words = ranked(frame)
-    chart = plot.pareto(done, column, words, *cost_of(done))
+    chart = pareto(done, column, words, *cost_of(done))
     # 10 is the fastest, 9, 8 and 6 each the best of those that are as fast.
     assert chart.title == "4 of 10 models are beaten by no other in both"
     assert "6: net-6.pt" in chart.alt
@@ -190,10 +190,10 @@ def test_pareto_tells_what_is_exact_and_what_is_close(frame):
     done, _, words = ranked(frame)
     # An error of zero is the best there is, and no reason to leave a model out.
     done["displacement_p99_m"] = [0.0, *(1000.0 + n for n in range(9))]
-    chart = plot.pareto(done, "displacement_p99_m", words, *cost_of(done))
+    chart = pareto(done, "displacement_p99_m", words, *cost_of(done))
     assert " of 10 models" in chart.title
     done["displacement_p99_m"] = [5_200_000.0 + 20_000 * n for n in range(10)]
-    chart = plot.pareto(done, "displacement_p99_m", words, *cost_of(done))
+    chart = pareto(done, "displacement_p99_m", words, *cost_of(done))
     chart.to_png()
     (axes,) = chart.figure.axes
     assert axes.get_ylabel().endswith(", km")

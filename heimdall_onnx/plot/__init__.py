@@ -1,4 +1,4 @@
-"""Every figure of the report, each drawn from the dataclass of its step.
+"""Every figure of a release's report, each drawn from the dataclass of its step.
 
 A figure answers one question and its title is the answer. Each function returns a `Chart`, or
 None where the question does not arise, or what it was given if that says why nothing was measured:
@@ -8,17 +8,10 @@ None where the question does not arise, or what it was given if that says why no
 """
 
 from heimdall_onnx.plot.chart import Chart
-from heimdall_onnx.plot.comparison import (
-    localization_errors,
-    output_changes,
-    position_changes,
-    recorded_parity,
-)
 from heimdall_onnx.plot.cost import release_cost
 from heimdall_onnx.plot.depth import error_along_depth
 from heimdall_onnx.plot.distribution import error_distribution
 from heimdall_onnx.plot.ensemble import members_disagreement
-from heimdall_onnx.plot.fleet import pareto
 from heimdall_onnx.plot.grid import parity_grid
 from heimdall_onnx.plot.magnitude import error_by_magnitude
 from heimdall_onnx.plot.operator_times import operator_times
@@ -42,20 +35,15 @@ __all__ = [
     "errors_by_sample",
     "latency",
     "latency_over_time",
-    "localization_errors",
     "members_disagreement",
     "noise_along_depth",
     "operator_times",
     "operators",
     "optimization_levels",
-    "output_changes",
     "pair_latency",
-    "pareto",
     "parity_grid",
     "parity_scatter",
-    "position_changes",
     "position_map",
-    "recorded_parity",
     "release_cost",
     "reliability",
     "roofline",
