@@ -50,7 +50,7 @@ from heimdall_onnx.signature import Arrays
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-    from heimdall_onnx.features import FeatureSet
+    from heimdall_onnx.evaluation_file import FeatureSet
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -266,7 +266,7 @@ class Dataset:
             DataError: If there are no rows, or the file can't be written.
         """
         # Imported here, since SciPy takes a second that the processes that only read do without.
-        from heimdall_onnx.features import SCHEMA, receiver_list, write_feature_file
+        from heimdall_onnx.evaluation_file import SCHEMA, receiver_list, write_feature_file
 
         wanted = np.asarray(rows, np.int64).reshape(-1)
         if not wanted.size:

@@ -12,7 +12,8 @@ from scipy.io import wavfile
 
 from heimdall_onnx.errors import DataError, ParameterError
 from heimdall_onnx.evaluation import load_evaluation_data
-from heimdall_onnx.features import write_feature_file, write_features
+from heimdall_onnx.evaluation_file import write_feature_file
+from heimdall_onnx.features import write_features
 from heimdall_onnx.mel import FeatureParameters, signed_mel_filters
 from heimdall_onnx.signature import LOCALIZATION_SIGNATURE
 

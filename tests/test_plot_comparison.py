@@ -17,8 +17,13 @@ from heimdall_onnx.gates import NotMeasured
 from heimdall_onnx.ground import error_m
 from heimdall_onnx.head_to_head import error_ratio
 from heimdall_onnx.machine_watch import MachineState
-from heimdall_onnx.plot import comparison
 from heimdall_onnx.plot.chart import A_COLOR, B_COLOR, ONNX_COLOR, PYTORCH_COLOR
+from heimdall_onnx.plot.comparison import (
+    localization_errors,
+    output_changes,
+    position_changes,
+    recorded_parity,
+)
 from heimdall_onnx.signature import DEGREES, TensorSpec
 from heimdall_onnx.statistics import ErrorAccumulator
 
@@ -81,11 +86,11 @@ def lightness(color: str) -> float:
 
 def test_no_text_is_below_nine_points_or_cut_off(answers, latency):
     charts = [
-        comparison.position_changes(answers),
-        comparison.output_changes(answers),
-        comparison.output_changes(answers_of(0.01, ("$\\frac{", "<b>", "c", "d", "e"), "dB")),
-        comparison.localization_errors(answers),
-        comparison.recorded_parity(PARITY),
+        position_changes(answers),
+        output_changes(answers),
+        output_changes(answers_of(0.01, ("$\\frac{", "<b>", "c", "d", "e"), "dB")),
+        localization_errors(answers),
+        recorded_parity(PARITY),
         plot.pair_latency(latency),
     ]
     for chart in charts:
@@ -106,7 +111,7 @@ def test_no_text_is_below_nine_points_or_cut_off(answers, latency):
 
 
 def test_a_and_b_differ_in_marker_line_and_lightness(answers):
-    chart = comparison.localization_errors(answers)
+    chart = localization_errors(answers)
     a, b = (drawn(chart, f"median {who}") for who in "AB")
     assert (a.get_marker(), b.get_marker()) == ("o", "X")
     assert drawn(chart, "errors A").get_linestyle() != drawn(chart, "errors B").get_linestyle()
@@ -116,7 +121,7 @@ def test_a_and_b_differ_in_marker_line_and_lightness(answers):
 
 
 def test_positions_are_drawn_where_they_are_and_the_curve_ends_at_all(answers):
-    chart = comparison.position_changes(answers)
+    chart = position_changes(answers)
     assert "99% of them by at most" in chart.title
     assert len(drawn(chart, "A").get_offsets()) == 60
     steps = drawn(chart, "moved share")
@@ -126,35 +131,28 @@ def test_positions_are_drawn_where_they_are_and_the_curve_ends_at_all(answers):
 
 def test_what_does_not_move_is_said(answers):
     same = answers_of(0.0)
-    assert (
-        comparison.position_changes(same).title == "No position moves: all 300 are equal in A and B"
-    )
-    assert (
-        comparison.output_changes(same).title
-        == "No output changes: all 600 values are equal in A and B"
-    )
+    assert position_changes(same).title == "No position moves: all 300 are equal in A and B"
+    assert output_changes(same).title == "No output changes: all 600 values are equal in A and B"
 
 
 def test_lost_positions_are_counted_in_the_title(answers):
     b = answers.positions[1].copy()
     b[:7] = np.nan
     lost = replace(answers, displacement=Displacement.between(answers.positions[0], b))
-    assert comparison.position_changes(lost).title == (
-        "7 of 300 positions are NaN or Inf in A or B alone"
-    )
+    assert position_changes(lost).title == ("7 of 300 positions are NaN or Inf in A or B alone")
     everything = Displacement.between(*(np.full((5, 2), np.nan),) * 2)
-    chart = comparison.position_changes(replace(answers, displacement=everything))
+    chart = position_changes(replace(answers, displacement=everything))
     assert chart.title == "No position is finite in A and B"
 
 
 def test_model_without_positions_has_no_map_and_no_errors(answers):
     without = replace(answers, positions=None, displacement=None, errors=None)
-    assert comparison.position_changes(without) is None
-    assert comparison.localization_errors(without) is None
+    assert position_changes(without) is None
+    assert localization_errors(without) is None
 
 
 def test_differences_are_titled_in_the_unit_of_the_output():
-    chart = comparison.output_changes(answers_of(0.01, ("level",), "dB"))
+    chart = output_changes(answers_of(0.01, ("level",), "dB"))
     assert chart.title.startswith("99% of the differences are at most 0.0")
     assert chart.title.endswith(" dB")
     curve = drawn(chart, "differences level")
@@ -163,25 +161,23 @@ def test_differences_are_titled_in_the_unit_of_the_output():
 
 def test_errors_are_titled_with_both_medians(answers):
     worse = answers_of(0.2)
-    title = comparison.localization_errors(worse).title
+    title = localization_errors(worse).title
     assert title.startswith("B's median error is ")
     assert " (A) and " in title
-    assert comparison.localization_errors(answers).title.startswith("No clear difference in error")
+    assert localization_errors(answers).title.startswith("No clear difference in error")
     assert (
         "no ratio"
-        in comparison.localization_errors(
-            replace(answers, errors=replace(answers.errors, ratio=None))
-        ).title
+        in localization_errors(replace(answers, errors=replace(answers.errors, ratio=None))).title
     )
 
 
 def test_recorded_parity_shows_both_and_a_zero_that_no_logarithm_has():
-    chart = comparison.recorded_parity(PARITY)
+    chart = recorded_parity(PARITY)
     assert chart.title == ("99% of the export's errors are at most 1e-6 (A) and 2e-6 (B) degrees")
     assert [text.get_text() for text in chart.figure.axes[0].texts] == ["0"]
-    assert comparison.recorded_parity(()) is None
+    assert recorded_parity(()) is None
     one = (replace(PARITY[0], b=None),)
-    assert comparison.recorded_parity(one).title == "Only A records its parity"
+    assert recorded_parity(one).title == "Only A records its parity"
 
 
 def test_latency_of_a_pair_names_both_and_keeps_what_was_not_measured(latency):
