@@ -509,10 +509,10 @@ class ReleaseComparison:
         """The comparison in one sentence, without a full stop."""
         errors = self.answers.errors
         parts = [
-            *_speed_words(self.latency_ratio),
+            *speed_words(self.latency_ratio),
             *([moved] if (moved := self._unsteady()) else ()),
-            *(_error_words(errors) if errors else ["localization error was not compared"]),
-            *([_moved_words(self.answers)]),
+            *(error_words(errors) if errors else ["localization error was not compared"]),
+            *([moved_words(self.answers)]),
             gate_words(self.gates, self.changed_gates),
         ]
         text = ", ".join(parts)
@@ -606,7 +606,8 @@ def _clear(ratio: Ratio) -> bool:
     return not ratio.low <= 1 <= ratio.high
 
 
-def _speed_words(ratio: Ratio | None) -> Iterator[str]:
+def speed_words(ratio: Ratio | None) -> Iterator[str]:
+    """How the two compare in latency, in words."""
     if ratio is None:
         yield "latency was not compared"
     elif not _clear(ratio):
@@ -629,7 +630,8 @@ def _growth(ratio: float, low: float, high: float, word: str) -> str:
     return f"{growth}% {word} ({least} to {most})"
 
 
-def _error_words(errors: LocalizationErrors) -> Iterator[str]:
+def error_words(errors: LocalizationErrors) -> Iterator[str]:
+    """How the two compare in localization error, in words."""
     ratio = errors.ratio
     a, b = errors.medians_m
     if ratio is None:
@@ -649,7 +651,8 @@ def _error_words(errors: LocalizationErrors) -> Iterator[str]:
         yield f"{count_of(errors.left_out, 'sample')} left out of that (NaN or Inf in one or both)"
 
 
-def _moved_words(answers: Answers) -> str:
+def moved_words(answers: Answers) -> str:
+    """How far the answers lie apart, in words."""
     moved = answers.displacement
     if moved is None:
         return _output_words(answers)

@@ -107,10 +107,10 @@ def load_model(
                 f"variant {variant!r}; it has {FP32} alone"
             )
         bucket, key, expected = bare
-        path = _fetch(client, bucket, {MODEL: key}, expected, cache)
+        path = fetch_files(client, bucket, {MODEL: key}, expected, cache)
         return open_session(path, threads=threads)
     try:
-        manifest = _manifest_of(client, found, uri)
+        manifest = manifest_of(client, found, uri)
         chosen = manifest.variant(variant)
         path = _verified_model(client, settings, manifest, chosen, cache, trust)
     except VerificationError as error:
@@ -151,8 +151,8 @@ def find_release(connection: Connection, address: str, *, bucket: str, prefix: s
     uri = f"models:/{address}" if _SHORT_URI.fullmatch(address) else address
     if not uri.startswith(("s3://", "models:/")):
         uri = f"s3://{bucket}/{prefix.strip('/')}/{address}"
-    found = _find_registered(lambda: connection.tracker, uri)
-    return _manifest_of(connection.client, found, uri)
+    found = find_registered(lambda: connection.tracker, uri)
+    return manifest_of(connection.client, found, uri)
 
 
 def released_signature(manifest: Manifest) -> Signature:
@@ -247,7 +247,7 @@ def fetch_model(
     # Named as in a folder of their own, where external data are looked for.
     local = {name: name.rpartition("/")[2] for name in variant.files}
     hashes = {name: entry.sha256 for name, entry in variant.files.items()}
-    path = _fetch(
+    path = fetch_files(
         client,
         manifest.bucket,
         {local[name]: entry.key for name, entry in variant.files.items()},
@@ -273,12 +273,13 @@ def _registered(settings: Settings, uri: str) -> RegisteredVersion | None:
 
         return open_registry(settings)
 
-    return _find_registered(open_tracker, uri)
+    return find_registered(open_tracker, uri)
 
 
-def _find_registered(
+def find_registered(
     open_tracker: Callable[[], MLflowTracker], uri: str
 ) -> RegisteredVersion | None:
+    """The registered version that ``models:/…`` names; None if ``uri`` is no such address."""
     match = _MODEL_URI.match(uri)
     if match is None:
         return None
@@ -304,7 +305,7 @@ def _bare_model(
     return None
 
 
-def _manifest_of(client: S3Client, found: RegisteredVersion | None, uri: str) -> Manifest:
+def manifest_of(client: S3Client, found: RegisteredVersion | None, uri: str) -> Manifest:
     """The manifest of the release that ``uri`` names."""
     if found is None:
         if not uri.startswith("s3://"):
@@ -329,7 +330,7 @@ def _manifest_of(client: S3Client, found: RegisteredVersion | None, uri: str) ->
     return manifest
 
 
-def _fetch(
+def fetch_files(
     client: S3Client,
     bucket: str,
     keys: Mapping[str, str],
@@ -337,7 +338,7 @@ def _fetch(
     cache: Path,
 ) -> Path:
     """Bring the files of a model into ``cache``, checked, and return the model's path."""
-    digest = expected.get("model.onnx") or _recordedhash_file(client, bucket, keys["model.onnx"])
+    digest = expected.get("model.onnx") or _recorded_sha256(client, bucket, keys["model.onnx"])
     # Two models may share a graph and differ in their external data.
     own = [digest, *(expected[name] for name in sorted(expected) if name != MODEL)]
     if len(own) > 1:
@@ -358,7 +359,7 @@ def _fetch(
     return folder / "model.onnx"
 
 
-def _recordedhash_file(client: S3Client, bucket: str, key: str) -> str:
+def _recorded_sha256(client: S3Client, bucket: str, key: str) -> str:
     digest = head(client, bucket, key).sha256
     if not digest:
         raise VerificationError(

@@ -207,7 +207,7 @@ def upload_release(
     if not verdict.passed:
         return Skipped(f"{len(verdict.failed_gates)} gates failed")
     with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
-        connection = _connect_beside(settings, beside)
+        connection = connect_beside(settings, beside)
         journal = Journal(exported.path.parent)
         journal.clear()
         run_id = parameters.run_id
@@ -266,7 +266,7 @@ def _keep_content(
     return tuple(entry.model_dump() for entry in kept)
 
 
-def _connect_beside(settings: Settings, beside: ThreadPoolExecutor) -> Connection:
+def connect_beside(settings: Settings, beside: ThreadPoolExecutor) -> Connection:
     """The store at once, and MLflow while the model is on its way: its import takes seconds."""
 
     def open_tracker() -> MLflowTracker:

@@ -253,7 +253,7 @@ def judge_cells(
         found: What the notebook recorded.
         record: What it calls its record.
     """
-    verdict = _recorded_verdict(found) if record == RECORD else None
+    verdict = recorded_verdict(found) if record == RECORD else None
     for number, cell in enumerate(cells, start=1):
         error = next((o for o in cell.outputs if o.output_type == "error"), None)
         where = _where(number, cells)
@@ -292,7 +292,8 @@ def _where(number: int, cells: Sequence[NotebookNode]) -> str:
     return f"code cell {number} of {len(cells)} ({first_line!r})"
 
 
-def _recorded_verdict(record: dict[str, Any]) -> Verdict | None:
+def recorded_verdict(record: dict[str, Any]) -> Verdict | None:
+    """The gates that a record holds; None if the notebook never got that far."""
     if "gates" not in record:
         return None
     return Verdict(tuple(Gate(**gate) for gate in record["gates"]), record["profile"])
@@ -329,7 +330,7 @@ def put_verdict_first(
     import nbformat
 
     notebook = read_notebook(path)
-    gates = _recorded_verdict(read_record(path))
+    gates = recorded_verdict(read_record(path))
     found = {
         "passed": passed,
         "title": title,

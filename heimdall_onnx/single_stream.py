@@ -21,8 +21,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 # Of MLPerf's single-stream scenario; its tolerance is 0.
-PERCENTILE = 90.0
-CONFIDENCE = 0.99
+SINGLE_STREAM_PERCENTILE = 90.0
+SINGLE_STREAM_CONFIDENCE = 0.99
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ class Throughput:
 
 
 @cache
-def min_queries(percentile: float = PERCENTILE, confidence: float = CONFIDENCE) -> int:
+def min_queries(
+    percentile: float = SINGLE_STREAM_PERCENTILE, confidence: float = SINGLE_STREAM_CONFIDENCE
+) -> int:
     """Queries needed before MLPerf's estimate of a percentile exists.
 
     The fewest of which, with more than this confidence, at least two lie beyond the percentile.
@@ -94,7 +96,9 @@ def min_queries(percentile: float = PERCENTILE, confidence: float = CONFIDENCE) 
 
 
 def early_stopping_estimate(
-    samples_ms: Floats, percentile: float = PERCENTILE, confidence: float = CONFIDENCE
+    samples_ms: Floats,
+    percentile: float = SINGLE_STREAM_PERCENTILE,
+    confidence: float = SINGLE_STREAM_CONFIDENCE,
 ) -> EarlyStopping | None:
     """MLPerf's early-stopping estimate of a percentile; None from too few queries.
 

@@ -91,7 +91,7 @@ def evaluation_table(data: EvaluationData) -> Markdown:
             ("SHA-256", data.sha256 or "none: seeded random numbers"),
             ("samples", data.count),
             *(
-                (f"input {name}", f"{array.dtype} {_shape(array.shape)}")
+                (f"input {name}", f"{array.dtype} {shape_text(array.shape)}")
                 for name, array in data.inputs.items()
             ),
             ("labelled", "no" if data.positions is None else "yes, true positions are known"),
@@ -107,7 +107,7 @@ def export_table(exported: ExportResult) -> Markdown:
         [
             ("exporter", exported.exporter),
             ("opset", exported.opset),
-            ("size", f"{_megabytes(exported.size_bytes)} MB"),
+            ("size", f"{megabytes(exported.size_bytes)} MB"),
             ("external data", ", ".join(p.name for p in exported.external_data) or "none"),
             ("SHA-256", exported.sha256),
             ("time", f"{exported.seconds:.1f} s"),
@@ -124,9 +124,9 @@ def validation_table(info: ModelInfo) -> Markdown:
             ("opset", info.opset_version),
             ("IR version", info.ir_version),
             ("producer", f"{info.producer_name} {info.producer_version}"),
-            ("operators", f"{sum(info.operators.values())}: {_counts(most)}, …"),
-            *(("input", f"{t.name}: {t.dtype} {_shape(t.shape)}") for t in info.inputs),
-            *(("output", f"{t.name}: {t.dtype} {_shape(t.shape)}") for t in info.outputs),
+            ("operators", f"{sum(info.operators.values())}: {counts_text(most)}, …"),
+            *(("input", f"{t.name}: {t.dtype} {shape_text(t.shape)}") for t in info.inputs),
+            *(("output", f"{t.name}: {t.dtype} {shape_text(t.shape)}") for t in info.outputs),
             ("signature", "; ".join(info.signature_problems) or "as declared"),
         ],
     )
@@ -149,7 +149,7 @@ def parity_table(report: ParityReport) -> Markdown:
     ]
     head = ("absolute error", *(f"{o.output} ({o.unit or 'no unit'})" for o in report.evaluation))
     found = table(
-        head, [(label, *(_value(o, name) for o in report.evaluation)) for label, name in labels]
+        head, [(label, *(value_text(o, name) for o in report.evaluation)) for label, name in labels]
     )
     if report.evaluated_by == THIS_PROCESS:
         return found
@@ -288,7 +288,7 @@ def latency_table(report: LatencyReport) -> Markdown:
     return table(
         (f"batch {report.batch_size}, {report.threads} threads", *(c.name for c in both)),
         [
-            *((f"p{p:g}, ms", *(_percentile(c, p) for c in both)) for p in wanted),
+            *((f"p{p:g}, ms", *(percentile_text(c, p) for c in both)) for p in wanted),
             ("p90 after MLPerf's single stream, 99% confidence, ms", *map(_single_stream, both)),
             ("mean, ms", *(f"{c.mean_ms:.2f}" for c in both)),
             ("counted calls", *(c.samples_ms.size for c in both)),
@@ -298,7 +298,7 @@ def latency_table(report: LatencyReport) -> Markdown:
                 (
                     f"samples per second at batch {batch.batch_size}",
                     *(
-                        _throughput(offline_throughput(ms, batch.batch_size))
+                        throughput_text(offline_throughput(ms, batch.batch_size))
                         for ms in (batch.pytorch_ms, batch.onnx_ms)
                     ),
                 )
@@ -327,7 +327,7 @@ def pair_table(report: PairLatency) -> Markdown:
     return table(
         (f"batch {report.batch_size}", *(c.name for c in both)),
         [
-            *((f"p{p:g}, ms", *(_percentile(c, p) for c in both)) for p in wanted),
+            *((f"p{p:g}, ms", *(percentile_text(c, p) for c in both)) for p in wanted),
             ("mean, ms", *(f"{c.mean_ms:.2f}" for c in both)),
             ("counted calls", *(c.samples_ms.size for c in both)),
             ("loading the model, ms", *(f"{c.load_ms:.0f}" for c in both)),
@@ -358,7 +358,7 @@ def member_table(found: MemberComparison | None) -> Markdown | None:
         (f"batch {latency.batch_size}", *(side.name for side in sides)),
         [
             ("networks", found.members, 1),
-            ("p50, ms", *(_percentile(side, 50.0) for side in sides)),
+            ("p50, ms", *(percentile_text(side, 50.0) for side in sides)),
             (
                 "latency beside the single member",
                 f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}), {ratio.pairs} pairs of "
@@ -456,7 +456,8 @@ def _steadiness(contender: ContenderLatency) -> str:
     return "too few calls" if found is None else found.sentence
 
 
-def _throughput(found: Throughput) -> str:
+def throughput_text(found: Throughput) -> str:
+    """Samples per second with their interval."""
     return f"{found.samples_per_second:,.1f} ({found.low:,.1f} to {found.high:,.1f})"
 
 
@@ -493,7 +494,7 @@ def variants_table(report: VariantsReport | None) -> Markdown:
 def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str]:
     yield variant.name + (", recommended" if variant.name == report.recommended else "")
     yield variant.status
-    yield _megabytes(variant.size_bytes) if variant.size_bytes else "–"
+    yield megabytes(variant.size_bytes) if variant.size_bytes else "–"
     measured, accuracy = variant.latency, variant.accuracy
     if measured is None:
         yield from ("–",) * 4
@@ -501,13 +502,13 @@ def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str
         speedup = measured.speedup
         inside = measured.on_device_ms
         apart = "" if inside is None else f", {inside:.2f} without the way to the GPU and back"
-        yield _percentile(measured.second, 50.0) + apart
+        yield percentile_text(measured.second, 50.0) + apart
         yield (
             "1"
             if variant.name == FP32
             else f"{speedup.ratio:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
         )
-        yield _throughput(measured.throughput[1])
+        yield throughput_text(measured.throughput[1])
         yield f"{measured.second.load_ms + measured.second.first_call_ms:,.0f}"
     if accuracy is None:
         yield from ("the reference",) * 3 if variant.name == FP32 else ("–",) * 3
@@ -558,7 +559,7 @@ def variant_parity_table(report: VariantsReport | None) -> Markdown | None:
             (
                 variant.name,
                 output.output,
-                *(_value(output, name) for name in ("mean", "p99", "maximum", "cosine")),
+                *(value_text(output, name) for name in ("mean", "p99", "maximum", "cosine")),
                 ", ".join(variant.kept_in_float) or "nothing",
             )
             for variant in report.judged
@@ -604,7 +605,7 @@ def roofline_table(report: Roofline | None) -> Markdown | None:
                 (f"matrix product, {precision}", f"{peak:,.0f} · 10⁹ operations/s")
                 for precision, peak in machine.peaks.items()
             ),
-            ("operations of the model", f"{_fixed(report.work.flops / 1e9)} · 10⁹ a sample"),
+            ("operations of the model", f"{fixed(report.work.flops / 1e9)} · 10⁹ a sample"),
         ],
     )
     head = (
@@ -623,11 +624,11 @@ def roofline_table(report: Roofline | None) -> Markdown | None:
 
 def _roofline_row(row: RooflineRow) -> tuple[object, ...]:
     floor = (
-        (_fixed(row.floor.ms), row.floor.bound, f"{row.ratio:.2f}")
+        (fixed(row.floor.ms), row.floor.bound, f"{row.ratio:.2f}")
         if row.floor
         else ("unknown", f"no peak was measured for {row.precision}", "unknown")
     )
-    size = _megabytes(row.size_bytes)
+    size = megabytes(row.size_bytes)
     return (row.name, row.precision, row.batch_size, size, f"{row.measured_ms:.2f}", *floor)
 
 
@@ -670,14 +671,16 @@ def environment_table(environment: Environment) -> Markdown:
     )
 
 
-def _value(statistics: ErrorStatistics, name: str) -> str:
+def value_text(statistics: ErrorStatistics, name: str) -> str:
+    """One statistic of an output's error."""
     value = getattr(statistics, name)
     if name == "cosine":
         return f"{1 - value:.2g}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def _percentile(contender: ContenderLatency, wanted: float) -> str:
+def percentile_text(contender: ContenderLatency, wanted: float) -> str:
+    """A percentile of the latency with its interval, or that too few calls show it."""
     found = contender.percentile(wanted)
     if found is None:
         return "too few calls"
@@ -704,17 +707,21 @@ def _axis(axis: Axis) -> str:
     return f"{axis.name}: dynamic, tried at {', '.join(map(str, sorted(axis.lengths)))}{order}"
 
 
-def _megabytes(size_bytes: int) -> str:
+def megabytes(size_bytes: int) -> str:
+    """A size in megabytes."""
     return f"{size_bytes / 1e6:,.1f}" if size_bytes >= 1e6 else number(size_bytes / 1e6)
 
 
-def _fixed(value: float) -> str:
+def fixed(value: float) -> str:
+    """A number with two places, or significant digits where it is small."""
     return f"{value:,.2f}" if value >= 0.1 else number(value)
 
 
-def _shape(shape: Sequence[int | str]) -> str:
+def shape_text(shape: Sequence[int | str]) -> str:
+    """A shape as a tuple."""
     return f"({', '.join(map(str, shape))})"
 
 
-def _counts(counts: Iterable[tuple[str, int]]) -> str:
+def counts_text(counts: Iterable[tuple[str, int]]) -> str:
+    """Counts with what they count."""
     return ", ".join(f"{count} {name}" for name, count in counts)
