@@ -63,7 +63,7 @@ check: $(VENV)/.installed ## Lint, check types, look the packages up among known
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python tests/audit.py constraints.txt
+	$(BIN)/python tests/support/audit.py constraints.txt
 
 format: $(VENV)/.installed ## Format the code
 	$(BIN)/ruff check --fix .

@@ -11,11 +11,16 @@ A training script that wants no notebook exports and registers in one call:
     export_and_register_model(model, run_id, s3_client, mlflow_tracker)
 
 or takes the steps one by one, with `ONNXExporter` or with the function of each module: read the
-checkpoint (`checkpoint`), export it (`export`), check the file (`validate`), hold its outputs
-against PyTorch's (`compare`), time both (`benchmark`), evaluate the gates (`gates`), upload and
-register (`publish`). A consumer opens what was released with `load_model`, which checks its hash;
-``variant="recommended"`` opens the fastest form of it that passed (`variants`). A service that has
-to follow an alias without a pause asks a `ServedModel` (`serving`).
+checkpoint (`model.checkpoint`), export it (`model.onnx.export`), check the file
+(`model.onnx.validate`), hold its outputs against PyTorch's (`evidence.parity.compare`), time both
+(`evidence.latency.benchmark`), evaluate the gates (`evidence.verdict`), upload and register
+(`release.publish`). A consumer opens what was released with `load_model`, which checks its hash;
+``variant="recommended"`` opens the fastest form of it that passed (`evidence.variants`). A service
+that has to follow an alias without a pause asks a `ServedModel` (`archive.serving`).
+
+The wings stand on each other in one order: cli > training > localization > review | release >
+report > archive > evidence > data > model | services > common. Each uses what stands to its right;
+``make check`` holds them to it, and nothing below localization knows the reference problem.
 """
 
 from __future__ import annotations
@@ -28,21 +33,21 @@ from typing import Any
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _HOMES = {
-    "Axis": "signature",
-    "LocalizationNet": "localization_net",
-    "MLflowTracker": "registry",
-    "ONNXExporter": "exporter",
-    "ReleaseParameters": "parameters",
-    "ReleaseResult": "release",
-    "ServedModel": "serving",
-    "Settings": "settings",
-    "Signature": "signature",
-    "TensorSpec": "signature",
-    "ensure_store": "services",
-    "export_and_register_model": "exporter",
-    "initialize_mlflow": "registry",
-    "load_model": "loading",
-    "release_checkpoint": "release",
+    "Axis": "model.signature",
+    "LocalizationNet": "localization.network",
+    "MLflowTracker": "services.registry",
+    "ONNXExporter": "release.exporter",
+    "ReleaseParameters": "common.parameters",
+    "ReleaseResult": "release.result",
+    "ServedModel": "archive.serving",
+    "Settings": "services.settings",
+    "Signature": "model.signature",
+    "TensorSpec": "model.signature",
+    "ensure_store": "services.embedded",
+    "export_and_register_model": "release.exporter",
+    "initialize_mlflow": "services.registry",
+    "load_model": "archive.load",
+    "release_checkpoint": "release.runner",
 }
 
 __all__ = sorted(_HOMES)

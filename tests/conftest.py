@@ -28,13 +28,16 @@ import structlog
 from filelock import FileLock
 from releases import Inputs, make_small_inputs
 
-from heimdall_onnx import logs, services, store
-from heimdall_onnx.settings import Settings
+from heimdall_onnx.common import logs
+from heimdall_onnx.services import embedded as services
+from heimdall_onnx.services import store
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.settings import Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-    from heimdall_onnx.registry import MLflowTracker
+    from heimdall_onnx.services.registry import MLflowTracker
 
 _CLEAN: dict[str, str] = {}
 # A fixture that calls the command line leaves events going to a stream that is closed by then.
@@ -52,7 +55,7 @@ def pytest_configure() -> None:
             del os.environ[name]
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     # A kernel finds the tests' models as it would find a user's.
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "support")
     _CLEAN.update(os.environ)
     # A shell starts what it puts into the background deaf to SIGINT, and its children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -111,7 +114,7 @@ def _environment() -> Iterator[None]:
 def _warm_kernels() -> Iterator[None]:
     """The notebooks' kernels are forks, since imports would be a third of the tests' time; those of
     the command line, in processes of its own, are started afresh."""
-    from heimdall_onnx.warm_kernel import WarmKernels
+    from heimdall_onnx.report.warm_kernels import WarmKernels
 
     with ExitStack() as stack:
 
@@ -120,7 +123,7 @@ def _warm_kernels() -> Iterator[None]:
             return stack.enter_context(WarmKernels(_CLEAN))
 
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for room in ("release", "reproduce", "comparison_report"):
+        for room in ("release.runner", "review.reproduce.run", "review.compare.run"):
             patch.setattr(
                 f"heimdall_onnx.{room}.started_kernel",
                 lambda environment: template().started(environment),
@@ -140,7 +143,7 @@ def embedded_settings(
         yield settings
         # Whatever the tests were about: nothing that they have stored may hold a credential.
         leaks.require_none(
-            leaks.search_store(store.make_client(settings), leaks.IN_USE)
+            leaks.search_store(make_client(settings), leaks.IN_USE)
             + leaks.search_files(tmp_path_factory.getbasetemp(), leaks.IN_USE)
         )
     finally:
@@ -150,7 +153,7 @@ def embedded_settings(
 @pytest.fixture(scope="session")
 def s3(embedded_settings: Settings) -> Iterator[S3Client]:
     """A client of the embedded store."""
-    client = store.make_client(embedded_settings)
+    client = make_client(embedded_settings)
     yield client
     client.close()
 
@@ -181,7 +184,7 @@ def no_other_measurement(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 @pytest.fixture(scope="session")
 def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home whose demo is there already, of a few seconds' training."""
-    from heimdall_onnx.demo import make_demo
+    from heimdall_onnx.training.demo import make_demo
 
     # Made once for all workers, in the folder that their own have in common.
     base = tmp_path_factory.getbasetemp()
@@ -229,7 +232,7 @@ def sqlite_tracker(
     tmp_path: Path, s3: S3Client, empty_database: Path, mlflow_environment: None, reset_mlflow: None
 ) -> MLflowTracker:
     """A tracker on a SQLite database of the test's own."""
-    from heimdall_onnx.registry import MLflowTracker
+    from heimdall_onnx.services.registry import MLflowTracker
 
     store.ensure_bucket(s3, "heimdall-mlflow")
     shutil.copyfile(empty_database, tmp_path / "mlflow.db")

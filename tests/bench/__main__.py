@@ -30,10 +30,10 @@ import steps
 from processes import PSS_EVERY_S, Run, run
 
 from heimdall_onnx import LocalizationNet, Settings, ensure_store
-from heimdall_onnx.environment import capture_environment
-from heimdall_onnx.services import services_down
-from heimdall_onnx.store import ensure_bucket
-from heimdall_onnx.store_client import make_client
+from heimdall_onnx.common.environment import capture_environment
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.embedded import services_down
+from heimdall_onnx.services.store import ensure_bucket
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
@@ -270,7 +270,7 @@ def variants_of(size: str) -> Callable[[Bench], Iterator[Row]]:
     """
 
     def rows(bench: Bench) -> Iterator[Row]:
-        from heimdall_onnx.demo import make_demo
+        from heimdall_onnx.training.demo import make_demo
 
         seconds, sort = (600, "tiny") if size == "tiny" else (120, "atto")
         demo = make_demo(bench.folder.parent / f"demo-{sort}", seconds=seconds, backbone_size=sort)
@@ -384,7 +384,7 @@ def services(folder: Path) -> Iterator[dict[str, str]]:
         filled.apply()
         import mlflow
 
-        from heimdall_onnx.registry import initialize_mlflow
+        from heimdall_onnx.services.registry import initialize_mlflow
 
         ensure_bucket(make_client(filled), "heimdall-bench")
         # Whoever comes first would otherwise pay for making the database.

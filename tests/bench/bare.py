@@ -19,7 +19,7 @@ import onnxruntime as ort
 import torch
 from boto3.s3.transfer import TransferConfig
 
-from heimdall_onnx.localization_net import LocalizationNet
+from heimdall_onnx.localization.network import LocalizationNet
 
 BUCKET = "heimdall-bench"
 

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from growth import Stem
 
-from heimdall_onnx.costs import peak_memory_bytes, reset_peak_memory
-from heimdall_onnx.dataset_writer import create_dataset
-from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
-from heimdall_onnx.evaluation_pass import EvaluationPass, Models, pass_over, pass_settings
-from heimdall_onnx.evaluation_workers import evaluate_on
-from heimdall_onnx.export import export_model
-from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
-from heimdall_onnx.parameters import EvaluationWorkers
+from heimdall_onnx.common.machine import peak_memory_bytes, reset_peak_memory
+from heimdall_onnx.common.parameters import EvaluationWorkers
+from heimdall_onnx.data.dataset.writer import create_dataset
+from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.evidence.parity.one_pass import EvaluationPass, Models, pass_over, pass_settings
+from heimdall_onnx.evidence.parity.workers import evaluate_on
+from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.onnx.export import export_model
 
 # Estimates of a sketch; everything else must be equal to the last bit.
 ESTIMATES = {"p50", "p99", "p999", "ulp_p50", "ulp_p999", "error_cdf"}

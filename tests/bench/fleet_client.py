@@ -17,10 +17,11 @@ from pathlib import Path
 
 import psutil
 
-from heimdall_onnx import Settings, fleet
-from heimdall_onnx.costs import peak_memory_bytes
-from heimdall_onnx.fleet_item import ItemOutcome
-from heimdall_onnx.fleet_plan import FleetItem, read_plan
+from heimdall_onnx import Settings
+from heimdall_onnx.common.machine import peak_memory_bytes
+from heimdall_onnx.release.fleet import run as fleet
+from heimdall_onnx.release.fleet.item import ItemOutcome
+from heimdall_onnx.release.fleet.plan import FleetItem, read_plan
 
 _IDLE_SHARE, _IDLE_S, _LONGEST_S = 0.2, 1.0, 90.0
 _LOOK_S = 0.5
@@ -114,8 +115,8 @@ def main() -> None:
     found["processor_s"] = processors.seconds() - found["processor_s"]
     found |= {"seconds": result.seconds, "collected_bytes": peak_memory_bytes()}
     if chosen.report:
-        from heimdall_onnx.fleet_report import store_report
-        from heimdall_onnx.publish import connect
+        from heimdall_onnx.release.fleet.report import store_report
+        from heimdall_onnx.services.connection import connect
 
         client, bucket = connect(settings).client, plan.items[0].parameters.bucket
         store_report(client, bucket, plan, result, settings.home)

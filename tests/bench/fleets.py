@@ -26,15 +26,15 @@ import numpy as np
 import sqlalchemy
 from processes import Run
 
-from heimdall_onnx.settings import Settings, with_driver
-from heimdall_onnx.store import list_versions, parse_uri
-from heimdall_onnx.store_client import make_client
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.settings import Settings, with_driver
+from heimdall_onnx.services.store import list_versions, parse_uri
 
 if TYPE_CHECKING:
     from proxy import Proxy
 
 HERE = Path(__file__).parent
-TESTS = HERE.parent
+TESTS = HERE.parent / "support"
 CLIENT = HERE / "fleet_client.py"
 BUCKET = "heimdall-bench"
 MODEL = "models:SmallNet"
@@ -524,7 +524,7 @@ def _counted_rows(counts: Counts, items: int) -> Iterator[Found]:
 
 def _registry_history(there: Place, sizes: Sizes) -> Iterator[Found]:
     """What a release asks of a name with many versions."""
-    from heimdall_onnx.registry import MLflowTracker
+    from heimdall_onnx.services.registry import MLflowTracker
 
     tracker = MLflowTracker(there.environment["MLFLOW_TRACKING_URI"])
     source = f"s3://{BUCKET}/models/localization/v20260101_000000"

@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from heimdall_onnx.checkpoint import load_checkpoint
-from heimdall_onnx.compare import compare_outputs
-from heimdall_onnx.costs import peak_memory_bytes, reset_peak_memory
-from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
-from heimdall_onnx.evaluation_pass import Models, pass_over, pass_settings
-from heimdall_onnx.examples import generic_inputs
-from heimdall_onnx.export import export_model
-from heimdall_onnx.inference import open_session, run_onnx, run_pytorch
-from heimdall_onnx.plot import Chart
-from heimdall_onnx.plot.chart import ELEMENT_COLORS, QUIET_INK, new_figure, styled
-from heimdall_onnx.signature import LOCALIZATION_SIGNATURE
-from heimdall_onnx.validate import validate_model
-from heimdall_onnx.words import number
+from heimdall_onnx.common.machine import peak_memory_bytes, reset_peak_memory
+from heimdall_onnx.common.text import number
+from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.evidence.parity.compare import compare_outputs
+from heimdall_onnx.evidence.parity.one_pass import Models, pass_over, pass_settings
+from heimdall_onnx.model.checkpoint import load_checkpoint
+from heimdall_onnx.model.examples import generic_inputs
+from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.model.onnx.validate import validate_model
+from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
+from heimdall_onnx.report.plot import Chart
+from heimdall_onnx.report.plot.chart import ELEMENT_COLORS, QUIET_INK, new_figure, styled
 
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000)
 SIZES = ("tiny", "small", "medium", "large")

@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from processes import Run
 
-from heimdall_onnx.gallery import Gallery, render_page
-from heimdall_onnx.gallery_facts import Interval, Thumbnail
-from heimdall_onnx.gallery_rows import KEPT, Decision, Row, collect_rows
-from heimdall_onnx.gallery_server import GalleryServer
-from heimdall_onnx.settings import Settings
-from heimdall_onnx.store import ensure_bucket, list_versions, read_bytes
-from heimdall_onnx.store_client import make_client
+from heimdall_onnx.review.gallery.facts import Interval, Thumbnail
+from heimdall_onnx.review.gallery.page import Gallery, render_page
+from heimdall_onnx.review.gallery.rows import KEPT, Decision, Row, collect_rows
+from heimdall_onnx.review.gallery.server import GalleryServer
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import ensure_bucket, list_versions, read_bytes
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from playwright.sync_api import Browser, Page
 
-TESTS = Path(__file__).parent.parent
+TESTS = Path(__file__).parents[1] / "support"
 BUCKET, PREFIX = "heimdall-bench-gallery", "models/localization"
 RELEASES = 1000
 LOADS, TURNS = 9, 9

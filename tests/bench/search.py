@@ -9,7 +9,7 @@ from typing import Any
 
 from processes import PSS_EVERY_S, Run
 
-from heimdall_onnx.report import read_record
+from heimdall_onnx.archive.record import read_record
 
 # Least speedup over PyTorch eager, largest file in MB; of the recommended variant.
 TARGETS = {"tiny": (5.5, None), "large": (8.0, 230.0)}

@@ -15,13 +15,13 @@ from pathlib import Path
 from boto3.s3.transfer import TransferConfig
 
 from heimdall_onnx import LocalizationNet, Settings
-from heimdall_onnx.checkpoint import load_checkpoint
-from heimdall_onnx.export import export_model
-from heimdall_onnx.mlmodel import write_mlmodel_folder
-from heimdall_onnx.registry import initialize_mlflow
-from heimdall_onnx.store import hash_object, upload_file
-from heimdall_onnx.store_client import make_client
-from heimdall_onnx.validate import validate_model
+from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
+from heimdall_onnx.model.checkpoint import load_checkpoint
+from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.model.onnx.validate import validate_model
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.registry import initialize_mlflow
+from heimdall_onnx.services.store import hash_object, upload_file
 
 BUCKET = "heimdall-bench"
 REPEATS = 5

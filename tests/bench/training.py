@@ -25,13 +25,13 @@ from scipy import stats
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
-from heimdall_onnx.dataset import open_dataset
-from heimdall_onnx.dataset_writer import create_dataset
-from heimdall_onnx.frame import placement_of
-from heimdall_onnx.lightning_module import Objective, Progress, Recipe, Rows, TrainingModule
-from heimdall_onnx.lightning_module import make_loader as our_loader
-from heimdall_onnx.lightning_trainer import fastest_threads, fit, quiet
-from heimdall_onnx.localization_net import LocalizationNet
+from heimdall_onnx.data.dataset.dataset import open_dataset
+from heimdall_onnx.data.dataset.writer import create_dataset
+from heimdall_onnx.localization.frame import placement_of
+from heimdall_onnx.localization.network import LocalizationNet
+from heimdall_onnx.training.module import Objective, Progress, Recipe, Rows, TrainingModule
+from heimdall_onnx.training.module import make_loader as our_loader
+from heimdall_onnx.training.trainer import fastest_threads, fit, quiet
 
 BATCH, TRAIN, VALIDATION, EPOCHS, ROUNDS = 32, 768, 64, 1, 6
 RATE, DECAY, CLIP = 1e-3, 0.05, 1.0

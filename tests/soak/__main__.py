@@ -23,7 +23,7 @@ for _name in list(os.environ):
         del os.environ[_name]
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # Where the tests' own modules are, for this process and for kernels.
-_TESTS = Path(__file__).resolve().parent.parent
+_TESTS = Path(__file__).resolve().parents[1] / "support"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(_TESTS), os.environ.get("PYTHONPATH")))
 )

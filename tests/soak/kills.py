@@ -18,9 +18,9 @@ from releases import PREFIX
 from runs import STEPS, RunningRelease, short, start_release
 from tally import Tally
 
-from heimdall_onnx.publish import Journal
-from heimdall_onnx.store import list_keys
-from heimdall_onnx.verify import open_for_reading
+from heimdall_onnx.release.publish import Journal
+from heimdall_onnx.services.connection import open_for_reading
+from heimdall_onnx.services.store import list_keys
 
 VICTIMS = (("runner",), ("kernel",), ("runner", "kernel"))
 ROUND = 10

@@ -18,10 +18,10 @@ from proxy import Proxy, proxied
 from pydantic import SecretStr
 from releases import Inputs, changed_notebook, make_small_inputs
 
-from heimdall_onnx.services import ensure_store, services_down
-from heimdall_onnx.settings import Settings
-from heimdall_onnx.store import ensure_bucket
-from heimdall_onnx.store_client import make_client
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.embedded import ensure_store, services_down
+from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import ensure_bucket
 
 
 @dataclass(frozen=True)

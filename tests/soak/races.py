@@ -17,12 +17,12 @@ from releases import Inputs
 from runs import short, start_release
 from tally import Tally
 
-from heimdall_onnx.aliases import read_log
-from heimdall_onnx.errors import PromotionError
-from heimdall_onnx.head_to_head import Limits
-from heimdall_onnx.review import promote_release, roll_back
-from heimdall_onnx.settings import Settings
-from heimdall_onnx.verify import open_for_reading
+from heimdall_onnx.archive.aliases import read_log
+from heimdall_onnx.common.errors import PromotionError
+from heimdall_onnx.review.compare.head_to_head import Limits
+from heimdall_onnx.review.promotion import promote_release, roll_back
+from heimdall_onnx.services.connection import open_for_reading
+from heimdall_onnx.services.settings import Settings
 
 _TIMEOUT_S = 1800
 _REVIEWERS = 6

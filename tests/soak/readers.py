@@ -10,21 +10,21 @@ from models import SmallNet
 from reader import Reader, serve
 from seeds import FOLDER_URI
 
-from heimdall_onnx.checkpoint import load_checkpoint
-from heimdall_onnx.errors import (
+from heimdall_onnx.archive.manifest import parse_manifest
+from heimdall_onnx.common.errors import (
     CheckpointError,
     DataError,
     InvalidModelError,
     ParameterError,
     VerificationError,
 )
-from heimdall_onnx.evaluation import load_evaluation_data
-from heimdall_onnx.features import write_features
-from heimdall_onnx.inference import open_session
-from heimdall_onnx.manifest import parse_manifest
-from heimdall_onnx.mel import FeatureParameters
-from heimdall_onnx.parameters import check_parameters, parameters_of_notebook
-from heimdall_onnx.validate import validate_model
+from heimdall_onnx.common.parameters import check_parameters, parameters_of_notebook
+from heimdall_onnx.data.evaluation import load_evaluation_data
+from heimdall_onnx.localization.features import write_features
+from heimdall_onnx.localization.mel import FeatureParameters
+from heimdall_onnx.model.checkpoint import load_checkpoint
+from heimdall_onnx.model.inference import open_session
+from heimdall_onnx.model.onnx.validate import validate_model
 
 
 def read_checkpoint(path: Path) -> None:

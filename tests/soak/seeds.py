@@ -18,7 +18,7 @@ from models import SmallNet
 from onnx import TensorProto, helper
 from safetensors.torch import save
 
-from heimdall_onnx.export import export_model
+from heimdall_onnx.model.onnx.export import export_model
 
 # Of a real recording, this much: some ten stamped blocks.
 RECORDING_BYTES = 24_000

@@ -33,19 +33,19 @@ from measure import Judge, Model, answers_apart
 from processes import run
 from table import Row, described, render
 
-from heimdall_onnx.checkpoint import load_checkpoint
-from heimdall_onnx.demo import make_demo
-from heimdall_onnx.environment import capture_environment
-from heimdall_onnx.evaluation import EvaluationData, load_evaluation_data
-from heimdall_onnx.export import export_model
-from heimdall_onnx.manifest import Manifest, read_manifest
-from heimdall_onnx.parameters import PROFILES
-from heimdall_onnx.processors import usable_processors
-from heimdall_onnx.runtimes import SessionSettings
-from heimdall_onnx.settings import Settings
-from heimdall_onnx.signature import Signature
-from heimdall_onnx.store import download_file
-from heimdall_onnx.store_client import make_client
+from heimdall_onnx.archive.manifest import Manifest, read_manifest
+from heimdall_onnx.common.environment import capture_environment
+from heimdall_onnx.common.machine import usable_processors
+from heimdall_onnx.common.parameters import PROFILES
+from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.model.checkpoint import load_checkpoint
+from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.model.runtimes import SessionSettings
+from heimdall_onnx.model.signature import Signature
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import download_file
+from heimdall_onnx.training.demo import make_demo
 
 HERE = Path(__file__).resolve().parent
 CONSTRAINTS = HERE.parents[2] / "constraints.txt"

@@ -16,7 +16,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from task import INPUT, OUTPUTS, read
 
-from heimdall_onnx.localization_net import LocalizationNet
+from heimdall_onnx.localization.network import LocalizationNet
 
 
 class Captures(CalibrationDataReader):

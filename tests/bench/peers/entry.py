@@ -36,7 +36,7 @@ class Entry:
     """A run of ``PEER.py MODEL CALIBRATION OUT [--form F] [--evaluation FILE] …``.
 
     It leaves ``result.json`` in the folder OUT: ``file`` of the model there, in one line how it was
-    made, ``settings`` (fields of `heimdall_onnx.runtimes.SessionSettings`) and ``environment`` that
+    made, ``settings`` (fields of `SessionSettings`) and ``environment`` that
     it wants to run with, seconds by phase, and notes. Without a ``file`` nothing came out, and the
     last note says why.
 

@@ -11,13 +11,15 @@ from typing import Any
 
 from table import Accuracy, Ratio
 
-from heimdall_onnx.accuracy import accuracy_gates, answers_of, judge_accuracy
-from heimdall_onnx.apart import process_apart
-from heimdall_onnx.benchmark import Contestant, measure_pair
-from heimdall_onnx.evaluation import EvaluationData
-from heimdall_onnx.parameters import AccuracyLimits
-from heimdall_onnx.runtimes import SessionSettings, open_runner
-from heimdall_onnx.signature import Arrays, Signature
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.parameters import AccuracyLimits
+from heimdall_onnx.common.processes import process_apart
+from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.latency.benchmark import measure_pair
+from heimdall_onnx.evidence.latency.contenders import Contestant
+from heimdall_onnx.evidence.variants.accuracy import accuracy_gates, answers_of, judge_accuracy
+from heimdall_onnx.model.runtimes import SessionSettings, open_runner
+from heimdall_onnx.model.signature import Signature
 
 
 @dataclass(frozen=True)

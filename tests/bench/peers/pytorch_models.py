@@ -12,8 +12,8 @@ from entry import Entry
 from task import read
 from torch._inductor import config
 
-from heimdall_onnx.benchmark import write_model
-from heimdall_onnx.checkpoint import load_checkpoint
+from heimdall_onnx.evidence.latency.contenders import write_model
+from heimdall_onnx.model.checkpoint import load_checkpoint
 
 
 def main() -> None:

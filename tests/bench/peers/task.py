@@ -1,7 +1,7 @@
 """What a form of the model costs in the task, as one figure that a peer's own search can follow.
 
 Needs NumPy and pyproj only, so that it runs in every peer's environment. The figures are those of
-`heimdall_onnx.accuracy`, by which the table judges in the end.
+`heimdall_onnx.evidence.variants.accuracy`, by which the table judges in the end.
 """
 
 from __future__ import annotations

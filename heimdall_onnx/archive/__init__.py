@@ -1,0 +1,1 @@
+"""A release that is there: find it, believe it, open it, serve it."""

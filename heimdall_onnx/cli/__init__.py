@@ -1,0 +1,1 @@
+"""The commands: values in, results out, exit codes."""

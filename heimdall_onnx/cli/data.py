@@ -1,0 +1,277 @@
+"""The commands about datasets: simulate one, make one of recordings, look at one.
+
+Thin, as the rest of the command line: values in, results out, exit codes from the errors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from heimdall_onnx.cli.help import Group
+
+if TYPE_CHECKING:
+    from heimdall_onnx.data.dataset.dataset import Dataset
+
+_output = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DATASET",
+    help="The folder to make.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_share = click.FloatRange(min=0, max=1, max_open=True)
+
+
+receivers_option = click.option(
+    "--receiver",
+    "receivers",
+    multiple=True,
+    nargs=3,
+    type=(str, float, float),
+    metavar="NAME LAT LON",
+    help="Position of a receiver, degrees; may be repeated.",
+)
+
+
+@click.group(cls=Group)
+def data() -> None:
+    """Datasets of features with positions, for training."""
+
+
+@data.command(example="heimdall-onnx data simulate -o captures.zarr --events 2000")
+@_output
+@click.option("--events", type=click.IntRange(min=1), default=2000, show_default=True)
+@click.option(
+    "--windows",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Samples of each event.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--recordings",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write the recordings too, three KiwiSDR files of each event, and positions.csv.",
+)
+@_json
+def simulate(
+    output: Path, events: int, windows: int, seed: int, recordings: Path | None, as_json: bool
+) -> None:
+    """Simulate transmissions between three receivers; equal seeds give equal datasets."""
+    from heimdall_onnx.localization.simulate import simulate_dataset
+
+    with _bar() as progress:
+        made = simulate_dataset(
+            output,
+            events=events,
+            windows_per_event=windows,
+            seed=seed,
+            recordings=recordings,
+            progress=progress,
+        )
+    _say_written(made, as_json)
+
+
+@data.command(
+    example="heimdall-onnx data features *_iq.wav -o captures.zarr --positions positions.csv"
+)
+@click.argument(
+    "recordings", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORDING…"
+)
+@_output
+@click.option(
+    "--position",
+    nargs=2,
+    type=float,
+    metavar="LAT LON",
+    help="True position of the transmitter of all recordings, degrees.",
+)
+@click.option(
+    "--positions",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.csv",
+    help="True positions; columns recording (the file's name), latitude, longitude.",
+)
+@receivers_option
+@click.option(
+    "--mixed-receivers", is_flag=True, help="Take events of different receivers, in any order."
+)
+@_json
+def features(
+    recordings: tuple[Path, ...],
+    output: Path,
+    position: tuple[float, float] | None,
+    positions: Path | None,
+    receivers: Sequence[tuple[str, float, float]],
+    mixed_receivers: bool,
+    as_json: bool,
+) -> None:
+    """Turn IQ recordings of any number of events into a dataset."""
+    from heimdall_onnx.localization.ingest import ingest_recordings
+
+    if position is not None and positions is not None:
+        raise click.UsageError("give --position or --positions, not both")
+    with _bar() as progress:
+        made = ingest_recordings(
+            recordings,
+            output,
+            position=position,
+            positions=positions,
+            receivers={name: (lat, lon) for name, lat, lon in receivers} or None,
+            mixed_receivers=mixed_receivers,
+            progress=progress,
+        )
+    _say_written(made, as_json)
+
+
+@data.command(example="heimdall-onnx data info captures.zarr --verify")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--validation-split", type=_share, default=0.2, show_default=True)
+@click.option("--test-split", type=_share, default=0.1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the split.")
+@click.option("--verify", is_flag=True, help="Read everything and hold it against the digest.")
+@_json
+def info(
+    dataset: Path,
+    validation_split: float,
+    test_split: float,
+    seed: int,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Say what is in DATASET, where it comes from, and how it divides."""
+    from heimdall_onnx.data.dataset.dataset import open_dataset
+
+    opened = open_dataset(dataset)
+    described = {
+        **_describe(opened),
+        "split": _describe_split(opened, validation_split, test_split, seed),
+    }
+    if verify:
+        opened.verify()
+        described["verified"] = True
+    if as_json:
+        click.echo(json.dumps(described, allow_nan=False))
+        return
+    _print(described)
+
+
+@data.command(example="heimdall-onnx data upload captures.zarr s3://datasets/captures.zarr")
+@click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("address", metavar="s3://BUCKET/FOLDER")
+@_json
+def upload(dataset: Path, address: str, as_json: bool) -> None:
+    """Copy DATASET into a bucket, where workers can read it; what is there is not sent again."""
+    from heimdall_onnx.archive.content import upload_dataset
+    from heimdall_onnx.common.errors import ParameterError
+    from heimdall_onnx.data.dataset.dataset import open_dataset
+    from heimdall_onnx.services.client import make_client
+    from heimdall_onnx.services.embedded import ensure_store
+    from heimdall_onnx.services.settings import Settings
+    from heimdall_onnx.services.store import ensure_bucket, parse_uri
+
+    bucket, folder = parse_uri(address)
+    if not (folder := folder.strip("/")):
+        raise ParameterError(f"expected a folder of its own, s3://{bucket}/folder, found {address}")
+    opened = open_dataset(dataset)
+    client = make_client(ensure_store(Settings.load()))
+    ensure_bucket(client, bucket)
+    stored = upload_dataset(client, opened, bucket, folder)
+    if as_json:
+        click.echo(json.dumps({"address": stored, "digest": opened.digest}))
+        return
+    click.echo(f"{stored}: {opened.count} samples, digest {opened.digest}")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[float, str], None]]:
+    with click.progressbar(
+        length=100, file=sys.stderr, item_show_func=lambda what: what or ""
+    ) as bar:
+        yield lambda share, what: bar.update(int(100 * share) - bar.pos, what)
+
+
+def _say_written(dataset: Dataset, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(_describe(dataset), allow_nan=False))
+        return
+    click.echo(
+        f"{dataset.path}: {dataset.count} samples of {len(dataset.event_names)} events, "
+        f"digest {dataset.digest}"
+    )
+
+
+def _describe(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "path": str(dataset.path),
+        "samples": dataset.count,
+        "events": len(dataset.event_names),
+        "labelled": dataset.positions is not None,
+        "arrays": {
+            name: {"dtype": spec.dtype, "shape": list(spec.shape)}
+            for name, spec in dataset.arrays.items()
+        },
+        "bytes": dataset.stored_bytes,
+        "shards": dataset.shards,
+        "digest": dataset.digest,
+        "provenance": dataset.meta.get("provenance"),
+        "receivers": {name: list(where) for name, where in dataset.receivers.items()},
+    }
+
+
+def _describe_split(dataset: Dataset, validation: float, test: float, seed: int) -> dict[str, Any]:
+    """Samples and events of each part, or why there is no such split."""
+    import numpy as np
+
+    from heimdall_onnx.common.errors import DataError
+
+    try:
+        split = dataset.split(validation=validation, test=test, seed=seed)
+    except DataError as error:
+        return {"error": str(error)}
+    return {
+        name: {"samples": len(rows), "events": len(np.unique(dataset.event[rows]))}
+        for name in ("train", "validation", "test")
+        for rows in (getattr(split, name),)
+    }
+
+
+def _print(described: dict[str, Any]) -> None:
+    """As lines of text, which may hold words of the dataset's writer."""
+    from heimdall_onnx.common.text import shown, visible
+
+    split = described["split"]
+    receivers = (
+        f"{shown(n)} {lat:.4f} {lon:.4f}" for n, (lat, lon) in described["receivers"].items()
+    )
+    arrays = (f"{n} {a['dtype']} {tuple(a['shape'])}" for n, a in described["arrays"].items())
+    lines = [
+        ("samples", f"{described['samples']:,} of {described['events']:,} events"),
+        *(("array", text) for text in arrays),
+        ("stored", f"{described['bytes'] / 1e6:,.1f} MB in {described['shards']} shards"),
+        ("digest", described["digest"]),
+        ("provenance", shown(described["provenance"] or "not recorded")),
+        *(("receiver", text) for text in receivers),
+    ]
+    if "error" in split:
+        lines.append(("split", split["error"]))
+    else:
+        lines += [
+            (name, f"{part['samples']:,} samples of {part['events']:,} events")
+            for name, part in split.items()
+        ]
+    if described.get("verified"):
+        lines.append(("verified", "every value is the one that was written"))
+    for label, text in lines:
+        click.echo(f"{label:<12}{visible(text)}")

@@ -1,0 +1,175 @@
+"""The command that releases a fleet of checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from heimdall_onnx.cli.help import Command
+from heimdall_onnx.cli.release import model_options, parameter_options
+from heimdall_onnx.common.errors import ParameterError, UnavailableError
+from heimdall_onnx.common.text import visible_lines
+
+if TYPE_CHECKING:
+    from heimdall_onnx.release.fleet.item import ItemOutcome
+    from heimdall_onnx.release.fleet.plan import FleetPlan
+    from heimdall_onnx.release.fleet.report import StoredFleet
+    from heimdall_onnx.release.fleet.run import FleetResult
+    from heimdall_onnx.services.settings import Settings
+
+
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx fleet --checkpoints 'runs/*.pt' --model detector:Detector \
+          --eval-data eval.npz --name 'detector-{stem}'
+    """,
+)
+@click.argument(
+    "plan",
+    required=False,
+    metavar="PLAN.yml",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--checkpoints",
+    multiple=True,
+    metavar="GLOB",
+    help="Checkpoints to release with the options below, in place of a plan; may be repeated.",
+)
+@model_options
+@parameter_options
+@click.option("--memory", help="Memory that one release may need, e.g. 4GiB.")
+@click.option("--scheduler", default="", help="Address of a Dask scheduler, e.g. tls://host:8786.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Workers on this machine.  [default: one for each processor or, to measure, core]",
+)
+@click.option("--force", is_flag=True, help="Release anew what is released already.")
+@click.option("--json", "as_json", is_flag=True, help="Print outcomes and end as lines of JSON.")
+def fleet(
+    plan: Path | None,
+    checkpoints: Sequence[str],
+    extra: Sequence[tuple[str, str]],
+    memory: str | None,
+    scheduler: str,
+    workers: int | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Release every checkpoint of PLAN.yml, or of --checkpoints, that is not released yet.
+
+    Items are spread over Dask's workers. Called again, it goes on where it was left.
+    """
+    if scheduler and workers:
+        raise ParameterError(
+            "--workers is for workers on this machine; those of --scheduler are started there"
+        )
+    values = {name: value for name, value in options.items() if value is not None} | dict(extra)
+    if (plan is None) == (not checkpoints):
+        raise ParameterError("expected either PLAN.yml or --checkpoints, found both or none")
+    if plan is not None and (values or memory):
+        given = ", ".join(sorted({*values, *(["memory"] if memory else [])}))
+        raise ParameterError(f"with a plan, parameters are in it; these were given beside: {given}")
+
+    from heimdall_onnx.common.signals import first_signal_interrupts
+    from heimdall_onnx.services.settings import Settings
+
+    settings = Settings.load()
+    planned = _plan(plan, checkpoints, values, memory, settings)
+    try:
+        from heimdall_onnx.release.fleet.report import store_report
+        from heimdall_onnx.release.fleet.run import run_fleet
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            f"fleets need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
+        ) from error
+
+    with first_signal_interrupts():
+        result = run_fleet(
+            planned,
+            settings,
+            scheduler=scheduler,
+            workers=workers or 0,
+            force=force,
+            on_start=partial(_show_start, planned),
+            on_outcome=partial(_show_outcome, as_json=as_json),
+        )
+        _show_end(result)
+        from heimdall_onnx.services.connection import connect
+
+        bucket = planned.items[0].parameters.bucket
+        stored = store_report(connect(settings).client, bucket, planned, result, settings.home)
+        click.echo(
+            f"report: {stored.report_html_uri}\n        file://{stored.local_report}", err=True
+        )
+    if as_json:
+        click.echo(json.dumps(_end_of(result, stored), allow_nan=False))
+    click.get_current_context().exit(result.exit_code)
+
+
+def _plan(
+    plan: Path | None,
+    checkpoints: Sequence[str],
+    values: dict[str, Any],
+    memory: str | None,
+    settings: Settings,
+) -> FleetPlan:
+    from heimdall_onnx.release.fleet.plan import plan_checkpoints, read_plan
+
+    def list_objects(bucket: str, prefix: str) -> Sequence[str]:
+        # Only a plan with checkpoints in a bucket needs the store before it is valid.
+        from heimdall_onnx.services.client import make_client
+        from heimdall_onnx.services.embedded import ensure_store
+        from heimdall_onnx.services.store import list_keys
+
+        return list_keys(make_client(ensure_store(settings)), bucket, prefix)
+
+    if plan is not None:
+        return read_plan(plan, list_objects)
+    return plan_checkpoints(
+        checkpoints, values, name="fleet", list_objects=list_objects, memory=memory
+    )
+
+
+def _show_start(plan: FleetPlan, dashboard: str, workers: int) -> None:
+    where = f", dashboard {dashboard}" if dashboard else ""
+    click.echo(f"fleet {plan.name}: {len(plan.items)} items on {workers} workers{where}", err=True)
+
+
+def _show_outcome(outcome: ItemOutcome, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(outcome.to_dict(), allow_nan=False))
+        return
+    where = outcome.result.get("s3_uri") or outcome.result.get("report_html_uri") or ""
+    attempts = f", attempt {outcome.attempts}" if outcome.attempts > 1 else ""
+    text = f"{outcome.label}: {outcome.status}, {outcome.seconds:.1f} s{attempts}"
+    click.echo(visible_lines(f"{text}  {where}".rstrip()))
+    if outcome.error:
+        click.echo(visible_lines(f"error: {outcome.label}: {outcome.error}"), err=True)
+
+
+def _show_end(result: FleetResult) -> None:
+    counts = ", ".join(f"{result.count(s)} {s}" for s in ("released", "kept", "failed"))
+    click.echo(f"fleet {result.name}: {counts}, in {result.seconds:.0f} s", err=True)
+
+
+def _end_of(result: FleetResult, stored: StoredFleet) -> dict[str, Any]:
+    """The last line: what a program needs that has not kept the others."""
+    return {
+        "success": result.exit_code == 0,
+        "fleet": result.name,
+        **{status: result.count(status) for status in ("released", "kept", "failed")},
+        "seconds": result.seconds,
+        "workers": result.workers,
+        "folder_uri": stored.folder_uri,
+        "report_html_uri": stored.report_html_uri,
+        "local_report": str(stored.local_report),
+    }

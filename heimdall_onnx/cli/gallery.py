@@ -1,0 +1,102 @@
+"""The command that shows all releases of a model on one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from heimdall_onnx.cli.help import Command
+from heimdall_onnx.common.errors import VerificationError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.review.gallery.page import Gallery
+
+
+@click.command(cls=Command, example="heimdall-onnx gallery --serve")
+@click.option("--bucket", default="heimdall-models", show_default=True)
+@click.option("--prefix", default="models/localization", show_default=True)
+@click.option("--name", default="", help="Only this registered model.  [default: all]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="Write the page to this file, without links to the reports, in place of the bucket.",
+)
+@click.option("--serve", is_flag=True, help="Show it on loopback, reports too, until Ctrl-C.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Port of --serve.  [default: a free one]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def gallery(
+    bucket: str,
+    prefix: str,
+    name: str,
+    output: Path | None,
+    serve: bool,
+    port: int | None,
+    as_json: bool,
+) -> None:
+    """Write a page of all releases and failed runs, to be sorted, filtered and searched.
+
+    It goes to PREFIX/gallery/index.html of the bucket, with --name to PREFIX/gallery/NAME/, and its
+    links work however that folder is served. What was read once is kept beside it, so that the next
+    call reads only what is new.
+    """
+    if port is not None and not serve:
+        raise click.UsageError("--port is for --serve")
+
+    from heimdall_onnx.common.files import replace_file
+    from heimdall_onnx.review.gallery.page import make_gallery, store_gallery, summary
+    from heimdall_onnx.services.client import make_client
+    from heimdall_onnx.services.embedded import ensure_store
+    from heimdall_onnx.services.settings import Settings
+    from heimdall_onnx.services.store import bucket_exists, format_uri
+
+    client = make_client(ensure_store(Settings.load()))
+    if not bucket_exists(client, bucket):
+        click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
+        return
+    made = make_gallery(client, bucket, prefix, name=name, links=output is None)
+    if output is not None:
+        with replace_file(output) as file:
+            file.write(made.page)
+        address, changed = str(output), True
+    else:
+        address, changed = format_uri(bucket, made.key), store_gallery(client, bucket, made)
+    result = {"gallery": address, "changed": changed, "read": made.read, **made.counts()}
+    if not serve:
+        click.echo(json.dumps(result) if as_json else f"{address}: {summary(made.rows)}")
+    else:
+        if output is not None:
+            made = make_gallery(client, bucket, prefix, name=name)
+        _serve(client, bucket, prefix, made, port or 0, result if as_json else None)
+    if made.broken:
+        raise VerificationError(f"these can't be believed, see the page: {', '.join(made.broken)}")
+
+
+def _serve(
+    client: S3Client,
+    bucket: str,
+    prefix: str,
+    made: Gallery,
+    port: int,
+    result: dict[str, object] | None,
+) -> None:
+    """Until it is interrupted, which is how it is meant to end."""
+    from heimdall_onnx.common.signals import first_signal_interrupts
+    from heimdall_onnx.review.gallery.server import GalleryServer
+
+    with GalleryServer(client, bucket, prefix, made, port=port) as server:
+        click.echo(json.dumps({**result, "url": server.url}) if result else server.url)
+        click.echo("Ctrl-C ends it; the address is a secret, like a key to the reports", err=True)
+        try:
+            with first_signal_interrupts():
+                server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("ended", err=True)

@@ -1,0 +1,331 @@
+"""The commands that release: a checkpoint, several as an ensemble, or the demo.
+
+Thin, as the rest of the command line: values in, results out, exit codes from the errors.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from heimdall_onnx.cli.help import Command, ParameterOption
+from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError, SettingsError
+from heimdall_onnx.common.signals import first_signal_interrupts
+from heimdall_onnx.common.text import visible_lines
+
+if TYPE_CHECKING:
+    from heimdall_onnx.common.parameters import ReleaseParameters
+    from heimdall_onnx.release.result import ReleaseResult
+    from heimdall_onnx.services.settings import Settings
+
+
+_file = click.Path(dir_okay=False, path_type=Path)
+
+
+parameter_option = partial(
+    click.option,
+    cls=ParameterOption,
+    parameters="heimdall_onnx.common.parameters:ReleaseParameters",
+)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Of which model the checkpoints are, and what it is compared on."""
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return command
+
+
+_MODEL_OPTIONS = (
+    parameter_option("--model", help="Model class, pkg.mod:Class."),
+    parameter_option("--model-kwargs", help="Its keyword arguments, JSON."),
+    parameter_option(
+        "--eval-data", help="Evaluation inputs: .npz or dataset.  [default: synthetic]"
+    ),
+)
+
+
+def parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is released under which name, and how; None means the default of the parameters."""
+    for option in reversed(_PARAMETER_OPTIONS):
+        command = option(command)
+    return command
+
+
+_PARAMETER_OPTIONS = (
+    parameter_option("--name", help="Name of the registered model."),
+    parameter_option("--bucket", help="Bucket of the releases."),
+    parameter_option("--prefix", help="Folder of the releases in the bucket."),
+    parameter_option("--tolerance", type=float, help="Limit of the mean absolute error."),
+    parameter_option("--alias", help="Registry alias that is moved to the release."),
+    parameter_option("--profile", help="How much is measured: smoke, quick or audit."),
+    parameter_option("--variants", help="Other forms of the model: all, or names with commas."),
+    click.option(
+        "-p",
+        "extra",
+        nargs=2,
+        multiple=True,
+        metavar="NAME VALUE",
+        help="Any other parameter of the notebook; may be repeated.",
+    ),
+)
+
+
+def release_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the commands that do nothing but release."""
+    for option in reversed(_RELEASE_OPTIONS):
+        command = option(command)
+    return command
+
+
+_RELEASE_OPTIONS = (
+    parameter_options,
+    parameter_option("--run-id", help="MLflow run to log into."),
+    click.option(
+        "--cell-timeout",
+        type=click.IntRange(min=1),
+        help="Seconds for one cell.  [default: six hours]",
+    ),
+    click.option(
+        "--notebook",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Another notebook.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option(
+        "--junit",
+        "junit_file",
+        type=_file,
+        metavar="FILE.xml",
+        help="Write the gates as JUnit XML, however the release ends.",
+    ),
+    click.option(
+        "--summary",
+        "summary_file",
+        type=_file,
+        metavar="FILE.md",
+        help="Write a summary in Markdown, e.g. for a merge request.",
+    ),
+)
+
+
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx release detector.pt --model detector:Detector \
+          --eval-data eval.npz --name detector
+    """,
+)
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT…")
+@model_options
+@release_options
+def release(checkpoints: tuple[str, ...], **options: Any) -> None:
+    """Release CHECKPOINT: run the notebook headlessly, judge it, publish, move the alias.
+
+    Several of one model are released as one ensemble.
+    """
+    if len(checkpoints) == 1:
+        _release(lambda settings, parameters: {}, checkpoint=checkpoints[0], **options)
+    else:
+        # A SIGTERM, too, must not leave the combined checkpoint behind.
+        with first_signal_interrupts(), ExitStack() as until_released:
+            _release(partial(_combine, checkpoints, until_released), **options)
+
+
+def _combine(
+    checkpoints: Sequence[str],
+    until_released: ExitStack,
+    settings: Settings,
+    parameters: ReleaseParameters,
+) -> dict[str, Any]:
+    """The checkpoints as one, which is there until the release ends, as parameters of it."""
+    from heimdall_onnx.model.ensemble import combine_checkpoints
+
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        folder = until_released.enter_context(
+            tempfile.TemporaryDirectory(prefix="ensemble-", dir=settings.home)
+        )
+    except OSError as error:
+        raise SettingsError(
+            f"HEIMDALL_HOME must be a folder that can be written to; nothing can be made in "
+            f"{settings.home}: {error.strerror}"
+        ) from error
+    made = combine_checkpoints(checkpoints, folder, parameters.model, parameters.model_kwargs)
+    click.echo(
+        f"{len(made.members)} checkpoints combined in {made.path}, which is removed when the "
+        "release ends; the same ones make the same file again",
+        err=True,
+    )
+    return made.parameters
+
+
+@click.command(cls=Command, example="heimdall-onnx demo --variants all")
+@release_options
+def demo(**options: Any) -> None:
+    """Make a small trained checkpoint, if there is none yet, and release it."""
+    _release(_make_demo, **options)
+
+
+def _make_demo(settings: Settings, parameters: ReleaseParameters) -> dict[str, Any]:
+    """The demo's files as parameters of a release."""
+    from heimdall_onnx.training.demo import make_demo
+
+    folder = settings.home / "demo"
+    click.echo(f"demo checkpoint in {folder}; training takes two minutes if it is new", err=True)
+    with click.progressbar(
+        length=100, file=sys.stderr, item_show_func=lambda what: what or ""
+    ) as bar:
+        made = make_demo(
+            folder, progress=lambda share, what: bar.update(int(100 * share) - bar.pos, what)
+        )
+    click.echo(
+        f"{'taken as it is' if made.reused else 'trained'}: median error "
+        f"{made.median_error_m / 1000:.0f} km, always answering the middle "
+        f"{made.baseline_median_error_m / 1000:.0f} km",
+        err=True,
+    )
+    return {
+        "checkpoint": parameters.checkpoint or str(made.checkpoint),
+        "eval_data": parameters.eval_data or str(made.eval_data),
+    }
+
+
+def _release(
+    inputs: Callable[[Settings, ReleaseParameters], Mapping[str, Any]],
+    *,
+    extra: Sequence[tuple[str, str]],
+    cell_timeout: int | None,
+    notebook: Path | None,
+    as_json: bool,
+    junit_file: Path | None,
+    summary_file: Path | None,
+    **options: Any,
+) -> None:
+    from heimdall_onnx.services.settings import Settings
+
+    # Read before anything heavy is imported, so that a misspelt name is answered at once.
+    values = {k: v for k, v in options.items() if v is not None} | dict(extra)
+    try:
+        from heimdall_onnx.common.parameters import check_parameters
+
+        if own := {"publish", "output_dir"} & {name for name, _ in extra}:
+            raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the command sets it")
+        parameters = check_parameters(values)
+        settings = Settings.load()
+        parameters = parameters.model_copy(update=inputs(settings, parameters))
+    except HeimdallError as error:
+        if as_json or junit_file or summary_file:
+            from heimdall_onnx.release.result import ReleaseResult
+
+            failed = ReleaseResult(False, error.exit_code, "fail", error=str(error))
+            _write(failed, junit_file, summary_file)
+            if as_json:
+                click.echo(json.dumps(failed.to_dict()))
+        raise
+    from heimdall_onnx.release.runner import release_checkpoint
+
+    result = release_checkpoint(
+        parameters,
+        settings,
+        notebook=notebook,
+        cell_timeout=cell_timeout,
+        progress=sys.stderr.isatty() or not as_json,
+    )
+    _write(result, junit_file, summary_file)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), allow_nan=False))
+    show_result(result, as_json=as_json)
+    click.get_current_context().exit(result.exit_code)
+
+
+def _write(result: ReleaseResult, junit_file: Path | None, summary_file: Path | None) -> None:
+    """Write what continuous integration shows; that it can't be written changes no outcome."""
+    from heimdall_onnx.cli.ci_output import junit, markdown
+    from heimdall_onnx.common.files import replace_file
+
+    for path, text in ((junit_file, junit), (summary_file, lambda r: markdown(r).encode())):
+        if path is not None:
+            try:
+                with replace_file(path) as file:
+                    file.write(text(result))
+            except HeimdallError as error:
+                click.echo(visible_lines(f"warning: {error}"), err=True)
+
+
+def show_result(result: ReleaseResult, *, as_json: bool = False) -> None:
+    """Say how a release ended; only what went wrong where the result is printed as JSON."""
+    if not as_json and (text := summary(result)):
+        click.echo(text, err=not result.success)
+    if result.error:
+        click.echo(visible_lines(f"error: {result.error}"), err=True)
+
+
+def summary(result: ReleaseResult) -> str:
+    """What a person wants to know of a release, and what to do next."""
+    judged = result.exit_code in (0, EvidenceError.exit_code)
+    lines = [("verdict", result.verdict)] if judged else []
+    if result.speedup is not None:
+        lines.append(("speedup", f"{result.speedup:.2f}× (PyTorch over ONNX Runtime)"))
+    lines += [
+        (label, value)
+        for label, value in (
+            ("model", result.s3_uri),
+            ("report", result.report_uri),
+            ("rendered", result.report_html_uri),
+            ("manifest", result.manifest_uri),
+            (
+                "registered",
+                result.model_version
+                and f"{result.model_name} version {result.model_version}, alias {result.alias}",
+            ),
+            ("signed", result.success and _signed(result)),
+            ("retained", result.retained_until and f"until {result.retained_until}"),
+            ("MLflow run", result.run_id),
+        )
+        if value
+    ]
+    if result.costs:
+        lines.append(("took", _most_costly(result.costs)))
+    text = "\n".join(f"{label:<11}{value}" for label, value in lines)
+    if result.local_report:
+        text += f"\n\nread the report:   file://{result.local_report}"
+    if result.success:
+        # As they can be typed here: the environment need not be the activated one.
+        here = shutil.which("python") == sys.executable
+        python = "python" if here else shlex.quote(sys.executable)
+        program = "heimdall-onnx" if here else f"{python} -m heimdall_onnx"
+        folder = str(result.s3_uri).removesuffix("/model.onnx")
+        text += (
+            f'\nopen the model:    {python} -c "import heimdall_onnx; '
+            f"print(heimdall_onnx.load_model('{result.s3_uri}'))\""
+            f"\ncheck the release: {program} verify {folder}"
+            f"\nbrowse in MLflow:  {program} services up"
+        )
+    return text
+
+
+def _signed(result: ReleaseResult) -> str:
+    if result.signer_sha256 is None:
+        return "no, since HEIMDALL_SIGNING_KEY is not set; its hashes can be verified all the same"
+    return f"by the key with SHA-256 {result.signer_sha256}"
+
+
+def _most_costly(costs: Sequence[dict[str, Any]]) -> str:
+    total = sum(cost["seconds"] for cost in costs)
+    longest = sorted(costs, key=lambda cost: -float(cost["seconds"]))[:3]
+    steps = ", ".join(f"{cost['step']} {cost['seconds']:.0f}" for cost in longest)
+    return f"{total:.0f} s, most of it {steps}"
+
+
+COMMANDS = (release, demo)

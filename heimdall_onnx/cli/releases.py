@@ -1,0 +1,585 @@
+"""The commands about releases that are there: list, check, decide, repeat, mend.
+
+Thin, as the rest of the command line: values in, results out, exit codes from the errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from heimdall_onnx.cli.help import Command
+from heimdall_onnx.common.errors import HeimdallError, VerificationError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.archive.manifest import Variants
+    from heimdall_onnx.review.promotion import Review
+    from heimdall_onnx.services.connection import Connection
+    from heimdall_onnx.services.settings import Settings
+
+_Command = Callable[..., Any]
+
+
+def _place_options(command: _Command) -> _Command:
+    command = click.option("--bucket", default="heimdall-models", show_default=True)(command)
+    return click.option("--prefix", default="models/localization", show_default=True)(command)
+
+
+def _trust_options(command: _Command) -> _Command:
+    file = click.Path(exists=True, dir_okay=False, path_type=Path)
+    command = click.option(
+        "--trusted-certificates",
+        type=file,
+        help="Root certificates (PEM) of its signer; by default HEIMDALL_TRUSTED_CERTIFICATES.",
+    )(command)
+    return click.option(
+        "--public-key",
+        type=file,
+        help="Public key (PEM) of its signer; by default HEIMDALL_PUBLIC_KEY.",
+    )(command)
+
+
+def _json_option(command: _Command) -> _Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        command
+    )
+
+
+def _decision_options(command: _Command) -> _Command:
+    for option in (
+        click.option("--reviewer", required=True, help="Who decides."),
+        click.option("--note", required=True, help="Why."),
+        _trust_options,
+        _json_option,
+    ):
+        command = option(command)
+    return command
+
+
+def _name_argument(command: _Command) -> _Command:
+    return click.argument("name", default="heimdall-localization-onnx")(command)
+
+
+def _store() -> S3Client:
+    from heimdall_onnx.services.client import make_client
+    from heimdall_onnx.services.embedded import ensure_store
+    from heimdall_onnx.services.settings import Settings
+
+    return make_client(ensure_store(Settings.load()))
+
+
+def _connect(
+    public_key: Path | None = None, trusted_certificates: Path | None = None
+) -> Connection:
+    from heimdall_onnx.common.processes import without_garbage_collection
+
+    settings = _settings(public_key, trusted_certificates)
+    # To import it, and MLflow as it is opened, is nearly all of a command's time.
+    with without_garbage_collection():
+        from heimdall_onnx.services.connection import open_for_reading
+
+        return open_for_reading(settings)
+
+
+def _settings(public_key: Path | None, trusted_certificates: Path | None) -> Settings:
+    from heimdall_onnx.services.settings import Settings
+
+    given = {"public_key": public_key, "trusted_certificates": trusted_certificates}
+    # One given here takes the place of both in the environment.
+    update = given if any(given.values()) else {}
+    return Settings.load().model_copy(update=update)
+
+
+def _folder(version: str, bucket: str, prefix: str) -> str:
+    """The folder of a release: of a version, an address, or NAME@ALIAS and NAME/NUMBER."""
+    if version.startswith("s3://"):
+        return version
+    if "@" not in version and "/" not in version:
+        return f"s3://{bucket}/{prefix.strip('/')}/{version}"
+    from heimdall_onnx.archive.find import find_release
+
+    return find_release(_connect(), version, bucket=bucket, prefix=prefix).uri
+
+
+def _say(text: str, indent: int = 0, err: bool = False) -> None:
+    """Print a line that may hold text from a bucket, which must not steer a terminal."""
+    from heimdall_onnx.common.text import visible
+
+    click.echo(" " * indent + visible(text), err=err)
+
+
+def _print_json(result: Any) -> None:
+    # ASCII: what it holds of a bucket's must not steer a terminal.
+    click.echo(json.dumps(result, allow_nan=False))
+
+
+@click.command("list", cls=Command, example="heimdall-onnx list --after v20261120 --limit 20")
+@_place_options
+@click.option("--limit", type=click.IntRange(min=1), help="How many at most.  [default: all]")
+@click.option(
+    "--after",
+    default="",
+    metavar="VERSION",
+    help="Only later ones; the beginning of a version will do: v20261120 begins with that day.",
+)
+def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
+    """List the releases, oldest first.
+
+    With --limit or --after no more is read than what is shown, however many there are.
+    """
+    from heimdall_onnx.archive.manifest import read_manifest
+    from heimdall_onnx.services.store import bucket_exists, list_versions
+
+    client = _store()
+    if not bucket_exists(client, bucket):
+        click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
+        return
+    unreadable = []
+    found = list_versions(client, bucket, prefix, after=after, limit=limit and limit + 1)
+    for version in found[:limit]:
+        try:
+            manifest = read_manifest(client, _folder(version, bucket, prefix))
+        except VerificationError as error:
+            unreadable.append(version)
+            _say(f"{version}  {error}")
+            continue
+        _say(
+            f"{version}  {manifest.verdict:<14}"
+            f"{'signed' if manifest.signature else 'unsigned':<10}"
+            f"{manifest.model_name} version {manifest.model_version}"
+            + (f"  recommended {manifest.recommended}" if manifest.variants else "")
+        )
+    if limit and found[limit:]:
+        click.echo(f"there are more: --after {found[limit - 1]}", err=True)
+    if unreadable:
+        raise VerificationError(f"the manifest can't be read of {', '.join(unreadable)}")
+
+
+@click.command(cls=Command, example="heimdall-onnx show detector@staging")
+@click.argument("version")
+@_place_options
+@_json_option
+def show(version: str, bucket: str, prefix: str, as_json: bool) -> None:
+    """Print the manifest of VERSION, which may also be NAME@ALIAS or an s3:// address.
+
+    Below it, on standard error, come the variants: what became of each, the size of its file, and
+    which one is recommended.
+    """
+    from heimdall_onnx.archive.manifest import read_manifest
+
+    manifest = read_manifest(_store(), _folder(version, bucket, prefix))
+    click.echo(json.dumps(manifest.data, indent=None if as_json else 2))
+    if manifest.variants is not None and not as_json:
+        for line in _describe_variants(manifest.variants):
+            _say(line, err=True)
+
+
+def _describe_variants(variants: Variants) -> Iterator[str]:
+    for one in variants.judged:
+        line = f"{one.name:<16}{one.status:<13}"
+        if one.status == "passed":
+            line += f"{one.size_bytes / 1e6:>9.2f} MB  {one.file}"
+            if one.name == variants.recommended:
+                line += "  recommended"
+        else:
+            line += one.reason
+        yield line.rstrip()
+
+
+@click.command(cls=Command, example="heimdall-onnx verify detector@staging")
+@click.argument("version")
+@_place_options
+@_trust_options
+@click.option(
+    "--no-content",
+    is_flag=True,
+    help="Leave out checkpoint and evaluation data, which a consumer may not read.",
+)
+@_json_option
+def verify(
+    version: str,
+    bucket: str,
+    prefix: str,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    no_content: bool,
+    as_json: bool,
+) -> None:
+    """Download VERSION again and hold it against manifest, signature and registry."""
+    from dataclasses import asdict
+
+    from heimdall_onnx.archive.verify import verify_release
+
+    connection = _connect(public_key, trusted_certificates)
+    folder = _folder(version, bucket, prefix)
+    findings = verify_release(connection, folder, content=not no_content)
+    wrong = [finding for finding in findings if not finding.holds]
+    if as_json:
+        _print_json({"holds": not wrong, "findings": [asdict(f) for f in findings]})
+    for finding in () if as_json else findings:
+        if finding.holds:
+            _say(f"holds    {finding.what}")
+            continue
+        _say(f"DIFFERS  {finding.what}")
+        _say(f"expected {finding.expected}", indent=9)
+        _say(f"found    {finding.found}", indent=9)
+    if wrong:
+        raise VerificationError(
+            f"{len(wrong)} of {len(findings)} findings differ; don't use this release"
+        )
+
+
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx promote detector@staging --to production \
+          --reviewer "$(id -un)" --note "parity looked at"
+    """,
+)
+@click.argument("version")
+@_place_options
+@click.option("--to", "alias", default="production", show_default=True, help="The alias.")
+@click.option("--max-error-growth", type=click.FloatRange(min=0), help="Share; 0.05 by default.")
+@click.option("--max-slowdown", type=click.FloatRange(min=0), help="Share; 0.1 by default.")
+@click.option("--calls", type=click.IntRange(min=12), help="Timed calls of each; 200 by default.")
+@click.option("--allow-smoke", is_flag=True, help="Take a test run too.")
+@click.option("--no-compare", is_flag=True, help="Don't run it against what it would replace.")
+@_decision_options
+def promote(
+    version: str,
+    bucket: str,
+    prefix: str,
+    alias: str,
+    reviewer: str,
+    note: str,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    as_json: bool,
+    no_compare: bool,
+    max_error_growth: float | None,
+    max_slowdown: float | None,
+    **limits: Any,
+) -> None:
+    """Verify VERSION again, compare it with what holds the alias, record that, move the alias."""
+    from heimdall_onnx.review.compare.head_to_head import Limits
+    from heimdall_onnx.review.promotion import promote_release
+
+    given = {"error_growth": max_error_growth, "slowdown": max_slowdown, **limits}
+    review = promote_release(
+        _connect(public_key, trusted_certificates),
+        _folder(version, bucket, prefix),
+        alias=alias,
+        reviewer=reviewer,
+        note=note,
+        limits=Limits(**{k: v for k, v in given.items() if v is not None}),
+        compare=not no_compare,
+    )
+    _show_review(review, as_json)
+
+
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx rollback detector --to-previous \
+          --reviewer "$(id -un)" --note "too slow in the field"
+    """,
+)
+@_name_argument
+@click.option("--alias", default="production", show_default=True, help="The alias.")
+@click.option("--bucket", default="heimdall-models", show_default=True)
+@click.option("--to-previous", is_flag=True, help="To the version that it pointed at before.")
+@click.option("--to", "version", help="To this version, which it pointed at earlier.")
+@_decision_options
+def rollback(
+    name: str,
+    alias: str,
+    bucket: str,
+    to_previous: bool,
+    version: str | None,
+    reviewer: str,
+    note: str,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    as_json: bool,
+) -> None:
+    """Point the alias of the registered model NAME back at an earlier version that verifies."""
+    from heimdall_onnx.review.promotion import roll_back
+
+    if to_previous == (version is not None):
+        raise click.UsageError("say where to: --to-previous, or --to VERSION")
+    review = roll_back(
+        _connect(public_key, trusted_certificates),
+        bucket,
+        name,
+        alias=alias,
+        reviewer=reviewer,
+        note=note,
+        version=version,
+    )
+    _show_review(review, as_json)
+
+
+def _show_review(review: Review, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        _print_json(asdict(review))
+        return
+    before = f"version {review.previous}" if review.previous else "nothing"
+    click.echo(
+        f"{review.model_name}@{review.alias} points at version {review.version} now, "
+        f"before at {before}\nrelease  {review.release}\nrecord   {review.record_uri}"
+        + (f"\npage     {review.page_uri}" if review.page_uri else "")
+    )
+    if review.comparison:
+        for line in (*map(str, review.comparison.ratios), *review.comparison.notes):
+            click.echo(f"         {line}")
+
+
+@click.command(cls=Command, example="heimdall-onnx history detector")
+@_name_argument
+@click.option("--bucket", default="heimdall-models", show_default=True)
+@_json_option
+def history(name: str, bucket: str, as_json: bool) -> None:
+    """Show where the aliases of the registered model NAME point and pointed, and who moved them."""
+    from heimdall_onnx.review.promotion import alias_history
+
+    histories = alias_history(_connect(), bucket, name)
+    if as_json:
+        _print_json(
+            [
+                {
+                    "alias": one.alias,
+                    "points_at": one.points_at,
+                    "problem": one.problem,
+                    "moves": [move.model_dump() for move in one.moves],
+                }
+                for one in histories
+            ]
+        )
+    for one in () if as_json else histories:
+        _say(f"{name}@{one.alias}: version {one.points_at or 'none'}")
+        for move in one.moves:
+            note = f": {move.note}" if move.note else ""
+            _say(
+                f"{move.number:>4}  {move.time}  {move.action:<9}version {move.version or 'none'}"
+                f"  by {move.by}{note}",
+                indent=2,
+            )
+    if wrong := [f"{name}@{one.alias}: {one.problem}" for one in histories if one.problem]:
+        raise VerificationError("; ".join(wrong))
+
+
+@click.command(cls=Command, example="heimdall-onnx reproduce detector@staging")
+@click.argument("version")
+@_place_options
+@_trust_options
+@click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell.")
+@_json_option
+def reproduce(
+    version: str,
+    bucket: str,
+    prefix: str,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    cell_timeout: int | None,
+    as_json: bool,
+) -> None:
+    """Run the notebook of VERSION again, on its checkpoint and data, and compare what comes out."""
+    import sys
+
+    from heimdall_onnx.review.reproduce.run import reproduce_release
+
+    reproduction = reproduce_release(
+        _connect(public_key, trusted_certificates),
+        _folder(version, bucket, prefix),
+        cell_timeout=cell_timeout,
+        progress=sys.stderr.isatty() or not as_json,
+    )
+    _print_json(reproduction.to_dict()) if as_json else click.echo(reproduction.to_text())
+    reproduction.require()
+
+
+@click.command(
+    cls=Command,
+    no_args_is_help=True,
+    example="heimdall-onnx compare detector@production detector@staging --store",
+)
+@click.argument("a")
+@click.argument("b")
+@_place_options
+@click.option(
+    "--eval-data",
+    metavar="FILE.npz",
+    help="Other evaluation inputs, or a dataset; by default the newer release's own.",
+)
+@click.option("--no-latency", is_flag=True, help="Leave latency out.")
+@click.option("--calls", type=click.IntRange(min=12), help="Timed calls of each; 200 by default.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Where the report goes; by default a folder of its own below HEIMDALL_HOME.",
+)
+@click.option("--store", is_flag=True, help="Store the report beside the newer release too.")
+@_trust_options
+@click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell.")
+@_json_option
+def compare(
+    a: str,
+    b: str,
+    bucket: str,
+    prefix: str,
+    eval_data: str | None,
+    no_latency: bool,
+    calls: int | None,
+    output: Path | None,
+    store: bool,
+    public_key: Path | None,
+    trusted_certificates: Path | None,
+    cell_timeout: int | None,
+    as_json: bool,
+) -> None:
+    """Run releases A and B on the same inputs, and say in what they differ.
+
+    B is the one that would take A's place. Each is a version, NAME@ALIAS, NAME/VERSION or an s3://
+    address; both must verify. The exit code is 0 whatever the comparison says; `promote` is what
+    refuses.
+    """
+    import sys
+
+    from heimdall_onnx.common.parameters import check_as
+    from heimdall_onnx.review.compare.pair import ComparisonParameters
+    from heimdall_onnx.review.compare.run import compare_releases
+
+    given = {
+        "eval_data": eval_data,
+        "calls": calls,
+        "output_dir": output and str(output),
+    }
+    try:
+        result = compare_releases(
+            check_as(
+                ComparisonParameters,
+                {
+                    "a": a,
+                    "b": b,
+                    "bucket": bucket,
+                    "prefix": prefix.strip("/"),
+                    "measure_latency": not no_latency,
+                    **{name: value for name, value in given.items() if value is not None},
+                },
+            ),
+            _settings(public_key, trusted_certificates),
+            store=store,
+            cell_timeout=cell_timeout,
+            progress=sys.stderr.isatty() or not as_json,
+        )
+    except HeimdallError as error:
+        if as_json:
+            _print_json({"success": False, "error": str(error)})
+        raise
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    _say(f"{result.sentence}.")
+    for reason in result.worse:
+        _say(f"worse than a promotion allows: {reason}")
+    _say(f"report    {result.report}")
+    _say(f"rendered  file://{result.report_html}")
+    for address in filter(None, (result.report_uri, result.report_html_uri)):
+        _say(f"stored    {address}")
+
+
+@click.command(cls=Command, example="heimdall-onnx doctor --older-than 1 --fix")
+@_place_options
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    default=24.0,
+    show_default=True,
+    metavar="HOURS",
+    help="What is younger may belong to a release that is under way.",
+)
+@click.option("--fix", is_flag=True, help="Show what would be done, and do it.")
+@_json_option
+def doctor(bucket: str, prefix: str, older_than: float, fix: bool, as_json: bool) -> None:
+    """Find what killed runs and lost services have left behind."""
+    from heimdall_onnx.review.doctor import diagnose, mend_all
+
+    found = diagnose(_connect(), bucket, prefix, older_than=timedelta(hours=older_than))
+    if as_json:
+        _print_json(
+            [{"kind": f.kind, "what": f.what, "why": f.why, "remedy": f.remedy} for f in found]
+        )
+    for leftover in () if as_json else found:
+        _say(f"{leftover.kind}: {leftover.what}")
+        _say(leftover.why, indent=4)
+        _say(leftover.remedy or "for a person to decide: nothing is done about it", indent=4)
+    failed = mend_all(found) if fix else ()
+    left = [leftover for leftover in found if not (fix and leftover.remedy)]
+    if fix:
+        click.echo(f"mended {len(found) - len(left) - len(failed)} of {len(found)}", err=True)
+    if failed:
+        raise VerificationError("could not be mended:\n  - " + "\n  - ".join(failed))
+    if left:
+        raise VerificationError(
+            f"{len(left)} things need attention"
+            + ("" if fix else "; --fix does what is said below each")
+        )
+    if not found:
+        click.echo("nothing is left over", err=True)
+
+
+@click.command(cls=Command, example="heimdall-onnx link detector@staging --hours 24")
+@click.argument("version")
+@_place_options
+@click.option(
+    "--hours",
+    type=click.FloatRange(min=0, max=168, min_open=True),
+    default=24.0,
+    show_default=True,
+    help="How long the links work.",
+)
+def link(version: str, bucket: str, prefix: str, hours: float) -> None:
+    """Print links that open the report of VERSION without credentials, for a while."""
+    from heimdall_onnx.review.links import share_release
+
+    folder = _folder(version, bucket, prefix)
+    for one in share_release(_store(), folder, expires_s=max(1, int(hours * 3600))):
+        click.echo(f"{one.name:<14}{one.url.get_secret_value()}")
+
+
+@click.command(cls=Command, example="heimdall-onnx policy reviewer --bucket heimdall-models")
+@click.argument("role", type=click.Choice(["releaser", "reviewer", "consumer"]))
+@_place_options
+@click.option("--artifact-uri", default="s3://heimdall-mlflow", show_default=True)
+@click.option("--conditional", is_flag=True, help="Use s3:if-none-match, which Amazon S3 knows.")
+def policy(role: str, **place: Any) -> None:
+    """Print the S3 policy that gives an identity what ROLE needs, and no more."""
+    from heimdall_onnx.review.policies import Place, identity_policy
+
+    click.echo(json.dumps(identity_policy(role, Place(**place)), indent=2))
+
+
+COMMANDS = (
+    list_,
+    show,
+    verify,
+    promote,
+    rollback,
+    history,
+    reproduce,
+    compare,
+    doctor,
+    link,
+    policy,
+)

@@ -1,0 +1,1 @@
+"""What every room stands on: errors, parameters, gates, text, files, processes, the machine."""

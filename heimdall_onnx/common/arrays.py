@@ -1,0 +1,51 @@
+"""Arrays by name, and rows of them read in parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+IN_MEMORY_BYTES = 256 << 20
+_PART_BYTES = 8 << 20
+
+
+class RowReader(Protocol):
+    """An array whose rows come into memory when they are indexed, as those of a `RowFile`.
+
+    Attributes:
+        dtype: Element type.
+        shape: Rows first.
+        ndim: Number of axes.
+        finite: Whether reading a row with NaN or Inf is refused, so that none need be looked for.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    ndim: int
+    finite: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]: ...
+
+
+Rows = npt.NDArray[Any] | RowReader
+
+
+def parts(array: Rows) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """All rows in order, some megabytes at a time, each part with the index of its first row."""
+    row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+    step = max(1, _PART_BYTES // max(row_bytes, 1))
+    for start in range(0, array.shape[0], step):
+        yield start, array[start : start + step]
+
+
+def whole(array: Rows) -> npt.NDArray[Any]:
+    """All of an array, in memory."""
+    return array if isinstance(array, np.ndarray) else array[:]

@@ -1,0 +1,425 @@
+"""The parameters of a release: one model for the runner, the notebook and the command line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from inspect import isfunction
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from heimdall_onnx.common.errors import ParameterError
+from heimdall_onnx.common.text import listed, shown
+
+ProfileName = Literal["smoke", "quick", "audit"]
+
+_Parameters = TypeVar("_Parameters", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is measured.
+
+    Attributes:
+        calls: Counted calls of each contender, at least.
+        min_seconds: Least duration of the latency measurement, seconds.
+        batch_calls: Counted calls of each contender at each further batch size.
+        reference_samples: Evaluation samples compared with PyTorch in float64.
+        max_samples: Evaluation samples used; None takes all.
+        variant_calls: Counted calls of each side when variants are timed, at least.
+        tuning_calls: Counted calls of each side of a trial of a session option.
+        calibration_samples: Inputs that variants are calibrated on, at most.
+        judged_samples: Samples that variants are judged on, at most.
+    """
+
+    calls: int
+    min_seconds: float
+    batch_calls: int
+    reference_samples: int
+    max_samples: int | None
+    variant_calls: int
+    tuning_calls: int
+    calibration_samples: int
+    judged_samples: int
+
+
+PROFILES: dict[ProfileName, Profile] = {
+    "smoke": Profile(
+        30,
+        0,
+        batch_calls=2,
+        reference_samples=8,
+        max_samples=8,
+        variant_calls=12,
+        tuning_calls=6,
+        calibration_samples=32,
+        judged_samples=64,
+    ),
+    "quick": Profile(
+        200,
+        0,
+        batch_calls=3,
+        reference_samples=32,
+        max_samples=None,
+        variant_calls=60,
+        tuning_calls=36,
+        calibration_samples=64,
+        judged_samples=512,
+    ),
+    "audit": Profile(
+        1024,
+        60,
+        batch_calls=20,
+        reference_samples=256,
+        max_samples=None,
+        variant_calls=1024,
+        tuning_calls=120,
+        calibration_samples=256,
+        judged_samples=4096,
+    ),
+}
+
+# What an export and the folder of its variants are called, in a run's folder as in a release.
+MODEL, VARIANTS_FOLDER = "model.onnx", "variants"
+
+# Forms of the model beside its parity-checked fp32 file, which is always one of them; how each is
+# made is in `evidence.variants.recipes`.
+FP32 = "fp32"
+VARIANTS = (
+    FP32,
+    "fp32-optimized",
+    "fp32-openvino",
+    "bf16-openvino",
+    "int8-dynamic",
+    "int8-minmax",
+    "int8-entropy",
+    "int8-percentile",
+    "int8-nncf",
+    "int8-weights",
+    "int4-weights",
+    "fp16-cuda",
+    "fp16-tensorrt",
+)
+
+# Names that make an S3 key, an MLflow name and a line of Markdown without surprises.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+BUCKET = r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$"
+PREFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
+
+
+def _json_text(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value or "{}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+# A model's keyword arguments, as a mapping or as JSON text of one.
+ModelKwargs = Annotated[dict[str, Any], BeforeValidator(_json_text)]
+
+
+class ReleaseParameters(BaseModel):
+    """What a release is made of; the fields are the notebook's parameters, in its order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    checkpoint: str = ""
+    model: str = "heimdall_onnx.localization.network:LocalizationNet"
+    model_kwargs: ModelKwargs = Field(default_factory=dict)
+    eval_data: str = ""
+    name: str = Field("heimdall-localization-onnx", pattern=NAME, max_length=200)
+    bucket: str = Field("heimdall-models", pattern=BUCKET)
+    prefix: str = Field("models/localization", pattern=PREFIX, max_length=500)
+    # MLflow takes no dots in an alias.
+    alias: str = Field("staging", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=255)
+    tolerance: float = Field(1e-5, gt=0)
+    opset: int = Field(20, ge=9, le=23)
+    do_constant_folding: bool = True
+    batch_size: int = Field(8, ge=1, le=4096)
+    latency_batch_size: int = Field(1, ge=1, le=4096)
+    threads: int = Field(0, ge=0, le=1024)
+    measure_latency: bool = True
+    exclusive_cores: bool = False
+    eval_workers: int = Field(0, ge=0, le=1024)
+    eval_scheduler: str = Field("", pattern=r"^((tcp|tls|ws|wss|ucx|inproc)://[^\s@]{1,500})?$")
+    profile: ProfileName = "quick"
+    variants: str = Field("none", max_length=1000)
+    calibration_data: str = ""
+    max_error_growth: float = Field(0.01, ge=0)
+    max_nll_growth: float = Field(0.01, ge=0)
+    max_displacement_sigma: float = Field(0.25, gt=0)
+    max_output_noise: float = Field(0.01, gt=0)
+    min_coverage: float = Field(0.0, ge=0, lt=1)
+    seed: int = Field(0, ge=0)
+    run_id: str = Field("", pattern=r"^([0-9a-zA-Z][0-9a-zA-Z_-]{0,255})?$")
+    output_dir: str = ""
+    publish: bool = False
+
+    @field_validator(
+        "tolerance",
+        "opset",
+        "batch_size",
+        "latency_batch_size",
+        "threads",
+        "eval_workers",
+        "seed",
+        "max_error_growth",
+        "max_nll_growth",
+        "max_displacement_sigma",
+        "max_output_noise",
+        "min_coverage",
+        mode="before",
+    )
+    @classmethod
+    def _no_truth_value(cls, value: object) -> object:
+        # Pydantic would take True for 1, which as a tolerance gates nothing.
+        if isinstance(value, bool):
+            raise ValueError("expected a number, found a truth value")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_written(cls, value: object) -> object:
+        # Into notebook, manifest and registry. A path that is no UTF-8 arrives with surrogates.
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"can't be written as JSON in UTF-8: {shown(str(error))}") from error
+        return value
+
+    @field_validator("alias")
+    @classmethod
+    def _not_reserved(cls, value: str) -> str:
+        if value.lower() == "latest" or (value[:1].lower() == "v" and value[1:].isdigit()):
+            raise ValueError("MLflow reserves `latest` and `vN`; take another alias")
+        return value
+
+    @field_validator("variants")
+    @classmethod
+    def _known_variants(cls, value: str) -> str:
+        if value not in {"none", "all"}:
+            unknown = [name for name in value.split(",") if name.strip() not in VARIANTS]
+            if unknown:
+                raise ValueError(
+                    f"expected none, all, or names with commas between them, of "
+                    f"{', '.join(VARIANTS)}; found {shown(', '.join(unknown))}"
+                )
+        return value
+
+    @field_validator("variants")
+    @classmethod
+    def _variants_are_timed(cls, value: str, info: ValidationInfo) -> str:
+        if value != "none" and info.data.get("measure_latency") is False:
+            raise ValueError(
+                "variants are chosen by their latency, so they need measure_latency = True; found "
+                "False. Take none of them, or let latency be measured"
+            )
+        return value
+
+    @field_validator("eval_scheduler")
+    @classmethod
+    def _one_kind_of_workers(cls, value: str, info: ValidationInfo) -> str:
+        if value and info.data.get("eval_workers"):
+            raise ValueError(
+                "eval_workers starts workers on this machine, those of eval_scheduler are there "
+                "already; set one of them"
+            )
+        return value
+
+    @property
+    def accuracy_limits(self) -> AccuracyLimits:
+        """How much a lossy variant may lose."""
+        return AccuracyLimits(
+            self.max_error_growth,
+            self.max_nll_growth,
+            self.max_displacement_sigma,
+            self.max_output_noise,
+        )
+
+    @property
+    def limits(self) -> Profile:
+        """How much the chosen profile measures."""
+        return PROFILES[self.profile]
+
+    @property
+    def thread_count(self) -> int | None:
+        """Threads of each contender; None for all processors this process may use."""
+        return self.threads or None
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Powers of two up to the largest batch size, and that."""
+        powers = (2**n for n in range(self.batch_size.bit_length()))
+        return tuple(sorted({*powers, self.batch_size}))
+
+    @property
+    def eval_data_path(self) -> Path | str | None:
+        """The evaluation data's file, folder or address in a bucket; None for synthetic inputs."""
+        if not self.eval_data or self.eval_data.startswith("s3://"):
+            return self.eval_data or None
+        return Path(self.eval_data)
+
+    @property
+    def evaluation_workers(self) -> EvaluationWorkers | None:
+        """Who reads the evaluation data; None if the notebook's own process does."""
+        # A few samples are worth no workers.
+        if self.limits.max_samples or not (self.eval_workers or self.eval_scheduler):
+            return None
+        return EvaluationWorkers(self.eval_workers, self.eval_scheduler)
+
+    @property
+    def onnx_path(self) -> Path:
+        """Where the export goes."""
+        return Path(self.output_dir) / "model.onnx"
+
+
+def check_parameters(values: Mapping[str, Any]) -> ReleaseParameters:
+    """Make parameters of ``values``.
+
+    Raises:
+        ParameterError: Naming every unknown name with its nearest known ones, and every value
+            that has the wrong type or is out of range.
+    """
+    return check_as(ReleaseParameters, values)
+
+
+def check_as(kind: type[_Parameters], values: Mapping[str, Any]) -> _Parameters:
+    """`check_parameters` for another notebook, with parameters of a ``kind`` of its own."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise ParameterError(
+            f"these parameters can't be used:{listed(_explained(kind, error))}"
+        ) from None
+
+
+def parameter_problems(values: Mapping[str, Any]) -> list[str]:
+    """What `check_parameters` finds wrong with ``values``, each on one line; none if nothing is."""
+    try:
+        ReleaseParameters.model_validate(dict(values))
+    except ValidationError as error:
+        return _explained(ReleaseParameters, error)
+    return []
+
+
+def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
+    """The parameters as they stand in a notebook's namespace, checked.
+
+    papermill only warns about a name that the notebook does not know, so the names in the cell
+    it injected are read back and checked as well.
+
+    Raises:
+        ParameterError: As `check_parameters`.
+    """
+    return read_notebook_as(ReleaseParameters, namespace)
+
+
+def read_notebook_as(kind: type[_Parameters], namespace: Mapping[str, Any]) -> _Parameters:
+    """`parameters_of_notebook` for another notebook, with parameters of a ``kind`` of its own."""
+    known = set(kind.model_fields)
+    names = known | injected_names(namespace.get("In", ()))
+    # A function is no value: older notebooks import one that is called like a parameter of today.
+    given = {n: namespace[n] for n in names if n in namespace and not isfunction(namespace[n])}
+    return check_as(kind, given)
+
+
+def injected_names(history: Sequence[str]) -> set[str]:
+    """Names assigned by the cells of ``history`` that papermill injected.
+
+    Raises:
+        ParameterError: If such a cell is no Python.
+    """
+    return {
+        target.id
+        for source in history
+        if source.startswith("# Parameters")
+        for statement in _parsed(source)
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _parsed(source: str) -> list[ast.stmt]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python's compiler, which has read it before
+            return ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        # The last two are how Python's parser refuses what is nested too deeply.
+        raise ParameterError(
+            f"the notebook's cell of parameters can't be read: {shown(str(error))}"
+        ) from error
+
+
+def _explained(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    return [_explain(kind, entry) for entry in error.errors(include_url=False)]
+
+
+def _explain(kind: type[BaseModel], entry: Any) -> str:
+    name = shown(".".join(map(str, entry["loc"])))
+    if entry["type"] != "extra_forbidden":
+        return f"{name} = {_shown_value(entry['input'])}: {shown(entry['msg'], 300)}"
+    near = difflib.get_close_matches(name, kind.model_fields, n=3, cutoff=0.5)
+    known = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else (f"known are {', '.join(kind.model_fields)}")
+    )
+    return f"{name} is not a parameter; {known}"
+
+
+def _shown_value(value: object) -> str:
+    # Quotes are part of what was given.
+    return shown(repr(value[:200]) if isinstance(value, str) else value)
+
+
+@dataclass(frozen=True)
+class EvaluationWorkers:
+    """Who takes the models over a dataset.
+
+    Attributes:
+        count: Workers to start on this machine, each with its share of the processors.
+        scheduler: Address of a Dask scheduler whose workers to take instead, e.g.
+            ``tls://host:8786``; each must have one thread.
+    """
+
+    count: int = 0
+    scheduler: str = ""
+
+
+@dataclass(frozen=True)
+class AccuracyLimits:
+    """How much a variant may lose.
+
+    Attributes:
+        error_growth: Share by which the median and the 95th percentile of the localization error
+            may grow.
+        nll_growth: Share by which the negative log-likelihood may grow; of one nat where it is
+            smaller than that.
+        displacement_sigma: Without labels: largest 99th percentile of the displacement, in units of
+            the predicted standard deviation.
+        output_noise: For a model without positions and their deviation: largest relative error
+            of an output, its RMS over the RMS of the reference about its mean.
+    """
+
+    error_growth: float = 0.01
+    nll_growth: float = 0.01
+    displacement_sigma: float = 0.25
+    output_noise: float = 0.01

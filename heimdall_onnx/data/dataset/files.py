@@ -1,0 +1,292 @@
+"""The files of a dataset, in a folder or in the bucket, read at offsets.
+
+A file in the bucket is read by ranges of neighbouring bytes. Every file must be the one that was
+there when the dataset was opened, by its entity tag in the bucket and by length and time of change
+in a folder, in each process that the dataset is sent to: none is read half old, half new.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from heimdall_onnx.common.errors import DataError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_S3 = "s3://"
+# What lies this near together comes with one request, as long as it is no more than the most.
+_GAP_BYTES = 64 << 10
+_MOST_RANGE_BYTES = 8 << 20
+
+
+class OpenFile(Protocol):
+    """A file that is being read.
+
+    Attributes:
+        size: Its length in bytes.
+    """
+
+    size: int
+
+    def expect(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Say which spans (offset, length) will be read next, in ascending order."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes of a span; fewer at the end of the file.
+
+        Raises:
+            DataError: If the file was replaced.
+            OSError: If they can't be read.
+            StoreError: If the store fails.
+        """
+        ...
+
+    def close(self) -> None:
+        """Read no more of it."""
+        ...
+
+
+class Files(Protocol):
+    """Where the files of a dataset are; can be pickled, and is then opened by each process anew."""
+
+    @property
+    def address(self) -> str:
+        """Path of the folder, or ``s3://bucket/folder``."""
+        ...
+
+    def content(self, name: str, limit: int) -> bytes:
+        """A small file, or its first ``limit`` bytes.
+
+        Raises:
+            OSError: If there is none, or it can't be read.
+            StoreError: If the store fails.
+        """
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Length in bytes of every file by its name."""
+        ...
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` that are not there; the others are the ones to be read from now on."""
+        ...
+
+    def open(self, name: str) -> OpenFile:
+        """Open a file.
+
+        Raises:
+            DataError: If it is not the one that `missing` has seen.
+            OSError: If there is none, or it can't be read.
+            StoreError: If the store fails.
+        """
+        ...
+
+
+def files_at(address: Path | str, client: S3Client | None = None) -> Files:
+    """The files in a folder, or below an address ``s3://bucket/folder``.
+
+    Args:
+        address: Folder or address.
+        client: Client of the store; by default, and in every process that this is sent to, one of
+            the environment's.
+
+    Raises:
+        DataError: If it is the address of no folder.
+    """
+    text = str(address)
+    if not text.startswith(_S3):
+        return _FolderFiles(text)
+    bucket, _, folder = text.removeprefix(_S3).partition("/")
+    # Some stores take a doubled slash for one, others do not.
+    if not bucket or not folder.strip("/") or "//" in folder:
+        raise DataError(f"expected the address of a dataset, s3://bucket/folder, found {text!r}")
+    return _BucketFiles(bucket, folder.strip("/"), client)
+
+
+@dataclass(frozen=True)
+class _FolderFiles:
+    """A dataset's files in a folder."""
+
+    address: str
+    # Length and time of change of each file that was seen.
+    stamps: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+
+    def content(self, name: str, limit: int) -> bytes:
+        with self._path(name).open("rb") as file:
+            return file.read(limit)
+
+    def sizes(self) -> dict[str, int]:
+        root = Path(self.address)
+        return {
+            str(path.relative_to(root)): path.stat().st_size
+            for path in sorted(root.rglob("*"))
+            if path.is_file()
+        }
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        lost = []
+        for name in names:
+            try:
+                status = self._path(name).stat()
+            except OSError:
+                lost.append(name)
+            else:
+                self.stamps.setdefault(name, (status.st_size, status.st_mtime_ns))
+        return lost
+
+    def open(self, name: str) -> OpenFile:
+        file = _LocalFile(self._path(name))
+        if file.stamp != self.stamps.setdefault(name, file.stamp):
+            file.close()
+            raise DataError(
+                f"{self.address}/{name} is not the file that was there when the dataset was "
+                "opened: let nothing write there, and where several machines read it, let them see "
+                "one folder or read it from the bucket"
+            )
+        return file
+
+    def _path(self, name: str) -> Path:
+        return Path(self.address, name)
+
+
+class _LocalFile:
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        status = os.fstat(self._file.fileno())
+        self.size = status.st_size
+        self.stamp = (status.st_size, status.st_mtime_ns)
+
+    def expect(self, spans: Sequence[tuple[int, int]]) -> None:
+        pass  # the system reads ahead
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self._file.fileno(), length, offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class _BucketFiles:
+    """A dataset's files in the bucket.
+
+    Attributes:
+        bucket: The bucket.
+        folder: What their keys begin with, without a slash at its end.
+        given: Client of the store; None for one of the environment's.
+        listed: Length and entity tag of each file, as they were when it was opened.
+    """
+
+    bucket: str
+    folder: str
+    given: S3Client | None = field(default=None, repr=False, compare=False)
+    listed: dict[str, tuple[int, str]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A client does not go to another process.
+        return _BucketFiles, (self.bucket, self.folder, None, self.listed)
+
+    @property
+    def address(self) -> str:
+        return f"{_S3}{self.bucket}/{self.folder}"
+
+    @cached_property
+    def client(self) -> S3Client:
+        """A client of the store."""
+        if self.given is not None:
+            return self.given
+        # Imported here, as boto3 takes half a second that readers of folders do without.
+        from heimdall_onnx.services.client import make_client
+        from heimdall_onnx.services.embedded import ensure_store
+        from heimdall_onnx.services.settings import Settings
+
+        return make_client(ensure_store(Settings.load()))
+
+    def content(self, name: str, limit: int) -> bytes:
+        file = self.open(name)
+        return file.read(0, min(limit, file.size))
+
+    def sizes(self) -> dict[str, int]:
+        return {name: size for name, (size, _) in self._known().items()}
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        known = self._known()
+        return [name for name in names if name not in known]
+
+    def open(self, name: str) -> OpenFile:
+        known = self._known()
+        if name not in known:
+            raise FileNotFoundError(2, "there is no such object", name)
+        return _StoredFile(self.client, self.bucket, self.key(name), *known[name])
+
+    def key(self, name: str) -> str:
+        """The key of a file."""
+        return f"{self.folder}/{name}"
+
+    def _known(self) -> dict[str, tuple[int, str]]:
+        if not self.listed:
+            from heimdall_onnx.services.store import bucket_exists, list_tagged
+
+            prefix, found = f"{self.folder}/", {}
+            if bucket_exists(self.client, self.bucket):
+                found = list_tagged(self.client, self.bucket, prefix)
+            self.listed.update({key.removeprefix(prefix): what for key, what in found.items()})
+        return self.listed
+
+
+class _StoredFile:
+    def __init__(self, client: S3Client, bucket: str, key: str, size: int, tag: str) -> None:
+        self._client, self._bucket, self._key = client, bucket, key
+        self.size, self._tag = size, tag
+        self._expected: list[tuple[int, int]] = []
+        self._start, self._held = 0, b""
+
+    def expect(self, spans: Sequence[tuple[int, int]]) -> None:
+        self._expected = list(_joined(spans))
+
+    def read(self, offset: int, length: int) -> bytes:
+        if not self._start <= offset <= offset + length <= self._start + len(self._held):
+            start, size = next(
+                (
+                    (start, size)
+                    for start, size in self._expected
+                    if start <= offset and offset + length <= start + size
+                ),
+                (offset, length),
+            )
+            self._start, self._held = start, self._fetch(start, size)
+        return self._held[offset - self._start : offset - self._start + length]
+
+    def close(self) -> None:
+        self._held = b""
+
+    def _fetch(self, offset: int, length: int) -> bytes:
+        from heimdall_onnx.services.store import read_range
+
+        # A range behind the end is an error of HTTP's own.
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        return read_range(self._client, self._bucket, self._key, offset, length, self._tag)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ascending spans, with neighbours made one."""
+    start = end = -1
+    for offset, length in sorted(spans):
+        near = start >= 0 and offset - end <= _GAP_BYTES
+        if near and offset + length - start <= _MOST_RANGE_BYTES:
+            end = max(end, offset + length)
+            continue
+        if start >= 0:
+            yield start, end - start
+        start, end = offset, offset + length
+    if start >= 0:
+        yield start, end - start

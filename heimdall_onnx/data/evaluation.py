@@ -1,0 +1,328 @@
+"""Evaluation data: the inputs on which the ONNX model must agree with the PyTorch one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays, Rows, parts, whole
+from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.text import shown
+from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
+from heimdall_onnx.data.dataset.schema import INPUTS, POSITIONS
+from heimdall_onnx.data.npz import read_npz
+from heimdall_onnx.model.examples import examples_of
+from heimdall_onnx.model.signature import Signature
+
+log = get_logger(__name__)
+
+SYNTHETIC_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Inputs of the model, sample axis first, and what is known about them.
+
+    Attributes:
+        inputs: One array per input of the signature, N samples each; large ones of a file are
+            read row by row.
+        positions: True positions (N, 2) in degrees latitude and longitude, or None; those of a
+            dataset are read as its inputs are.
+        meta: Provenance and feature parameters as the file records them.
+        source: Name of the file or the dataset, or ``"synthetic inputs"``.
+        sha256: SHA-256 of the file, or the dataset's digest; None for synthetic inputs.
+        receivers: Name to (latitude, longitude) in degrees, where the file gives them.
+        dataset: The dataset that the samples are the first of; None for a file.
+    """
+
+    inputs: Mapping[str, Rows] = field(repr=False)
+    positions: Rows | None = field(repr=False)
+    meta: dict[str, Any] = field(repr=False)
+    source: str
+    sha256: str | None
+    receivers: dict[str, tuple[float, float]]
+    dataset: Dataset | None = field(default=None, repr=False)
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return int(next(iter(self.inputs.values())).shape[0])
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the inputs are random numbers rather than data."""
+        return self.sha256 is None
+
+    @property
+    def provenance(self) -> str:
+        """Where the inputs come from, as far as the file says."""
+        if self.synthetic:
+            return str(self.meta.get("provenance", "seeded random numbers"))
+        said = str(self.meta.get("provenance", "not recorded"))
+        try:
+            recordings = [r for event in self.meta["events"] for r in event["recordings"]]
+            starts = sorted(r["start"] for r in recordings if r["start"])
+            names = sorted({r["receiver"] for r in recordings if r["receiver"]})
+            since = f", from {starts[0]}" if starts else ""
+            return f"{len(recordings)} {said}{since}, of {', '.join(names) or 'unnamed receivers'}"
+        except (KeyError, TypeError):
+            return said
+
+    def rows(self, indices: npt.ArrayLike) -> Arrays:
+        """The inputs at ``indices``, taken modulo the number of samples."""
+        wrapped = np.asarray(indices) % self.count
+        return {name: array[wrapped] for name, array in self.inputs.items()}
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Arrays]]:
+        """All samples in order, at most ``size`` at a time."""
+        for start in range(0, self.count, size):
+            part = slice(start, min(start + size, self.count))
+            yield part, {name: array[part] for name, array in self.inputs.items()}
+
+    def shard_of(self, sample: int) -> str:
+        """The file of a dataset that a sample's first input is in; empty where there is none."""
+        if self.dataset is None:
+            return ""
+        reader = self.dataset.readers[f"{INPUTS}{next(iter(self.inputs))}"]
+        return reader.shards[sample // reader.shard_rows]
+
+    def head(self, count: int) -> EvaluationData:
+        """The first ``count`` samples."""
+        return self._taken(slice(0, count)) if count < self.count else self
+
+    def spread(self, count: int) -> EvaluationData:
+        """At most ``count`` samples and 256 MiB, evenly spaced; in memory where there are more."""
+        row_bytes = sum(a.dtype.itemsize * math.prod(a.shape[1:]) for a in self.inputs.values())
+        count = min(count, max(1, IN_MEMORY_BYTES // max(row_bytes, 1)))
+        if count >= self.count:
+            return self
+        return replace(
+            self._taken(np.linspace(0, self.count - 1, count).astype(np.int64)), dataset=None
+        )
+
+    def _taken(self, rows: slice | npt.NDArray[np.int64]) -> EvaluationData:
+        return replace(
+            self,
+            inputs={name: array[rows] for name, array in self.inputs.items()},
+            positions=None if self.positions is None else self.positions[rows],
+        )
+
+
+def load_evaluation_data(
+    path: Path | str | Dataset | None,
+    signature: Signature,
+    model: object = None,
+    *,
+    verify: bool = True,
+) -> EvaluationData:
+    """Read evaluation data, or make synthetic inputs where there is none.
+
+    Args:
+        path: An ``.npz`` with one array per input, in which ``positions`` (N, 2) and ``meta`` (JSON
+            text) are optional; or a dataset, open or in a folder or at ``s3://bucket/folder``, of
+            which only what is asked for comes into memory. None gives 64 seeded samples.
+        signature: What the arrays must fit.
+        model: Makes the samples where it has a method for that; see `model.examples`.
+        verify: Read all of a dataset and hold it against its digest; who does without must do so
+            before anything is said of it.
+
+    Raises:
+        DataError: If it can't be read or does not fit; every problem is named.
+        StoreError: If the store of a dataset fails.
+    """
+    if path is None:
+        examples = examples_of(model, signature)
+        made_by = f"seeded examples of {type(model).__name__}'s own making"
+        meta = {"provenance": made_by} if examples.own else {}
+        synthetic = examples.valid(SYNTHETIC_SAMPLES)
+        return EvaluationData(synthetic, None, meta, "synthetic inputs", None, {})
+    if isinstance(path, Dataset):
+        return _of_dataset(path, signature, verify=verify)
+    if is_dataset(path):
+        # Labels are read as the inputs are, since there may be more than memory holds.
+        return _of_dataset(open_dataset(path, labels=False), signature, verify=verify)
+    if str(path).startswith("s3://"):
+        raise DataError(
+            f"expected evaluation data in a file, found {path}; only datasets are read from a "
+            "bucket"
+        )
+    path = Path(path)
+    arrays, sha256 = _read_npz(path)
+    wanted = [spec.name for spec in signature.inputs]
+    inputs = {name: arrays[name] for name in wanted if name in arrays}
+    problems: list[str] = []
+    count = _checked_inputs(inputs or arrays, signature, path, problems)
+    positions = _read_positions(arrays, count, problems)
+    meta = _read_meta(arrays, problems)
+    receivers = _read_receivers(meta, problems)
+    _require_none(problems, path)
+    return EvaluationData(inputs, positions, meta, path.name, sha256, receivers)
+
+
+def is_dataset(path: Path | str) -> bool:
+    """Whether evaluation data there are a dataset: a folder, or one in a bucket."""
+    text = str(path)
+    if text.startswith("s3://"):
+        return not text.endswith(".npz")
+    return bool(text) and Path(path).is_dir()
+
+
+def _of_dataset(dataset: Dataset, signature: Signature, *, verify: bool) -> EvaluationData:
+    path = dataset.address
+    arrays = {name.removeprefix(INPUTS): reader for name, reader in dataset.readers.items()}
+    wanted = [spec.name for spec in signature.inputs]
+    inputs = {name: arrays[name] for name in wanted if name in arrays}
+    problems: list[str] = []
+    count = _checked_inputs(inputs or arrays, signature, path, problems)
+    positions = arrays.get(POSITIONS)
+    if positions is not None:
+        problems += _beyond_globe(positions)
+    _check_centre(dataset.meta, problems)
+    _require_none(problems, path)
+    if verify:
+        dataset.verify()
+    log.info("dataset opened", address=dataset.address, samples=count, digest=dataset.digest)
+    return EvaluationData(
+        inputs,
+        positions,
+        dataset.meta,
+        PurePosixPath(dataset.address).name,
+        dataset.digest,
+        dataset.receivers,
+        dataset,
+    )
+
+
+def _checked_inputs(
+    inputs: Mapping[str, Rows], signature: Signature, path: Path | str, problems: list[str]
+) -> int | None:
+    try:
+        count = signature.check_inputs(inputs, str(path))
+    except DataError as error:
+        problems.append(str(error))
+        return None
+    problems += unknown_ids(inputs, signature)
+    return count
+
+
+def _require_none(problems: list[str], path: Path | str) -> None:
+    if problems:
+        raise DataError(f"evaluation data {path} can't be used:\n  - " + "\n  - ".join(problems))
+
+
+def unknown_ids(inputs: Mapping[str, Rows], signature: Signature) -> Iterator[str]:
+    """Integers beyond their range, which a model would look up where nothing is, in words."""
+    for spec in signature.inputs:
+        if spec.range is None or not np.issubdtype(np.dtype(spec.dtype), np.integer):
+            continue
+        low, high = spec.range
+        rows, least, most = [np.empty(0, np.intp)], [], []
+        for start, ids in parts(inputs[spec.name]):
+            beyond = (ids < low) | (ids > high)
+            if beyond.any():
+                rows.append(start + np.flatnonzero(beyond.reshape(len(ids), -1).any(axis=1)))
+                least.append(int(ids[beyond].min()))
+                most.append(int(ids[beyond].max()))
+        if least:
+            found = np.concatenate(rows)
+            yield (
+                f"`{spec.name}` must be in [{low:g}, {high:g}], as the model declares; "
+                f"{min(least)} to {max(most)} are in {found.size} samples, first in sample "
+                f"{found[0]}"
+            )
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Rows], str]:
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            return read_npz(file), sha256
+    except Exception as error:  # zipfile, zlib and NumPy share no narrower base
+        reason = shown(str(error) or type(error).__name__, 400)
+        raise DataError(
+            f"evaluation data {path} can't be read: {reason}. Expected an .npz of "
+            "plain arrays, one per input of the model, as `heimdall-onnx features` writes it"
+        ) from error
+
+
+def _read_meta(arrays: Mapping[str, Rows], problems: list[str]) -> dict[str, Any]:
+    if "meta" not in arrays:
+        return {}
+    try:
+        meta = json.loads(str(whole(arrays["meta"])[()]))
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits too
+        problems.append(f"`meta` is not JSON text: {shown(str(error))}")
+        return {}
+    if not isinstance(meta, dict):
+        problems.append(f"`meta` must be a JSON object, found {type(meta).__name__}")
+        return {}
+    _check_centre(meta, problems)
+    return meta
+
+
+def _check_centre(meta: Mapping[str, Any], problems: list[str]) -> None:
+    if (centre := meta.get("centre")) is None:
+        return
+    try:
+        latitude, longitude = map(float, centre)
+    except (TypeError, ValueError, OverflowError):
+        latitude = longitude = float("nan")
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180):
+        problems.append(f"`meta.centre` must be a latitude and a longitude, found {shown(centre)}")
+
+
+def _read_positions(
+    arrays: Mapping[str, Rows], count: int | None, problems: list[str]
+) -> npt.NDArray[np.float64] | None:
+    if "positions" not in arrays:
+        return None
+    positions = whole(arrays["positions"])
+    samples = positions.shape[:1] if count is None else (count,)
+    if positions.shape != (*samples, 2) or not np.issubdtype(positions.dtype, np.floating):
+        problems.append(
+            f"`positions` must be floating-point degrees of shape ({count or 'samples'}, 2), found "
+            f"{positions.dtype} {positions.shape}"
+        )
+        return None
+    degrees = positions.astype(np.float64)
+    problems += _beyond_globe(degrees)
+    return degrees
+
+
+def _beyond_globe(positions: Rows) -> Iterator[str]:
+    elsewhere = np.concatenate(
+        [
+            start + np.flatnonzero(~(np.abs(part) <= (90.0, 180.0)).all(axis=1))
+            for start, part in parts(positions)
+        ]
+        or [np.empty(0, np.intp)]
+    )
+    if elsewhere.size:
+        yield (
+            "`positions` must be latitudes in [-90, 90] and longitudes in [-180, 180]; they are "
+            f"not in {elsewhere.size} samples, first in sample {elsewhere[0]}"
+        )
+
+
+def _read_receivers(meta: dict[str, Any], problems: list[str]) -> dict[str, tuple[float, float]]:
+    try:
+        return {
+            str(entry["name"]): (float(entry["latitude"]), float(entry["longitude"]))
+            for entry in meta.get("receivers", [])
+        }
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        problems.append(
+            "`meta.receivers` must be a list of objects with name, latitude and "
+            f"longitude ({shown(repr(error))})"
+        )
+        return {}

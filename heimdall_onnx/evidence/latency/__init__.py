@@ -1,0 +1,1 @@
+"""How fast both models are, each in a process of its own, with intervals."""

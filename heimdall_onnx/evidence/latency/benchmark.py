@@ -1,0 +1,351 @@
+"""Latency of each contender, in a worker process of its own, as it would be deployed.
+
+In one process the contenders spoil each other: the waiting threads of one spin while the other
+computes. So each has a process; they take turns in blocks of calls, in randomized ABBA order
+(each round is ABBA or BAAB, which cancels a linear drift of the machine's speed), and while one
+works the others sleep on a pipe.
+
+Percentiles come with distribution-free confidence intervals from order statistics (Conover,
+Practical Nonparametric Statistics, 3rd ed., section 3.2). They take the calls as independent;
+neighbouring calls of a real machine are not quite, so read them as lower bounds of the spread.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.evidence.latency.contenders import (
+    ContenderLatency,
+    Contestant,
+    Worker,
+    default_threads,
+    describe_contender,
+    write_model,
+)
+from heimdall_onnx.evidence.latency.cores import Cores, usable_cores
+from heimdall_onnx.evidence.latency.machine_state import MachineState, MachineWatch
+from heimdall_onnx.evidence.latency.statistics import (
+    Speedup,
+    Throughput,
+    offline_throughput,
+    paired_speedup,
+)
+from heimdall_onnx.evidence.ratios import CONFIDENCE
+from heimdall_onnx.model.inference import load_onnx, load_pytorch
+from heimdall_onnx.model.signature import Signature
+
+if TYPE_CHECKING:
+    from heimdall_onnx.common.parameters import ReleaseParameters
+    from heimdall_onnx.data.evaluation import EvaluationData
+
+Floats = npt.NDArray[np.float64]
+
+log = get_logger(__name__)
+
+PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
+BLOCK_CALLS = 10
+# Two pairs of blocks each: six pairs are the fewest that bound a median with 95% confidence.
+MIN_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class BatchLatency:
+    """Latency at one batch size.
+
+    Attributes:
+        batch_size: Samples in a call.
+        pytorch_ms: Latency of every counted call, milliseconds.
+        onnx_ms: The same for ONNX Runtime.
+    """
+
+    batch_size: int
+    pytorch_ms: Floats = field(repr=False)
+    onnx_ms: Floats = field(repr=False)
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """Everything that `measure_latency` found.
+
+    Attributes:
+        batch_size: Samples in a call.
+        threads: Intra-op threads of each contender.
+        pytorch: The PyTorch model, eager.
+        onnx: The ONNX model on ONNX Runtime's CPU execution provider.
+        speedup: PyTorch's latency over ONNX Runtime's.
+        load_average: Of the machine over the last minute, before and after.
+        batches: Latency at this and the further batch sizes, ascending.
+        machine: What the machine did while they took turns.
+        confidence: Of every interval.
+        cores: The processors that both ran on, and whether others could measure on them.
+    """
+
+    batch_size: int
+    threads: int
+    pytorch: ContenderLatency
+    onnx: ContenderLatency
+    speedup: Speedup
+    load_average: tuple[float, float]
+    batches: tuple[BatchLatency, ...] = ()
+    machine: MachineState | None = None
+    confidence: float = CONFIDENCE
+    cores: Cores | None = None
+
+
+@dataclass(frozen=True)
+class PairLatency:
+    """Two contenders, measured in turns.
+
+    Attributes:
+        first: The one in the numerator of the ratio.
+        second: The other one.
+        speedup: The first one's latency over the second one's.
+        batch_size: Samples in a call.
+        machine: What the machine did while they took turns.
+        larger: Size of a further, larger batch; 0 if none was asked for.
+        throughput: Of both at that batch size.
+        on_device_ms: Median of the second one's calls without the way to its GPU and back; None
+            where it runs on the processor.
+    """
+
+    first: ContenderLatency
+    second: ContenderLatency
+    speedup: Speedup
+    batch_size: int
+    machine: MachineState
+    larger: int = 0
+    throughput: tuple[Throughput, ...] = ()
+    on_device_ms: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON, without the single calls."""
+        return {
+            "speedup": asdict(self.speedup),
+            "batch_size": self.batch_size,
+            "contenders": [
+                describe_contender(side, self.batch_size) for side in (self.first, self.second)
+            ],
+            "throughput": [asdict(found) for found in self.throughput],
+            "on_device_ms": self.on_device_ms,
+            "machine": self.machine.to_dict(),
+        }
+
+
+def measure_latency(
+    model: nn.Module,
+    onnx_path: Path,
+    inputs: Arrays,
+    signature: Signature,
+    *,
+    calls: int = 200,
+    min_seconds: float = 0.0,
+    threads: int | None = None,
+    seed: int = 0,
+    batch_sizes: Sequence[int] = (),
+    batch_calls: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatencyReport:
+    """Measure the PyTorch model against the ONNX model on the CPU.
+
+    Args:
+        model: The PyTorch model, in eval mode.
+        onnx_path: The ONNX file.
+        inputs: One call's inputs; their batch size is the one measured.
+        signature: Names and order of inputs and outputs.
+        calls: Counted calls of each contender, at least.
+        min_seconds: Go on until the blocks have taken this long as well.
+        threads: Intra-op threads of each; see `default_threads` for None.
+        seed: Of the order in which the contenders take turns.
+        batch_sizes: Further batch sizes to measure after that, with the rows of ``inputs``
+            repeated.
+        batch_calls: Counted calls of each contender at each of them.
+        progress: Called with (calls done, calls wanted) of each contender.
+
+    Raises:
+        BenchmarkError: If the model can't be pickled, or a worker process dies, fails or does not
+            answer in time.
+    """
+    threads = threads or default_threads()
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
+        model_file = Path(folder) / "model.pkl"
+        write_model(model, model_file)
+        workers = [
+            stack.enter_context(Worker(name, job, Path(folder), threads))
+            for name, job in (
+                (PYTORCH, partial(load_pytorch, model_file, inputs, signature, threads)),
+                (ONNX, partial(load_onnx, onnx_path.absolute(), inputs, signature, threads)),
+            )
+        ]
+        # ONNX Runtime needs twice the model's size while it loads, so it goes first.
+        for worker in reversed(workers):
+            worker.start()
+        rng = random.Random(seed)
+        with MachineWatch() as watch:
+            order = take_turns(workers, calls, min_seconds, rng, progress)
+        size = len(next(iter(inputs.values())))
+        pytorch, onnx = (worker.latency() for worker in workers)
+        batches = [BatchLatency(size, pytorch.samples_ms, onnx.samples_ms)]
+        batches += [
+            _at_batch_size(workers, other, batch_calls, rng)
+            for other in sorted({*batch_sizes} - {size})
+        ]
+        report = LatencyReport(
+            batch_size=size,
+            threads=threads,
+            pytorch=pytorch,
+            onnx=onnx,
+            speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
+            load_average=(before, os.getloadavg()[0]),
+            batches=tuple(sorted(batches, key=lambda found: found.batch_size)),
+            machine=watch.state,
+            cores=usable_cores(),
+        )
+    log.info(
+        "measured",
+        speedup=round(report.speedup.ratio, 3),
+        rounds=order,
+        threads=threads,
+        batch_size=report.batch_size,
+    )
+    return report
+
+
+def benchmark_model(
+    model: nn.Module,
+    onnx_path: Path,
+    data: EvaluationData,
+    signature: Signature,
+    parameters: ReleaseParameters,
+) -> LatencyReport:
+    """Measure as the parameters of a release say, see `measure_latency`.
+
+    Args:
+        model: The PyTorch model, in eval mode.
+        onnx_path: The ONNX file.
+        data: Its first samples are the inputs of a call.
+        signature: Names and order of inputs and outputs.
+        parameters: Of the release.
+
+    Raises:
+        BenchmarkError: As `measure_latency`.
+    """
+    limits = parameters.limits
+    return measure_latency(
+        model,
+        onnx_path,
+        data.rows(range(parameters.latency_batch_size)),
+        signature,
+        calls=limits.calls,
+        min_seconds=limits.min_seconds,
+        threads=parameters.thread_count,
+        seed=parameters.seed,
+        batch_sizes=parameters.batch_sizes,
+        batch_calls=limits.batch_calls,
+    )
+
+
+def measure_pair(
+    first: Contestant,
+    second: Contestant,
+    inputs: Arrays,
+    signature: Signature,
+    *,
+    calls: int = 200,
+    min_seconds: float = 0.0,
+    seed: int = 0,
+    larger: int = 0,
+    larger_calls: int = 3,
+) -> PairLatency:
+    """Measure one model against another, in turns, as `measure_latency` does.
+
+    Args:
+        first: The one whose latency is in the numerator of the ratio.
+        second: The other one.
+        inputs: One call's inputs.
+        signature: Names and order of inputs and outputs, the same for both.
+        calls: Counted calls of each, at least.
+        min_seconds: Go on until the blocks have taken this long as well.
+        seed: Of the order in which they take turns.
+        larger: A further batch size for the throughput, with the rows of ``inputs`` repeated.
+        larger_calls: Counted calls of each at that size.
+
+    Raises:
+        BenchmarkError: If a worker process dies, fails or does not answer in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
+        workers = [
+            stack.enter_context(contestant.worker(inputs, signature, Path(folder), place))
+            for contestant, place in ((first, "first"), (second, "second"))
+        ]
+        for worker in workers:
+            worker.start()
+        rng = random.Random(seed)
+        with MachineWatch() as watch:
+            take_turns(workers, calls, min_seconds, rng, None)
+        on_device = None
+        if second.settings.on_gpu:
+            on_device = float(np.median(workers[1].time_calls(calls, on_device=True)))
+        throughput: tuple[Throughput, ...] = ()
+        if larger:
+            batch = _at_batch_size(workers, larger, larger_calls, rng)
+            sides = (batch.pytorch_ms, batch.onnx_ms)
+            throughput = tuple(offline_throughput(side, larger) for side in sides)
+        return PairLatency(
+            workers[0].latency(),
+            workers[1].latency(),
+            paired_speedup(workers[0].blocks, workers[1].blocks),
+            len(next(iter(inputs.values()))),
+            watch.state,
+            larger,
+            throughput,
+            on_device,
+        )
+
+
+def take_turns(
+    workers: Sequence[Worker],
+    calls: int,
+    min_seconds: float,
+    rng: random.Random,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Run ABBA or BAAB rounds of two workers until there are enough calls.
+
+    Returns:
+        The number of rounds.
+    """
+    started, done, rounds = time.monotonic(), 0, 0
+    block = max(1, min(BLOCK_CALLS, calls // (2 * MIN_ROUNDS)))
+    while done < calls or rounds < MIN_ROUNDS or time.monotonic() - started < min_seconds:
+        first, second = rng.sample(list(workers), 2)
+        for worker in (first, second, second, first):
+            worker.run_block(block)
+        done, rounds = done + 2 * block, rounds + 1
+        if progress is not None:
+            progress(min(done, calls), calls)
+    return rounds
+
+
+def _at_batch_size(
+    workers: Sequence[Worker], size: int, calls: int, rng: random.Random
+) -> BatchLatency:
+    """One block of each contender at another batch size, in random order."""
+    found = {id(w): w.time_calls(calls, size) for w in rng.sample(list(workers), 2)}
+    pytorch, onnx = (found[id(worker)] for worker in workers)
+    return BatchLatency(size, pytorch, onnx)

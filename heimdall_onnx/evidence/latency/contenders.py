@@ -1,0 +1,268 @@
+"""Who is timed: a model in a process of its own, and what was measured of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import selectors
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.errors import BenchmarkError
+from heimdall_onnx.common.machine import usable_processors
+from heimdall_onnx.evidence.latency.statistics import (
+    Percentile,
+    check_stationarity,
+    early_stopping_estimate,
+    offline_throughput,
+    percentiles_with_intervals,
+)
+from heimdall_onnx.model.runtimes import SessionSettings, load_runner
+from heimdall_onnx.model.signature import Signature
+
+Floats = npt.NDArray[np.float64]
+WARMUP_CALLS = 5
+_WORKER_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class ContenderLatency:
+    """What was measured of one contender.
+
+    Attributes:
+        name: ``"PyTorch"`` or ``"ONNX Runtime"``.
+        samples_ms: Latency of every counted call, in order, milliseconds.
+        blocks: Index of the block that each call belongs to.
+        load_ms: Reading the model: session creation for ONNX Runtime.
+        first_call_ms: The first call after that.
+        warmup_calls: Further calls that were not counted.
+        percentiles: Those with enough samples behind them.
+        mean_ms: Mean of the counted calls.
+        peak_memory_bytes: Largest resident size of its process.
+        ran_on: Execution provider or device, as the runtime told it.
+        precision: What it multiplied in, as far as the runtime decides that.
+    """
+
+    name: str
+    samples_ms: Floats = field(repr=False)
+    blocks: npt.NDArray[np.int64] = field(repr=False)
+    load_ms: float
+    first_call_ms: float
+    warmup_calls: int
+    percentiles: tuple[Percentile, ...]
+    mean_ms: float
+    peak_memory_bytes: int
+    ran_on: str = ""
+    precision: str = ""
+
+    @property
+    def median_ms(self) -> float:
+        """Median of the counted calls."""
+        return float(np.median(self.samples_ms))
+
+    def percentile(self, wanted: float) -> Percentile | None:
+        """The percentile ``wanted``, or None where too few samples stand behind it."""
+        return next((p for p in self.percentiles if p.percentile == wanted), None)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model that can be measured against another.
+
+    Attributes:
+        name: What it is called.
+        path: The ONNX file; for PyTorch a model that this program pickled itself.
+        settings: With what it runs.
+    """
+
+    name: str
+    path: Path
+    settings: SessionSettings
+
+    def worker(self, inputs: Arrays, signature: Signature, folder: Path, place: str = "") -> Worker:
+        """Its process, not started yet; ``place`` tells two of one name apart."""
+        job = partial(load_runner, self.path.absolute(), inputs, signature, self.settings)
+        return Worker(self.name, job, folder, self.settings.thread_count, place)
+
+
+def write_model(model: nn.Module, path: Path) -> None:
+    """Write a model for a process of one's own to read.
+
+    Raises:
+        BenchmarkError: If it can't be pickled.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(model, file, pickle_module=cloudpickle)
+    except Exception as error:  # whatever an attribute of the model raises that can't be pickled
+        raise BenchmarkError(
+            f"{type(model).__name__} can't be handed to a process of its own: {error}. Every "
+            "attribute of it must be picklable"
+        ) from error
+
+
+def default_threads() -> int:
+    """As many threads as PyTorch takes (``OMP_NUM_THREADS``, else cores), if a quota allows it."""
+    return min(torch.get_num_threads(), usable_processors())
+
+
+def describe_contender(contender: ContenderLatency, batch_size: int) -> dict[str, Any]:
+    """The figures of a contender as JSON, without its single calls."""
+    single_stream = early_stopping_estimate(contender.samples_ms)
+    steady = check_stationarity(contender.samples_ms, contender.blocks)
+    return {
+        "name": contender.name,
+        "calls": contender.samples_ms.size,
+        "percentiles": [asdict(percentile) for percentile in contender.percentiles],
+        "single_stream": single_stream
+        and {**asdict(single_stream), "discarded": single_stream.discarded},
+        "throughput": asdict(offline_throughput(contender.samples_ms, batch_size)),
+        "stationarity": steady and {**asdict(steady), "holds": steady.holds},
+        "median_ms": contender.median_ms,
+        "mean_ms": contender.mean_ms,
+        "load_ms": contender.load_ms,
+        "first_call_ms": contender.first_call_ms,
+        "peak_memory_bytes": contender.peak_memory_bytes,
+    }
+
+
+class Worker:
+    """A contender in its own process, driven over pipes; ends when the pipe closes.
+
+    Args:
+        name: The contender's name.
+        job: Picklable; called in the worker, it loads the model and returns the call to time.
+        folder: Where the job is handed over.
+        threads: Put into the environment for libraries that read it at import.
+        place: Tells two contenders of one name apart.
+    """
+
+    def __init__(
+        self, name: str, job: Callable[[], Any], folder: Path, threads: int, place: str = ""
+    ) -> None:
+        self.name, self.blocks = name, list[Floats]()
+        stem = f"{name.replace(' ', '-')}{place}"
+        self._job = folder / f"{stem}.pkl"
+        self._job.write_bytes(pickle.dumps(job))
+        self._log = folder / f"{stem}.log"
+        self._environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        self._loaded: dict[str, Any] = {}
+        self._peak = 0
+
+    def __enter__(self) -> Worker:
+        """Start the process."""
+        with self._log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "heimdall_onnx.evidence.latency.worker", str(self._job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=self._environment,
+                text=True,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def start(self) -> None:
+        """Load the model, make the first call and the warm-up."""
+        self._loaded = self._ask({"load": True, "warmup": WARMUP_CALLS})
+
+    def run_block(self, calls: int) -> None:
+        """Time ``calls`` calls after one uncounted, which brings the model back into cache."""
+        self.blocks.append(self.time_calls(calls))
+
+    def time_calls(
+        self, calls: int, batch_size: int | None = None, *, on_device: bool = False
+    ) -> Floats:
+        """Milliseconds of ``calls`` calls after one uncounted, at another batch size if given.
+
+        With ``on_device`` inputs and outputs stay on the contender's GPU.
+        """
+        sized: dict[str, Any] = {} if batch_size is None else {"batch": batch_size}
+        answer = self._ask({"calls": calls, "on_device": on_device, **sized})
+        self._peak = answer["peak_memory_bytes"]
+        return np.array(answer["ns"], dtype=np.float64) / 1e6
+
+    def latency(self) -> ContenderLatency:
+        """What has been measured so far."""
+        samples = np.concatenate(self.blocks)
+        return ContenderLatency(
+            name=self.name,
+            samples_ms=samples,
+            blocks=np.repeat(np.arange(len(self.blocks)), [b.size for b in self.blocks]),
+            load_ms=self._loaded["load_ns"] / 1e6,
+            first_call_ms=self._loaded["first_call_ns"] / 1e6,
+            warmup_calls=WARMUP_CALLS + len(self.blocks),
+            percentiles=percentiles_with_intervals(samples),
+            mean_ms=float(samples.mean()),
+            peak_memory_bytes=self._peak,
+            ran_on=self._loaded["ran_on"],
+            precision=self._loaded["precision"],
+        )
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._read_line()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise BenchmarkError(f"the worker process of {self.name} ended: {self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BenchmarkError(f"{self.name} failed in its worker process: {answer['error']}")
+        return answer
+
+    def _read_line(self) -> str:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(_WORKER_TIMEOUT_S):
+                raise BenchmarkError(
+                    f"the worker process of {self.name} gave no answer in {_WORKER_TIMEOUT_S:g} s"
+                )
+        return self._process.stdout.readline()
+
+    def _last_words(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1)
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return f"exit status {self._process.returncode}; {lines[-1] if lines else 'no message'}"

@@ -1,0 +1,365 @@
+"""Percentiles, paired ratios and throughput of measured latencies, with their intervals.
+
+Percentiles of a run take its calls as draws from one distribution. Heat, another tenant or a model
+that is still warming up move it meanwhile, so whether the machine ran at one speed is checked too.
+
+MLPerf's single-stream scenario sends one query after the other and reports the 90th percentile of
+the latency; its offline scenario reports samples per second. Few queries would report too good a
+percentile too often, so MLPerf reports an upper bound of it, the early-stopping estimate.
+
+Source: MLCommons, MLPerf Inference Rules (mlcommons/inference_policies, inference_rules.adoc),
+section "Scenarios" and appendix "Early Stopping Criterion"; as LoadGen computes it
+(mlcommons/inference, loadgen/early_stopping.cc and loadgen/results.cc). What MLPerf asks for
+beside that, such as a run of 600 seconds, is not asked for here: these are no MLPerf results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.evidence.ratios import CONFIDENCE
+
+Floats = npt.NDArray[np.float64]
+
+# Of MLPerf's single-stream scenario; its tolerance is 0.
+SINGLE_STREAM_PERCENTILE = 90.0
+SINGLE_STREAM_CONFIDENCE = 0.99
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """An upper bound of a percentile of the latency.
+
+    Attributes:
+        percentile: In (0, 100).
+        value_ms: The bound, one of the latencies measured; milliseconds.
+        confidence: With which the percentile is not above it, in (0, 1).
+        queries: Latencies it was taken from.
+        overlatency: MLPerf's t, the most queries that may be slower than a bound for the bound
+            still to hold with this confidence.
+        min_queries: Queries needed for an estimate of this percentile.
+    """
+
+    percentile: float
+    value_ms: float
+    confidence: float
+    queries: int
+    overlatency: int
+    min_queries: int
+
+    @property
+    def discarded(self) -> int:
+        """Highest latencies that were left out, MLPerf's t - 1."""
+        return self.overlatency - 1
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Samples per second of calls of one batch size, one call after the other.
+
+    Attributes:
+        batch_size: Samples in a call.
+        calls: Calls measured.
+        samples_per_second: At the median time of a call.
+        low: Lower end of its confidence interval.
+        high: Upper end.
+        confidence: Of the interval, in (0, 1).
+        overall: All samples over the time of all calls, slow ones included, which is what MLPerf's
+            offline scenario reports; samples per second.
+    """
+
+    batch_size: int
+    calls: int
+    samples_per_second: float
+    low: float
+    high: float
+    confidence: float
+    overall: float
+
+
+@cache
+def min_queries(
+    percentile: float = SINGLE_STREAM_PERCENTILE, confidence: float = SINGLE_STREAM_CONFIDENCE
+) -> int:
+    """Queries needed before MLPerf's estimate of a percentile exists.
+
+    The fewest of which, with more than this confidence, at least two lie beyond the percentile.
+    For 99% confidence these are 64 queries for the 90th percentile and 662 for the 99th.
+
+    Args:
+        percentile: In (0, 100).
+        confidence: In (0, 1).
+    """
+    from scipy import stats
+
+    # Queries before the second one beyond the percentile follow a negative binomial distribution.
+    return 2 + int(stats.nbinom.ppf(confidence, 2, 1 - percentile / 100))
+
+
+def early_stopping_estimate(
+    samples_ms: Floats,
+    percentile: float = SINGLE_STREAM_PERCENTILE,
+    confidence: float = SINGLE_STREAM_CONFIDENCE,
+) -> EarlyStopping | None:
+    """MLPerf's early-stopping estimate of a percentile; None from too few queries.
+
+    With n queries, t is the largest number for which at most t of n queries are slower than a
+    percentile p with a probability below 1 - c: I(p; n - t, t + 1) < 1 - c, where I is the
+    regularized incomplete beta function. The t - 1 highest latencies are discarded, and the
+    highest of the others is the estimate, provided that t is at least 1. More queries bring it
+    nearer to the percentile, from above.
+
+    The condition is one query stricter than the bound needs, so that the true percentile is above
+    the estimate more rarely than in 1 - c of all runs. It takes the queries as independent;
+    neighbouring calls of a real machine are not quite.
+
+    Args:
+        samples_ms: Latency of each query, milliseconds, shape (n,), in any order.
+        percentile: The percentile wanted, in (0, 100).
+        confidence: MLPerf's c, in (0, 1).
+    """
+    from scipy import stats
+
+    queries = samples_ms.size
+    # ppf gives the fewest overlatency queries whose probability reaches 1 - c.
+    overlatency = int(stats.binom.ppf(1 - confidence, queries, 1 - percentile / 100)) - 1
+    if overlatency < 1:
+        return None
+    return EarlyStopping(
+        percentile=percentile,
+        value_ms=float(np.partition(samples_ms, queries - overlatency)[queries - overlatency]),
+        confidence=confidence,
+        queries=queries,
+        overlatency=overlatency,
+        min_queries=min_queries(percentile, confidence),
+    )
+
+
+def offline_throughput(
+    batch_ms: Floats, batch_size: int, *, confidence: float = 0.95
+) -> Throughput:
+    """Samples per second, from the times of calls of one batch size.
+
+    The interval is that of the median time of a call, from order statistics (Conover, Practical
+    Nonparametric Statistics, 3rd ed., section 3.2). With fewer calls than it needs, six at 95%
+    confidence, it is their whole range, with the confidence that this has.
+
+    Args:
+        batch_ms: Time of each call, milliseconds, shape (calls,), at least one.
+        batch_size: Samples in a call.
+        confidence: Of the interval, in (0, 1).
+    """
+    from scipy import stats
+
+    # The range of n calls covers the median unless all lie on one side of it.
+    confidence = min(confidence, 1 - 2 * 0.5**batch_ms.size)
+    interval = stats.quantile_test(batch_ms, p=0.5).confidence_interval(max(confidence, 0.5))
+    fastest, slowest = (
+        float(end) if np.isfinite(end) else float(bound)
+        for end, bound in ((interval.low, batch_ms.min()), (interval.high, batch_ms.max()))
+    )
+    samples = batch_size * 1e3
+    return Throughput(
+        batch_size=batch_size,
+        calls=batch_ms.size,
+        samples_per_second=samples / float(np.median(batch_ms)),
+        low=samples / slowest,
+        high=samples / fastest,
+        confidence=confidence,
+        overall=samples / float(batch_ms.mean()),
+    )
+
+
+WINDOWS = 5
+TOLERANCE = 0.10
+_COMPARED = 3
+# A median of fewer calls says more about its noise than about the machine.
+_MIN_WINDOW_CALLS = 10
+
+
+@dataclass(frozen=True)
+class Stationarity:
+    """How the latency moved while it was measured.
+
+    Attributes:
+        medians_ms: Median latency of each window, in order of time, milliseconds.
+        spread: Highest minus lowest median of the last three windows, relative to their median.
+        early: How far the median of an earlier window lies at most from the median of those three,
+            relative to it; 0 where there is no earlier one.
+        tolerance: The largest spread at which the measurement counts as stationary.
+    """
+
+    medians_ms: tuple[float, ...]
+    spread: float
+    early: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the last three windows agree within the tolerance."""
+        return self.spread <= self.tolerance
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in words for a report."""
+        if not self.holds:
+            *first, last = (f"{median:.3g}" for median in self.medians_ms[-_COMPARED:])
+            return (
+                "the machine was not stationary: the medians of the last three windows, "
+                f"{', '.join(first)} and {last} ms, are {_percent(self.spread)} apart "
+                f"(limit {self.tolerance:.0%})"
+            )
+        agree = f"the last three windows agree within {_percent(self.spread)}"
+        if self.early > self.tolerance:
+            agree += f", but earlier ones are up to {_percent(self.early)} off"
+        return agree
+
+
+def check_stationarity(
+    samples_ms: Floats,
+    blocks: npt.NDArray[np.int64] | None = None,
+    *,
+    windows: int = WINDOWS,
+    tolerance: float = TOLERANCE,
+) -> Stationarity | None:
+    """Compare the median latency of windows of time; None from too few calls for three windows.
+
+    As NVIDIA's Perf Analyzer decides that a measurement is stable: the last three agree within
+    10% (docs/cli.md of triton-inference-server/perf_analyzer, ``--stability-percentage``). Here
+    they are windows of one run, and medians, so that a single slow call decides nothing.
+
+    Args:
+        samples_ms: Latency of every call in order of time, milliseconds, shape (calls,).
+        blocks: Index of the block that each call belongs to, shape (calls,), ascending; no window
+            ends within a block. None: every call for itself.
+        windows: Into how many the calls are split; fewer where a window would have less than ten
+            calls.
+        tolerance: The largest spread that counts as stationary, as a fraction of the median.
+    """
+    if blocks is None:
+        blocks = np.arange(samples_ms.size)
+    _, starts = np.unique(blocks, return_index=True)
+    count = min(windows, samples_ms.size // _MIN_WINDOW_CALLS, starts.size)
+    if count < _COMPARED:
+        return None
+    firsts = [int(part[0]) for part in np.array_split(starts, count)]
+    medians = np.array([np.median(window) for window in np.split(samples_ms, firsts[1:])])
+    last = medians[-_COMPARED:]
+    middle = np.median(last)
+    return Stationarity(
+        medians_ms=tuple(map(float, medians)),
+        spread=float(np.ptp(last) / middle),
+        early=float(np.abs(medians[:-_COMPARED] / middle - 1).max(initial=0)),
+        tolerance=tolerance,
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{fraction:.1%}"
+
+
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """A percentile of the latency with its confidence interval.
+
+    Attributes:
+        percentile: In (0, 100).
+        value_ms: Milliseconds.
+        low_ms: Lower end of the interval.
+        high_ms: Upper end of the interval.
+    """
+
+    percentile: float
+    value_ms: float
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Paired ratio of block medians, PyTorch over ONNX Runtime.
+
+    Attributes:
+        ratio: Median over the pairs; above 1 the ONNX model is faster.
+        low: Lower end of its confidence interval.
+        high: Upper end.
+        pairs: Number of pairs.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+
+
+def min_samples(percentile: float) -> int:
+    """Samples needed before a percentile is worth printing.
+
+    The fewest for which, with 99% confidence, at least two of them lie at or beyond the
+    percentile, so that it is not merely the largest value seen.
+    """
+    return min_queries(percentile)
+
+
+def percentiles_with_intervals(samples_ms: Floats) -> tuple[Percentile, ...]:
+    """Every percentile of `PERCENTILES` that ``samples_ms`` are enough for."""
+    from scipy import stats
+
+    found = []
+    for percentile in PERCENTILES:
+        if samples_ms.size < min_samples(percentile):
+            continue
+        interval = stats.quantile_test(samples_ms, p=percentile / 100).confidence_interval(
+            CONFIDENCE
+        )
+        # With the fewest samples allowed a two-sided end can fall beyond the largest one, where
+        # order statistics know no bound.
+        found.append(
+            Percentile(
+                percentile,
+                float(np.percentile(samples_ms, percentile)),
+                float(interval.low),
+                float(interval.high if np.isfinite(interval.high) else samples_ms.max()),
+            )
+        )
+    return tuple(found)
+
+
+def paired_speedup(slow: Sequence[Floats], fast: Sequence[Floats]) -> Speedup:
+    """Ratio of the medians of blocks that ran next to each other, with its interval.
+
+    With fewer than six pairs, too few for the confidence, the interval is their whole range.
+
+    Args:
+        slow: Blocks of the contender in the numerator, milliseconds, in order.
+        fast: Blocks of the other; the i-th ran in the same half of a round as the i-th of
+            ``slow``.
+    """
+    from scipy import stats
+
+    ratios = np.array(
+        [np.median(a) / np.median(b) for a, b in zip(slow, fast, strict=True)], dtype=np.float64
+    )
+    interval = stats.quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
+    low, high = (
+        float(end) if np.isfinite(end) else float(bound)
+        for end, bound in ((interval.low, ratios.min()), (interval.high, ratios.max()))
+    )
+    return Speedup(float(np.median(ratios)), low, high, ratios.size)
+
+
+def unsteady(contenders: Sequence[Mapping[str, Any]]) -> str:
+    """What must be said beside recorded latencies of a machine that was not steady, else empty."""
+    # Blocks next to each other share what lasts, and not what comes and goes.
+    if all(one["stationarity"] is None or one["stationarity"]["holds"] for one in contenders):
+        return ""
+    return "the machine was not steady meanwhile, so measure again before you rely on it"

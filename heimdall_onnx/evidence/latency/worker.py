@@ -1,0 +1,88 @@
+"""The process in which one contender is timed, ``python -m heimdall_onnx.evidence.latency.worker``.
+
+Its argument is the job. Reads one JSON question a line from standard input and answers each with
+one line; ends when standard input does, or at once when the process ends that started it. The job
+gives a call without arguments, which may take a batch size where it is asked for one, and may have
+an ``on_device`` that leaves out the way to a GPU and back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from heimdall_onnx.common.machine import peak_memory_bytes
+from heimdall_onnx.common.processes import end_with
+
+
+def serve(job: Path, questions: TextIO, answers: TextIO) -> None:
+    """Answer ``questions`` until there are no more."""
+    call: Callable[..., Any] | None = None
+    for line in questions:
+        question = json.loads(line)
+        try:
+            if call is None:
+                call, answer = _load(job, question["warmup"])
+            else:
+                answer = _time_calls(_chosen(call, question), question["calls"])
+        except Exception as error:  # goes to the parent, which raises it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _chosen(call: Any, question: dict[str, Any]) -> Callable[[], Any]:
+    if question.get("on_device"):
+        on_device: Callable[[], Any] = call.on_device
+        return on_device
+    return partial(call, question["batch"]) if "batch" in question else call
+
+
+def _load(job: Path, warmup: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+    # Written by the parent process into a folder of its own, so it is no untrusted pickle. It
+    # is read before the clock starts: imports are not part of loading a model.
+    load = pickle.loads(job.read_bytes())  # noqa: S301
+    start = time.perf_counter_ns()
+    call = load()
+    loaded = time.perf_counter_ns()
+    call()
+    first = time.perf_counter_ns()
+    for _ in range(warmup):
+        call()
+    told = {name: getattr(call, name, "") for name in ("ran_on", "precision")}
+    return call, {"load_ns": loaded - start, "first_call_ns": first - loaded, **told}
+
+
+def _time_calls(call: Callable[[], Any], calls: int) -> dict[str, Any]:
+    clock = time.perf_counter_ns
+    call()
+    times = []
+    for _ in range(calls):
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return {"ns": times, "peak_memory_bytes": peak_memory_bytes()}
+
+
+def main() -> None:
+    """Serve the job named on the command line over the standard streams."""
+    # Ctrl-C is for the parent, which then closes the pipe.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # It would hear of the pipe's end only after the call in hand, which may never come back.
+    end_with(os.getppid())
+    # What a model prints must not mix with the answers.
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        serve(Path(sys.argv[1]), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

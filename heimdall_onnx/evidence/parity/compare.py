@@ -1,0 +1,330 @@
+"""Parity: where, by how much and on which inputs the ONNX model differs from the PyTorch one.
+
+The documented gate (mean absolute error) hides single bad elements, so it never stands alone:
+elements, non-finite values, the noise floor of float32 and batch independence are gated as well,
+and where the signature promises more, that promise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+from torch import nn
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.errors import EvidenceError, ParameterError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import EvaluationWorkers
+from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.parity.departure import Departure, first_departure
+from heimdall_onnx.evidence.parity.depth import DepthProfile, error_along_depth
+from heimdall_onnx.evidence.parity.invariance import (
+    SAMPLES,
+    Limit,
+    check_masks,
+    check_orders,
+    excess,
+)
+from heimdall_onnx.evidence.parity.one_pass import Models, pass_over, pass_settings
+from heimdall_onnx.evidence.parity.report import (
+    EVALUATION,
+    RTOL,
+    BatchIndependence,
+    NoiseFloor,
+    ParityCell,
+    ParityReport,
+    tolerance_factor,
+)
+from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
+from heimdall_onnx.evidence.parity.workers import evaluate_on
+from heimdall_onnx.model.examples import Examples, examples_of
+from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.signature import Signature
+
+log = get_logger(__name__)
+SMALL_BATCH_SAMPLES = 12
+
+
+def compare_outputs(
+    model: nn.Module,
+    onnx: Path | InferenceSession,
+    data: EvaluationData,
+    signature: Signature,
+    *,
+    tolerance: float = 1e-5,
+    batch_size: int = 8,
+    reference_samples: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+    examples: Examples | None = None,
+    workers: EvaluationWorkers | None = None,
+) -> ParityReport:
+    """Compare the ONNX model with the PyTorch model on evaluation data and adversarial inputs.
+
+    Statistics are streamed, so memory does not grow with the number of samples.
+
+    Args:
+        model: The PyTorch model, in eval mode.
+        onnx: The ONNX file, which is opened as it will be deployed and closed before the float64
+            reference takes twice the model's memory; or a session that is open already.
+        data: Evaluation inputs, N samples.
+        signature: Names, dtypes and ranges of inputs and outputs.
+        tolerance: Limit of the mean absolute error and absolute part of the element tolerance
+            (ten times that on adversarial inputs), in the outputs' units.
+        batch_size: The largest batch size; 1, 2 and 3 are compared as well.
+        reference_samples: Evaluation samples, evenly spaced, for the float64 reference.
+        progress: Called with (samples done, samples in all) over the evaluation data.
+        examples: Makes the adversarial inputs; by default from the signature and, where the model
+            has methods for it, by the model.
+        workers: Who takes the models over the evaluation data, a dataset, and holds all of it
+            against its digest; by default this process does the former.
+
+    Raises:
+        DataError: If the model's own examples do not fit the signature.
+        InvalidModelError: If ONNX Runtime can't load the file.
+        ParameterError: If there are workers and ``onnx`` is a session.
+        EvidenceError: If a model can't run on an input of the signature's shape, PyTorch's not in
+            float64, or the outputs have different shapes.
+    """
+    session = open_session(onnx, spinning=False) if isinstance(onnx, Path) else onnx
+    examples = examples or examples_of(model, signature)
+    run = _Pair(model, session, signature, tolerance, examples)
+    del session
+    largest = max(batch_size, 1)
+    settings = pass_settings(
+        data,
+        signature,
+        tolerance=tolerance,
+        batch_size=largest,
+        reference_samples=reference_samples,
+    )
+    first = settings.batch_size
+    if workers is None:
+        found = pass_over(run.models, data, settings, range(data.count), progress)
+    elif not isinstance(onnx, Path):
+        raise ParameterError("workers need the ONNX file; a session can't be sent to them")
+    else:
+        found = evaluate_on(workers, model, onnx, data, settings, progress)
+    cells = [ParityCell(EVALUATION, first, data.count, found.outputs(data))]
+    run.remember_worst(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)
+    for size in sorted({1, 2, 3, largest} - {first}):
+        cells.append(run.compare(EVALUATION, first_rows(data, size), size))
+    for size in sorted({1, 2, 3, largest}):
+        for kind, inputs, valid in further_kinds(data, examples, size):
+            cells.append(run.compare(kind, inputs, size, valid=valid))
+    independence = _batch_independence(run, data)
+    promised = (
+        {"PyTorch": run.pytorch, "ONNX": run.onnx},
+        signature,
+        examples,
+        data.rows(np.arange(SAMPLES)),
+        Limit(tolerance, RTOL),
+    )
+    masks, orders = check_masks(*promised), check_orders(*promised)
+    del run.session
+    report = ParityReport(
+        signature=signature,
+        source=data.source,
+        samples=data.count,
+        tolerance=tolerance,
+        rtol=RTOL,
+        cells=tuple(cells),
+        noise_floor=_noise_floor(run, found.reference()),
+        independence=independence,
+        ground=found.ground(),
+        pytorch=found.kept(0),
+        onnx=found.kept(1),
+        worst_inputs=run.worst_inputs,
+        worst_where=run.worst_where,
+        masks=masks,
+        orders=orders,
+        valid_inputs=examples.declared,
+        uncertainty=found.uncertainty(),
+        worst_factor=run.worst_factor,
+        evaluated_by=found.evaluated_by,
+        plotted=found.kept_rows(),
+    )
+    log.info(
+        "compared",
+        samples=data.count,
+        cells=len(cells),
+        mean_error={o.output: o.mean for o in report.evaluation},
+    )
+    return report
+
+
+def first_rows(data: EvaluationData, size: int) -> Arrays:
+    """The evaluation inputs that are compared at another batch size than the largest.
+
+    Whole batches only: a shorter one at the end would be another batch size.
+    """
+    return data.rows(np.arange(-(-min(SMALL_BATCH_SAMPLES, data.count) // size) * size))
+
+
+def further_kinds(
+    data: EvaluationData, examples: Examples, size: int
+) -> Iterator[tuple[str, Arrays, bool]]:
+    """Every kind of input beside the evaluation data that is compared at a batch size.
+
+    Yields:
+        Its name, its inputs, and whether they are ordinary ones, at a further length.
+    """
+    count = max(size, 2)
+    further = examples.at_other_lengths(count, seed=size)
+    for kind, inputs in examples.adversarial(data.rows(np.arange(count))).items():
+        if kind not in further:
+            yield kind, inputs, False
+    for kind, inputs in further.items():
+        yield kind, inputs, True
+
+
+def locate_departure(report: ParityReport, model: nn.Module, onnx_path: Path) -> Departure | None:
+    """Name the first module whose output differs, on the worst inputs, if a parity gate failed.
+
+    Returns:
+        None where every parity gate holds, or where no module departs with the graph
+        optimizations off: the fault then lies in a fusion of ONNX Runtime's, between the rows of
+        a batch, or below what can be told from rounding inside the network.
+    """
+    if all(gate.passed for gate in report.gates()):
+        return None
+    return first_departure(model, onnx_path, report.worst_inputs, tolerance=report.tolerance)
+
+
+def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> DepthProfile | None:
+    """The error along the network on the worst inputs; None where every parity gate holds."""
+    if all(gate.passed for gate in report.gates()):
+        return None
+    return error_along_depth(
+        model,
+        onnx_path,
+        report.worst_inputs,
+        tolerance=report.tolerance,
+        where=report.worst_where,
+    )
+
+
+class _Pair:
+    """Both models side by side, and what is remembered of them while batches stream by."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        session: InferenceSession,
+        signature: Signature,
+        tolerance: float,
+        examples: Examples,
+    ) -> None:
+        self.model, self.session, self.signature = model, session, signature
+        self.tolerance, self.examples = tolerance, examples
+        self.worst_inputs: Arrays = {}
+        self.worst_where = ""
+        self.worst_factor = 1.0
+        self._worst_excess = -1.0
+
+    @property
+    def models(self) -> Models:
+        return Models(self.pytorch, self.onnx)
+
+    def pytorch(self, inputs: Arrays) -> Arrays:
+        return run_pytorch(self.model, inputs, self.signature)
+
+    def onnx(self, inputs: Arrays) -> Arrays:
+        return run_onnx(self.session, inputs, self.signature)
+
+    def compare(self, kind: str, inputs: Arrays, size: int, *, valid: bool = False) -> ParityCell:
+        factor = tolerance_factor(kind, valid)
+        limit = Limit(factor * self.tolerance, factor * RTOL)
+        accumulators = [
+            ErrorAccumulator(spec, atol=limit.atol, rtol=limit.rtol)
+            for spec in self.signature.outputs
+        ]
+        count = next(iter(inputs.values())).shape[0]
+        for start in range(0, count, size):
+            batch = {name: array[start : start + size] for name, array in inputs.items()}
+            expected, found = self.models.run(batch, self.signature)
+            for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True):
+                accumulator.update(expected[spec.name], found[spec.name], start)
+            largest = max(
+                excess(expected[s.name], found[s.name], limit)[0] for s in self.signature.outputs
+            )
+            self.remember_worst(kind, factor, largest, batch)
+        return ParityCell(kind, size, count, tuple(a.result() for a in accumulators), valid)
+
+    def remember_worst(self, kind: str, factor: float, largest: float, batch: Arrays) -> None:
+        if largest > self._worst_excess:
+            self._worst_excess = largest
+            self.worst_inputs, self.worst_factor = batch, factor
+            self.worst_where = f"{kind}, batch {next(iter(batch.values())).shape[0]}"
+
+
+def _noise_floor(
+    run: _Pair, reference: Sequence[tuple[Arrays, Arrays, Arrays]]
+) -> tuple[NoiseFloor, ...]:
+    double = copy.deepcopy(run.model).double()
+    totals = {
+        spec.name: np.zeros(4)  # ONNX error, PyTorch error, magnitude, elements
+        for spec in run.signature.outputs
+        if np.issubdtype(np.dtype(spec.dtype), np.floating)
+    }
+    samples = 0
+    for batch, single, found in reference:
+        samples += len(next(iter(batch.values())))
+        exact = _run_double(double, batch, run.signature)
+        for name, total in totals.items():
+            # NaN and Inf have a gate of their own.
+            finite = np.isfinite(exact[name]) & np.isfinite(single[name])
+            truth = exact[name][finite].astype(np.float64)
+            total += (
+                np.abs(found[name][finite] - truth).sum(),
+                np.abs(single[name][finite] - truth).sum(),
+                np.abs(truth).sum(),
+                truth.size,
+            )
+    floors = []
+    for name, sums in totals.items():
+        onnx, pytorch, magnitude = sums[:3] / sums[3] if sums[3] else np.full(3, np.nan)
+        ulp = float(np.spacing(magnitude.astype(found[name].dtype)))
+        floors.append(NoiseFloor(name, samples, float(onnx), float(pytorch), ulp))
+    return tuple(floors)
+
+
+def _run_double(model: nn.Module, batch: Arrays, signature: Signature) -> Arrays:
+    inputs = {
+        name: array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
+        for name, array in batch.items()
+    }
+    try:
+        return run_pytorch(model, inputs, signature)
+    except EvidenceError as error:
+        raise EvidenceError(
+            f"no reference in float64, against which rounding is measured: {error}. The model's "
+            "code must leave the precision of its inputs and weights alone"
+        ) from error
+
+
+def _batch_independence(run: _Pair, data: EvaluationData) -> BatchIndependence:
+    # A constant row must be among the neighbours: z-scored ones share mean and spread with the
+    # row itself, which hides a normalization that runs over the batch.
+    worst = BatchIndependence(0.0, 0.0, "none", run.signature.outputs[0].name, 0)
+    comparisons = 0
+    for row in range(min(3, data.count)):
+        one = data.rows([row])
+        alone = run.onnx(one)
+        neighbours = {**run.examples.adversarial(one), EVALUATION: data.rows([row + 1])}
+        for kind, other in neighbours.items():
+            beside = run.onnx(
+                {name: np.concatenate([other[name], one[name], other[name]]) for name in one}
+            )
+            for spec in run.signature.outputs:
+                comparisons += 1
+                allowed = Limit(run.tolerance, RTOL)
+                moved, error = excess(alone[spec.name], beside[spec.name][1:2], allowed)
+                if moved > worst.excess:
+                    worst = BatchIndependence(error, moved, kind, spec.name, 0)
+    return BatchIndependence(
+        worst.largest_error, worst.excess, worst.neighbour, worst.output, comparisons
+    )

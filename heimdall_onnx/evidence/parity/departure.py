@@ -1,0 +1,344 @@
+"""First departure: the first module whose output differs between PyTorch and the ONNX graph.
+
+The PyTorch side is read by forward hooks, the ONNX side from the values that leave the nodes of a
+module. Exporters fuse, fold and drop nodes, so not every module has its output in the graph, and
+a value that differs may be an artefact of fusion that heals further on. A departure counts only
+if it reaches a departing output of the model other than through values that agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.model.inference import run_pytorch
+from heimdall_onnx.model.onnx.graph import ScopedGraph
+from heimdall_onnx.model.signature import signature_of
+
+log = get_logger(__name__)
+
+ROOT = "(model)"
+# Rounding within a faithful export of ConvNeXt, tiny and large, at opsets 14 and 20, reaches
+# 0.23·tolerance·max(1, max|reference|) in the worst of its modules. Hence a limit of 2 of these,
+# and below a quarter of the limit whatever differed before has healed.
+_FACTOR = 2.0
+_HEALED = 0.25
+_SHOWN_OPERATORS = 12
+_AT_ONCE = 8
+_NOWHERE = float("inf")
+_Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Where the ONNX graph leaves the PyTorch model.
+
+    Attributes:
+        scope: The module, as ``model.named_modules()`` calls it; ``"(model)"`` for the model
+            itself: something it does between its modules.
+        module_type: The module's class.
+        max_abs_error: Largest absolute error; infinite where NaN or Inf are in other places.
+        reference_magnitude: Largest absolute value on PyTorch's side.
+        tolerance: The error up to which it would have agreed.
+        operators: The ONNX nodes of the module, as ``"Op name"``; at most 12.
+        pytorch_value: PyTorch's element where the error is largest.
+        onnx_value: The ONNX graph's element there.
+    """
+
+    scope: str
+    module_type: str
+    max_abs_error: float
+    reference_magnitude: float
+    tolerance: float
+    operators: tuple[str, ...]
+    pytorch_value: float
+    onnx_value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy; NaN and Inf become text, as JSON has neither."""
+        return {
+            key: str(value) if isinstance(value, float) and not np.isfinite(value) else value
+            for key, value in (asdict(self) | {"operators": list(self.operators)}).items()
+        }
+
+
+def first_departure(
+    model: nn.Module,
+    onnx_path: Path | str,
+    inputs: Mapping[str, _Array],
+    *,
+    tolerance: float = 1e-5,
+) -> Departure | None:
+    """The deepest module, first in execution order, from which the graph departs.
+
+    A value departs if its largest absolute error exceeds 2·tolerance·max(1, max|reference|) or
+    NaN and Inf are in other places. The graph runs without optimization; None means that it
+    agrees there, so that a difference seen elsewhere comes from ONNX Runtime's fusions. What an
+    exporter folded into a neighbour is named by the module whose scope the fused node carries.
+
+    Args:
+        model: In eval mode.
+        onnx_path: Its export.
+        inputs: One array per input of the model's signature.
+        tolerance: The tolerance that the comparison used.
+
+    Raises:
+        InvalidModelError: If ONNX Runtime can't load the file.
+        EvidenceError: If ONNX Runtime can't run it on the inputs.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    graph = ScopedGraph(Path(onnx_path), names)
+    found = _Search(model, graph, dict(inputs), tolerance).run()
+    log.info("first_departure", path=str(onnx_path), scope=found.scope if found else None)
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference between two arrays of one shape."""
+
+    error: float
+    magnitude: float
+    limit: float
+    pytorch_value: float
+    onnx_value: float
+
+    @property
+    def departs(self) -> bool:
+        """Whether it is more than rounding explains."""
+        return self.error > self.limit
+
+    @property
+    def healed(self) -> bool:
+        """Whether whatever differed before is gone here."""
+        return self.error <= _HEALED * self.limit
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A module's tensors beside the graph's values of the same shapes."""
+
+    healed: frozenset[str]
+    departing: frozenset[str]
+    worst: Difference | None
+    compared: bool
+
+
+class _Search:
+    """Descends from the model into its modules, one level at a time."""
+
+    def __init__(
+        self, model: nn.Module, graph: ScopedGraph, inputs: Arrays, tolerance: float
+    ) -> None:
+        self._model, self._graph, self._inputs = model, graph, inputs
+        self._tolerance = tolerance
+        self._healed: set[str] = set()
+        self._wrong_outputs: set[str] = set()
+
+    def run(self) -> Departure | None:
+        signature = signature_of(self._model)
+        reference = run_pytorch(self._model, self._inputs, signature)
+        values = self._graph.compute(reference, self._inputs)
+        worst = None
+        for name, expected in reference.items():
+            difference = compare_values(expected, values[name], self._tolerance)
+            if difference.departs:
+                self._wrong_outputs.add(name)
+                worst = _larger(worst, difference)
+            elif difference.healed:
+                self._healed.add(name)
+        if worst is None:
+            return None
+        return self._descend("") or self._departure("", worst)
+
+    def _descend(self, scope: str) -> Departure | None:
+        """The first departure inside ``scope``, or None if no module there departs."""
+        matches = self._match_children(scope)
+        # In the graph's order, not the modules': one called twice may depart the second time.
+        starts = sorted((self._start(child, match), child) for child, match in matches.items())
+        for start, child in starts:
+            worst = matches[child].worst
+            if start == _NOWHERE:
+                break
+            if worst is None:
+                found = self._descend(child)
+                if found is not None:
+                    return found
+                continue
+            before = self._input_difference(child, start)
+            if before is not None:
+                return self._departure(scope, before)
+            return self._descend(child) or self._departure(child, worst)
+        return None
+
+    def _start(self, scope: str, match: _Match) -> float:
+        """Where in the graph a module departs, or where it begins if nothing of it is known."""
+        if match.worst is not None:
+            reaching = [name for name in match.departing if self._matters(name)]
+            return min(map(self._graph.position, reaching), default=_NOWHERE)
+        if not match.compared and self._graph.has(scope):
+            return self._graph.first(scope)
+        return _NOWHERE
+
+    def _matters(self, name: str) -> bool:
+        return self._graph.reaches(name, self._wrong_outputs, self._healed)
+
+    def _match_children(self, scope: str) -> dict[str, _Match]:
+        """Every child of ``scope``, compared."""
+        matches = {}
+        children = _children(scope, self._model.get_submodule(scope))
+        for child, tensors, values in values_of(self._model, self._graph, children, self._inputs):
+            matches[child] = _match(tensors, values, self._tolerance)
+            self._healed |= matches[child].healed
+        return matches
+
+    def _input_difference(self, scope: str, start: float) -> Difference | None:
+        """How what enters the module differs already: then the fault lies before it."""
+        tensors = record_tensors(self._model, self._inputs, [scope], before=True).get(scope, [])
+        values = self._graph.compute(self._graph.entering(scope, int(start)), self._inputs)
+        match = _match(tensors, values, self._tolerance)
+        return match.worst if any(map(self._matters, match.departing)) else None
+
+    def _departure(self, scope: str, difference: Difference) -> Departure:
+        return Departure(
+            scope=scope or ROOT,
+            module_type=type(self._model.get_submodule(scope)).__name__,
+            max_abs_error=difference.error,
+            reference_magnitude=difference.magnitude,
+            tolerance=difference.limit,
+            operators=self._graph.operators(scope, _SHOWN_OPERATORS),
+            pytorch_value=difference.pytorch_value,
+            onnx_value=difference.onnx_value,
+        )
+
+
+def values_of(
+    model: nn.Module, graph: ScopedGraph, scopes: Iterable[str], inputs: Arrays
+) -> Iterator[tuple[str, list[_Array], Arrays]]:
+    """Each module with the tensors it returns and the graph's values that leave its nodes.
+
+    A few modules at a time, so that memory does not grow with the depth of the network.
+    """
+    listed = list(scopes)
+    for start in range(0, len(listed), _AT_ONCE):
+        some = listed[start : start + _AT_ONCE]
+        tensors = record_tensors(model, inputs, some)
+        leaving = {scope: graph.leaving(scope) for scope in some}
+        values = graph.compute((name for names in leaving.values() for name in names), inputs)
+        for scope in some:
+            own = {name: values[name] for name in leaving[scope] if name in values}
+            yield scope, tensors.get(scope, []), own
+
+
+def record_tensors(
+    model: nn.Module, inputs: Arrays, scopes: Iterable[str], *, before: bool = False
+) -> dict[str, list[_Array]]:
+    """What modules return, or take with ``before``, in one run of ``model`` on ``inputs``.
+
+    Returns:
+        By the module's name, in execution order, the tensors of every call of it; a module that
+        was not called is absent.
+    """
+    recorded: dict[str, list[_Array]] = {}
+
+    def keep(scope: str, values: Any) -> None:
+        # Copied at once: an operation in place may overwrite them.
+        recorded.setdefault(scope, []).extend(
+            _to_numpy(leaf) for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
+        )
+
+    def hook(scope: str) -> Any:
+        module = model.get_submodule(scope)
+        if before:
+            return module.register_forward_pre_hook(
+                lambda _, args, kwargs: keep(scope, (args, kwargs)), with_kwargs=True
+            )
+        return module.register_forward_hook(lambda _, args, output: keep(scope, output))
+
+    handles = [hook(scope) for scope in scopes]
+    try:
+        run_pytorch(model, inputs, signature_of(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded
+
+
+def _children(scope: str, module: nn.Module) -> Iterator[str]:
+    """Names of the modules that ``module`` calls; lists and dictionaries of modules are opened."""
+    for name, child in module.named_children():
+        full = f"{scope}.{name}" if scope else name
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _children(full, child)
+        else:
+            yield full
+
+
+def _to_numpy(tensor: torch.Tensor) -> _Array:
+    value = tensor.detach().cpu()
+    if value.dtype == torch.bfloat16:  # NumPy has no such type
+        value = value.float()
+    return np.array(value.numpy(), copy=True)
+
+
+def _match(tensors: list[_Array], values: Mapping[str, _Array], tolerance: float) -> _Match:
+    """Pair tensors and values of one shape, whichever are closest.
+
+    A module may return tensors that the graph has dropped, and the graph may have values that no
+    tensor stands for; only where neither side has any left over to explain it, it departs.
+    """
+    closest = {
+        name: min(
+            (compare_values(t, value, tolerance) for t in tensors if t.shape == value.shape),
+            key=lambda difference: difference.error,
+            default=None,
+        )
+        for name, value in values.items()
+    }
+    compared = {name: found for name, found in closest.items() if found is not None}
+    departing = {name for name, found in compared.items() if found.departs}
+    worst = None
+    for shape in {values[name].shape for name in departing}:
+        names = [name for name in compared if values[name].shape == shape]
+        count = sum(tensor.shape == shape for tensor in tensors)
+        if len([n for n in names if n not in departing]) < min(len(names), count):
+            for name in departing.intersection(names):
+                worst = _larger(worst, compared[name])
+    return _Match(
+        healed=frozenset(name for name, found in compared.items() if found.healed),
+        departing=frozenset(departing),
+        worst=worst,
+        compared=bool(compared),
+    )
+
+
+def _larger(one: Difference | None, other: Difference) -> Difference:
+    return other if one is None or other.error > one.error else one
+
+
+def compare_values(reference: _Array, value: _Array, tolerance: float) -> Difference:
+    """The largest difference between two arrays; infinite where they can't be compared."""
+    if reference.shape != value.shape:
+        magnitude = float(np.abs(reference).max(initial=0))
+        return Difference(np.inf, magnitude, tolerance, float("nan"), float("nan"))
+    a, b = reference.astype(np.float64).ravel(), value.astype(np.float64).ravel()
+    finite = np.isfinite(a) & np.isfinite(b)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    error = np.where(same, 0.0, np.inf)
+    error[finite] = np.abs(a[finite] - b[finite])
+    magnitude = float(np.abs(a[np.isfinite(a)]).max(initial=0))
+    limit = _FACTOR * tolerance * max(1.0, magnitude)
+    if a.size == 0:
+        return Difference(0.0, magnitude, limit, float("nan"), float("nan"))
+    worst = int(error.argmax())
+    return Difference(float(error[worst]), magnitude, limit, float(a[worst]), float(b[worst]))

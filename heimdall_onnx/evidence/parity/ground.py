@@ -1,0 +1,299 @@
+"""What a difference in degrees means in metres on the ground.
+
+Distances are geodesics on the WGS84 ellipsoid as PROJ computes them (Karney, "Algorithms for
+geodesics", Journal of Geodesy 87, 2013).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pyproj import Geod
+
+from heimdall_onnx.common.arrays import Rows, parts
+from heimdall_onnx.evidence.parity.statistics import ExactSums, Quantiles, require_mergeable
+
+MIDDLE = "always the middle"
+
+Floats = npt.NDArray[np.float64]
+
+_CANCELLED = 1e-9  # what rounding leaves of unit vectors that add up to nothing
+
+
+@lru_cache
+def _wgs84() -> Geod:
+    return Geod(ellps="WGS84")
+
+
+def distance_m(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Floats:
+    """Geodesic distance in metres between positions (N, 2) in degrees latitude, longitude.
+
+    A latitude beyond a pole, which an unbounded regression can give, counts as the pole.
+    """
+    lat_a, lat_b = (np.clip(p[:, 0].astype(np.float64), -90, 90) for p in (a, b))
+    lon_a, lon_b = (p[:, 1].astype(np.float64) for p in (a, b))
+    return np.asarray(_wgs84().inv(lon_a, lat_a, lon_b, lat_b)[2], dtype=np.float64)
+
+
+def error_m(answers: npt.NDArray[Any], truth: npt.NDArray[Any]) -> Floats:
+    """Distance in metres (N,) of ``answers`` (N, 2) in degrees from the true positions.
+
+    An answer with NaN or Inf is no place at all, and infinitely far from every one.
+    """
+    finite = np.isfinite(answers).all(axis=1)
+    metres = np.full(len(answers), np.inf)
+    metres[finite] = distance_m(answers[finite], truth[finite])
+    return metres
+
+
+def difference_degrees(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Floats:
+    """``a - b`` of positions (N, 2) in degrees, the longitude the short way round.
+
+    NaN where a position is NaN or Inf.
+    """
+    with np.errstate(invalid="ignore"):
+        difference = a.astype(np.float64) - b.astype(np.float64)
+        difference[~np.isfinite(difference)] = np.nan
+        difference[:, 1] = (difference[:, 1] + 180) % 360 - 180
+    return difference
+
+
+def offset_km(positions: npt.NDArray[Any], origin: tuple[float, float]) -> Floats:
+    """East and north in kilometres (N, 2) of positions (N, 2) as seen from ``origin``.
+
+    Azimuthal equidistant: the distance from the origin is true, as is the direction.
+    """
+    lat = np.clip(positions[:, 0].astype(np.float64), -90, 90)
+    lon = positions[:, 1].astype(np.float64)
+    azimuth, _, metres = _wgs84().inv(
+        np.full_like(lon, origin[1]), np.full_like(lat, origin[0]), lon, lat
+    )
+    angle = np.radians(azimuth)
+    unit = np.stack([np.sin(angle), np.cos(angle)], axis=1)
+    return np.asarray(unit * np.asarray(metres)[:, None] / 1000, dtype=np.float64)
+
+
+def metres_per_degree(latitude: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Metres of one degree of latitude and of longitude at ``latitude``, of any shape, in degrees.
+
+    From the ellipsoid's radii of curvature in the meridian and in the prime vertical (Snyder, Map
+    Projections: A Working Manual, USGS Professional Paper 1395, 1987, equations 4-18 and 4-20).
+    """
+    phi = np.radians(np.clip(np.asarray(latitude, dtype=np.float64), -90, 90))
+    axis, squared = _wgs84().a, _wgs84().es
+    shrink = 1 - squared * np.sin(phi) ** 2
+    north = np.radians(axis * (1 - squared) / shrink**1.5)
+    # The cosine of 90° in floating point is not quite zero.
+    east = np.radians(axis * np.where(np.abs(phi) < np.pi / 2, np.cos(phi), 0.0) / shrink**0.5)
+    return north, east
+
+
+def km_per_degree(latitude: float) -> tuple[float, float]:
+    """Kilometres of one degree of latitude and of longitude at ``latitude``."""
+    north, east = metres_per_degree(latitude)
+    return float(north) / 1000, float(east) / 1000
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What small differences of degrees mean at one place, in metres.
+
+    Attributes:
+        place: Latitude and longitude in degrees.
+        dtype: Element type of the positions.
+        ulp_m: One unit in the last place of the latitude and of the longitude there, which is the
+            distance between two neighbouring numbers: no answer is finer than that.
+        tolerance_degrees: The limit of the mean absolute error between the models.
+        tolerance_m: That much of latitude and of longitude.
+    """
+
+    place: tuple[float, float]
+    dtype: str
+    ulp_m: tuple[float, float]
+    tolerance_degrees: float
+    tolerance_m: tuple[float, float]
+
+
+def resolution_at(
+    place: tuple[float, float], tolerance: float, dtype: str = "float32"
+) -> Resolution:
+    """What one ULP and the tolerance are on the ground.
+
+    Args:
+        place: Latitude and longitude in degrees.
+        tolerance: In degrees.
+        dtype: Floating-point type of the positions.
+    """
+    lengths = tuple(map(float, metres_per_degree(place[0])))
+    steps = np.spacing(np.abs(np.asarray(place, dtype=dtype))).astype(np.float64)
+    return Resolution(
+        place=place,
+        dtype=dtype,
+        ulp_m=(float(steps[0]) * lengths[0], float(steps[1]) * lengths[1]),
+        tolerance_degrees=tolerance,
+        tolerance_m=(tolerance * lengths[0], tolerance * lengths[1]),
+    )
+
+
+@dataclass(frozen=True)
+class TaskError:
+    """Distance between answers and true positions.
+
+    Attributes:
+        who: ``"PyTorch"``, ``"ONNX"`` or `MIDDLE`.
+        median_m: Median distance in metres.
+        p95_m: 95th percentile in metres.
+    """
+
+    who: str
+    median_m: float
+    p95_m: float
+
+
+@dataclass(frozen=True)
+class GroundReport:
+    """Positions in metres.
+
+    Attributes:
+        displacement_p50_m: Median distance between the PyTorch and the ONNX model's positions.
+        displacement_p99_m: 99th percentile of it.
+        displacement_max_m: Largest of it; NaN if a position is NaN or Inf.
+        middle: The constant answer that the task error is held against, degrees; None without
+            labels.
+        task: Task errors of both models and of that constant; empty without labels.
+        resolution: What one ULP and the tolerance mean at that constant, or at the ONNX model's
+            mean answer without labels; None where no answer is finite.
+    """
+
+    displacement_p50_m: float
+    displacement_p99_m: float
+    displacement_max_m: float
+    middle: tuple[float, float] | None
+    task: tuple[TaskError, ...]
+    resolution: Resolution | None = None
+
+
+class GroundAccumulator:
+    """Collects a `GroundReport` batch by batch, in constant memory; to be pickled and merged.
+
+    Args:
+        middle: The constant answer to hold the task error against, degrees; None without labels.
+        tolerance: In degrees, for the resolution.
+        dtype: Of the positions.
+    """
+
+    def __init__(
+        self,
+        middle: tuple[float, float] | None,
+        tolerance: float = 1e-5,
+        dtype: str = "float32",
+    ) -> None:
+        self._middle, self._tolerance, self._dtype = middle, tolerance, dtype
+        self._answers = ExactSums(3)  # of unit vectors
+        self._displacement = Quantiles()
+        self._maximum = 0.0
+        self._task = {who: Quantiles() for who in ("PyTorch", "ONNX", MIDDLE)}
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What two of them must share so that they can be merged."""
+        return {"middle": self._middle, "tolerance": self._tolerance, "dtype": self._dtype}
+
+    def update(
+        self,
+        pytorch: npt.NDArray[Any],
+        onnx: npt.NDArray[Any],
+        truth: npt.NDArray[Any] | None,
+    ) -> None:
+        """Add a batch of positions (N, 2) in degrees, and the true ones where known."""
+        moved = distance_m(pytorch, onnx)
+        self._displacement.update(moved)
+        self._maximum = float(np.max(moved, initial=self._maximum))  # NaN stays
+        self._answers.add(*_unit_vectors(onnx[np.isfinite(onnx).all(axis=1)]).T)
+        if truth is None or self._middle is None:
+            return
+        answers = (pytorch, onnx, np.broadcast_to(self._middle, truth.shape))
+        for quantiles, answer in zip(self._task.values(), answers, strict=True):
+            quantiles.update(error_m(answer, truth))
+
+    def merge(self, other: GroundAccumulator) -> None:
+        """Add everything that was added to ``other``, which stays as it is.
+
+        The result is that of one accumulator to which all of it was added, in any order; see
+        `Quantiles.rank_bounds` for the quantiles.
+
+        Raises:
+            InputError: If ``other`` has another middle, tolerance or dtype, or is this one.
+        """
+        require_mergeable(self, other)
+        self._displacement.merge(other._displacement)
+        self._maximum = float(np.maximum(self._maximum, other._maximum))
+        self._answers.merge(other._answers)
+        for who, quantiles in self._task.items():
+            quantiles.merge(other._task[who])
+
+    def result(self) -> GroundReport:
+        """The statistics of everything added so far."""
+        place = _middle_of(self._answers.values()) if self._middle is None else self._middle
+        floating = np.issubdtype(np.dtype(self._dtype), np.floating)
+        return GroundReport(
+            displacement_p50_m=self._displacement(0.5),
+            displacement_p99_m=self._displacement(0.99),
+            displacement_max_m=self._maximum,
+            middle=self._middle,
+            task=()
+            if self._middle is None
+            else tuple(TaskError(who, q(0.5), q(0.95)) for who, q in self._task.items()),
+            resolution=resolution_at(place, self._tolerance, self._dtype)
+            if place is not None and floating
+            else None,
+        )
+
+
+def _unit_vectors(positions: npt.NDArray[Any]) -> Floats:
+    lat = np.radians(np.clip(positions[:, 0].astype(np.float64), -90, 90))
+    lon = np.radians(positions[:, 1].astype(np.float64))
+    along = np.cos(lat)
+    return np.stack([along * np.cos(lon), along * np.sin(lon), np.sin(lat)], axis=1)
+
+
+def mean_place(positions: npt.NDArray[Any]) -> tuple[float, float] | None:
+    """Mean of positions (N, 2) on the sphere, so that 179° and −179° have 180° between them.
+
+    None for no positions, and for those that cancel.
+    """
+    return _middle_of(map(float, _unit_vectors(positions).sum(axis=0)))
+
+
+def _middle_of(total: Iterable[float]) -> tuple[float, float] | None:
+    x, y, z = total
+    if math.hypot(x, y, z) < _CANCELLED:
+        return None
+    return math.degrees(math.atan2(z, math.hypot(x, y))), math.degrees(math.atan2(y, x))
+
+
+def middle_of(positions: Rows | None, meta: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The constant answer to beat, in degrees; None without labels.
+
+    The training centre if ``meta`` records it as ``centre``, else the labels' own mean, which no
+    constant known beforehand could improve on by much. Longitudes are averaged on the circle, so
+    that the middle of an area across the date line lies in that area.
+    """
+    if positions is None:
+        return None
+    if (centre := meta.get("centre")) is not None:
+        latitude, longitude = centre
+        return float(latitude), float(longitude)
+    sums, count = ExactSums(3), 0
+    for _, part in parts(positions):
+        longitude = np.radians(part[:, 1])
+        sums.add(part[:, 0], np.cos(longitude), np.sin(longitude))
+        count += len(part)
+    latitude, east, north = sums.values(count)
+    return latitude, math.degrees(math.atan2(north, east))

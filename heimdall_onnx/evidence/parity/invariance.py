@@ -1,0 +1,301 @@
+"""What a signature promises of a model, held against PyTorch and ONNX each by itself.
+
+Two models that make the same mistake agree, so parity finds none of these: a mask that hides what
+it should show, one that hides a part only, a mean that counts the padding, an order that should be
+of no consequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.model.examples import (
+    ALL_BUT_ONE,
+    Examples,
+    found_lengths,
+    garbled,
+    padded,
+    permuted,
+)
+from heimdall_onnx.model.signature import Axis, Signature, TensorSpec
+
+SAMPLES = 8
+
+Sides = Mapping[str, Callable[[Arrays], Arrays]]
+
+
+@dataclass(frozen=True)
+class MaskCheck:
+    """Whether one model's answers depend on what a mask hides, and on what it does not.
+
+    Attributes:
+        mask: The boolean input, True where an element is hidden.
+        side: ``"PyTorch"`` or ``"ONNX"``.
+        excess: Largest change of an output when hidden elements change, in units of the tolerance;
+            infinite where it becomes NaN or Inf.
+        output: The output that moved most.
+        seen: Whether an answer changes at all when the elements that are not hidden do.
+        samples: Samples with hidden elements.
+        padding: Largest change when further elements are appended that are all hidden; 0 where the
+            mask has no dynamic axis, or one that an input has which no mask hides.
+        padded_output: The output that moved most with them.
+    """
+
+    mask: str
+    side: str
+    excess: float
+    output: str
+    seen: bool
+    samples: int
+    padding: float = 0.0
+    padded_output: str = ""
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, in words; None if nothing is."""
+        if self.samples == 0:
+            return f"{self.side}: no example has an element that {self.mask} hides"
+        blind = f"{self.side}: no output depends on the elements that {self.mask} does not hide"
+        moved = (
+            f"{self.output} moves by {self.excess:.3g} times the tolerance with the elements that "
+            f"{self.mask} hides"
+        )
+        counted = (
+            f"{self.padded_output} moves by {self.padding:.3g} times the tolerance with the number "
+            f"of elements that {self.mask} hides: padding is counted"
+        )
+        if self.excess <= 1.0 and not self.seen:
+            return blind
+        if self.excess <= 1.0:
+            return None if self.padding <= 1.0 else f"{self.side}: {counted}"
+        if self.seen:
+            return f"{self.side}: {moved}"
+        return (
+            f"{self.side}: {moved}, and not at all with those it does not hide: its polarity is "
+            "inverted, True must mean hidden"
+        )
+
+
+@dataclass(frozen=True)
+class OrderCheck:
+    """How much one model's answers move when the order along an axis changes.
+
+    Attributes:
+        axis: An axis that the signature declares permutable.
+        side: ``"PyTorch"`` or ``"ONNX"``.
+        excess: Largest change in units of the tolerance; infinite where it becomes NaN or Inf.
+        output: The output that moved most.
+    """
+
+    axis: str
+    side: str
+    excess: float
+    output: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What an element may move by: atol + rtol·|before|."""
+
+    atol: float
+    rtol: float
+
+
+def check_masks(
+    sides: Sides, signature: Signature, examples: Examples, data: Arrays, limit: Limit
+) -> tuple[MaskCheck, ...]:
+    """Change what each mask hides, how much, and what it does not; see whether the answers do.
+
+    Args:
+        sides: Each model, as a function of its inputs.
+        signature: Says which inputs are masks, and of what.
+        examples: Makes further inputs, among them some in which a single element is not hidden.
+        data: A few samples of the evaluation data.
+        limit: How far an answer may move.
+    """
+    masks = [spec for spec in signature.inputs if spec.masks]
+    if not masks:
+        return ()
+    valid = examples.valid(SAMPLES)
+    # The last, so that some are hidden whatever the data and the model's own examples are like.
+    bases = [data, valid, examples.adversarial(valid).get(ALL_BUT_ONE, valid)]
+    checks = []
+    for mask in masks:
+        pairs = list(_padded_pairs(mask, signature, examples, data))
+        for side, run in sides.items():
+            check = _check_mask(mask, side, run, signature, bases, limit)
+            padding, output = _check_padding(mask, run, signature, pairs, limit)
+            checks.append(replace(check, padding=padding, padded_output=output))
+    return tuple(checks)
+
+
+def _check_mask(
+    mask: TensorSpec,
+    side: str,
+    run: Callable[[Arrays], Arrays],
+    signature: Signature,
+    bases: Iterable[Arrays],
+    limit: Limit,
+) -> MaskCheck:
+    worst, output, seen, samples = 0.0, signature.outputs[0].name, False, 0
+    for base in bases:
+        flat = base[mask.name].reshape(len(base[mask.name]), -1)
+        # A sample of which nothing is left has no answer that could stay.
+        partly = flat.any(axis=1) & ~flat.all(axis=1)
+        if not partly.any():
+            continue
+        samples += int(partly.sum())
+        part = {name: array[partly] for name, array in base.items()}
+        visible = partial(_visible, signature, mask, part[mask.name])
+        before = visible(run(part))
+        beneath = visible(run(garbled(signature, mask, part, hidden=True)))
+        beside = visible(run(garbled(signature, mask, part, hidden=False)))
+        for name, value in before.items():
+            moved, _ = excess(value, beneath[name], limit)
+            if moved > worst:
+                worst, output = moved, name
+            seen |= not np.array_equal(value, beside[name])
+    return MaskCheck(mask.name, side, worst, output, seen, samples)
+
+
+def _padded_pairs(
+    mask: TensorSpec, signature: Signature, examples: Examples, data: Arrays
+) -> Iterator[tuple[Arrays, Arrays]]:
+    """Inputs, and the same with further hidden elements along a dynamic axis of the mask.
+
+    Both have lengths at which the model must work, but for the evaluation data's own.
+    """
+    for axis in signature.dynamic_axes:
+        if axis.name not in mask.shape[1:]:
+            continue
+        having = [spec for spec in signature.inputs if axis.name in spec.shape[1:]]
+        hidden = {name for spec in having for name in spec.masks}
+        if any(not spec.masks and spec.name not in hidden for spec in having):
+            continue  # Elements of that input would be new ones.
+        shorter = sorted(axis.lengths)[-2]
+        place = mask.shape.index(axis.name, 1)
+        for base in (data, examples.valid(SAMPLES, lengths={axis.name: shorter})):
+            found = base[mask.name]
+            longer = [length for length in axis.lengths if length > found.shape[place]]
+            rows = ~np.all(found.reshape(len(found), -1), axis=1)
+            if longer and rows.any():
+                part = {name: array[rows] for name, array in base.items()}
+                yield part, padded(signature, part, axis.name, min(longer))
+
+
+def _check_padding(
+    mask: TensorSpec,
+    run: Callable[[Arrays], Arrays],
+    signature: Signature,
+    pairs: Iterable[tuple[Arrays, Arrays]],
+    limit: Limit,
+) -> tuple[float, str]:
+    """The largest change with further hidden elements, and the output that has it."""
+    worst, output = 0.0, signature.outputs[0].name
+    for base, more in pairs:
+        lengths, hidden = found_lengths(signature, base), base[mask.name]
+        before = _visible(signature, mask, hidden, run(base))
+        after = _visible(signature, mask, hidden, _cut(run(more), signature, lengths))
+        for name, value in before.items():
+            moved, _ = excess(value, after[name], limit)
+            if moved > worst:
+                worst, output = moved, name
+    return worst, output
+
+
+def _cut(outputs: Arrays, signature: Signature, lengths: Mapping[str, int]) -> Arrays:
+    """The first elements of outputs along the dynamic axes, as many as ``lengths`` says."""
+
+    def along(name: int | str) -> slice:
+        return slice(lengths.get(name) if isinstance(name, str) else None)
+
+    return {
+        spec.name: outputs[spec.name][(slice(None), *map(along, spec.shape[1:]))]
+        for spec in signature.outputs
+    }
+
+
+def _visible(
+    signature: Signature, mask: TensorSpec, hidden: npt.NDArray[np.bool_], outputs: Arrays
+) -> Arrays:
+    """The outputs, without what an output of one value per element says of hidden elements.
+
+    By its axes it is known as one, which lengths alone do not tell: two coordinates are no two
+    receivers.
+    """
+    axes = len(mask.shape)
+    named = any(isinstance(name, str) for name in mask.shape[1:])
+    alike = [s.name for s in signature.outputs if named and s.shape[1:axes] == mask.shape[1:]]
+    return outputs | {
+        name: np.where(
+            hidden.reshape(*hidden.shape, *(1,) * (outputs[name].ndim - axes)), 0, outputs[name]
+        )
+        for name in alike
+    }
+
+
+def check_orders(
+    sides: Sides, signature: Signature, examples: Examples, data: Arrays, limit: Limit
+) -> tuple[OrderCheck, ...]:
+    """Change the order along each permutable axis, in all inputs alike.
+
+    An output that has the axis itself must come in the new order.
+
+    Args:
+        sides: Each model, as a function of its inputs.
+        signature: Says which axes are permutable.
+        examples: Makes further inputs.
+        data: A few samples of the evaluation data.
+        limit: How far an answer may move.
+    """
+    axes = [axis for axis in signature.dynamic_axes if axis.permutable]
+    bases = [data, examples.valid(SAMPLES)] if axes else []
+    return tuple(
+        _check_order(axis, side, run, signature, bases, limit)
+        for axis in axes
+        for side, run in sides.items()
+    )
+
+
+def _check_order(
+    axis: Axis,
+    side: str,
+    run: Callable[[Arrays], Arrays],
+    signature: Signature,
+    bases: Sequence[Arrays],
+    limit: Limit,
+) -> OrderCheck:
+    worst, output = 0.0, signature.outputs[0].name
+    for base in bases:
+        before = run(base)
+        expected = before | permuted(signature.outputs, before, axis.name)
+        found = run(base | permuted(signature.inputs, base, axis.name))
+        for name, value in expected.items():
+            moved, _ = excess(value, found[name], limit)
+            if moved > worst:
+                worst, output = moved, name
+    return OrderCheck(axis.name, side, worst, output)
+
+
+def excess(
+    reference: npt.NDArray[Any], value: npt.NDArray[Any], limit: Limit
+) -> tuple[float, float]:
+    """Largest error in units of what is allowed, and as it is; infinite where not comparable."""
+    if reference.shape != value.shape:
+        return float("inf"), float("inf")
+    a, b = reference.astype(np.float64), value.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+    error = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
+    return (
+        float(np.max(error / (limit.atol + limit.rtol * np.abs(a)), initial=0)),
+        float(np.max(error, initial=0)),
+    )

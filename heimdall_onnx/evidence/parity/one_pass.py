@@ -1,0 +1,300 @@
+"""One pass over the evaluation data: what both models answer, collected batch by batch.
+
+A pass can be pickled and merged with others, so that several processes each take a part of the
+data. However it is parted, the merged pass says what a single one says, bit by bit, as long as the
+parts begin where batches do; only quantiles are estimates (`evidence.parity.statistics`). Its size
+does not grow with the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.errors import EvidenceError
+from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.parity.ground import GroundAccumulator, GroundReport, middle_of
+from heimdall_onnx.evidence.parity.invariance import Limit, excess
+from heimdall_onnx.evidence.parity.report import RTOL, THIS_PROCESS
+from heimdall_onnx.evidence.parity.statistics import (
+    ErrorAccumulator,
+    ErrorStatistics,
+    require_mergeable,
+)
+from heimdall_onnx.evidence.parity.uncertainty import (
+    UncertaintyAccumulator,
+    UncertaintyReport,
+    answers_positions,
+)
+from heimdall_onnx.model.signature import Signature
+
+PLOTTED_SAMPLES = 2000
+
+
+class Models(NamedTuple):
+    """Both models as functions of named arrays."""
+
+    pytorch: Callable[[Arrays], Arrays]
+    onnx: Callable[[Arrays], Arrays]
+
+    def run(self, batch: Arrays, signature: Signature) -> tuple[Arrays, Arrays]:
+        """What both answer.
+
+        Raises:
+            EvidenceError: If one can't run, or the outputs have different shapes.
+        """
+        expected, found = self.pytorch(batch), self.onnx(batch)
+        for spec in signature.outputs:
+            if expected[spec.name].shape != found[spec.name].shape:
+                raise EvidenceError(
+                    f"{spec.name} has shape {found[spec.name].shape} where PyTorch gives "
+                    f"{expected[spec.name].shape}: an axis is frozen inside the graph"
+                )
+        return expected, found
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """What every part of a pass must have in common.
+
+    Attributes:
+        signature: The model's.
+        tolerance: Absolute part of the element tolerance, in the outputs' units.
+        batch_size: Samples in a call.
+        samples: Of the whole data.
+        labelled: Whether positions are answered and the true ones are known.
+        middle: The constant answer that the task error is held against, degrees; None without
+            labels.
+        reference_rows: Samples to keep for the float64 reference.
+    """
+
+    signature: Signature
+    tolerance: float
+    batch_size: int
+    samples: int
+    labelled: bool
+    middle: tuple[float, float] | None
+    reference_rows: tuple[int, ...]
+
+
+def pass_settings(
+    data: EvaluationData,
+    signature: Signature,
+    *,
+    tolerance: float,
+    batch_size: int,
+    reference_samples: int,
+) -> PassSettings:
+    """The settings of a pass over all of ``data``."""
+    rows = np.linspace(0, data.count - 1, min(reference_samples, data.count)).astype(int)
+    return PassSettings(
+        signature=signature,
+        tolerance=tolerance,
+        batch_size=min(max(batch_size, 1), data.count),
+        samples=data.count,
+        labelled=answers_positions(data, signature),
+        middle=middle_of(data.positions, data.meta),
+        reference_rows=tuple(map(int, np.unique(rows))),
+    )
+
+
+@dataclass(frozen=True)
+class WorstBatch:
+    """The batch with the largest error in units of what is allowed.
+
+    Attributes:
+        excess: That error.
+        first: Index of its first sample.
+        inputs: Its inputs.
+    """
+
+    excess: float
+    first: int
+    inputs: Arrays
+
+
+class EvaluationPass:
+    """What was found on the samples that were added.
+
+    Attributes:
+        worst: The batch with the largest error.
+        evaluated_by: Who ran the models, in words.
+    """
+
+    def __init__(self, settings: PassSettings) -> None:
+        signature, tolerance = settings.signature, settings.tolerance
+        self._settings = settings
+        self._outputs = [
+            ErrorAccumulator(spec, atol=tolerance, rtol=RTOL) for spec in signature.outputs
+        ]
+        position = signature.position_output
+        self._position = position.name if position and position.shape[1:] == (2,) else None
+        self._ground = (
+            GroundAccumulator(settings.middle, tolerance, position.dtype)
+            if position and self._position
+            else None
+        )
+        self._uncertainty = tuple(
+            UncertaintyAccumulator(who, signature)
+            for who in ("PyTorch", "ONNX")
+            if settings.labelled
+        )
+        self._reference_rows = np.array(settings.reference_rows, np.int64)
+        # Evenly spaced: the beginning of the data may be a single event.
+        size = settings.batch_size
+        batches = -(-settings.samples // size)
+        spaced = np.linspace(0, batches - 1, min(batches, max(1, PLOTTED_SAMPLES // size)))
+        self._plotted = frozenset((size * spaced.astype(np.int64)).tolist())
+        # By the index of their first sample, since parts come in any order.
+        self._reference: dict[int, tuple[Arrays, Arrays, Arrays]] = {}
+        self._kept: dict[int, tuple[Arrays, Arrays]] = {}
+        self.worst = WorstBatch(-1.0, 0, {})
+        self.evaluated_by = THIS_PROCESS
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What two of them must share so that they can be merged."""
+        return vars(self._settings)
+
+    def update(
+        self,
+        first: int,
+        batch: Arrays,
+        expected: Arrays,
+        found: Arrays,
+        truth: npt.NDArray[np.float64] | None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            first: Index of its first sample in the whole data.
+            batch: Its inputs.
+            expected: The PyTorch model's outputs.
+            found: The ONNX model's.
+            truth: The true positions (n, 2) in degrees where they are known.
+        """
+        signature = self._settings.signature
+        for spec, accumulator in zip(signature.outputs, self._outputs, strict=True):
+            accumulator.update(expected[spec.name], found[spec.name], first)
+        if self._ground is not None and self._position is not None:
+            self._ground.update(expected[self._position], found[self._position], truth)
+        if truth is not None:
+            for told, outputs in zip(self._uncertainty, (expected, found), strict=False):
+                told.update(outputs, truth, first)
+        self._keep(first, batch, expected, found)
+        limit = Limit(self._settings.tolerance, RTOL)
+        largest = max(excess(expected[s.name], found[s.name], limit)[0] for s in signature.outputs)
+        self._keep_worst(WorstBatch(largest, first, batch))
+
+    def _keep(self, first: int, batch: Arrays, expected: Arrays, found: Arrays) -> None:
+        if first in self._plotted:
+            self._kept[first] = expected, found
+        count = len(next(iter(batch.values())))
+        inside = (self._reference_rows >= first) & (self._reference_rows < first + count)
+        if inside.any():
+            rows = self._reference_rows[inside] - first
+            inputs, single, answers = (
+                {name: array[rows] for name, array in named.items()}
+                for named in (batch, expected, found)
+            )
+            self._reference[first] = inputs, single, answers
+
+    def _keep_worst(self, other: WorstBatch) -> None:
+        # Of equally bad ones the first.
+        if (-other.excess, other.first) < (-self.worst.excess, self.worst.first):
+            self.worst = other
+
+    def merge(self, other: EvaluationPass) -> None:
+        """Add everything that was added to ``other``, which stays as it is.
+
+        Raises:
+            InputError: If ``other`` has other settings, or is this one.
+        """
+        require_mergeable(self, other)
+        for mine, theirs in zip(self._outputs, other._outputs, strict=True):
+            mine.merge(theirs)
+        if self._ground is not None and other._ground is not None:
+            self._ground.merge(other._ground)
+        for own, further in zip(self._uncertainty, other._uncertainty, strict=True):
+            own.merge(further)
+        self._reference |= other._reference
+        self._kept |= other._kept
+        self._keep_worst(other.worst)
+
+    def outputs(self, data: EvaluationData) -> tuple[ErrorStatistics, ...]:
+        """Statistics per output, in the signature's order; the worst samples with their shards."""
+        return tuple(
+            replace(
+                found,
+                worst=tuple(replace(w, shard=data.shard_of(w.sample)) for w in found.worst),
+            )
+            for found in (accumulator.result() for accumulator in self._outputs)
+        )
+
+    def ground(self) -> GroundReport | None:
+        """Positions in metres; None where no output holds positions."""
+        return self._ground.result() if self._ground else None
+
+    def uncertainty(self) -> tuple[UncertaintyReport, ...]:
+        """Of the PyTorch and of the ONNX model; empty without labels or positions."""
+        return tuple(accumulator.result() for accumulator in self._uncertainty)
+
+    def reference(self) -> list[tuple[Arrays, Arrays, Arrays]]:
+        """Inputs and both models' outputs of the reference rows, in order."""
+        return [self._reference[first] for first in sorted(self._reference)]
+
+    def kept_rows(self) -> npt.NDArray[np.int64]:
+        """Which samples `kept` has, in order."""
+        name = self._settings.signature.outputs[0].name
+        return np.concatenate(
+            [
+                np.arange(first, first + len(self._kept[first][0][name]))
+                for first in sorted(self._kept)
+            ]
+        )
+
+    def kept(self, side: int) -> Arrays:
+        """Outputs of PyTorch (0) or ONNX (1) on evenly spaced batches, for figures."""
+        batches = [self._kept[first][side] for first in sorted(self._kept)]
+        return {
+            spec.name: np.concatenate([batch[spec.name] for batch in batches])
+            for spec in self._settings.signature.outputs
+        }
+
+
+def pass_over(
+    models: Models,
+    data: EvaluationData,
+    settings: PassSettings,
+    rows: range,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvaluationPass:
+    """Take both models over some of the data, a batch at a time.
+
+    Args:
+        models: Both models.
+        data: The whole data.
+        settings: Of the whole pass.
+        rows: Which samples; begins where a batch does.
+        progress: Called with (samples done, samples in all).
+
+    Raises:
+        DataError: If the data can't be read.
+        EvidenceError: If a model can't run on a batch, or the outputs have different shapes.
+        StoreError: If the store of a dataset fails.
+    """
+    found = EvaluationPass(settings)
+    for start in range(rows.start, rows.stop, settings.batch_size):
+        part = slice(start, min(start + settings.batch_size, rows.stop))
+        batch = {name: array[part] for name, array in data.inputs.items()}
+        expected, answers = models.run(batch, settings.signature)
+        truth = None if data.positions is None else data.positions[part]
+        found.update(start, batch, expected, answers, truth)
+        if progress is not None:
+            progress(part.stop - rows.start, len(rows))
+    return found

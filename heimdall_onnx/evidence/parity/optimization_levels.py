@@ -1,0 +1,144 @@
+"""Parity and operators at ONNX Runtime's optimization levels.
+
+The file is the same at each level; what differs is how far ONNX Runtime rewrites it before it
+runs. An error that is there without any rewriting was exported; one that comes with a level was
+made by what that level does, a fusion for example.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.evidence.parity.report import RTOL
+from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.model.inference import OptimizationLevel, open_session, run_onnx, run_pytorch
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from torch import nn
+
+    from heimdall_onnx.common.arrays import Arrays
+    from heimdall_onnx.data.evaluation import EvaluationData
+    from heimdall_onnx.evidence.parity.report import ParityReport
+
+log = get_logger(__name__)
+
+LEVELS: tuple[OptimizationLevel, ...] = ("none", "basic", "all")
+
+
+@dataclass(frozen=True)
+class LevelParity:
+    """What one optimization level does.
+
+    Attributes:
+        level: ``"none"``, ``"basic"`` or ``"all"``, the one that is deployed.
+        outputs: Error statistics per output, in the signature's order.
+        operators: Operators that ran, the most frequent first.
+        load_ms: Session creation, in which the graph is rewritten; milliseconds.
+    """
+
+    level: OptimizationLevel
+    outputs: tuple[ErrorStatistics, ...]
+    operators: dict[str, int]
+    load_ms: float
+
+    @property
+    def excess(self) -> float:
+        """The largest error in units of what is allowed."""
+        return max(output.excess for output in self.outputs)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every element is within its tolerance."""
+        return not any(o.violations or o.nonfinite_mismatches for o in self.outputs)
+
+
+@dataclass(frozen=True)
+class LevelReport:
+    """The same parity at every optimization level.
+
+    Attributes:
+        levels: From none to all.
+        source: What was compared, in words.
+    """
+
+    levels: tuple[LevelParity, ...]
+    source: str
+
+
+def compare_levels(
+    model: nn.Module,
+    onnx_path: Path,
+    data: EvaluationData,
+    report: ParityReport,
+    *,
+    samples: int = 8,
+) -> LevelReport:
+    """Compare both models at every optimization level, one session at a time.
+
+    Args:
+        model: The PyTorch model, in eval mode.
+        onnx_path: The ONNX file.
+        data: Evaluation inputs; ``samples`` of them are taken, evenly spaced.
+        report: What `compare_outputs` found; the batch with its largest error is compared too.
+        samples: Evaluation samples.
+
+    Raises:
+        InvalidModelError: If ONNX Runtime can't load the file.
+        EvidenceError: If a model can't run on the inputs.
+    """
+    rows = np.unique(np.linspace(0, data.count - 1, min(samples, data.count)).astype(int))
+    size = report.cells[0].batch_size
+    parts = (data.rows(rows[start : start + size]) for start in range(0, rows.size, size))
+    batches = [(1.0, batch) for batch in parts]
+    batches.append((report.worst_factor, report.worst_inputs))
+    expected = [run_pytorch(model, batch, report.signature) for _, batch in batches]
+    levels = tuple(_at_level(level, onnx_path, batches, expected, report) for level in LEVELS)
+    source = f"{len(rows)} samples of {report.source}, and the worst batch: {report.worst_where}"
+    log.info("compared_levels", excess={found.level: found.excess for found in levels})
+    return LevelReport(levels, source)
+
+
+def _at_level(
+    level: OptimizationLevel,
+    path: Path,
+    batches: list[tuple[float, Arrays]],
+    expected: list[Arrays],
+    report: ParityReport,
+) -> LevelParity:
+    with tempfile.TemporaryDirectory(prefix="heimdall-profile-") as folder:
+        started = time.perf_counter()
+        session = open_session(path, level=level, spinning=False, profile=Path(folder) / "run")
+        load_ms = 1000 * (time.perf_counter() - started)
+        statistics = []
+        found = [run_onnx(session, batches[0][1], report.signature)]
+        operators = _operators(session)
+        found += [run_onnx(session, batch, report.signature) for _, batch in batches[1:]]
+    for spec in report.signature.outputs:
+        parts = []
+        for (factor, _), reference, value in zip(batches, expected, found, strict=True):
+            accumulator = ErrorAccumulator(spec, atol=factor * report.tolerance, rtol=factor * RTOL)
+            accumulator.update(reference[spec.name], value[spec.name], 0)
+            parts.append(accumulator.result())
+        statistics.append(max(parts, key=lambda part: (part.violations > 0, part.excess)))
+    return LevelParity(level, tuple(statistics), operators, load_ms)
+
+
+def _operators(session: InferenceSession) -> dict[str, int]:
+    """The operators that have run so far, from ONNX Runtime's own record; it ends with this."""
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = {
+        (event["args"]["node_index"], event["name"]): event["args"]["op_name"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    }
+    return dict(Counter(ran.values()).most_common())

@@ -1,0 +1,285 @@
+"""What a comparison of outputs found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.gates import Gate
+from heimdall_onnx.evidence.parity.ground import GroundReport
+from heimdall_onnx.evidence.parity.invariance import MaskCheck, OrderCheck
+from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
+from heimdall_onnx.evidence.parity.uncertainty import UncertaintyReport
+from heimdall_onnx.model.signature import Signature
+
+EVALUATION = "evaluation data"
+RTOL = 1.3e-6  # torch.testing's default for float32
+
+
+THIS_PROCESS = "this process"
+
+ADVERSARIAL_FACTOR = 10.0
+NOISE_FLOOR_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class ParityCell:
+    """Agreement on one kind of input at one batch size.
+
+    Attributes:
+        kind: ``"evaluation data"``, a further length of a dynamic axis or an adversarial kind.
+        batch_size: Samples in a call.
+        samples: Samples compared.
+        outputs: Statistics per output, in the signature's order.
+        valid: Whether the inputs are ordinary ones at a further length, with the same tolerance as
+            the evaluation data.
+    """
+
+    kind: str
+    batch_size: int
+    samples: int
+    outputs: tuple[ErrorStatistics, ...]
+    valid: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What the tolerance of the elements is multiplied by."""
+        return tolerance_factor(self.kind, self.valid)
+
+
+def tolerance_factor(kind: str, valid: bool) -> float:
+    """What the tolerance of the elements is multiplied by on a kind of input."""
+    return 1.0 if valid or kind == EVALUATION else ADVERSARIAL_FACTOR
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """Both float32 models against PyTorch in float64.
+
+    Attributes:
+        output: Name of the output.
+        samples: Evaluation samples used.
+        onnx_error: The ONNX model's mean absolute error.
+        pytorch_error: The float32 PyTorch model's own mean absolute error.
+        ulp: One unit in the last place at the output's mean magnitude.
+    """
+
+    output: str
+    samples: int
+    onnx_error: float
+    pytorch_error: float
+    ulp: float
+
+    @property
+    def limit(self) -> float:
+        """The largest error that rounding alone explains: twice PyTorch's own plus one ULP."""
+        return NOISE_FLOOR_FACTOR * self.pytorch_error + self.ulp
+
+
+@dataclass(frozen=True)
+class BatchIndependence:
+    """How much a row's answer moves when other rows share its batch.
+
+    Attributes:
+        largest_error: Largest absolute change of any element of the ONNX model's outputs.
+        excess: Largest change in units of what is allowed, atol + rtol·|alone|.
+        neighbour: The kind of neighbour that moved it most.
+        output: The output that moved most.
+        comparisons: Row-beside-neighbours pairs compared.
+    """
+
+    largest_error: float
+    excess: float
+    neighbour: str
+    output: str
+    comparisons: int
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Everything that `compare_outputs` found.
+
+    Attributes:
+        signature: The model's signature.
+        source: The evaluation data's name.
+        samples: Evaluation samples compared.
+        tolerance: The documented limit of the mean absolute error, and atol of the elements.
+        rtol: Relative part of the element tolerance.
+        cells: Agreement by kind of input and batch size; the first is the whole evaluation data
+            at the largest batch size that it fills.
+        noise_floor: Per floating-point output.
+        independence: Batch independence of the ONNX model.
+        ground: Positions in metres; None where no output holds positions.
+        pytorch: The PyTorch model's outputs on some evaluation samples, for figures.
+        onnx: The ONNX model's outputs on the same samples.
+        worst_inputs: The batch in which an element exceeded its tolerance most.
+        worst_where: Kind and batch size of that batch, in words.
+        worst_factor: What the tolerance was multiplied by there.
+        evaluated_by: Who took the models over the evaluation data, in words.
+        plotted: Index of each sample of ``pytorch`` and ``onnx`` in the evaluation data; None for
+            its first ones.
+        masks: Each mask of the signature, for both models.
+        orders: Each permutable axis of the signature, for both models.
+        valid_inputs: Whether signature or model say which inputs are valid, so that each of those
+            compared must be answered with a number.
+        uncertainty: Localization error and calibration of the PyTorch and of the ONNX model; empty
+            without labels or positions.
+    """
+
+    signature: Signature
+    source: str
+    samples: int
+    tolerance: float
+    rtol: float
+    cells: tuple[ParityCell, ...]
+    noise_floor: tuple[NoiseFloor, ...]
+    independence: BatchIndependence
+    ground: GroundReport | None
+    pytorch: Arrays = field(repr=False)
+    onnx: Arrays = field(repr=False)
+    worst_inputs: Arrays = field(repr=False)
+    worst_where: str
+    masks: tuple[MaskCheck, ...] = ()
+    orders: tuple[OrderCheck, ...] = ()
+    valid_inputs: bool = False
+    uncertainty: tuple[UncertaintyReport, ...] = ()
+    worst_factor: float = 1.0
+    evaluated_by: str = THIS_PROCESS
+    plotted: npt.NDArray[np.int64] | None = field(default=None, repr=False)
+
+    @property
+    def evaluation(self) -> tuple[ErrorStatistics, ...]:
+        """Statistics per output over the whole evaluation data."""
+        return self.cells[0].outputs
+
+    def place_of(self, sample: int) -> int | None:
+        """Where a sample's outputs are in ``pytorch`` and ``onnx``; None if they were not kept."""
+        kept = len(next(iter(self.pytorch.values())))
+        if self.plotted is None:
+            return sample if sample < kept else None
+        place = int(np.searchsorted(self.plotted, sample))
+        return place if place < kept and self.plotted[place] == sample else None
+
+    def gates(self) -> tuple[Gate, ...]:
+        """Every parity gate, evaluated."""
+        evaluation = [c for c in self.cells if c.factor == 1.0]
+        adversarial = [c for c in self.cells if c.factor != 1.0]
+        return (
+            self._mean_gate(evaluation),
+            self._element_gate("elements on evaluation data", evaluation, 1.0),
+            self._element_gate("elements on adversarial inputs", adversarial, ADVERSARIAL_FACTOR),
+            self._nonfinite_gate(),
+            *(self._noise_gate(floor) for floor in self.noise_floor),
+            Gate.at_most(
+                "batch independence",
+                1.0,
+                self.independence.excess,
+                f"in units of the tolerance; {self.independence.output} beside "
+                f"{self.independence.neighbour}: {self.independence.largest_error:.3g}",
+            ),
+            *self._range_gates(),
+            *self._promise_gates(),
+        )
+
+    def _mean_gate(self, cells: list[ParityCell]) -> Gate:
+        cell, worst = max(
+            ((c, o) for c in cells for o in c.outputs), key=lambda pair: _nan_last(pair[1].mean)
+        )
+        where = "" if cell.kind == EVALUATION else f"{cell.kind}, "
+        return Gate.at_most(
+            "mean absolute error",
+            self.tolerance,
+            worst.mean,
+            f"{worst.output}, {where}batch {cell.batch_size}",
+        )
+
+    def _element_gate(self, name: str, cells: list[ParityCell], factor: float) -> Gate:
+        found = [
+            f"{o.output}: {o.violations} of {o.count} on {c.kind}, batch {c.batch_size}, "
+            f"largest error {o.maximum:.3g}"
+            for c in cells
+            for o in c.outputs
+            if o.violations
+        ]
+        count = sum(o.violations for c in cells for o in c.outputs)
+        limit = f"0 beyond {factor * self.tolerance:g} + {factor * self.rtol:g}·|reference|"
+        return Gate(name, limit, count, not found, "; ".join(found))
+
+    def _nonfinite_gate(self) -> Gate:
+        return Gate.none_of(
+            "NaN and Inf in the same places",
+            (
+                f"{o.output}: {o.nonfinite_mismatches} of {o.count} on {c.kind}, "
+                f"batch {c.batch_size}"
+                for c in self.cells
+                for o in c.outputs
+                if o.nonfinite_mismatches
+            ),
+        )
+
+    def _promise_gates(self) -> Iterator[Gate]:
+        # NaN in the same places is a faithful export, and where nothing says which inputs are
+        # valid, as of a bare floating-point input, an answer to zeros need not exist.
+        if self.valid_inputs:
+            yield Gate.none_of(
+                "finite outputs",
+                (
+                    f"{o.output}: {o.nonfinite} of {o.count} are NaN or Inf on {c.kind}, "
+                    f"batch {c.batch_size}"
+                    for c in self.cells
+                    for o in c.outputs
+                    if o.nonfinite
+                ),
+            )
+        if self.masks:
+            problems = (check.problem for check in self.masks)
+            yield Gate.none_of("masked elements", filter(None, problems))
+        for axis in dict.fromkeys(check.axis for check in self.orders):
+            worst = max((c for c in self.orders if c.axis == axis), key=lambda c: c.excess)
+            yield Gate.at_most(
+                f"order along {axis}",
+                1.0,
+                worst.excess,
+                f"in units of the tolerance; {worst.output} of {worst.side}",
+            )
+
+    @staticmethod
+    def _noise_gate(floor: NoiseFloor) -> Gate:
+        return Gate.at_most(
+            f"noise floor of {floor.output}",
+            floor.limit,
+            floor.onnx_error,
+            f"mean error against float64 over {floor.samples} samples; "
+            f"PyTorch float32: {floor.pytorch_error:.3g}",
+        )
+
+    def _range_gates(self) -> list[Gate]:
+        gates = []
+        for index, spec in enumerate(self.signature.outputs):
+            if spec.range is None:
+                continue
+            found = [cell.outputs[index] for cell in self.cells]
+            low, high = min(o.lowest for o in found), max(o.highest for o in found)
+            nonfinite = sum(o.nonfinite for o in found)
+            bottom, top = spec.range
+            if np.issubdtype(np.dtype(spec.dtype), np.floating):
+                # The limits as the graph's own dtype holds them: 0.01 is not a float32.
+                bottom, top = map(float, np.asarray(spec.range, spec.dtype))
+            gates.append(
+                Gate(
+                    f"range of {spec.name}",
+                    f"in [{spec.range[0]:g}, {spec.range[1]:g}]",
+                    f"[{low:.4g}, {high:.4g}]",
+                    bottom <= low <= high <= top and not nonfinite,
+                    f"{nonfinite} elements are NaN or Inf" if nonfinite else "",
+                )
+            )
+        return gates
+
+
+def _nan_last(value: float) -> float:
+    return float("inf") if np.isnan(value) else value

@@ -1,0 +1,511 @@
+"""Error statistics that grow with neither the number of samples nor their order.
+
+Every accumulator can be pickled and merged with others, so that many processes each read a part of
+the data. However the samples are parted and in whatever order the parts are merged, counts,
+extremes, sums and worst samples are those of one process that reads everything, bit by bit; only
+quantiles are estimates.
+
+Quantiles come from REQ sketches (Cormode et al., "Relative Error Streaming Quantiles", PODS 2021;
+Apache DataSketches), which are most precise at high ranks, merged or not: exact up to some hundred
+values, and beyond that with a rank whose standard error is about 0.2% of (1 - rank), see
+`Quantiles.rank_bounds`. They are preferred to the better known KLL sketches (Karnin, Lang and
+Liberty, "Optimal Quantile Approximation in Streams", FOCS 2016), whose error is the same at every
+rank, and so as large as 1 - rank itself where errors are judged, at 0.99 and 0.999. The price is a
+size that grows with the logarithm of the number of values: some 30 kB after 10⁶, 60 kB after 10¹².
+
+Sums are kept exactly, as whole numbers of the smallest unit there is: the superaccumulator of
+Neal ("Fast Exact Summation Using Small and Large Superaccumulators", arXiv:1505.05571, 2015).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from datasketches import req_floats_sketch
+
+from heimdall_onnx.common.errors import InputError
+from heimdall_onnx.model.signature import TensorSpec
+
+Floats = npt.NDArray[np.float64]
+
+_SKETCH_K = 64
+WORST_SAMPLES = 8
+_ELEMENTS_AT_ONCE = 1 << 20
+
+# frexp gives a float64 as m·2ᵉ with 0.5 <= |m| < 1 and e from -1073 on: m·2⁵³ is whole.
+_LEAST_EXPONENT = -1073
+_HIGH_BITS, _LOW_BITS = 27, 26
+_UNIT_BITS = _HIGH_BITS + _LOW_BITS - _LEAST_EXPONENT
+_SUMMED_AT_ONCE = 1 << 14  # far from the 2²⁶ of which float64 could no longer hold a sum of halves
+
+
+class Accumulator(Protocol):
+    """What `require_mergeable` has to know of an accumulator."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What two accumulators must share so that they can be merged."""
+        ...
+
+
+def require_mergeable(target: Accumulator, part: Accumulator) -> None:
+    """Return if ``part`` collects the same statistics of the same thing as ``target``.
+
+    Raises:
+        InputError: If it does not, or is ``target`` itself; names every setting that differs.
+    """
+    kind = type(target).__name__
+    if part is target:
+        raise InputError(f"{kind} can't be merged with itself: its samples would count twice")
+    if type(part) is not type(target):
+        raise InputError(f"{kind} can't be merged with {type(part).__name__}: expected {kind}")
+    mine, others = target.settings, part.settings
+    differing = [
+        f"{name}: expected {mine[name]!r}, found {others[name]!r}"
+        for name in mine
+        if mine[name] != others[name]
+    ]
+    if differing:
+        raise InputError(
+            f"{kind} can't be merged with one of other settings; make both with the same:\n  - "
+            + "\n  - ".join(differing)
+        )
+
+
+class ExactSums:
+    """Streamed sums of float64 numbers without rounding, and therefore independent of all order.
+
+    Args:
+        count: How many sums are kept side by side.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._totals = [0] * count  # in units of 2^-_UNIT_BITS
+        self._beyond = np.zeros(count)  # what is no number, summed as float64 does it
+
+    def add(self, *terms: Floats) -> None:
+        """Add to each sum its array (N,)."""
+        for start in range(0, terms[0].size, _SUMMED_AT_ONCE):
+            self._add(np.stack([array[start : start + _SUMMED_AT_ONCE] for array in terms]))
+
+    def _add(self, block: Floats) -> None:
+        finite = np.isfinite(block)
+        if not finite.all():
+            self._add_beyond(np.where(finite, 0.0, block).T)
+            block = np.where(finite, block, 0.0)
+        mantissas, exponents = np.frexp(block)
+        # Mantissas of one exponent are added in two halves, so that float64 holds their sums.
+        mantissas *= 2.0**_HIGH_BITS
+        high = np.floor(mantissas)
+        low = (mantissas - high) * 2.0**_LOW_BITS
+        least = int(exponents.min())
+        width = int(exponents.max()) - least + 1
+        cells = (exponents + (np.arange(len(block)) * width - least)[:, None]).ravel()
+        highs, lows = np.bincount(cells, high.ravel()), np.bincount(cells, low.ravel())
+        for cell in np.flatnonzero((highs != 0) | (lows != 0)).tolist():
+            row, above = divmod(cell, width)
+            whole = (int(highs[cell]) << _LOW_BITS) + int(lows[cell])
+            self._totals[row] += whole << (least + above - _LEAST_EXPONENT)
+
+    def _add_beyond(self, values: Floats) -> None:
+        with np.errstate(invalid="ignore"):  # of infinities of both signs
+            self._beyond = self._beyond + values.sum(axis=0)
+
+    def merge(self, other: ExactSums) -> None:
+        """Add the sums of ``other``, of which there must be as many."""
+        self._totals = [a + b for a, b in zip(self._totals, other._totals, strict=True)]
+        self._add_beyond(other._beyond[None])
+
+    def values(self, divisor: int = 1) -> tuple[float, ...]:
+        """The sums divided by ``divisor`` > 0, each rounded once; NaN and Inf as float64 has it."""
+        return tuple(
+            _rounded(total, divisor << _UNIT_BITS) if beyond == 0 else float(beyond)
+            for total, beyond in zip(self._totals, self._beyond, strict=True)
+        )
+
+
+def _rounded(numerator: int, denominator: int) -> float:
+    try:
+        return numerator / denominator
+    except OverflowError:
+        return math.inf if numerator > 0 else -math.inf
+
+
+class Quantiles:
+    """Streamed quantiles of non-negative numbers."""
+
+    def __init__(self) -> None:
+        self._sketch = req_floats_sketch(_SKETCH_K)
+
+    def __getstate__(self) -> bytes:
+        return bytes(self._sketch.serialize())
+
+    def __setstate__(self, state: bytes) -> None:
+        self._sketch = req_floats_sketch.deserialize(state)
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What two of them must share so that they can be merged."""
+        return {"k": self._sketch.k}
+
+    @property
+    def count(self) -> int:
+        """Number of values added, without NaN."""
+        return int(self._sketch.n)
+
+    def merge(self, other: Quantiles) -> None:
+        """Add everything that was added to ``other``, which stays as it is.
+
+        Raises:
+            InputError: If ``other`` is this one, or has another precision.
+        """
+        require_mergeable(self, other)
+        self._sketch.merge(other._sketch)
+
+    def rank_bounds(self, rank: float) -> tuple[float, float]:
+        """Between which true ranks the value given for ``rank`` lies, merged or not.
+
+        The sketch's own statement: ``rank`` less and plus three standard deviations, so that 99.7%
+        of all answers are within; both are ``rank`` where the sketch still has every value.
+        """
+        if self._sketch.is_empty():
+            return rank, rank
+        sketch = self._sketch
+        return float(sketch.get_rank_lower_bound(rank, 3)), float(
+            sketch.get_rank_upper_bound(rank, 3)
+        )
+
+    def update(self, values: npt.NDArray[Any]) -> None:
+        """Add ``values``; NaN is left out, and what float32 can't hold counts as Inf."""
+        with np.errstate(over="ignore"):
+            flat = np.asarray(values, dtype=np.float32).ravel()
+        self._sketch.update(flat[~np.isnan(flat)])
+
+    def __call__(self, rank: float) -> float:
+        """The value at ``rank`` in [0, 1]; NaN while nothing was added."""
+        return float("nan") if self._sketch.is_empty() else float(self._sketch.get_quantile(rank))
+
+    def cdf(self, points: Floats) -> Floats:
+        """Fraction of values at or below each of ``points`` (ascending)."""
+        if self._sketch.is_empty():
+            return np.full(points.shape, np.nan)
+        ranks = self._sketch.get_cdf(points.astype(np.float32), True)
+        return np.asarray(ranks, dtype=np.float64)[: points.size]
+
+
+@dataclass(frozen=True)
+class WorstSample:
+    """A sample that differs much, and the element in which it does so most.
+
+    Elements and samples are ordered by their error in units of what is allowed there, as the gates
+    judge them, and not by the absolute error, which is largest where the values are.
+
+    Attributes:
+        sample: Its index in the data.
+        error: Absolute error of the element.
+        excess: The same in units of what is allowed there, atol + rtol·|reference|.
+        element: Its index in the flattened output of the sample.
+        reference: The PyTorch model's first values at that sample, eight at most.
+        value: The ONNX model's first values at that sample.
+        shard: The file of a dataset that it is in; empty where there is none.
+    """
+
+    sample: int
+    error: float
+    excess: float
+    element: int
+    reference: tuple[float, ...]
+    value: tuple[float, ...]
+    shard: str = ""
+
+
+def badness(sample: WorstSample) -> tuple[float, float, int]:
+    """Sorts the worst sample first, and of equally bad ones the first of the data.
+
+    The error decides between equal shares of what is allowed, infinite ones among them.
+    """
+    return -sample.excess, -sample.error, sample.sample
+
+
+@dataclass(frozen=True)
+class ErrorStatistics:
+    """How far one output is from its reference; absolute errors in the output's unit.
+
+    Attributes:
+        output: Name of the output.
+        unit: Its unit.
+        count: Number of elements compared.
+        mean: Mean absolute error (MAE).
+        maximum: Largest absolute error.
+        p50: Median absolute error.
+        p99: 99th percentile of the absolute error.
+        p999: 99.9th percentile of the absolute error.
+        ulp_p50: Median error in units in the last place of the reference.
+        ulp_p999: 99.9th percentile of the error in units in the last place.
+        cosine: Cosine similarity of all elements, in float64.
+        violations: Elements outside atol + rtol·|reference|.
+        excess: Largest error in units of what is allowed there, atol + rtol·|reference|.
+        nonfinite_mismatches: Elements that are NaN or Inf on one side only, or differently.
+        lowest: Smallest finite element of the ONNX model's output.
+        highest: Largest finite element of the ONNX model's output.
+        nonfinite: Elements of the ONNX model's output that are NaN or Inf.
+        worst: The samples that differ most in units of what is allowed, the worst first.
+        error_edges: Ascending absolute errors at which ``error_cdf`` is given.
+        error_cdf: Fraction of elements with an error at or below each edge.
+    """
+
+    output: str
+    unit: str | None
+    count: int
+    mean: float
+    maximum: float
+    p50: float
+    p99: float
+    p999: float
+    ulp_p50: float
+    ulp_p999: float
+    cosine: float
+    violations: int
+    excess: float
+    nonfinite_mismatches: int
+    lowest: float
+    highest: float
+    nonfinite: int
+    worst: tuple[WorstSample, ...]
+    error_edges: tuple[float, ...]
+    error_cdf: tuple[float, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """The scalar statistics, JSON-serialisable."""
+        skipped = {"worst", "error_edges", "error_cdf"}
+        return {k: v for k, v in vars(self).items() if k not in skipped}
+
+
+def element_errors(
+    reference: Floats, value: Floats, *, atol: float, rtol: float
+) -> tuple[Floats, Floats, Floats]:
+    """Absolute errors, element by element: as they are, in units of what is allowed, and that.
+
+    Allowed is atol + rtol·|reference|. Where only one side is NaN or Inf, or they differ in it, the
+    error is infinite; where both are the same it is zero.
+    """
+    same = (reference == value) | (np.isnan(reference) & np.isnan(value))
+    finite = np.isfinite(reference) & np.isfinite(value)
+    a, b = np.where(finite, reference, 0.0), np.where(finite, value, 0.0)
+    error = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
+    allowed = atol + rtol * np.abs(a)
+    with np.errstate(divide="ignore"):  # nothing may be allowed at all
+        excess = np.divide(error, allowed, out=np.zeros_like(error), where=error > 0)
+    return error, excess, allowed
+
+
+@dataclass(frozen=True)
+class WorstElements:
+    """Of each sample (N,) that element of an output which differs most from its reference.
+
+    Attributes:
+        element: Its index in the flattened output of the sample.
+        reference: The PyTorch model's value; NaN where the output has no elements.
+        value: The ONNX model's.
+        error: Absolute error, infinite where only one side is NaN or Inf.
+        excess: The same in units of what is allowed there.
+    """
+
+    element: npt.NDArray[np.int64]
+    reference: Floats
+    value: Floats
+    error: Floats
+    excess: Floats
+
+    @classmethod
+    def joined(cls, parts: Sequence[WorstElements]) -> WorstElements:
+        """Those of ``parts``, one after the other."""
+        names = [entry.name for entry in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def worst_elements(
+    reference: npt.NDArray[Any], value: npt.NDArray[Any], *, atol: float, rtol: float
+) -> WorstElements:
+    """Find the elements that differ most in units of what is allowed, atol + rtol·|reference|.
+
+    Args:
+        reference: The PyTorch model's output, sample axis first.
+        value: The ONNX model's, of the same shape.
+        atol: Absolute part of what is allowed.
+        rtol: Relative part.
+    """
+    width = math.prod(reference.shape[1:])
+    if width == 0:
+        nothing = np.zeros(len(reference))
+        missing = np.full(len(reference), np.nan)
+        return WorstElements(nothing.astype(np.int64), missing, missing, nothing, nothing)
+    # A part at a time: float64 takes twice the memory, and there may be much of it.
+    step = max(1, _ELEMENTS_AT_ONCE // width)
+    parts = []
+    for start in range(0, max(len(reference), 1), step):
+        a, b = (
+            array[start : start + step].reshape(-1, width).astype(np.float64)
+            for array in (reference, value)
+        )
+        error, excess, _ = element_errors(a, b, atol=atol, rtol=rtol)
+        parts.append(_worst_of_rows(a, b, error, excess))
+    return WorstElements.joined(parts)
+
+
+def _worst_of_rows(a: Floats, b: Floats, error: Floats, excess: Floats) -> WorstElements:
+    """Those of samples whose elements lie side by side, (N, elements)."""
+    # The error decides between equal shares, infinite ones among them.
+    furthest = excess == excess.max(axis=1, keepdims=True)
+    element = np.where(furthest, error, -1.0).argmax(axis=1)
+    rows = np.arange(len(a))
+    return WorstElements(element, *(array[rows, element] for array in (a, b, error, excess)))
+
+
+class ErrorAccumulator:
+    """Collects `ErrorStatistics` of one output, batch by batch, in constant memory."""
+
+    def __init__(self, spec: TensorSpec, *, atol: float, rtol: float) -> None:
+        self._spec, self._atol, self._rtol = spec, atol, rtol
+        self._errors, self._ulps = Quantiles(), Quantiles()
+        self._count = self._finite = self._violations = self._mismatches = 0
+        self._nonfinite = 0
+        self._excess = self._maximum = 0.0
+        self._sums = ExactSums(4)  # error, reference·value, reference², value²
+        self._lowest, self._highest = np.inf, -np.inf
+        self._worst: list[WorstSample] = []
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What two of them must share so that they can be merged."""
+        return {"output": self._spec, "atol": self._atol, "rtol": self._rtol}
+
+    def update(
+        self,
+        reference: npt.NDArray[Any],
+        value: npt.NDArray[Any],
+        first: int,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            reference: The PyTorch model's output, sample axis first.
+            value: The ONNX model's, of the same shape.
+            first: Index of the first sample in the whole data.
+        """
+        a, b = reference.astype(np.float64), value.astype(np.float64)
+        if a.shape != b.shape:
+            # A wrong shape is as wrong as an output can be: nothing in it corresponds.
+            self._count += a.size
+            self._mismatches += a.size
+            self._violations += a.size
+            self._excess = np.inf
+            return
+        finite = np.isfinite(a) & np.isfinite(b)
+        error, excess, allowed = element_errors(a, b, atol=self._atol, rtol=self._rtol)
+        self._count += a.size
+        self._mismatches += int((np.isinf(error) & ~finite).sum())
+        self._nonfinite += int((~np.isfinite(b)).sum())
+        self._violations += int((error > allowed).sum())
+        self._excess = max(self._excess, float(excess.max(initial=0.0)))
+        self._add_finite(a[finite], b[finite], error[finite])
+        self._add_worst(a, b, error, excess, first)
+
+    def _add_finite(self, a: Floats, b: Floats, error: Floats) -> None:
+        if a.size == 0:
+            return
+        self._finite += a.size
+        with np.errstate(over="ignore"):
+            self._sums.add(error, a * b, a * a, b * b)
+        self._maximum = max(self._maximum, float(error.max()))
+        # Which of the two zeros comes first must not matter: -0.0 + 0.0 is 0.0.
+        self._lowest = min(self._lowest, float(b.min()) + 0.0)
+        self._highest = max(self._highest, float(b.max()) + 0.0)
+        self._errors.update(error)
+        dtype = np.dtype(self._spec.dtype)
+        if np.issubdtype(dtype, np.floating):
+            with np.errstate(over="ignore"):  # next to zero an ULP is almost nothing
+                ulps = error / np.spacing(np.abs(a).astype(dtype)).astype(np.float64)
+            self._ulps.update(ulps)
+
+    def _add_worst(self, a: Floats, b: Floats, error: Floats, excess: Floats, first: int) -> None:
+        if error.size == 0:
+            return
+        sides = [array.reshape(len(array), -1) for array in (a, b, error, excess)]
+        found = _worst_of_rows(*sides)
+        # Stable, so that of equally bad samples the first are kept however the data is split.
+        order = np.lexsort((-found.error, -found.excess))[:WORST_SAMPLES]
+        self._keep_worst(
+            WorstSample(
+                first + row,
+                float(found.error[row]),
+                float(found.excess[row]),
+                int(found.element[row]),
+                tuple(map(float, sides[0][row, :8])),
+                tuple(map(float, sides[1][row, :8])),
+            )
+            for row in order.tolist()
+        )
+
+    def _keep_worst(self, found: Iterable[WorstSample]) -> None:
+        self._worst = heapq.nsmallest(WORST_SAMPLES, [*self._worst, *found], key=badness)
+
+    def merge(self, other: ErrorAccumulator) -> None:
+        """Add everything that was added to ``other``, which stays as it is.
+
+        The result is that of one accumulator to which all of it was added, in any order; see
+        `Quantiles.rank_bounds` for the quantiles.
+
+        Raises:
+            InputError: If ``other`` has another output or tolerance, or is this one.
+        """
+        require_mergeable(self, other)
+        self._errors.merge(other._errors)
+        self._ulps.merge(other._ulps)
+        self._sums.merge(other._sums)
+        self._count += other._count
+        self._finite += other._finite
+        self._violations += other._violations
+        self._mismatches += other._mismatches
+        self._nonfinite += other._nonfinite
+        self._excess = max(self._excess, other._excess)
+        self._maximum = max(self._maximum, other._maximum)
+        self._lowest = min(self._lowest, other._lowest)
+        self._highest = max(self._highest, other._highest)
+        self._keep_worst(other._worst)
+
+    def result(self) -> ErrorStatistics:
+        """The statistics of everything added so far."""
+        _, dot, ref2, val2 = self._sums.values()
+        norm = math.sqrt(ref2 * val2)
+        nothing = self._finite == 0
+        wrong = self._mismatches > 0
+        edges = np.logspace(-12, 3, 151)
+        return ErrorStatistics(
+            output=self._spec.name,
+            unit=self._spec.unit,
+            count=self._count,
+            mean=math.nan if nothing else math.inf if wrong else self._sums.values(self._finite)[0],
+            maximum=math.nan if nothing else math.inf if wrong else self._maximum,
+            p50=self._errors(0.5),
+            p99=self._errors(0.99),
+            p999=self._errors(0.999),
+            ulp_p50=self._ulps(0.5),
+            ulp_p999=self._ulps(0.999),
+            cosine=dot / norm if norm > 0 else float("nan"),
+            violations=self._violations,
+            excess=self._excess,
+            nonfinite_mismatches=self._mismatches,
+            lowest=self._lowest,
+            highest=self._highest,
+            nonfinite=self._nonfinite,
+            worst=tuple(self._worst),
+            error_edges=tuple(edges),
+            error_cdf=tuple(self._errors.cdf(edges)),
+        )

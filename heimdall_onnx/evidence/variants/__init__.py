@@ -1,0 +1,1 @@
+"""Other forms of the model: made, judged by the task, timed, one recommended."""

@@ -1,0 +1,218 @@
+"""Where the time of a call goes, operator by operator, from ONNX Runtime's own profiler.
+
+Read it beside a latency, not instead of one: the profiler's own records lengthen a call, most where
+there are many short nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heimdall_onnx.common.errors import EvidenceError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import FP32
+from heimdall_onnx.evidence.variants.tuning import LATENCY
+from heimdall_onnx.model.inference import OptimizationLevel, open_session, run_onnx
+from heimdall_onnx.model.runtimes import CPU
+
+if TYPE_CHECKING:
+    from heimdall_onnx.common.arrays import Arrays
+    from heimdall_onnx.data.evaluation import EvaluationData
+    from heimdall_onnx.evidence.variants.search import VariantsReport
+    from heimdall_onnx.model.signature import Signature
+
+log = get_logger(__name__)
+
+_WARMUP_CALLS = 3
+_SLOWEST = 10
+_KERNEL = "_kernel_time"
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """All nodes of one operator together.
+
+    Attributes:
+        name: The operator's type as it ran, after ONNX Runtime's optimizations, such as
+            ``"FusedConv"``.
+        nodes: How many nodes of it ran in a call.
+        ms: Time in them, milliseconds a call; median over the calls.
+        share: That, as a share of the whole call.
+    """
+
+    name: str
+    nodes: int
+    ms: float
+    share: float
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """One node.
+
+    Attributes:
+        name: Of the node in the graph that ran.
+        operator: Its operator's type.
+        ms: Time in it, milliseconds a call; median over the calls.
+    """
+
+    name: str
+    operator: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class OperatorTimes:
+    """The time of a call, taken apart.
+
+    Attributes:
+        total_ms: Duration of a call as the profiler says, milliseconds; median over the calls.
+        operators: By type, the longest time first.
+        slowest: The nodes with the longest times, the slowest first.
+        between_ms: What of a call lies outside of every node: the runtime's own, and the
+            profiler's; milliseconds, median over the calls.
+        calls: How many were counted.
+    """
+
+    total_ms: float
+    operators: tuple[OperatorTime, ...]
+    slowest: tuple[NodeTime, ...]
+    between_ms: float
+    calls: int
+
+
+def operator_times(
+    path: Path,
+    inputs: Arrays,
+    signature: Signature,
+    *,
+    threads: int | None = None,
+    level: OptimizationLevel = "all",
+    calls: int = 20,
+) -> OperatorTimes:
+    """Run the model under ONNX Runtime's profiler, and sum its record by operator and by node.
+
+    The record's format is the trace event format, a complete event for each node and each call;
+    events of the nodes of a subgraph lie within that of the node that runs it, and count there.
+
+    Args:
+        path: The ONNX file.
+        inputs: One call's inputs.
+        signature: Names and order of inputs and outputs.
+        threads: Intra-op threads; None leaves the choice to ONNX Runtime.
+        level: How far ONNX Runtime rewrites the graph before it runs.
+        calls: Counted calls; a few more are made before them, to warm up.
+
+    Raises:
+        InvalidModelError: If ONNX Runtime can't load the file.
+        EvidenceError: If it can't run the model on the inputs, or its record is not complete.
+    """
+    with tempfile.TemporaryDirectory(prefix="heimdall-profile-") as folder:
+        session = open_session(path, threads=threads, level=level, profile=Path(folder) / "run")
+        for _ in range(_WARMUP_CALLS + calls):
+            run_onnx(session, inputs, signature)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    runs = sorted(_spans(e for e in events if e["name"] == "model_run"))[_WARMUP_CALLS:]
+    if len(runs) != calls:
+        raise EvidenceError(
+            f"ONNX Runtime's profiler recorded {len(runs)} of {calls} calls of {path.name}"
+        )
+    found = _sum_up(runs, list(_nodes(events)))
+    log.info("operator_times", model=path.name, total_ms=found.total_ms, calls=calls)
+    return found
+
+
+def profile_variants(
+    data: EvaluationData, signature: Signature, report: VariantsReport | None, *, calls: int = 20
+) -> tuple[tuple[str, OperatorTimes], ...]:
+    """Operator times of fp32 and of the recommended variant, as far as ONNX Runtime runs them.
+
+    Args:
+        data: Its first samples are the inputs.
+        signature: Names and order of inputs and outputs.
+        report: The variants; None if none were asked for.
+        calls: Counted calls of each.
+
+    Raises:
+        InvalidModelError: If ONNX Runtime can't load a file.
+        EvidenceError: If it can't run a model, or its record is not complete.
+    """
+    if report is None:
+        return ()
+    inputs = data.rows(range(report.against_pytorch.batch_size))
+    shown = {variant.name: variant for variant in (report.variant(FP32), report.best)}
+    return tuple(
+        (
+            variant.name,
+            operator_times(
+                variant.path,
+                inputs,
+                signature,
+                threads=variant.settings_for(LATENCY).thread_count,
+                level=variant.settings_for(LATENCY).level,
+                calls=calls,
+            ),
+        )
+        for variant in shown.values()
+        if variant.settings.provider == CPU and variant.path is not None
+    )
+
+
+def _spans(events: Iterable[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    """Beginning and end of each event, microseconds."""
+    for event in events:
+        yield event["ts"], event["ts"] + event["dur"]
+
+
+def _nodes(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The events of the nodes in order of time, without those within another."""
+    kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(_KERNEL)]
+    end = 0
+    # Of two that begin in the same microsecond, the longer one is outside.
+    for event in sorted(kernels, key=lambda e: (e["ts"], -e["dur"])):
+        if event["ts"] >= end:
+            end = event["ts"] + event["dur"]
+            yield event
+
+
+def _sum_up(runs: list[tuple[int, int]], events: list[dict[str, Any]]) -> OperatorTimes:
+    by_operator: dict[str, list[int]] = defaultdict(lambda: [0] * len(runs))
+    by_node: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0] * len(runs))
+    between = [end - start for start, end in runs]
+    for call, (start, end) in enumerate(runs):
+        for event in events:
+            if start <= event["ts"] < end:
+                operator = event["args"]["op_name"]
+                node = event["args"]["node_index"], event["name"].removesuffix(_KERNEL), operator
+                by_operator[operator][call] += event["dur"]
+                by_node[node][call] += event["dur"]
+                between[call] -= event["dur"]
+    total = _median_ms(end - start for start, end in runs)
+    operators = [
+        OperatorTime(
+            name=operator,
+            nodes=sum(node[2] == operator for node in by_node),
+            ms=(ms := _median_ms(durations)),
+            share=ms / total if total else 0.0,
+        )
+        for operator, durations in by_operator.items()
+    ]
+    nodes = [NodeTime(name, op, _median_ms(found)) for (_, name, op), found in by_node.items()]
+    return OperatorTimes(
+        total_ms=total,
+        operators=tuple(sorted(operators, key=lambda found: -found.ms)),
+        slowest=tuple(sorted(nodes, key=lambda found: -found.ms)[:_SLOWEST]),
+        between_ms=_median_ms(between),
+        calls=len(runs),
+    )
+
+
+def _median_ms(durations: Iterable[int]) -> float:
+    return statistics.median(durations) / 1000

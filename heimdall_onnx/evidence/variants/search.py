@@ -1,0 +1,490 @@
+"""The search for the fastest faithful variant: make each, judge it, time it, choose by evidence.
+
+A lossy variant has to hold the gates of the task (`evidence.variants.accuracy`) on samples that no
+calibration has seen. Where one fails, groups of nodes are kept in float, those first that were
+measured to add most noise (`evidence.variants.sensitivity`), until it holds or half of them are.
+The fastest that holds is recommended, if it is known to be faster than fp32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heimdall_onnx.common.errors import BenchmarkError, EvidenceError, UnavailableError
+from heimdall_onnx.common.files import hash_file
+from heimdall_onnx.common.gates import Gate
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER, AccuracyLimits
+from heimdall_onnx.common.processes import Apart, process_apart
+from heimdall_onnx.data.evaluation import load_evaluation_data
+from heimdall_onnx.evidence.latency.benchmark import PYTORCH, PairLatency, measure_pair
+from heimdall_onnx.evidence.latency.contenders import Contestant, default_threads, write_model
+from heimdall_onnx.evidence.variants.accuracy import (
+    Accuracy,
+    accuracy_gates,
+    answers_of,
+    judge_accuracy,
+)
+from heimdall_onnx.evidence.variants.calibration import CalibrationSplit, split_calibration
+from heimdall_onnx.evidence.variants.recipes import (
+    RECIPES,
+    Job,
+    Recipe,
+    chosen_recipes,
+    make_variant,
+)
+from heimdall_onnx.evidence.variants.sensitivity import NoiseProfile, noise_profile
+from heimdall_onnx.evidence.variants.tuning import LATENCY, THROUGHPUT, Tuning, tune_session
+from heimdall_onnx.model.runtimes import CPU, SessionSettings, open_runner, require_runtime
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from heimdall_onnx.common.arrays import Arrays
+    from heimdall_onnx.common.parameters import ReleaseParameters
+    from heimdall_onnx.data.evaluation import EvaluationData
+    from heimdall_onnx.model.signature import Signature
+
+log = get_logger(__name__)
+
+_PROFILE_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class JudgedVariant:
+    """A variant with its evidence.
+
+    Attributes:
+        name: Its name.
+        what: What it is, in a few words.
+        precision: Of its multiplications.
+        status: ``"passed"``, ``"failed"`` (a gate) or ``"unavailable"``.
+        reason: Why it is not passed, in words.
+        settings: What it was opened with.
+        path: Its file on this machine; that of fp32 where it has none of its own.
+        sha256: SHA-256 of that file.
+        size_bytes: Its length.
+        file: Its name within the release folder.
+        kept_in_float: Modules whose nodes are kept in float.
+        gates: The gates of the task; empty for fp32, which has its own.
+        accuracy: How its answers differ from those of fp32.
+        noise: Where it loses accuracy, with every node quantized; None where nodes can't be chosen.
+        latency: fp32 (first) and the variant in turns; None where it was not measured.
+        tunings: The options found for latency and throughput; only of the recommended one.
+    """
+
+    name: str
+    what: str
+    precision: str
+    status: str
+    reason: str = ""
+    settings: SessionSettings = field(default_factory=SessionSettings)
+    path: Path | None = field(default=None, repr=False)
+    sha256: str = ""
+    size_bytes: int = 0
+    file: str = MODEL
+    kept_in_float: tuple[str, ...] = ()
+    gates: tuple[Gate, ...] = field(default=(), repr=False)
+    accuracy: Accuracy | None = field(default=None, repr=False)
+    noise: NoiseProfile | None = field(default=None, repr=False)
+    latency: PairLatency | None = field(default=None, repr=False)
+    tunings: tuple[Tuning, ...] = field(default=(), repr=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it may be used."""
+        return self.status == "passed"
+
+    @property
+    def multiplies_in(self) -> str:
+        """What its products are of, as a roofline's peaks are named."""
+        # Weights of 4 bits are multiplied with activations that are rounded to 8.
+        names = {"fp32": "f32", "fp16": "f16", "int4": "int8"}
+        return names.get(self.precision, self.precision)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What of its weights has to be read for a call."""
+        # Two of them halve the fp32 file's weights as they open it.
+        halved = self.precision in {"bf16", "fp16"} and not self.has_own_file
+        return self.size_bytes // 2 if halved else self.size_bytes
+
+    @property
+    def has_own_file(self) -> bool:
+        """Whether it has another file than fp32."""
+        return self.file != MODEL
+
+    def settings_for(self, purpose: str) -> SessionSettings:
+        """What to open it with, for ``"latency"`` or ``"throughput"``."""
+        tuned = (tuning.settings for tuning in self.tunings if tuning.purpose == purpose)
+        return next(tuned, self.settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy of what a release records."""
+        return {
+            "name": self.name,
+            "what": self.what,
+            "precision": self.precision,
+            "status": self.status,
+            "reason": self.reason,
+            "file": self.file,
+            "sha256": self.sha256,
+            "size_bytes": self.size_bytes,
+            "ran_on": "" if self.latency is None else self.latency.second.ran_on,
+            "sessions": {p: self.settings_for(p).to_dict() for p in (LATENCY, THROUGHPUT)},
+            "kept_in_float": list(self.kept_in_float),
+            "gates": [gate.to_dict() for gate in self.gates],
+            "latency": None if self.latency is None else self.latency.to_dict(),
+            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
+            "tuning": {
+                tuning.purpose: [asdict(trial) for trial in tuning.trials]
+                for tuning in self.tunings
+            },
+        }
+
+
+@dataclass(frozen=True)
+class VariantsReport:
+    """Everything that `compare_variants` found.
+
+    Attributes:
+        judged: Every variant that was asked for, fp32 first.
+        recommended: Name of the fastest that passed.
+        calibration: What ranges were calibrated on and what judged them.
+        limits: Of the gates.
+        against_pytorch: PyTorch (first) and the recommended variant, tuned, in turns.
+        batch_size: The batch size that throughput is measured at.
+    """
+
+    judged: tuple[JudgedVariant, ...]
+    recommended: str
+    calibration: CalibrationSplit = field(repr=False)
+    limits: AccuracyLimits
+    against_pytorch: PairLatency = field(repr=False)
+    batch_size: int
+
+    def variant(self, name: str) -> JudgedVariant:
+        """The variant of this name."""
+        return next(variant for variant in self.judged if variant.name == name)
+
+    @property
+    def best(self) -> JudgedVariant:
+        """The recommended variant."""
+        return self.variant(self.recommended)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy of what a release records."""
+        return {
+            "recommended": self.recommended,
+            "calibration": self.calibration.to_dict(),
+            "limits": asdict(self.limits),
+            "against_pytorch": self.against_pytorch.to_dict(),
+            "judged": [variant.to_dict() for variant in self.judged],
+        }
+
+
+def compare_variants(
+    model: nn.Module,
+    onnx_path: Path,
+    data: EvaluationData,
+    signature: Signature,
+    parameters: ReleaseParameters,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> VariantsReport | None:
+    """Make, judge and time the variants that the parameters ask for.
+
+    Args:
+        model: The PyTorch model, in eval mode.
+        onnx_path: The fp32 ONNX file; those of variants go into ``variants`` beside it.
+        data: Evaluation data, a part of which calibrates unless the parameters name a file for
+            that.
+        signature: Names, dtypes and ranges of inputs and outputs.
+        parameters: Of the release.
+        progress: Called with the name of each variant as its turn comes.
+
+    Returns:
+        None if no variants are asked for.
+
+    Raises:
+        ParameterError: If a variant is unknown.
+        DataError: If too few samples are left to judge with, or the calibration file can't be used.
+        BenchmarkError: If fp32 can't be measured.
+    """
+    recipes = chosen_recipes(parameters.variants)
+    if not recipes:
+        return None
+    calibration = None
+    if parameters.calibration_data:
+        calibration = load_evaluation_data(parameters.calibration_data, signature)
+    split = split_calibration(
+        data,
+        samples=parameters.limits.calibration_samples,
+        judged=parameters.limits.judged_samples,
+        seed=parameters.seed,
+        calibration=calibration,
+    )
+    search = _Search(model, onnx_path, split, signature, parameters)
+    judged = search.judge(recipes, progress or (lambda name: None))
+    timed = [search.time(variant) for variant in judged]
+    best = search.confirmed(sorted((v for v in timed if v.passed), key=_gain, reverse=True))
+    against = search.against_pytorch(best)
+    log.info("recommended", variant=best.name, speedup=round(against.speedup.ratio, 2))
+    return VariantsReport(
+        tuple(best if variant.name == best.name else variant for variant in timed),
+        best.name,
+        split,
+        parameters.accuracy_limits,
+        against,
+        parameters.batch_size,
+    )
+
+
+def _gain(variant: JudgedVariant) -> float:
+    """Speedup over fp32; nothing where it is not known to be one."""
+    if variant.name == FP32:
+        return 1.0
+    if variant.latency is None or variant.latency.speedup.low <= 1:
+        return 0.0
+    return variant.latency.speedup.ratio
+
+
+class _Search:
+    """What the steps of the search share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        onnx_path: Path,
+        split: CalibrationSplit,
+        signature: Signature,
+        parameters: ReleaseParameters,
+    ) -> None:
+        self._model, self._onnx, self._split = model, onnx_path, split
+        self._signature, self._parameters = signature, parameters
+        self._folder = onnx_path.parent / VARIANTS_FOLDER
+        self._inputs: Arrays = dict(split.evaluation.inputs)  # type: ignore[arg-type]
+        # A number, so that who opens the model elsewhere knows with how many it was measured.
+        self._threads = SessionSettings(threads=parameters.threads or default_threads())
+        self._reference: Arrays = {}
+
+    def judge(
+        self, recipes: Sequence[Recipe], progress: Callable[[str], None]
+    ) -> list[JudgedVariant]:
+        """Make every variant and hold it against the gates, in a process that gives back memory."""
+        judged = []
+        with process_apart() as apart, tempfile.TemporaryDirectory(prefix="heimdall-") as cache:
+            self._reference = apart(
+                _answers, self._onnx, self._signature, self._threads, self._inputs
+            )
+            for recipe in recipes:
+                progress(recipe.name)
+                try:
+                    judged.append(self._judge(recipe, apart, Path(cache)))
+                except (UnavailableError, EvidenceError) as error:
+                    status = "unavailable" if isinstance(error, UnavailableError) else "failed"
+                    judged.append(
+                        replace(self._described(recipe), status=status, reason=str(error))
+                    )
+                log.info("judged", variant=recipe.name, status=judged[-1].status)
+        return judged
+
+    def _described(self, recipe: Recipe) -> JudgedVariant:
+        settings = recipe.settings.model_copy(update={"threads": self._threads.threads})
+        file = MODEL if recipe.make is None else f"{VARIANTS_FOLDER}/{recipe.name}/{MODEL}"
+        return JudgedVariant(
+            recipe.name, recipe.what, recipe.precision, "failed", settings=settings, file=file
+        )
+
+    def _judge(self, recipe: Recipe, apart: Apart, cache: Path) -> JudgedVariant:
+        variant = self._described(recipe)
+        path = self._onnx if recipe.make is None else self._folder / recipe.name / MODEL
+        if recipe.name == FP32:
+            return _with_file(replace(variant, status="passed"), path)
+        # Before minutes are spent on making what can't run here.
+        require_runtime(variant.settings)
+        for attempt in self._attempts(recipe, path, apart, cache):
+            if isinstance(attempt, NoiseProfile):
+                variant = replace(variant, noise=attempt)
+                continue
+            accuracy, gates = self._accuracy(recipe, path, variant.settings, apart)
+            variant = replace(variant, kept_in_float=attempt, accuracy=accuracy, gates=gates)
+            if all(gate.passed for gate in gates):
+                break
+        failed = [gate.summary() for gate in variant.gates if not gate.passed]
+        variant = replace(variant, status="failed" if failed else "passed")
+        return _with_file(replace(variant, reason="; ".join(failed)), path)
+
+    def _accuracy(
+        self, recipe: Recipe, path: Path, settings: SessionSettings, apart: Apart
+    ) -> tuple[Accuracy, tuple[Gate, ...]]:
+        found = apart(_answers, path, self._signature, settings, self._inputs)
+        accuracy = judge_accuracy(self._reference, found, self._split.evaluation, self._signature)
+        gates = accuracy_gates(accuracy, self._parameters.accuracy_limits)
+        if recipe.lossy and self._split.evaluation.synthetic:
+            noise = "the inputs are random numbers, on which rounding is nobody's loss"
+            gates = (*gates, Gate.none_of("evaluation data", [noise]))
+        return accuracy, gates
+
+    def _attempts(
+        self, recipe: Recipe, path: Path, apart: Apart, cache: Path
+    ) -> Iterator[tuple[str, ...] | NoiseProfile]:
+        """What is kept in float: nothing, then more and more; between, where that loses accuracy.
+
+        The profile comes from calibration inputs: those that judge have no part in the choice.
+        """
+        if recipe.make is None:
+            yield ()
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def make(nodes: tuple[str, ...]) -> None:
+            job = Job(self._onnx, path, self._split.inputs, nodes, cache)
+            apart(make_variant, recipe.name, job)
+
+        make(())
+        if not recipe.selective:
+            yield ()
+            return
+        noise = apart(
+            noise_profile,
+            recipe.name,
+            self._onnx,
+            path,
+            [name for name, _ in self._model.named_modules(remove_duplicate=False)],
+            {name: array[:_PROFILE_SAMPLES] for name, array in self._split.inputs.items()},
+        )
+        yield noise
+        yield ()
+        half = len(noise.groups) // 2
+        for count in sorted({*(2**n for n in range(half.bit_length())), half} - {0}):
+            kept = noise.most_sensitive(count)
+            make(tuple(node for group in kept for node in group.nodes))
+            yield tuple(group.scope for group in kept)
+
+    def time(self, variant: JudgedVariant) -> JudgedVariant:
+        """Measure a variant that could be opened in turns with fp32, and fp32 with PyTorch."""
+        if variant.status == "unavailable" or variant.path is None:
+            return variant
+        try:
+            with self._opponent(variant) as opponent:
+                measured = self._measure(opponent, variant, self._parameters.limits.variant_calls)
+        except BenchmarkError as error:
+            if variant.name == FP32:
+                raise
+            return replace(variant, status="failed", reason=str(error))
+        log.info("timed", variant=variant.name, speedup=round(measured.speedup.ratio, 2))
+        return replace(variant, latency=measured)
+
+    @contextmanager
+    def _opponent(self, variant: JudgedVariant) -> Iterator[Contestant]:
+        if variant.name != FP32:
+            yield Contestant(FP32, self._onnx, self._threads)
+            return
+        with self._pytorch(variant) as pytorch:
+            yield pytorch
+
+    @contextmanager
+    def _pytorch(self, variant: JudgedVariant) -> Iterator[Contestant]:
+        """PyTorch on the device of what it is held against."""
+        device = variant.settings.provider if variant.settings.on_gpu else CPU
+        settings = self._threads.model_copy(update={"runtime": "pytorch", "provider": device})
+        with tempfile.TemporaryDirectory(prefix="heimdall-pytorch-") as folder:
+            path = Path(folder) / "model.pkl"
+            write_model(self._model, path)
+            yield Contestant(PYTORCH, path, settings)
+
+    def _measure(
+        self, first: Contestant, variant: JudgedVariant, calls: int, min_seconds: float = 0.0
+    ) -> PairLatency:
+        assert variant.path is not None
+        return measure_pair(
+            first,
+            Contestant(variant.name, variant.path, variant.settings_for(LATENCY)),
+            self._call,
+            self._signature,
+            calls=calls,
+            min_seconds=min_seconds,
+            seed=self._parameters.seed,
+            larger=self._parameters.batch_size,
+            larger_calls=self._parameters.limits.batch_calls,
+        )
+
+    @property
+    def _call(self) -> Arrays:
+        rows = range(self._parameters.latency_batch_size)
+        return self._split.evaluation.rows(rows)
+
+    def confirmed(self, fastest_first: Sequence[JudgedVariant]) -> JudgedVariant:
+        """The first that is faster than fp32 when timed anew, with the options found for it.
+
+        The fastest of many owes something to chance; a second look, which chose nothing, does not.
+        """
+        for variant in fastest_first:
+            if variant.name == FP32:
+                break
+            tuned = self.time(self._tuned(variant))
+            if tuned.passed and _gain(tuned) > 0:
+                return tuned
+            log.info("not confirmed", variant=variant.name)
+        (fp32,) = (variant for variant in fastest_first if variant.name == FP32)
+        return self._tuned(fp32)
+
+    def _tuned(self, variant: JudgedVariant) -> JudgedVariant:
+        """With the session options that are fastest and still hold every gate."""
+        assert variant.path is not None
+        contestant = Contestant(variant.name, variant.path, variant.settings)
+        sizes = {
+            LATENCY: self._parameters.latency_batch_size,
+            THROUGHPUT: self._parameters.batch_size,
+        }
+        tunings = [
+            tune_session(
+                contestant,
+                self._call,
+                self._signature,
+                purpose=purpose,
+                batch_size=size,
+                calls=self._parameters.limits.tuning_calls,
+                seed=self._parameters.seed,
+            )
+            for purpose, size in sizes.items()
+        ]
+        with process_apart() as apart:
+            # Another level of optimization runs other kernels, which have to be judged, too.
+            held = tuple(t for t in tunings if self._holds(variant, t.settings, apart))
+        return replace(variant, tunings=held)
+
+    def _holds(self, variant: JudgedVariant, settings: SessionSettings, apart: Apart) -> bool:
+        assert variant.path is not None
+        if settings == variant.settings:
+            return True
+        _, gates = self._accuracy(RECIPES[variant.name], variant.path, settings, apart)
+        return all(gate.passed for gate in gates)
+
+    def against_pytorch(self, variant: JudgedVariant) -> PairLatency:
+        """PyTorch and the variant with its options, in turns."""
+        limits = self._parameters.limits
+        with self._pytorch(variant) as pytorch:
+            return self._measure(pytorch, variant, limits.calls, limits.min_seconds)
+
+
+def _answers(path: Path, signature: Signature, settings: SessionSettings, inputs: Arrays) -> Arrays:
+    return answers_of(open_runner(path, signature, settings).run, inputs)
+
+
+def _with_file(variant: JudgedVariant, path: Path) -> JudgedVariant:
+    digest = hash_file(path)
+    beside = list(path.parent.glob(f"{path.name}.*"))
+    if beside and variant.has_own_file:
+        raise EvidenceError(
+            f"{variant.name} has external data ({', '.join(p.name for p in beside)}); expected one "
+            "file below 2 GB, which is all that is published of a variant"
+        )
+    size = sum(part.stat().st_size for part in (path, *beside))
+    return replace(variant, path=path, sha256=digest, size_bytes=size)

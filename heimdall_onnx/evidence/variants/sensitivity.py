@@ -1,0 +1,189 @@
+"""Where along the network a lossy variant loses accuracy, and which nodes to keep in float.
+
+The noise of a value is the relative error of the variant's against the fp32 graph's: RMS of the
+difference over RMS of the reference (its inverse is the signal-to-noise ratio of quantization that
+ONNX Runtime's ``qdq_loss_debug`` reports). A group of nodes is sensitive by the noise that leaves
+it beyond what entered, as powers, since independent errors add so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.model.onnx.graph import ScopedGraph
+
+log = get_logger(__name__)
+
+# Where the multiplications are; everything else costs more to convert than it gains.
+QUANTIZABLE = ("Conv", "MatMul", "Gemm")
+# Each run computes the graph from its beginning, and holds this many groups' values.
+_AT_ONCE = 12
+
+
+@dataclass(frozen=True)
+class GroupNoise:
+    """What one group of nodes does to the error.
+
+    Attributes:
+        scope: The module that the nodes belong to, as ``model.named_modules()`` calls it; the
+            node's own name where it shares its module with other groups.
+        nodes: Names of its nodes that can be quantized.
+        noise: Relative error of what leaves it.
+        entering: Relative error of what enters it.
+    """
+
+    scope: str
+    nodes: tuple[str, ...]
+    noise: float
+    entering: float
+
+    @property
+    def added(self) -> float:
+        """Noise that comes in here: the root of the difference of both powers, 0 if it shrinks."""
+        if not np.isfinite(self.noise):
+            return float("inf") if np.isfinite(self.entering) else 0.0
+        return float(np.sqrt(max(self.noise**2 - self.entering**2, 0.0)))
+
+
+@dataclass(frozen=True)
+class NoiseProfile:
+    """The noise of a variant along the depth of the network.
+
+    Attributes:
+        variant: Its name.
+        groups: In the order in which the graph computes them.
+        samples: Inputs that it was measured on.
+    """
+
+    variant: str
+    groups: tuple[GroupNoise, ...] = field(repr=False)
+    samples: int
+
+    def most_sensitive(self, count: int) -> tuple[GroupNoise, ...]:
+        """The ``count`` groups that add most noise, the worst first."""
+        return tuple(sorted(self.groups, key=lambda group: -group.added)[:count])
+
+
+class ReferenceGraph:
+    """The fp32 graph, in groups of nodes that can be quantized.
+
+    A group is a single node, or the nodes of the innermost module that holds several. The outermost
+    module with the same nodes stands for it: of a residual block the block, whose output is the
+    sum, rather than its branch. A node that no module has to itself, a product of queries and keys
+    for example, stands for itself.
+
+    Args:
+        path: The fp32 ONNX file.
+        modules: Every name in ``model.named_modules(remove_duplicate=False)``.
+        inputs: What noise is measured on.
+    """
+
+    def __init__(self, path: Path, modules: Iterable[str], inputs: Arrays) -> None:
+        self._graph = ScopedGraph(path, modules)
+        self._modules = tuple(modules)
+        self._inputs = inputs
+        self._groups: dict[str, tuple[str, ...]] = {}
+        self._around: dict[str, tuple[list[str], list[str]]] = {}
+        for nodes, scope in sorted(_groups(self._graph).items(), key=self._place):
+            if scope is None:
+                name, around = nodes[0], self._graph.around(nodes[0])
+            else:
+                start = self._graph.first(scope) + 1
+                name = scope
+                around = self._graph.entering(scope, start), self._graph.leaving(scope)
+            self._groups[name], self._around[name] = nodes, around
+
+    def _place(self, group: tuple[tuple[str, ...], str | None]) -> int:
+        """Where in the execution order a group begins."""
+        return self._graph.position(self._graph.around(group[0][0])[1][0])
+
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Names of the nodes by their group."""
+        return dict(self._groups)
+
+    def profile(self, variant: str, path: Path) -> NoiseProfile:
+        """Compare a variant with the fp32 graph, value by value.
+
+        Raises:
+            InvalidModelError: If the variant can't be loaded.
+            EvidenceError: If it can't run on the inputs.
+        """
+        other = ScopedGraph(path, self._modules)
+        noise: dict[str, float] = {}
+        scopes = list(self._groups)
+        for start in range(0, len(scopes), _AT_ONCE):
+            around = (self._around[scope] for scope in scopes[start : start + _AT_ONCE])
+            names = {name for pair in around for side in pair for name in side}
+            wanted = [name for name in sorted(names) if name not in noise and other.produces(name)]
+            reference = self._graph.compute(wanted, self._inputs)
+            found = other.compute(wanted, self._inputs)
+            for name in reference.keys() & found.keys():
+                noise[name] = relative_error(reference[name], found[name])
+        groups = []
+        for scope, nodes in self._groups.items():
+            entering, leaving = (
+                [noise[name] for name in side if name in noise] for side in self._around[scope]
+            )
+            if leaving:
+                groups.append(GroupNoise(scope, nodes, max(leaving), max(entering, default=0.0)))
+        log.info("noise_along_depth", variant=variant, groups=len(groups))
+        return NoiseProfile(variant, tuple(groups), len(next(iter(self._inputs.values()))))
+
+
+def noise_profile(
+    variant: str, reference: Path, path: Path, modules: Iterable[str], inputs: Arrays
+) -> NoiseProfile:
+    """`ReferenceGraph.profile` in one call, for a process of its own.
+
+    Args:
+        variant: The variant's name.
+        reference: The fp32 ONNX file.
+        path: The variant's file.
+        modules: Every name in ``model.named_modules(remove_duplicate=False)``.
+        inputs: What noise is measured on.
+    """
+    return ReferenceGraph(reference, modules, inputs).profile(variant, path)
+
+
+def relative_error(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    """RMS of the difference over RMS of the reference; infinite where shapes or NaN differ."""
+    if reference.shape != found.shape:
+        return float("inf")
+    a, b = reference.astype(np.float64), found.astype(np.float64)
+    scale = float(np.linalg.norm(a))
+    error = float(np.linalg.norm(b - a))
+    if not np.isfinite(error):
+        return float("inf")
+    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def _groups(graph: ScopedGraph) -> dict[tuple[str, ...], str | None]:
+    """The nodes that can be quantized, in groups, each with the module that stands for it."""
+    # From the outermost to the innermost, as a module's name only grows.
+    scopes = sorted(graph.scopes, key=lambda scope: scope.count("."))
+    nodes = {scope: graph.nodes(scope, QUANTIZABLE) for scope in scopes}
+    innermost: dict[str, str] = {}
+    for scope in scopes:
+        if len(nodes[scope]) > 1:
+            innermost |= dict.fromkeys(nodes[scope], scope)
+    found: dict[str, tuple[str, ...]] = {}
+    for scope in scopes:
+        for node in nodes[scope]:
+            # Beside groups of its own a module's other nodes have nothing in common.
+            together = nodes.get(innermost.get(node, ""), ())
+            own = len({innermost[other] for other in together}) == 1
+            found[node] = found.get(node) or (together if own else (node,))
+    alone = ((node,) for node in graph.unscoped(QUANTIZABLE))
+    return {
+        group: next((scope for scope in scopes if nodes[scope] == group), None)
+        for group in (*found.values(), *alone)
+    }

@@ -1,0 +1,142 @@
+"""Session options by measurement: for the latency of one call, and for throughput.
+
+One option is changed at a time; a change is kept when the interval of the paired ratio lies above
+1, so that what is only noise changes nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.evidence.latency.benchmark import BLOCK_CALLS
+from heimdall_onnx.evidence.latency.contenders import Contestant, Worker
+from heimdall_onnx.evidence.latency.statistics import Floats, Speedup, paired_speedup
+from heimdall_onnx.model.runtimes import SessionSettings
+from heimdall_onnx.model.signature import Signature
+
+log = get_logger(__name__)
+
+LATENCY, THROUGHPUT = "latency", "throughput"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One change of an option.
+
+    Attributes:
+        option: Which, as ``"spinning = False"``.
+        speedup: Time before the change over time with it.
+        kept: Whether it stays.
+    """
+
+    option: str
+    speedup: Speedup
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The best options found for one purpose.
+
+    Attributes:
+        purpose: ``"latency"`` or ``"throughput"``.
+        batch_size: Samples in a call.
+        settings: What to open a session with.
+        trials: Every change that was tried, in order.
+    """
+
+    purpose: str
+    batch_size: int
+    settings: SessionSettings
+    trials: tuple[Trial, ...]
+
+
+def tune_session(
+    contestant: Contestant,
+    inputs: Arrays,
+    signature: Signature,
+    *,
+    purpose: str,
+    batch_size: int,
+    calls: int = 40,
+    seed: int = 0,
+) -> Tuning:
+    """Find the session options that are fastest on this machine.
+
+    Args:
+        contestant: The model, and the options to begin with.
+        inputs: One call's inputs; their rows are repeated to the batch size.
+        signature: Names and order of inputs and outputs.
+        purpose: Recorded with the result.
+        batch_size: Samples in a call.
+        calls: Counted calls of each side of a trial.
+        seed: Of the order in which they take turns.
+
+    Raises:
+        BenchmarkError: If a worker process dies, fails or does not answer in time.
+    """
+    rng, trials = random.Random(seed), []
+    with tempfile.TemporaryDirectory(prefix="heimdall-tuning-") as scratch, ExitStack() as held:
+
+        def start(settings: SessionSettings, stack: ExitStack, place: str) -> Worker:
+            other = replace(contestant, settings=settings)
+            worker = stack.enter_context(other.worker(inputs, signature, Path(scratch), place))
+            worker.start()
+            return worker
+
+        best, holder = contestant.settings, held
+        base = start(best, holder, "0")
+        for turn, change in enumerate(_changes(best), 1):
+            with ExitStack() as stack:
+                changed = best.model_copy(update=change)
+                worker = start(changed, stack, str(turn))
+                speedup = _compare(base, worker, batch_size, calls, rng)
+                kept = speedup.low > 1
+                trials.append(Trial(_described(change), speedup, kept))
+                if kept:
+                    best, base = changed, worker
+                    # The one before is of no use any more, and holds the model's memory.
+                    held.close()
+                    held.push(stack.pop_all())
+    log.info("tuned", purpose=purpose, kept=[trial.option for trial in trials if trial.kept])
+    return Tuning(purpose, batch_size, best, tuple(trials))
+
+
+def _changes(settings: SessionSettings) -> Iterator[dict[str, Any]]:
+    threads = settings.thread_count
+    while threads > 1:
+        threads //= 2
+        yield {"threads": threads}
+    if settings.runtime != "onnxruntime":
+        return
+    yield {"spinning": False}
+    yield {"level": "extended"}
+    yield {"arena": False}
+    yield {"prepacking": False}
+
+
+def _described(change: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in change.items())
+
+
+def _compare(
+    base: Worker, worker: Worker, batch_size: int, calls: int, rng: random.Random
+) -> Speedup:
+    sides: dict[str, list[Floats]] = {"base": [], "changed": []}
+    both = {"base": base, "changed": worker}
+    block = max(1, min(BLOCK_CALLS, calls // 6))
+    while sum(part.size for part in sides["base"]) < calls or len(sides["base"]) < 6:
+        first, second = rng.sample(list(both), 2)
+        for side in (first, second, second, first):
+            sides[side].append(both[side].time_calls(block, batch_size))
+    return paired_speedup(*(list(map(np.asarray, sides[side])) for side in ("base", "changed")))

@@ -1,0 +1,1 @@
+"""The reference problem: its network, recordings, features and simulation."""

@@ -1,0 +1,1 @@
+"""What is released: its signature, its checkpoint, example inputs, running it."""

@@ -1,0 +1,456 @@
+"""Example inputs of a model: valid ones, and ones on which a wrong export betrays itself.
+
+They are made from the signature, unless the model has methods of its own for it, which may be
+class methods:
+
+- ``example_inputs(count, rng, lengths)`` gives one array per input, with ``count`` samples and
+  the length in ``lengths`` along each dynamic axis, drawn with ``rng``.
+- ``adversarial_inputs(base, rng)`` gives further kinds of inputs made from ``base``, by name: each
+  has the arrays that differ from ``base``. A kind called as a generic one takes its place.
+
+Neither is a test of the model's accuracy: what they make only has to be allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from math import ceil, floor, inf, isfinite
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.model.signature import Signature, TensorSpec
+
+ALL_BUT_ONE = "all masked but one"
+
+_Array = npt.NDArray[Any]
+
+
+class Examples:
+    """Makes the example inputs of one model; the same each time.
+
+    Args:
+        signature: What the inputs must fit.
+        model: May have the methods ``example_inputs`` and ``adversarial_inputs``.
+    """
+
+    def __init__(self, signature: Signature, model: object = None) -> None:
+        self.signature = signature
+        self._owner = type(model).__name__
+        self._make = getattr(model, "example_inputs", None)
+        self._distort = getattr(model, "adversarial_inputs", None)
+
+    @property
+    def own(self) -> bool:
+        """Whether the model makes its valid inputs itself."""
+        return self._make is not None
+
+    @property
+    def declared(self) -> bool:
+        """Whether it is known which inputs are valid, from the signature or from the model.
+
+        A bare floating-point input says nothing: zeros may be out of the question for it.
+        """
+        return self.own or _says_what_is_valid(self.signature)
+
+    def lengths(self, **changes: int) -> dict[str, int]:
+        """The length of each dynamic axis: the last declared one, or what ``changes`` says."""
+        return {axis.name: axis.lengths[-1] for axis in self.signature.dynamic_axes} | changes
+
+    def valid(self, count: int, seed: int = 0, lengths: Mapping[str, int] | None = None) -> Arrays:
+        """Inputs that the model must be able to answer.
+
+        From the signature alone: floating-point elements are standard normal, or uniform in the
+        input's ``range``; integers are uniform in it, both ends included, and without one 0 or 1,
+        since they may be indices. A mask hides a different number of elements in each sample and
+        never all of them.
+
+        Args:
+            count: Samples.
+            seed: The same seed gives the same inputs.
+            lengths: Of dynamic axes by name; of the others the last declared one.
+
+        Returns:
+            One array per input, sample axis first.
+
+        Raises:
+            DataError: If what the model's own ``example_inputs`` gives does not fit the signature,
+                or there is no such method and an input's range has an infinite end.
+        """
+        rng = np.random.default_rng(seed)
+        wanted = self.lengths(**(lengths or {}))
+        if self._make is None:
+            return generic_inputs(self.signature, count, rng, wanted)
+        made = self._call("example_inputs", self._make, count, rng, wanted)
+        source = f"what {self._owner}.example_inputs gave"
+        self._check(made, source, count, wanted, own=made.keys())
+        return {spec.name: np.asarray(made[spec.name]) for spec in self.signature.inputs}
+
+    def adversarial(self, base: Arrays) -> dict[str, Arrays]:
+        """Inputs made from ``base`` that a wrong export is likely to betray itself on.
+
+        Floating-point inputs, kept within their declared ranges: zeros, a constant, amplitudes
+        ×0.01 and ×100, and one silent channel (index 0 of axis 1). The rest is for signatures that
+        declare axes, ranges or masks. One silent feature, another in each sample, along the last
+        axis of a fixed length: there an angle of two of them is next to its cut. Masks: all masked
+        but one element of each sample, and none. Integers with a range: its lowest, its highest.
+        Axes whose order is of no consequence: permuted, in all inputs alike. A kind that has no
+        input to work on, or would change nothing, is left out.
+
+        Args:
+            base: Valid inputs, one array per input; they are left as they are.
+
+        Returns:
+            Inputs of the same shapes by the name of their kind, the model's own kinds last.
+
+        Raises:
+            DataError: If what the model's own ``adversarial_inputs`` gives does not fit.
+        """
+        kinds = generic_adversarial(self.signature, base)
+        if self._distort is None:
+            return kinds
+        count = len(next(iter(base.values())))
+        lengths = found_lengths(self.signature, base)
+        copies = {name: array.copy() for name, array in base.items()}
+        own = self._call("adversarial_inputs", self._distort, copies, np.random.default_rng(0))
+        for kind, changed in own.items():
+            source = f"kind {kind!r} of {self._owner}.adversarial_inputs"
+            if not isinstance(changed, Mapping):
+                raise DataError(
+                    f"{source} is {type(changed).__name__}: expected a dictionary of the arrays "
+                    "that differ from the base"
+                )
+            if unknown := sorted(changed.keys() - base.keys()):
+                raise DataError(f"{source} has {unknown}: expected some of {sorted(base)}")
+            inputs = base | dict(changed)
+            # What the base holds is not the method's doing.
+            self._check(inputs, source, count, lengths, own=changed.keys())
+            kinds[str(kind)] = {name: np.asarray(array) for name, array in inputs.items()}
+        return kinds
+
+    def at_other_lengths(self, count: int, seed: int = 0) -> dict[str, Arrays]:
+        """Valid inputs at every other declared length of each dynamic axis, one axis at a time.
+
+        An axis without a declaration stays as it is.
+
+        Returns:
+            By the axis and its length, as ``"receivers = 3"``.
+        """
+        return {
+            f"{axis.name} = {length}": self.valid(count, seed, {axis.name: length})
+            for axis in self.signature.axes
+            for length in axis.lengths[:-1]
+            if length != axis.lengths[-1]
+        }
+
+    def _call(self, method: str, make: Callable[..., Any], *args: Any) -> Mapping[str, Any]:
+        try:
+            made = make(*args)
+        except Exception as error:  # the model's own code
+            raise DataError(
+                f"{self._owner}.{method} failed: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(made, Mapping):
+            raise DataError(
+                f"{self._owner}.{method} gave {type(made).__name__}: expected a dictionary by name"
+            )
+        return made
+
+    def _check(
+        self,
+        inputs: Mapping[str, Any],
+        source: str,
+        count: int,
+        lengths: Mapping[str, int],
+        own: Collection[str],
+    ) -> None:
+        """Hold inputs, those called ``own`` from the model's code, against the signature."""
+        problems = []
+        strange = [name for name, array in inputs.items() if not isinstance(array, np.ndarray)]
+        if strange:
+            raise DataError(f"{source} has {strange} that are no NumPy arrays")
+        found = self.signature.check_inputs(inputs, source)
+        if found != count:
+            problems.append(f"{found} samples, expected {count}")
+        for spec in self.signature.inputs:
+            array = inputs[spec.name]
+            problems += [
+                f"{spec.name} has length {have} along {name}, expected {lengths[name]}"
+                for name, have in zip(spec.shape[1:], array.shape[1:], strict=True)
+                if isinstance(name, str) and have != lengths[name]
+            ]
+            if spec.name not in own:
+                continue
+            if spec.range is not None and array.size:
+                low, high = array.min(), array.max()
+                bottom, top = _limits(spec)
+                if low < bottom or high > top:
+                    problems.append(
+                        f"{spec.name} has values in [{low:g}, {high:g}], its range is "
+                        f"[{spec.range[0]:g}, {spec.range[1]:g}]"
+                    )
+            if spec.masks and array.reshape(len(array), -1).all(axis=1).any():
+                problems.append(f"{spec.name} hides every element of a sample")
+        if problems:
+            raise DataError(f"{source} does not fit the signature:\n  - " + "\n  - ".join(problems))
+
+
+def examples_of(model: object, signature: Signature) -> Examples:
+    """The example inputs of ``model``, by its own methods where it has any.
+
+    Args:
+        model: The model.
+        signature: What the inputs must fit.
+    """
+    return Examples(signature, model)
+
+
+def generic_inputs(
+    signature: Signature,
+    count: int,
+    seed: int | np.random.Generator = 0,
+    lengths: Mapping[str, int] | None = None,
+) -> Arrays:
+    """Inputs from the signature alone; `examples_of` asks the model too.
+
+    Args:
+        signature: Says names, dtypes, shapes and what values may be.
+        count: Number of samples.
+        seed: Seed of the values, or what draws them.
+        lengths: Of dynamic axes, by name.
+
+    Raises:
+        DataError: If the range of an input, which values are drawn from, has an infinite end.
+    """
+    endless = [
+        f"the range [{spec.range[0]:g}, {spec.range[1]:g}] of {spec.name}"
+        for spec in signature.inputs
+        if spec.range and not all(map(isfinite, spec.range))
+    ]
+    if endless:
+        raise DataError(
+            f"no example inputs can be drawn from {', '.join(endless)}: declare finite ends, or "
+            "give the model a method example_inputs(count, rng, lengths)"
+        )
+    rng = np.random.default_rng(seed)
+    wanted = Examples(signature).lengths(**(lengths or {}))
+
+    def values(spec: TensorSpec) -> _Array:
+        first = spec.shape[0]
+        shape = (
+            first if isinstance(first, int) else count,
+            *(n if isinstance(n, int) else wanted[n] for n in spec.shape[1:]),
+        )
+        dtype = np.dtype(spec.dtype)
+        if spec.masks:
+            return _random_mask(shape, rng)
+        if dtype.kind == "f":
+            if spec.range is None:
+                return rng.standard_normal(shape).astype(dtype)
+            uniform: _Array = rng.uniform(*spec.range, shape).astype(dtype)
+            return uniform.clip(*_limits(spec))
+        if spec.range is None:
+            return rng.integers(0, 2, shape).astype(dtype)
+        low, high = _limits(spec)
+        drawn: _Array = rng.integers(low, high, shape, dtype=dtype, endpoint=True)
+        return drawn
+
+    return {spec.name: values(spec) for spec in signature.inputs}
+
+
+def generic_adversarial(signature: Signature, base: Arrays) -> dict[str, Arrays]:
+    """What `Examples.adversarial` makes for a model without a method of its own."""
+
+    def silence(array: _Array) -> _Array:
+        quiet = array.copy()
+        quiet[:, :1] = 0
+        return quiet
+
+    amplitudes: dict[str, Callable[[_Array], _Array]] = {
+        "zeros": np.zeros_like,
+        "constant": np.ones_like,
+        "amplitude ×0.01": lambda a: a * a.dtype.type(0.01),
+        "amplitude ×100": lambda a: a * a.dtype.type(100),
+        "silent channel": lambda a: silence(a) if a.ndim > 1 else np.zeros_like(a),
+    }
+    floats = [s for s in signature.inputs if np.dtype(s.dtype).kind == "f"]
+    ids = [s for s in signature.inputs if s.range and np.dtype(s.dtype).kind in "iu"]
+    masks = [s for s in signature.inputs if s.masks]
+    kinds: dict[str, Arrays] = {}
+    if floats:
+        for kind, change in amplitudes.items():
+            # Only amplitudes: a scaled index would be another kind of input.
+            kinds[kind] = base | {s.name: _within(s, change(base[s.name])) for s in floats}
+    featured = floats if _says_what_is_valid(signature) else []
+    further = {
+        "silent feature": {
+            s.name: _within(s, _silence_features(s, base[s.name])) for s in featured
+        },
+        ALL_BUT_ONE: {s.name: _all_but_one(base[s.name]) for s in masks},
+        "none masked": {s.name: np.zeros_like(base[s.name]) for s in masks},
+        **{
+            kind: {
+                s.name: np.full_like(base[s.name], _limits(s)[end])
+                for s in ids
+                if s.range and isfinite(s.range[end])
+            }
+            for end, kind in enumerate(("lowest ids", "highest ids"))
+        },
+    }
+    for axis in signature.dynamic_axes:
+        if axis.permutable:
+            further[f"permuted {axis.name}"] = permuted(signature.inputs, base, axis.name)
+    for kind, changed in further.items():
+        if any(not np.array_equal(base[name], array) for name, array in changed.items()):
+            kinds[kind] = base | changed
+    return kinds
+
+
+def permuted(specs: tuple[TensorSpec, ...], arrays: Arrays, axis: str) -> Arrays:
+    """Those of ``arrays`` that have ``axis``, in another order along it, the same in all."""
+
+    def reorder(array: _Array, position: int) -> _Array:
+        length = array.shape[position]
+        order = np.random.default_rng(length).permutation(length)
+        if (order == np.arange(length)).all():
+            order = order[::-1]
+        return np.take(array, order, axis=position)
+
+    changed = {}
+    for spec in specs:
+        if axis in spec.shape[1:]:
+            array = arrays[spec.name]
+            for position in (p for p, name in enumerate(spec.shape) if p and name == axis):
+                array = reorder(array, position)
+            changed[spec.name] = array
+    return changed
+
+
+def garbled(signature: Signature, mask: TensorSpec, base: Arrays, *, hidden: bool) -> Arrays:
+    """``base`` with other values in the elements that ``mask`` hides, or in those it does not.
+
+    They are finite and allowed: a thousand times a standard normal number, or one from the input's
+    range; an integer without a range is 0 or 1, whichever it was not.
+    """
+    rng = np.random.default_rng(1)
+    chosen = base[mask.name] if hidden else ~base[mask.name]
+
+    def change(spec: TensorSpec) -> _Array:
+        array = base[spec.name]
+        where = chosen.reshape(*chosen.shape, *(1,) * (array.ndim - chosen.ndim))
+        dtype = np.dtype(spec.dtype)
+        other: _Array
+        if dtype.kind == "f":
+            other = 1000 * rng.standard_normal(array.shape)
+            if spec.range is not None:
+                other = _elsewhere(spec, array, np.abs(other))
+        elif spec.range is not None and not all(map(isfinite, spec.range)):
+            other = array + 1 if spec.range[1] == inf else array - 1
+        elif spec.range is not None:
+            low, high = map(int, _limits(spec))
+            # Never the same id again, unless there is only one.
+            step = rng.integers(1, max(high - low, 1), array.shape, endpoint=True)
+            other = low + (array.astype(np.int64) - low + step) % (high - low + 1)
+        else:
+            other = array == 0
+        return np.where(where, other, array).astype(dtype)
+
+    by_name = {spec.name: spec for spec in signature.inputs}
+    return base | {name: change(by_name[name]) for name in mask.masks}
+
+
+def padded(signature: Signature, base: Arrays, axis: str, length: int) -> Arrays:
+    """``base`` made longer along ``axis`` by elements that every mask with this axis hides.
+
+    Beneath the masks the last element is repeated.
+    """
+
+    def lengthen(spec: TensorSpec) -> _Array:
+        array = base[spec.name]
+        widths = [(0, length - n if name == axis else 0) for name, n in _axes_of(spec, array)]
+        if spec.masks:
+            return np.pad(array, widths, constant_values=True)
+        return np.pad(array, widths, mode="edge")
+
+    return {spec.name: lengthen(spec) for spec in signature.inputs}
+
+
+def _axes_of(spec: TensorSpec, array: _Array) -> list[tuple[int | str | None, int]]:
+    """What each axis of ``array`` is called, the batch by no name, and its length."""
+    return list(zip((None, *spec.shape[1:]), array.shape, strict=True))
+
+
+def _says_what_is_valid(signature: Signature) -> bool:
+    return bool(signature.axes) or any(spec.range or spec.masks for spec in signature.inputs)
+
+
+def _within(spec: TensorSpec, array: _Array) -> _Array:
+    return array if spec.range is None else array.clip(*_limits(spec))
+
+
+def _elsewhere(spec: TensorSpec, array: _Array, far: _Array) -> _Array:
+    """The end of the range that is further away; ``far`` from the finite one if one is infinite."""
+    low, high = _limits(spec)
+    other: _Array
+    if np.isfinite(low) and np.isfinite(high):
+        other = np.where(array - low < high - array, high, low)
+    elif np.isfinite(low):
+        other = low + far
+    else:
+        other = high - far if np.isfinite(high) else far
+    return other
+
+
+def _silence_features(spec: TensorSpec, array: _Array) -> _Array:
+    """Zero at one index of the last axis of a fixed length, the next one in each sample."""
+    axes = [a for a, length in enumerate(spec.shape) if a and isinstance(length, int)]
+    quiet = array.copy()
+    if axes:
+        features = np.moveaxis(quiet, axes[-1], 1)
+        rows = np.arange(len(quiet))
+        features[rows, rows % features.shape[1]] = 0
+    return quiet
+
+
+def _random_mask(shape: tuple[int, ...], rng: np.random.Generator) -> _Array:
+    size = int(np.prod(shape[1:]))
+    hidden = rng.integers(0, max(size, 1), shape[0])
+    ranks = rng.permuted(np.tile(np.arange(size), (shape[0], 1)), axis=1)
+    return (ranks < hidden[:, None]).reshape(shape)
+
+
+def _all_but_one(mask: _Array) -> _Array:
+    """Everything hidden but one element of each sample that was not, another in each sample."""
+    flat = mask.reshape(len(mask), -1)
+    result = np.ones_like(flat)
+    for row, hidden in enumerate(flat):
+        open_ = np.flatnonzero(~hidden)
+        if open_.size == 0:
+            open_ = np.arange(hidden.size)
+        result[row, open_[row % open_.size]] = False
+    return result.reshape(mask.shape)
+
+
+def _limits(spec: TensorSpec) -> tuple[Any, Any]:
+    """The ends of the range as the dtype holds them, within it for whole numbers."""
+    assert spec.range is not None
+    low, high = spec.range
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind in "iu":
+        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+        first, last = least if low == -inf else ceil(low), most if high == inf else floor(high)
+        return dtype.type(first), dtype.type(last)
+    return dtype.type(low), dtype.type(high)
+
+
+def found_lengths(signature: Signature, arrays: Arrays) -> dict[str, int]:
+    """The length of each dynamic axis but the batch in inputs that fit the signature."""
+    return {
+        name: length
+        for spec in signature.inputs
+        for name, length in zip(spec.shape[1:], arrays[spec.name].shape[1:], strict=True)
+        if isinstance(name, str)
+    }

@@ -1,0 +1,301 @@
+"""Running a model, PyTorch or ONNX, on named arrays.
+
+Each framework is imported where it is used: a process that measures one of them must not carry
+the other's memory and threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
+from heimdall_onnx.common.text import shown
+from heimdall_onnx.model.signature import Signature
+
+if TYPE_CHECKING:
+    import torch
+    from onnxruntime import InferenceSession
+    from torch import nn
+
+OptimizationLevel = Literal["none", "basic", "extended", "all"]
+
+
+def run_pytorch(
+    model: nn.Module, inputs: Mapping[str, npt.NDArray[Any]], signature: Signature
+) -> Arrays:
+    """Run ``model`` on ``inputs``, passed as `input_order` says, without gradients.
+
+    The arrays go to the model's own device, floating-point ones in the model's own precision; a
+    model without any weights takes them as they are.
+
+    Raises:
+        EvidenceError: If the model fails, or returns other outputs than the signature names.
+    """
+    import torch
+
+    state = [*model.parameters(), *model.buffers()]
+    device = state[0].device if state else torch.device("cpu")
+    precision = next((t.dtype for t in state if t.is_floating_point()), None)
+
+    def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+        value = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return value.to(precision) if value.is_floating_point() else value
+
+    order = input_order(model, signature)
+    arguments = [tensor(inputs[name]) for name in order.positional]
+    keywords = {name: tensor(inputs[name]) for name in order.keywords}
+    try:
+        with torch.inference_mode():
+            result = model(*arguments, **keywords)
+    except Exception as error:  # the model's own code
+        shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
+        raise EvidenceError(f"{type(model).__name__} can't run on {shapes}: {error}") from error
+    outputs = named_outputs(model, result, signature)
+    return {spec.name: outputs[spec.name].cpu().numpy() for spec in signature.outputs}
+
+
+class InputOrder(NamedTuple):
+    """How a model's ``forward`` takes the inputs of its signature."""
+
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...] = ()
+
+
+def input_order(model: nn.Module, signature: Signature) -> InputOrder:
+    """Which inputs ``model.forward`` takes by position, in which order, and which by name.
+
+    Where every input is called as a parameter of ``forward`` it goes to that one, whatever the
+    signature's order; otherwise the signature's order counts. What only has a name, and what
+    comes after a parameter that gets nothing, goes by name.
+    """
+    names = tuple(spec.name for spec in signature.inputs)
+    if "forward" in vars(model):  # put there, on this one model
+        return _input_order(model.forward, names, False)
+    return _class_input_order(type(model).forward, names)
+
+
+def _input_order(forward: Callable[..., Any], names: tuple[str, ...], of_class: bool) -> InputOrder:
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[of_class:]
+    except (TypeError, ValueError):  # a function of C's
+        return InputOrder(names)
+    places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    only_named = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    kinds = {p.kind for p in parameters}
+    rest = [name for name in names if name not in only_named]
+    if set(rest) <= set(places):
+        leading = tuple(itertools.takewhile(set(rest).__contains__, places))
+        return InputOrder(leading, tuple(name for name in names if name not in leading))
+    keywords = [name for name in names if name in only_named]
+    if inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        keywords += rest[len(places) :]
+        rest = rest[: len(places)]
+    return InputOrder(tuple(rest), tuple(keywords))
+
+
+@functools.lru_cache(maxsize=64)
+def _class_input_order(forward: Callable[..., Any], names: tuple[str, ...]) -> InputOrder:
+    # Kept, as it is asked for at every call that is timed.
+    return _input_order(forward, names, True)
+
+
+def named_outputs(model: nn.Module, result: Any, signature: Signature) -> dict[str, torch.Tensor]:
+    """The tensors in what ``model`` returned, by the signature's names, in the model's order.
+
+    One tensor, a sequence in the signature's order, a dictionary or a named tuple; dictionaries
+    may lie in others or in sequences, where an output is called by its own key, or by all keys on
+    the way to it with dots between.
+
+    Raises:
+        EvidenceError: If it does not have the outputs that the signature names.
+    """
+    names = [spec.name for spec in signature.outputs]
+    # The usual case first and by itself: it is in every call that is timed.
+    if type(result) is tuple and len(result) == len(names) and all(map(_is_tensor, result)):
+        return dict(zip(names, result, strict=True))
+    leaves = list(_leaves(result))
+    named = any(path for path, _ in leaves)
+    if not named and len(leaves) == len(names):
+        return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+    found: dict[str, torch.Tensor] = {}
+    twice = []
+    for path, leaf in leaves if named else ():
+        called = [
+            n for n in dict.fromkeys((".".join(path), path[-1] if path else "")) if n in names
+        ]
+        for name in called[:1]:
+            twice += [name] if name in found else []
+            found[name] = leaf
+    if twice or found.keys() != set(names):
+        fields = [".".join(path) or "one without a name" for path, _ in leaves]
+        plain = isinstance(result, tuple) and len(leaves) == len(names)
+        if plain and hasattr(result, "_fields") and not twice:
+            return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+        raise EvidenceError(
+            f"{type(model).__name__} returned {sorted(fields) if named else len(leaves)} outputs; "
+            f"its signature names {names}"
+        )
+    return found
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The tensors in ``value`` with the keys on the way to them."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for key, inner in zip(value._fields, value, strict=True):
+            yield from _leaves(inner, (*path, key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, path)
+    elif _is_tensor(value):
+        yield path, value
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach")
+
+
+def open_session(
+    path: Path | str,
+    *,
+    threads: int | None = None,
+    level: OptimizationLevel = "all",
+    spinning: bool = True,
+    arena: bool = True,
+    prepacking: bool = True,
+    provider: str = "CPUExecutionProvider",
+    provider_options: Mapping[str, str] | None = None,
+    behind: Sequence[str] = (),
+    profile: Path | None = None,
+    optimized: Path | None = None,
+) -> InferenceSession:
+    """Open an ONNX file on an execution provider, the CPU's by default.
+
+    Args:
+        path: The file.
+        threads: Intra-op threads; None leaves the choice to ONNX Runtime.
+        level: How far ONNX Runtime rewrites the graph: ``"none"``, ``"basic"`` (constant folding,
+            redundant nodes), ``"extended"`` (fusions too), or ``"all"`` (layouts that suit the
+            processor too), which is what it is deployed with.
+        spinning: Whether idle threads wait actively. It changes no result; in a process that
+            runs PyTorch as well, threads that spin take the processor from it.
+        arena: Whether memory is kept for the next call.
+        prepacking: Whether weights are copied into the layout of the kernels at the start.
+        provider: The execution provider. ONNX Runtime takes the CPU's where it can't start.
+        provider_options: Options of the provider.
+        behind: Providers for what that one can't run, before the CPU's.
+        profile: Beginning of the name of a file for what runs, which ``end_profiling`` writes.
+        optimized: A file for the graph as it was rewritten.
+
+    Raises:
+        InvalidModelError: If ONNX Runtime can't load it.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not prepacking:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = arena
+    options.graph_optimization_level = {
+        "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }[level]
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        providers = [(provider, dict(provider_options or {})), *behind]
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime's errors share no narrower base
+        raise InvalidModelError(
+            f"ONNX Runtime can't load {path}: {shown(str(error), 1000)}"
+        ) from error
+
+
+def run_onnx(
+    session: InferenceSession, inputs: Mapping[str, npt.NDArray[Any]], signature: Signature
+) -> Arrays:
+    """Run ``session`` on ``inputs`` and return the signature's outputs by name.
+
+    Raises:
+        EvidenceError: If ONNX Runtime refuses the inputs, a frozen batch axis for example.
+    """
+    names = [spec.name for spec in signature.outputs]
+    try:
+        values = session.run(names, {spec.name: inputs[spec.name] for spec in signature.inputs})
+    except Exception as error:  # ONNX Runtime's errors share no narrower base
+        shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
+        raise EvidenceError(f"ONNX Runtime can't run the model on {shapes}: {error}") from error
+    return dict(zip(names, values, strict=True))
+
+
+class Contender:
+    """A model ready to be called, on fixed inputs.
+
+    Args:
+        run: Takes named arrays.
+        inputs: One call's inputs.
+        ran_on: Execution provider or device, as the runtime tells it.
+        precision: What it multiplies in, as the runtime tells it.
+        on_device: Calls the model on the same inputs, which lie on its device already, and leaves
+            the outputs there; None where the device is the processor.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Arrays], Arrays],
+        inputs: Arrays,
+        ran_on: str = "cpu",
+        precision: str = "f32",
+        on_device: Callable[[], None] | None = None,
+    ) -> None:
+        self.run, self.on_device = run, on_device
+        self.ran_on, self.precision = ran_on, precision
+        self._inputs: dict[int | None, Arrays] = {None: inputs}
+
+    def __call__(self, batch_size: int | None = None) -> Arrays:
+        """Call the model on the inputs, or on their rows repeated to a batch of another size."""
+        # Kept, so that only the first call of a size pays for it.
+        if batch_size is not None and batch_size not in self._inputs:
+            self._inputs[batch_size] = {
+                name: array[np.arange(batch_size) % len(array)]
+                for name, array in self._inputs[None].items()
+            }
+        return self.run(self._inputs[batch_size])
+
+
+def load_pytorch(path: Path, inputs: Arrays, signature: Signature, threads: int) -> Contender:
+    """Read a model that this program pickled itself, to be called on the CPU."""
+    import torch
+
+    torch.set_num_threads(threads)
+    # Written a moment ago by the parent process: not an untrusted checkpoint.
+    model = torch.load(path, map_location="cpu", weights_only=False)
+    return Contender(partial(run_pytorch, model, signature=signature), inputs)
+
+
+def load_onnx(path: Path, inputs: Arrays, signature: Signature, threads: int) -> Contender:
+    """Open an ONNX file, to be called on ``inputs``."""
+    session = open_session(path, threads=threads)
+    return Contender(partial(run_onnx, session, signature=signature), inputs)

@@ -1,0 +1,1 @@
+"""The model's ONNX file: exported, checked, validated, read, told from another."""

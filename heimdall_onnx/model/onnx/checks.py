@@ -1,0 +1,219 @@
+"""What must hold of an exported file before anyone else sees it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from torch import nn
+
+from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.errors import EvidenceError, ExportError, InvalidModelError
+from heimdall_onnx.model.examples import Examples, examples_of
+from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.onnx.file import read_structure
+from heimdall_onnx.model.signature import Signature, TensorSpec
+
+# Enough to tell a wrong result from rounding, TF32 on a GPU included; parity is judged elsewhere.
+_PROOF_TOLERANCE = 1e-2
+
+
+def named_axes(spec: TensorSpec) -> dict[int, str]:
+    """The dynamic axes of ``spec``: position to name."""
+    return {axis: name for axis, name in enumerate(spec.shape) if isinstance(name, str)}
+
+
+def check_file(path: Path, signature: Signature, opset: int) -> None:
+    """Check opset, names and dynamic axes as the file declares them."""
+    structure = read_structure(path)
+    problems = []
+    found = {entry.domain: entry.version for entry in structure.opset_import}.get("")
+    if found != opset:
+        problems.append(f"the file has opset {found}, asked for was {opset}")
+    for kind, specs, values in (
+        ("inputs", signature.inputs, structure.graph.input),
+        ("outputs", signature.outputs, structure.graph.output),
+    ):
+        expected, names = [s.name for s in specs], [v.name for v in values]
+        if sorted(expected) != sorted(names):
+            because = (
+                "a name is taken by something else in the model; rename it in the signature"
+                if len(expected) == len(names)
+                else "nothing in the graph depends on what is missing: the model does not use it, "
+                "or reads it as a Python number (.item(), int(…)), which is baked in"
+            )
+            problems.append(
+                f"the {kind} are called {names}, the signature says {expected}: {because}"
+            )
+        by_name = {value.name: value for value in values}
+        problems += [p for s in specs if s.name in by_name for p in _frozen(s, by_name[s.name])]
+    if problems:
+        raise ExportError("the exporter wrote another model:\n  - " + "\n  - ".join(problems))
+
+
+def _frozen(spec: TensorSpec, value: onnx.ValueInfoProto) -> list[str]:
+    dims = value.type.tensor_type.shape.dim
+    return [
+        f"axis {axis} ({name}) of {spec.name} is frozen at {dims[axis].dim_value}: the model's "
+        "code depends on that length (a fixed shape, or a branch on it)"
+        for axis, name in named_axes(spec).items()
+        if axis < len(dims) and dims[axis].HasField("dim_value")
+    ]
+
+
+def export_lengths(signature: Signature) -> dict[str, int]:
+    """A length of each dynamic axis to export with: its last, or another one that no axis has.
+
+    Two axes of one length could not be told apart in what is traced.
+    """
+    taken = {2}  # the batch
+    chosen = {}
+    for axis in signature.dynamic_axes:
+        free = [length for length in reversed(axis.lengths) if length > 1 and length not in taken]
+        chosen[axis.name] = free[0] if free else axis.lengths[-1]
+        taken.add(chosen[axis.name])
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Inputs that the file is proven on, and what is other about them than at the export."""
+
+    inputs: Arrays
+    where: str
+    axis: str
+
+
+def _trials(examples: Examples) -> Iterator[_Trial]:
+    """Other batch sizes first, then every axis by itself at each of its other lengths."""
+    signature = examples.signature
+    exported = export_lengths(signature)
+
+    def make(batch: int, lengths: dict[str, int], seed: int, shift: float) -> Arrays:
+        return _shifted(examples, examples.valid(batch, seed, exported | lengths), shift)
+
+    yield _Trial(make(1, {}, 1, 1.0), "batch 1", "batch")
+    yield _Trial(make(3, {}, 3, -1.0), "batch 3", "batch")
+    seed = 4
+    for axis in signature.dynamic_axes:
+        for length in axis.lengths:
+            if length == exported[axis.name]:
+                continue
+            where = f"{axis.name} = {length}"
+            shift = 1.0 if seed % 2 else -1.0
+            yield _Trial(make(2, {axis.name: length}, seed, shift), where, axis.name)
+            seed += 1
+
+
+def _shifted(examples: Examples, inputs: Arrays, shift: float) -> Arrays:
+    """Floating-point inputs moved to one side, as far as they may be: a branch asks for signs."""
+    if examples.own:
+        return inputs
+    free = {s.name for s in examples.signature.inputs if s.range is None}
+    return {
+        name: array + array.dtype.type(shift)
+        if name in free and np.issubdtype(array.dtype, np.floating)
+        else array
+        for name, array in inputs.items()
+    }
+
+
+def prove_axes(
+    model: nn.Module,
+    path: Path,
+    signature: Signature,
+    suspicions: list[str],
+    examples: Examples | None = None,
+) -> None:
+    """Run the file at other batch sizes and lengths, on other data, beside the model.
+
+    An axis may be declared dynamic and be frozen inside the graph all the same, and a branch
+    on the data or on a shape is traced only one way.
+
+    Args:
+        model: In eval mode.
+        path: The exported file.
+        signature: Names, dtypes and axes.
+        suspicions: What the tracer had warned of, for the message.
+        examples: Makes the inputs; by default from the signature, or by the model itself.
+
+    Raises:
+        DataError: If the model's own examples do not fit the signature.
+        ExportError: Naming the axis, the length that it was exported with and the one at which
+            it fails.
+    """
+    examples = examples or examples_of(model, signature)
+    try:
+        session = open_session(path, level="none", spinning=False)
+    except InvalidModelError as error:
+        raise ExportError(f"ONNX Runtime can't load what was exported: {error}") from error
+    because = f" The tracer had warned: {suspicions[0]}" if suspicions else ""
+    exported = {"batch": 2} | export_lengths(signature)
+    for trial in _trials(examples):
+        frozen = ""
+        if trial.axis in exported:
+            frozen = f", and was exported with {trial.axis} = {exported[trial.axis]}"
+        try:
+            reference = run_pytorch(model, trial.inputs, signature)
+        except Exception as error:  # the model's own code
+            advice = (
+                ""
+                if trial.axis == "batch"
+                else f". Declare lengths at which it does: Axis({trial.axis!r}, lengths=(…))"
+            )
+            raise ExportError(
+                f"{type(model).__name__} can't run at {trial.where}, so its axes are not "
+                f"dynamic: {short_reason(error)}{advice}"
+            ) from error
+        try:
+            values = run_onnx(session, trial.inputs, signature)
+        except EvidenceError as error:
+            raise ExportError(
+                f"the exported model does not run at {trial.where}, though its axes are declared "
+                f"dynamic{frozen}: {short_reason(error)}{because}"
+            ) from error
+        for name, expected in reference.items():
+            _require_same(name, expected, values[name], trial.where, frozen, because)
+
+
+def _require_same(
+    name: str,
+    expected: npt.NDArray[Any],
+    value: npt.NDArray[Any],
+    where: str,
+    frozen: str,
+    because: str,
+) -> None:
+    if expected.shape != value.shape:
+        raise ExportError(
+            f"{name} has shape {value.shape} at {where}, PyTorch gives {expected.shape}: "
+            f"an axis is frozen inside the graph{frozen}.{because}"
+        )
+    finite = expected[np.isfinite(expected)]
+    scale = max(1.0, float(np.abs(finite).max(initial=0)))
+    if not np.allclose(value, expected, rtol=0, atol=_PROOF_TOLERANCE * scale, equal_nan=True):
+        raise ExportError(
+            f"{name} differs grossly from PyTorch at {where} on other data than was exported "
+            f"with{frozen}: the model's result depends on its batch, on chance or on a branch "
+            f"that the graph does not have.{because}"
+        )
+
+
+def short_reason(error: BaseException) -> str:
+    """The innermost error in one line, without the exporter's advice and terminal colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(str(error)) or type(error).__name__
+
+
+def first_line(text: str) -> str:
+    """The first line of ``text`` without terminal colours, and the next if it announces that."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    said = [line for line in lines if line][:2]
+    return " ".join(said if said and said[0].endswith(":") else said[:1])[:400]

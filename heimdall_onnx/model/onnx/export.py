@@ -1,0 +1,460 @@
+"""PyTorch to ONNX: one file, the opset that was asked for, a batch axis that is really dynamic.
+
+Up to opset 17 the TorchScript exporter is used, from 18 on the one based on ``torch.export``,
+which would silently give opset 18 for any smaller number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import itertools
+import logging
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from heimdall_onnx.common.errors import EvidenceError, ExportError, ParameterError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.model.examples import Examples, examples_of
+from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs
+from heimdall_onnx.model.onnx.checks import (
+    check_file,
+    export_lengths,
+    first_line,
+    named_axes,
+    prove_axes,
+    short_reason,
+)
+from heimdall_onnx.model.onnx.file import write_model
+from heimdall_onnx.model.signature import Signature, signature_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+log = get_logger(__name__)
+
+OPSETS = range(9, 24)
+_FIRST_TORCH_EXPORT_OPSET = 18
+_ONE_FILE_LIMIT = 2**31 - 1  # protobuf's largest message
+_NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+# What torch.export says of an axis that two inputs share, as the signature says they do.
+_ALIKE = re.compile(r"axis name: (.+) will not be used, .* with another axis: \1\.")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported model.
+
+    Attributes:
+        path: The ONNX file.
+        opset: Its opset, read back from the file.
+        exporter: ``"torchscript"`` or ``"torch.export"``.
+        sha256: SHA-256 of the file.
+        size_bytes: Size of the file, external data included.
+        external_data: Files that hold the weights; empty for a model in one file.
+        seconds: Wall-clock time of the export.
+    """
+
+    path: Path
+    opset: int
+    exporter: str
+    sha256: str
+    size_bytes: int
+    external_data: tuple[Path, ...]
+    seconds: float
+
+
+def export_model(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    signature: Signature | None = None,
+    opset: int = 20,
+    do_constant_folding: bool = True,
+) -> ExportResult:
+    """Export ``model`` in eval mode and check what was written.
+
+    The file is complete or absent: it is made in a temporary folder beside ``path`` and moved
+    there. The same weights give the same bytes in any folder: stack traces and other paths of
+    this machine are stripped, the module scopes of the nodes are kept. A model above 2 GB has its
+    weights in ``<stem>.onnx.data`` beside it.
+
+    Args:
+        model: On any device; its training modes are restored, also after an error.
+        path: The file to write; its folder must exist.
+        signature: Names, dtypes and axes; the model's own by default. Every named axis is dynamic.
+            Example inputs are made from it, or by the model itself, see `model.examples`.
+        opset: From 9 to 23.
+        do_constant_folding: Compute constant subexpressions now. With opset 18 and up this turns
+            the exporter's graph optimization on or off as a whole.
+
+    Raises:
+        ParameterError: If the opset is not supported.
+        DataError: If the signature contradicts itself, or the model's own examples do not fit it.
+        ExportError: If the folder can't be written, the model can't be traced, or the file does
+            not have the names, the opset or the dynamic axes that were asked for.
+    """
+    started = time.perf_counter()
+    target = Path(path)
+    if opset not in OPSETS:
+        raise ParameterError(
+            f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, found {opset!r}: "
+            f"{OPSETS[0]} to {_FIRST_TORCH_EXPORT_OPSET - 1} use the TorchScript exporter, "
+            f"{_FIRST_TORCH_EXPORT_OPSET} to {OPSETS[-1]} the one based on torch.export"
+        )
+    if target.is_dir() or not target.parent.is_dir():
+        found = "is a folder" if target.is_dir() else f"has no folder: {target.parent} is none"
+        raise ExportError(f"can't export to {target}: it {found}. Give a file in a folder.")
+    if signature is None:
+        signature = signature_of(model)
+    else:
+        signature.require_consistent(f"the signature given for {type(model).__name__}")
+    examples = examples_of(model, signature)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
+            made = Path(folder) / target.name
+            with eval_mode(model):
+                suspicions = _export(model, made, examples, opset, do_constant_folding)
+                check_file(made, signature, opset)
+                prove_axes(model, made, signature, suspicions, examples)
+            return _publish(made, target, opset, started)
+    except OSError as error:
+        raise ExportError(f"can't write {target}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` in eval mode, and each of its modules back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: bool) -> list[str]:
+    """Write the file and return what the tracer found suspicious."""
+    signature = examples.signature
+    inputs = examples.valid(2, lengths=export_lengths(signature))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    export = _torch_export if opset >= _FIRST_TORCH_EXPORT_OPSET else _torchscript
+    order = input_order(model, signature)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    example = tuple(tensors[name] for name in (*order.positional, *order.keywords))
+    try:
+        with _quiet_exporter() as caught, torch.no_grad():
+            result = model(
+                *(tensors[name] for name in order.positional),
+                **{name: tensors[name] for name in order.keywords},
+            )
+            with _plain_forward(model, order, result, signature) as names:
+                export(model, example, path, signature, names, opset, fold)
+    except (OSError, ExportError):
+        raise
+    except Exception as error:  # exporters raise whatever the model's code makes them raise
+        raise ExportError(
+            f"{type(model).__name__} can't be exported to opset {opset}: "
+            f"{_frozen_axis(error, model, order, signature)}{short_reason(error)}"
+        ) from error
+    return _suspicions(caught)
+
+
+class _Names(NamedTuple):
+    """Of the graph's inputs and outputs, in the order in which the model takes and gives them."""
+
+    inputs: list[str]
+    outputs: list[str]
+
+
+@contextlib.contextmanager
+def _plain_forward(
+    model: nn.Module, order: InputOrder, result: Any, signature: Signature
+) -> Iterator[_Names]:
+    """Have ``model`` take its inputs by position and return plain tensors.
+
+    Nothing is done to a model that does so already. Where inputs go by name or outputs lie in one
+    another, each exporter orders them in a way of its own, and none can be told their names.
+    """
+    try:
+        outputs = named_outputs(model, result, signature)
+    except EvidenceError as error:
+        raise ExportError(str(error)) from error
+    if not order.keywords and _is_plain(result, len(outputs)):
+        yield _Names(list(order.positional), list(outputs))
+        return
+    forward, own = model.forward, vars(model).get("forward")
+    count, names = len(order.positional), [spec.name for spec in signature.outputs]
+
+    def plain(*arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        keywords = dict(zip(order.keywords, arguments[count:], strict=True))
+        found = named_outputs(model, forward(*arguments[:count], **keywords), signature)
+        return tuple(found[name] for name in names)
+
+    model.forward = plain
+    try:
+        yield _Names([*order.positional, *order.keywords], names)
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+def _is_plain(result: Any, count: int) -> bool:
+    if isinstance(result, Mapping):
+        return len(result) == count and all(isinstance(v, torch.Tensor) for v in result.values())
+    if isinstance(result, list | tuple) and not hasattr(result, "_fields"):
+        return all(isinstance(value, torch.Tensor) for value in result)
+    return isinstance(result, torch.Tensor)
+
+
+_STATIC = re.compile(
+    r"static shape of (\d+) for dimension inputs\['?(\w+)'?\](?:\[(\d+)\])?\.shape\[(\d+)\]"
+)
+
+
+def _frozen_axis(
+    error: BaseException, model: nn.Module, order: InputOrder, signature: Signature
+) -> str:
+    """Which axis torch.export found frozen, by the signature's names; empty if it was not that."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    found = _STATIC.search(str(error))
+    if found is None:
+        return ""
+    length, argument, item, axis = found.groups()
+    parameters = list(inspect.signature(model.forward).parameters)
+    index = parameters.index(argument) if argument in parameters else 0
+    names = [*order.positional, *order.keywords]
+    name = names[min(index + int(item or 0), len(names) - 1)]
+    shape = next(spec.shape for spec in signature.inputs if spec.name == name)
+    return (
+        f"axis {axis} ({shape[int(axis)]}) of {name} is frozen at {length}: the model's code "
+        "depends on that length (a fixed shape, a loop over it, or a branch on it). "
+    )
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[list[warnings.WarningMessage]]:
+    """Collect the exporter's warnings and keep its graphs and advice off the terminal.
+
+    On failure it prints source lines with paths; the reason comes with the error, and whatever
+    it does silently wrong is checked in the file.
+    """
+    logger = logging.getLogger("torch")
+    level = logger.level
+    printed = io.StringIO()
+    try:
+        logger.setLevel(logging.CRITICAL)
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            yield caught
+    finally:
+        logger.setLevel(level)
+
+
+def _torchscript(
+    model: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    path: Path,
+    signature: Signature,
+    names: _Names,
+    opset: int,
+    fold: bool,
+) -> None:
+    with _plain_attention():
+        torch.onnx.export(
+            model,
+            example,
+            str(path),
+            dynamo=False,
+            opset_version=opset,
+            do_constant_folding=fold,
+            input_names=names.inputs,
+            output_names=names.outputs,
+            dynamic_axes={s.name: named_axes(s) for s in (*signature.inputs, *signature.outputs)},
+        )
+    scattered = [p for p in path.parent.iterdir() if p != path]
+    if scattered or path.stat().st_size > _ONE_FILE_LIMIT:
+        import onnx_ir as ir
+
+        raw = path.parent / "raw"
+        raw.mkdir()
+        for file in (path, *scattered):
+            file.replace(raw / file.name)
+        _write(ir.load(raw / path.name), path)
+        for file in raw.iterdir():
+            file.unlink()
+        raw.rmdir()
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Trace attention as the products it is made of, not as the one operator it is at inference."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _torch_export(
+    model: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    path: Path,
+    signature: Signature,
+    names: _Names,
+    opset: int,
+    fold: bool,
+) -> None:
+    program = torch.onnx.export(
+        model,
+        example,
+        dynamo=True,
+        opset_version=opset,
+        optimize=fold,
+        verbose=False,
+        input_names=names.inputs,
+        output_names=names.outputs,
+        dynamic_shapes=_dynamic_shapes(model, signature, names.inputs),
+    )
+    assert program is not None
+    exported = program.model
+    _free_names(exported)
+    _strip_machine(exported)
+    _name_axes(exported, signature)
+    _write(exported, path)
+
+
+def _dynamic_shapes(model: nn.Module, signature: Signature, names: list[str]) -> tuple[Any, ...]:
+    """The dynamic axes in the structure of ``forward``'s arguments, ``*args`` as one of them."""
+    specs = {spec.name: spec for spec in signature.inputs}
+    axes = [named_axes(specs[name]) for name in names]
+    for index, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return (*axes[:index], tuple(axes[index:]))
+    return tuple(axes)
+
+
+def _free_names(model: ir.Model) -> None:
+    """Rename weights and inner values that are called as an input or an output is.
+
+    The exporter gives inputs and outputs the names it was told last, without a look at the others.
+    """
+    graph = model.graph
+    kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    inner = [
+        *(value for value in graph.initializers.values() if id(value) not in kept),
+        *(v for node in graph.all_nodes() for v in node.outputs if id(v) not in kept),
+    ]
+    used = taken | {value.name for value in inner}
+    for value in inner:
+        if value.name not in taken:
+            continue
+        number = next(n for n in itertools.count(1) if f"{value.name}_{n}" not in used)
+        used.add(f"{value.name}_{number}")
+        value.name = f"{value.name}_{number}"
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    write_model(model, path, external_data=f"{path.stem}.onnx.data", limit=_ONE_FILE_LIMIT)
+
+
+def _strip_machine(model: ir.Model) -> None:
+    """Keep the module scopes; drop stack traces, source lines and the exporter's notes."""
+    for node in model.graph.all_nodes():
+        _strip_node(node)
+    for function in model.functions.values():
+        function.metadata_props.clear()
+        for node in function.all_nodes():
+            _strip_node(node)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _strip_node(node: ir.Node) -> None:
+    scopes = node.metadata_props.get(_NAME_SCOPES)
+    node.metadata_props.clear()
+    if scopes is not None:
+        node.metadata_props[_NAME_SCOPES] = scopes
+    node.doc_string = None
+    for value in node.outputs:
+        value.metadata_props.clear()
+
+
+def _name_axes(model: ir.Model, signature: Signature) -> None:
+    """Call the outputs' symbolic axes what the signature calls them, not by their formula."""
+    import onnx_ir as ir
+
+    axes = {spec.name: named_axes(spec) for spec in signature.outputs}
+    for value in model.graph.outputs:
+        if value.shape is None or len(value.shape) == 0:
+            continue
+        for axis, name in axes.get(value.name or "", {}).items():
+            if axis < len(value.shape) and isinstance(value.shape[axis], ir.SymbolicDim):
+                value.shape = ir.Shape(
+                    [ir.SymbolicDim(name) if a == axis else d for a, d in enumerate(value.shape)]
+                )
+
+
+def _suspicions(caught: list[warnings.WarningMessage]) -> list[str]:
+    """What the tracer warned of; its deprecation is known, and anything else goes to the log."""
+    found = {
+        first_line(str(warning.message)): warning.category
+        for warning in caught
+        if not issubclass(warning.category, DeprecationWarning | FutureWarning)
+        and not _ALIKE.search(str(warning.message))
+    }
+    for text, category in found.items():
+        log.warning("exporter_warning", category=category.__name__, message=text)
+    tracer = torch.jit.TracerWarning  # type: ignore[attr-defined]
+    return [text for text, category in found.items() if issubclass(category, tracer)]
+
+
+def _publish(made: Path, target: Path, opset: int, started: float) -> ExportResult:
+    with made.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    # The weights first: the model file is what makes them a model.
+    external = tuple(target.parent / f.name for f in made.parent.iterdir() if f != made)
+    for file_path in external:
+        (made.parent / file_path.name).replace(file_path)
+    made.replace(target)
+    result = ExportResult(
+        path=target,
+        opset=opset,
+        exporter="torch.export" if opset >= _FIRST_TORCH_EXPORT_OPSET else "torchscript",
+        sha256=sha256,
+        size_bytes=sum(f.stat().st_size for f in (target, *external)),
+        external_data=external,
+        seconds=time.perf_counter() - started,
+    )
+    log.info(
+        "exported",
+        path=str(target),
+        opset=opset,
+        exporter=result.exporter,
+        size_bytes=result.size_bytes,
+        seconds=round(result.seconds, 3),
+    )
+    return result

@@ -1,0 +1,295 @@
+"""Is the ONNX file what it should be: well formed, finite, and as the signature says."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from heimdall_onnx.common.errors import InvalidModelError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.model.onnx.file import read_initializers, read_structure
+from heimdall_onnx.model.signature import Signature, TensorSpec
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a file.
+
+    Attributes:
+        name: Its name.
+        shape: One entry per axis: a length, the name of a dynamic axis, or ``"?"`` for one
+            without a name.
+        dtype: NumPy's name of the element type.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a valid ONNX file says about itself.
+
+    Attributes:
+        inputs: In the graph's order.
+        outputs: In the graph's order.
+        opset_version: Of the default domain.
+        ir_version: Of the file format.
+        producer_name: The exporter.
+        producer_version: Its version; empty if the file has none.
+        operators: Number of nodes per operator, the most frequent first.
+        parameters: Elements in all initializers.
+        size_bytes: Size of the file, external data included.
+        signature_problems: Where inputs and outputs differ from the signature; empty if nowhere.
+    """
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    opset_version: int
+    ir_version: int
+    producer_name: str
+    producer_version: str
+    operators: dict[str, int]
+    parameters: int
+    size_bytes: int
+    signature_problems: tuple[str, ...]
+
+    @property
+    def signature(self) -> Signature:
+        """Inputs and outputs as the file declares them; it knows neither units nor ranges."""
+        inputs, outputs = (
+            tuple(TensorSpec(t.name, t.dtype, t.shape) for t in tensors)
+            for tensors in (self.inputs, self.outputs)
+        )
+        return Signature(inputs, outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Inputs, outputs, opset, producer and IR version, JSON-serialisable."""
+        return {
+            "inputs": [tensor.to_dict() for tensor in self.inputs],
+            "outputs": [tensor.to_dict() for tensor in self.outputs],
+            "opset_version": self.opset_version,
+            "producer_name": self.producer_name,
+            "ir_version": self.ir_version,
+        }
+
+
+def validate_model(path: Path | str, *, signature: Signature | None = None) -> ModelInfo:
+    """Check an ONNX file and describe it.
+
+    ``onnx.checker`` reads it by path, with shape inference; after that the weights are read a
+    tensor at a time, those in external data too.
+
+    Args:
+        path: The file.
+        signature: What its inputs and outputs should be. Differences are returned, not raised.
+
+    Raises:
+        InvalidModelError: If the file is missing, broken, refers to data outside its folder, or
+            holds weights that are NaN or Inf; with every problem found.
+    """
+    source = Path(path)
+    if not source.is_file():
+        found = "a folder" if source.is_dir() else "no such file"
+        raise InvalidModelError(f"expected an ONNX model at {source}, found {found}")
+    structure = read_structure(source)
+    if not structure.ir_version or not structure.graph.node:
+        raise InvalidModelError(f"{source} is not an ONNX model: it has no IR version or no nodes")
+    problems, parameters, external_bytes = _weigh(source, structure)
+    # The checker would follow the data that was just refused.
+    problems += [] if problems else _checked(source)
+    problems += _without_dtype(structure.graph)
+    if problems:
+        raise InvalidModelError(f"{source} is not a valid ONNX model:{listed(problems)}")
+    info = _describe(structure, parameters, source.stat().st_size + external_bytes, signature)
+    log.info(
+        "validated",
+        path=str(source),
+        opset=info.opset_version,
+        parameters=parameters,
+        signature_problems=len(info.signature_problems),
+    )
+    return info
+
+
+def _checked(path: Path) -> list[str]:
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except Exception as error:  # the checker's and shape inference's errors share no base
+        return [f"onnx.checker: {shown(str(error), 1000)}"]
+    return []
+
+
+def _weigh(path: Path, structure: onnx.ModelProto) -> tuple[list[str], int, int]:
+    """Problems of the weights, number of their elements, and bytes in external data."""
+    problems, parameters, external = [], 0, {}
+    for tensor in read_initializers(path):
+        parameters += math.prod(tensor.dims)
+        problem = _external_problem(tensor, path.parent)
+        if problem:
+            problems.append(problem)
+            continue
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            location = path.parent / _external_entries(tensor)["location"]
+            external[location] = location.stat().st_size
+        problems += _non_finite(tensor, path.parent)
+    graphs = [structure.graph, *(t.algorithm for t in structure.training_info)]
+    graphs += [t.initialization for t in structure.training_info]
+    inner = [tensor for graph in graphs for tensor in _graph_tensors(graph)]
+    inner += [t for function in structure.functions for t in _node_tensors(function.node)]
+    problems += filter(None, (_external_problem(tensor, path.parent) for tensor in inner))
+    return problems, parameters, sum(external.values())
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(graph)
+
+
+def _external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _external_problem(tensor: onnx.TensorProto, folder: Path) -> str | None:
+    """Why the data that a tensor has in another file can't be used; None if nothing is wrong."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return None
+    entries, name = _external_entries(tensor), shown(tensor.name)
+    where = entries.get("location", "")
+    location = folder / where
+    try:
+        if not location.resolve().is_relative_to(folder.resolve()):
+            return f"{name} has its data outside the model's folder: {shown(repr(where))}"
+        if not location.is_file():
+            return f"{name} has its data in {shown(repr(location.name))}, which is not there"
+        size = location.stat().st_size
+        offset = int(entries.get("offset") or 0)
+        length = int(entries.get("length") or max(size - offset, 0))
+    except (OSError, RuntimeError, ValueError) as error:  # no path at all, or no number
+        return f"{name} has its data in {shown(repr(where))}: {shown(str(error))}"
+    if min(offset, length) < 0 or offset + length > size:
+        return (
+            f"{name} can't be read: its data are said to be {length} bytes from byte {offset} of "
+            f"{shown(repr(location.name))}, which has {size}"
+        )
+    return None
+
+
+def _non_finite(tensor: onnx.TensorProto, folder: Path) -> list[str]:
+    name = shown(tensor.name)
+    if min(tensor.dims, default=0) < 0:
+        return [f"{name} has the shape {shown(tuple(tensor.dims))}"]
+    try:
+        array = onnx.numpy_helper.to_array(tensor, str(folder))
+        if array.dtype.kind not in "fcV":
+            return []
+        bad = int(np.count_nonzero(~np.isfinite(array)))
+    except Exception as error:  # whatever broken tensor data makes onnx and NumPy raise
+        return [f"{name} can't be read: {shown(str(error), 300)}"]
+    return [f"{name} has NaN or Inf in {bad} of {array.size} elements"] if bad else []
+
+
+def _without_dtype(graph: onnx.GraphProto) -> list[str]:
+    """Inputs and outputs that are no tensors of a type NumPy has."""
+    known = onnx.helper.get_all_tensor_dtypes()
+    return [
+        f"{kind} {shown(value.name)} is no tensor of a known type: "
+        f"{value.type.WhichOneof('value') or 'no type'} {value.type.tensor_type.elem_type}"
+        for kind, values in (("input", graph.input), ("output", graph.output))
+        for value in values
+        if value.type.tensor_type.elem_type not in known
+    ]
+
+
+def _describe(
+    structure: onnx.ModelProto, parameters: int, size_bytes: int, signature: Signature | None
+) -> ModelInfo:
+    graph = structure.graph
+    inputs = tuple(map(_tensor_info, graph.input))
+    outputs = tuple(map(_tensor_info, graph.output))
+    problems: list[str] = []
+    if signature is not None:
+        problems += _differences("input", signature.inputs, inputs)
+        problems += _differences("output", signature.outputs, outputs)
+    return ModelInfo(
+        inputs=inputs,
+        outputs=outputs,
+        opset_version=next((o.version for o in structure.opset_import if o.domain == ""), 0),
+        ir_version=structure.ir_version,
+        producer_name=structure.producer_name,
+        producer_version=structure.producer_version,
+        operators=dict(Counter(_operators(graph)).most_common()),
+        parameters=parameters,
+        size_bytes=size_bytes,
+        signature_problems=tuple(problems),
+    )
+
+
+def _operators(graph: onnx.GraphProto) -> Iterator[str]:
+    for node in graph.node:
+        yield f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _operators(inner)
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    tensor = value.type.tensor_type
+    shape = tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
+        for dim in tensor.shape.dim
+    )
+    return TensorInfo(
+        value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    )
+
+
+def _differences(
+    kind: str, specs: tuple[TensorSpec, ...], found: tuple[TensorInfo, ...]
+) -> list[str]:
+    by_name = {tensor.name: tensor for tensor in found}
+    expected = {spec.name for spec in specs}
+    problems = [f"unexpected {kind} {t.name!r}" for t in found if t.name not in expected]
+    for spec in specs:
+        tensor = by_name.get(spec.name)
+        if tensor is None:
+            problems.append(f"no {kind} {spec.name!r}; found {sorted(by_name)}")
+            continue
+        if tensor.dtype != np.dtype(spec.dtype).name:
+            problems.append(f"{kind} {spec.name} has dtype {tensor.dtype}, not {spec.dtype}")
+        if len(tensor.shape) != len(spec.shape):
+            problems.append(f"{kind} {spec.name} has shape {tensor.shape}, not {spec.shape}")
+            continue
+        problems += [
+            f"axis {axis} of {kind} {spec.name} is {have!r}, not {want!r}"
+            for axis, (want, have) in enumerate(zip(spec.shape, tensor.shape, strict=True))
+            if want != have
+        ]
+    return problems

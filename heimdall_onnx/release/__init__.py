@@ -1,0 +1,1 @@
+"""Make a release: run the notebook, judge it, publish it, offer it, or take all back."""

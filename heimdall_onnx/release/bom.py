@@ -1,0 +1,507 @@
+"""The bill of materials of a release: what the model was made of, and how well it was measured.
+
+A CycloneDX ML-BOM (specification 1.6, https://cyclonedx.org/docs/1.6/json/): components with hashes
+and package addresses, as other tools read them, and a model card whose figures are those of the
+notebook's record. The library has no model card and no data sets yet, so these two are added to the
+JSON that it writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid5
+
+from cyclonedx.model import (
+    ExternalReference,
+    ExternalReferenceType,
+    HashAlgorithm,
+    HashType,
+    Property,
+    XsUri,
+)
+from cyclonedx.model.bom import Bom, BomMetaData
+from cyclonedx.model.component import Component, ComponentScope, ComponentType
+from cyclonedx.model.tool import ToolRepository
+from cyclonedx.output import make_outputter
+from cyclonedx.schema import OutputFormat, SchemaVersion
+from packageurl import PackageURL
+
+from heimdall_onnx.archive.manifest import REPORT_HTML
+from heimdall_onnx.common.environment import DISTRIBUTION
+from heimdall_onnx.common.parameters import FP32, MODEL
+from heimdall_onnx.common.text import DEGREES
+from heimdall_onnx.model.signature import Signature, TensorSpec
+
+# Namespace of the serial numbers; drawn once.
+_NAMESPACE = UUID("6f0c1a52-7c0e-4f0e-9a3c-3d5b8c1e7a94")
+# Files of one machine: their content is a component, by its hash.
+_PATHS = {"checkpoint", "eval_data", "calibration_data", "output_dir"}
+_MODEL, _CHECKPOINT, _EVALUATION_DATA = "model", "checkpoint", "evaluation-data"
+
+
+def describe_release(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> bytes:
+    """The bill of materials of a release; the same for the same arguments.
+
+    Whatever text the arguments hold stays text: the result is ASCII, with everything else escaped.
+
+    Args:
+        manifest: The release's manifest, as far as it is written before this one.
+        record: What `archive.record.record_results` kept in the notebook.
+
+    Returns:
+        JSON of CycloneDX 1.6.
+    """
+    bom = _bill(manifest, record)
+    written = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
+    described: dict[str, Any] = json.loads(written)
+    described["metadata"]["component"]["modelCard"] = _model_card(manifest, record)
+    for component in described["components"]:
+        if component["bom-ref"] == _EVALUATION_DATA:
+            component["data"] = [_data_set(manifest["evaluation_data"])]
+    return (json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _bill(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Bom:
+    model = _model(manifest, record)
+    inputs = (_checkpoint(manifest), _evaluation_data(manifest), *_signature_file(manifest))
+    packages = {name: _package(name, v) for name, v in record["distributions"].items()}
+    ours = packages[DISTRIBUTION]
+    environment = manifest["environment"]
+    bom = Bom(
+        components=(*inputs, *packages.values(), *_platform(environment)),
+        serial_number=uuid5(_NAMESPACE, f"{_entry(manifest)['sha256']} {manifest['version']}"),
+        metadata=BomMetaData(
+            component=model,
+            timestamp=datetime.fromisoformat(manifest["created"]),
+            tools=ToolRepository(
+                components=[
+                    Component(type=ComponentType.APPLICATION, name=ours.name, version=ours.version)
+                ]
+            ),
+            properties=_properties(
+                {
+                    "git:commit": manifest["git"]["commit"],
+                    "git:dirty": manifest["git"]["dirty"],
+                    "threads": manifest["threads"],
+                    "processors": environment["processors"],
+                    **_parameters(manifest["parameters"]),
+                }
+            ),
+        ),
+    )
+    bom.register_dependency(model, [*inputs, ours])
+    named = (packages[name] for name in environment["packages"] if name != DISTRIBUTION)
+    bom.register_dependency(ours, named)
+    return bom
+
+
+def _model(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Component:
+    entry, version = _entry(manifest), manifest["version"]
+    name, run = manifest["parameters"]["name"], manifest["mlflow"]
+    folder = entry["key"].removesuffix(f"/{MODEL}")
+    report = next(o for o in manifest["objects"] if o["key"] == f"{folder}/{REPORT_HTML}")
+    described = record["uploaded"]["metadata"]
+    return Component(
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        bom_ref=_MODEL,
+        name=name,
+        version=version,
+        description=f"{described['model_type']} as an ONNX model, opset "
+        f"{manifest['parameters']['opset']}",
+        purl=PackageURL(
+            "generic",
+            name=name,
+            version=version,
+            qualifiers={
+                "checksum": f"sha256:{entry['sha256']}",
+                "download_url": _address(manifest, entry["key"]),
+            },
+        ),
+        hashes=_hashes(entry["sha256"]),
+        external_references=[
+            _reference(manifest, entry, ExternalReferenceType.DISTRIBUTION),
+            _reference(manifest, report, ExternalReferenceType.EVIDENCE),
+        ],
+        properties=_properties(
+            {
+                "verdict": manifest["verdict"],
+                "profile": manifest["parameters"]["profile"],
+                "size": entry["size"],
+                "trained_parameters": described["pytorch_params"]["total"],
+                "mlflow:run_id": run["run_id"],
+                "mlflow:model_version": run["model_version"],
+                **dict(_describe_variants(manifest)),
+            }
+        ),
+        components=(*_weights(manifest, folder), *_variant_files(manifest, folder)),
+    )
+
+
+def _weights(manifest: Mapping[str, Any], folder: str) -> Iterator[Component]:
+    """The files beside the model that hold its weights, where it is too large for one file."""
+    for entry in manifest["objects"]:
+        name = entry["key"].removeprefix(f"{folder}/")
+        if name.startswith(f"{MODEL}."):
+            yield Component(
+                type=ComponentType.FILE,
+                bom_ref=name,
+                name=name,
+                hashes=_hashes(entry["sha256"]),
+            )
+
+
+def _judged(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every variant that was asked for, the model itself left out."""
+    judged = (manifest.get("variants") or {"judged": []})["judged"]
+    return [one for one in judged if one["name"] != FP32]
+
+
+def _describe_variants(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Properties: which variant is recommended, and what became of each."""
+    variants = manifest.get("variants")
+    if not variants:
+        return
+    yield "variants:recommended", variants["recommended"]
+    for name, value in (variants.get("calibration") or {}).items():
+        if name != "rows":
+            yield f"variants:calibration:{name}", value
+    for one in _judged(manifest):
+        said = ["status", "reason", "precision", "ran_on"]
+        if one["status"] == "passed":
+            said.append("file")
+        yield f"variant:{one['name']}", {name: one[name] for name in said if one[name]}
+
+
+def _variant_files(manifest: Mapping[str, Any], folder: str) -> Iterator[Component]:
+    """The variants that are published in a file of their own."""
+    objects = {o["key"]: o for o in manifest["objects"]}
+    name, version = manifest["parameters"]["name"], manifest["version"]
+    for one in _judged(manifest):
+        if one["status"] != "passed" or one["file"] == MODEL:
+            continue
+        entry = objects[f"{folder}/{one['file']}"]
+        yield Component(
+            type=ComponentType.MACHINE_LEARNING_MODEL,
+            bom_ref=f"variant-{one['name']}",
+            name=f"{name} {one['name']}",
+            version=version,
+            description=f"Variant of the model: {one['what']}",
+            hashes=_hashes(entry["sha256"]),
+            external_references=[_reference(manifest, entry, ExternalReferenceType.DISTRIBUTION)],
+            properties=_properties(
+                {
+                    "size": entry["size"],
+                    "precision": one["precision"],
+                    "ran_on": one["ran_on"],
+                    "kept_in_float": one["kept_in_float"],
+                    "session:latency": one["sessions"]["latency"],
+                    "session:throughput": one["sessions"]["throughput"],
+                }
+            ),
+        )
+
+
+def _checkpoint(manifest: Mapping[str, Any]) -> Component:
+    checkpoint = manifest["checkpoint"]
+    return Component(
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        bom_ref=_CHECKPOINT,
+        name=checkpoint["file"],
+        description="The trained weights that were exported",
+        hashes=_hashes(checkpoint["sha256"]),
+        external_references=_content_references(manifest, "checkpoint"),
+        components=[
+            Component(
+                type=ComponentType.MACHINE_LEARNING_MODEL,
+                bom_ref=f"member-{number}",
+                name=member["file"],
+                description="The trained weights of one member, as the checkpoint records it",
+                hashes=_hashes(member["sha256"]),
+            )
+            for number, member in enumerate(checkpoint.get("members", ()), 1)
+        ],
+    )
+
+
+def _signature_file(manifest: Mapping[str, Any]) -> Iterator[Component]:
+    """The file that declares inputs and outputs, where the model's class does not."""
+    for entry in manifest.get("content", []):
+        if entry["role"] == "signature":
+            yield Component(
+                type=ComponentType.FILE,
+                bom_ref="signature",
+                name=entry["name"],
+                description="The declared inputs and outputs of the model",
+                hashes=_hashes(entry["sha256"]),
+                external_references=_content_references(manifest, "signature"),
+            )
+
+
+def _evaluation_data(manifest: Mapping[str, Any]) -> Component:
+    data = manifest["evaluation_data"]
+    return Component(
+        type=ComponentType.DATA,
+        bom_ref=_EVALUATION_DATA,
+        name=data["source"],
+        description=f"The inputs on which both models were compared: {data['provenance']}",
+        hashes=_hashes(data["sha256"]),
+        external_references=_content_references(manifest, "evaluation_data"),
+        properties=_properties({"samples": data["samples"]}),
+    )
+
+
+def _package(name: str, version: str) -> Component:
+    purl = PackageURL("pypi", name=name, version=version)
+    return Component(
+        type=ComponentType.LIBRARY,
+        bom_ref=purl.to_string(),
+        name=name,
+        version=version,
+        purl=purl,
+        # It was there when the model was made; it is no part of the model.
+        scope=ComponentScope.EXCLUDED,
+    )
+
+
+def _platform(environment: Mapping[str, Any]) -> Iterator[Component]:
+    for kind, reference, name, version in (
+        (ComponentType.PLATFORM, "python", "Python", environment["python"]),
+        (ComponentType.OPERATING_SYSTEM, "system", environment["system"], None),
+        (ComponentType.DEVICE, "processor", environment["cpu"], None),
+    ):
+        yield Component(
+            type=kind,
+            bom_ref=reference,
+            name=name,
+            version=version,
+            scope=ComponentScope.EXCLUDED,
+        )
+
+
+def _entry(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own entry."""
+    entry: dict[str, Any] = next(
+        o for o in manifest["objects"] if o["key"].endswith(f"/{manifest['version']}/{MODEL}")
+    )
+    return entry
+
+
+def _hashes(sha256: str | None) -> list[HashType]:
+    return [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
+
+
+def _address(manifest: Mapping[str, Any], key: str) -> str:
+    return f"s3://{manifest['parameters']['bucket']}/{key}"
+
+
+def _reference(
+    manifest: Mapping[str, Any], entry: Mapping[str, Any], kind: ExternalReferenceType
+) -> ExternalReference:
+    return ExternalReference(
+        type=kind, url=XsUri(_address(manifest, entry["key"])), hashes=_hashes(entry["sha256"])
+    )
+
+
+def _content_references(manifest: Mapping[str, Any], role: str) -> list[ExternalReference]:
+    return [
+        _reference(manifest, entry, ExternalReferenceType.DISTRIBUTION)
+        for entry in manifest.get("content", [])
+        if entry["role"] == role
+    ] + [
+        ExternalReference(
+            type=ExternalReferenceType.DISTRIBUTION,
+            url=XsUri(entry["address"]),
+            comment="a dataset of many files; its digest is the component's hash",
+        )
+        for entry in manifest.get("datasets", [])
+        if entry["role"] == role
+    ]
+
+
+def _properties(values: Mapping[str, Any]) -> list[Property]:
+    """Properties in a namespace of this package's; text as it is, anything else as JSON."""
+    return [
+        Property(
+            name=f"{DISTRIBUTION}:{name}",
+            value=value if isinstance(value, str) else json.dumps(value),
+        )
+        for name, value in values.items()
+    ]
+
+
+def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"parameter:{name}": v for name, v in parameters.items() if name not in _PATHS}
+
+
+def _data_set(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "dataset", "name": data["source"], "description": data["provenance"]}
+
+
+def _model_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    signature = Signature.from_dict(record["model"]["signature"])
+    backbone = record["uploaded"]["metadata"]["backbone"]
+    position = signature.position_output
+    task = {"task": f"regression of {position.name} in {DEGREES}"} if position else {}
+    family = {"architectureFamily": backbone.partition("-")[0]} if backbone else {}
+    return {
+        "modelParameters": {
+            **task,
+            **family,
+            "modelArchitecture": " ".join(filter(None, (record["model"]["class"], backbone))),
+            "datasets": [{"ref": _EVALUATION_DATA}],
+            "inputs": [{"format": _format(spec)} for spec in signature.inputs],
+            "outputs": [{"format": _format(spec)} for spec in signature.outputs],
+        },
+        "quantitativeAnalysis": {
+            "performanceMetrics": [
+                *_latency_metrics(record["latency"]),
+                *_parity_metrics(record["parity"]),
+                *_ground_metrics(record["parity"]),
+                *_variant_metrics(manifest),
+            ]
+        },
+        "considerations": {
+            "users": [
+                "Whoever runs this model instead of the PyTorch model that it was exported from, "
+                "and whoever must know how far the two agree"
+            ],
+            "technicalLimitations": list(_limitations(manifest, record)),
+        },
+    }
+
+
+def _format(spec: TensorSpec) -> str:
+    span = f"in [{spec.range[0]:g}, {spec.range[1]:g}]" if spec.range else ""
+    return ", ".join(filter(None, (spec.describe(), spec.unit, span)))
+
+
+def _metric(
+    kind: str, value: float | str, where: str, interval: Sequence[float | str] = ()
+) -> dict[str, Any]:
+    """A performance metric; numbers in the fewest digits that read back as the same number."""
+    metric: dict[str, Any] = {"type": kind, "value": str(value), "slice": where}
+    if interval:
+        low, high = map(str, interval)
+        metric["confidenceInterval"] = {"lowerBound": low, "upperBound": high}
+    return metric
+
+
+def _latency_metrics(latency: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+    if latency is None:
+        return
+    where = (
+        f"batch {latency['batch_size']}, {latency['threads']} threads, "
+        f"{latency['confidence']:.0%} interval"
+    )
+    speedup = latency["speedup"]
+    yield _metric(
+        "speedup",
+        speedup["ratio"],
+        f"PyTorch over ONNX Runtime, {where}",
+        (speedup["low"], speedup["high"]),
+    )
+    for contender in latency["contenders"]:
+        yield from _percentile_metrics(contender, where)
+
+
+def _percentile_metrics(contender: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    for found in contender["percentiles"]:
+        yield _metric(
+            f"latency p{found['percentile']:g} (ms)",
+            found["value_ms"],
+            f"{contender['name']}, {where}",
+            (found["low_ms"], found["high_ms"]),
+        )
+
+
+def _parity_metrics(parity: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    cell = parity["cells"][0]
+    for output in cell["outputs"]:
+        unit = f" ({output['unit']})" if output["unit"] else ""
+        where = (
+            f"{output['output']}, ONNX beside PyTorch, {cell['samples']} evaluation samples, "
+            f"batch {cell['batch_size']}"
+        )
+        for kind, name in (
+            ("mean absolute error", "mean"),
+            ("maximum absolute error", "maximum"),
+            ("p99 absolute error", "p99"),
+        ):
+            yield _metric(kind + unit, output[name], where)
+
+
+def _ground_metrics(parity: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for task in (parity["ground"] or {"task": []})["task"]:
+        where = f"{task['who']}, {parity['samples']} evaluation samples with true positions"
+        yield _metric("localization error, median (m)", task["median_m"], where)
+        yield _metric("localization error, p95 (m)", task["p95_m"], where)
+    for found in parity.get("uncertainty", ()):
+        calibration = found["calibration"]
+        if calibration is None:
+            continue
+        where = f"{found['who']}, {found['samples']} evaluation samples with true positions"
+        for coverage in calibration["coverage"]:
+            yield _metric(
+                f"coverage of the {coverage['nominal']:.0%} ellipse",
+                coverage["observed"],
+                f"{where}, 95% interval",
+                (coverage["low"], coverage["high"]),
+            )
+        yield _metric("calibration error, mean absolute", calibration["calibration_error"], where)
+        yield _metric("negative log-likelihood (nats)", calibration["nll"], where)
+        yield _metric("median radius of the 90% ellipse (m)", calibration["radius_p50_m"], where)
+
+
+def _variant_metrics(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the gates of each variant measured, broken ones too, and how fast it is."""
+    for one in _judged(manifest):
+        for gate in one["gates"]:
+            kept = "held" if gate["passed"] else "broken"
+            where = f"variant {one['name']}, limit {gate['limit']} {kept}"
+            yield _metric(gate["name"], gate["measured"], where)
+        if one["latency"] is not None:
+            yield from _pair_metrics(one["latency"], f"on {one['ran_on']}")
+    if against := (manifest.get("variants") or {}).get("against_pytorch"):
+        yield from _pair_metrics(against, "as recommended")
+
+
+def _pair_metrics(pair: Mapping[str, Any], how: str) -> Iterator[dict[str, Any]]:
+    first, second = pair["contenders"]
+    ratio, where = pair["speedup"], f"batch {pair['batch_size']} {how}"
+    yield _metric(
+        "speedup",
+        ratio["ratio"],
+        f"{first['name']} over {second['name']}, {where}",
+        (ratio["low"], ratio["high"]),
+    )
+    yield from _percentile_metrics(second, where)
+
+
+def _limitations(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
+    data, environment = manifest["evaluation_data"], manifest["environment"]
+    yield (
+        f"Agreement with the PyTorch model was checked on {data['samples']} samples "
+        f"({data['source']}: {data['provenance']}) and on adversarial inputs made from them; "
+        "elsewhere it is not known."
+    )
+    if data["sha256"] is None:
+        yield "Those samples are random numbers, which say little about recordings."
+    if not (record["parity"]["ground"] or {}).get("task"):
+        yield "How far the model's answers are from the truth was not measured."
+    if manifest["parameters"]["profile"] == "smoke":
+        yield "It was measured with the profile smoke, which is for tests: this is no evidence."
+    yield (
+        f"Latency was {record['speedup_text']}."
+        if record["latency"] is None
+        else f"Latency was measured on {environment['cpu']} with {manifest['threads']} threads and "
+        "holds for that processor."
+    )
+    if _judged(manifest):
+        yield (
+            "Figures of variants other than fp32 hold for that processor: another one may compute "
+            "8-bit and 16-bit products in other steps, with other results."
+        )
+    yield "On which data the checkpoint was trained is not recorded."

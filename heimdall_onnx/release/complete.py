@@ -1,0 +1,251 @@
+"""From an uploaded and registered release to one that is complete, and offered under its alias.
+
+The order is what keeps a release invisible or complete at every instant: signature, the registry's
+tags, the manifest, the alias. Each names what came before it, and nothing counts before the
+manifest is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from heimdall_onnx.archive.aliases import Offer, offer_version, withdraw_version
+from heimdall_onnx.archive.manifest import (
+    BOM,
+    RECOMMENDED,
+    REPORT,
+    SCHEMA_VERSION,
+    SIGNATURE,
+    Manifest,
+    parse_manifest,
+)
+from heimdall_onnx.archive.mlflow_page import describe_model, describe_version
+from heimdall_onnx.common.errors import HeimdallError, StoreError
+from heimdall_onnx.services.connection import Connection
+from heimdall_onnx.services.retention import Protection, retain
+from heimdall_onnx.services.store import (
+    MANIFEST,
+    content_type,
+    exists,
+    format_uri,
+    parse_uri,
+    to_json,
+    upload_bytes,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.archive.signing import Signer
+    from heimdall_onnx.common.parameters import ReleaseParameters
+
+_FEW_VERSIONS = 100
+
+
+def describe_manifest(
+    record: Mapping[str, Any],
+    parameters: ReleaseParameters,
+    objects: Mapping[str, Mapping[str, Any]],
+    *,
+    verdict: str,
+    costs: list[dict[str, Any]],
+    signer: Signer | None,
+    protection: Protection,
+) -> dict[str, Any]:
+    """What the manifest of a release says.
+
+    Args:
+        record: What the notebook has recorded.
+        parameters: Of the release.
+        objects: Every object of it by its key, with size and hash.
+        verdict: As it was judged from outside.
+        costs: Seconds and memory by step.
+        signer: Who signs the release, if anybody.
+        protection: How the store keeps it.
+    """
+    environment, uploaded = record["environment"], record["uploaded"]
+    signature = None
+    if signer is not None:
+        folder = f"{parameters.prefix}/{uploaded['version']}"
+        signature = {"key": f"{folder}/{SIGNATURE}", "signer_sha256": signer.sha256}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "version": uploaded["version"],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "verdict": verdict,
+        "gates": record["gates"],
+        "objects": [
+            {"key": o["key"], "size": o["size_bytes"], "sha256": o["sha256"]}
+            for o in sorted(objects.values(), key=lambda o: str(o["key"]))
+        ],
+        "content": list(uploaded["content"]),
+        # Releases of notebooks that know none have none.
+        "datasets": list(uploaded.get("datasets", ())),
+        "signature": signature,
+        "protection": protection.to_dict(),
+        "parameters": parameters.model_dump(mode="json"),
+        "model": record["model"],
+        # Releases of notebooks without that step have none.
+        "variants": record.get("variants"),
+        "checkpoint": record["checkpoint"],
+        "evaluation_data": record["evaluation_data"],
+        "git": {"commit": environment["git_commit"], "dirty": environment["git_dirty"]},
+        "environment": environment,
+        "threads": record["threads"],
+        "costs": costs,
+        "mlflow": {
+            "run_id": parameters.run_id,
+            "model_name": record["registered"]["model_name"],
+            "model_version": record["registered"]["model_version"],
+        },
+    }
+
+
+def add_bom(
+    connection: Connection,
+    folder_uri: str,
+    described: Mapping[str, Any],
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Upload the bill of materials, and name it in what the manifest says.
+
+    Raises:
+        ServiceError: If the store can't be reached or refuses.
+    """
+    from heimdall_onnx.release.bom import describe_release
+
+    bucket, folder = parse_uri(folder_uri)
+    stored = upload_bytes(
+        connection.client,
+        describe_release(described, record),
+        bucket,
+        f"{folder}/{BOM}",
+        content_type=content_type(BOM),
+    )
+    entry = {"key": stored.key, "size": stored.size_bytes, "sha256": stored.sha256}
+    objects = sorted([*described["objects"], entry], key=lambda o: str(o["key"]))
+    return {**described, "objects": objects}
+
+
+def complete_release(
+    connection: Connection, folder_uri: str, described: Mapping[str, Any], signer: Signer | None
+) -> Manifest:
+    """Signature, tags, and the manifest last: from then on it is a release.
+
+    Args:
+        connection: Store and registry.
+        folder_uri: The release's folder.
+        described: As `describe_manifest` gives it.
+        signer: Who signs.
+
+    Raises:
+        ServiceError: If a service can't be reached or refuses.
+    """
+    manifest = parse_manifest(to_json(described), folder_uri)
+    client, bucket = connection.client, manifest.bucket
+    tags = {
+        "manifest_uri": f"{manifest.uri}/{MANIFEST}",
+        "manifest_sha256": manifest.sha256,
+        "report_uri": f"{manifest.uri}/{REPORT}",
+        "verdict": manifest.verdict,
+    }
+    if manifest.variants is not None:
+        tags[RECOMMENDED] = manifest.recommended
+    if signer is not None:
+        digests = {name: entry.sha256 for name, entry in manifest.objects.items()}
+        signature = upload_bytes(
+            client,
+            signer.sign(manifest.version, {**digests, MANIFEST: manifest.sha256}),
+            bucket,
+            f"{manifest.folder}/{SIGNATURE}",
+            content_type=content_type(SIGNATURE),
+        )
+        tags["signature_sha256"] = signature.sha256
+    # The model's hash last: a version that has it, and names no manifest, is opened without one.
+    tags["sha256"] = manifest.model.sha256
+    connection.tracker.set_version_tags(manifest.model_name, manifest.model_version, tags)
+    protection = Protection(**described["protection"])
+    kept = [entry.key for entry in (*manifest.objects.values(), *manifest.content)]
+    if manifest.signature is not None:
+        kept.append(manifest.signature.key)
+    kept += _own_dataset(client, manifest)
+    retain(client, bucket, kept, protection)
+    for entry in manifest.content:
+        if not exists(client, bucket, entry.key):
+            raise StoreError(
+                f"{format_uri(bucket, entry.key)} has vanished since it was uploaded; run again"
+            )
+    upload_bytes(
+        client,
+        manifest.text,
+        bucket,
+        manifest.key,
+        content_type=content_type(MANIFEST),
+        if_absent=True,
+        lock_until=protection.until,
+    )
+    return manifest
+
+
+def _own_dataset(client: S3Client, manifest: Manifest) -> list[str]:
+    """The keys of the release's dataset in its bucket, all of which are there.
+
+    One in another bucket belongs to whoever keeps that.
+    """
+    if manifest.dataset is None:
+        return []
+    from heimdall_onnx.archive.content import open_kept
+
+    dataset = open_kept(client, manifest.dataset)
+    bucket, folder = parse_uri(manifest.dataset.address)
+    own = bucket == manifest.bucket
+    return [f"{folder}/{name}" for name in dataset.file_names()] if own else []
+
+
+def present_release(connection: Connection, manifest: Manifest, record: Mapping[str, Any]) -> None:
+    """Say on MLflow's own pages what a complete release is.
+
+    Args:
+        connection: Store and registry.
+        manifest: Of the release.
+        record: What the notebook has recorded.
+
+    Raises:
+        RegistryError: If MLflow can't be reached or refuses.
+    """
+    tracker, name, version = connection.tracker, manifest.model_name, manifest.model_version
+    run = tracker.get_run_info(record["uploaded"]["run_id"])
+    text = describe_version(record, manifest.uri, run, verdict=manifest.verdict)
+    tracker.describe_version(name, version, text)
+    # To say anything of a model, MLflow reads all its versions.
+    if int(version) <= _FEW_VERSIONS:
+        tracker.describe_model(name, describe_model(name))
+
+
+def offer_release(connection: Connection, manifest: Manifest, alias: str, by: str) -> None:
+    """Point the alias at a complete release.
+
+    Raises:
+        ServiceError: If a service can't be reached or refuses.
+    """
+    offer = _offer(manifest, alias)
+    offer_version(connection.client, manifest.bucket, connection.tracker, offer, by)
+
+
+def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
+    """Point the alias back at what it pointed at before, if it points at this release.
+
+    Yields:
+        What could not be done, in words.
+    """
+    offer = _offer(manifest, alias)
+    try:
+        withdraw_version(connection.client, manifest.bucket, connection.tracker, offer)
+    except HeimdallError as error:
+        yield f"alias {alias} of {manifest.model_name}: {error}"
+
+
+def _offer(manifest: Manifest, alias: str) -> Offer:
+    return Offer(manifest.model_name, alias, manifest.model_version, manifest.uri)

@@ -1,0 +1,1 @@
+"""Many releases from one plan, on Dask's workers."""

@@ -1,0 +1,379 @@
+"""What the entries of a fleet's plan stand for: its checkpoints, and the parameters of each.
+
+Checkpoints and data are named by paths, or by addresses of objects in the bucket; what patterns
+and ``{stem}`` and ``{parent}`` in names mean, `release.fleet.plan` says.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from heimdall_onnx.common.errors import ParameterError, SettingsError
+from heimdall_onnx.common.parameters import ReleaseParameters, check_parameters, parameter_problems
+from heimdall_onnx.common.text import shown
+from heimdall_onnx.services.store import format_uri, parse_uri
+
+# Yields the keys of a bucket that begin with a prefix.
+ListObjects = Callable[[str, str], Iterable[str]]
+
+# Parameters, or None and what is wrong with them.
+Made = tuple[ReleaseParameters | None, list[str]]
+# Makes them for a checkpoint.
+Resolve = Callable[[str], Made]
+
+# Parameters of a release that differ from item to item in the fleet's own way.
+_OWN = ("checkpoint", "publish", "output_dir", "run_id")
+_DATA = ("eval_data", "calibration_data")
+_NAMES = ("name", "prefix")
+_FILLED = re.compile(r"\{(stem|parent)\}")
+_WILDCARD = re.compile(r"[*?[]")
+_S3 = "s3://"
+
+
+def absolute(folder: Path, text: str) -> str:
+    """An absolute path for one that is relative to ``folder``; an address stays as it is."""
+    if text.startswith(_S3):
+        return text
+    path = text if text.startswith("/") else f"{folder}/{text}"
+    before, up, rest = f"{path}/".rpartition("/../")
+    if up and "\0" not in path:
+        # Behind a link, `..` is not the folder before.
+        path = f"{os.path.realpath(before + up)}/{rest}"
+    return os.path.normpath(path)
+
+
+def kind_of(path: Path | str) -> str:
+    """What is at a path, in words, e.g. ``"a file"`` or ``"none"``."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return "none"
+    except OSError as error:
+        return f"none that can be looked at ({error.strerror})"
+    return "a file" if stat.S_ISREG(mode) else "a folder" if stat.S_ISDIR(mode) else "a device"
+
+
+class Glob:
+    """A pattern of paths or addresses.
+
+    Attributes:
+        root: What stands before the first name with a wildcard, or before the last name; taken
+            literally.
+        start: How the first name with a wildcard begins.
+
+    Raises:
+        ParameterError: If it can't be one.
+    """
+
+    def __init__(self, text: str, folder: Path) -> None:
+        stored = text.startswith(_S3)
+        names = text.removeprefix(_S3).split("/") if stored else PurePosixPath(text).parts
+        at = next((at for at, name in enumerate(names) if _is_pattern(name)), len(names) - 1)
+        before = "/".join(names[:at]) if stored else str(PurePosixPath(*names[:at]))
+        self._names = list(names[at:])
+        if stored and not before:
+            raise ParameterError(f"the bucket of {shown(repr(text))} must be named")
+        if any("**" in name and name != "**" for name in self._names) or ".." in self._names:
+            raise ParameterError(
+                f"{shown(repr(text))} can't be a pattern: expected ** as a whole name, and no .. "
+                "behind a wildcard"
+            )
+        if self._names[-1:] == ["**"]:
+            self._names.append("*")
+        self.root = absolute(folder, _S3 + before if stored else before)
+        self.start = _WILDCARD.split(self._names[0])[0] if self._names else ""
+        self._tests = [
+            None if name == "**" else re.compile(fnmatch.translate(name)).match
+            for name in self._names
+        ]
+
+    def fits(self, path: str) -> bool:
+        """Whether an absolute path or an address is one of its."""
+        root = self.root.rstrip("/") + "/"
+        if not path.startswith(root):
+            return False
+        reached = self._opened({0})
+        for name in path[len(root) :].split("/"):
+            reached = self._after(reached, name)
+        return len(self._tests) in reached
+
+    def files(self) -> list[str]:
+        """The files on disk that are its, sorted.
+
+        Raises:
+            OSError: If a folder that may have some can't be read.
+        """
+        found: list[str] = []
+        left = [(self.root, self._opened({0}))] if kind_of(self.root) == "a folder" else []
+        while left:
+            folder, reached = left.pop()
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    after = self._after(reached, entry.name, linked=entry.is_symlink())
+                    if len(self._tests) in after and entry.is_file():
+                        found.append(entry.path)
+                    if after - {len(self._tests)} and entry.is_dir():
+                        left.append((entry.path, after))
+        return sorted(found)
+
+    def _after(self, reached: set[int], name: str, *, linked: bool = False) -> set[int]:
+        """How many of its names are used up, in each possible way, after one more of a path's."""
+        after = set()
+        for at in reached - {len(self._tests)}:
+            test = self._tests[at]
+            if test is None:
+                if not linked:
+                    after.add(at)
+            elif test(name) or name == self._names[at]:
+                after.add(at + 1)
+        return self._opened(after)
+
+    def _opened(self, reached: set[int]) -> set[int]:
+        """The same with those where ``**`` stands for no folder at all."""
+        for at, test in enumerate(self._tests):
+            if test is None and at in reached:
+                reached.add(at + 1)
+        return reached
+
+
+class Checkpoints:
+    """Finds the checkpoints that a plan names, on disk and in the bucket."""
+
+    def __init__(self, folder: Path, list_objects: ListObjects | None) -> None:
+        self._folder, self._list_objects = folder, list_objects
+
+    def matching(self, text: str) -> list[str]:
+        """What a path, a pattern or an address stands for.
+
+        Raises:
+            ParameterError: If that is nothing, or it can't be one; whether there is an object at
+                an address, `missing` says.
+        """
+        # A file that is there is not read as a pattern.
+        if not _is_pattern(text) or kind_of(self._folder / text) == "a file":
+            return [self.single(text)]
+        glob = Glob(text, self._folder)
+        if text.startswith(_S3):
+            bucket, folder = parse_uri(glob.root)
+            keys = self._keys(bucket, f"{folder}/{glob.start}" if folder else glob.start)
+            found = [uri for uri in (format_uri(bucket, key) for key in keys) if glob.fits(uri)]
+        else:
+            try:
+                found = glob.files()
+            except OSError as error:
+                raise ParameterError(
+                    f"can't look for {shown(repr(text))}: {shown(str(error))}"
+                ) from error
+        if not found:
+            raise ParameterError(f"no file matches {shown(repr(text))} (from {shown(glob.root)})")
+        for checkpoint in found:
+            _require_text(checkpoint)
+        return found
+
+    def single(self, text: str) -> str:
+        """One checkpoint by its path, as an absolute one, or by its address.
+
+        Raises:
+            ParameterError: As `matching`.
+        """
+        if text.startswith(_S3):
+            if not _is_object(text):
+                raise ParameterError(
+                    f"expected s3://bucket/key, found {shown(repr(text))}; "
+                    "what is in a folder is s3://bucket/folder/*"
+                )
+            return text
+        path = absolute(self._folder, text)
+        if (found := kind_of(path)) != "a file":
+            raise ParameterError(f"expected a file, found {found} at {shown(path)}")
+        _require_text(path)
+        return path
+
+    def missing(self, checkpoints: Iterable[str]) -> set[str]:
+        """Those of ``checkpoints`` that are addresses at which there is no object."""
+        folders: dict[tuple[str, str], list[str]] = {}
+        for address in (text for text in checkpoints if text.startswith(_S3)):
+            bucket, key = parse_uri(address)
+            folders.setdefault((bucket, key.rpartition("/")[0]), []).append(key)
+        missing: set[str] = set()
+        for (bucket, _), keys in folders.items():
+            # One listing for the thousands that a folder may have; a prefix may end in a name.
+            there = set(self._keys(bucket, os.path.commonprefix(keys)))  # noqa: RUF071
+            missing |= {format_uri(bucket, key) for key in keys if key not in there}
+        return missing
+
+    def _keys(self, bucket: str, prefix: str) -> Iterable[str]:
+        if self._list_objects is None:
+            raise SettingsError(
+                f"the plan has checkpoints in the bucket {bucket}, and no store is configured to "
+                "look for them: set MLFLOW_S3_ENDPOINT_URL, or take files"
+            )
+        # What ends in a slash is how some programs mark a folder.
+        return sorted(k for k in self._list_objects(bucket, prefix) if not k.endswith("/"))
+
+
+class ItemParameters:
+    """Makes the parameters of items: once for equal values, one object for equal parameters."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._problems: dict[str, list[str]] = {}
+        # Without names: by the values as they are given, and by what comes out.
+        self._by_values: dict[str, ReleaseParameters] = {}
+        self._by_result: dict[str, ReleaseParameters] = {}
+        self._by_name: dict[tuple[int, str, str], ReleaseParameters] = {}
+
+    def problems(self, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong with parameters as they are written in a plan."""
+        try:
+            key = _key(values)
+        except (TypeError, ValueError, RecursionError) as error:
+            return [f"can't be written as JSON: {shown(str(error))}"]
+        if key not in self._problems:
+            self._problems[key] = list(self._problems_of(values))
+        return self._problems[key]
+
+    def resolver(self, values: Mapping[str, Any]) -> Resolve:
+        """The parameters of values without problems, by checkpoint.
+
+        Raises:
+            ParameterError: If values that are right by themselves can't be together.
+        """
+        given = dict(values)
+        for name, text in _data(values):
+            given[name] = absolute(self._folder, text)
+        templates = {name: given[name] for name in _NAMES if _FILLED.search(given.get(name, ""))}
+        if not templates:
+            parameters = self._made(given)
+            return lambda checkpoint: (parameters, [])
+
+        def resolve(checkpoint: str) -> Made:
+            path = PurePosixPath(checkpoint)
+            words = {
+                what: re.sub("[^A-Za-z0-9._-]", "-", name)
+                for what, name in (("stem", path.stem), ("parent", path.parent.name))
+            }
+            filled = dict(given)
+            for name, template in templates.items():
+                filled[name] = _FILLED.sub(lambda match: words[match[1]], template)
+            try:
+                return self._made(filled), []
+            except ParameterError:
+                return None, parameter_problems(filled)
+
+        return resolve
+
+    def _made(self, values: dict[str, Any]) -> ReleaseParameters:
+        # Names may be others for each of thousands of checkpoints, so they are checked apart.
+        rest = {name: value for name, value in values.items() if name not in _NAMES}
+        if (key := _key(rest)) not in self._by_values:
+            made = check_parameters(rest)
+            self._by_values[key] = self._by_result.setdefault(_key(written(made)), made)
+        base = self._by_values[key]
+        checked = check_parameters({name: values[name] for name in _NAMES if name in values})
+        names = {name: getattr(checked, name) for name in _NAMES}
+        named = (id(base), *names.values())
+        if named not in self._by_name:
+            self._by_name[named] = base.model_copy(update=names)
+        return self._by_name[named]
+
+    def _problems_of(self, values: Mapping[str, Any]) -> Iterator[str]:
+        given = dict(values)
+        for name in _OWN:
+            if name in given:
+                del given[name]
+                yield f"{name} can't be set here; the fleet sets it for each item"
+        for name in _NAMES:
+            if isinstance(given.get(name), str):
+                text, given[name] = given[name], _FILLED.sub("x", given[name])
+                if "{" in given[name] or "}" in given[name]:
+                    del given[name]
+                    yield (
+                        f"{name} = {shown(repr(text))}: only {{stem}} and {{parent}} can be "
+                        "filled in"
+                    )
+        yield from parameter_problems(given)
+        if given.get("eval_scheduler"):
+            yield (
+                "eval_scheduler can't be set for items, which would wait on the workers that they "
+                "hold; eval_workers starts some for each"
+            )
+        for name, text in _data(given):
+            if text.startswith(_S3):
+                if not _is_object(text):
+                    yield f"{name}: expected s3://bucket/key, found {shown(repr(text))}"
+                continue
+            path = absolute(self._folder, text)
+            # A dataset is a folder.
+            expected = ("a file", "a folder") if name == "eval_data" else ("a file",)
+            if (found := kind_of(path)) not in expected:
+                yield f"{name}: expected a file, found {found} at {shown(path)}"
+
+
+@dataclass
+class Exclusion:
+    """Which items are left out.
+
+    Attributes:
+        glob: What their checkpoints fit; None for any.
+        names: Parameters that they have in common.
+        resolve: Makes those parameters.
+        used: Whether there was any; for the caller to note.
+    """
+
+    glob: Glob | None
+    names: tuple[str, ...]
+    resolve: Resolve
+    used: bool = False
+
+    def fits(self, checkpoint: str, parameters: ReleaseParameters | None) -> bool:
+        """Whether an item is one of them; its parameters are None if they can't be made."""
+        if self.glob is not None and not self.glob.fits(checkpoint):
+            return False
+        if not self.names:
+            return True
+        # A name that can't be made is no item's.
+        wanted, _ = self.resolve(checkpoint)
+        if wanted is None or parameters is None:
+            return False
+        return all(getattr(parameters, name) == getattr(wanted, name) for name in self.names)
+
+
+def written(parameters: ReleaseParameters) -> dict[str, Any]:
+    """The parameters as a plan has them."""
+    names = (name for name in ReleaseParameters.model_fields if name not in _OWN)
+    return {name: getattr(parameters, name) for name in names}
+
+
+def _data(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The data that ``values`` name, by the parameters' names."""
+    for name in _DATA:
+        if isinstance(text := values.get(name), str) and text:
+            yield name, text
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=repr)
+
+
+def _is_pattern(text: str) -> bool:
+    return _WILDCARD.search(text) is not None
+
+
+def _is_object(address: str) -> bool:
+    return re.fullmatch(r"s3://[^/*?[\]]+/(.*[^/])", address, re.DOTALL) is not None
+
+
+def _require_text(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise ParameterError(f"the name of {shown(path)} is no UTF-8; give it another") from error

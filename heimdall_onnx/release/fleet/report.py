@@ -1,0 +1,201 @@
+"""The report of a fleet: what ran, what failed and why, and how the released models compare.
+
+Its data is a table with a row for each item, as CSV and Parquet; the notebook ``fleet.ipynb`` reads
+that, and is executed and stored beside it and the plan: ``fleets/NAME/vYYYYMMDD_HHMMSS/``. What
+the notebook shows is in `release.fleet.tables`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
+from heimdall_onnx.common.errors import DataError, NotebookError
+from heimdall_onnx.release.fleet.item import ItemOutcome
+from heimdall_onnx.release.fleet.plan import FleetItem, FleetPlan
+from heimdall_onnx.release.fleet.run import FleetResult
+from heimdall_onnx.release.fleet.tables import facts
+from heimdall_onnx.report.kernels import started_kernel
+from heimdall_onnx.report.notebook import notebook_path
+from heimdall_onnx.report.page import put_verdict_first
+from heimdall_onnx.report.rendering import render_html
+from heimdall_onnx.services.store import claim_version, content_type, ensure_bucket, upload_file
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PLAN, CSV, PARQUET = "plan.json", "outcomes.csv", "outcomes.parquet"
+_PREFIX = "fleets"
+OWN = (
+    "number",
+    "label",
+    "checkpoint",
+    "key",
+    "status",
+    "exit_code",
+    "error",
+    "attempts",
+    "host",
+    "load",
+    "seconds",
+)
+_OF_RESULT = (
+    "verdict",
+    "version",
+    "s3_uri",
+    "report_uri",
+    "report_html_uri",
+    "model_name",
+    "model_version",
+    "run_id",
+)
+
+
+@dataclass(frozen=True)
+class StoredFleet:
+    """Where a fleet's report is.
+
+    Attributes:
+        folder_uri: Its folder in the bucket.
+        report_html_uri: The rendered report.
+        local_report: The same on this machine.
+    """
+
+    folder_uri: str
+    report_html_uri: str
+    local_report: Path
+
+
+def outcomes_frame(
+    outcomes: Sequence[ItemOutcome], items: Sequence[FleetItem] = ()
+) -> pd.DataFrame:
+    """A row for each item, in the plan's order; figures that an item lacks are NaN.
+
+    Args:
+        outcomes: What became of the items.
+        items: The items; parameters in which they differ become columns ``parameter_NAME``.
+    """
+    told = dict(_different(items))
+    frame = pd.DataFrame([{**dict(_row(o)), **told.get(o.number, {})} for o in outcomes])
+    return frame.sort_values("number", ignore_index=True)
+
+
+def _different(items: Sequence[FleetItem]) -> Iterator[tuple[int, dict[str, str]]]:
+    written = {id(item.parameters): item.parameters.model_dump(mode="json") for item in items}
+    texts = {
+        key: {f"parameter_{name}": _text(value) for name, value in values.items()}
+        for key, values in written.items()
+    }
+    names = sorted({name for values in texts.values() for name in values})
+    names = [n for n in names if len({values[n] for values in texts.values()}) > 1]
+    for item in items:
+        yield item.number, {name: texts[id(item.parameters)][name] for name in names}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _row(outcome: ItemOutcome) -> Iterator[tuple[str, Any]]:
+    yield from ((name, getattr(outcome, name)) for name in OWN)
+    yield "processors", " ".join(map(str, outcome.processors))
+    yield from ((name, outcome.result.get(name) or "") for name in _OF_RESULT)
+    failed = [g["name"] for g in outcome.result.get("gates", []) if not g["passed"]]
+    yield "failed_gates", "; ".join(failed)
+    yield from outcome.metrics.items()
+
+
+def read_outcomes(path: Path | str) -> pd.DataFrame:
+    """The table of a fleet.
+
+    Raises:
+        DataError: If it is no such file.
+    """
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(
+            f"expected the outcomes of a fleet at {path}, an {PARQUET}: {error}"
+        ) from error
+    if missing := {*OWN, *_OF_RESULT} - {*frame.columns}:
+        raise DataError(
+            f"{path} is no table of a fleet's outcomes; it lacks {', '.join(sorted(missing))}"
+        )
+    return frame
+
+
+def store_report(
+    client: S3Client, bucket: str, plan: FleetPlan, result: FleetResult, home: Path
+) -> StoredFleet:
+    """Execute the fleet's notebook and store it beside its plan and its outcomes.
+
+    Args:
+        client: Client of the store.
+        bucket: Where to; it is made if it is not there.
+        plan: What was planned.
+        result: What became of it.
+        home: Folder below which the report stays on this machine.
+
+    Raises:
+        NotebookError: If the notebook did not run to its end.
+        StoreError: If the store fails.
+    """
+    (home / "fleets").mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{plan.name}-", dir=home / "fleets"))
+    (folder / PLAN).write_text(plan.text)
+    frame = outcomes_frame(result.outcomes, plan.items)
+    frame.to_csv(folder / CSV, index=False)
+    frame.to_parquet(folder / PARQUET, index=False)
+    _execute(folder, bucket, result)
+    put_verdict_first(
+        folder / REPORT,
+        passed=result.exit_code == 0,
+        title=f"fleet {plan.name}",
+        facts=facts(frame, result.seconds, result.workers),
+    )
+    render_html(folder / REPORT, f"fleet {plan.name}")
+    ensure_bucket(client, bucket)
+    prefix = f"{_PREFIX}/{plan.name}"
+    text = plan.text.encode()
+    version = claim_version(client, bucket, prefix, name=PLAN, content=lambda _: text)
+    for name in (CSV, PARQUET, REPORT, REPORT_HTML):
+        key = f"{prefix}/{version}/{name}"
+        upload_file(client, folder / name, bucket, key, content_type=content_type(name))
+    uri = f"s3://{bucket}/{prefix}/{version}"
+    return StoredFleet(uri, f"{uri}/{REPORT_HTML}", folder / REPORT_HTML)
+
+
+def _execute(folder: Path, bucket: str, result: FleetResult) -> None:
+    import papermill
+    from papermill.exceptions import PapermillException
+
+    from heimdall_onnx.report.engine import ENGINE
+
+    report = folder / REPORT
+    with started_kernel(os.environ) as kernel:
+        try:
+            papermill.execute_notebook(
+                str(notebook_path("fleet")),
+                str(report),
+                parameters={
+                    "outcomes": str(folder / PARQUET),
+                    "name": result.name,
+                    "bucket": bucket,
+                },
+                engine_name=ENGINE,
+                kernel_name="python3",
+                kernel=kernel,
+                progress_bar=False,
+            )
+        except (PapermillException, RuntimeError) as error:
+            raise NotebookError(
+                f"the fleet's report could not be made: {error}; its table is {folder / CSV}"
+            ) from error

@@ -1,0 +1,385 @@
+"""From a passed verdict to a folder in the bucket and a version in the registry, without alias.
+
+What a notebook's run has claimed is written into a journal beside its files before it is used, so
+that the runner can take it back with `withdraw` even if the kernel died.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heimdall_onnx.archive.content import keep_content, keep_dataset
+from heimdall_onnx.archive.metadata import METADATA, describe_model, object_metadata, version_tags
+from heimdall_onnx.archive.record import RegisteredRelease, Skipped, UploadedRelease
+from heimdall_onnx.common.errors import HeimdallError, ServiceError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.evidence.metrics import run_metrics
+from heimdall_onnx.services.connection import Connection, connect, connect_beside
+from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import (
+    CONTENT_TYPES,
+    MANIFEST,
+    StoredObject,
+    claim_version,
+    delete_objects,
+    ensure_bucket,
+    head,
+    list_keys,
+    read_json,
+    to_json,
+    upload_file,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.common.gates import Verdict
+    from heimdall_onnx.common.parameters import ReleaseParameters
+    from heimdall_onnx.data.evaluation import EvaluationData
+    from heimdall_onnx.evidence.variants.search import VariantsReport
+    from heimdall_onnx.model.checkpoint import LoadedModel
+    from heimdall_onnx.model.onnx.export import ExportResult
+    from heimdall_onnx.model.signature import Signature
+    from heimdall_onnx.services.registry import MLflowTracker
+
+log = get_logger(__name__)
+
+
+class Journal:
+    """What a run has claimed so far, in a file beside its other files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "journal.json"
+
+    def read(self) -> dict[str, Any]:
+        """All entries; empty when nothing was claimed."""
+        if not self._path.is_file():
+            return {}
+        entries: dict[str, Any] = json.loads(self._path.read_text())
+        return entries
+
+    def clear(self) -> None:
+        """Forget what was claimed before."""
+        self._path.unlink(missing_ok=True)
+
+    def write(self, **entries: Any) -> None:
+        """Add ``entries``, atomically."""
+        draft = self._path.with_suffix(".tmp")
+        draft.write_text(json.dumps({**self.read(), **entries}))
+        draft.replace(self._path)
+
+
+def upload_release(
+    settings: Settings,
+    parameters: ReleaseParameters,
+    verdict: Verdict,
+    loaded: LoadedModel,
+    data: EvaluationData,
+    exported: ExportResult,
+    metrics: Mapping[str, float],
+    variants: VariantsReport | None = None,
+) -> UploadedRelease | Skipped:
+    """Keep what the model was made of, claim a version and upload the model into it.
+
+    Nothing is uploaded unless the parameters ask for it and every gate holds. The metadata is
+    written first, conditionally, which is what claims the version. What a failed upload has claimed
+    is taken back, so that it can be called again. Of the variants those are uploaded that passed
+    and have a file of their own, each into a folder of its own below ``variants/``.
+
+    Raises:
+        DataError: If checkpoint, evaluation data, the model or a variant have changed since they
+            were read.
+        ServiceError: If a service can't be reached, refuses, or returns other bytes.
+    """
+    if not parameters.publish:
+        return Skipped("nothing is published unless the parameter `publish` is true")
+    if not verdict.passed:
+        return Skipped(f"{len(verdict.failed_gates)} gates failed")
+    with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
+        connection = connect_beside(settings, beside)
+        journal = Journal(exported.path.parent)
+        journal.clear()
+        run_id = parameters.run_id
+        if not run_id:
+            tracker = connection.tracker
+            run_id = tracker.create_run("release")
+            undo.callback(close_own_run, tracker, run_id, "FAILED")
+        undo.callback(withdraw, connection, exported.path.parent)
+        described = describe_model(
+            loaded.model,
+            loaded.signature,
+            size_bytes=exported.size_bytes,
+            sha256=exported.sha256,
+            run_id=run_id,
+            inference_metrics=metrics,
+        )
+        ensure_bucket(connection.client, parameters.bucket)
+        content = _keep_content(connection.client, parameters, loaded, data, variants)
+        datasets = [
+            keep_dataset(connection.client, parameters.bucket, dataset).model_dump()
+            for dataset in filter(None, [data.dataset])
+        ]
+        uploaded = _upload(
+            connection,
+            parameters,
+            journal,
+            described,
+            exported,
+            loaded.signature,
+            content=content,
+            datasets=tuple(datasets),
+            variants=variants,
+        )
+        undo.pop_all()
+    return uploaded
+
+
+def _keep_content(
+    client: S3Client,
+    parameters: ReleaseParameters,
+    loaded: LoadedModel,
+    data: EvaluationData,
+    variants: VariantsReport | None,
+) -> tuple[dict[str, Any], ...]:
+    # It is shared between releases, so that it stays when this one is taken back.
+    bucket, path = parameters.bucket, parameters.eval_data_path
+    kept = [keep_content(client, bucket, loaded.path, loaded.sha256, "checkpoint")]
+    if (declared := loaded.signature_file) is not None:
+        kept.append(keep_content(client, bucket, declared.path, declared.sha256, "signature"))
+    if isinstance(path, Path) and data.dataset is None and data.sha256 is not None:
+        kept.append(keep_content(client, bucket, path, data.sha256, "evaluation_data"))
+    if variants is not None and parameters.calibration_data:
+        path, digest = Path(parameters.calibration_data), variants.calibration.file_sha256
+        assert digest is not None  # it was read from a file
+        kept.append(keep_content(client, bucket, path, digest, "calibration_data"))
+    return tuple(entry.model_dump() for entry in kept)
+
+
+def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:
+    """End a run that `MLflowTracker.create_run` made; that it can't be ended is only logged."""
+    try:
+        tracker.close_run(run_id, status)
+    except ServiceError as error:
+        log.warning("MLflow run not ended", run_id=run_id, reason=str(error))
+
+
+def _upload(
+    connection: Connection,
+    parameters: ReleaseParameters,
+    journal: Journal,
+    described: Mapping[str, Any],
+    exported: ExportResult,
+    signature: Signature,
+    *,
+    content: tuple[dict[str, Any], ...],
+    datasets: tuple[dict[str, Any], ...],
+    variants: VariantsReport | None,
+) -> UploadedRelease:
+    client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
+    run_id, token = described["mlflow_run_id"], secrets.token_hex(16)
+
+    def claim(version: str) -> bytes:
+        journal.write(
+            bucket=bucket,
+            prefix=prefix,
+            version=version,
+            run_id=run_id,
+            model_name=parameters.name,
+            claim=token,
+        )
+        return to_json({**described, "version": version, "claim": token})
+
+    version = claim_version(client, bucket, prefix, name=METADATA, content=claim)
+    folder = f"{prefix}/{version}"
+    model = upload_file(
+        client,
+        exported.path,
+        bucket,
+        f"{folder}/model.onnx",
+        sha256=exported.sha256,
+        metadata=object_metadata(described),
+        content_type=CONTENT_TYPES[".onnx"],
+    )
+    connection.tracker.check_run(run_id)
+    objects = (
+        model,
+        *_upload_beside(client, bucket, folder, exported, signature, run_id),
+        *_upload_variants(client, bucket, folder, variants),
+        head(client, bucket, f"{folder}/{METADATA}"),
+    )
+    folder_uri = f"s3://{bucket}/{prefix}/{version}"
+    log.info("uploaded", version=version, folder=folder_uri, objects=len(objects))
+    return UploadedRelease(
+        version=version,
+        folder_uri=folder_uri,
+        s3_uri=f"{folder_uri}/model.onnx",
+        sha256=model.sha256,
+        run_id=run_id,
+        metadata={**described, "version": version},
+        objects=objects,
+        content=content,
+        datasets=datasets,
+    )
+
+
+def _upload_beside(
+    client: S3Client,
+    bucket: str,
+    folder: str,
+    exported: ExportResult,
+    signature: Signature,
+    run_id: str,
+) -> tuple[StoredObject, ...]:
+    """External data, and the files that let MLflow load the model."""
+    from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
+
+    with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as beside:
+        write_mlmodel_folder(
+            Path(beside), signature, model_size_bytes=exported.size_bytes, run_id=run_id
+        )
+        paths = [*exported.external_data, *sorted(Path(beside).iterdir())]
+        return tuple(upload_file(client, p, bucket, f"{folder}/{p.name}") for p in paths)
+
+
+def _upload_variants(
+    client: S3Client, bucket: str, folder: str, variants: VariantsReport | None
+) -> Iterator[StoredObject]:
+    """The files of the variants that passed and are not the model run in another way."""
+    for one in variants.judged if variants else ():
+        if one.passed and one.has_own_file and one.path is not None:
+            yield upload_file(
+                client,
+                one.path,
+                bucket,
+                f"{folder}/{one.file}",
+                sha256=one.sha256,
+                content_type=CONTENT_TYPES[".onnx"],
+            )
+
+
+def register_release(
+    settings: Settings,
+    parameters: ReleaseParameters,
+    uploaded: UploadedRelease | Skipped,
+    metrics: Mapping[str, float],
+) -> RegisteredRelease | Skipped:
+    """Log the run's parameters and metrics and register the release folder, without an alias.
+
+    Raises:
+        RegistryError: If MLflow can't be reached or refuses.
+    """
+    if isinstance(uploaded, Skipped):
+        return uploaded
+    tracker = connect(settings).tracker
+    status = "FAILED"
+    try:
+        registered = _register(tracker, parameters, uploaded, metrics)
+        status = "FINISHED"
+    finally:
+        if not parameters.run_id:
+            close_own_run(tracker, uploaded.run_id, status)
+    return registered
+
+
+def _register(
+    tracker: MLflowTracker,
+    parameters: ReleaseParameters,
+    uploaded: UploadedRelease,
+    metrics: Mapping[str, float],
+) -> RegisteredRelease:
+    # A run that is released into has parameters of its own, or of a release before; MLflow refuses
+    # to change one, so ours carry a prefix.
+    before = tracker.get_run_info(uploaded.run_id)["params"]
+    again = any(name.startswith("release.") for name in before)
+    prefix = f"release.{uploaded.version}" if again else "release"
+    logged = parameters.model_dump(mode="json", exclude={"output_dir", "run_id", "publish"})
+    named = {f"{prefix}.{name}": value for name, value in logged.items()}
+    tracker.log_params(named, run_id=uploaded.run_id)
+    Journal(Path(parameters.output_dir)).write(registering=True)
+    version = tracker.register_model(
+        parameters.name,
+        uploaded.folder_uri,
+        run_id=uploaded.run_id,
+        # Without the hash nothing loads it; that is tagged when the release is complete.
+        tags={k: v for k, v in version_tags(uploaded.metadata).items() if k != "sha256"},
+        description=f"ONNX release {uploaded.version}",
+    )
+    # Of a chart's axis each version is a step, whichever runs they came from.
+    tracker.log_metrics(run_metrics(metrics), int(version), run_id=uploaded.run_id)
+    log.info("registered", model_name=parameters.name, model_version=version)
+    return RegisteredRelease(parameters.name, version, uploaded.folder_uri)
+
+
+def withdraw(connection: Connection, folder: Path) -> tuple[str, ...]:
+    """Take back what the run in ``folder`` has claimed: its version and its release folder.
+
+    Returns:
+        What could not be taken back, in words; empty when nothing is left.
+    """
+    entries = Journal(folder).read()
+    left = []
+    for what, step in _withdrawals(connection, entries):
+        try:
+            step()
+        except HeimdallError as error:
+            log.warning("not withdrawn", what=what, reason=str(error))
+            left.append(f"{what}: {error}")
+            if what.endswith(MANIFEST):
+                break  # What has a manifest has to stay whole.
+    return tuple(left)
+
+
+def _withdrawals(
+    connection: Connection, entries: Mapping[str, Any]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    if "version" not in entries:
+        return
+    client, bucket = connection.client, entries["bucket"]
+    folder, run_id = f"{entries['prefix']}/{entries['version']}/", entries["run_id"]
+    # Its own: a run may be released into twice in one second.
+    token = entries["claim"]
+    name, uri = entries["model_name"], f"s3://{bucket}/{folder.rstrip('/')}"
+    # Without its manifest it is no release, whatever else can't be taken back.
+    yield f"{uri}/{MANIFEST}", partial(_delete_own, client, bucket, folder, token, _is_manifest)
+    if entries.get("registering"):
+        yield (
+            f"the version of {name} with source {uri}",
+            lambda: _delete_own_versions(connection.tracker, name, uri, run_id),
+        )
+    # Without the claim nobody would know whose the rest is.
+    yield uri, partial(_delete_own, client, bucket, folder, token, lambda key: True)
+
+
+def _delete_own_versions(tracker: MLflowTracker, name: str, source: str, run_id: str) -> None:
+    # By its source: a kernel may die between registering and noting the version's number.
+    for version in tracker.find_versions(name, source, run_id):
+        tracker.delete_version(name, version)
+
+
+def _is_manifest(key: str) -> bool:
+    return key.endswith(f"/{MANIFEST}")
+
+
+def _delete_own(
+    client: S3Client, bucket: str, folder: str, token: str, which: Callable[[str], bool]
+) -> None:
+    # The journal is written before the claim, so the folder may be somebody else's, or nobody's.
+    claim = folder + METADATA
+    keys = list_keys(client, bucket, folder)
+    if claim not in keys:
+        return
+    claimed = read_json(client, bucket, claim)
+    if not isinstance(claimed, dict) or claimed.get("claim") != token:
+        return
+    chosen = [key for key in keys if which(key)]
+    delete_objects(client, bucket, [key for key in chosen if key != claim])
+    if claim in chosen:
+        delete_objects(client, bucket, [claim])

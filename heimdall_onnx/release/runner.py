@@ -1,0 +1,525 @@
+"""The runner: executes the notebook headlessly, judges it from outside, and finishes.
+
+A notebook can't contain its own hash, nor see that its kernel died. So this process, outside the
+kernel, decides: it puts the verdict first, renders the HTML, uploads both, writes the manifest
+last, and only then moves the alias. Whatever goes wrong before that is taken back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML, Manifest
+from heimdall_onnx.archive.mlflow_page import name_data
+from heimdall_onnx.archive.signing import Signer, open_signer
+from heimdall_onnx.common.errors import (
+    GateError,
+    HeimdallError,
+    InputError,
+    NotebookError,
+    ParameterError,
+    ServiceError,
+    SettingsError,
+)
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import VARIANTS_FOLDER, ReleaseParameters
+from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
+from heimdall_onnx.data.evaluation import is_dataset
+from heimdall_onnx.evidence.costs import CostWatch
+from heimdall_onnx.release.complete import (
+    add_bom,
+    complete_release,
+    describe_manifest,
+    offer_release,
+    present_release,
+    withdraw_offer,
+)
+from heimdall_onnx.release.publish import close_own_run, withdraw
+from heimdall_onnx.release.result import ReleaseResult
+from heimdall_onnx.report.judge import Judgement
+from heimdall_onnx.report.kernels import StartKernel, started_kernel
+from heimdall_onnx.report.notebook import (
+    error_of,
+    execute_notebook,
+    kernel_environment,
+    notebook_path,
+)
+from heimdall_onnx.report.page import figures, put_verdict_first
+from heimdall_onnx.report.rendering import render_html
+from heimdall_onnx.report.summary import release_facts, three_sentences
+from heimdall_onnx.report.workspace import RUNNER, new_run_folder
+from heimdall_onnx.services.connection import Connection, connect
+from heimdall_onnx.services.embedded import ensure_store
+from heimdall_onnx.services.retention import Protection, prepare_bucket
+from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import (
+    MANIFEST,
+    StoredObject,
+    claim_version,
+    content_type,
+    ensure_bucket,
+    upload_file,
+)
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+
+    from heimdall_onnx.services.registry import MLflowTracker
+
+log = get_logger(__name__)
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+def release_checkpoint(
+    parameters: ReleaseParameters,
+    settings: Settings,
+    *,
+    notebook: Path | None = None,
+    cell_timeout: int | None = None,
+    progress: bool = False,
+    start_kernel: StartKernel | None = None,
+) -> ReleaseResult:
+    """Run the whole workflow headlessly.
+
+    Errors of this package end up in the result, so that a caller has one thing to look at.
+
+    Args:
+        parameters: What to release; `publish` and `output_dir` are set here.
+        settings: Where the services are.
+        notebook: Another notebook than the one that comes with the package.
+        cell_timeout: Seconds that one cell may take; six hours by default.
+        progress: Show a progress bar by cell on standard error.
+        start_kernel: Starts the notebook's kernel, as `WarmKernels.started` does; by default it is
+            a fresh process of this interpreter.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C or SIGTERM, after what was begun has been taken back.
+    """
+    run = _Run(parameters, settings, start_kernel or started_kernel)
+    try:
+        with (
+            first_signal_interrupts(),
+            structlog.contextvars.bound_contextvars(release=run.id, run_id=parameters.run_id),
+        ):
+            return run.execute(notebook or notebook_path(), cell_timeout, progress)
+    except HeimdallError as error:
+        return run.failed(error)
+
+
+class _Run:
+    """One release from its parameters to its result."""
+
+    def __init__(
+        self, parameters: ReleaseParameters, settings: Settings, start_kernel: StartKernel
+    ) -> None:
+        self._start_kernel = start_kernel
+        self.folder = new_run_folder(settings)
+        self.id = self.folder.name
+        self.parameters = parameters.model_copy(
+            update={
+                "publish": True,
+                "output_dir": str(self.folder),
+                "checkpoint": _absolute(parameters.checkpoint),
+                "eval_data": _absolute(parameters.eval_data),
+                "calibration_data": _absolute(parameters.calibration_data),
+            }
+        )
+        self.settings = settings
+        self.result = ReleaseResult(success=False, exit_code=1, verdict="fail")
+        self._judgement: Judgement | None = None
+        self._offered = False
+        self._signer: Signer | None = None
+        self._protection: Protection | None = None
+        self._manifest: Manifest | None = None
+        self._taken_back = False
+        self._costs = CostWatch()
+
+    def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
+        if not self.parameters.checkpoint:
+            raise ParameterError("there is no checkpoint to release: its path is empty")
+        data, calibration = self.parameters.eval_data, self.parameters.calibration_data
+        if is_dataset(calibration):
+            raise ParameterError(
+                f"expected calibration data in an .npz, found a dataset at {calibration}; leave "
+                "calibration_data out to set a part of the evaluation data apart"
+            )
+        for path, what in (
+            (self.parameters.checkpoint, "a checkpoint"),
+            # Whether a dataset is in its bucket is seen when it is opened.
+            ("" if is_dataset(data) else data, "evaluation data"),
+            (calibration, "calibration data"),
+        ):
+            if path.startswith("s3://"):
+                raise ParameterError(
+                    f"expected {what} in a file, found {path}; only datasets are read from a bucket"
+                )
+            if path and not Path(path).exists():
+                raise ParameterError(f"expected {what} at {path}, found no such file")
+        if self.parameters.evaluation_workers is not None and not is_dataset(data):
+            raise ParameterError(
+                "eval_workers and eval_scheduler are for a dataset, a folder or s3://bucket/folder "
+                f"as `heimdall-onnx data` writes it; found evaluation data at {data or 'no path'}"
+            )
+        self._make_folder()
+        with self._costs.step("services"):
+            settings = ensure_store(self.settings)
+        with self._start_kernel(kernel_environment(settings)) as kernel:
+            with self._costs.step("services"):
+                # Before anything is spent on a release that could not be signed in the end.
+                self._signer = open_signer(self.settings)
+                connection = connect(settings)
+                if settings.versioning or settings.retention_days:
+                    # Before the first upload: what is there already has no version.
+                    self._protection = _protect(connection, self.parameters.bucket)
+                run_id = self._begin_run(connection.tracker)
+            structlog.contextvars.bind_contextvars(run_id=run_id)
+            self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
+            given = self.parameters.run_id
+            self.parameters = self.parameters.model_copy(update={"run_id": run_id})
+            run_notebook = partial(self._run_notebook, notebook, kernel, cell_timeout, progress)
+            return self._complete(connection, run_notebook, own_run=not given)
+
+    def _begin_run(self, tracker: MLflowTracker) -> str:
+        # Never the process's active run, which is its caller's, as are name and end of a given one.
+        given = self.parameters.run_id
+        if given:
+            tracker.check_run(given)
+        return given or tracker.create_run(f"release {self.id}")
+
+    def _complete(
+        self, connection: Connection, run_notebook: Callable[[], Judgement], *, own_run: bool
+    ) -> ReleaseResult:
+        """Run the notebook and finish what it began, or take it back."""
+        status = "KILLED"
+        try:
+            judgement = run_notebook()
+            if judgement.passed:
+                result = self._finish(connection, judgement)
+                status = "FINISHED"
+            else:
+                status = "FAILED"
+                result = self._keep_failed(connection, judgement)
+        except (HeimdallError, OSError) as error:
+            known = _known(error, self.folder)
+            if known is None:
+                self._give_up(connection, error)
+                raise
+            status = "FAILED"
+            with uninterrupted():
+                left = self._take_back(connection)
+                upload = not isinstance(known, InputError)
+                self._mark_failed(connection, str(known), upload=upload)
+            raise (_with_left(known, left) if left else known) from error
+        except BaseException as error:
+            self._give_up(connection, error)
+            raise
+        finally:
+            with uninterrupted():
+                if status != "FINISHED" and not self._taken_back:
+                    # A signal has interrupted the handling of an error.
+                    self._take_back(connection)
+                if own_run:
+                    close_own_run(connection.tracker, self.parameters.run_id, status)
+                for model in self.folder.glob("model.onnx*"):
+                    model.unlink()
+                shutil.rmtree(self.folder / VARIANTS_FOLDER, ignore_errors=True)
+        return result
+
+    def _give_up(self, connection: Connection, error: BaseException) -> None:
+        """Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay."""
+        with uninterrupted():
+            self._take_back(connection)
+            self._mark_failed(connection, type(error).__name__, upload=False)
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True)
+            # Whose files these are, should nobody be left to say so.
+            (self.folder / RUNNER).write_text(str(os.getpid()))
+        except OSError as error:
+            raise SettingsError(
+                f"HEIMDALL_HOME must be a folder that can be written to; {self.folder} can't be "
+                f"made: {error.strerror}"
+            ) from error
+
+    def failed(self, error: HeimdallError) -> ReleaseResult:
+        return replace(
+            self.result,
+            success=False,
+            exit_code=error.exit_code,
+            verdict=self._verdict(passed=False),
+            local_report=self.result.local_report or self._unrendered_report(),
+            error=str(error),
+        )
+
+    def _unrendered_report(self) -> str | None:
+        report = self.folder / REPORT
+        return str(report) if report.is_file() else None
+
+    def _run_notebook(
+        self,
+        notebook: Path,
+        kernel: AsyncKernelManager,
+        cell_timeout: int | None,
+        progress: bool,
+    ) -> Judgement:
+        started = time.perf_counter()
+        judgement = execute_notebook(
+            notebook,
+            self.folder / REPORT,
+            self.parameters,
+            kernel,
+            cell_timeout=cell_timeout,
+            progress=progress,
+        )
+        self._add_notebook_costs(judgement, time.perf_counter() - started)
+        self._judgement = judgement
+        return judgement
+
+    def _add_notebook_costs(self, judgement: Judgement, seconds: float) -> None:
+        """The notebook's own steps, and what its execution took beyond them."""
+        steps = judgement.record.get("costs", [])
+        beyond = seconds - sum(cost["seconds"] for cost in steps)
+        self._costs.add("kernel start and end", beyond)
+        for cost in steps:
+            self._costs.add(cost["step"], cost["seconds"], cost.get("peak_memory_bytes"))
+
+    def _finish(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
+        """Report, manifest and alias of a release whose model is uploaded and registered."""
+        done = judgement.record
+        uploaded, registered = done.get("uploaded"), done.get("registered")
+        if not (uploaded and registered):
+            raise NotebookError(
+                "the notebook passed but has recorded no upload and no registration; it must call "
+                "upload_release, register_release and record_results as the release notebook does"
+            )
+        version, folder_uri = uploaded["version"], uploaded["folder_uri"]
+        self.result = replace(
+            self.result,
+            speedup=done["speedup"],
+            gates=done["gates"],
+            recommended=(done.get("variants") or {}).get("recommended"),
+        )
+        with self._costs.step("report"):
+            self._write_report(judgement, version, passed=True)
+            objects = {o["key"]: o for o in uploaded["objects"]}
+            with ThreadPoolExecutor(1) as beside:
+                upload = partial(self._upload_reports, connection, version)
+                reports = beside.submit(copy_context().run, upload)
+                self._log_to_run(connection, done)
+                objects |= {o.key: asdict(o) for o in reports.result()}
+        self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
+        self._offer(connection, judgement, objects, folder_uri)
+        return replace(
+            self.result,
+            success=True,
+            exit_code=0,
+            verdict=self._verdict(passed=True),
+            version=version,
+            model_version=registered["model_version"],
+            alias=self.parameters.alias,
+            signer_sha256=self._signer.sha256 if self._signer else None,
+            retained_until=self._protection.retained_until if self._protection else None,
+            s3_uri=uploaded["s3_uri"],
+            report_uri=f"{folder_uri}/{REPORT}",
+            report_html_uri=f"{folder_uri}/{REPORT_HTML}",
+            manifest_uri=f"{folder_uri}/{MANIFEST}",
+            local_report=str(self.folder / REPORT_HTML),
+        )
+
+    def _upload_reports(self, connection: Connection, version: str) -> list[StoredObject]:
+        return [
+            upload_file(
+                connection.client,
+                self.folder / name,
+                self.parameters.bucket,
+                f"{self.parameters.prefix}/{version}/{name}",
+                content_type=content_type(name),
+            )
+            for name in (REPORT, REPORT_HTML)
+        ]
+
+    def _offer(
+        self,
+        connection: Connection,
+        judgement: Judgement,
+        objects: dict[str, dict[str, Any]],
+        folder_uri: str,
+    ) -> None:
+        """Complete the release, and only then move the alias."""
+        record, parameters = judgement.record, self.parameters
+        described = describe_manifest(
+            record,
+            parameters,
+            objects,
+            verdict=self._verdict(passed=True),
+            costs=self.result.costs,
+            signer=self._signer,
+            protection=self._protection or _protect(connection, parameters.bucket),
+        )
+        described = add_bom(connection, folder_uri, described, record)
+        self._manifest = complete_release(connection, folder_uri, described, self._signer)
+        present_release(connection, self._manifest, record)
+        with uninterrupted():
+            offer_release(connection, self._manifest, parameters.alias, f"run {parameters.run_id}")
+            self._offered = True
+
+    def _keep_failed(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
+        """Keep the report of a run that failed, since that is the one to be understood."""
+        error = error_of(judgement)
+        self.result = replace(
+            self.result,
+            gates=judgement.record.get("gates", []),
+            speedup=judgement.record.get("speedup"),
+        )
+        left = self._take_back(connection)
+        if left:
+            error = _with_left(error, left)
+        if not isinstance(error, InputError):
+            # The table of gates below says where and by how much.
+            verdict = judgement.verdict if isinstance(error, GateError) and not left else None
+            reason = str(error) if verdict is None else verdict.summary()
+            self._keep_report(connection, judgement, reason, upload=True)
+        return self.failed(error)
+
+    def _mark_failed(self, connection: Connection, reason: str, *, upload: bool) -> None:
+        """Make the report of a passed notebook say that its release failed all the same."""
+        if self._offered or self._judgement is None or not self._judgement.passed:
+            return
+        judgement = replace(self._judgement, problem="the release was not completed")
+        try:
+            self._keep_report(connection, judgement, reason, upload=upload)
+        except OSError as error:
+            # On a full disk there is no place for it.
+            log.warning("report not kept", reason=str(error), local=str(self.folder))
+
+    def _keep_report(
+        self, connection: Connection, judgement: Judgement, error: str, *, upload: bool
+    ) -> None:
+        self._write_report(judgement, f"failed run {self.id}", passed=False, error=error)
+        self.result = replace(self.result, local_report=str(self.folder / REPORT_HTML))
+        try:
+            if upload:
+                self._upload_failed_report(connection)
+            self._log_to_run(connection, judgement.record)
+        except ServiceError as trouble:
+            # The verdict stands, whether or not its report could be kept there.
+            log.warning("report not kept", reason=str(trouble), local=str(self.folder))
+
+    def _upload_failed_report(self, connection: Connection) -> None:
+        bucket, prefix = self.parameters.bucket, f"{self.parameters.prefix}/failed"
+        ensure_bucket(connection.client, bucket)
+        report = (self.folder / REPORT).read_bytes()
+        version = claim_version(
+            connection.client, bucket, prefix, name=REPORT, content=lambda _: report
+        )
+        upload_file(
+            connection.client,
+            self.folder / REPORT_HTML,
+            bucket,
+            f"{prefix}/{version}/{REPORT_HTML}",
+            content_type=content_type(REPORT_HTML),
+        )
+        address = f"s3://{bucket}/{prefix}/{version}"
+        self.result = replace(
+            self.result,
+            version=version,
+            report_uri=f"{address}/{REPORT}",
+            report_html_uri=f"{address}/{REPORT_HTML}",
+        )
+
+    def _write_report(
+        self, judgement: Judgement, title: str, *, passed: bool, error: str = ""
+    ) -> None:
+        done, alias = judgement.record, self.parameters.alias if passed else None
+        facts = release_facts(done, self.parameters, alias, self._signer)
+        report = self.folder / REPORT
+        if self.parameters.profile == "smoke":
+            title += " (smoke)"
+        put_verdict_first(
+            report,
+            passed=passed,
+            title=title,
+            facts=facts,
+            sentences=three_sentences(done, alias),
+            problem=error,
+        )
+        render_html(report, f"{self.parameters.name} {title}")
+
+    def _log_to_run(self, connection: Connection, record: dict[str, Any]) -> None:
+        tracker, run_id = connection.tracker, self.parameters.run_id
+        data = name_data(record, self.parameters.bucket, self.parameters.eval_data)
+        if data is not None:
+            tracker.log_dataset(data, run_id=run_id)
+        for name in (REPORT, REPORT_HTML):
+            tracker.log_artifact(self.folder / name, "report", run_id=run_id)
+        pictures = self.folder / "figures"
+        pictures.mkdir(exist_ok=True)
+        for name, png in figures(self.folder / REPORT):
+            (pictures / name).write_bytes(png)
+        tracker.log_artifact(pictures, run_id=run_id)
+
+    def _take_back(self, connection: Connection) -> tuple[str, ...]:
+        """Withdraw what this run has claimed, unless it is offered already; say what is left."""
+        if self._offered:
+            return ()
+        self._taken_back = True
+        # What the alias may still point at has to stay whole.
+        left = tuple(self._withdraw_offer(connection)) or withdraw(connection, self.folder)
+        if left:
+            log.error("could not be taken back", left=left)
+        return left
+
+    def _withdraw_offer(self, connection: Connection) -> Iterator[str]:
+        """Move the alias back if it was moved and the registry failed to say so."""
+        if self._manifest is not None:
+            yield from withdraw_offer(connection, self._manifest, self.parameters.alias)
+
+    def _verdict(self, *, passed: bool) -> str:
+        word = "pass" if passed else "fail"
+        return f"{word} (smoke)" if self.parameters.profile == "smoke" else word
+
+
+def _protect(connection: Connection, bucket: str) -> Protection:
+    settings = connection.settings
+    ensure_bucket(connection.client, bucket)
+    return prepare_bucket(
+        connection.client,
+        bucket,
+        versioning=settings.versioning,
+        retention_days=settings.retention_days,
+    )
+
+
+def _known(error: HeimdallError | OSError, folder: Path) -> HeimdallError | None:
+    """The error in words; None for one that no full or broken disk explains."""
+    if isinstance(error, HeimdallError):
+        return error
+    if error.errno not in _DISK_ERRORS:
+        return None
+    return SettingsError(
+        f"HEIMDALL_HOME or the folder for temporary files can't be written to: {error.strerror} "
+        f"({error.filename or folder}); free some space, or name others with HEIMDALL_HOME and "
+        "TMPDIR"
+    )
+
+
+def _with_left(error: HeimdallError, left: tuple[str, ...]) -> HeimdallError:
+    return type(error)(f"{error}\nCould not be taken back: {'; '.join(left)}")
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path and not path.startswith("s3://") else path

@@ -1,0 +1,1 @@
+"""What a person reads: the notebook's run, its tables and figures, the page made of it."""

@@ -1,0 +1,648 @@
+"""`report.explore.exploration` as a widget: plotly's figure between controls of ipywidgets.
+
+Needs the extra ``lab``. All that is computed and said comes from the exploration; here it is only
+shown. Each control is a native one, so that everything can be reached with the keyboard; figure and
+picture are dark on white, as the report's figures are, whatever the theme.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any, NamedTuple
+
+import anywidget
+import ipywidgets as widgets
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+
+from heimdall_onnx.common.errors import HeimdallError
+from heimdall_onnx.common.text import after, count_of, distance, name, number, unit_of
+from heimdall_onnx.evidence.parity.report import EVALUATION
+from heimdall_onnx.evidence.parity.statistics import element_errors
+from heimdall_onnx.model.signature import TensorSpec
+from heimdall_onnx.report.explore.exploration import Exploration, ExploredCell, ExploredSample
+from heimdall_onnx.report.plot.chart import ELEMENT_COLORS, INK, QUIET_INK
+from heimdall_onnx.report.plot.outputs import element_names
+from heimdall_onnx.report.plot.worst import sample_inputs
+
+Floats = npt.NDArray[np.float64]
+
+ALL = "all"
+_LISTED = 20
+_ELEMENTS_WRITTEN = 8
+# What kinds of input are told apart by, beside their colours.
+_CLASSES = (
+    (EVALUATION, "circle", ELEMENT_COLORS[0]),
+    ("other lengths", "square", ELEMENT_COLORS[2]),
+    ("adversarial inputs", "triangle-up", ELEMENT_COLORS[1]),
+)
+_WIDE = {"description_width": "initial"}
+
+
+def _fitted(width: str) -> dict[str, Any]:
+    """A control as wide as that with its description, no wider than what it lies in."""
+    return {"style": _WIDE, "layout": widgets.Layout(width=width, max_width="100%")}
+
+
+class _FrontEnd(anywidget.AnyWidget):  # type: ignore[misc]
+    """What the widgets around it lack in the browser: room, names, and their arrow keys.
+
+    plotly's widget looks at its own width only when the window changes (plotly.py #5208), and a
+    browser too busy to load its 5 MB within anywidget's two seconds leaves it empty for good: then
+    this asks for another one. The handles of a slider have no names. In JupyterLab the arrow keys
+    of a list choose cells instead.
+    """
+
+    _esm = """
+    function mend(box) {
+      for (const list of box.querySelectorAll("select")) {
+        list.setAttribute("data-lm-suppress-shortcuts", "true");
+      }
+      for (const handle of box.querySelectorAll(".noUi-handle")) {
+        const slider = handle.closest(".widget-slider, .jupyter-widgets");
+        const end = handle.matches(".noUi-handle-lower") ? "lowest" : "highest";
+        const name = slider?.querySelector(".widget-label")?.textContent ?? "";
+        handle.setAttribute("aria-label", `${name}, ${end}`);
+      }
+    }
+    export default {
+      render({ model, el }) {
+        let box = null, empty = null, asked = null;
+        const plot = () => box?.querySelector(".js-plotly-plot") ?? null;
+        const drawn = () => plot()?.querySelector(".scatterlayer .trace");
+        const changes = new MutationObserver(() => mend(box));
+        // A plot that is still being drawn for the first time must be left alone.
+        const fit = () => drawn() && window.dispatchEvent(new Event("resize"));
+        const room = new ResizeObserver(() => {
+          if (box === null && (box = el.closest(".heimdall-explore")) !== null) {
+            mend(box);
+            changes.observe(box, { childList: true, subtree: true });
+          }
+          fit();
+        });
+        room.observe(el);
+        document.addEventListener("plotlywidget-after-render", fit);
+        const watch = setInterval(() => {
+          if (drawn()) return clearInterval(watch);
+          // Twice the same one.
+          if (plot() !== null && plot() === empty && plot() !== asked) {
+            asked = plot();
+            model.send({ kind: "empty" });
+          }
+          empty = plot();
+        }, 4000);
+        return () => {
+          clearInterval(watch);
+          room.disconnect();
+          changes.disconnect();
+          document.removeEventListener("plotlywidget-after-render", fit);
+        };
+      },
+    };
+    """
+
+
+class _Key(NamedTuple):
+    """Which sample: kind of input, batch size, index."""
+
+    kind: str
+    batch_size: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class _Points:
+    """One output of every sample that was chosen (N,)."""
+
+    cells: Sequence[ExploredCell]
+    cell: npt.NDArray[np.int64]
+    sample: npt.NDArray[np.int64]
+    reference: Floats
+    value: Floats
+    error: Floats
+    excess: Floats
+    metres: Floats
+
+    @classmethod
+    def of(cls, cells: Sequence[ExploredCell], output: str) -> _Points:
+        found = [cell.outputs[output] for cell in cells]
+        metres = [np.full(len(c.samples), np.nan) if c.metres is None else c.metres for c in cells]
+        return cls(
+            cells,
+            np.repeat(np.arange(len(cells)), [len(cell.samples) for cell in cells]),
+            np.concatenate([cell.samples for cell in cells]),
+            np.concatenate([each.reference for each in found]),
+            np.concatenate([each.value for each in found]),
+            np.concatenate([each.error for each in found]),
+            np.concatenate([each.excess for each in found]),
+            np.concatenate(metres),
+        )
+
+    @property
+    def magnitude(self) -> Floats:
+        return np.abs(self.reference)
+
+    def key(self, row: int) -> _Key:
+        cell = self.cells[self.cell[row]]
+        return _Key(cell.kind, cell.batch_size, int(self.sample[row]))
+
+    def row(self, key: _Key) -> int | None:
+        """Where a sample is; None if it is not among these."""
+        for index, cell in enumerate(self.cells):
+            if (cell.kind, cell.batch_size) == key[:2]:
+                rows = np.flatnonzero((self.cell == index) & (self.sample == key.sample))
+                return int(rows[0]) if len(rows) else None
+        return None
+
+
+def view(exploration: Exploration) -> widgets.VBox:
+    """The widget of an exploration; it shows the evaluation data, with the worst sample chosen."""
+    return _View(exploration).box
+
+
+class _View:
+    """The widget's parts, and what happens between them."""
+
+    def __init__(self, exploration: Exploration) -> None:
+        self._exploration, self._signature = exploration, exploration.signature
+        self._quiet = False
+        self._chosen: _Key | None = None
+        self._shown: npt.NDArray[np.intp] = np.empty(0, np.intp)
+        worst = max(exploration.parity.evaluation, key=lambda output: output.excess)
+        self._kind = widgets.Dropdown(
+            options=[*((name(kind, 40), kind) for kind in exploration.kinds), ("all kinds", ALL)],
+            description="Inputs",
+            **_fitted("18em"),
+        )
+        self._size = widgets.Dropdown(description="Batch size", **_fitted("10em"))
+        self._output = widgets.Dropdown(
+            options=[(name(spec.name), spec.name) for spec in self._signature.outputs],
+            value=worst.output,
+            description="Output",
+            **_fitted("16em"),
+        )
+        self._hover = widgets.Checkbox(value=False, description="choose by pointing", indent=False)
+        wide = widgets.Layout(width="auto", flex="1 1 320px")
+        self._magnitude, self._excess = (
+            widgets.SelectionRangeSlider(
+                options=[("0", 0.0), ("1", 1.0)], description=text, style=_WIDE, layout=wide
+            )
+            for text in ("|PyTorch|", "Error, × allowed")
+        )
+        self._said = widgets.HTML()
+        self._list = widgets.Select(
+            rows=12, layout=widgets.Layout(width="auto"), description="Worst first", style=_WIDE
+        )
+        self._list.layout.flex = "1 1 auto"
+        self._number = widgets.BoundedIntText(description="Sample", min=0, **_fitted("10em"))
+        self._front_end = _FrontEnd()
+        self._figure = self._new_figure()
+        self._details = widgets.HTML()
+        self.box = self._laid_out()
+        self._set_sizes()
+        self._load()
+        self._connect()
+
+    def _laid_out(self) -> widgets.VBox:
+        def row(*children: widgets.Widget) -> widgets.Box:
+            return widgets.Box(
+                children,
+                layout=widgets.Layout(flex_flow="row wrap", align_items="center", width="100%"),
+            )
+
+        self._plot = widgets.VBox(
+            [self._front_end, self._figure],
+            layout=widgets.Layout(flex="3 1 420px", min_width="0", overflow="hidden"),
+        )
+        choice = widgets.VBox(
+            [self._number, self._list],
+            layout=widgets.Layout(flex="1 1 250px", min_width="0"),
+        )
+        beside = widgets.Box(
+            [self._plot, choice], layout=widgets.Layout(flex_flow="row wrap", width="100%")
+        )
+        box = widgets.VBox(
+            [
+                row(self._kind, self._size, self._output, self._hover),
+                row(self._magnitude, self._excess),
+                self._said,
+                beside,
+                self._details,
+            ]
+        )
+        box.add_class("heimdall-explore")
+        return box
+
+    def _new_figure(self) -> go.FigureWidget:
+        figure = go.FigureWidget(
+            data=[
+                *(
+                    go.Scatter(
+                        x=[],
+                        y=[],
+                        mode="markers",
+                        name=text,
+                        marker={"symbol": symbol, "color": color, "size": 8, "opacity": 0.7},
+                        hovertemplate="%{text}<extra></extra>",
+                    )
+                    for text, symbol, color in _CLASSES
+                ),
+                *(
+                    go.Scatter(
+                        x=[],
+                        y=[],
+                        mode="lines",
+                        name=text,
+                        line={"color": color, "dash": dash, "width": 1.5, "shape": "hv"},
+                        hoverinfo="skip",
+                    )
+                    for text, color, dash in (
+                        ("allowed", INK, "dash"),
+                        ("allowed, adversarial", INK, "dashdot"),
+                        ("1 ULP", QUIET_INK, "dot"),
+                    )
+                ),
+                go.Scatter(
+                    x=[],
+                    y=[],
+                    mode="markers",
+                    name="chosen",
+                    marker={
+                        "symbol": "circle-open",
+                        "color": INK,
+                        "size": 18,
+                        "line": {"width": 2.5},
+                    },
+                    hoverinfo="skip",
+                ),
+            ],
+            layout={
+                "template": "none",
+                "height": 420,
+                "autosize": True,
+                "margin": {"l": 70, "r": 15, "t": 45, "b": 60},
+                "paper_bgcolor": "white",
+                "plot_bgcolor": "white",
+                "font": {"color": INK, "size": 13},
+                "hovermode": "closest",
+                "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"color": INK}},
+                "legend": {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top"},
+                **{
+                    axis: {
+                        "type": "log",
+                        "gridcolor": "#E3E3E3",
+                        "linecolor": QUIET_INK,
+                        "exponentformat": "power",
+                        "ticks": "outside",
+                    }
+                    for axis in ("xaxis", "yaxis")
+                },
+            },
+        )
+        # Plotly offers to send a chart to a server of its own; nothing here leaves the machine.
+        figure._config = {
+            "displaylogo": False,
+            "showSendToCloud": False,
+            "plotlyServerURL": "",
+            "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+            "responsive": True,
+        }
+        return figure
+
+    @property
+    def _points_of(self) -> list[go.Scatter]:
+        return list(self._figure.data[: len(_CLASSES)])
+
+    def _connect(self) -> None:
+        for control, react in (
+            (self._kind, self._kind_changed),
+            (self._size, self._load),
+            (self._output, self._load),
+            (self._magnitude, self._refresh),
+            (self._excess, self._refresh),
+            (self._list, self._listed),
+            (self._number, self._numbered),
+        ):
+            control.observe(lambda _, react=react: self._react(react), "value")
+        self._front_end.on_msg(lambda *_: self._draw_anew())
+        self._connect_figure()
+
+    def _connect_figure(self) -> None:
+        for index, trace in enumerate(self._points_of):
+            trace.on_click(lambda _, points, __, i=index: self._pointed(i, points))
+            trace.on_hover(lambda _, points, __, i=index: self._hovered(i, points))
+
+    def _draw_anew(self) -> None:
+        """Put another figure in the place of one that the browser could not load."""
+        self._figure = self._new_figure()
+        self._connect_figure()
+        self._refresh()
+        self._plot.children = [self._front_end, self._figure]
+
+    def _react(self, react: Any) -> None:
+        """Do what a control is for, unless its value was set by the program; say what is wrong."""
+        if self._quiet:
+            return
+        try:
+            react()
+        except HeimdallError as error:
+            self._say(f"Not shown: {error}")
+
+    @contextmanager
+    def _setting(self) -> Iterator[None]:
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def _say(self, text: str) -> None:
+        self._said.value = f'<span role="status">{escape(text)}</span>'
+
+    # What is chosen.
+
+    def _set_sizes(self) -> None:
+        exploration = self._exploration
+        kinds = exploration.kinds if self._kind.value == ALL else (self._kind.value,)
+        sizes = list(dict.fromkeys(s for kind in kinds for s in exploration.batch_sizes(kind)))
+        # Of the evaluation data the batch size at which all of it was compared.
+        first = sizes[0] if self._kind.value == EVALUATION else ALL
+        with self._setting():
+            self._size.options = [*((str(size), size) for size in sorted(sizes)), (ALL, ALL)]
+            self._size.value = first
+
+    def _kind_changed(self) -> None:
+        self._set_sizes()
+        self._load()
+
+    def _load(self) -> None:
+        """Take the chosen cells, which may have to be run, and all of their errors."""
+        exploration = self._exploration
+        kinds = exploration.kinds if self._kind.value == ALL else (self._kind.value,)
+        wanted = [
+            (kind, size)
+            for kind in kinds
+            for size in exploration.batch_sizes(kind)
+            if self._size.value in (ALL, size)
+        ]
+        cells = []
+        for kind, size in wanted:
+            self._say(f"Running both models on {kind} at batch {size} …")
+            cells.append(exploration.cell(kind, size))
+        self._points = _Points.of(cells, self._output.value)
+        with self._setting():
+            _set_steps(self._magnitude, self._points.magnitude)
+            _set_steps(self._excess, self._points.excess)
+        self._refresh()
+        known = self._chosen is not None and self._points.row(self._chosen) is not None
+        if known and self._chosen is not None:
+            self._choose(self._chosen)
+        elif len(self._shown):
+            self._choose(self._points.key(int(self._shown[0])))
+
+    def _refresh(self) -> None:
+        """Show the points within the limits, the worst first."""
+        points = self._points
+        low, high = self._excess.value
+        some = (points.excess >= low) & (points.excess <= high)
+        low, high = self._magnitude.value
+        with np.errstate(invalid="ignore"):
+            inside = (points.magnitude >= low) & (points.magnitude <= high)
+        some &= inside | ~np.isfinite(points.magnitude)
+        rows = np.flatnonzero(some)
+        self._shown = rows[
+            np.lexsort((points.sample[rows], points.cell[rows], -points.excess[rows]))
+        ]
+        listed = [int(row) for row in self._shown[:_LISTED]]
+        with self._setting():
+            self._list.options = [(self._label(row), points.key(row)) for row in listed]
+            self._list.value = None
+            self._mark_listed()
+        self._say(
+            f"{len(rows):,} of {count_of(len(points.sample), 'sample')} within the limits"
+            + (f"; the {_LISTED} worst are listed" if len(rows) > _LISTED else "")
+        )
+        self._draw(np.sort(rows))
+
+    # What is drawn.
+
+    def _spec(self) -> TensorSpec:
+        return next(s for s in self._signature.outputs if s.name == self._output.value)
+
+    def _draw(self, rows: npt.NDArray[np.intp]) -> None:
+        points, parity = self._points, self._exploration.parity
+        x, y = points.magnitude[rows], points.error[rows]
+        lowest, highest = _span(x)
+        positive = y[(y > 0) & np.isfinite(y)]
+        allowed = parity.tolerance + parity.rtol * np.array([lowest, highest])
+        floor = float(min(positive.min(initial=math.inf), allowed.min())) / 3
+        top = 3 * float(max(positive.max(initial=0.0), allowed.max()))
+        self._limits = (lowest, highest, floor, top)
+        spec, cells = self._spec(), points.cells
+        self._rows = []
+        line = np.geomspace(lowest, highest, 300)
+        with self._figure.batch_update():
+            for index, trace in enumerate(self._points_of):
+                mine = rows[[self._class_of(cells[c]) == index for c in points.cell[rows]]]
+                self._rows.append(mine)
+                trace.x, trace.y = self._at(mine)
+                trace.text = [self._hover_text(int(row)) for row in mine]
+                trace.showlegend = bool(len(mine))
+            factors = {cells[c].factor for c in points.cell[rows]}
+            usual, adversarial, ulp = self._figure.data[len(_CLASSES) : -1]
+            steep = max(factors, default=1.0)
+            for trace, factor, drawn in (
+                (usual, 1.0, 1.0 in factors or not factors),
+                (adversarial, steep, steep > 1.0),
+            ):
+                trace.x = line if drawn else []
+                trace.y = factor * (parity.tolerance + parity.rtol * line) if drawn else []
+                trace.showlegend = drawn
+            floating = np.issubdtype(np.dtype(spec.dtype), np.floating)
+            ulp.x = line if floating else []
+            with np.errstate(over="ignore"):
+                ulp.y = np.spacing(line.astype(spec.dtype)).astype(float) if floating else []
+            ulp.showlegend = bool(floating)
+            unit = unit_of(spec.unit)
+            units = f" ({escape(unit)})" if unit else ""
+            self._figure.layout.xaxis.title = f"|PyTorch|{units}"
+            self._figure.layout.yaxis.title = f"absolute difference{units}"
+            self._figure.layout.xaxis.range = [math.log10(lowest / 1.3), math.log10(1.3 * highest)]
+            self._figure.layout.yaxis.range = [math.log10(floor / 1.5), math.log10(1.5 * top)]
+            self._mark_point()
+
+    def _at(self, rows: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
+        """Where points are drawn: equal ones on the lowest line, incomparable ones on the top."""
+        lowest, highest, floor, top = self._limits
+        x = np.nan_to_num(self._points.magnitude[rows], nan=lowest)
+        return x.clip(lowest, highest), self._points.error[rows].clip(floor, top)
+
+    def _class_of(self, cell: ExploredCell) -> int:
+        if cell.kind == EVALUATION:
+            return 0
+        return 1 if cell.factor == 1.0 else 2
+
+    def _hover_text(self, row: int) -> str:
+        points, unit = self._points, after(self._spec().unit)
+        key = points.key(row)
+        lines = [
+            f"sample {key.sample}, {_times(points.excess[row])}",
+            f"{name(key.kind, 40)}, batch {key.batch_size}",
+            f"PyTorch {points.reference[row]:.9g}, ONNX {points.value[row]:.9g}{unit}",
+            f"difference {number(points.error[row], 3)}{unit}",
+        ]
+        if np.isfinite(points.metres[row]):
+            lines.append(f"{distance(points.metres[row])} on the ground")
+        return "<br>".join(map(escape, lines))
+
+    def _label(self, row: int) -> str:
+        points = self._points
+        key = points.key(row)
+        excess = points.excess[row]
+        parts = [f"{key.sample}: {f'{number(excess)}×' if excess else 'equal'}"]
+        if np.isfinite(points.metres[row]):
+            parts.append(distance(points.metres[row]))
+        if len(points.cells) > 1:
+            parts.append(f"{name(key.kind, 24)}, batch {key.batch_size}")
+        return " · ".join(parts)
+
+    # One sample.
+
+    def _pointed(self, trace: int, points: Any) -> None:
+        if points.point_inds:
+            row = int(self._rows[trace][points.point_inds[0]])
+            self._react(lambda: self._choose(self._points.key(row)))
+
+    def _hovered(self, trace: int, points: Any) -> None:
+        if self._hover.value:
+            self._pointed(trace, points)
+
+    def _listed(self) -> None:
+        if self._list.value is not None:
+            self._choose(self._list.value)
+
+    def _numbered(self) -> None:
+        assert self._chosen is not None
+        self._choose(self._chosen._replace(sample=self._number.value))
+
+    def _choose(self, key: _Key) -> None:
+        sample = self._exploration.sample(*key)
+        self._chosen = key
+        with self._setting():
+            self._number.max = self._exploration.count(key.kind, key.batch_size) - 1
+            self._number.value = key.sample
+            self._mark_listed()
+        with self._figure.batch_update():
+            self._mark_point()
+        self._details.value = _describe(sample, self._exploration)
+
+    def _mark_listed(self) -> None:
+        listed = [key for _, key in self._list.options]
+        self._list.value = self._chosen if self._chosen in listed else None
+
+    def _mark_point(self) -> None:
+        row = None if self._chosen is None else self._points.row(self._chosen)
+        ring = self._figure.data[-1]
+        ring.x, ring.y = ([], []) if row is None else self._at(np.array([row]))
+        ring.showlegend = row is not None
+
+
+def _set_steps(slider: widgets.SelectionRangeSlider, values: Floats) -> None:
+    """Let a slider go in steps of 1, 2 and 5 over what ``values`` span, and open it wide."""
+    some = values[(values > 0) & np.isfinite(values)]
+    steps = [0.0]
+    if some.size:
+        first, last = (math.floor(math.log10(v)) for v in (some.min(), some.max()))
+        steps += [
+            float(f"{digit}e{power}") for power in range(first, last + 2) for digit in (1, 2, 5)
+        ]
+        # The last one at or below the smallest value, up to the first one at or above the largest.
+        below = max(s for s in steps if s <= some.min())
+        above = min(s for s in steps if s >= some.max())
+        steps = [0.0, *(s for s in steps[1:] if below <= s <= above)]
+    if np.isposinf(values).any():
+        steps.append(math.inf)
+    if len(steps) == 1:
+        steps.append(1.0)
+    slider.options = [(number(step), step) for step in steps]
+    slider.index = (0, len(steps) - 1)
+
+
+def _span(magnitude: Floats) -> tuple[float, float]:
+    some = magnitude[(magnitude > 0) & np.isfinite(magnitude)]
+    if not some.size:
+        return 0.1, 10.0
+    # A value next to zero must not stretch the axis over all that others have in common.
+    low = max(float(some.min()), float(np.percentile(some, 1)) / 100)
+    return low, max(float(some.max()), low)
+
+
+def _times(excess: float) -> str:
+    if excess == 0:
+        return "equal"
+    return f"{number(excess)}× allowed" if math.isfinite(excess) else "NaN or Inf in one model only"
+
+
+def _describe(sample: ExploredSample, exploration: Exploration) -> str:
+    """A sample as HTML: where it is from, both models' answers, and how its inputs look."""
+    heading = f"Sample {sample.index} · {sample.kind}, batch {sample.batch_size}"
+    facts = []
+    if sample.shard:
+        facts.append(f" · in {sample.shard}")
+    if sample.metres is not None:
+        apart = f"positions {distance(sample.metres)} apart"
+        facts.append(f" · {apart if math.isfinite(sample.metres) else 'a position is NaN or Inf'}")
+    if sample.truth_m is not None:
+        pytorch, onnx = map(distance, sample.truth_m)
+        facts.append(f" · true position {pytorch} from PyTorch's, {onnx} from ONNX's")
+    rows = [
+        row for spec in exploration.signature.outputs for row in _rows(spec, sample, exploration)
+    ]
+    head = ("output", "element", "PyTorch", "ONNX", "difference", "× allowed")
+    table = "".join(
+        f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
+        for tag, row in (("th", head), *(("td", row) for row in rows))
+    )
+    chart = sample_inputs(sample.inputs, exploration.signature, f"Inputs of sample {sample.index}")
+    picture = ""
+    if chart is not None:
+        image = base64.b64encode(chart.to_png()).decode("ascii")
+        alt = escape(f"{chart.title}. {chart.alt}")
+        picture = f'<img style="max-width: 100%" alt="{alt}" src="data:image/png;base64,{image}">'
+    return (
+        '<div class="jp-RenderedHTMLCommon" style="contain: inline-size">'
+        f"<p><strong>{escape(heading)}</strong>{escape(''.join(facts))}</p>"
+        '<div style="overflow-x: auto"><table style="margin-left: 0">'
+        f"{table}</table></div>{picture}</div>"
+    )
+
+
+def _rows(
+    spec: TensorSpec, sample: ExploredSample, exploration: Exploration
+) -> Iterator[tuple[str, ...]]:
+    """Both models' elements of an output, the worst of many, in words."""
+    signature, parity = exploration.signature, exploration.parity
+    a, b = (side[spec.name].ravel().astype(np.float64) for side in (sample.pytorch, sample.onnx))
+    error, excess, _ = element_errors(
+        a, b, atol=sample.factor * parity.tolerance, rtol=sample.factor * parity.rtol
+    )
+    names = element_names(spec, a.size, of_position=spec is signature.sigma_output)
+    chosen = np.sort(np.argsort(-excess, kind="stable")[:_ELEMENTS_WRITTEN])
+    for element in chosen.tolist():
+        unit = unit_of(spec.unit)
+        yield (
+            f"{name(spec.name)} ({unit})" if unit else name(spec.name),
+            names[element] if a.size > 1 else "",
+            f"{a[element]:.9g}",
+            f"{b[element]:.9g}",
+            number(error[element], 3),
+            number(excess[element], 3),
+        )
+    if a.size > len(chosen):
+        yield (name(spec.name), f"{a.size - len(chosen):,} more, which differ less", *[""] * 4)

@@ -1,0 +1,96 @@
+"""The verdict as the notebook's first cell, and the figures that are in its file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heimdall_onnx.archive.record import read_notebook, read_record
+from heimdall_onnx.common.text import escape_markdown
+from heimdall_onnx.report.judge import recorded_verdict
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+VERDICT = "verdict"
+
+
+def put_verdict_first(
+    path: Path,
+    *,
+    passed: bool,
+    title: str,
+    facts: Mapping[str, str],
+    sentences: Sequence[str] = (),
+    problem: str = "",
+) -> None:
+    """Put the verdict as the first cell of an executed notebook.
+
+    Everything given is shown as inert text. The cell's metadata hold it as data, for the page.
+
+    Args:
+        path: The notebook, changed in place.
+        passed: The verdict.
+        title: What it is about, e.g. the release version.
+        facts: What a reviewer may look for: label to value.
+        sentences: What a reviewer must know at once.
+        problem: What went wrong, in words; empty if nothing did.
+    """
+    import nbformat
+
+    notebook = read_notebook(path)
+    gates = recorded_verdict(read_record(path))
+    found = {
+        "passed": passed,
+        "title": title,
+        "sentences": list(sentences),
+        "problem": problem,
+        "failed_cell": _failed_cell(notebook) if problem else None,
+        "gates": [] if gates is None else [gate.as_shown() for gate in gates.failed_first()],
+        # nbformat sorts the keys of mappings.
+        "facts": [list(fact) for fact in facts.items()],
+    }
+    lines = [f"# {'✔ PASS' if passed else '✘ FAIL'} — {escape_markdown(title)}"]
+    if problem:
+        lines += ["**What went wrong**", "\n".join(map(_quote, problem.splitlines()))]
+    lines += map(escape_markdown, sentences)
+    if gates is not None:
+        lines.append(gates.to_markdown())
+    rows = [f"| {escape_markdown(k)} | {escape_markdown(v)} |" for k, v in facts.items()]
+    if rows:
+        lines.append("\n".join(["| fact | value |", "|---|---|", *rows]))
+    cell = nbformat.v4.new_markdown_cell(
+        "\n\n".join(lines), id=VERDICT, metadata={"tags": [VERDICT], VERDICT: found}
+    )
+    notebook.cells = [cell, *(c for c in notebook.cells if c.get("id") != VERDICT)]
+    nbformat.write(notebook, path)
+
+
+def _quote(line: str) -> str:
+    return f"> {escape_markdown(line)}  "
+
+
+def _failed_cell(notebook: NotebookNode) -> str | None:
+    return next(
+        (
+            cell.get("id")
+            for cell in notebook.cells
+            for output in cell.get("outputs", [])
+            if output.output_type == "error"
+        ),
+        None,
+    )
+
+
+def figures(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and PNG of every figure in an executed notebook, named after its cell."""
+    for cell in read_notebook(path).cells:
+        images = [
+            output.data["image/png"]
+            for output in cell.get("outputs", [])
+            if "image/png" in output.get("data", {})
+        ]
+        for number, image in enumerate(images):
+            suffix = f"-{number + 1}" if number else ""
+            yield f"{cell.id}{suffix}.png", base64.b64decode(image)

@@ -1,0 +1,54 @@
+"""Every figure of a release's report, each drawn from the dataclass of its step.
+
+A figure answers one question and its title is the answer. Each function returns a `Chart`, or
+None where the question does not arise, or what it was given if that says why nothing was measured:
+
+    from heimdall_onnx import plot
+    plot.parity_scatter(report).save("parity.png")
+"""
+
+from heimdall_onnx.report.plot.chart import Chart
+from heimdall_onnx.report.plot.cost import release_cost
+from heimdall_onnx.report.plot.depth import error_along_depth
+from heimdall_onnx.report.plot.distribution import error_distribution
+from heimdall_onnx.report.plot.ensemble import members_disagreement
+from heimdall_onnx.report.plot.grid import parity_grid
+from heimdall_onnx.report.plot.magnitude import error_by_magnitude
+from heimdall_onnx.report.plot.operator_times import operator_times
+from heimdall_onnx.report.plot.optimization import operators, optimization_levels
+from heimdall_onnx.report.plot.positions import position_map
+from heimdall_onnx.report.plot.reliability import reliability
+from heimdall_onnx.report.plot.roofline import roofline
+from heimdall_onnx.report.plot.samples import errors_by_sample
+from heimdall_onnx.report.plot.scatter import parity_scatter
+from heimdall_onnx.report.plot.task import task_error
+from heimdall_onnx.report.plot.throughput import throughput
+from heimdall_onnx.report.plot.timing import latency, latency_over_time, pair_latency
+from heimdall_onnx.report.plot.variants import noise_along_depth, variants
+from heimdall_onnx.report.plot.worst import worst_inputs
+
+__all__ = [
+    "Chart",
+    "error_along_depth",
+    "error_by_magnitude",
+    "error_distribution",
+    "errors_by_sample",
+    "latency",
+    "latency_over_time",
+    "members_disagreement",
+    "noise_along_depth",
+    "operator_times",
+    "operators",
+    "optimization_levels",
+    "pair_latency",
+    "parity_grid",
+    "parity_scatter",
+    "position_map",
+    "release_cost",
+    "reliability",
+    "roofline",
+    "task_error",
+    "throughput",
+    "variants",
+    "worst_inputs",
+]

@@ -1,0 +1,300 @@
+"""Positions on the ground: where they lie, and how far the export moves them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.patches import Ellipse
+from matplotlib.ticker import MaxNLocator
+
+from heimdall_onnx.common.text import distance, name
+from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.parity.ground import km_per_degree, mean_place, offset_km
+from heimdall_onnx.evidence.parity.report import ParityReport
+from heimdall_onnx.report.plot.chart import (
+    INK,
+    ONNX_COLOR,
+    PYTORCH_COLOR,
+    QUIET_INK,
+    Chart,
+    new_figure,
+    plain,
+    say,
+    styled,
+)
+from heimdall_onnx.report.plot.displacement import draw_displacement
+
+Floats = npt.NDArray[np.float64]
+
+_LABELLED_SHOWN = 60  # with true positions and the lines to them, more can't be read
+_UNLABELLED_SHOWN = 200
+_ELLIPSES_SHOWN = 10
+_HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """The samples with finite positions in both models, in degrees (N, 2).
+
+    Attributes:
+        pytorch: The PyTorch model's.
+        onnx: The ONNX model's.
+        sigma: The ONNX model's standard deviations, or None.
+        truth: True positions, or None.
+        left_out: Samples without a finite position in both models.
+        mapped: Indices of the evenly spaced samples that the map shows.
+        origin: The middle of the map.
+    """
+
+    pytorch: Floats
+    onnx: Floats
+    sigma: Floats | None
+    truth: Floats | None
+    left_out: int
+    mapped: npt.NDArray[np.intp]
+    origin: tuple[float, float]
+
+
+@styled
+def position_map(report: ParityReport, data: EvaluationData) -> Chart | None:
+    """Where are the positions, and how far does the export move them?
+
+    Left, the positions of both models in kilometres about their middle, with a subset of the
+    predicted standard deviations as ellipses, true positions and receivers where they are known.
+    The two models can hardly be told apart there, so right is the displacement from PyTorch's to
+    ONNX's position, on a scale of its own. None if no output holds positions.
+    """
+    if report.ground is None:
+        return None
+    positions = _positions(report, data)
+    title = _map_answer(report, positions)
+    source = (
+        f"{name(report.source, 60)} · map: {len(positions.mapped)} of {report.samples:,} samples"
+    )
+    if len(positions.mapped) == 0:
+        figure = new_figure(title, source, height=0.6)
+        say(figure.subplots(), "There is nothing to draw.")
+        return Chart(figure, title, _map_alt(report, data))
+    about = f", azimuthal equidistant about {coordinates(positions.origin)}"
+    figure = new_figure(title, source + about, height=4.6)
+    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+    _draw_map(left, positions, data)
+    draw_displacement(right, positions.pytorch, positions.onnx, report)
+    return Chart(figure, title, _map_alt(report, data))
+
+
+def _map_alt(report: ParityReport, data: EvaluationData) -> str:
+    ground = report.ground
+    assert ground is not None
+    text = (
+        f"Displacement between PyTorch and ONNX over {report.samples} samples: median "
+        f"{distance(ground.displacement_p50_m)}, p99 {distance(ground.displacement_p99_m)}, "
+        f"largest {distance(ground.displacement_max_m)}."
+    )
+    places = "; ".join(f"{who} at {coordinates(place)}" for who, place in data.receivers.items())
+    return f"{text} Receivers: {places}." if places else text
+
+
+def _positions(report: ParityReport, data: EvaluationData) -> _Positions:
+    spec = report.signature.position_output
+    assert spec is not None
+    pytorch, onnx = (side[spec.name].astype(np.float64) for side in (report.pytorch, report.onnx))
+    if pytorch.shape != onnx.shape:
+        pytorch = onnx = np.full((len(pytorch), 2), np.nan)
+    finite = np.isfinite(pytorch).all(axis=1) & np.isfinite(onnx).all(axis=1)
+    rows = np.flatnonzero(finite)
+    sigma = _sigma(report)
+    samples = rows if report.plotted is None else report.plotted[rows]
+    truth = None if data.positions is None else data.positions[samples]
+    shown = min(rows.size, _UNLABELLED_SHOWN if truth is None else _LABELLED_SHOWN)
+    mapped = np.linspace(0, rows.size - 1, shown).astype(np.intp)
+    points = [pytorch[rows][mapped], *([] if truth is None else [truth[mapped]])]
+    points += [np.array(list(data.receivers.values()))] if data.receivers else []
+    return _Positions(
+        pytorch=pytorch[rows],
+        onnx=onnx[rows],
+        sigma=None if sigma is None else sigma[rows],
+        truth=truth,
+        left_out=int((~finite).sum()),
+        mapped=mapped,
+        origin=mean_place(np.concatenate(points)) or (0.0, 0.0),
+    )
+
+
+def _sigma(report: ParityReport) -> Floats | None:
+    if any(report.pytorch[name].shape != array.shape for name, array in report.onnx.items()):
+        return None
+    return report.signature.deviations(report.onnx)
+
+
+def coordinates(place: tuple[float, float]) -> str:
+    """Latitude and longitude of ``place`` as a map gives them."""
+    latitude, longitude = place
+    return (
+        f"{abs(latitude):.2f}° {'N' if latitude >= 0 else 'S'}, "
+        f"{abs(longitude):.2f}° {'E' if longitude >= 0 else 'W'}"
+    )
+
+
+def _map_answer(report: ParityReport, positions: _Positions) -> str:
+    ground = report.ground
+    assert ground is not None
+    if not len(positions.onnx):
+        return "No position is finite in both models"
+    missing = f"; {positions.left_out:,} not finite" if positions.left_out else ""
+    if ground.displacement_max_m == 0:
+        return f"The export moves no position{missing}"
+    most, bulk = distance(ground.displacement_max_m), distance(ground.displacement_p99_m)
+    if not math.isfinite(ground.displacement_max_m):
+        return f"The export moves 99% of the finite positions by at most {bulk}{missing}"
+    return (
+        f"The export moves positions by at most {most}"
+        + (f", 99% of them by at most {bulk}" if bulk != most else "")
+        + missing
+    )
+
+
+def _draw_map(axes: Axes, positions: _Positions, data: EvaluationData) -> None:
+    mapped, origin = positions.mapped, positions.origin
+    pytorch = offset_km(positions.pytorch[mapped], origin)
+    onnx = offset_km(positions.onnx[mapped], origin)
+    if positions.truth is not None:
+        _draw_truth(axes, offset_km(positions.truth[mapped], origin), onnx)
+    _draw_ellipses(axes, positions, onnx)
+    scale = 1.0 if len(mapped) <= _LABELLED_SHOWN else 0.5
+    for points, who, color, filled in (
+        (pytorch, "PyTorch", PYTORCH_COLOR, False),
+        (onnx, "ONNX", ONNX_COLOR, True),
+    ):
+        axes.scatter(
+            points[:, 0],
+            points[:, 1],
+            s=scale * (24 if filled else 80),
+            marker="X" if filled else "o",
+            facecolors=color if filled else "none",
+            edgecolors="none" if filled else color,
+            linewidths=1.3 * scale**0.5,
+            label=who,
+            gid=who,
+            zorder=4,
+        )
+    _draw_receivers(axes, data, origin)
+    axes.set_aspect("equal", adjustable="datalim", anchor="N")
+    axes.margins(0.08)
+    axes.set(xlabel="east (km)", ylabel="north (km)", title="Positions")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+    _draw_scale_bar(axes)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncols=3,
+        handletextpad=0.4,
+        columnspacing=1.2,
+        borderaxespad=0,
+    )
+
+
+def _draw_truth(axes: Axes, truth: Floats, onnx: Floats) -> None:
+    axes.scatter(
+        truth[:, 0], truth[:, 1], s=14, marker="D", color=INK, lw=0, label="true", gid="true"
+    )
+    lines = list(np.stack([truth, onnx], axis=1))
+    axes.add_collection(
+        LineCollection(lines, colors=QUIET_INK, linewidths=0.7, gid="errors", zorder=1)
+    )
+
+
+def _draw_ellipses(axes: Axes, positions: _Positions, onnx: Floats) -> None:
+    if positions.sigma is None:
+        return
+    count = len(positions.mapped)
+    label: str | None = "1σ, ONNX"
+    for index in np.unique(np.linspace(0, count - 1, min(count, _ELLIPSES_SHOWN)).astype(int)):
+        sigma = positions.sigma[positions.mapped[index]]
+        if not np.isfinite(sigma).all():
+            continue
+        latitude = positions.onnx[positions.mapped[index], 0]
+        north, east = km_per_degree(float(np.clip(latitude, -90, 90)))
+        ellipse = Ellipse(
+            (float(onnx[index, 0]), float(onnx[index, 1])),
+            2 * float(sigma[1]) * east,
+            2 * float(sigma[0]) * north,
+            fill=False,
+            edgecolor=ONNX_COLOR,
+            linewidth=0.9,
+            linestyle="--",
+            label=label,
+            gid="sigma",
+        )
+        axes.add_patch(ellipse)
+        label = None
+
+
+def _draw_receivers(axes: Axes, data: EvaluationData, origin: tuple[float, float]) -> None:
+    if not data.receivers:
+        return
+    places = offset_km(np.array(list(data.receivers.values())), origin)
+    axes.scatter(
+        places[:, 0],
+        places[:, 1],
+        s=90,
+        marker="^",
+        color=INK,
+        edgecolors="white",
+        linewidths=1,
+        label="receiver",
+        gid="receivers",
+        zorder=5,
+    )
+    for receiver, place in zip(data.receivers, places, strict=True):
+        axes.annotate(
+            plain(name(receiver, 20)),
+            (float(place[0]), float(place[1])),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            size=9,
+            color=INK,
+            path_effects=_HALO,
+            zorder=6,
+        )
+
+
+def _draw_scale_bar(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    # Counting the margin as data adds another one below it, a strip of the bar's own.
+    axes.update_datalim([((low + high) / 2, axes.get_ylim()[0])])
+    length = _round_down((high - low) / 4)
+    start, transform = low + 0.03 * (high - low), axes.get_xaxis_transform()
+    axes.plot(
+        [start, start + length],
+        [0.03, 0.03],
+        color=INK,
+        lw=3,
+        solid_capstyle="butt",
+        transform=transform,
+        gid="scale bar",
+        zorder=6,
+    )
+    axes.text(
+        start,
+        0.045,
+        distance(1000 * length),
+        size=9,
+        transform=transform,
+        path_effects=_HALO,
+        zorder=6,
+    )
+
+
+def _round_down(value: float) -> float:
+    """The largest of 1, 2 and 5 times a power of ten up to ``value``."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return max(step for step in (1.0, 2.0, 5.0) if step * power <= value * (1 + 1e-9)) * power

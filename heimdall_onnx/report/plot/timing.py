@@ -1,0 +1,328 @@
+"""How long a call takes, and whether the machine was quiet while that was measured."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from heimdall_onnx.common.gates import unless_not_measured
+from heimdall_onnx.common.text import count_of, number
+from heimdall_onnx.evidence.latency.benchmark import LatencyReport, PairLatency
+from heimdall_onnx.evidence.latency.contenders import ContenderLatency
+from heimdall_onnx.evidence.latency.statistics import Speedup
+from heimdall_onnx.evidence.ratios import CONFIDENCE
+from heimdall_onnx.report.plot.chart import (
+    A_COLOR,
+    B_COLOR,
+    INK,
+    ONNX_COLOR,
+    PYTORCH_COLOR,
+    Chart,
+    new_figure,
+    styled,
+)
+
+Floats = npt.NDArray[np.float64]
+
+# Fewer pairs than this give no distribution-free 95% interval of a median, only a range.
+_PAIRS_FOR_INTERVAL = 6
+_LOG_FROM = 3.0
+_QUIET = 0.1
+_BLOCKS_FOR_SPREAD = 4
+_COLORS = (PYTORCH_COLOR, ONNX_COLOR)
+_PAIR_COLORS = (A_COLOR, B_COLOR)
+_MARKERS = ("o", "X")
+_LINES = ("-", "--")
+_HATCHES = ("", "////")
+
+
+_Report = LatencyReport | PairLatency
+
+
+def _both(report: _Report) -> tuple[ContenderLatency, ContenderLatency]:
+    """The sides in the order in which they are drawn."""
+    if isinstance(report, PairLatency):
+        return report.second, report.first
+    return report.pytorch, report.onnx
+
+
+def _colors(report: _Report) -> tuple[str, str]:
+    return _PAIR_COLORS if isinstance(report, PairLatency) else _COLORS
+
+
+@unless_not_measured
+@styled
+def latency(report: LatencyReport) -> Chart:
+    """How much faster is the ONNX model, and how sure is that?
+
+    Above, histograms of the call latencies on common bins; below, the percentiles that enough
+    calls stand behind, with their intervals. The axis is logarithmic where the contenders, or
+    the calls of one, differ by more than a factor of 3.
+    """
+    title = _speed_answer(report)
+    load = " → ".join(f"{value:.1f}" for value in report.load_average)
+    subtitle = (
+        ", ".join(f"{c.name} {count_of(c.samples_ms.size, 'call')}" for c in _both(report))
+        + f" · batch {report.batch_size} · {count_of(report.threads, 'thread')} each · "
+        f"load average {load}"
+    )
+    return _draw_latency(report, title, subtitle, report.confidence)
+
+
+@unless_not_measured
+@styled
+def pair_latency(report: PairLatency) -> Chart:
+    """Which of two models that took turns is faster, and how sure is that?
+
+    As `latency`; the one in the denominator of the ratio comes first.
+    """
+    second, first = _both(report)
+    ratio, batch = report.speedup, f"at batch {report.batch_size}"
+    if ratio.low <= 1 <= ratio.high:
+        title = (
+            f"No clear difference in speed {batch}: {first.name} takes {_ratio(ratio.ratio)}× as "
+            f"long as {second.name} ({_interval(ratio, CONFIDENCE, invert=False)})"
+        )
+    else:
+        faster = ratio.ratio < 1
+        title = (
+            f"{first.name} is {_ratio(1 / ratio.ratio if faster else ratio.ratio)}× "
+            f"{'faster' if faster else 'slower'} than {second.name} {batch} "
+            f"({_interval(ratio, CONFIDENCE, invert=faster)})"
+        )
+    subtitle = (
+        ", ".join(f"{c.name} {count_of(c.samples_ms.size, 'call')}" for c in (second, first))
+        + f" in turns · batch {report.batch_size} · load average "
+        f"{report.machine.load_before:.1f} → {report.machine.load_after:.1f}"
+    )
+    return _draw_latency(report, title, subtitle, CONFIDENCE)
+
+
+def _draw_latency(report: _Report, title: str, subtitle: str, confidence: float) -> Chart:
+    rows = sorted({p.percentile for c in _both(report) for p in c.percentiles})
+    figure = new_figure(title, subtitle, height=2.9 + 0.36 * max(len(rows), 1))
+    above, below = figure.subplots(
+        2, 1, sharex=True, height_ratios=[2.3, 0.36 * max(len(rows), 1) + 0.3]
+    )
+    _draw_histograms(above, report)
+    _draw_percentiles(below, report, rows)
+    below.set_xlabel(f"milliseconds per call (whiskers: {confidence:.0%} intervals)")
+    return Chart(figure, title, _latency_alt(report))
+
+
+def _speed_answer(report: LatencyReport) -> str:
+    speedup, batch = report.speedup, f"at batch {report.batch_size}"
+    if not math.isfinite(speedup.ratio):
+        return f"The speedup {batch} can't be told"
+    if speedup.low <= 1 <= speedup.high:
+        return (
+            f"No clear difference in speed {batch}: ONNX {_ratio(speedup.ratio)}× as fast "
+            f"({_interval(speedup, report.confidence, invert=False)})"
+        )
+    slower = speedup.ratio < 1
+    ratio = 1 / speedup.ratio if slower else speedup.ratio
+    return (
+        f"ONNX is {_ratio(ratio)}× {'slower' if slower else 'faster'} {batch} "
+        f"({_interval(speedup, report.confidence, invert=slower)})"
+    )
+
+
+def _interval(speedup: Speedup, confidence: float, *, invert: bool) -> str:
+    low, high = (1 / speedup.high, 1 / speedup.low) if invert else (speedup.low, speedup.high)
+    ends = f"{_ratio(low)} to {_ratio(high)}"
+    if _ratio(low) == _ratio(high):
+        ends = f"{low:.2f} to {high:.2f}"
+    if speedup.pairs < _PAIRS_FOR_INTERVAL:
+        return f"{ends} over {count_of(speedup.pairs, 'pair')} of blocks, too few for an interval"
+    return f"{confidence:.0%} interval {ends}"
+
+
+def _ratio(ratio: float) -> str:
+    # Near 1 the second place decides between faster and slower.
+    return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 100 else number(ratio)
+
+
+def _use_log_axis(report: _Report) -> bool:
+    medians = [c.median_ms for c in _both(report)]
+    samples = np.concatenate([c.samples_ms for c in _both(report)])
+    return bool(
+        max(medians) > _LOG_FROM * min(medians)
+        or samples.max() > 2 * _LOG_FROM * np.median(samples)
+    )
+
+
+def _draw_histograms(axes: Axes, report: _Report) -> None:
+    samples = np.concatenate([c.samples_ms for c in _both(report)])
+    low, high = float(samples.min()), float(samples.max())
+    low, high = (low * 0.97, high * 1.03) if high > low else (0.9 * low, 1.1 * high)
+    log = _use_log_axis(report)
+    bins = np.geomspace(low, high, 61) if log else np.linspace(low, high, 61)
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 3)))
+    for index, contender in enumerate(_both(report)):
+        counts, _ = np.histogram(contender.samples_ms, bins)
+        axes.stairs(
+            # An empty bin is left out: the outline must not run along the axis.
+            np.where(counts > 0, counts, np.nan),
+            bins,
+            fill=True,
+            facecolor=f"{_colors(report)[index]}44",
+            edgecolor=_colors(report)[index],
+            linestyle=_LINES[index],
+            hatch=_HATCHES[index],
+            linewidth=1.4,
+            label=contender.name,
+            gid=contender.name,
+        )
+    axes.set(ylabel="calls", ylim=(0, None))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.legend(loc="best")
+
+
+def _draw_percentiles(axes: Axes, report: _Report, rows: list[float]) -> None:
+    for index, contender in enumerate(_both(report)):
+        for row, percentile in enumerate(rows):
+            found = contender.percentile(percentile)
+            if found is None:
+                continue
+            axes.errorbar(
+                found.value_ms,
+                row + (-0.17, 0.17)[index],
+                xerr=[
+                    [max(found.value_ms - found.low_ms, 0.0)],
+                    [max(found.high_ms - found.value_ms, 0.0)],
+                ],
+                color=_colors(report)[index],
+                marker=_MARKERS[index],
+                markersize=6,
+                capsize=3,
+                linewidth=1.4,
+                gid=f"{contender.name} p{percentile:g}",
+            )
+    axes.set_yticks(range(len(rows)), [f"p{p:g}" for p in rows])
+    axes.set_ylim(max(len(rows), 1) - 0.45, -0.55)
+    if not rows:
+        axes.text(
+            0.5,
+            0.5,
+            "too few calls for percentiles",
+            ha="center",
+            va="center",
+            transform=axes.transAxes,
+            size=9,
+        )
+
+
+def _latency_alt(report: _Report) -> str:
+    parts = []
+    for contender in _both(report):
+        percentiles = ", ".join(
+            f"p{p.percentile:g} {number(p.value_ms, 3)} ms ({number(p.low_ms, 3)} to "
+            f"{number(p.high_ms, 3)})"
+            for p in contender.percentiles
+        )
+        parts.append(
+            f"{contender.name}: {contender.samples_ms.size} calls, mean "
+            f"{number(contender.mean_ms, 3)} ms" + (f", {percentiles}." if percentiles else ".")
+        )
+    return " ".join(parts)
+
+
+@unless_not_measured
+@styled
+def latency_over_time(report: LatencyReport) -> Chart:
+    """Was the machine quiet while latency was measured, or did it drift or stutter?
+
+    Every call in the order it was made, with the median of each block; the contenders took turns
+    block by block. Each has its own axis, from zero, so that equal heights are equal parts of
+    its own latency.
+    """
+    spreads = [_spread(c) for c in _both(report)]
+    quiet = all(spread <= _QUIET for spread in spreads)
+    title = (
+        f"The machine was {'quiet' if quiet else 'not quiet'}: 95% of block medians lie within "
+        f"{_percent(spreads[0])} (PyTorch) and {_percent(spreads[1])} (ONNX) of the overall median"
+    )
+    if min(np.unique(c.blocks).size for c in _both(report)) < _BLOCKS_FOR_SPREAD:
+        title = "Too few blocks of calls to tell whether the machine was quiet"
+    load = " → ".join(f"{value:.1f}" for value in report.load_average)
+    subtitle = (
+        f"Quiet: within {_QUIET:.0%} · blocks in randomized ABBA order · batch "
+        f"{report.batch_size}, {count_of(report.threads, 'thread')} each · load average {load}"
+    )
+    figure = new_figure(title, subtitle, height=4.2)
+    panels = figure.subplots(2, 1)
+    for index, (contender, axes) in enumerate(zip(_both(report), panels, strict=True)):
+        _draw_calls(axes, contender, _COLORS[index], _MARKERS[index])
+    panels[1].set_xlabel("call, in the order made")
+    alt = " ".join(
+        f"{c.name}: {c.samples_ms.size} calls in {np.unique(c.blocks).size} blocks, median "
+        f"{number(c.median_ms, 3)} ms, slowest call {number(float(c.samples_ms.max()), 3)} ms, 95% "
+        f"of block medians within {_percent(spread)} of the median."
+        for c, spread in zip(_both(report), spreads, strict=True)
+    )
+    return Chart(figure, title, alt)
+
+
+def _percent(spread: float) -> str:
+    return f"{max(1, math.ceil(100 * spread))}%"
+
+
+def _block_medians(contender: ContenderLatency) -> list[tuple[int, int, float]]:
+    """First call, last call and median latency of each block."""
+    starts = np.flatnonzero(np.diff(contender.blocks, prepend=-1))
+    ends = np.append(starts[1:], contender.blocks.size)
+    return [
+        (int(a), int(b) - 1, float(np.median(contender.samples_ms[a:b])))
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def _spread(contender: ContenderLatency) -> float:
+    """What 95% of the block medians' relative distances from the overall median stay below."""
+    medians = np.array([median for _, _, median in _block_medians(contender)])
+    return float(np.percentile(np.abs(medians / contender.median_ms - 1), 95))
+
+
+def _draw_calls(axes: Axes, contender: ContenderLatency, color: str, marker: str) -> None:
+    samples = contender.samples_ms
+    few = samples.size <= 500
+    axes.scatter(
+        np.arange(samples.size),
+        samples,
+        s=14 if few else 6,
+        marker=marker,
+        color=color,
+        alpha=0.6 if few else 0.45,
+        lw=0,
+        gid="calls",
+    )
+    first, last, medians = zip(*_block_medians(contender), strict=True)
+    axes.hlines(medians, np.subtract(first, 0.5), np.add(last, 0.5), color=INK, lw=1.8, gid="block")
+    axes.axhline(contender.median_ms, color=INK, lw=0.8, ls=":", gid="median")
+    # A rare slow call must not flatten the rest: it is counted at the edge instead.
+    top = min(1.1 * float(samples.max()), 3 * contender.median_ms)
+    above = int((samples > top).sum())
+    title = f"{contender.name}: median {number(contender.median_ms, 3)} ms"
+    if above:
+        slowest = number(float(samples.max()), 3)
+        title += f"; {count_of(above, 'call')} above the axis, up to {slowest} ms"
+        slow = np.flatnonzero(samples > top)
+        axes.plot(
+            slow,
+            np.full(slow.shape, 0.97),
+            "^",
+            color=INK,
+            ms=5,
+            gid="slow",
+            transform=axes.get_xaxis_transform(),
+        )
+    axes.set_title(title)
+    axes.set(xlim=(-0.5, samples.size - 0.5), ylim=(0, top), ylabel="ms")

@@ -1,0 +1,211 @@
+"""Tables of latency: percentiles, throughput, the machine and its processors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from IPython.display import Markdown
+
+from heimdall_onnx.common.gates import unless_not_measured
+from heimdall_onnx.evidence.latency.benchmark import LatencyReport, PairLatency
+from heimdall_onnx.evidence.latency.contenders import ContenderLatency
+from heimdall_onnx.evidence.latency.cores import Cores
+from heimdall_onnx.evidence.latency.machine_state import MachineState
+from heimdall_onnx.evidence.latency.members import MemberComparison
+from heimdall_onnx.evidence.latency.statistics import (
+    Throughput,
+    check_stationarity,
+    early_stopping_estimate,
+    min_queries,
+    offline_throughput,
+)
+from heimdall_onnx.report.tables.table import table
+
+
+@unless_not_measured
+def latency_table(report: LatencyReport) -> Markdown:
+    """Latency of both contenders with intervals, and what stands beside it."""
+    both = (report.pytorch, report.onnx)
+    wanted = sorted({p.percentile for c in both for p in c.percentiles})
+    return table(
+        (f"batch {report.batch_size}, {report.threads} threads", *(c.name for c in both)),
+        [
+            *((f"p{p:g}, ms", *(percentile_text(c, p) for c in both)) for p in wanted),
+            ("p90 after MLPerf's single stream, 99% confidence, ms", *map(_single_stream, both)),
+            ("mean, ms", *(f"{c.mean_ms:.2f}" for c in both)),
+            ("counted calls", *(c.samples_ms.size for c in both)),
+            ("loading the model, ms", *(f"{c.load_ms:.0f}" for c in both)),
+            ("first call, ms", *(f"{c.first_call_ms:.1f}" for c in both)),
+            *(
+                (
+                    f"samples per second at batch {batch.batch_size}",
+                    *(
+                        throughput_text(offline_throughput(ms, batch.batch_size))
+                        for ms in (batch.pytorch_ms, batch.onnx_ms)
+                    ),
+                )
+                for batch in report.batches
+            ),
+            (
+                "peak memory of the process, MB",
+                *(f"{c.peak_memory_bytes / 1e6:,.0f}" for c in both),
+            ),
+            (
+                f"speedup ({report.confidence:.0%} interval)",
+                "1",
+                f"{report.speedup.ratio:.2f} ({report.speedup.low:.2f} to "
+                f"{report.speedup.high:.2f}), {report.speedup.pairs} pairs of blocks",
+            ),
+            ("stationary", *map(_steadiness, both)),
+        ],
+    )
+
+
+@unless_not_measured
+def pair_table(report: PairLatency) -> Markdown:
+    """Latency of two ONNX models that took turns, the one in the ratio's denominator first."""
+    both, ratio = (report.second, report.first), report.speedup
+    wanted = sorted({p.percentile for c in both for p in c.percentiles})
+    return table(
+        (f"batch {report.batch_size}", *(c.name for c in both)),
+        [
+            *((f"p{p:g}, ms", *(percentile_text(c, p) for c in both)) for p in wanted),
+            ("mean, ms", *(f"{c.mean_ms:.2f}" for c in both)),
+            ("counted calls", *(c.samples_ms.size for c in both)),
+            ("loading the model, ms", *(f"{c.load_ms:.0f}" for c in both)),
+            ("first call, ms", *(f"{c.first_call_ms:.1f}" for c in both)),
+            (
+                "peak memory of the process, MB",
+                *(f"{c.peak_memory_bytes / 1e6:,.0f}" for c in both),
+            ),
+            (
+                f"latency beside {both[0].name} (95% interval)",
+                "1",
+                f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {ratio.pairs} pairs of "
+                "blocks",
+            ),
+            ("stationary", *map(_steadiness, both)),
+        ],
+    )
+
+
+@unless_not_measured
+def member_table(found: MemberComparison | None) -> Markdown | None:
+    """What an ensemble costs beside one of its members; None for a model without members."""
+    if found is None:
+        return None
+    latency, sides = found.latency, found.sides
+    ratio = latency.speedup
+    return table(
+        (f"batch {latency.batch_size}", *(side.name for side in sides)),
+        [
+            ("networks", found.members, 1),
+            ("p50, ms", *(percentile_text(side, 50.0) for side in sides)),
+            (
+                "latency beside the single member",
+                f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}), {ratio.pairs} pairs of "
+                "blocks",
+                "1",
+            ),
+            ("loading the model, ms", *(f"{side.load_ms:.0f}" for side in sides)),
+            (
+                "peak memory of the process, MB",
+                *(f"{side.peak_memory_bytes / 1e6:,.0f}" for side in sides),
+            ),
+            (
+                "size of the file, MB",
+                *(f"{size / 1e6:,.1f}" for size in (found.size_bytes, found.member_size_bytes)),
+            ),
+        ],
+    )
+
+
+@unless_not_measured
+def machine_table(report: LatencyReport | PairLatency | MachineState | None) -> Markdown:
+    """Which machine it was, and what it did while latency was measured on it.
+
+    Notebooks of older versions give the state alone.
+    """
+    state = report.machine if isinstance(report, LatencyReport | PairLatency) else report
+    rows = [*_machine_rows(state)]
+    if isinstance(report, LatencyReport):
+        rows = [*_core_rows(report.cores), *rows]
+    if not rows:
+        return Markdown("The machine was not watched.")
+    return table(("machine", "while it was measured"), rows)
+
+
+def _core_rows(cores: Cores | None) -> Iterator[tuple[str, str]]:
+    if cores is None:
+        return
+    yield "measured on", str(cores)
+    yield (
+        "exclusively ours",
+        "yes, held against other measurements"
+        if cores.exclusive
+        else "not held: other measurements may have run there (parameter `exclusive_cores`)",
+    )
+
+
+def _machine_rows(machine: MachineState | None) -> Iterator[tuple[str, str]]:
+    if machine is None:
+        return
+    yield "watched", f"{machine.seconds:.1f} s"
+    yield (
+        "load average before and after",
+        f"{machine.load_before:.2f} and {machine.load_after:.2f}",
+    )
+    frequency = machine.frequency_mhz
+    yield (
+        "processor frequency, MHz",
+        "the machine does not tell"
+        if frequency is None
+        else "median {1:,.0f} ({0:,.0f} to {2:,.0f})".format(*frequency),
+    )
+    yield (
+        "processors busy, with everything that ran",
+        _share(machine.busy_share, "watched too shortly"),
+    )
+    yield (
+        "taken by other virtual machines (steal)",
+        _share(machine.steal_share, "the system does not count it"),
+    )
+    yield (
+        "periods held back by a CPU quota",
+        "the system does not count them" if machine.throttled is None else f"{machine.throttled:,}",
+    )
+    for gpu in machine.gpus or ():
+        clocks, powers = (
+            " and ".join("not told" if value is None else f"{value:,.0f}" for value in pair)
+            for pair in (gpu.sm_clock_mhz, gpu.power_w)
+        )
+        yield f"GPU {gpu.index} before and after", f"SM clock {clocks} MHz, power {powers} W"
+
+
+def _share(share: float | None, unknown: str) -> str:
+    return unknown if share is None else f"{share:.1%}"
+
+
+def _single_stream(contender: ContenderLatency) -> str:
+    found = early_stopping_estimate(contender.samples_ms)
+    if found is None:
+        return f"too few calls, {min_queries()} needed"
+    return f"{found.value_ms:.2f} ({found.discarded} slowest of {found.queries} left out)"
+
+
+def _steadiness(contender: ContenderLatency) -> str:
+    found = check_stationarity(contender.samples_ms, contender.blocks)
+    return "too few calls" if found is None else found.sentence
+
+
+def throughput_text(found: Throughput) -> str:
+    """Samples per second with their interval."""
+    return f"{found.samples_per_second:,.1f} ({found.low:,.1f} to {found.high:,.1f})"
+
+
+def percentile_text(contender: ContenderLatency, wanted: float) -> str:
+    """A percentile of the latency with its interval, or that too few calls show it."""
+    found = contender.percentile(wanted)
+    if found is None:
+        return "too few calls"
+    return f"{found.value_ms:.2f} ({found.low_ms:.2f} to {found.high_ms:.2f})"

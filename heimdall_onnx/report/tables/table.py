@@ -1,0 +1,48 @@
+"""A table as the notebook shows it, and how its cells are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from IPython.display import Markdown
+
+from heimdall_onnx.common.text import escape_markdown, number
+from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
+    """A Markdown table; every cell that is not Markdown of our own is shown as inert text."""
+    lines = [
+        [c.data if isinstance(c, Markdown) else escape_markdown(str(c)) for c in row]
+        for row in (head, *rows)
+    ]
+    lines.insert(1, ["---"] * len(head))
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def value_text(statistics: ErrorStatistics, name: str) -> str:
+    """One statistic of an output's error."""
+    value = getattr(statistics, name)
+    if name == "cosine":
+        return f"{1 - value:.2g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def megabytes(size_bytes: int) -> str:
+    """A size in megabytes."""
+    return f"{size_bytes / 1e6:,.1f}" if size_bytes >= 1e6 else number(size_bytes / 1e6)
+
+
+def fixed(value: float) -> str:
+    """A number with two places, or significant digits where it is small."""
+    return f"{value:,.2f}" if value >= 0.1 else number(value)
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    """A shape as a tuple."""
+    return f"({', '.join(map(str, shape))})"
+
+
+def counts_text(counts: Iterable[tuple[str, int]]) -> str:
+    """Counts with what they count."""
+    return ", ".join(f"{count} {name}" for name, count in counts)

@@ -1,0 +1,282 @@
+"""What two models answer to the same inputs, and how far that lies apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from heimdall_onnx.common.arrays import whole
+from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
+from heimdall_onnx.common.gates import NotMeasured
+from heimdall_onnx.common.text import listed
+from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
+from heimdall_onnx.evidence.latency.contenders import Contestant
+from heimdall_onnx.evidence.parity.ground import distance_m, error_m
+from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.evidence.ratios import Ratio, error_ratio
+from heimdall_onnx.model.runtimes import SessionSettings
+from heimdall_onnx.model.signature import Signature, TensorSpec
+from heimdall_onnx.review.compare.head_to_head import Limits, positions_of, run_batches
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from heimdall_onnx.data.evaluation import EvaluationData
+
+Floats = npt.NDArray[np.float64]
+
+A, B = "A", "B"
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """How far B's positions lie from A's.
+
+    Attributes:
+        metres: For each sample (N,); infinite where one of the two is NaN or Inf, NaN where both.
+        p50_m: Median.
+        p99_m: 99th percentile; of fewer than 100 samples the largest.
+        max_m: Largest.
+        lost: Samples for which one of the two gives no finite position.
+    """
+
+    metres: Floats = field(repr=False)
+    p50_m: float
+    p99_m: float
+    max_m: float
+    lost: int
+
+    @classmethod
+    def between(cls, a: Floats, b: Floats) -> Displacement:
+        """That from positions ``a`` to ``b``, both (N, 2) in degrees."""
+        metres = np.full(len(a), np.inf)
+        finite_a, finite_b = (np.isfinite(side).all(axis=1) for side in (a, b))
+        both = finite_a & finite_b
+        metres[both] = distance_m(a[both], b[both])
+        metres[~finite_a & ~finite_b] = np.nan
+        known = metres[~np.isnan(metres)]
+        # No value between two of them, since there may be infinite ones.
+        p50, p99, most = (
+            float(np.quantile(known, q, method="inverted_cdf")) if known.size else math.nan
+            for q in (0.5, 0.99, 1.0)
+        )
+        return cls(metres, p50, p99, most, int((finite_a != finite_b).sum()))
+
+
+@dataclass(frozen=True)
+class LocalizationErrors:
+    """How far the positions of both lie from the true ones.
+
+    Attributes:
+        a_m: Errors of A (N,) in metres; infinite for a position that is NaN or Inf.
+        b_m: Those of B.
+        ratio: Of the medians of the samples that are finite in both, B over A; None where these
+            are fewer than two.
+    """
+
+    a_m: Floats = field(repr=False)
+    b_m: Floats = field(repr=False)
+    ratio: Ratio | None
+
+    @property
+    def left_out(self) -> int:
+        """Samples that the ratio leaves out: their error is not finite in A or in B."""
+        return int((~(np.isfinite(self.a_m) & np.isfinite(self.b_m))).sum())
+
+    @property
+    def medians_m(self) -> tuple[float, float]:
+        """Median error of A and of B."""
+        return float(np.median(self.a_m)), float(np.median(self.b_m))
+
+    @property
+    def p95s_m(self) -> tuple[float, float]:
+        """95th percentile of the error of A and of B."""
+        a, b = (np.quantile(e, 0.95, method="inverted_cdf") for e in (self.a_m, self.b_m))
+        return float(a), float(b)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What both models say of the same inputs.
+
+    Attributes:
+        source: What both were run on, in words.
+        samples: How many samples.
+        outputs: Of each output that both give, B's values beside A's as the reference.
+        spans: How far apart A's and B's finite values of each output lie at most, in its unit.
+        positions: Those of A and of B (N, 2) in degrees; None for models without positions.
+        truth: True positions (N, 2) in degrees, where they are known and there are positions.
+        displacement: How far the positions move; None for models without.
+        errors: How far they are from the true ones; None where these are not known.
+        alone: Outputs that only one of the two gives, in words.
+    """
+
+    source: str
+    samples: int
+    outputs: tuple[ErrorStatistics, ...]
+    spans: tuple[float, ...]
+    positions: tuple[Floats, Floats] | None = field(repr=False)
+    truth: Floats | None = field(repr=False)
+    displacement: Displacement | None
+    errors: LocalizationErrors | None
+    alone: tuple[str, ...] = ()
+
+
+def shared_signature(a: Signature, b: Signature) -> tuple[Signature, tuple[str, ...]]:
+    """What both models take and both give, and what only one of them gives, in words.
+
+    Raises:
+        InvalidModelError: If they don't take the same inputs, or have no output in common; names
+            every difference.
+    """
+    before, after = ({spec.name: spec for spec in side.inputs} for side in (a, b))
+    problems = [
+        f"input {_beside(before.get(one), after.get(one))}"
+        for one in dict.fromkeys((*before, *after))
+        if not _fits(before.get(one), after.get(one))
+    ]
+    was, has = ({spec.name: spec for spec in side.outputs} for side in (a, b))
+    common = [one for one in was if one in has]
+    problems += [
+        f"output {_beside(was[one], has[one])}"
+        for one in common
+        if not _fits(was[one], has[one]) or was[one].unit != has[one].unit
+    ]
+    if not common:
+        problems.append(f"outputs: A gives {', '.join(was)}; B gives {', '.join(has)}")
+    if problems:
+        raise InvalidModelError(
+            "A and B can't be compared on the same inputs, since their signatures differ:"
+            + listed(problems)
+        )
+    alone = tuple(
+        f"{spec.name} is given by {who} alone"
+        for who, mine, theirs in ((A, was, has), (B, has, was))
+        for spec in mine.values()
+        if spec.name not in theirs
+    )
+    return Signature(b.inputs, tuple(has[one] for one in common), b.axes), alone
+
+
+def _fits(a: TensorSpec | None, b: TensorSpec | None) -> bool:
+    if a is None or b is None or a.dtype != b.dtype or len(a.shape) != len(b.shape):
+        return False
+    pairs = zip(a.shape, b.shape, strict=True)
+    return all(m == n or isinstance(m, str) or isinstance(n, str) for m, n in pairs)
+
+
+def _beside(a: TensorSpec | None, b: TensorSpec | None) -> str:
+    words = [
+        "none" if spec is None else spec.describe() + (f" in {spec.unit}" if spec.unit else "")
+        for spec in (a, b)
+    ]
+    return f"of A: {words[0]}; of B: {words[1]}"
+
+
+def compare_answers(
+    a: Path,
+    b: Path,
+    data: EvaluationData,
+    signature: Signature,
+    *,
+    alone: Sequence[str] = (),
+    limits: Limits | None = None,
+) -> Answers:
+    """Run both models on the same samples, batch by batch.
+
+    Args:
+        a: The ONNX file of A.
+        b: That of B.
+        data: The samples; of more than `review.compare.head_to_head.MOST_SAMPLES` take a spread.
+        signature: What both take and both give, see `shared_signature`.
+        alone: What only one of the two gives, in words.
+        limits: How much worse B may be; those of a promotion by default.
+
+    Raises:
+        EvidenceError: If one of them can't be run on the samples.
+        InvalidModelError: If one of them can't be opened.
+    """
+    accumulators = [ErrorAccumulator(spec, atol=0.0, rtol=0.0) for spec in signature.outputs]
+    lowest, highest = ([bound] * len(accumulators) for bound in (math.inf, -math.inf))
+    wanted = positions_of(signature)
+    positions: tuple[list[Any], list[Any]] = ([], [])
+    first = 0
+    pairs = zip(run_batches(a, data, signature), run_batches(b, data, signature), strict=True)
+    for ours, theirs in pairs:
+        for index, accumulator in enumerate(accumulators):
+            output = signature.outputs[index].name
+            accumulator.update(ours[output], theirs[output], first)
+            for values in (ours[output], theirs[output]):
+                finite = values[np.isfinite(values)].astype(np.float64)
+                lowest[index] = min(lowest[index], float(finite.min(initial=math.inf)))
+                highest[index] = max(highest[index], float(finite.max(initial=-math.inf)))
+        if wanted is not None:
+            for who, kept, side in zip((A, B), positions, (ours, theirs), strict=True):
+                kept.append(_checked_positions(side[wanted], who))
+        first += len(ours[signature.outputs[0].name])
+    both, truth = None, None
+    if wanted is not None:
+        both = (np.concatenate(positions[0]), np.concatenate(positions[1]))
+        truth = None if data.positions is None else whole(data.positions).astype(np.float64)
+    return Answers(
+        source=data.source,
+        samples=data.count,
+        outputs=tuple(accumulator.result() for accumulator in accumulators),
+        spans=tuple(max(0.0, high - low) for low, high in zip(lowest, highest, strict=True)),
+        positions=both,
+        truth=truth,
+        displacement=None if both is None else Displacement.between(*both),
+        errors=None if both is None or truth is None else _errors(both, truth, limits or Limits()),
+        alone=tuple(alone),
+    )
+
+
+def _checked_positions(found: npt.NDArray[Any], who: str) -> Floats:
+    if found.ndim != 2 or found.shape[1] != 2:
+        raise EvidenceError(
+            f"{who} gives positions of shape {found.shape}, which its signature says are (batch, 2)"
+        )
+    return found.astype(np.float64)
+
+
+def _errors(both: tuple[Floats, Floats], truth: Floats, limits: Limits) -> LocalizationErrors:
+    a, b = (error_m(side, truth) for side in both)
+    # What is infinitely far off has no ratio, and resampling may bring it into any median.
+    known = np.isfinite(a) & np.isfinite(b)
+    ratio = error_ratio(b[known], a[known], 1 + limits.error_growth) if known.sum() > 1 else None
+    return LocalizationErrors(a, b, ratio)
+
+
+def measure_both(
+    a: Path,
+    b: Path,
+    data: EvaluationData,
+    signature: Signature,
+    *,
+    measure: bool = True,
+    calls: int = 200,
+    seed: int = 0,
+) -> PairLatency | NotMeasured:
+    """Time both models on the first sample in turns, as `measure_pair` does; B over A.
+
+    Args:
+        a: The ONNX file of A.
+        b: That of B.
+        data: Its first sample is the input of each call.
+        signature: What both take and both give.
+        measure: False leaves it out.
+        calls: Counted calls of each, at least.
+        seed: Of the order in which they take turns.
+
+    Raises:
+        BenchmarkError: If one of them can't be timed.
+    """
+    if not measure:
+        return NotMeasured("the parameter measure_latency is False")
+    second, first = (Contestant(who, path, SessionSettings()) for who, path in ((A, a), (B, b)))
+    return measure_pair(first, second, data.rows(range(1)), signature, calls=calls, seed=seed)

@@ -1,0 +1,470 @@
+"""Two releases to be compared: found, verified, and fetched with what they record of themselves.
+
+Their manifests and reports are anybody's until they verify, and even then they say what whoever
+released them wrote; so what is read from them is checked before it is believed to have a form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from heimdall_onnx.archive.content import fetch_content, open_kept
+from heimdall_onnx.archive.find import fetch_model, find_release, released_signature
+from heimdall_onnx.archive.manifest import REPORT, Manifest
+from heimdall_onnx.archive.record import read_record
+from heimdall_onnx.archive.verify import require_verified, verify_release
+from heimdall_onnx.common.errors import ParameterError, VerificationError
+from heimdall_onnx.common.gates import Gate
+from heimdall_onnx.common.logs import configure_logs, get_logger
+from heimdall_onnx.common.parameters import BUCKET, FP32, PREFIX
+from heimdall_onnx.common.text import shown
+from heimdall_onnx.data.evaluation import EvaluationData, is_dataset, load_evaluation_data
+from heimdall_onnx.model.signature import Signature
+from heimdall_onnx.report.workspace import new_run_folder
+from heimdall_onnx.review.compare.answers import (
+    A,
+    Answers,
+    B,
+    compare_answers,
+    measure_both,
+    shared_signature,
+)
+from heimdall_onnx.review.compare.comparison import (
+    ComparedRelease,
+    RecordedErrors,
+    RecordedParity,
+    ReleaseComparison,
+)
+from heimdall_onnx.review.compare.gates import pair_gates
+from heimdall_onnx.review.compare.head_to_head import MOST_SAMPLES, Limits
+from heimdall_onnx.review.reproduce.figures import Difference, Figure, environment_differences
+from heimdall_onnx.services.connection import open_for_reading
+from heimdall_onnx.services.store import download_file
+
+if TYPE_CHECKING:
+    from heimdall_onnx.common.gates import NotMeasured
+    from heimdall_onnx.data.dataset.dataset import Dataset
+    from heimdall_onnx.evidence.latency.benchmark import PairLatency
+    from heimdall_onnx.services.connection import Connection
+    from heimdall_onnx.services.settings import Settings
+
+log = get_logger(__name__)
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+RECORD = "comparison"
+INPUTS = "inputs"
+# Where a run kept its files, and what it was called: they differ from run to run.
+_OWN_TO_A_RUN = ("output_dir", "run_id")
+_MOST = 10_000
+
+
+class ComparisonParameters(BaseModel):
+    """What is compared; the fields are the notebook's parameters, in its order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    a: str = Field("", max_length=2000)
+    b: str = Field("", max_length=2000)
+    eval_data: str = ""
+    bucket: str = Field("heimdall-models", pattern=BUCKET)
+    prefix: str = Field("models/localization", pattern=PREFIX, max_length=500)
+    measure_latency: bool = True
+    calls: int = Field(200, ge=12, le=1_000_000)
+    seed: int = Field(0, ge=0)
+    output_dir: str = ""
+
+    @field_validator("calls", "seed", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("expected a number, found a truth value")
+        return value
+
+
+# Numbers that JSON has no form for are text in a record.
+_Number = Annotated[float, BeforeValidator(lambda v: v if isinstance(v, int | float | str) else "")]
+
+
+class _Gate(BaseModel):
+    name: str
+    limit: str
+    measured: float | int | str
+    passed: bool
+    detail: str = ""
+
+
+class _Output(BaseModel):
+    output: str
+    unit: str | None = None
+    mean: _Number
+    p50: _Number
+    p99: _Number
+    p999: _Number
+    maximum: _Number
+
+    def errors(self) -> RecordedErrors:
+        return RecordedErrors(self.mean, self.p50, self.p99, self.p999, self.maximum)
+
+
+class _Cell(BaseModel):
+    outputs: Annotated[list[_Output], Field(max_length=1000)]
+
+
+class _Parity(BaseModel):
+    cells: Annotated[list[_Cell], Field(max_length=_MOST)]
+    evaluated_by: str = "this process"
+
+
+class _Environment(BaseModel):
+    python: str | None = None
+    cpu: str | None = None
+    processors: int | None = None
+    system: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+
+
+class _Recorded(BaseModel):
+    """What is read from the record of a release's report; older ones lack parts of it."""
+
+    parity: _Parity | None = None
+    environment: _Environment | None = None
+    distributions: Annotated[dict[str, str], Field(max_length=_MOST)] | None = None
+    threads: int | None = None
+
+
+class _Said(BaseModel):
+    """What is read from a manifest beyond what a `Manifest` checks."""
+
+    created: str = "not recorded"
+    gates: Annotated[list[_Gate], Field(max_length=_MOST)] | None = None
+    parameters: Annotated[dict[str, Any], Field(max_length=_MOST)] | None = None
+    checkpoint: dict[str, Any] = Field(default_factory=dict)
+    evaluation_data: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VerifiedRelease:
+    """A release that verifies, with its model on this machine.
+
+    Attributes:
+        facts: What identifies it.
+        manifest: Its manifest.
+        model: Its ONNX file.
+        signature: What it takes and gives.
+        said: What its manifest says beside that.
+        recorded: What its report records.
+    """
+
+    facts: ComparedRelease
+    manifest: Manifest = field(repr=False)
+    model: Path
+    signature: Signature = field(repr=False)
+    said: _Said = field(repr=False)
+    recorded: _Recorded = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two releases that can be compared.
+
+    Attributes:
+        a: The one that is there.
+        b: The one that would take its place.
+        signature: What both take and both give.
+        alone: Outputs that only one of them gives, in words.
+        eval_data: The newer one's evaluation data, or those that were given; None for synthetic.
+        verify_data: Whether a dataset's values are still to be held against its digest.
+    """
+
+    a: VerifiedRelease
+    b: VerifiedRelease
+    signature: Signature
+    alone: tuple[str, ...]
+    eval_data: Path | str | Dataset | None = field(repr=False)
+    verify_data: bool
+
+    @property
+    def newer(self) -> VerifiedRelease:
+        """Whichever was released later; B of two of one second."""
+        newer = newer_of(self.a.manifest, self.b.manifest)
+        return self.a if newer is self.a.manifest else self.b
+
+    @property
+    def sides(self) -> tuple[VerifiedRelease, VerifiedRelease]:
+        """A and B."""
+        return self.a, self.b
+
+    def load_data(self) -> EvaluationData:
+        """At most 10,000 evenly spaced samples of the evaluation data.
+
+        Raises:
+            DataError: If they can't be read, or don't fit both models.
+            StoreError: If the store of a dataset fails.
+        """
+        data = load_evaluation_data(self.eval_data, self.signature, verify=self.verify_data)
+        return data.spread(MOST_SAMPLES)
+
+
+def newer_of(a: Manifest, b: Manifest) -> Manifest:
+    """Whichever was released later; B of two of one second."""
+    return a if a.version > b.version else b
+
+
+def prepare(parameters: ComparisonParameters, settings: Settings) -> ComparisonParameters:
+    """Complete the parameters of a notebook and make its folder; its log goes there.
+
+    Raises:
+        ParameterError: If a release is not named.
+    """
+    if missing := [who for who in ("a", "b") if not getattr(parameters, who).strip()]:
+        raise ParameterError(
+            f"which releases are compared? Set {' and '.join(missing)}: a version as "
+            "`heimdall-onnx list` shows them, NAME@ALIAS, NAME/VERSION or an s3:// address"
+        )
+    folder = Path(parameters.output_dir or new_run_folder(settings))
+    folder.mkdir(parents=True, exist_ok=True)
+    configure_logs(file=folder / "events.jsonl")
+    return parameters.model_copy(update={"output_dir": str(folder)})
+
+
+def find_pair(
+    connection: Connection, parameters: ComparisonParameters
+) -> tuple[Manifest, Manifest]:
+    """The manifests of A and B, neither of them verified.
+
+    Raises:
+        ParameterError: If both are one release, or one is not named.
+        VerificationError: If one of them is no release, or its manifest can't be read.
+        ServiceError: If a service can't be reached or refuses, or has no such version.
+    """
+    place = {"bucket": parameters.bucket, "prefix": parameters.prefix}
+    a, b = (find_release(connection, address, **place) for address in (parameters.a, parameters.b))
+    if a.uri == b.uri:
+        raise ParameterError(
+            f"{shown(parameters.a)} and {shown(parameters.b)} are one release, {a.uri}; name two"
+        )
+    return a, b
+
+
+def open_pair(parameters: ComparisonParameters, settings: Settings) -> Pair:
+    """Verify both releases and bring their models, their records and the evaluation data here.
+
+    A model is kept below the settings' home under its hash, as `load_model` keeps it; the rest is
+    in the folder of this comparison. Nothing is opened that does not verify.
+
+    Args:
+        parameters: Of the comparison, with a folder.
+        settings: Where the services are, and whose signature a release must have.
+
+    Raises:
+        ParameterError: If both are one release, or the evaluation data are nowhere.
+        VerificationError: If one of them does not verify, or says something that can't be read.
+        InvalidModelError: If they can't be compared, see `shared_signature`.
+        ServiceError: If a service can't be reached or refuses.
+    """
+    connection = open_for_reading(settings)
+    manifests = find_pair(connection, parameters)
+    folder = Path(parameters.output_dir) / INPUTS
+    folder.mkdir(parents=True, exist_ok=True)
+    newer = newer_of(*manifests)
+    a, b = (
+        # Of what it was made of only the evaluation data that are used have to be right.
+        _open(connection, who, one, folder, content=one is newer and not parameters.eval_data)
+        for who, one in zip((A, B), manifests, strict=True)
+    )
+    signature, alone = shared_signature(a.signature, b.signature)
+    if parameters.eval_data:
+        data: Path | str | Dataset | None = _given(parameters.eval_data)
+    else:
+        data = _kept(connection, newer, folder)
+    return Pair(a, b, signature, alone, data, verify_data=bool(parameters.eval_data))
+
+
+def _given(path: str) -> Path | str:
+    if path.startswith("s3://"):
+        return path
+    if not (is_dataset(path) or Path(path).is_file()):
+        raise ParameterError(f"expected evaluation data at {shown(path)}, found no such file")
+    return Path(path)
+
+
+def _kept(connection: Connection, manifest: Manifest, folder: Path) -> Path | Dataset | None:
+    content = manifest.content_of("evaluation_data")
+    if manifest.dataset is not None:
+        return open_kept(connection.client, manifest.dataset)
+    if content is not None:
+        return fetch_content(connection.client, manifest.bucket, content, folder)
+    return None
+
+
+def _open(
+    connection: Connection, who: str, manifest: Manifest, folder: Path, *, content: bool
+) -> VerifiedRelease:
+    # In the store, whatever may be here already of an earlier look.
+    findings = verify_release(connection, manifest, content=content)
+    require_verified(findings, f"{who}, {manifest.uri},")
+    cache = connection.settings.home / "models"
+    path, _ = fetch_model(connection.client, manifest, manifest.variant(FP32), cache)
+    signature = released_signature(manifest)
+    said = _read(_Said, manifest.data, f"the manifest of {who}, {manifest.uri}")
+    facts = ComparedRelease(
+        who,
+        manifest.uri,
+        manifest.version,
+        manifest.model_name,
+        manifest.model_version,
+        manifest.verdict,
+        said.created,
+        manifest.sha256,
+        manifest.model.sha256,
+        manifest.model.size,
+        len(findings),
+    )
+    recorded = _read_report(connection, who, manifest, folder)
+    return VerifiedRelease(facts, manifest, path, signature, said, recorded)
+
+
+def _read_report(connection: Connection, who: str, manifest: Manifest, folder: Path) -> _Recorded:
+    entry = manifest.objects.get(REPORT)
+    if entry is None:
+        return _Recorded()
+    path = folder / f"{who}.ipynb"
+    download_file(connection.client, manifest.bucket, entry.key, path, sha256=entry.sha256)
+    where = f"the report of {who}, {manifest.uri}/{REPORT},"
+    try:
+        record = read_record(path)
+    except Exception as error:
+        # Anybody may have written it, and its parsers raise whatever they meet.
+        raise VerificationError(
+            f"{where} is no executed notebook that can be read ({type(error).__name__})"
+        ) from error
+    return _read(_Recorded, record, where)
+
+
+def _read(kind: type[_Kind], data: Mapping[str, Any], where: str) -> _Kind:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{shown('.'.join(map(str, e['loc'])))}: {shown(e['msg'])}"
+            for e in error.errors(include_url=False, include_input=False)[:20]
+        )
+        raise VerificationError(
+            f"{where} says what can't be read: {problems}; it was made by another version of this "
+            "program, or not by this program"
+        ) from error
+
+
+def compare_pair(pair: Pair, data: EvaluationData) -> Answers:
+    """What both models say of the evaluation data; raises as `compare_answers` does."""
+    return compare_answers(pair.a.model, pair.b.model, data, pair.signature, alone=pair.alone)
+
+
+def time_pair(
+    pair: Pair, data: EvaluationData, parameters: ComparisonParameters
+) -> PairLatency | NotMeasured:
+    """How long both models take; raises as `measure_both` does."""
+    return measure_both(
+        pair.a.model,
+        pair.b.model,
+        data,
+        pair.signature,
+        measure=parameters.measure_latency,
+        calls=parameters.calls,
+        seed=parameters.seed,
+    )
+
+
+def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -> ReleaseComparison:
+    """All of it together, with what the two releases record of themselves."""
+    gates = [
+        None if one.said.gates is None else [Gate(**g.model_dump()) for g in one.said.gates]
+        for one in pair.sides
+    ]
+    found = ReleaseComparison(
+        a=pair.a.facts,
+        b=pair.b.facts,
+        answers=answers,
+        latency=latency,
+        gates=None if gates[0] is None or gates[1] is None else pair_gates(gates[0], gates[1]),
+        parity=recorded_parity(pair),
+        parameters=_parameter_differences(pair),
+        environment=_environment_differences(pair),
+        packages_recorded=_packages_recorded(pair),
+        limits=Limits(),
+    )
+    log.info("compared", a=pair.a.facts.uri, b=pair.b.facts.uri, sentence=found.sentence)
+    return found
+
+
+def recorded_parity(pair: Pair) -> tuple[RecordedParity, ...]:
+    """The parity that each release records of the outputs that both give."""
+    found: list[dict[str, _Output]] = []
+    for one in pair.sides:
+        parity = one.recorded.parity
+        # The first cell is the whole evaluation data.
+        outputs = parity.cells[0].outputs if parity and parity.cells else []
+        found.append({output.output: output for output in outputs})
+    return tuple(
+        RecordedParity(spec.name, spec.unit, *(o.errors() if o else None for o in both))
+        for spec in pair.signature.outputs
+        if any(both := [side.get(spec.name) for side in found])
+    )
+
+
+def _parameter_differences(pair: Pair) -> tuple[Difference, ...] | None:
+    if any(one.said.parameters is None for one in pair.sides):
+        return None
+    was, has = (dict(_made_of(one)) for one in pair.sides)
+    return tuple(
+        Difference(what, _figure(was.get(what)), _figure(has.get(what)), numerical=True)
+        for what in dict.fromkeys((*was, *has))
+        if _written(was.get(what)) != _written(has.get(what))
+    )
+
+
+def _made_of(one: VerifiedRelease) -> Iterator[tuple[str, object]]:
+    """What a release was made of, and with which parameters."""
+    yield "checkpoint, SHA-256", one.said.checkpoint.get("sha256")
+    yield "evaluation data, SHA-256", one.said.evaluation_data.get("sha256")
+    yield "evaluation samples", one.said.evaluation_data.get("samples")
+    for what, value in (one.said.parameters or {}).items():
+        if what not in _OWN_TO_A_RUN:
+            yield what, value
+
+
+def _figure(value: object) -> Figure:
+    return value if isinstance(value, float | int | str | None) else _written(value)
+
+
+def _written(value: object) -> str:
+    """All of a value: abbreviated, two that differ may look the same."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _environment_differences(pair: Pair) -> tuple[Difference, ...] | None:
+    if any(one.recorded.environment is None for one in pair.sides):
+        return None
+    was, has = (one.recorded.model_dump() for one in pair.sides)
+    if not _packages_recorded(pair):
+        was, has = ({**record, "distributions": {}} for record in (was, has))
+    return environment_differences(was, has)
+
+
+def _packages_recorded(pair: Pair) -> bool:
+    return all(one.recorded.distributions is not None for one in pair.sides)
+
+
+def record_comparison(found: ReleaseComparison) -> None:
+    """Keep the comparison in the running notebook, for the process that judges it from outside."""
+    import scrapbook
+
+    scrapbook.glue(RECORD, found.to_dict(), encoder="json")

@@ -1,0 +1,447 @@
+"""Two releases side by side: A with circles and full lines, B with crosses and dashed ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from heimdall_onnx.common.text import (
+    after,
+    count_of,
+    distance,
+    metre_scale,
+    name,
+    number,
+    share,
+    unit_of,
+)
+from heimdall_onnx.evidence.parity.ground import mean_place, offset_km
+from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
+from heimdall_onnx.report.plot.chart import (
+    A_COLOR,
+    B_COLOR,
+    ELEMENT_COLORS,
+    INK,
+    QUIET_INK,
+    Chart,
+    fitting_log_axis,
+    new_figure,
+    plain,
+    say,
+    styled,
+)
+from heimdall_onnx.report.plot.positions import coordinates
+from heimdall_onnx.review.compare.answers import A, Answers, B, Displacement
+from heimdall_onnx.review.compare.comparison import RecordedErrors, RecordedParity
+from heimdall_onnx.review.compare.words import largest_change, ratio_words
+
+Floats = npt.NDArray[np.float64]
+
+_MAPPED = 60  # with the lines between them, more can't be read
+_OUTPUTS_SHOWN = 4
+_COLORS, _MARKERS, _LINES = (A_COLOR, B_COLOR), ("o", "X"), ("-", "--")
+_MARKS = ("o", "s", "D", "v")
+_FEW = 100
+
+
+@styled
+def position_changes(answers: Answers) -> Chart | None:
+    """Where do both releases answer, and how far apart?
+
+    Left, some positions of both in kilometres about their middle, with lines from A's to B's and
+    the true positions where they are known; right, which share of all positions moves by at most
+    so many metres. None for models without positions.
+    """
+    moved = answers.displacement
+    if moved is None or answers.positions is None:
+        return None
+    title = _moved_answer(answers, moved)
+    rows = np.flatnonzero(np.isfinite(moved.metres))
+    subtitle = f"{name(answers.source, 60)}, {count_of(answers.samples, 'sample')}"
+    alt = (
+        f"Positions of B beside A over {answers.samples} samples: median displacement "
+        f"{distance(moved.p50_m)}, p99 {distance(moved.p99_m)}, largest {distance(moved.max_m)}; "
+        f"{moved.lost} without a finite position in one of them."
+    )
+    if not rows.size:
+        figure = new_figure(title, subtitle, height=0.6)
+        say(figure.subplots(), "There is nothing to draw.")
+        return Chart(figure, title, alt)
+    shown = rows[np.linspace(0, rows.size - 1, min(rows.size, _MAPPED)).astype(np.intp)]
+    truth = None if answers.truth is None else answers.truth[shown]
+    both = [side[shown] for side in answers.positions]
+    points = np.concatenate([*both, *([] if truth is None else [truth])])
+    origin = mean_place(points) or (0.0, 0.0)
+    subtitle += f" · map: {shown.size} of them, azimuthal equidistant about {coordinates(origin)}"
+    figure = new_figure(title, subtitle, height=4.6)
+    left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
+    _draw_map(left, both, truth, origin)
+    _draw_moved(right, moved)
+    return Chart(figure, title, alt)
+
+
+def _moved_answer(answers: Answers, moved: Displacement) -> str:
+    if math.isnan(moved.max_m):
+        return "No position is finite in A and B"
+    if moved.lost:
+        return f"{moved.lost:,} of {answers.samples:,} positions are NaN or Inf in A or B alone"
+    if moved.max_m == 0:
+        return f"No position moves: all {answers.samples:,} are equal in A and B"
+    most = f"B moves positions by at most {distance(moved.max_m)}"
+    if distance(moved.p99_m) == distance(moved.max_m):
+        half = f"by {distance(moved.p50_m)} or less" if moved.p50_m else "not at all"
+        return f"{most}, half of them {half}"
+    return f"{most}, 99% of them by at most {distance(moved.p99_m)}"
+
+
+def _draw_map(
+    axes: Axes, both: Sequence[Floats], truth: Floats | None, origin: tuple[float, float]
+) -> None:
+    a, b = (offset_km(side, origin) for side in both)
+    if truth is not None:
+        at = offset_km(truth, origin)
+        axes.scatter(at[:, 0], at[:, 1], s=14, marker="D", color=INK, lw=0, label="true")
+    lines = list(np.stack([a, b], axis=1))
+    axes.add_collection(
+        LineCollection(lines, colors=QUIET_INK, linewidths=0.9, gid="moved", zorder=2)
+    )
+    for points, who, color, filled in ((a, A, A_COLOR, False), (b, B, B_COLOR, True)):
+        axes.scatter(
+            points[:, 0],
+            points[:, 1],
+            s=24 if filled else 80,
+            marker="X" if filled else "o",
+            facecolors=color if filled else "none",
+            edgecolors="none" if filled else color,
+            linewidths=1.3,
+            label=who,
+            gid=who,
+            zorder=4,
+        )
+    axes.set_aspect("equal", adjustable="datalim", anchor="N")
+    axes.margins(0.08)
+    axes.set(xlabel="east (km)", ylabel="north (km)", title="Positions")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, borderaxespad=0)
+
+
+def _draw_moved(axes: Axes, moved: Displacement) -> None:
+    axes.set_title("How far they move")
+    known = np.sort(moved.metres[np.isfinite(moved.metres)])
+    if known[-1] == 0:
+        say(axes, "not at all")
+        return
+    factor, unit = metre_scale(float(known[-1]))
+    shares = 100 * np.arange(1, known.size + 1) / moved.metres.size
+    # What does not move at all has no place on a logarithmic axis: the curve begins above it.
+    axes.step(known / factor, shares, where="post", color=INK, gid="moved share")
+    marks = [("half", moved.p50_m, 50.0)]
+    marks += [("99%", moved.p99_m, 99.0)] if moved.metres.size >= _FEW else []
+    marks.append(("largest", moved.max_m, 100.0))
+    for (label, value, level), marker in zip(marks, _MARKS, strict=False):
+        if math.isfinite(value) and value > 0:
+            axes.plot(
+                value / factor,
+                level,
+                marker,
+                color=ELEMENT_COLORS[3],
+                mec=INK,
+                mew=0.8,
+                ms=7,
+                label=f"{label}  {distance(value)}",
+                gid=label,
+                clip_on=False,
+                zorder=3,
+            )
+    positive = known[known > 0] / factor
+    if positive[-1] > 20 * positive[0]:
+        axes.set_xscale("log")
+        fitting_log_axis(axes.xaxis)
+    else:
+        axes.set_xlim(0, 1.08 * positive[-1])
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set(ylim=(0, 104), xlabel=f"moved by at most ({unit})", ylabel="share of positions (%)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1, borderaxespad=0)
+
+
+@styled
+def output_changes(answers: Answers) -> Chart:
+    """How are the differences of each output distributed?
+
+    The cumulative share of elements by absolute difference, in the output's own unit, with the
+    percentiles; of many outputs those that change most beside how far their values lie apart.
+    """
+    title = _changes_answer(answers)
+    shown = _most_changed(answers)
+    subtitle = f"{name(answers.source, 60)}, {count_of(answers.samples, 'sample')}"
+    if len(shown) < len(answers.outputs):
+        subtitle += f" · the {len(shown)} outputs of {len(answers.outputs)} that change most"
+    across = min(len(shown), 2)
+    rows = math.ceil(len(shown) / across)
+    figure = new_figure(title, subtitle, height=2.9 * rows)
+    panels = figure.subplots(rows, across, squeeze=False).ravel()
+    for axes, output in zip(panels, shown, strict=False):
+        axes.set_title(plain(name(output.output)))
+        _draw_differences(axes, output)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    alt = " ".join(
+        f"{o.output}: {o.violations:,} of {o.count:,} elements differ, median {number(o.p50, 3)}, "
+        f"p99 {number(o.p99, 3)}, largest {number(o.maximum, 3)}{after(o.unit)}."
+        for o in answers.outputs
+    )
+    return Chart(figure, title, alt)
+
+
+def _most_changed(answers: Answers) -> list[ErrorStatistics]:
+    def change(index: int) -> float:
+        output, span = answers.outputs[index], answers.spans[index]
+        if output.nonfinite_mismatches:
+            return math.inf
+        return float(np.nan_to_num(output.p99)) / span if span else 0.0
+
+    order = sorted(range(len(answers.outputs)), key=lambda index: -change(index))
+    return [answers.outputs[index] for index in sorted(order[:_OUTPUTS_SHOWN])]
+
+
+def _changes_answer(answers: Answers) -> str:
+    most = largest_change(answers)
+    where = f" in {name(most.output)}" if len(answers.outputs) > 1 else ""
+    if most.nonfinite_mismatches:
+        return (
+            f"{most.nonfinite_mismatches:,} of {most.count:,} values{where} are NaN or Inf in A or "
+            "B alone"
+        )
+    if math.isnan(most.maximum):
+        return "Nothing to compare: all values are NaN or Inf in A and B"
+    if not any(o.maximum for o in answers.outputs):
+        count = sum(o.count for o in answers.outputs)
+        return f"No output changes: all {count:,} values are equal in A and B"
+    largest = f"{number(most.maximum)}{after(most.unit)}"
+    if most.count < _FEW or number(most.p99) == number(most.maximum):
+        return f"The largest difference{where} is {largest}"
+    bulk = f"{number(most.p99)}{after(most.unit)}"
+    return f"99% of the differences{where} are at most {bulk}, the largest is {largest}"
+
+
+def _draw_differences(axes: Axes, output: ErrorStatistics) -> None:
+    edges, cdf = np.array(output.error_edges), np.array(output.error_cdf)
+    if np.isnan(cdf).any() or not output.maximum:
+        say(axes, "no finite values" if np.isnan(cdf).any() else "no difference")
+        return
+    # What is below the first edge is equal, for which a logarithmic axis has no place.
+    rising = np.flatnonzero(np.diff(cdf) > 0) + 1
+    if not rising.size:
+        say(axes, f"no difference above {number(edges[0])}")
+        return
+    first = max(int(rising[0]) - 5, 0)
+    last = min(int(rising[-1]) + 1, edges.size - 1)
+    axes.step(
+        edges[first : last + 1],
+        100 * cdf[first : last + 1],
+        where="post",
+        color=INK,
+        gid=f"differences {output.output}",
+        label=f"{share(float(cdf[0]))} equal" if cdf[0] > 0 else "_",
+    )
+    marks = [("p50", output.p50, 50.0)]
+    marks += [("p99", output.p99, 99.0)] if output.count >= _FEW else []
+    marks += [("largest", output.maximum, 100.0)] if math.isfinite(output.maximum) else []
+    for (label, value, level), marker in zip(marks, _MARKS, strict=False):
+        if value > 0:
+            axes.plot(
+                value,
+                level,
+                marker,
+                color=ELEMENT_COLORS[3],
+                mec=INK,
+                mew=0.8,
+                ms=6,
+                ls="none",
+                label=f"{label}  {number(value)}",
+                clip_on=False,
+                zorder=3,
+            )
+    axes.set_xscale("log")
+    fitting_log_axis(axes.xaxis)
+    unit = unit_of(output.unit)
+    axes.set(
+        ylim=(0, 106),
+        xlabel=plain(f"absolute difference ({unit})" if unit else "absolute difference"),
+        ylabel="at or below (%)",
+    )
+    axes.legend(loc="best", handletextpad=0.2, frameon=True, framealpha=1, edgecolor="none")
+
+
+@styled
+def localization_errors(answers: Answers) -> Chart | None:
+    """Which release is closer to the true positions?
+
+    Which share of the answers is within so many metres of the truth, for both. None where the true
+    positions are not known.
+    """
+    errors = answers.errors
+    if errors is None:
+        return None
+    medians = errors.medians_m
+    if errors.ratio is not None:
+        told = f"B's median error is {ratio_words(errors.ratio)} that of A"
+        clear = not errors.ratio.low <= 1 <= errors.ratio.high
+        title = told if clear else f"No clear difference in error: {told}"
+    else:
+        title = (
+            "The errors have no ratio, since some answers are NaN or Inf, or there is one sample"
+        )
+    title += f"; medians {distance(medians[0])} (A) and {distance(medians[1])} (B)"
+    subtitle = (
+        f"{name(answers.source, 60)}, {count_of(answers.samples, 'labelled sample')} · 95% interval"
+        " of the ratio by a paired bootstrap · marked: medians"
+    )
+    figure = new_figure(title, subtitle, height=3.4)
+    axes = figure.subplots()
+    sides = (errors.a_m, errors.b_m)
+    finite = [side[np.isfinite(side)] for side in sides]
+    largest = max((float(side.max()) for side in finite if side.size), default=0.0)
+    factor, unit = metre_scale(largest)
+    for index, (who, found) in enumerate(zip((A, B), finite, strict=True)):
+        shares = 100 * np.arange(1, found.size + 1) / answers.samples
+        axes.step(
+            np.sort(found) / factor,
+            shares,
+            where="post",
+            color=_COLORS[index],
+            ls=_LINES[index],
+            gid=f"errors {who}",
+        )
+        median = medians[index]
+        axes.plot(
+            median / factor if math.isfinite(median) else math.nan,
+            50.0,
+            _MARKERS[index],
+            color=_COLORS[index],
+            ls=_LINES[index],
+            ms=(13, 8)[index],
+            mfc="none" if index == 0 else _COLORS[index],
+            mew=1.6,
+            label=f"{who}  median {distance(median)}",
+            gid=f"median {who}",
+            zorder=4,
+        )
+    positive = np.concatenate(finite)
+    positive = positive[positive > 0]
+    if positive.size and positive.max() > 20 * positive.min():
+        axes.set_xscale("log")
+        fitting_log_axis(axes.xaxis)
+    axes.set(
+        ylim=(0, 104),
+        xlabel=f"distance to the true position ({unit})",
+        ylabel="answers within it (%)",
+    )
+    axes.legend(loc="best", frameon=True, framealpha=1, edgecolor="none", handlelength=3)
+    alt = " ".join(
+        f"{who}: median {distance(median)}, 95th percentile {distance(p95)}."
+        for who, median, p95 in zip((A, B), medians, errors.p95s_m, strict=True)
+    )
+    return Chart(figure, title, alt)
+
+
+_PERCENTILES = (("p50", "p50"), ("p99", "p99"), ("p99.9", "p999"), ("largest", "maximum"))
+
+
+@styled
+def recorded_parity(parity: Sequence[RecordedParity]) -> Chart | None:
+    """Is each release as close to its own PyTorch model as the other?
+
+    Percentiles of the error that each report records, on the evaluation data of its own release.
+    None where neither records any.
+    """
+    shown = [one for one in parity if one.a or one.b][:_OUTPUTS_SHOWN]
+    if not shown:
+        return None
+    title = _parity_answer(shown)
+    subtitle = "Each ONNX model against its own PyTorch model, as its report records it"
+    if len(shown) < len(parity):
+        subtitle += f" · the first {len(shown)} outputs of {len(parity)}"
+    across = min(len(shown), 2)
+    rows = math.ceil(len(shown) / across)
+    figure = new_figure(title, subtitle, height=2.2 * rows + 0.4)
+    panels = figure.subplots(rows, across, squeeze=False).ravel()
+    for axes, one in zip(panels, shown, strict=False):
+        _draw_parity(axes, one)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    panels[0].legend(loc="best", handlelength=3, frameon=True, framealpha=1, edgecolor="none")
+    alt = " ".join(
+        f"{one.output}, {who}: mean {number(side.mean, 3)}, "
+        + ", ".join(f"{label} {number(getattr(side, what), 3)}" for label, what in _PERCENTILES)
+        + f"{after(one.unit)}."
+        for one in shown
+        for who, side in ((A, one.a), (B, one.b))
+        if side is not None
+    )
+    return Chart(figure, title, alt)
+
+
+def _parity_answer(shown: Sequence[RecordedParity]) -> str:
+    first = shown[0]
+    if first.a is None or first.b is None:
+        return f"Only {A if first.b is None else B} records its parity"
+    where = f" in {name(first.output)}" if len(shown) > 1 else ""
+    told = [f"{number(side.p99)} ({who})" for who, side in ((A, first.a), (B, first.b))]
+    return f"99% of the export's errors{where} are at most {' and '.join(told)}{after(first.unit)}"
+
+
+def _draw_parity(axes: Axes, one: RecordedParity) -> None:
+    axes.set_title(plain(name(one.output)), pad=8)
+    sides = (one.a, one.b)
+    values = [getattr(side, what) for side in sides if side is not None for _, what in _PERCENTILES]
+    known = [value for value in values if math.isfinite(value) and value > 0]
+    if not known:
+        say(axes, "no errors" if any(value == 0 for value in values) else "no finite errors")
+        return
+    # Zero has no place on a logarithmic axis, so it stands left of everything that is on it.
+    zero = min(known) / 5
+    for index, side in enumerate(sides):
+        if side is not None:
+            _draw_percentiles(axes, side, index, zero)
+    axes.set_xscale("log")
+    axes.set_xlim(zero / 2, 3 * max(known))
+    fitting_log_axis(axes.xaxis)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(range(len(_PERCENTILES)), [label for label, _ in _PERCENTILES])
+    axes.set_ylim(len(_PERCENTILES) - 0.5, -0.5)
+    unit = unit_of(one.unit)
+    axes.set_xlabel(plain(f"error ({unit})" if unit else "error"))
+
+
+def _draw_percentiles(axes: Axes, side: RecordedErrors, index: int, zero: float) -> None:
+    found = [getattr(side, what) for _, what in _PERCENTILES]
+    axes.plot(
+        [max(value, zero) if math.isfinite(value) else math.nan for value in found],
+        np.arange(len(found)) + (-0.12, 0.12)[index],
+        marker=_MARKERS[index],
+        color=_COLORS[index],
+        ls=_LINES[index],
+        lw=1,
+        ms=7,
+        mfc="white" if index == 0 else _COLORS[index],
+        label=(A, B)[index],
+        gid=f"parity {(A, B)[index]}",
+    )
+    for place in np.flatnonzero(np.array(found) == 0):
+        axes.annotate(
+            "0",
+            (zero, float(place) + (-0.12, 0.12)[index]),
+            xytext=(-7, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            size=9,
+        )

@@ -1,0 +1,198 @@
+"""The tables of a comparison of two releases, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from IPython.display import Markdown
+
+from heimdall_onnx.common.gates import Gate
+from heimdall_onnx.common.text import DEGREES, count_of, distance, escape_markdown, number, shown
+from heimdall_onnx.report.tables.table import table
+from heimdall_onnx.review.compare.answers import Answers
+from heimdall_onnx.review.compare.comparison import ReleaseComparison
+from heimdall_onnx.review.compare.gates import GatePair
+from heimdall_onnx.review.compare.pair import Pair, VerifiedRelease
+from heimdall_onnx.review.compare.words import ratio_words
+from heimdall_onnx.review.reproduce.figures import Difference, Figure
+
+_DIGITS = 3
+_LONGEST = 120
+
+
+def releases_table(pair: Pair) -> Markdown:
+    """Which two releases these are, and that they verify."""
+    newer = pair.newer
+    return table(
+        (
+            "release",
+            *(f"{one.facts.who}{', the newer' if one is newer else ''}" for one in pair.sides),
+        ),
+        [(label, a, b) for (label, a), (_, b) in zip(*map(_identity, pair.sides), strict=True)],
+    )
+
+
+def _identity(one: VerifiedRelease) -> Iterator[tuple[str, str]]:
+    facts, manifest = one.facts, one.manifest
+    yield "address", facts.uri
+    yield "registered as", f"{facts.model_name} version {facts.model_version}"
+    yield "verdict when it was released", facts.verdict
+    yield "released", shown(facts.created)
+    yield "model, SHA-256", facts.model_sha256
+    yield "size of the model", f"{facts.model_bytes / 1e6:,.2f} MB"
+    yield "recommended variant", f"{manifest.recommended}; here fp32 is compared"
+    yield "signed", "yes" if manifest.signature else "no"
+    yield "verified", f"all {count_of(facts.checks, 'check')} hold"
+
+
+def changes_table(answers: Answers) -> Markdown:
+    """How far B's outputs lie from A's, in their own units and on the ground."""
+    labels = (
+        ("elements", "count"),
+        ("of these different", "violations"),
+        ("mean absolute difference", "mean"),
+        ("median", "p50"),
+        ("p99", "p99"),
+        ("maximum", "maximum"),
+        ("NaN or Inf on one side", "nonfinite_mismatches"),
+    )
+    found = table(
+        (
+            f"B beside A, {count_of(answers.samples, 'sample')}",
+            *(
+                f"{o.output} ({'degrees' if o.unit == DEGREES else o.unit or 'no unit'})"
+                for o in answers.outputs
+            ),
+        ),
+        [(label, *(_number(getattr(o, what)) for o in answers.outputs)) for label, what in labels],
+    )
+    lines = [found.data]
+    if (moved := answers.displacement) is not None:
+        lines.append(
+            f"Positions move on the ground by {distance(moved.p50_m)} (median), "
+            f"{distance(moved.p99_m)} (p99) and {distance(moved.max_m)} (largest)."
+        )
+    lines += [f"{escape_markdown(text)}, and not compared." for text in answers.alone]
+    return Markdown("\n\n".join(lines))
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else number(value, _DIGITS)
+
+
+def errors_table(answers: Answers) -> Markdown:
+    """How far both models are from the truth, with the ratio of their medians."""
+    errors = answers.errors
+    if errors is None:
+        missing = "true positions are not known" if answers.positions else "there are no positions"
+        return Markdown(f"Localization errors can't be compared: {missing}.")
+    ratio = "not known: fewer than two samples are finite in both"
+    return table(
+        (f"{answers.samples:,} labelled samples", "A", "B"),
+        [
+            ("median error", *map(distance, errors.medians_m)),
+            ("p95 of the error", *map(distance, errors.p95s_m)),
+            (
+                "median beside A's (paired 95% interval)",
+                "1",
+                ratio_words(errors.ratio) if errors.ratio else ratio,
+            ),
+            ("left out of that: NaN or Inf in A or B", "", count_of(errors.left_out, "sample")),
+        ],
+    )
+
+
+def gates_table(comparison: ReleaseComparison) -> Markdown:
+    """The gates of both side by side, those that change first."""
+    if comparison.gates is None:
+        return Markdown("One of the releases records no gates, so there is nothing to compare.")
+    rows = sorted(comparison.gates, key=lambda gate: (not gate.worse, not gate.change))
+    return table(
+        ("gate", "changes", "A", "B", "limit"),
+        [
+            (
+                gate.name,
+                Markdown(f"**{gate.change}**" if gate.change else "no"),
+                _measured(gate.a),
+                _measured(gate.b),
+                _limits(gate),
+            )
+            for gate in rows
+        ],
+    )
+
+
+def _measured(gate: Gate | None) -> str:
+    if gate is None:
+        return "no such gate"
+    value = gate.measured
+    text = number(value, _DIGITS) if isinstance(value, float) else shown(value)
+    return f"{text}, {'pass' if gate.passed else 'FAIL'}"
+
+
+def _limits(gate: GatePair) -> str:
+    limits = [side.limit for side in (gate.a, gate.b) if side is not None]
+    return limits[0] if len(set(limits)) == 1 else f"A: {limits[0]}; B: {limits[1]}"
+
+
+def parameters_table(comparison: ReleaseComparison) -> Markdown:
+    """What the two releases were made of and with, as far as it differs."""
+    return _differences(comparison.parameters, "parameter", "Parameters, checkpoint and data")
+
+
+def environment_table(comparison: ReleaseComparison) -> Markdown:
+    """Where the two releases were made, as far as that differs."""
+    found = _differences(comparison.environment, "environment", "The environments")
+    if comparison.environment is None or comparison.packages_recorded:
+        return found
+    return Markdown(
+        f"{found.data}\n\nInstalled packages can't be compared: one of the releases does not "
+        "record them."
+    )
+
+
+def _differences(found: Sequence[Difference] | None, head: str, what: str) -> Markdown:
+    if found is None:
+        return Markdown(f"{what} can't be compared: one of the releases does not record them.")
+    if not found:
+        return Markdown(f"{what} are the same.")
+    return table(
+        (head, "A", "B"),
+        [(shown(one.what), *_values(one)) for one in found],
+    )
+
+
+def _values(one: Difference) -> tuple[str, str]:
+    a, b = _value(one.recorded), _value(one.found)
+    if a != b:
+        return a, b
+    # They differ further on than is shown.
+    whole = str(one.recorded), str(one.found)
+    differing = (place for place, (m, n) in enumerate(zip(*whole, strict=False)) if m != n)
+    start = max(0, next(differing, min(map(len, whole))) - _LONGEST // 4)
+    a, b = ("…" * bool(start) + shown(text[start:], _LONGEST) for text in whole)
+    return a, b
+
+
+def _value(value: Figure) -> str:
+    return "none" if value is None else shown(value, _LONGEST) or "empty"
+
+
+def conclusion(comparison: ReleaseComparison) -> Markdown:
+    """The comparison in one sentence, and in what B is worse beyond the limits."""
+    lines = [f"**{escape_markdown(comparison.sentence)}.**"]
+    if comparison.worse:
+        lines += ["In what B is worse than a promotion allows:"]
+        lines.append("\n".join(f"- {escape_markdown(reason)}" for reason in comparison.worse))
+    elif not comparison.judged:
+        lines.append("Whether B is worse is not known.")
+    else:
+        lines.append(
+            "B is in nothing that was judged worse than a promotion allows: latency by "
+            f"{comparison.limits.slowdown:.0%}, median localization error by "
+            f"{comparison.limits.error_growth:.0%}, each by the whole of its interval; no gate "
+            "that A holds."
+        )
+    if missing := comparison.not_judged:
+        lines.append(f"Not judged: {escape_markdown('; '.join(missing))}.")
+    return Markdown("\n\n".join(lines))

@@ -1,0 +1,131 @@
+"""What a comparison found, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from heimdall_onnx.common.text import after, count_of, distance, name, number
+from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
+from heimdall_onnx.evidence.ratios import Ratio
+from heimdall_onnx.review.compare.answers import Answers, LocalizationErrors
+from heimdall_onnx.review.compare.gates import GatePair
+
+# With fewer samples the 99th percentile is the largest by another name.
+_SAMPLES_FOR_P99 = 100
+
+
+def ratio_words(ratio: Ratio) -> str:
+    """A ratio with its interval: ``0.880× (0.860 to 0.902)``."""
+    value, low, high = (_near_one(end, 3) for end in (ratio.ratio, ratio.low, ratio.high))
+    return f"{value}× ({low} to {high})"
+
+
+def _near_one(value: float, places: int) -> str:
+    # Beside 1 these places tell a difference from none.
+    return f"{value:.{places}f}" if 0.01 < value < 10 else number(value, 3)
+
+
+def _clear(ratio: Ratio) -> bool:
+    return not ratio.low <= 1 <= ratio.high
+
+
+def speed_words(ratio: Ratio | None) -> Iterator[str]:
+    """How the two compare in latency, in words."""
+    if ratio is None:
+        yield "latency was not compared"
+    elif not _clear(ratio):
+        yield (
+            "no clear difference in speed (B takes "
+            f"{_near_one(ratio.low, 2)} to {_near_one(ratio.high, 2)} times as long)"
+        )
+    elif ratio.ratio > 1:
+        yield f"B is {_growth(ratio.ratio, ratio.low, ratio.high, 'slower')}"
+    else:
+        # Twice as fast is 100% faster, as twice as slow is 100% slower.
+        yield f"B is {_growth(1 / ratio.ratio, 1 / ratio.high, 1 / ratio.low, 'faster')}"
+
+
+def _growth(ratio: float, low: float, high: float, word: str) -> str:
+    """``12% slower (10 to 14)``, or ``3.1× slower (3 to 3.2)`` from twice on."""
+    if ratio >= 2:
+        return f"{number(ratio)}× {word} ({number(low)} to {number(high)})"
+    growth, least, most = (number(100 * (value - 1)) for value in (ratio, low, high))
+    return f"{growth}% {word} ({least} to {most})"
+
+
+def error_words(errors: LocalizationErrors) -> Iterator[str]:
+    """How the two compare in localization error, in words."""
+    ratio = errors.ratio
+    a, b = errors.medians_m
+    if ratio is None:
+        yield f"median localization error {distance(a)} (A) and {distance(b)} (B), not compared"
+    elif not _clear(ratio):
+        yield f"no clear difference in localization error (median {distance(b)})"
+    elif ratio.ratio > 1:
+        grown = _growth(ratio.ratio, ratio.low, ratio.high, "larger")
+        grown = f"{ratio_words(ratio)} that of A" if ratio.ratio >= 2 else grown
+        yield f"B's median error is {grown}"
+    else:
+        less, least, most = (
+            number(100 * (1 - end)) for end in (ratio.ratio, ratio.high, ratio.low)
+        )
+        yield f"B's median error is {less}% smaller ({least} to {most})"
+    if ratio is not None and errors.left_out:
+        yield f"{count_of(errors.left_out, 'sample')} left out of that (NaN or Inf in one or both)"
+
+
+def moved_words(answers: Answers) -> str:
+    """How far the answers lie apart, in words."""
+    moved = answers.displacement
+    if moved is None:
+        return _output_words(answers)
+    if moved.lost:
+        return f"{moved.lost:,} of {answers.samples:,} positions are NaN or Inf in one of them"
+    if math.isnan(moved.max_m):
+        return "no position is finite in both"
+    if moved.max_m == 0:
+        return "no position moves"
+    if moved.metres.size < _SAMPLES_FOR_P99:
+        return f"positions move by {distance(moved.max_m)} at most"
+    return f"positions move by {distance(moved.p99_m)} at p99"
+
+
+def largest_change(answers: Answers) -> ErrorStatistics:
+    """The output that changes most: units differ, so beside how far its values lie apart."""
+    relative = [
+        math.inf if o.nonfinite_mismatches else o.p99 / span if span and o.p99 == o.p99 else 0.0
+        for o, span in zip(answers.outputs, answers.spans, strict=True)
+    ]
+    return answers.outputs[int(np.argmax(relative))]
+
+
+def _output_words(answers: Answers) -> str:
+    most = largest_change(answers)
+    called, unit = f"the output {name(most.output)}", after(most.unit)
+    if most.nonfinite_mismatches:
+        return (
+            f"{most.nonfinite_mismatches:,} of {most.count:,} values of {called} are NaN or Inf in "
+            "one of them"
+        )
+    if not any(output.maximum for output in answers.outputs):
+        return "no output changes"
+    several = "most, " if len(answers.outputs) > 1 else ""
+    if most.count < _SAMPLES_FOR_P99:
+        return f"{called} changes {several}by {number(most.maximum)}{unit} at most"
+    return f"{called} changes {several}by {number(most.p99)}{unit} at p99"
+
+
+def gate_words(gates: Sequence[GatePair] | None, changed: Sequence[GatePair]) -> str:
+    """How many gates change, and which."""
+    if gates is None:
+        return "gates are not recorded in both"
+    if not changed:
+        return "no gate changes"
+    told = "; ".join(f"{name(gate.name, 40)} {gate.change}" for gate in changed[:3])
+    more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"{count_of(len(changed), 'gate')} {'changes' if len(changed) == 1 else 'change'} " + (
+        f"({told}{more})"
+    )

@@ -1,0 +1,495 @@
+"""What killed runs and lost services leave behind: found, said, and mended where that is safe."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from botocore.exceptions import ClientError
+
+from heimdall_onnx.archive.aliases import Move, append_move, follow_log, logged_aliases, read_log
+from heimdall_onnx.archive.manifest import CONTENT, DATASETS, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.archive.metadata import METADATA
+from heimdall_onnx.common.errors import HeimdallError, NotRegisteredError, VerificationError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import VARIANTS_FOLDER
+from heimdall_onnx.data.dataset.schema import HEADER
+from heimdall_onnx.report.workspace import RUNNER
+from heimdall_onnx.services.client import error_code, store_errors
+from heimdall_onnx.services.store import (
+    MANIFEST,
+    bucket_exists,
+    delete_objects,
+    exists,
+    format_uri,
+    list_keys,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.services.connection import Connection
+    from heimdall_onnx.services.registry import MLflowTracker, RegisteredVersion
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that should not be there, or not be so.
+
+    Attributes:
+        kind: What sort of thing.
+        what: Which one.
+        why: What is wrong with it.
+        remedy: What would be done about it; empty where a person has to decide.
+    """
+
+    kind: str
+    what: str
+    why: str
+    remedy: str = ""
+    _mend: Callable[[], object] | None = field(default=None, repr=False, compare=False)
+
+    def mend(self) -> None:
+        """Do what ``remedy`` says.
+
+        Raises:
+            VerificationError: If it is not left over any more.
+            ServiceError: If a service can't be reached or refuses.
+        """
+        if self._mend is not None:
+            self._mend()
+            log.info("mended", kind=self.kind, what=self.what)
+
+
+@dataclass(frozen=True)
+class _Object:
+    key: str
+    modified: datetime
+
+
+class _Bucket:
+    """What is in a bucket, looked at once."""
+
+    def __init__(self, connection: Connection, bucket: str, prefix: str) -> None:
+        self.connection, self.name, self.prefix = connection, bucket, prefix.strip("/")
+        self.client = connection.client
+        self.exists = bucket_exists(self.client, bucket)
+        self.objects = tuple(_list(self.client, bucket)) if self.exists else ()
+        self.now = _now(self.client, bucket) if self.exists else datetime.now(UTC)
+        self.keys = {o.key for o in self.objects}
+        self.manifests: dict[str, Manifest] = {}
+        self.broken: dict[str, str] = {}
+        for key in sorted(key for key in self.keys if key.endswith(f"/{MANIFEST}")):
+            folder = key.removesuffix(f"/{MANIFEST}")
+            try:
+                self.manifests[folder] = read_manifest(self.client, format_uri(bucket, folder))
+            except VerificationError as error:
+                self.broken[folder] = str(error)
+
+    def folders(self) -> dict[str, list[_Object]]:
+        """Objects by release folder; what others keep below the prefix is none."""
+        found: dict[str, list[_Object]] = defaultdict(list)
+        for stored in self.objects:
+            if folder := self.folder_of(stored.key):
+                found[folder].append(stored)
+        return found
+
+    def folder_of(self, key: str) -> str | None:
+        """The release folder that a key or an address without its bucket is in, by its name."""
+        match = re.match(rf"({re.escape(self.prefix)}/v\d{{8}}_\d{{6}})(/|$)", key)
+        return match[1] if match else None
+
+    def of(self, version: RegisteredVersion) -> str | None:
+        """The release folder that a version was registered from; None if it is none of ours."""
+        return self.folder_of(version.source.removeprefix(format_uri(self.name, "")))
+
+
+def diagnose(
+    connection: Connection, bucket: str, prefix: str, *, older_than: timedelta
+) -> tuple[Leftover, ...]:
+    """Look for what should not be there.
+
+    What is younger than ``older_than`` by the store's clock may belong to a release that is under
+    way, and is left out.
+
+    Args:
+        connection: Store and registry.
+        bucket: Bucket of the releases.
+        prefix: Folder of the releases in it.
+        older_than: Least age.
+
+    Raises:
+        ServiceError: If a service can't be reached or refuses.
+    """
+    there = _Bucket(connection, bucket, prefix)
+    before = there.now - older_than
+    tracker = connection.tracker
+    versions = [v for name in tracker.model_names() for v in tracker.versions(name)]
+    ours = [v for v in versions if v.source.startswith(format_uri(bucket, ""))]
+    wanted = _wanted(there, tracker, ours)
+    return (
+        *_broken_manifests(there),
+        *_aliases(there, tracker, ours),
+        *_unfinished_folders(there, ours, wanted, before),
+        *_versions(there, tracker, ours, before),
+        *_unreferenced_content(there, before),
+        *_unreferenced_datasets(there, before),
+        *_uploads(there, before),
+        *_open_runs(tracker, before),
+        *_local_models(connection.settings.home, datetime.now(UTC) - older_than),
+    )
+
+
+def _broken_manifests(there: _Bucket) -> Iterator[Leftover]:
+    for folder, problem in there.broken.items():
+        yield Leftover("unreadable manifest", format_uri(there.name, folder), problem)
+
+
+def _wanted(
+    there: _Bucket, tracker: MLflowTracker, versions: list[RegisteredVersion]
+) -> set[str | None]:
+    """Folders that somebody counts on: a manifest that is missing there is a loss, not a leftover.
+
+    An alias points at them, or they have been reviewed.
+    """
+    held = {
+        (name, number)
+        for name in {v.name for v in versions}
+        for number in tracker.aliases(name).values()
+    }
+    reviewed = {there.folder_of(key) for key in there.keys if f"/{REVIEWS}/" in key}
+    return reviewed | {there.of(v) for v in versions if (v.name, v.version) in held}
+
+
+def _unfinished_folders(
+    there: _Bucket,
+    versions: list[RegisteredVersion],
+    wanted: set[str | None],
+    before: datetime,
+) -> Iterator[Leftover]:
+    sources = {there.of(v): v for v in versions}
+    for folder, objects in sorted(there.folders().items()):
+        uri = format_uri(there.name, folder)
+        keys = [o.key for o in objects]
+        claimed = f"{folder}/{METADATA}" in keys
+        complete = any(key.endswith(f"/{MANIFEST}") for key in keys) or folder in wanted
+        # What is registered or uploaded step by step has no manifest, and is meant to have none.
+        alone = _is_single(sources[folder]) if folder in sources else f"{folder}.onnx" in there.keys
+        if not claimed or complete or alone or max(o.modified for o in objects) > before:
+            continue
+        yield Leftover(
+            "unfinished folder",
+            uri,
+            f"{len(objects)} objects and no {MANIFEST}",
+            "delete it",
+            partial(_delete_unless_complete, there, folder),
+        )
+
+
+def _versions(
+    there: _Bucket, tracker: MLflowTracker, versions: list[RegisteredVersion], before: datetime
+) -> Iterator[Leftover]:
+    registered = {(v.name, v.version) for v in versions}
+    for folder, manifest in there.manifests.items():
+        if (manifest.model_name, manifest.model_version) not in registered:
+            yield Leftover(
+                "release without a version",
+                format_uri(there.name, folder),
+                f"{manifest.model_name} version {manifest.model_version} is not registered",
+            )
+    for version in versions:
+        place = there.of(version)
+        created = datetime.fromtimestamp(version.created_ms / 1000, UTC)
+        if place is None or place in there.manifests or place in there.broken:
+            continue
+        if _is_single(version) or created > before:
+            continue
+        yield Leftover(
+            "version without a release",
+            f"{version.name} version {version.version}",
+            f"there is no {version.source.rstrip('/')}/{MANIFEST}",
+            "delete the version",
+            partial(_delete_version, there, tracker, version),
+        )
+
+
+def _aliases(
+    there: _Bucket, tracker: MLflowTracker, versions: list[RegisteredVersion]
+) -> Iterator[Leftover]:
+    by_number = {(v.name, v.version): v for v in versions}
+    for name in sorted({v.name for v in versions}):
+        aliases = tracker.aliases(name)
+        for alias, number in sorted(aliases.items()):
+            version = by_number.get((name, number))
+            if version is None or there.of(version) in there.manifests:
+                continue
+            yield Leftover(
+                "alias without a manifest",
+                f"{name}@{alias}",
+                f"it points at version {number}, which "
+                + ("was registered without a release" if _is_single(version) else "is no release"),
+            )
+        for alias in logged_aliases(there.client, there.name, name):
+            yield from _log(there, tracker, by_number, name, alias, aliases.get(alias))
+
+
+def _log(
+    there: _Bucket,
+    tracker: MLflowTracker,
+    versions: dict[tuple[str, str], RegisteredVersion],
+    name: str,
+    alias: str,
+    points_at: str | None,
+) -> Iterator[Leftover]:
+    try:
+        moves = read_log(there.client, there.name, name, alias)
+    except VerificationError as error:
+        yield Leftover("unreadable log", f"{name}@{alias}", str(error))
+        return
+    last = moves[-1] if moves else None
+    if last is None or last.version == points_at:
+        return
+    why = f"its log says version {last.version or 'none'}, MLflow {points_at or 'none'}"
+    if points_at is not None and points_at not in {move.version for move in moves}:
+        # Somebody has moved it without a log, or with one in another bucket.
+        yield Leftover("alias beside its log", f"{name}@{alias}", why)
+    elif last.version is not None and (name, last.version) not in versions:
+        # The release was taken back, and its runner died before it could say so.
+        yield Leftover(
+            "alias beside its log",
+            f"{name}@{alias}",
+            f"{why}, and version {last.version} is gone",
+            f"note that it was taken back, and point the alias at {points_at or 'none'}",
+            partial(_note_withdrawal, there, tracker, last, points_at),
+        )
+    else:
+        yield Leftover(
+            "alias beside its log",
+            f"{name}@{alias}",
+            why,
+            f"point the alias at {f'version {last.version}' if last.version else 'none'}",
+            lambda: follow_log(there.client, there.name, tracker, name, alias),
+        )
+
+
+def _unreferenced_content(there: _Bucket, before: datetime) -> Iterator[Leftover]:
+    # A manifest that can't be read may name any of it.
+    if there.broken:
+        return
+    named = {entry.key for manifest in there.manifests.values() for entry in manifest.content}
+    for stored in there.objects:
+        unnamed = stored.key.startswith(f"{CONTENT}/") and stored.key not in named
+        if unnamed and stored.modified <= before:
+            yield Leftover(
+                "unreferenced content",
+                format_uri(there.name, stored.key),
+                "no manifest of the bucket names it",
+                "delete it",
+                partial(_delete_content, there, stored),
+            )
+
+
+def _unreferenced_datasets(there: _Bucket, before: datetime) -> Iterator[Leftover]:
+    if there.broken:
+        return
+    named = _named_datasets(there)
+    folders: dict[str, list[datetime]] = defaultdict(list)
+    for stored in there.objects:
+        if stored.key.startswith(f"{DATASETS}/"):
+            folders["/".join(stored.key.split("/")[:3])].append(stored.modified)
+    for folder, modified in sorted(folders.items()):
+        uri = format_uri(there.name, folder)
+        if uri not in named and max(modified) <= before:
+            yield Leftover(
+                "unreferenced dataset",
+                uri,
+                f"{len(modified)} objects, and no manifest of the bucket names it",
+                "delete it",
+                partial(_delete_dataset, there, folder, max(modified)),
+            )
+
+
+def _named_datasets(there: _Bucket) -> set[str]:
+    kept = (manifest.dataset for manifest in there.manifests.values())
+    return {dataset.address for dataset in kept if dataset is not None}
+
+
+def _delete_dataset(there: _Bucket, folder: str, modified: datetime) -> None:
+    # As for content: it may be used again by now.
+    again = _Bucket(there.connection, there.name, there.prefix)
+    now = [o for o in again.objects if o.key.startswith(f"{folder}/")]
+    used = format_uri(there.name, folder) in _named_datasets(again) or again.broken
+    if used or any(stored.modified > modified for stored in now):
+        raise VerificationError(f"{format_uri(there.name, folder)} is used again")
+    # The header first: without it the rest is no dataset.
+    keys = sorted((o.key for o in now), key=lambda key: (key != f"{folder}/{HEADER}", key))
+    delete_objects(there.client, there.name, keys[:1])
+    delete_objects(there.client, there.name, keys[1:])
+
+
+def _uploads(there: _Bucket, before: datetime) -> Iterator[Leftover]:
+    """Parts of uploads that were never completed; they take space, and no listing shows them."""
+    if not there.exists:
+        return
+    with store_errors(there.client, f"list the uploads into {there.name}"):
+        pages = there.client.get_paginator("list_multipart_uploads").paginate(Bucket=there.name)
+        uploads = [upload for page in pages for upload in page.get("Uploads", [])]
+    for upload in uploads:
+        ours = there.folder_of(upload["Key"]) or upload["Key"].startswith(
+            (f"{CONTENT}/", f"{DATASETS}/")
+        )
+        if ours and upload["Initiated"] <= before:
+            yield Leftover(
+                "aborted upload",
+                format_uri(there.name, upload["Key"]),
+                f"begun {upload['Initiated']:%Y-%m-%d %H:%M:%S} and never completed",
+                "delete its parts",
+                partial(_abort, there.client, there.name, upload["Key"], upload["UploadId"]),
+            )
+
+
+def _open_runs(tracker: MLflowTracker, before: datetime) -> Iterator[Leftover]:
+    for run_id, (name, started) in tracker.open_runs("release").items():
+        ours = re.fullmatch(r"release( \d{8}_\d{6}-[0-9a-f]{8})?", name)
+        if ours and datetime.fromtimestamp(started / 1000, UTC) <= before:
+            yield Leftover(
+                "run that never ended",
+                f"MLflow run {run_id}",
+                "its release is not under way any more",
+                "end it as KILLED",
+                partial(tracker.close_run, run_id, "KILLED"),
+            )
+
+
+def _local_models(home: Path, before: datetime) -> Iterator[Leftover]:
+    """A run deletes its own copy of the model when it ends, unless it is killed."""
+    runs = home / "runs"
+    for path in sorted(
+        [*runs.glob("*/model.onnx*"), *runs.glob(f"*/{VARIANTS_FOLDER}/*/model.onnx*")]
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            # Without a runner it is somebody's own; with one that runs it is under way.
+            run = runs / path.relative_to(runs).parts[0]
+            if psutil.pid_exists(int((run / RUNNER).read_text())):
+                continue
+            status = path.stat()
+            if datetime.fromtimestamp(status.st_mtime, UTC) > before:
+                continue
+            yield Leftover(
+                "model of a run that was killed",
+                str(path),
+                f"{status.st_size / 1e6:.1f} MB on this machine",
+                "delete it",
+                partial(path.unlink, missing_ok=True),
+            )
+
+
+def _is_single(version: RegisteredVersion) -> bool:
+    """Whether it was registered step by step, with a hash and without a release."""
+    return "sha256" in version.tags and "manifest_sha256" not in version.tags
+
+
+def _note_withdrawal(
+    there: _Bucket, tracker: MLflowTracker, last: Move, points_at: str | None
+) -> None:
+    # A release that has come since it was looked at is not gone.
+    with contextlib.suppress(NotRegisteredError):
+        tracker.get_version(last.model_name, str(last.version))
+        raise VerificationError(f"version {last.version} of {last.model_name} is there after all")
+    append_move(
+        there.client,
+        there.name,
+        model_name=last.model_name,
+        alias=last.alias,
+        action="withdraw",
+        version=points_at,
+        release=None,
+        previous=None,
+        by="doctor",
+        note=f"version {last.version} is gone",
+        after=last.number,
+    )
+
+
+def _delete_content(there: _Bucket, stored: _Object) -> None:
+    # A release that uses it again dates it anew, and may have been completed meanwhile.
+    now = {o.key: o for o in _list(there.client, there.name)}
+    again = _Bucket(there.connection, there.name, there.prefix)
+    named = {entry.key for manifest in again.manifests.values() for entry in manifest.content}
+    if (
+        stored.key in named
+        or again.broken
+        or now.get(stored.key, stored).modified > stored.modified
+    ):
+        raise VerificationError(f"{format_uri(there.name, stored.key)} is used again")
+    delete_objects(there.client, there.name, [stored.key])
+
+
+def _delete_unless_complete(there: _Bucket, folder: str) -> None:
+    # It may have been completed since it was looked at.
+    keys = list_keys(there.client, there.name, f"{folder}/")
+    if any(key.endswith(f"/{MANIFEST}") for key in keys):
+        raise VerificationError(f"{format_uri(there.name, folder)} has become a release")
+    delete_objects(there.client, there.name, keys)
+
+
+def _delete_version(there: _Bucket, tracker: MLflowTracker, version: RegisteredVersion) -> None:
+    folder = there.of(version)
+    if exists(there.client, there.name, f"{folder}/{MANIFEST}"):
+        raise VerificationError(f"{version.source} has become a release")
+    if version.version in tracker.aliases(version.name).values():
+        raise VerificationError(
+            f"an alias points at {version.name} version {version.version}; promote or roll back "
+            "to another one first"
+        )
+    with contextlib.suppress(NotRegisteredError):
+        tracker.delete_version(version.name, version.version)
+
+
+def _abort(client: S3Client, bucket: str, key: str, upload_id: str) -> None:
+    with store_errors(client, f"abort the upload of {format_uri(bucket, key)}"):
+        try:
+            client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+        except ClientError as error:
+            if error_code(error) != "NoSuchUpload":
+                raise
+
+
+def _list(client: S3Client, bucket: str) -> Iterator[_Object]:
+    with store_errors(client, f"list {bucket}"):
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            for entry in page.get("Contents", []):
+                yield _Object(entry["Key"], entry["LastModified"])
+
+
+def _now(client: S3Client, bucket: str) -> datetime:
+    """The store's time: that is what its objects are dated by, and this machine's may be wrong."""
+    with store_errors(client, f"ask for the time of {bucket}"):
+        headers = client.head_bucket(Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"]
+    return parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
+
+
+def mend_all(leftovers: tuple[Leftover, ...]) -> tuple[str, ...]:
+    """Do every remedy there is.
+
+    Returns:
+        What could not be done, in words.
+    """
+    failed = []
+    for leftover in leftovers:
+        try:
+            leftover.mend()
+        except (HeimdallError, OSError) as error:
+            failed.append(f"{leftover.what}: {error}")
+    return tuple(failed)

@@ -1,0 +1,1 @@
+"""All releases of a folder on one page."""

@@ -1,0 +1,372 @@
+"""What a gallery shows of every release and failed run of a folder, read from the bucket alone.
+
+A release and a failed run never change, so what was made of one is kept in the bucket, under the
+entity tags of the objects that it was made from, and the next call reads only what is new. What may
+change, who decided on a release and which alias points at it, comes from the review records and the
+log of each alias, each of which is an object that never changes either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from heimdall_onnx.archive.aliases import ALIASES, Move
+from heimdall_onnx.archive.manifest import (
+    MAX_MANIFEST_BYTES,
+    REPORT,
+    REPORT_HTML,
+    REVIEWS,
+    Manifest,
+    parse_manifest,
+)
+from heimdall_onnx.common.errors import StoreError, VerificationError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.text import shown
+from heimdall_onnx.review.gallery.facts import (
+    Facts,
+    Frozen,
+    read_failed,
+    read_release,
+    with_measured,
+)
+from heimdall_onnx.services.store import (
+    GALLERY,
+    MANIFEST,
+    exists,
+    format_uri,
+    list_tagged,
+    read_bytes,
+    upload_bytes,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+log = get_logger(__name__)
+
+FAILED = "failed"
+VERSION = r"v\d{8}_\d{6}"
+# What is kept for the next call.
+KEPT = f"{GALLERY}/rows.json"
+
+_READERS = 8
+_MAX_REPORT_BYTES = 64 << 20
+_MAX_RECORD_BYTES = 4 << 20
+
+T = TypeVar("T")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Decision(Frozen):
+    """That a reviewer has pointed an alias at a release.
+
+    Attributes:
+        action: How.
+        alias: The alias.
+        reviewer: Who.
+        note: Why.
+        time: When (UTC, ISO 8601).
+    """
+
+    action: Literal["promote", "rollback"]
+    alias: str
+    reviewer: str
+    note: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A release or a failed run as it is now.
+
+    Attributes:
+        facts: What never changes.
+        failed: Whether it is a failed run, which has a report and nothing else.
+        report: Where its rendered report is, relative to the folder of the releases; None if there
+            is none.
+        aliases: The aliases that point at it.
+        decisions: Who pointed them at it, oldest first.
+    """
+
+    facts: Facts
+    failed: bool
+    report: str | None
+    aliases: tuple[str, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def created(self) -> datetime | None:
+        """When it was uploaded, by its name; None if that is no time."""
+        try:
+            return datetime.strptime(self.facts.version, "v%Y%m%d_%H%M%S").replace(tzinfo=UTC)
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All there is in a folder of releases.
+
+    Attributes:
+        rows: Releases and failed runs, newest first.
+        read: How many releases, failed runs, review records and log entries had to be read; the
+            others were kept from before.
+    """
+
+    rows: tuple[Row, ...]
+    read: int
+
+
+class _Review(Frozen):
+    """What is relied on in a review record."""
+
+    action: Literal["promote", "rollback"]
+    alias: str
+    release: str
+    reviewer: str
+    note: str
+    time: str
+
+
+class _Made(Frozen, Generic[T]):
+    """What was made of objects that had these entity tags."""
+
+    tags: str
+    made: T
+
+
+class _Kept(Frozen):
+    """What is kept for the next call; releases and failed runs by folder, the rest by key."""
+
+    form: Literal[1] = 1
+    facts: dict[str, _Made[Facts]] = Field(default_factory=dict)
+    reviews: dict[str, _Made[_Review]] = Field(default_factory=dict)
+    moves: dict[str, _Made[Move]] = Field(default_factory=dict)
+
+
+def collect_rows(client: S3Client, bucket: str, prefix: str) -> Collected:
+    """Every release and failed run of a folder, with who decided on it.
+
+    What is read is kept in ``PREFIX/gallery/rows.json``, where that may be written.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket of the releases, which must exist.
+        prefix: Folder of the releases in it.
+
+    Raises:
+        StoreError: If the store can't be reached or refuses to be read.
+    """
+    place = _Place(client, bucket, prefix.strip("/"))
+    kept = place.read_kept()
+    facts = place.each("releases and failed runs", kept.facts, place.folders(), place.facts_of)
+    reviews = place.each("review records", kept.reviews, place.reviews(), place.review_of)
+    models = {one.made.model_name for one in facts.values()}
+    moves = place.each("alias moves", kept.moves, place.log_entries(models), place.move_of)
+    sound = {key: one for key, one in facts.items() if one.made.state != "broken"}
+    now = _Kept(facts=sound, reviews=reviews, moves=moves)
+    if now != kept:
+        place.write_kept(now)
+    rows = _rows(
+        place,
+        {folder: one.made for folder, one in facts.items()},
+        [one.made for one in reviews.values()],
+        sorted((one.made for one in moves.values()), key=lambda move: move.number),
+    )
+    newest_first = sorted(rows, key=lambda row: (row.facts.version, not row.failed), reverse=True)
+    return Collected(tuple(newest_first), place.read)
+
+
+def _rows(
+    place: _Place, facts: Mapping[str, Facts], reviews: Iterable[_Review], moves: Sequence[Move]
+) -> Iterator[Row]:
+    pointed: dict[str | None, list[str]] = {}
+    for (_, alias), move in sorted({(m.model_name, m.alias): m for m in moves}.items()):
+        pointed.setdefault(move.release, []).append(shown(alias))
+    # Of two reviewers who decide at once only one has decided: the one whose move is in the log.
+    completed = {(m.release, m.action, m.alias, m.by, m.note) for m in moves}
+    decided: dict[str, list[Decision]] = {}
+    for one in reviews:
+        if (one.release, one.action, one.alias, one.reviewer, one.note) in completed:
+            decided.setdefault(one.release, []).append(
+                Decision(
+                    action=one.action,
+                    alias=shown(one.alias),
+                    reviewer=shown(one.reviewer),
+                    note=shown(one.note, 300),
+                    time=shown(one.time, 40),
+                )
+            )
+    for folder, found in facts.items():
+        release = format_uri(place.bucket, f"{place.prefix}/{folder}")
+        yield Row(
+            facts=found,
+            failed=folder.startswith(f"{FAILED}/"),
+            report=f"{folder}/{REPORT_HTML}" if place.has(f"{folder}/{REPORT_HTML}") else None,
+            aliases=tuple(pointed.get(release, ())),
+            decisions=tuple(sorted(decided.get(release, ()), key=lambda one: one.time)),
+        )
+
+
+class _Place:
+    """A folder of releases, listed once; names of objects are relative to it."""
+
+    def __init__(self, client: S3Client, bucket: str, prefix: str) -> None:
+        self.client, self.bucket, self.prefix = client, bucket, prefix
+        self.read = 0
+        self._listed = list_tagged(client, bucket, f"{prefix}/")
+
+    def has(self, name: str) -> bool:
+        """Whether there is such an object."""
+        return f"{self.prefix}/{name}" in self._listed
+
+    def _tag(self, name: str) -> str:
+        return self._listed.get(f"{self.prefix}/{name}", (0, ""))[1]
+
+    def _size(self, name: str) -> int:
+        return self._listed[f"{self.prefix}/{name}"][0]
+
+    def folders(self) -> dict[str, str]:
+        """Releases and failed runs, each with the tags of what its facts are read from."""
+        found = {}
+        for key in self._listed:
+            folder, _, name = key.removeprefix(f"{self.prefix}/").rpartition("/")
+            if (name == MANIFEST and re.fullmatch(VERSION, folder)) or (
+                name == REPORT and re.fullmatch(f"{FAILED}/{VERSION}", folder)
+            ):
+                tags = [self._tag(f"{folder}/{own}") for own in (MANIFEST, REPORT)]
+                found[folder] = " ".join(tags) if tags[0 if name == MANIFEST else 1] else ""
+        return found
+
+    def reviews(self) -> dict[str, str]:
+        """The review records of releases."""
+        pattern = re.compile(rf"{VERSION}/{REVIEWS}/[^/]+\.json")
+        names = (key.removeprefix(f"{self.prefix}/") for key in self._listed)
+        return {name: self._tag(name) for name in names if pattern.fullmatch(name)}
+
+    def log_entries(self, models: Collection[str]) -> dict[str, str]:
+        """The entries of the logs of these models' aliases, by key."""
+        listed = list_tagged(self.client, self.bucket, f"{ALIASES}/")
+        pattern = re.compile(rf"{ALIASES}/([^/]+)/[^/]+/\d{{8}}\.json")
+        return {
+            key: tag
+            for key, (_, tag) in listed.items()
+            if (match := pattern.fullmatch(key)) and match[1] in models
+        }
+
+    def each(
+        self,
+        what: str,
+        kept: Mapping[str, _Made[T]],
+        there: Mapping[str, str],
+        make: Callable[[str], T | None],
+    ) -> dict[str, _Made[T]]:
+        """What there is, made anew where it was not kept or its objects are others by now."""
+        # Without a tag nobody can tell.
+        same = {n: one for n, one in kept.items() if one.tags and there.get(n) == one.tags}
+        new = sorted(there.keys() - same.keys())
+        self.read += len(new)
+        if new:
+            log.info("reading", what=what, count=len(new))
+        with ThreadPoolExecutor(_READERS) as readers:
+            made = list(readers.map(make, new))
+        return same | {
+            name: _Made(tags=there[name], made=one)
+            for name, one in zip(new, made, strict=True)
+            if one is not None
+        }
+
+    def facts_of(self, folder: str) -> Facts | None:
+        """The facts of a release or failed run; None if a release was taken back meanwhile."""
+        version = folder.rpartition("/")[2]
+        if folder.startswith(f"{FAILED}/"):
+            return self._failed(folder, version)
+        try:
+            manifest = self._manifest(folder)
+            if manifest is None:
+                return None
+            facts = read_release(manifest)
+        except VerificationError as error:
+            return Facts(version=version, state="broken", problem=shown(str(error), 300))
+        report = manifest.objects.get(REPORT)
+        text = self._report(folder)
+        if report is None or text is None:
+            problem = f"its {REPORT} is missing or too large"
+        elif hashlib.sha256(text).hexdigest() != report.sha256:
+            problem = f"its {REPORT} is not what was released"
+        else:
+            return with_measured(facts, text)
+        return facts.model_copy(update={"state": "broken", "problem": problem})
+
+    def _manifest(self, folder: str) -> Manifest | None:
+        """The manifest of a folder; None if it is not there any more."""
+        key = f"{self.prefix}/{folder}/{MANIFEST}"
+        if (size := self._size(f"{folder}/{MANIFEST}")) > MAX_MANIFEST_BYTES:
+            raise VerificationError(f"expected at most {MAX_MANIFEST_BYTES} bytes, found {size}")
+        try:
+            text = read_bytes(self.client, self.bucket, key)
+        except StoreError:
+            if exists(self.client, self.bucket, key):
+                raise
+            return None
+        return parse_manifest(text, format_uri(self.bucket, f"{self.prefix}/{folder}"))
+
+    def _failed(self, folder: str, version: str) -> Facts:
+        text = self._report(folder)
+        if text is None:
+            return Facts(version=version, state="broken", problem=f"its {REPORT} is too large")
+        return read_failed(version, text)
+
+    def _report(self, folder: str) -> bytes | None:
+        """The executed notebook; None if there is none of a size that can be."""
+        name = f"{folder}/{REPORT}"
+        if not self.has(name) or self._size(name) > _MAX_REPORT_BYTES:
+            return None
+        return read_bytes(self.client, self.bucket, f"{self.prefix}/{name}")
+
+    def review_of(self, name: str) -> _Review | None:
+        """A review record; None if it can't be read."""
+        return self._parsed(_Review, f"{self.prefix}/{name}")
+
+    def move_of(self, key: str) -> Move | None:
+        """An entry of an alias's log; None if it can't be read or belongs elsewhere."""
+        move = self._parsed(Move, key)
+        if move is None or key.split("/")[1:3] == [move.model_name, move.alias]:
+            return move
+        log.warning("left out, it is an entry of another log", key=shown(key))
+        return None
+
+    def _parsed(self, model: type[_Model], key: str) -> _Model | None:
+        text = read_bytes(self.client, self.bucket, key, limit=_MAX_RECORD_BYTES)
+        try:
+            return model.model_validate_json(text)
+        except ValidationError as error:
+            log.warning("left out, it can't be read", key=shown(key), problems=error.error_count())
+            return None
+
+    def read_kept(self) -> _Kept:
+        """What was kept last time; nothing if there is none, or of another form."""
+        if not self.has(KEPT):
+            return _Kept()
+        try:
+            text = read_bytes(self.client, self.bucket, f"{self.prefix}/{KEPT}")
+            return _Kept.model_validate_json(text)
+        except ValidationError:
+            return _Kept()
+
+    def write_kept(self, kept: _Kept) -> None:
+        """Keep it for the next call, where that is allowed."""
+        text = kept.model_dump_json().encode()
+        key = f"{self.prefix}/{KEPT}"
+        try:
+            upload_bytes(self.client, text, self.bucket, key, content_type="application/json")
+        except StoreError as error:
+            log.warning("not kept, the next gallery reads all again", reason=str(error))

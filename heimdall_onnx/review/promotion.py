@@ -1,0 +1,512 @@
+"""Promotion and rollback: a release that verifies gets an alias, on a reviewer's word and in a log.
+
+No version is ever deleted or changed; what moves is the alias, and every move leaves a record
+beside the report of the release that it points at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from heimdall_onnx.archive.aliases import Move, append_move, follow_log, logged_aliases, read_log
+from heimdall_onnx.archive.content import fetch_content, open_kept
+from heimdall_onnx.archive.find import released_signature
+from heimdall_onnx.archive.manifest import REPORT, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.archive.mlflow_page import add_review, review_line
+from heimdall_onnx.archive.verify import (
+    REVIEW_TAG,
+    Finding,
+    differences,
+    require_verified,
+    verify_release,
+)
+from heimdall_onnx.common.environment import capture_environment
+from heimdall_onnx.common.errors import (
+    NotRegisteredError,
+    ParameterError,
+    PromotionError,
+    RegistryError,
+    ServiceError,
+    StoreError,
+    VerificationError,
+)
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import MODEL, check_parameters
+from heimdall_onnx.common.signals import uninterrupted
+from heimdall_onnx.data.dataset.dataset import Dataset
+from heimdall_onnx.report.rendering import Decision, render_html
+from heimdall_onnx.review.compare.head_to_head import (
+    HeadToHead,
+    Limits,
+    compare_models,
+    verdict_reasons,
+)
+from heimdall_onnx.services.store import (
+    content_type,
+    delete_objects,
+    download_file,
+    format_uri,
+    to_json,
+    upload_bytes,
+)
+
+if TYPE_CHECKING:
+    from heimdall_onnx.archive.signing import Trust
+    from heimdall_onnx.services.connection import Connection
+
+log = get_logger(__name__)
+
+_MAX_NAME, _MAX_NOTE = 200, 10_000
+
+
+@dataclass(frozen=True)
+class Review:
+    """An alias that was moved, and on what grounds.
+
+    Attributes:
+        action: ``"promote"`` or ``"rollback"``.
+        model_name: Registered model.
+        alias: The alias.
+        version: The version that it points at now.
+        release: That version's release folder.
+        previous: The version that it pointed at before, or None.
+        reviewer: Who decided.
+        note: Why.
+        record_uri: The review record.
+        page_uri: The report with who has decided about it at its head; None if it could not be
+            kept.
+        findings: Everything that was verified.
+        comparison: How it compares with the version before; None where that was not asked for.
+    """
+
+    action: Literal["promote", "rollback"]
+    model_name: str
+    alias: str
+    version: str
+    release: str
+    previous: str | None
+    reviewer: str
+    note: str
+    record_uri: str
+    page_uri: str | None
+    findings: tuple[Finding, ...] = field(repr=False)
+    comparison: HeadToHead | None = None
+
+
+def promote_release(
+    connection: Connection,
+    folder_uri: str,
+    *,
+    alias: str,
+    reviewer: str,
+    note: str,
+    limits: Limits | None = None,
+    compare: bool = True,
+    trust: Trust | None = None,
+) -> Review:
+    """Verify a release again, compare it with the version that holds the alias, and move the alias.
+
+    Args:
+        connection: Store and registry.
+        folder_uri: ``s3://bucket/prefix/version``.
+        alias: The alias, e.g. ``"production"``.
+        reviewer: Who decides.
+        note: Why.
+        limits: How much worse it may be than the version that it replaces.
+        compare: Whether to compare both on the candidate's evaluation data.
+        trust: Whose signature it must have; what the settings name by default.
+
+    Raises:
+        ParameterError: If alias, reviewer or note can't be used.
+        PromotionError: With every reason that speaks against it; nothing is changed then.
+        VerificationError: If there is no such release.
+        ServiceError: If a service can't be reached or refuses.
+    """
+    _check_words(reviewer, note)
+    check_parameters({"alias": alias})
+    limits = limits or Limits()
+    manifest = read_manifest(connection.client, folder_uri)
+    name, version = manifest.model_name, manifest.model_version
+    # Before anything is looked at: a move that comes after this look is somebody else's.
+    number = _last_number(connection, manifest.bucket, name, alias)
+    holder = connection.tracker.alias_target(name, alias)
+    findings = verify_release(connection, manifest, trust=trust)
+    reasons = differences(findings)
+    verified = not reasons
+    reasons += verdict_reasons(manifest.verdict, limits)
+    if holder == version:
+        reasons.append(f"version {version} holds the alias {alias} already")
+    comparison = None
+    # What does not verify is not run.
+    if compare and verified and holder != version:
+        comparison = _compare(connection, manifest, holder, limits)
+        reasons += [str(ratio) for ratio in comparison.ratios if not ratio.holds]
+    if reasons:
+        raise PromotionError(
+            f"{manifest.uri} is not promoted to {alias}:\n  - " + "\n  - ".join(reasons)
+        )
+    return _move(
+        connection,
+        manifest,
+        action="promote",
+        alias=alias,
+        previous=holder,
+        reviewer=reviewer,
+        note=note,
+        findings=findings,
+        comparison=comparison,
+        limits=limits,
+        after=number,
+    )
+
+
+def roll_back(
+    connection: Connection,
+    bucket: str,
+    model_name: str,
+    *,
+    alias: str,
+    reviewer: str,
+    note: str,
+    version: str | None = None,
+    trust: Trust | None = None,
+) -> Review:
+    """Point an alias back at a version that it pointed at before, if that still verifies.
+
+    Args:
+        connection: Store and registry.
+        bucket: Bucket of the releases.
+        model_name: Registered model.
+        alias: The alias.
+        reviewer: Who decides.
+        note: Why.
+        version: The version to go back to; the one before the present one by default. Going back
+            twice goes two versions back.
+        trust: Whose signature it must have; what the settings name by default.
+
+    Raises:
+        ParameterError: If reviewer or note can't be used.
+        PromotionError: If there is nothing to go back to, or what there is does not verify.
+        VerificationError: If the alias's log can't be read.
+        ServiceError: If a service can't be reached or refuses.
+    """
+    _check_words(reviewer, note)
+    moves = read_log(connection.client, bucket, model_name, alias)
+    holder = connection.tracker.alias_target(model_name, alias)
+    if moves and moves[-1].version != holder:
+        raise PromotionError(
+            f"the alias {alias} of {model_name} points at version {holder or 'none'}, its log says "
+            f"{moves[-1].version or 'none'}; run `heimdall-onnx doctor` first"
+        )
+    there = {one.version for one in connection.tracker.versions(model_name)}
+    if version is None:
+        earlier = [one for one in _held(moves)[:-1] if one in there]
+        if not earlier:
+            raise PromotionError(
+                f"the alias {alias} of {model_name} has no version to go back to; its log has "
+                f"{len(moves)} moves in bucket {bucket}"
+            )
+        version = earlier[-1]
+    else:
+        ever = {moves[0].previous, *(move.version for move in moves)} if moves else set()
+        known = sorted((one for one in ever - {holder} if one in there), key=int)
+        if version not in known:
+            raise PromotionError(
+                f"the alias {alias} of {model_name} has not pointed at version {version} before; "
+                f"it has at {', '.join(known) or 'none'} (use promote for another one)"
+            )
+    try:
+        source = connection.tracker.get_version(model_name, version).source
+        manifest = read_manifest(connection.client, source)
+        if (manifest.model_name, manifest.model_version) != (model_name, version):
+            raise VerificationError(
+                f"{source} is a release of {manifest.model_name} version {manifest.model_version}"
+            )
+        findings = verify_release(connection, manifest, trust=trust)
+    except (VerificationError, NotRegisteredError) as error:
+        raise PromotionError(
+            f"{model_name} version {version} can't be gone back to: {error}"
+        ) from error
+    if reasons := differences(findings):
+        raise PromotionError(
+            f"{model_name} version {version} can't be gone back to, it does not verify:\n  - "
+            + "\n  - ".join(reasons)
+        )
+    return _move(
+        connection,
+        manifest,
+        action="rollback",
+        alias=alias,
+        previous=holder,
+        reviewer=reviewer,
+        note=note,
+        findings=findings,
+        comparison=None,
+        limits=None,
+        after=moves[-1].number,
+    )
+
+
+@dataclass(frozen=True)
+class AliasHistory:
+    """Where an alias pointed, and where it points.
+
+    Attributes:
+        alias: The alias.
+        moves: Every move, oldest first.
+        points_at: The version that MLflow's alias points at; None for none.
+        problem: Why the log can't be believed, or that MLflow does not follow it; empty if all is
+            well.
+    """
+
+    alias: str
+    moves: tuple[Move, ...]
+    points_at: str | None
+    problem: str
+
+
+def alias_history(connection: Connection, bucket: str, model_name: str) -> tuple[AliasHistory, ...]:
+    """The history of every alias of a model.
+
+    Raises:
+        ServiceError: If a service can't be reached or refuses.
+    """
+    there = connection.tracker.aliases(model_name)
+    logged = logged_aliases(connection.client, bucket, model_name)
+    return tuple(
+        _history(connection, bucket, model_name, alias, there.get(alias))
+        for alias in sorted({*logged, *there})
+    )
+
+
+def _history(
+    connection: Connection, bucket: str, model_name: str, alias: str, points_at: str | None
+) -> AliasHistory:
+    try:
+        moves = read_log(connection.client, bucket, model_name, alias)
+    except VerificationError as error:
+        return AliasHistory(alias, (), points_at, str(error))
+    expected = moves[-1].version if moves else None
+    problem = ""
+    if not moves:
+        problem = f"it points at version {points_at}, which no entry of a log says"
+    elif points_at != expected:
+        problem = f"its log says version {expected or 'none'}, MLflow {points_at or 'none'}"
+    return AliasHistory(alias, moves, points_at, problem)
+
+
+def _held(moves: Sequence[Move]) -> list[str]:
+    """The versions to go back through, the present one last."""
+    held: list[str] = [moves[0].previous] if moves and moves[0].previous else []
+    for move in moves:
+        if move.version is None:
+            held.clear()
+            continue
+        if move.action in ("rollback", "withdraw") and move.version in held:
+            del held[held.index(move.version) + 1 :]
+        else:
+            held = [one for one in held if one != move.version] + [move.version]
+    return held
+
+
+def _compare(
+    connection: Connection, manifest: Manifest, holder: str | None, limits: Limits
+) -> HeadToHead:
+    if holder is None:
+        return HeadToHead(None, "", (), ("nothing holds the alias yet",))
+    client, name = connection.client, manifest.model_name
+    try:
+        theirs = read_manifest(client, connection.tracker.get_version(name, holder).source)
+        # What does not verify is not run, and is no measure for anything.
+        require_verified(verify_release(connection, theirs, content=False), theirs.uri)
+    except (VerificationError, NotRegisteredError) as error:
+        return HeadToHead(holder, "", (), (f"version {holder} does not verify: {error}",))
+    with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
+        models = [
+            _fetch_model(connection, one, Path(folder) / f"{one.model_version}-{side}")
+            for side, one in enumerate((manifest, theirs))
+        ]
+        content = manifest.content_of("evaluation_data")
+        data: Path | Dataset | None = None
+        if manifest.dataset is not None:
+            data = open_kept(client, manifest.dataset)
+        elif content is not None:
+            data = fetch_content(client, manifest.bucket, content, Path(folder))
+        signature = released_signature(manifest)
+        return compare_models(models[0], models[1], data, signature, limits, version=holder)
+
+
+def _fetch_model(connection: Connection, manifest: Manifest, folder: Path) -> Path:
+    folder.mkdir()
+    for name, entry in manifest.model_files.items():
+        download_file(
+            connection.client, manifest.bucket, entry.key, folder / name, sha256=entry.sha256
+        )
+    return folder / MODEL
+
+
+def _move(connection: Connection, manifest: Manifest, **decision: Any) -> Review:
+    """A signal waits for the end: a decision that is half written is none."""
+    with uninterrupted():
+        return _write_down(connection, manifest, **decision)
+
+
+def _write_down(
+    connection: Connection,
+    manifest: Manifest,
+    *,
+    action: Literal["promote", "rollback"],
+    alias: str,
+    previous: str | None,
+    reviewer: str,
+    note: str,
+    findings: tuple[Finding, ...],
+    comparison: HeadToHead | None,
+    limits: Limits | None,
+    after: int,
+) -> Review:
+    """Review record, entry of the log, alias: each only after the one before."""
+    name, version, now = manifest.model_name, manifest.model_version, datetime.now(UTC)
+    record = to_json(
+        {
+            "schema_version": 1,
+            # Two who decide the same in one second have decided twice.
+            "id": secrets.token_hex(8),
+            "action": action,
+            "model_name": name,
+            "model_version": version,
+            "release": manifest.uri,
+            "manifest_sha256": manifest.sha256,
+            "alias": alias,
+            "previous": previous,
+            "reviewer": reviewer,
+            "note": note,
+            "time": now.isoformat(timespec="seconds"),
+            "verified": [finding.what for finding in findings],
+            "comparison": comparison and comparison.to_dict(),
+            "limits": limits and vars(limits),
+            "environment": capture_environment().to_dict(),
+        }
+    )
+    digest, stamp = hashlib.sha256(record).hexdigest(), f"{now:%Y%m%d_%H%M%S}_{action}"
+    key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.json"
+    tag = f"{REVIEW_TAG}{stamp}_{digest[:12]}"
+    upload_bytes(
+        connection.client, record, manifest.bucket, key, content_type=content_type("review.json")
+    )
+    connection.tracker.set_version_tags(name, version, {tag: digest})
+    try:
+        append_move(
+            connection.client,
+            manifest.bucket,
+            model_name=name,
+            alias=alias,
+            action=action,
+            version=version,
+            release=manifest.uri,
+            previous=previous,
+            by=reviewer,
+            note=note,
+            after=after,
+        )
+    except PromotionError:
+        # Of two who decide at once only one has decided. Where a reviewer may not delete, the
+        # record stays as one that was not completed.
+        connection.tracker.delete_version_tag(name, version, tag)
+        with contextlib.suppress(StoreError):
+            delete_objects(connection.client, manifest.bucket, [key])
+        raise
+    follow_log(connection.client, manifest.bucket, connection.tracker, name, alias)
+    log.info("alias moved", alias=alias, model_name=name, version=version, previous=previous)
+    line = review_line(action, alias, reviewer=reviewer, note=note, at=now, previous=previous)
+    try:
+        described = connection.tracker.get_version(name, version).description
+        connection.tracker.describe_version(name, version, add_review(described, line))
+    except RegistryError as error:
+        # The decision is made and recorded; this is only where MLflow shows it.
+        log.warning("review not shown in MLflow", model_name=name, reason=str(error))
+    return Review(
+        action=action,
+        model_name=name,
+        alias=alias,
+        version=version,
+        release=manifest.uri,
+        previous=previous,
+        reviewer=reviewer,
+        note=note,
+        record_uri=format_uri(manifest.bucket, key),
+        page_uri=_store_page(connection, manifest, stamp),
+        findings=findings,
+        comparison=comparison,
+    )
+
+
+def _store_page(connection: Connection, manifest: Manifest, stamp: str) -> str | None:
+    """Store the report with who has decided about it at its head, so that it alone says so.
+
+    The decision is made and recorded: that its page can't be made changes nothing of it.
+    """
+    try:
+        page = _page(connection, manifest)
+        digest = hashlib.sha256(page).hexdigest()
+        key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.html"
+        kind = content_type("review.html")
+        upload_bytes(connection.client, page, manifest.bucket, key, content_type=kind)
+        tags = {f"{REVIEW_TAG}{stamp}_{digest[:12]}": digest}
+        connection.tracker.set_version_tags(manifest.model_name, manifest.model_version, tags)
+    except (ServiceError, VerificationError) as error:
+        log.warning("page of the decision not kept", release=manifest.uri, reason=str(error))
+        return None
+    return format_uri(manifest.bucket, key)
+
+
+def _page(connection: Connection, manifest: Manifest) -> bytes:
+    client, bucket, entry = connection.client, manifest.bucket, manifest.objects.get(REPORT)
+    if entry is None:
+        raise VerificationError(f"{manifest.uri} has no {REPORT}")
+    # What the logs do not have was not decided.
+    moves = [
+        move
+        for alias in logged_aliases(client, bucket, manifest.model_name)
+        for move in read_log(client, bucket, manifest.model_name, alias)
+        if move.release == manifest.uri and move.action in ("promote", "rollback")
+    ]
+    decisions = [
+        Decision(move.action, move.alias, move.by, move.note, datetime.fromisoformat(move.time))
+        for move in sorted(moves, key=lambda move: move.time)
+    ]
+    with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
+        path = Path(folder) / REPORT
+        download_file(client, bucket, entry.key, path, sha256=entry.sha256)
+        title = f"{manifest.model_name} {manifest.version}"
+        return render_html(path, title, decisions).read_bytes()
+
+
+def _last_number(connection: Connection, bucket: str, name: str, alias: str) -> int:
+    moves = read_log(connection.client, bucket, name, alias)
+    return moves[-1].number if moves else 0
+
+
+def _check_words(reviewer: str, note: str) -> None:
+    problems = list(_word_problems(reviewer, note))
+    if problems:
+        raise ParameterError("; ".join(problems))
+
+
+def _word_problems(reviewer: str, note: str) -> Iterator[str]:
+    if not reviewer.strip() or len(reviewer) > _MAX_NAME or not reviewer.isprintable():
+        yield f"the reviewer must be a name of 1 to {_MAX_NAME} printable characters on one line"
+    inert = note.replace("\n", " ").replace("\t", " ")
+    if not note.strip() or len(note) > _MAX_NOTE or not inert.isprintable():
+        yield (
+            f"the note must say why, in 1 to {_MAX_NOTE} characters; of those that can't be "
+            "printed, only line breaks and tabs are taken"
+        )

@@ -1,0 +1,1 @@
+"""A release made again from what it records, and held against it."""

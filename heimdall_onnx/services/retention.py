@@ -1,0 +1,169 @@
+"""Bucket versioning and Object Lock, where the store has them: what is released stays.
+
+Source: Amazon S3 API, PutBucketVersioning, PutObjectLockConfiguration and PutObjectRetention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import ClientError
+
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.services.client import error_code, store_errors
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+log = get_logger(__name__)
+
+# What stores answer that have no such thing, or not for this bucket or for this key.
+_LACKING = {
+    "NotImplemented",
+    "MethodNotAllowed",
+    "InvalidRequest",
+    "InvalidBucketState",
+    "ObjectLockConfigurationNotFoundError",
+    "AccessDenied",
+    "501",
+    "405",
+}
+
+
+@dataclass(frozen=True)
+class Protection:
+    """How a store keeps the objects of a release.
+
+    Attributes:
+        versioning: Whether the bucket keeps what is deleted or replaced.
+        retained_until: Until when the store refuses to delete them (UTC, ISO 8601); None if it
+            does not refuse.
+        note: What was asked for and could not be had; empty if nothing.
+    """
+
+    versioning: bool
+    retained_until: str | None
+    note: str = ""
+
+    @property
+    def until(self) -> datetime | None:
+        """`retained_until` as a time."""
+        return datetime.fromisoformat(self.retained_until) if self.retained_until else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable copy."""
+        return asdict(self)
+
+
+def prepare_bucket(
+    client: S3Client, bucket: str, *, versioning: bool, retention_days: int
+) -> Protection:
+    """Turn on what was asked for, as far as the store has it.
+
+    Args:
+        client: Client of the store.
+        bucket: Bucket, which must exist.
+        versioning: Keep what is deleted or replaced; retention brings it along.
+        retention_days: Days for which objects can't be deleted; 0 for no retention.
+
+    Raises:
+        StoreError: If the store can't be reached, or refuses for another reason than having none.
+    """
+    missing = []
+    # Looked at first: who may release need not be allowed to change the bucket.
+    if (versioning or retention_days) and not _is_versioned(client, bucket):
+        missing += _try(
+            client,
+            f"turn on versioning of {bucket}",
+            lambda: client.put_bucket_versioning(
+                Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
+            ),
+        )
+    if retention_days and not missing and not _is_locked(client, bucket):
+        missing += _try(
+            client,
+            f"turn on Object Lock of {bucket}",
+            lambda: client.put_object_lock_configuration(
+                Bucket=bucket, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled"}
+            ),
+        )
+    until = None
+    if retention_days and not missing:
+        until = datetime.now(UTC) + timedelta(days=retention_days)
+    return Protection(
+        versioning=_is_versioned(client, bucket),
+        retained_until=until.isoformat(timespec="seconds") if until else None,
+        note="; ".join(missing),
+    )
+
+
+def retain(client: S3Client, bucket: str, keys: Iterable[str], protection: Protection) -> None:
+    """Have the store keep objects as long as ``protection`` says.
+
+    Governance mode: who has the permission ``s3:BypassGovernanceRetention`` can end it early.
+
+    Raises:
+        StoreError: If the store can't be reached or refuses.
+    """
+    until = protection.until
+    if until is None:
+        return
+    for key in keys:
+        # Content is shared: another release may keep it for longer, which can't be shortened.
+        if (kept := _kept_until(client, bucket, key)) is not None and kept >= until:
+            continue
+        with store_errors(client, f"retain s3://{bucket}/{key}"):
+            client.put_object_retention(
+                Bucket=bucket,
+                Key=key,
+                Retention={"Mode": "GOVERNANCE", "RetainUntilDate": until},
+            )
+
+
+def _kept_until(client: S3Client, bucket: str, key: str) -> datetime | None:
+    with store_errors(client, f"look at the retention of s3://{bucket}/{key}"):
+        try:
+            found = client.get_object_retention(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error_code(error) in {"NoSuchObjectLockConfiguration", "404"} | _LACKING:
+                return None
+            raise
+    return found.get("Retention", {}).get("RetainUntilDate")
+
+
+def _is_locked(client: S3Client, bucket: str) -> bool:
+    with store_errors(client, f"look at the Object Lock of {bucket}"):
+        try:
+            found = client.get_object_lock_configuration(Bucket=bucket)
+        except ClientError as error:
+            if error_code(error) in _LACKING:
+                return False
+            raise
+    return found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") == "Enabled"
+
+
+def _is_versioned(client: S3Client, bucket: str) -> bool:
+    with store_errors(client, f"look at the versioning of {bucket}"):
+        try:
+            return client.get_bucket_versioning(Bucket=bucket).get("Status") == "Enabled"
+        except ClientError as error:
+            if error_code(error) in _LACKING:
+                return False
+            raise
+
+
+def _try(client: S3Client, doing: str, call: Callable[[], object]) -> list[str]:
+    """What the store says it has not; nothing if it did as it was told."""
+    with store_errors(client, doing):
+        try:
+            call()
+        except ClientError as error:
+            if error_code(error) not in _LACKING:
+                raise
+            reason = f"the store could not {doing}: {error_code(error)}"
+            log.warning("not protected", reason=reason)
+            return [reason]
+    return []

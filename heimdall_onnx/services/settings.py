@@ -1,0 +1,217 @@
+"""Configuration from the environment and, if there is one, a ``.env`` file.
+
+Only the outermost callers (command line, runner, notebook) read settings; every step takes plain
+arguments. Secrets are `SecretStr`, so that printing a `Settings` never shows them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from dotenv import find_dotenv
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from heimdall_onnx.common.errors import SettingsError
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+class Credentials(NamedTuple):
+    """What signs a request to the store."""
+
+    access_key_id: SecretStr
+    secret_access_key: SecretStr
+    session_token: SecretStr | None = None
+
+
+class Settings(BaseSettings):
+    """Where the services are and how to talk to them.
+
+    Attributes:
+        mlflow_tracking_uri: ``http(s)://…``, ``sqlite:///…`` or ``postgresql://…``; None means
+            SQLite below ``home``.
+        s3_endpoint_url: The S3 store; None means that the embedded store is started.
+        s3_access_key_id: With ``s3_secret_access_key``, the store's credentials; see
+            `credentials` for what takes their place.
+        s3_secret_access_key: Its other half.
+        aws_access_key_id: With the next two, the usual AWS variables.
+        aws_secret_access_key: Its other half.
+        aws_session_token: Of temporary credentials.
+        artifact_uri: Where MLflow keeps the artifacts of new experiments.
+        experiment_name: MLflow experiment of the release runs.
+        home: Folder of the embedded services and of local working files.
+        recordings: Folder with real recordings, for tests and measurements.
+        signing_key: Private key (PEM) that signs releases; None leaves them unsigned.
+        signing_key_password: Its password, if it has one.
+        signing_certificate: The key's certificate (PEM), to sign with a certificate.
+        signing_certificate_chain: The certificates (PEM) between that one and its root.
+        public_key: The signer's public key (PEM), which releases are checked against.
+        trusted_certificates: Root certificates (PEM), the same for signatures with a certificate.
+        versioning: Make buckets of releases with versioning and Object Lock.
+        retention_days: Days for which the store keeps a release's objects from being deleted.
+    """
+
+    # Compose files and CI systems pass what is not set as an empty string.
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, env_ignore_empty=True)
+
+    mlflow_tracking_uri: SecretStr | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
+    s3_endpoint_url: str | None = Field(None, validation_alias="MLFLOW_S3_ENDPOINT_URL")
+    s3_access_key_id: SecretStr | None = Field(None, validation_alias="MLFLOW_S3_ACCESS_KEY_ID")
+    s3_secret_access_key: SecretStr | None = Field(
+        None, validation_alias="MLFLOW_S3_SECRET_ACCESS_KEY"
+    )
+    aws_access_key_id: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
+    aws_secret_access_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
+    aws_session_token: SecretStr | None = Field(None, validation_alias="AWS_SESSION_TOKEN")
+    artifact_uri: str = Field("s3://heimdall-mlflow", validation_alias="MLFLOW_ARTIFACT_URI")
+    experiment_name: str = Field("heimdall-localization", validation_alias="MLFLOW_EXPERIMENT_NAME")
+    home: Path = Field(Path(".heimdall"), validation_alias="HEIMDALL_HOME")
+    recordings: Path | None = Field(None, validation_alias="HEIMDALL_RECORDINGS")
+    signing_key: Path | None = Field(None, validation_alias="HEIMDALL_SIGNING_KEY")
+    signing_key_password: SecretStr | None = Field(
+        None, validation_alias="HEIMDALL_SIGNING_KEY_PASSWORD"
+    )
+    signing_certificate: Path | None = Field(None, validation_alias="HEIMDALL_SIGNING_CERTIFICATE")
+    signing_certificate_chain: Path | None = Field(
+        None, validation_alias="HEIMDALL_SIGNING_CERTIFICATE_CHAIN"
+    )
+    public_key: Path | None = Field(None, validation_alias="HEIMDALL_PUBLIC_KEY")
+    trusted_certificates: Path | None = Field(
+        None, validation_alias="HEIMDALL_TRUSTED_CERTIFICATES"
+    )
+    versioning: bool = Field(False, validation_alias="HEIMDALL_VERSIONING")
+    retention_days: int = Field(0, ge=0, le=36500, validation_alias="HEIMDALL_RETENTION_DAYS")
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        # The notebook's kernel may run in another folder than the command that started it.
+        try:
+            return value.expanduser().absolute()
+        except RuntimeError as error:
+            raise ValueError("names the home folder of a user that does not exist") from error
+
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _without_password(cls, value: str | None) -> str | None:
+        # Libraries repeat the address in their errors, and S3 signs with keys, never with these.
+        if "@" in (value or ""):
+            raise ValueError(
+                "must not hold a user name or a password; set MLFLOW_S3_ACCESS_KEY_ID and "
+                "MLFLOW_S3_SECRET_ACCESS_KEY"
+            )
+        return value
+
+    @property
+    def tracking_uri(self) -> SecretStr:
+        """The tracking address as SQLAlchemy and MLflow need it; it may hold a password."""
+        if self.mlflow_tracking_uri is None:
+            return SecretStr(f"sqlite:///{self.home / 'mlflow.db'}")
+        return SecretStr(with_driver(self.mlflow_tracking_uri.get_secret_value()))
+
+    @property
+    def credentials(self) -> Credentials | None:
+        """The store's credentials; None leaves the choice to boto3's chain (profile, role).
+
+        That is the pair that begins with ``MLFLOW_S3_``, else the one that begins with ``AWS_``
+        and its token; halves of two pairs are never put together.
+
+        Raises:
+            SettingsError: If only one half of a pair is set.
+        """
+        for prefix, key_id, secret, token in (
+            ("MLFLOW_S3", self.s3_access_key_id, self.s3_secret_access_key, None),
+            ("AWS", self.aws_access_key_id, self.aws_secret_access_key, self.aws_session_token),
+        ):
+            if key_id and secret:
+                return Credentials(key_id, secret, token)
+            if key_id or secret:
+                raise SettingsError(
+                    f"{prefix}_ACCESS_KEY_ID and {prefix}_SECRET_ACCESS_KEY must be set together; "
+                    "only one of them is"
+                )
+        return None
+
+    @classmethod
+    def load(cls) -> Settings:
+        """Read the environment and the nearest ``.env`` file, here or in a folder above.
+
+        Raises:
+            SettingsError: With every variable that can't be used; values are not repeated, since
+                they may be secrets.
+        """
+        try:
+            return cls(_env_file=find_dotenv(usecwd=True) or None)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}"
+                for e in error.errors(include_input=False)
+            )
+            raise SettingsError(
+                f"the environment can't be used as configuration: {problems}"
+            ) from None
+
+    def apply(self) -> None:
+        """Put every setting into the environment.
+
+        Child processes inherit it from there, and MLflow's own S3 client finds the store's
+        address and credentials, and no proxy in front of a store on this machine.
+
+        Raises:
+            SettingsError: If only one half of a pair of credentials is set.
+        """
+        credentials = self.credentials
+        os.environ |= {
+            "MLFLOW_TRACKING_URI": self.tracking_uri.get_secret_value(),
+            "MLFLOW_ARTIFACT_URI": self.artifact_uri,
+            "MLFLOW_EXPERIMENT_NAME": self.experiment_name,
+            "HEIMDALL_HOME": str(self.home),
+        }
+        if self.s3_endpoint_url is not None:
+            os.environ["MLFLOW_S3_ENDPOINT_URL"] = self.s3_endpoint_url
+        bypass_proxy(self.s3_endpoint_url or "")
+        if credentials is not None:
+            # Nothing stays of another pair, nor a token of other credentials.
+            ours = self.s3_access_key_id is not None
+            for name, value in (
+                ("MLFLOW_S3_ACCESS_KEY_ID", credentials.access_key_id if ours else None),
+                ("MLFLOW_S3_SECRET_ACCESS_KEY", credentials.secret_access_key if ours else None),
+                ("AWS_ACCESS_KEY_ID", credentials.access_key_id),
+                ("AWS_SECRET_ACCESS_KEY", credentials.secret_access_key),
+                ("AWS_SESSION_TOKEN", credentials.session_token),
+            ):
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value.get_secret_value()
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is one of this machine; one that can't be read is not."""
+    try:
+        return urlsplit(address).hostname in LOOPBACK_HOSTS
+    except ValueError:
+        return False
+
+
+def bypass_proxy(address: str) -> None:
+    """Let no proxy of the environment stand before an address of this machine."""
+    if is_loopback(address):
+        beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        hosts = (*filter(None, beside.split(",")), *LOOPBACK_HOSTS)
+        os.environ["no_proxy"] = ",".join(dict.fromkeys(hosts))
+
+
+def with_driver(uri: str) -> str:
+    """Name the PostgreSQL driver in a tracking address.
+
+    SQLAlchemy 2.1 reads a bare ``postgresql://`` as psycopg 3; MLflow's servers ship psycopg2.
+    """
+    for scheme in ("postgresql://", "postgres://"):
+        if uri.startswith(scheme):
+            return "postgresql+psycopg2://" + uri.removeprefix(scheme)
+    return uri

@@ -1,0 +1,90 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from heimdall_onnx.common import processes as orphans
+from heimdall_onnx.common.errors import BenchmarkError, DataError, EvidenceError
+from heimdall_onnx.common.processes import process_apart
+
+
+def double(values):
+    return os.getpid(), 2 * values
+
+
+def refuse(words):
+    raise DataError(words)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_work_is_done_by_one_other_process():
+    with process_apart() as apart:
+        (first, values), (second, _) = apart(double, np.arange(3)), apart(double, values=np.ones(1))
+        assert values.tolist() == [0, 2, 4]
+        assert first == second != os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+def test_its_errors_are_raised_here():
+    with process_apart() as apart:
+        with pytest.raises(DataError, match="found nothing"):
+            apart(refuse, "found nothing")
+        assert apart(double, 1)[1] == 2
+
+
+def test_a_process_that_dies_is_named_with_what_it_did():
+    with process_apart() as apart:
+        with pytest.raises(BenchmarkError, match="process of die ended"):
+            apart(die)
+        # What comes next is not its fault.
+        assert apart(double, 1)[1] == 2
+    assert issubclass(BenchmarkError, EvidenceError)
+
+
+def test_what_is_under_way_ends_with_the_block():
+    started = time.monotonic()
+    with process_apart() as apart:
+        apart(double, 1)
+        apart._pool.submit(time.sleep, 60)
+    assert time.monotonic() - started < 30
+
+
+CHILD = "import os, time; from heimdall_onnx.common.processes import end_with; "
+
+
+def test_child_ends_when_its_parent_is_killed():
+    child = f"{CHILD}end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(600)"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True
+    ) as process:
+        orphan = psutil.Process(int(process.stdout.readline()))
+        assert orphan.ppid() == process.pid
+        process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs([orphan], timeout=10)
+    assert alive == []
+
+
+def test_child_ends_when_its_parent_had_ended_before_it_looked():
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
+        pass
+    code = f"{CHILD}end_with({ended.pid}); time.sleep(600)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 1
+
+
+def test_nothing_is_watched_where_the_system_can_not(monkeypatch):
+    def refused(pid):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    monkeypatch.setattr(orphans.threading, "Thread", lambda **_: pytest.fail("a thread"))
+    orphans.end_with(os.getppid())

@@ -1,0 +1,85 @@
+"""Signals, raised for real in this process."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_put_back():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@BOTH
+def test_first_signal_interrupts_and_the_next_do_not(number):
+    steps = []
+
+    def work():
+        try:
+            signal.raise_signal(number)
+            steps.append("not reached")
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            steps.append("taken back")
+
+    with pytest.raises(KeyboardInterrupt), first_signal_interrupts():
+        work()
+    assert steps == ["taken back"]
+
+
+@BOTH
+def test_block_goes_on_to_its_end_and_signals_count_again_after_it(number):
+    steps = []
+
+    def work():
+        with uninterrupted():
+            signal.raise_signal(number)
+            steps.append("ended")
+        signal.raise_signal(number)
+        steps.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt), first_signal_interrupts():
+        work()
+    assert steps == ["ended"]
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with first_signal_interrupts():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_process_started_meanwhile_hears_signals():
+    code = "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
+    with uninterrupted():
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout.strip() == b"True"
+
+
+def test_other_threads_do_without():
+    failed = []
+
+    def enter():
+        try:
+            with first_signal_interrupts(), uninterrupted():
+                pass
+        except ValueError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert failed == []

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from models import SmallNet
+
+from heimdall_onnx.evidence.latency.contenders import Contestant
+from heimdall_onnx.evidence.latency.statistics import paired_speedup
+from heimdall_onnx.evidence.variants import tuning
+from heimdall_onnx.evidence.variants.tuning import LATENCY, tune_session
+from heimdall_onnx.model.examples import generic_inputs
+from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.model.runtimes import SessionSettings
+
+
+@pytest.fixture
+def contestant(tmp_path):
+    path = tmp_path / "model.onnx"
+    export_model(SmallNet(), path, signature=SmallNet.signature, opset=14)
+    return Contestant("small", path, SessionSettings(threads=2))
+
+
+def tune(contestant):
+    signature = SmallNet.signature
+    return tune_session(
+        contestant,
+        generic_inputs(signature, 1),
+        signature,
+        purpose=LATENCY,
+        batch_size=1,
+        calls=12,
+    )
+
+
+def test_every_option_is_tried_and_only_proven_gains_stay(contestant):
+    found = tune(contestant)
+    assert [trial.option for trial in found.trials] == [
+        "threads = 1",
+        "spinning = False",
+        "level = extended",
+        "arena = False",
+        "prepacking = False",
+    ]
+    for trial in found.trials:
+        assert trial.kept == (trial.speedup.low > 1)
+        assert trial.speedup.pairs >= 6
+    kept = {trial.option for trial in found.trials if trial.kept}
+    assert (found.settings.threads == 1) == ("threads = 1" in kept)
+    assert found.settings.spinning == ("spinning = False" not in kept)
+
+
+def test_changes_that_help_add_up(contestant, monkeypatch):
+    # Two options help and three harm, whatever this machine thinks of them.
+    helps = {1: True, 2: False, 3: True, 4: False, 5: False}
+    turns = iter(helps)
+
+    def compare(*_):
+        gain = 1.5 if helps[next(turns)] else 0.7
+        return paired_speedup([np.full(3, gain)] * 6, [np.ones(3)] * 6)
+
+    monkeypatch.setattr(tuning, "_compare", compare)
+    found = tune(contestant)
+    assert found.settings == SessionSettings(threads=1, level="extended")
+    assert [trial.kept for trial in found.trials] == list(helps.values())
+
+
+def test_openvino_is_tuned_by_its_threads(contestant):
+    settings = SessionSettings(runtime="openvino", provider="CPU", threads=2)
+    found = tune(Contestant("small", contestant.path, settings))
+    assert [trial.option for trial in found.trials] == ["threads = 1"]

@@ -1,0 +1,358 @@
+"""Every code block of the README and every example of the command line, as a reader would type it.
+
+What takes minutes or what is not there is made small by the substitutions below and by nothing
+else. The recipes for continuous integration are run by `test_recipes.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from dotenv import dotenv_values
+
+from heimdall_onnx.cli.help import Command
+from heimdall_onnx.cli.main import main
+from heimdall_onnx.model.signature_file import read_signature_file
+from heimdall_onnx.release.fleet.plan import read_plan
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.embedded import ensure_store
+from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import list_keys
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+pytestmark = [pytest.mark.services, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+BUCKET = "heimdall-models"
+TEXT = (ROOT / "README.md").read_text()
+CI = "In continuous integration"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its text, and the heading that it stands below."""
+
+    text: str
+    heading: str
+
+
+def blocks() -> list[Block]:
+    found, heading = [], ""
+    for match in re.finditer(r"^#+ ([^\n]+)$|^```\w*\n(.*?)^```$", TEXT, re.M | re.S):
+        heading = match[1] or heading
+        if match[2] and heading != CI:
+            found.append(Block(match[2], heading))
+    return found
+
+
+def block(heading: str, start: str) -> str:
+    """The block below that heading that begins so."""
+    (found,) = [b.text for b in blocks() if b.heading == heading and b.text.startswith(start)]
+    return found
+
+
+def test_every_block_is_run_by_a_test():
+    calls = (n for n in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(n, ast.Call))
+    run = [
+        tuple(ast.literal_eval(a) for a in call.args)
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == "block"
+    ]
+    for one in blocks():
+        takers = [r for r in run if one.heading == r[0] and one.text.startswith(r[1])]
+        assert len(takers) == 1, f"{one.heading}: {one.text.splitlines()[0]}"
+    assert len(run) == len(blocks())
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A folder of somebody who follows the README, with services of its own."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def shell(self, script: str) -> str:
+        """Run a block as it stands, in bash, to the first line that fails; what it prints."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    def python(self, source: str, before: str = "") -> str:
+        """Run a block as a script in that folder."""
+        (self.folder / "script.py").write_text(f"{before}\n{source}")
+        return self.shell("python script.py")
+
+    @property
+    def client(self) -> S3Client:
+        return make_client(ensure_store(Settings(_env_file=None, HEIMDALL_HOME=self.home)))
+
+    @property
+    def home(self) -> Path:
+        return self.folder / ".heimdall"
+
+
+def own_release() -> str:
+    return block("Your own model", "heimdall-onnx release")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Iterator[Workshop]:
+    """The README up to the first release of the reader's own model."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    (folder / ".env").touch()  # one in a folder above is not theirs
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "AWS_"))}
+    environment = inherited | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": "",
+    }
+    made = Workshop(folder, environment)
+    model = block("Your own model", "# detector.py")
+    (folder / model.splitlines()[0].removeprefix("# ")).write_text(model)
+    made.python(block("Your own model", "import numpy"))
+    try:
+        made.shell(own_release())
+        yield made
+    finally:
+        made.shell("heimdall-onnx services down")
+
+
+@pytest.fixture(scope="module")
+def reviewed(workshop) -> Workshop:
+    """The same after a review."""
+    printed = workshop.shell(block("Promoting", "heimdall-onnx verify"))
+    assert "parity looked at" in printed
+    return workshop
+
+
+def test_the_two_commands_are_targets_of_make():
+    for line in block("Two commands", "make release").splitlines():
+        program, *targets = line.partition("#")[0].split()
+        assert program == "make"
+        subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_release_is_what_the_readme_draws(reviewed):
+    tree = block("What did just happen?", "s3://")
+    folder = json.loads(reviewed.shell("heimdall-onnx show detector/1"))["objects"][0]["key"]
+    folder = folder[: folder.index("/v") + 17]
+    there = {key.removeprefix(f"{folder}/") for key in list_keys(reviewed.client, BUCKET, folder)}
+    lines = [line for line in tree.splitlines() if line.startswith("  ")]
+    drawn = {word for line in lines for word in line[:34].split()} - {"…", "MLmodel"}
+    only_if_asked = {"variants/NAME/model.onnx", "model.sig"}
+    assert only_if_asked < drawn
+    for name in drawn - only_if_asked:
+        assert any(key.startswith(name.rstrip("…")) for key in there), name
+    for top in ("objects/", "aliases/"):
+        assert top in tree
+        assert list_keys(reviewed.client, BUCKET, top)
+
+
+def test_environment_of_make_lists_the_releases_and_serves_mlflow(workshop):
+    printed = workshop.shell(block("What did just happen?", ". .venv"))
+    assert re.search(r"^v\d{8}_\d{6}  pass", printed, re.M)
+    assert re.search(r"^mlflow +running +http://127\.0\.0\.1", printed, re.M)
+
+
+def test_addresses_of_services_are_read_from_the_file(tmp_path):
+    file = tmp_path / ".env"
+    file.write_text(block("Your own MinIO and MLflow", "MLFLOW"))
+    settings = Settings(_env_file=file)
+    assert settings.mlflow_tracking_uri.get_secret_value() == "https://mlflow.example.org"
+    assert settings.s3_endpoint_url == "https://minio.example.org"
+    assert [part.get_secret_value() for part in settings.credentials[:2]] == ["…", "…"]
+    assert {*dotenv_values(file)} < {
+        str(f.validation_alias) for f in Settings.model_fields.values()
+    }
+
+
+def test_two_releases_are_compared(reviewed):
+    reviewed.shell(own_release().replace("--profile quick", "--profile smoke -p opset 14"))
+    script = block("Reading a report", "heimdall-onnx compare").rstrip()
+    printed = reviewed.shell(f"{script} --calls 60")
+    assert re.search(r"^.* no gate changes", printed)
+    assert "stored" in printed
+
+
+def test_gallery_is_served(reviewed):
+    script = block("Reading a report", "heimdall-onnx gallery")
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {script}"],
+        cwd=reviewed.folder,
+        env=reviewed.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as served:
+        try:
+            address = next(line for line in served.stdout if "http://127.0.0.1" in line)
+            with urllib.request.urlopen(re.search(r"http://\S+", address)[0]) as page:
+                assert b"detector" in page.read()
+        finally:
+            served.terminate()
+            served.communicate(timeout=30)
+    assert served.returncode == 0
+
+
+def test_every_line_of_the_overview_is_a_command_with_its_options():
+    for line in block("The command line", "heimdall-onnx").splitlines():
+        words = line.partition("  #")[0].split()
+        assert words.pop(0) == "heimdall-onnx"
+        for group in _alternatives(words):
+            command: click.Command = main
+            rest = list(group)
+            while isinstance(command, click.Group):
+                command = command.commands[rest.pop(0)]
+            known = {o for p in command.params for o in [*p.opts, *p.secondary_opts]}
+            options = {word.strip("[]") for word in rest if word.strip("[").startswith("-")}
+            assert options <= known, line
+
+
+def _alternatives(words: list[str]) -> list[list[str]]:
+    """``services up|down`` is two commands."""
+    for place, word in enumerate(words):
+        if "|" in word:
+            return [[*words[:place], one, *words[place + 1 :]] for one in word.split("|")]
+    return [words]
+
+
+def test_signature_file_is_read(tmp_path):
+    (tmp_path / "net.signature.yaml").write_text(block("Signatures", "inputs:"))
+    signature = read_signature_file(tmp_path / "net.signature.yaml").signature
+    assert [spec.name for spec in signature.inputs] == ["receiver_features", "signal_mask"]
+
+
+@pytest.mark.thorough
+def test_dataset_is_made_trained_on_uploaded_and_evaluated(workshop):
+    quick = " --profile smoke -p opset 14"
+    script = block("Training", "# transmissions")
+    assert "--events 2000" in script
+    workshop.shell(f"{script.replace('2000', '24').rstrip()} --epochs 1 --alias trained{quick}")
+    (best,) = workshop.home.glob("training/*/best*.ckpt")
+    shutil.copy(best, workshop.folder / "best.ckpt")
+    script = block("Evaluation data", "heimdall-onnx data upload").rstrip()
+    workshop.shell(f"{script.replace('eval_workers 4', 'eval_workers 2')} --alias trained{quick}")
+
+
+def test_recommended_variant_and_model_are_opened(reviewed):
+    for source in (block("Variants", "import"), block("From Python", "import heimdall_onnx")):
+        printed = reviewed.python(f"{source}\nprint([i.name for i in session.get_inputs()])")
+        assert printed == "['image']\n"
+
+
+def test_model_is_served_in_a_process(reviewed):
+    images = 'import numpy as np\nimages = np.load("eval.npz")["image"][:3]\n'
+    assert reviewed.python(block("Serving a release", "from"), before=images).startswith("1 [[")
+
+
+@pytest.mark.thorough
+def test_model_is_served_by_mlflow(reviewed):
+    script = block("Serving a release", ". .venv")
+    settings = ensure_store(Settings(_env_file=None, HEIMDALL_HOME=reviewed.home))
+    registry = f"sqlite:///{reviewed.home / 'mlflow.db'}"
+    credentials = [part.get_secret_value() for part in settings.credentials[:2]]
+    for value in (registry, settings.s3_endpoint_url, *credentials):
+        script = script.replace("=…", f"={value}", 1)
+    wait = "until curl -s localhost:5001/ping; do kill -0 $server; sleep 1; done"
+    script = script.replace("--port 5001", f"--port 5001 &\nserver=$!\n{wait}", 1)
+    image = np.load(reviewed.folder / "eval.npz")["image"][:1]
+    script = script.replace("[[[[…]]]]", json.dumps(image.tolist()))
+    # The server is a child of the command.
+    printed = reviewed.shell(f"trap 'pkill -P $server; kill $server' EXIT\n{script}")
+    assert list(json.loads(printed.splitlines()[-1])["predictions"]) == ["score"]
+
+
+def test_plan_of_a_fleet_is_read(workshop, tmp_path):
+    for name in ("runs/a/best.ckpt", "runs/old/best.ckpt", "large.ckpt", "eval.npz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(workshop.folder / "detector.pt", tmp_path / name)
+    text = block("Fleets", "parameters:")
+    # Nobody has stored checkpoints there.
+    text = text.replace(', "s3://checkpoints/2026-07/*.ckpt"', "")
+    (tmp_path / "plan.yml").write_text(text)
+    plan = read_plan(tmp_path / "plan.yml")
+    assert len(plan.items) == 4
+
+
+def test_recipe_for_slurm_is_python():
+    # Its cluster is not there; the text says that it is a recipe.
+    ast.parse(block("Fleets", "from dask_jobqueue"))
+
+
+# The examples of the command line
+
+
+def commands(group: click.Group = main, name: str = "heimdall-onnx") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for word, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{name} {word}")
+        else:
+            found[f"{name} {word}"] = command
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_help_ends_with_an_example_of_that_command(name):
+    command = commands()[name]
+    assert isinstance(command, Command)
+    assert command.example.startswith(f"{name} ") or command.example == name
+    shown = CliRunner().invoke(main, [*name.split()[1:], "--help"]).stdout
+    assert shown.rstrip().endswith(command.example.splitlines()[-1].strip())
+
+
+# Of what the others do something like it is run above, or by the tests of that command.
+AS_IT_STANDS = ("doctor", "history", "link", "list", "policy", "services status", "show", "verify")
+
+
+@pytest.mark.parametrize("name", AS_IT_STANDS)
+def test_example_works_as_it_stands(reviewed, name):
+    reviewed.shell(commands()[f"heimdall-onnx {name}"].example)
+
+
+def test_gates_of_a_release_are_all_explained(reviewed):
+    gates = json.loads(reviewed.shell("heimdall-onnx show detector/1"))["gates"]
+    explained = re.findall(r"^\| ([^|]+?) \|", TEXT[TEXT.index("| gate | holds when") :], re.M)
+    for gate in gates:
+        assert any(gate["name"].startswith(name) for name in explained), gate["name"]
+
+
+def test_training_script_exports_and_registers(workshop):
+    # The last one: `doctor` reports what has no manifest.
+    before = """
+import heimdall_onnx, torch
+from heimdall_onnx import Settings, ensure_store, initialize_mlflow
+from detector import Detector
+model = Detector()
+run_id = initialize_mlflow(Settings.load()).start_run()
+"""
+    printed = workshop.python(
+        block("From Python", "from heimdall_onnx import") + "\nprint(result)", before
+    )
+    assert "'success': True" in printed

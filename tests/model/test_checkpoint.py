@@ -1,0 +1,358 @@
+import argparse
+import hashlib
+import os
+import pathlib
+import pickle
+import re
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from heimdall_onnx.common.errors import CheckpointError, ParameterError
+from heimdall_onnx.model.checkpoint import import_model_class, load_checkpoint, read_weights
+from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
+
+
+class Small(nn.Module):
+    """A model of another package: required and optional arguments, a buffer, no signature."""
+
+    def __init__(self, width, *, pretrained=True, dropout=0.1):
+        super().__init__()
+        if pretrained:
+            raise RuntimeError("would download")
+        if width < 0:
+            raise ValueError("width must not be negative")
+        self.width, self.dropout = width, dropout
+        self.line = nn.Linear(3, width)
+        self.norm = nn.BatchNorm1d(width)
+
+
+class Wrapped(nn.Module):
+    """Its own names begin with ``model.``, like Lightning's prefix."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(2, 2)
+
+
+class TakesAnything(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.line = nn.Linear(1, 1)
+
+
+class NotAModel:
+    pass
+
+
+SMALL = f"{__name__}:Small"
+HYPER = {"width": 4, "dropout": 0.25, "pretrained": True, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(0)
+    return Small(4, pretrained=False).state_dict()
+
+
+def prefixed(state):
+    return {f"model.{name}": value for name, value in state.items()}
+
+
+def save_lightning(state, path):
+    torch.save({"state_dict": prefixed(state), "hyper_parameters": HYPER, "epoch": 3}, path)
+
+
+def save_unprefixed(state, path):
+    torch.save({"state_dict": state, "hyper_parameters": HYPER}, path)
+
+
+def save_model_state_dict(state, path):
+    torch.save({"model_state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}}, path)
+
+
+def save_legacy(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+LAYOUTS = [
+    (save_lightning, "lightning"),
+    (save_unprefixed, "lightning"),
+    (save_model_state_dict, "model_state_dict"),
+    (torch.save, "state_dict"),
+    (save_legacy, "state_dict"),
+    (save_file, "safetensors"),
+]
+
+
+@pytest.mark.parametrize(("save", "layout"), LAYOUTS)
+@pytest.mark.parametrize("name", ["weights.ckpt", "weights.safetensors"])
+def test_layout_is_told_by_content(state, tmp_path, save, layout, name):
+    path = tmp_path / name
+    save(state, path)
+    loaded = load_checkpoint(path, model=SMALL, model_kwargs={"width": 4})
+    assert loaded.layout == layout
+    assert all(torch.equal(v, state[n]) for n, v in loaded.model.state_dict().items())
+    assert not any(module.training for module in loaded.model.modules())
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert loaded.signature is LOCALIZATION_SIGNATURE
+    assert (loaded.path, loaded.model_spec) == (path, SMALL)
+
+
+def test_hyper_parameters_become_arguments_where_the_constructor_has_them(state, tmp_path):
+    save_lightning(state, tmp_path / "a.ckpt")
+    loaded = load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
+    assert loaded.model_kwargs == {"width": 4, "dropout": 0.25, "pretrained": False}
+    assert loaded.hyper_parameters == HYPER
+    assert loaded.model.dropout == 0.25
+
+
+@pytest.mark.parametrize(
+    "value", [7, [{"file": name, "sha256": "0" * 64} for name in ("a.pt", "b.pt")]]
+)
+def test_only_an_ensemble_s_checkpoint_says_what_it_was_made_of(value, state, tmp_path):
+    hyper = HYPER | {"member_checkpoints": value}
+    torch.save({"state_dict": state, "hyper_parameters": hyper}, tmp_path / "a.ckpt")
+    loaded = load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
+    assert loaded.members == ()
+    assert loaded.hyper_parameters == hyper
+
+
+def test_given_arguments_win_over_hyper_parameters(state, tmp_path):
+    save_lightning(state, tmp_path / "a.ckpt")
+    loaded = load_checkpoint(tmp_path / "a.ckpt", model=SMALL, model_kwargs={"dropout": 0.5})
+    assert loaded.model.dropout == 0.5
+
+
+@pytest.mark.parametrize("pretrained", [True, "weights.pth", False])
+def test_pretrained_weights_are_never_fetched(state, tmp_path, pretrained):
+    torch.save(state, tmp_path / "a.pt")
+    kwargs = {"width": 4, "pretrained": pretrained}
+    loaded = load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs=kwargs)
+    assert loaded.model_kwargs["pretrained"] is False
+
+
+def test_reference_model_is_the_default(tmp_path):
+    model_kwargs = {"backbone_size": "tiny", "uncertainty_max": 2.0}
+    with torch.device("meta"):
+        shapes = import_model_class("heimdall_onnx.localization.network:LocalizationNet")(
+            **model_kwargs
+        ).state_dict()
+    state = {name: torch.zeros(v.shape, dtype=v.dtype) for name, v in shapes.items()}
+    torch.save(
+        {"state_dict": prefixed(state), "hyper_parameters": model_kwargs}, tmp_path / "a.ckpt"
+    )
+    loaded = load_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.model.backbone_size == "tiny"
+    assert loaded.signature.outputs[1].range == (0.01, 2.0)
+
+
+def test_own_names_with_lightnings_prefix_are_kept(tmp_path):
+    torch.save(Wrapped().state_dict(), tmp_path / "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt", model=f"{__name__}:Wrapped").layout == "state_dict"
+
+
+def test_constructor_with_open_arguments_takes_given_ones_only(tmp_path):
+    state = prefixed(TakesAnything().state_dict())
+    torch.save({"state_dict": state, "hyper_parameters": {"lr": 1}}, tmp_path / "a.ckpt")
+    loaded = load_checkpoint(
+        tmp_path / "a.ckpt", model=f"{__name__}:TakesAnything", model_kwargs={"any": 1}
+    )
+    assert loaded.model.options == {"any": 1}
+
+
+def test_every_unfit_weight_is_named_once(state, tmp_path):
+    del state["norm.bias"], state["norm.num_batches_tracked"]
+    state["head.weight"] = torch.ones(1)
+    state["line.weight"] = torch.ones(4, 5)
+    state["line.bias"] = torch.tensor([1.0, float("nan"), float("inf"), 0.0])
+    state["norm.running_mean"] = torch.full((4,), -float("inf"))
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs={"width": 4})
+    assert sorted(str(caught.value).split("\n  - ")[1:]) == [
+        "NaN or Inf: line.bias, 2 of 4 elements",
+        "NaN or Inf: norm.running_mean, 4 of 4 elements",
+        "missing: norm.bias",
+        "missing: norm.num_batches_tracked",
+        "unexpected: head.weight",
+        "wrong shape: line.weight is (4, 5), the model's is (4, 3)",
+    ]
+    assert "6 problems" in str(caught.value)
+
+
+def test_prefixed_and_bare_name_of_one_weight_are_not_merged(state, tmp_path):
+    torch.save(state | {"model.line.bias": torch.zeros(4)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"1 problems:\n  - unexpected: model\.line\.bias"):
+        load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs={"width": 4})
+
+
+class Explodes:
+    def __reduce__(self):
+        return os.mkdir, (str(pathlib.Path(os.environ["PROOF"])),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_named_and_not_run(tmp_path, monkeypatch, zipped):
+    proof = tmp_path / "executed"
+    monkeypatch.setenv("PROOF", str(proof))
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "x": Explodes()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"holds posix\.mkdir\..*save it again"):
+        load_checkpoint(path, model=SMALL)
+    assert not proof.exists()
+
+
+def test_all_refused_objects_of_a_lightning_checkpoint_are_named(state, tmp_path):
+    hyper = {"args": argparse.Namespace(width=4), "root": pathlib.PurePosixPath("/data")}
+    torch.save({"state_dict": prefixed(state), "hyper_parameters": hyper}, tmp_path / "a.ckpt")
+    path = re.escape(f"{pathlib.PurePosixPath.__module__}.PurePosixPath")
+    message = rf"holds argparse\.Namespace, {path}\. Only tensors and plain"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
+
+
+def test_width_that_the_file_records_takes_no_memory(tmp_path):
+    state = Small(4, pretrained=False).state_dict()
+    hyper = {"width": 10**11}  # 1.2 TB of weights
+    torch.save({"state_dict": state, "hyper_parameters": hyper}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"wrong shape: line.weight is .*100000000000, 3"):
+        load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
+
+
+@pytest.mark.parametrize("width", ["wide", -1])
+def test_argument_that_the_file_records_is_named_with_it(tmp_path, width):
+    hyper = {"width": width}
+    torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": hyper}, tmp_path / "a.ckpt")
+    with pytest.raises(ParameterError, match=rf"of which {tmp_path}/a\.ckpt records width: "):
+        load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to(torch.float64) * 1e300, "NaN or Inf: line.weight, 12 of 12"),
+        (lambda t: t.to(torch.complex64), "complex: line.weight, the model's is torch.float32"),
+        (lambda t: t.to_sparse(), "line.weight is torch.sparse_coo"),
+        (lambda t: t.to("meta"), "line.weight is torch.strided, torch.float32 on meta"),
+        (
+            lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+            "line.weight is torch.strided, torch.qint8",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*[Qq]uantiz")
+def test_weight_that_would_not_arrive_as_it_is_is_refused(tmp_path, change, message):
+    state = Small(4, pretrained=False).state_dict()
+    state["line.weight"] = change(torch.ones(4, 3))
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs={"width": 4})
+
+
+def test_weight_in_a_small_precision_is_read(state, tmp_path):
+    small = {name: v.to(torch.float8_e5m2) if v.ndim == 2 else v for name, v in state.items()}
+    save_file(small, tmp_path / "a.safetensors")
+    loaded = load_checkpoint(tmp_path / "a.safetensors", model=SMALL, model_kwargs={"width": 4})
+    assert loaded.model.line.weight.dtype == torch.float32
+
+
+def test_names_in_a_message_are_visible(state, tmp_path):
+    torch.save(state | {"\x1b[2J\nhead": torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"\n  - unexpected: \\x1b\[2J head$"):
+        load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs={"width": 4})
+
+
+def truncated(path):
+    torch.save({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def truncated_safetensors(path):
+    save_file({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+BROKEN = [
+    (lambda path: None, "found no such file"),
+    (lambda path: path.mkdir(), "found a folder"),
+    (lambda path: path.touch(), "is empty"),
+    (lambda path: path.write_text("hello"), "truncated or not a checkpoint"),
+    (truncated, "truncated or not a checkpoint"),
+    (truncated_safetensors, "broken safetensors file"),
+    (lambda path: path.write_bytes(pickle.dumps({"a": 1}, 4)), "not a plain checkpoint"),
+    (lambda path: torch.save({1: torch.ones(1)}, path), "1: its name is no text"),
+    (lambda path: torch.save({"a": torch.zeros(1).expand(10**12)}, path), "claims 1,000,000,000"),
+    (lambda path: torch.save([1], path), "holds a list, expected a state dict"),
+    (lambda path: torch.save({}, path), "found an empty dictionary"),
+    (lambda path: torch.save({"epoch": 1, "a": torch.ones(1)}, path), "found epoch$"),
+    (lambda path: torch.save({"state_dict": {"a": 1}}, path), "holds no state dict.*found a$"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BROKEN)
+def test_broken_file_is_a_checkpoint_error(tmp_path, make, message):
+    path = tmp_path / "a.ckpt"
+    make(path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path, model=SMALL, model_kwargs={"width": 4})
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Small", "must look like 'package.module:Class', found 'Small'"),
+        (":Small", "must look like"),
+        (f"{__name__}:Smal", "has no 'Smal'. Did you mean 'Small'"),
+        (f"{__name__}:NotAModel", "must be a subclass of torch.nn.Module"),
+        (f"{__name__}:SMALL", "must be a subclass of torch.nn.Module"),
+        ("heimdall_onnx.localisation:X", "Did you mean 'localization'"),
+        ("heimdal_onnx.x:X", "no module 'heimdal_onnx'. Did you mean 'heimdall_onnx'"),
+    ],
+)
+def test_bad_import_string_names_the_nearest(model, message):
+    with pytest.raises(ParameterError, match=message):
+        import_model_class(model)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import no_such_package_x", "needs no_such_package_x, which is not installed"),
+        ("1 / 0", "can't be imported: ZeroDivisionError"),
+    ],
+)
+def test_module_that_fails_to_import_is_a_parameter_error(tmp_path, monkeypatch, source, message):
+    (tmp_path / "failing_model_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ParameterError, match=message):
+        import_model_class("failing_model_module:X")
+    assert "failing_model_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"widht": 4}, "no parameter 'widht'. Did you mean 'width'"),
+        ({"widht": 4}, "parameter 'width' is required"),
+        ({"width": -1}, "ValueError: width must not be negative"),
+        ({"width": "wide"}, "can't be built with.*TypeError"),
+    ],
+)
+def test_unfit_arguments_are_a_parameter_error(state, tmp_path, kwargs, message):
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ParameterError, match=message):
+        load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs=kwargs)
+
+
+def test_model_that_refuses_its_arguments_keeps_its_own_message(state, tmp_path):
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ParameterError, match=r"^backbone_size must be one of"):
+        load_checkpoint(tmp_path / "a.pt", model_kwargs={"backbone_size": "tinny"})

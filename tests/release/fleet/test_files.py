@@ -1,0 +1,244 @@
+"""Which files and objects a fleet's plan means, and which parameters it makes for them."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from heimdall_onnx.common.errors import ParameterError, SettingsError
+from heimdall_onnx.release.fleet.files import Checkpoints, Exclusion, Glob, ItemParameters, absolute
+from heimdall_onnx.services.store import list_keys, upload_bytes
+
+FILES = ("models/a.ckpt", "models/b.ckpt", "runs/1/best.ckpt", "runs/2/best.ckpt", "best.ckpt")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of checkpoints, whose name could be a pattern."""
+    here = tmp_path / "plans [x]"
+    for name in FILES:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).touch()
+    return here
+
+
+@pytest.fixture
+def checkpoints(folder):
+    return Checkpoints(folder, None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("models/?.ckpt", {"models/a.ckpt", "models/b.ckpt"}),
+        ("models/[!a].ckpt", {"models/b.ckpt"}),
+        ("./models//a*", {"models/a.ckpt"}),
+        ("runs/../models/*", {"models/a.ckpt", "models/b.ckpt"}),
+        ("**/best.ckpt", {"runs/1/best.ckpt", "runs/2/best.ckpt", "best.ckpt"}),
+        ("**/[12]/**/*.ckpt", {"runs/1/best.ckpt", "runs/2/best.ckpt"}),
+        ("runs/**", {"runs/1/best.ckpt", "runs/2/best.ckpt"}),
+        ("*/best.ckpt", {"last/best.ckpt"}),
+        ("runs/[1]", {"runs/[1]"}),
+        ("models/a[.ckpt", {"models/a[.ckpt"}),
+    ],
+)
+def test_patterns_fit_what_they_find(pattern, expected, folder, checkpoints):
+    (folder / "last").symlink_to("runs/2")
+    # Where every path through the link would be another one.
+    (folder / "runs/again").symlink_to("..")
+    if expected == {pattern}:
+        (folder / pattern).touch()
+    found = checkpoints.matching(pattern)
+    assert found == [f"{folder}/{name}" for name in sorted(expected)]
+    if ".." not in pattern:
+        # The folder's own name has a wildcard in it, which stands for itself.
+        assert checkpoints.matching(f"{folder}/{pattern}") == found
+    glob = Glob(pattern, folder)
+    for name in {*FILES, *expected}:
+        assert glob.fits(f"{folder}/{name}") == (name in expected)
+    assert not glob.fits(f"/elsewhere/{min(expected)}")
+    # In a bucket it means the same.
+    keys = {name: f"s3://some/x/{name}" for name in {*FILES, *expected}}
+    stored = Glob(f"s3://some/x/{pattern}", folder)
+    if ".." not in pattern and "//" not in pattern:
+        assert {name for name, address in keys.items() if stored.fits(address)} == expected
+
+
+def test_paths_behind_a_linked_folder_keep_their_meaning(folder, checkpoints, tmp_path):
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere/c.ckpt").touch()
+    (folder / "link").symlink_to(tmp_path / "elsewhere/deep")
+    (tmp_path / "elsewhere/again").symlink_to(".")
+    for file in ("c.ckpt", "again/c.ckpt"):
+        for text in (f"link/../{file}", f"link/../{file[:-4]}*"):
+            expected = f"{tmp_path}/elsewhere/{file}"
+            assert checkpoints.matching(text) == [expected]
+            assert Glob(text, folder).fits(expected)
+            assert not Glob(text, folder).fits(f"{folder}/{file}")
+
+
+def test_paths_become_absolute_and_addresses_stay():
+    here = Path("/some/where")
+    assert absolute(here, "a//./b") == "/some/where/a/b"
+    assert absolute(here, "/a/b") == "/a/b"
+    assert absolute(here, "s3://b/../c//d") == "s3://b/../c//d"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models", "expected a file, found a folder at"),
+        ("models/c.ckpt", "expected a file, found none at"),
+        ("/dev/null", "expected a file, found a device at"),
+        ("a" * 300, "none that can be looked at (File name too long)"),
+        ("nowhere/*.ckpt", "no file matches 'nowhere/*.ckpt' (from "),
+        ("models/a.ckpt/*", "no file matches"),
+        ("models/**.ckpt", "expected ** as a whole name"),
+        ("*/../a.ckpt", "no .. behind a wildcard"),
+        ("s3://*/a.ckpt", "the bucket of 's3://*/a.ckpt' must be named"),
+        ("s3://some", "expected s3://bucket/key"),
+        ("s3://some/folder/", "what is in a folder is s3://bucket/folder/*"),
+    ],
+)
+def test_what_names_no_checkpoint_is_refused(text, words, checkpoints):
+    with pytest.raises(ParameterError) as raised:
+        checkpoints.matching(text)
+    assert words in str(raised.value)
+
+
+def test_a_single_checkpoint_is_no_pattern(folder, checkpoints):
+    with pytest.raises(ParameterError, match="found none at"):
+        checkpoints.single("models/*")
+    (folder / "models/*").touch()
+    assert checkpoints.single("models/*") == f"{folder}/models/*"
+    assert checkpoints.matching("models/*") == [f"{folder}/models/*"]
+    assert checkpoints.single("s3://some/x[1].ckpt") == "s3://some/x[1].ckpt"
+
+
+def test_a_checkpoint_whose_name_can_not_be_written_is_refused(folder, checkpoints):
+    name = os.fsdecode(b"\xff.ckpt")
+    (folder / "models" / name).touch()
+    with pytest.raises(ParameterError, match="is no UTF-8"):
+        checkpoints.matching("models/*")
+    with pytest.raises(ParameterError, match="is no UTF-8"):
+        checkpoints.single(f"models/{name}")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_can_not_be_read_is_said_not_passed_over(folder, checkpoints):
+    (folder / "runs/2").chmod(0)
+    try:
+        with pytest.raises(ParameterError, match=r"can't look for 'runs/\*/best\.ckpt': .*denied"):
+            checkpoints.matching("runs/*/best.ckpt")
+    finally:
+        (folder / "runs/2").chmod(0o755)
+
+
+# In a bucket
+
+
+@pytest.mark.services
+def test_objects_are_found_by_pattern_and_missed_by_address(s3, bucket, folder):
+    for key in ("07/a.ckpt", "07/b.txt", "07/deep/c.ckpt", "07/folder/", "08/a.ckpt"):
+        upload_bytes(s3, b"", bucket, key)
+    there = f"s3://{bucket}"
+    found = Checkpoints(folder, partial(list_keys, s3))
+    assert found.matching(f"{there}/07/*.ckpt") == [f"{there}/07/a.ckpt"]
+    assert found.matching(f"{there}/**/*.ckpt") == [
+        f"{there}/{key}" for key in ("07/a.ckpt", "07/deep/c.ckpt", "08/a.ckpt")
+    ]
+    with pytest.raises(ParameterError, match="no file matches"):
+        found.matching(f"{there}/07/folder/*")
+    named = [f"{there}/{key}" for key in ("07/a.ckpt", "07/a.ckp", "08/a.ckpt", "09/a.ckpt")]
+    assert found.missing([*named, str(folder / "none.ckpt")]) == {named[1], named[3]}
+
+
+def test_one_listing_finds_all_that_are_named_in_a_folder(folder):
+    asked = []
+
+    def list_objects(bucket: str, prefix: str) -> list[str]:
+        asked.append((bucket, prefix))
+        return [f"07/net-{n}.ckpt" for n in range(1000)]
+
+    named = [f"s3://some/07/net-{n}.ckpt" for n in range(1001)]
+    assert Checkpoints(folder, list_objects).missing(named) == {named[1000]}
+    assert asked == [("some", "07/net-")]
+
+
+def test_without_a_store_only_files_can_be_found(checkpoints):
+    assert checkpoints.missing(["/a.ckpt"]) == set()
+    for find in (
+        lambda: checkpoints.matching("s3://some/*"),
+        lambda: checkpoints.missing(["s3://some/a"]),
+    ):
+        with pytest.raises(SettingsError, match=r"bucket some, .*MLFLOW_S3_ENDPOINT_URL"):
+            find()
+
+
+# Parameters
+
+
+def test_parameters_are_made_once_and_names_are_filled(folder):
+    parameters = ItemParameters(folder)
+    values = {"opset": "14", "eval_data": "e.npz", "calibration_data": "s3://b/c.npz"}
+    made, problems = parameters.resolver(values)("/x/y.ckpt")
+    assert problems == []
+    assert made.opset == 14
+    assert (made.eval_data, made.calibration_data) == (f"{folder}/e.npz", "s3://b/c.npz")
+    assert parameters.resolver({**values, "opset": 14})("/other.ckpt")[0] is made
+    resolve = parameters.resolver({**values, "name": "{parent}-{stem}"})
+    assert resolve("/x/März 1.y.ckpt")[0].name == "x-M-rz-1.y"
+    assert resolve("s3://some/a.ckpt")[0].name == "some-a"
+    assert resolve("s3://some/a.ckpt")[0] is resolve("s3://some/a.pt")[0]
+    made, problems = parameters.resolver({"name": "{stem}"})("/x/_.ckpt")
+    assert made is None
+    assert [said.partition(":")[0] for said in problems] == ["name = '_'"]
+
+
+def test_every_problem_of_parameters_is_said(folder):
+    parameters = ItemParameters(folder)
+    (folder / "data").mkdir()
+    said = parameters.problems(
+        {
+            "publish": True,
+            "name": "{stem}-{epoch}",
+            "tolerence": 1,
+            "eval_data": "none.npz",
+            "calibration_data": "s3://b",
+        }
+    )
+    assert said == [
+        "publish can't be set here; the fleet sets it for each item",
+        "name = '{stem}-{epoch}': only {stem} and {parent} can be filled in",
+        "tolerence is not a parameter; did you mean tolerance?",
+        f"eval_data: expected a file, found none at {folder}/none.npz",
+        "calibration_data: expected s3://bucket/key, found 's3://b'",
+    ]
+    # A dataset is a folder.
+    assert parameters.problems({"eval_data": "data", "calibration_data": "best.ckpt"}) == []
+    circle: dict[str, object] = {}
+    circle["model_kwargs"] = circle
+    assert "can't be written as JSON" in parameters.problems(circle)[0]
+
+
+def test_an_exclusion_is_of_checkpoints_and_of_parameters(folder):
+    parameters = ItemParameters(folder)
+    glob = Glob("models/*", folder)
+    wanted = {"opset": 14, "name": "net-{stem}"}
+    made = {
+        opset: parameters.resolver({"opset": opset, "name": "net-a"})("/a")[0] for opset in (14, 20)
+    }
+    by_both = Exclusion(glob, tuple(wanted), parameters.resolver(wanted))
+    path = f"{folder}/models/a.ckpt"
+    assert by_both.fits(path, made[14])
+    assert not by_both.fits(path, made[20])
+    assert not by_both.fits(f"{folder}/models/b.ckpt", made[14])
+    assert not by_both.fits(f"{folder}/best.ckpt", made[14])
+    # What can't be made is left out by its checkpoint only.
+    assert not by_both.fits(path, None)
+    assert Exclusion(glob, (), parameters.resolver({})).fits(path, None)
+    by_name = Exclusion(None, ("name",), parameters.resolver({"name": "{stem}"}))
+    assert not by_name.fits("/_.ckpt", made[14])

@@ -1,0 +1,307 @@
+"""The bill of materials of a real release, held against the published schema and the record."""
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from releases import PREFIX, Inputs, changed_notebook, make_small_inputs, smoke
+
+from heimdall_onnx.archive.record import read_record
+from heimdall_onnx.model.runtimes import SessionSettings
+from heimdall_onnx.release.bom import describe_release
+from heimdall_onnx.release.runner import release_checkpoint
+from heimdall_onnx.services.store import read_json
+
+HOSTILE = '<script>alert(1)</script>\x00\x1b[2J\u202e"\\\ud800 s3://elsewhere $(id)'
+
+
+@dataclass(frozen=True)
+class Released:
+    inputs: Inputs
+    manifest: dict
+    record: dict
+    bom: dict
+
+
+@pytest.fixture(scope="module")
+def released(make_settings, s3, tmp_path_factory) -> Released:
+    folder = tmp_path_factory.mktemp("labelled")
+    inputs = make_small_inputs(folder)
+    positions = np.random.default_rng(1).uniform((46, 4), (51, 11), (12, 2))
+    np.savez(inputs.eval_data, positions=positions, **np.load(inputs.eval_data))
+    result = release_checkpoint(
+        smoke(inputs, "test-bom"), make_settings("bom"), notebook=changed_notebook(folder)
+    )
+    assert result.success, result.error
+    manifest = read_json(s3, "test-bom", f"{PREFIX}/{result.version}/manifest.json")
+    record = read_record(Path(result.local_report).with_suffix(".ipynb"))
+    return Released(inputs, manifest, record, json.loads(valid(manifest, record)))
+
+
+def valid(manifest: dict, record: dict) -> bytes:
+    described = describe_release(manifest, record)
+    error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(described.decode())
+    assert error is None, error
+    return described
+
+
+def pair(first: str, second: str, ratio: float) -> dict:
+    """Two contenders in turns, as the notebook records them."""
+    p50 = {"percentile": 50.0, "value_ms": 4.0, "low_ms": 3.9, "high_ms": 4.1}
+    return {
+        "speedup": {"ratio": ratio, "low": ratio - 0.1, "high": ratio + 0.1},
+        "batch_size": 1,
+        "contenders": [{"name": first, "percentiles": []}, {"name": second, "percentiles": [p50]}],
+    }
+
+
+def with_variants(released: Released, reason: str = "median: 9%") -> dict:
+    """The manifest as a release with variants has it; the reason is anybody's text."""
+    manifest = copy.deepcopy(released.manifest)
+    folder = f"{PREFIX}/{manifest['version']}"
+    sha256 = {"fp32": next(o["sha256"] for o in manifest["objects"] if "model.onnx" in o["key"])}
+    manifest["objects"].append(
+        {"key": f"{folder}/variants/int8-minmax/model.onnx", "size": 7, "sha256": "c" * 64}
+    )
+    gate = {"name": "median localization error, ratio to fp32", "limit": "≤ 1.01", "detail": ""}
+    judged = [
+        {
+            "name": name,
+            "what": f"what {name} is",
+            "precision": precision,
+            "status": status,
+            "reason": reason if status != "passed" else "",
+            "file": file,
+            "sha256": sha256.get(name, "c" * 64),
+            "size_bytes": 7,
+            "ran_on": "CPU" if "openvino" in name else "CPUExecutionProvider",
+            "sessions": {p: SessionSettings().to_dict() for p in ("latency", "throughput")},
+            "kept_in_float": ["head"],
+            "gates": [] if name == "fp32" else [{**gate, "measured": 1.5, "passed": "1" in name}],
+            "latency": pair("fp32", name, 2.5) if status == "passed" else None,
+            "accuracy": None,
+        }
+        for name, precision, status, file in (
+            ("fp32", "fp32", "passed", "model.onnx"),
+            ("bf16-openvino", "bf16", "passed", "model.onnx"),
+            ("int8-minmax", "int8", "passed", "variants/int8-minmax/model.onnx"),
+            ("int4-weights", "int4", "failed", "variants/int4-weights/model.onnx"),
+        )
+    ]
+    calibration = {"source": "demo-eval.npz", "samples": 2, "sha256": "d" * 64, "rows": [3, 9]}
+    manifest["variants"] = {
+        "recommended": "int8-minmax",
+        "calibration": calibration,
+        "against_pytorch": pair("PyTorch", "int8-minmax", 3.5),
+        "judged": judged,
+    }
+    return manifest
+
+
+def component(bom: dict, reference: str) -> dict:
+    return next(c for c in bom["components"] if c["bom-ref"] == reference)
+
+
+def sha256(path: Path) -> list[dict[str, str]]:
+    return [{"alg": "SHA-256", "content": hashlib.sha256(path.read_bytes()).hexdigest()}]
+
+
+def figures(bom: dict) -> dict[tuple[str, str], tuple[float, ...]]:
+    """Type and first words of the slice, to value and interval."""
+    card = bom["metadata"]["component"]["modelCard"]
+    found = {}
+    for metric in card["quantitativeAnalysis"]["performanceMetrics"]:
+        interval = metric.get("confidenceInterval", {})
+        ends = (interval[end] for end in ("lowerBound", "upperBound") if end in interval)
+        where = metric["slice"].partition(",")[0]
+        found[metric["type"], where] = tuple(map(float, (metric["value"], *ends)))
+    return found
+
+
+def test_figures_are_those_of_the_record(released):
+    latency, parity = released.record["latency"], released.record["parity"]
+    speedup = latency["speedup"]
+    expected = {
+        ("speedup", "PyTorch over ONNX Runtime"): (
+            speedup["ratio"],
+            speedup["low"],
+            speedup["high"],
+        )
+    }
+    for who, contender in zip(("PyTorch", "ONNX Runtime"), latency["contenders"], strict=True):
+        assert contender["percentiles"][0]["value_ms"] == pytest.approx(contender["median_ms"])
+        for p in contender["percentiles"]:
+            ends = (p["value_ms"], p["low_ms"], p["high_ms"])
+            expected[f"latency p{p['percentile']:g} (ms)", who] = ends
+    for output in parity["cells"][0]["outputs"]:
+        for kind, name in (("mean", "mean"), ("maximum", "maximum"), ("p99", "p99")):
+            what = f"{kind} absolute error (degrees latitude, longitude)"
+            expected[what, output["output"]] = (output[name],)
+    for task in parity["ground"]["task"]:
+        expected["localization error, median (m)", task["who"]] = (task["median_m"],)
+        expected["localization error, p95 (m)", task["who"]] = (task["p95_m"],)
+    for found in parity["uncertainty"]:
+        calibration, who = found["calibration"], found["who"]
+        for c in calibration["coverage"]:
+            ends = (c["observed"], c["low"], c["high"])
+            expected[f"coverage of the {c['nominal']:.0%} ellipse", who] = ends
+        expected["calibration error, mean absolute", who] = (calibration["calibration_error"],)
+        expected["negative log-likelihood (nats)", who] = (calibration["nll"],)
+        expected["median radius of the 90% ellipse (m)", who] = (calibration["radius_p50_m"],)
+    assert figures(released.bom) == expected
+    assert len(expected) == 1 + 2 + 2 * 3 + 3 * 2 + 2 * (3 + 3)
+    metrics = released.record["metrics"]
+    assert expected["speedup", "PyTorch over ONNX Runtime"][0] == metrics["speedup"]
+    assert expected["localization error, p95 (m)", "ONNX"][0] == metrics["error_onnx_p95_m"]
+
+
+def test_model_is_what_was_released(released, s3):
+    model, manifest = released.bom["metadata"]["component"], released.manifest
+    entry = next(o for o in manifest["objects"] if o["key"].endswith("/model.onnx"))
+    assert model["type"] == "machine-learning-model"
+    assert model["version"] == manifest["version"]
+    assert model["hashes"] == [{"alg": "SHA-256", "content": entry["sha256"]}]
+    assert model["purl"].startswith(f"pkg:generic/test-model@{manifest['version']}?checksum=sha256")
+    addresses = {r["type"]: r["url"] for r in model["externalReferences"]}
+    assert addresses["distribution"] == f"s3://test-bom/{entry['key']}"
+    parameters = model["modelCard"]["modelParameters"]
+    assert parameters["inputs"] == [{"format": "signal: float32 (batch, 2, 8, 8)"}]
+    assert parameters["outputs"][1]["format"].endswith("in [0.01, 1]")
+    assert parameters["modelArchitecture"] == "models:SmallNet"
+    assert "architectureFamily" not in parameters
+    limits = " ".join(model["modelCard"]["considerations"]["technicalLimitations"])
+    assert "profile smoke" in limits
+    assert "random numbers" not in limits
+
+
+def test_checkpoint_and_data_are_named_by_hash(released):
+    checkpoint, data = (component(released.bom, r) for r in ("checkpoint", "evaluation-data"))
+    assert checkpoint["hashes"] == sha256(released.inputs.checkpoint)
+    assert data["hashes"] == sha256(released.inputs.eval_data)
+    assert data["type"] == "data"
+    for found, role in ((checkpoint, "checkpoint"), (data, "evaluation_data")):
+        key = next(e["key"] for e in released.manifest["content"] if e["role"] == role)
+        assert [r["url"] for r in found["externalReferences"]] == [f"s3://test-bom/{key}"]
+    depends = {d["ref"]: d.get("dependsOn", []) for d in released.bom["dependencies"]}
+    assert {"checkpoint", "evaluation-data"} < set(depends["model"])
+
+
+def test_environment_is_complete(released):
+    purls = {c["purl"] for c in released.bom["components"] if "purl" in c}
+    expected = {
+        f"pkg:pypi/{d.name.lower().replace('_', '-').replace('.', '-')}@"
+        f"{d.version.replace('+', '%2B')}"
+        for d in metadata.distributions()
+    }
+    assert purls == expected
+    properties = {p["name"]: p["value"] for p in released.bom["metadata"]["properties"]}
+    assert properties["heimdall-onnx:parameter:opset"] == "14"
+    assert properties["heimdall-onnx:git:commit"] == released.manifest["git"]["commit"]
+    assert component(released.bom, "processor")["name"] == released.manifest["environment"]["cpu"]
+    assert str(released.inputs.checkpoint.parent) not in json.dumps(released.bom)
+
+
+def test_release_folder_holds_it(released, s3):
+    entry = next(o for o in released.manifest["objects"] if o["key"].endswith("/bom.cdx.json"))
+    # It was made before the manifest named it.
+    before = [o for o in released.manifest["objects"] if o != entry]
+    stored = s3.get_object(Bucket="test-bom", Key=entry["key"])["Body"].read()
+    assert stored == describe_release({**released.manifest, "objects": before}, released.record)
+
+
+def test_same_release_gives_the_same_bytes_and_another_model_another_number(released):
+    again = describe_release(copy.deepcopy(released.manifest), copy.deepcopy(released.record))
+    assert json.loads(again) == released.bom
+    assert again == describe_release(released.manifest, released.record)
+    other = copy.deepcopy(released.manifest)
+    next(o for o in other["objects"] if o["key"].endswith("/model.onnx"))["sha256"] = "0" * 64
+    changed = json.loads(valid(other, released.record))
+    assert changed["serialNumber"] != released.bom["serialNumber"]
+
+
+def test_variants_are_components_with_their_figures(released):
+    bom = json.loads(valid(with_variants(released), released.record))
+    model = bom["metadata"]["component"]
+    (own,) = (c for c in model["components"] if c["bom-ref"].startswith("variant-"))
+    assert own["name"] == "test-model int8-minmax"
+    assert own["description"] == "Variant of the model: what int8-minmax is"
+    assert own["hashes"] == [{"alg": "SHA-256", "content": "c" * 64}]
+    assert own["externalReferences"][0]["url"].endswith("/variants/int8-minmax/model.onnx")
+    of_own = {p["name"].split(":", 1)[1]: p["value"] for p in own["properties"]}
+    assert of_own["precision"] == "int8"
+    assert json.loads(of_own["kept_in_float"]) == ["head"]
+    assert json.loads(of_own["session:latency"])["runtime"] == "onnxruntime"
+    properties = {p["name"].split(":", 1)[1]: p["value"] for p in model["properties"]}
+    assert properties["variants:recommended"] == "int8-minmax"
+    assert properties["variants:calibration:sha256"] == "d" * 64
+    assert "variants:calibration:rows" not in properties
+    failed, shared = (
+        json.loads(properties[f"variant:{name}"]) for name in ("int4-weights", "bf16-openvino")
+    )
+    assert (failed["status"], failed["reason"]) == ("failed", "median: 9%")
+    assert "file" not in failed
+    assert (shared["file"], shared["ran_on"]) == ("model.onnx", "CPU")
+    found = figures(bom)
+    assert found["speedup", "PyTorch over int8-minmax"] == pytest.approx((3.5, 3.4, 3.6))
+    assert found["speedup", "fp32 over bf16-openvino"] == pytest.approx((2.5, 2.4, 2.6))
+    assert found["latency p50 (ms)", "int8-minmax"] == pytest.approx((4.0, 3.9, 4.1))
+    limits = " ".join(model["modelCard"]["considerations"]["technicalLimitations"])
+    assert "variants other than fp32 hold for that processor" in limits
+
+
+def test_paths_of_one_machine_are_left_out(released):
+    manifest = copy.deepcopy(released.manifest)
+    manifest["parameters"]["calibration_data"] = "/home/somebody/calibration.npz"
+    assert b"somebody" not in valid(manifest, released.record)
+
+
+def test_hostile_text_stays_data(released):
+    manifest, record = with_variants(released, HOSTILE), copy.deepcopy(released.record)
+    manifest["checkpoint"]["file"] = manifest["environment"]["cpu"] = HOSTILE
+    manifest["evaluation_data"] |= {"source": HOSTILE, "provenance": HOSTILE}
+    manifest["parameters"]["model_kwargs"] = {HOSTILE: HOSTILE}
+    record["model"]["class"] = HOSTILE
+    record["model"]["signature"]["outputs"][0]["name"] = HOSTILE
+    record["parity"]["cells"][0]["outputs"][0]["output"] = HOSTILE
+    written = valid(manifest, record)
+    assert all(32 <= byte < 127 or byte == 10 for byte in written)
+    bom = json.loads(written)
+    properties = {p["name"]: p["value"] for p in bom["metadata"]["component"]["properties"]}
+    failed = json.loads(properties["heimdall-onnx:variant:int4-weights"])
+    assert failed["reason"] == HOSTILE
+    assert component(bom, "checkpoint")["name"] == HOSTILE
+    assert component(bom, "evaluation-data")["data"][0]["description"] == HOSTILE
+    assert bom["metadata"]["component"]["modelCard"]["modelParameters"]["modelArchitecture"] == (
+        HOSTILE
+    )
+    urls = [
+        r["url"]
+        for c in (bom["metadata"]["component"], *bom["components"])
+        for r in c.get("externalReferences", [])
+    ]
+    assert not any("elsewhere" in url for url in urls)
+
+
+def test_synthetic_inputs_and_infinite_errors_are_said_to_be_so(released):
+    manifest, record = copy.deepcopy(released.manifest), copy.deepcopy(released.record)
+    data = {"source": "synthetic inputs", "provenance": "seeded random numbers", "sha256": None}
+    manifest["evaluation_data"] |= data
+    manifest["content"] = [e for e in manifest["content"] if e["role"] == "checkpoint"]
+    record["parity"]["ground"] = None
+    record["parity"]["cells"][0]["outputs"][0]["maximum"] = "inf"
+    bom = json.loads(valid(manifest, record))
+    assert "hashes" not in component(bom, "evaluation-data")
+    limits = " ".join(
+        bom["metadata"]["component"]["modelCard"]["considerations"]["technicalLimitations"]
+    )
+    assert "random numbers, which say little" in limits
+    assert "from the truth was not measured" in limits
+    what = "maximum absolute error (degrees latitude, longitude)"
+    assert figures(bom)[what, "positions"] == (float("inf"),)

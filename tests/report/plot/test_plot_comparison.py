@@ -1,0 +1,195 @@
+"""The figures of a comparison say what is drawn, and tell A from B by more than colour."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.axis import Tick
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Text
+
+from heimdall_onnx.common.gates import NotMeasured
+from heimdall_onnx.common.text import DEGREES
+from heimdall_onnx.evidence.latency.benchmark import PairLatency
+from heimdall_onnx.evidence.latency.contenders import ContenderLatency
+from heimdall_onnx.evidence.latency.machine_state import MachineState
+from heimdall_onnx.evidence.latency.statistics import paired_speedup
+from heimdall_onnx.evidence.parity.ground import error_m
+from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
+from heimdall_onnx.evidence.ratios import error_ratio
+from heimdall_onnx.model.signature import TensorSpec
+from heimdall_onnx.report import plot
+from heimdall_onnx.report.plot.chart import A_COLOR, B_COLOR, ONNX_COLOR, PYTORCH_COLOR
+from heimdall_onnx.review.compare.answers import Answers, Displacement
+from heimdall_onnx.review.compare.answers import LocalizationErrors as Errors
+from heimdall_onnx.review.compare.comparison import RecordedErrors, RecordedParity
+from heimdall_onnx.review.compare.plots import (
+    localization_errors,
+    output_changes,
+    position_changes,
+    recorded_parity,
+)
+
+COUNT = 300
+PARITY = (
+    RecordedParity(
+        "positions",
+        DEGREES,
+        RecordedErrors(1e-7, 0.0, 1e-6, 2e-6, 3e-6),
+        RecordedErrors(2e-7, 1e-8, 2e-6, 3e-6, 4e-6),
+    ),
+)
+
+
+def answers_of(moved_degrees: float, names=("positions",), unit: str | None = DEGREES) -> Answers:
+    rng = np.random.default_rng(0)
+    truth = np.stack([rng.uniform(47, 50, COUNT), rng.uniform(6, 9, COUNT)], axis=1)
+    a = truth + rng.normal(0, 0.05, (COUNT, 2))
+    b = a + moved_degrees * rng.uniform(0.1, 1, (COUNT, 2))
+    found = []
+    for name in names:
+        accumulator = ErrorAccumulator(
+            TensorSpec(name, "float64", ("batch", 2), unit=unit), atol=0, rtol=0
+        )
+        accumulator.update(a, b, 0)
+        found.append(accumulator.result())
+    errors = Errors(
+        error_m(a, truth), error_m(b, truth), error_ratio(error_m(b, truth), error_m(a, truth), 1)
+    )
+    moved = Displacement.between(a, b)
+    spans = (3.0,) * len(names)
+    return Answers("eval.npz", COUNT, tuple(found), spans, (a, b), truth, moved, errors)
+
+
+@pytest.fixture(scope="module")
+def answers() -> Answers:
+    return answers_of(0.01)
+
+
+@pytest.fixture(scope="module")
+def latency() -> PairLatency:
+    rng = np.random.default_rng(0)
+    sides = []
+    for who, mean in (("A", 2.0), ("B", 3.0)):
+        calls = rng.normal(mean, 0.05, 60)
+        sides.append(ContenderLatency(who, calls, np.arange(60) // 10, 1, 1, 5, (), mean, 1))
+    blocks = [[side.samples_ms[n : n + 10] for n in range(0, 60, 10)] for side in sides]
+    machine = MachineState(1.0, 0.5, 0.6, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0)
+    return PairLatency(sides[1], sides[0], paired_speedup(blocks[1], blocks[0]), 1, machine)
+
+
+def drawn(chart: plot.Chart, gid: str):
+    (found,) = chart.figure.findobj(lambda artist: artist.get_gid() == gid)
+    return found
+
+
+def lightness(color: str) -> float:
+    return float(np.dot([0.2126, 0.7152, 0.0722], np.power(to_rgb(color), 2.2)))
+
+
+def test_no_text_is_below_nine_points_or_cut_off(answers, latency):
+    charts = [
+        position_changes(answers),
+        output_changes(answers),
+        output_changes(answers_of(0.01, ("$\\frac{", "<b>", "c", "d", "e"), "dB")),
+        localization_errors(answers),
+        recorded_parity(PARITY),
+        plot.pair_latency(latency),
+    ]
+    for chart in charts:
+        canvas = FigureCanvasAgg(chart.figure)
+        canvas.draw()
+        width, height = chart.figure.bbox.size
+        ticks = {t for tick in chart.figure.findobj(Tick) for t in (tick.label1, tick.label2)}
+        for text in chart.figure.findobj(Text):
+            shown = text.get_text().strip() and text.get_visible()
+            if not shown or text in ticks:  # some are beyond the axis, undrawn
+                continue
+            assert text.get_fontsize() >= 9
+            box = text.get_window_extent(canvas.get_renderer())
+            assert -1 <= box.x0 <= box.x1 <= width + 1, chart.title
+            assert -1 <= box.y0 <= box.y1 <= height + 1, chart.title
+        assert len(chart.to_png()) < 150_000
+        assert any(character.isdigit() for character in chart.alt)
+
+
+def test_a_and_b_differ_in_marker_line_and_lightness(answers):
+    chart = localization_errors(answers)
+    a, b = (drawn(chart, f"median {who}") for who in "AB")
+    assert (a.get_marker(), b.get_marker()) == ("o", "X")
+    assert drawn(chart, "errors A").get_linestyle() != drawn(chart, "errors B").get_linestyle()
+    assert [to_hex(line.get_color()).upper() for line in (a, b)] == [A_COLOR, B_COLOR]
+    assert lightness(A_COLOR) / lightness(B_COLOR) > 3
+    assert not {A_COLOR, B_COLOR} & {PYTORCH_COLOR, ONNX_COLOR}
+
+
+def test_positions_are_drawn_where_they_are_and_the_curve_ends_at_all(answers):
+    chart = position_changes(answers)
+    assert "99% of them by at most" in chart.title
+    assert len(drawn(chart, "A").get_offsets()) == 60
+    steps = drawn(chart, "moved share")
+    assert steps.get_ydata()[-1] == 100
+    assert steps.get_xdata()[-1] == pytest.approx(answers.displacement.max_m / 1000)
+
+
+def test_what_does_not_move_is_said(answers):
+    same = answers_of(0.0)
+    assert position_changes(same).title == "No position moves: all 300 are equal in A and B"
+    assert output_changes(same).title == "No output changes: all 600 values are equal in A and B"
+
+
+def test_lost_positions_are_counted_in_the_title(answers):
+    b = answers.positions[1].copy()
+    b[:7] = np.nan
+    lost = replace(answers, displacement=Displacement.between(answers.positions[0], b))
+    assert position_changes(lost).title == ("7 of 300 positions are NaN or Inf in A or B alone")
+    everything = Displacement.between(*(np.full((5, 2), np.nan),) * 2)
+    chart = position_changes(replace(answers, displacement=everything))
+    assert chart.title == "No position is finite in A and B"
+
+
+def test_model_without_positions_has_no_map_and_no_errors(answers):
+    without = replace(answers, positions=None, displacement=None, errors=None)
+    assert position_changes(without) is None
+    assert localization_errors(without) is None
+
+
+def test_differences_are_titled_in_the_unit_of_the_output():
+    chart = output_changes(answers_of(0.01, ("level",), "dB"))
+    assert chart.title.startswith("99% of the differences are at most 0.0")
+    assert chart.title.endswith(" dB")
+    curve = drawn(chart, "differences level")
+    assert curve.get_ydata()[-1] == 100
+
+
+def test_errors_are_titled_with_both_medians(answers):
+    worse = answers_of(0.2)
+    title = localization_errors(worse).title
+    assert title.startswith("B's median error is ")
+    assert " (A) and " in title
+    assert localization_errors(answers).title.startswith("No clear difference in error")
+    assert (
+        "no ratio"
+        in localization_errors(replace(answers, errors=replace(answers.errors, ratio=None))).title
+    )
+
+
+def test_recorded_parity_shows_both_and_a_zero_that_no_logarithm_has():
+    chart = recorded_parity(PARITY)
+    assert chart.title == ("99% of the export's errors are at most 1e-6 (A) and 2e-6 (B) degrees")
+    assert [text.get_text() for text in chart.figure.axes[0].texts] == ["0"]
+    assert recorded_parity(()) is None
+    one = (replace(PARITY[0], b=None),)
+    assert recorded_parity(one).title == "Only A records its parity"
+
+
+def test_latency_of_a_pair_names_both_and_keeps_what_was_not_measured(latency):
+    chart = plot.pair_latency(latency)
+    assert chart.title.startswith("B is 1.5")
+    assert "slower than A at batch 1" in chart.title
+    assert chart.alt.startswith("A: 60 calls")
+    histogram = drawn(chart, "A")
+    assert to_hex(histogram.get_edgecolor()).upper() == A_COLOR
+    skipped = NotMeasured("not asked for")
+    assert plot.pair_latency(skipped) is skipped

@@ -1,0 +1,93 @@
+"""Tables say what the dataclasses hold, as inert Markdown."""
+
+import numpy as np
+import pytest
+from models import SmallNet
+
+from heimdall_onnx.archive.record import Skipped
+from heimdall_onnx.common.environment import capture_environment
+from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.parity.compare import compare_outputs
+from heimdall_onnx.evidence.parity.departure import Departure
+from heimdall_onnx.model.examples import generic_inputs
+from heimdall_onnx.model.inference import open_session
+from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.model.onnx.validate import validate_model
+from heimdall_onnx.report import tables
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export_model(SmallNet(), tmp_path_factory.mktemp("tables") / "model.onnx")
+
+
+def parity(exported, tolerance: float):
+    model = SmallNet()
+    inputs = generic_inputs(model.signature, 4)
+    data = EvaluationData(inputs, None, {}, "synthetic inputs", None, {})
+    session = open_session(exported.path, spinning=False)
+    return compare_outputs(model, session, data, model.signature, tolerance=tolerance)
+
+
+def test_cells_cannot_break_out_of_the_table():
+    made = tables.table(("a", "b"), [("x | y\n| z", "<script>")]).data
+    assert len(made.splitlines()) == 3
+    assert made.splitlines()[2].count("|") == 3
+    assert "<script>" not in made
+
+
+def test_parity_table_has_a_row_for_each_statistic_and_a_column_for_each_output(exported):
+    made = tables.parity_table(parity(exported, 1e-5)).data
+    assert "positions" in made
+    assert "spread" in made
+    for label in ("mean (MAE)", "p99.9", "ULP", "beyond tolerance"):
+        assert label in made
+
+
+def test_departure_table_says_that_there_is_nothing_to_look_for(exported):
+    made = tables.departure_table(parity(exported, 1e-5), None).data
+    assert "Every parity gate holds" in made
+
+
+def test_departure_table_points_elsewhere_when_no_module_departs(exported):
+    made = tables.departure_table(parity(exported, 1e-15), None).data
+    assert "No module departs" in made
+
+
+def test_departure_table_names_the_module(exported):
+    departure = Departure(
+        scope="body.0",
+        module_type="Conv2d",
+        max_abs_error=0.5,
+        reference_magnitude=2.0,
+        tolerance=1e-4,
+        operators=("Conv",),
+        pytorch_value=1.0,
+        onnx_value=1.5,
+    )
+    made = tables.departure_table(parity(exported, 1e-15), departure).data
+    assert "body.0" in made
+    assert "Conv2d" in made
+
+
+def test_export_and_validation_tables_identify_the_file(exported):
+    assert exported.sha256 in tables.export_table(exported).data
+    assert "as declared" in tables.validation_table(validate_model(exported.path)).data
+
+
+def test_evaluation_table_says_synthetic_when_it_is():
+    data = EvaluationData({"x": np.zeros((3, 1))}, None, {}, "synthetic inputs", None, {})
+    assert "synthetic inputs" in tables.evaluation_table(data).data
+
+
+def test_skipped_steps_say_why():
+    skipped = Skipped("because")
+    assert tables.upload_table(skipped) is skipped
+    assert tables.registry_table(skipped) is skipped
+    assert "because" in skipped._repr_markdown_()
+
+
+def test_environment_table_lists_every_package():
+    environment = capture_environment()
+    made = tables.environment_table(environment).data
+    assert all(version in made for version in environment.packages.values())

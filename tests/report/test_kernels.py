@@ -1,0 +1,80 @@
+"""Which interpreter a notebook runs in, and when its kernel ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from jupyter_client.manager import AsyncKernelManager
+
+from heimdall_onnx.report import kernels
+from heimdall_onnx.report.kernels import started_kernel
+
+
+def processes():
+    return {p.pid for p in psutil.Process().children()}
+
+
+@pytest.fixture
+def another(tmp_path, monkeypatch):
+    """A kernel of the usual name that can't run."""
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    spec = {"argv": ["/bin/false"], "display_name": "another", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+
+
+def test_no_other_kernel_of_the_same_name_is_taken(another):
+    assert AsyncKernelManager(kernel_name="python3").kernel_spec.argv[0] == "/bin/false"
+    with started_kernel(os.environ | {"HEIMDALL_TEST": "here"}) as kernel:
+        process = psutil.Process(kernel.provisioner.pid)
+        assert process.cmdline()[0] == sys.executable
+        assert process.environ()["HEIMDALL_TEST"] == "here"
+
+
+def test_kernel_ends_with_the_block_however_that_ends():
+    before = processes()
+
+    def fail():
+        with started_kernel(os.environ):
+            started.update(processes() - before)
+            raise ValueError("no service")
+
+    started = set()
+    with pytest.raises(ValueError, match="no service"):
+        fail()
+    assert len(started) == 1
+    assert processes() == before
+
+
+def test_kernel_ends_when_its_start_is_interrupted(monkeypatch):
+    class Interrupted(AsyncKernelManager):
+        async def _async_post_start_kernel(self, **options):
+            await super()._async_post_start_kernel(**options)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "AsyncKernelManager", Interrupted)
+    before = processes()
+    with pytest.raises(KeyboardInterrupt), started_kernel(os.environ):
+        pass
+    assert processes() == before
+
+
+def test_kernel_ends_with_a_killed_runner_before_and_after_it_has_started():
+    code = "import os, sys; from heimdall_onnx.report.kernels import started_kernel\n"
+    code += "with started_kernel(os.environ) as kernel:\n"
+    code += "    print(kernel.provisioner.pid, flush=True); sys.stdin.read()"
+    for seconds in (0, 3):
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as runner:
+            kernel = psutil.Process(int(runner.stdout.readline()))
+            time.sleep(seconds)
+            assert kernel.is_running()
+            runner.kill()
+        _, alive = psutil.wait_procs([kernel], timeout=10)
+        assert alive == []

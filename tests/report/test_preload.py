@@ -1,0 +1,35 @@
+"""What a kernel imports before it is asked to do anything."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+
+from heimdall_onnx.report.notebook import notebook_path
+
+
+def loaded_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {m for m in json.loads(done.stdout) if m.startswith("heimdall_onnx.")}
+
+
+def test_everything_that_the_notebook_imports_is_there_already():
+    imports = next(c for c in nbformat.read(notebook_path(), 4).cells if c.id == "imports")
+    preload = "from heimdall_onnx.report.preload import load_ipython_extension as f; f(None)"
+    assert loaded_after(f"exec({imports.source!r})") <= loaded_after(preload)
+
+
+def test_what_is_imported_is_not_looked_through_for_garbage_again():
+    code = (
+        "import gc; from heimdall_onnx.report.preload import import_for_good; "
+        "import_for_good(['json', 'no_such_module', 'heimdall_onnx.report.plot']); "
+        "print(gc.isenabled(), gc.get_freeze_count() > len(gc.get_objects()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"

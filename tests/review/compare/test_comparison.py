@@ -1,0 +1,366 @@
+"""Two models on the same inputs: what differs is known beforehand, and said as it is."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from quick_release import SIGNATURE, make_model
+
+from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
+from heimdall_onnx.common.gates import Gate, NotMeasured
+from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.evidence.latency.benchmark import PairLatency
+from heimdall_onnx.evidence.latency.contenders import ContenderLatency
+from heimdall_onnx.evidence.latency.machine_state import MachineState
+from heimdall_onnx.evidence.latency.statistics import Speedup
+from heimdall_onnx.evidence.parity.ground import distance_m
+from heimdall_onnx.evidence.ratios import Ratio
+from heimdall_onnx.model.signature import Signature, TensorSpec
+from heimdall_onnx.report.summary import _speed
+from heimdall_onnx.review.compare.answers import (
+    Displacement,
+    compare_answers,
+    measure_both,
+    shared_signature,
+)
+from heimdall_onnx.review.compare.comparison import ComparedRelease, ReleaseComparison
+from heimdall_onnx.review.compare.gates import GatePair, pair_gates
+from heimdall_onnx.review.compare.head_to_head import Limits
+from heimdall_onnx.review.compare.run import _facts
+from heimdall_onnx.review.compare.tables import conclusion
+from heimdall_onnx.review.compare.words import ratio_words
+from heimdall_onnx.review.reproduce.figures import Difference
+
+LEVEL = TensorSpec("positions", "float32", ("batch", 2), unit="dB")
+SAMPLES = 200
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Models by the degrees by which they miss a latitude."""
+    folder = tmp_path_factory.mktemp("models")
+    offsets = {"exact": 0.0, "one": 0.01, "two": 0.02, "lost": math.nan}
+    for name, offset in offsets.items():
+        onnx.save(make_model(offset), folder / f"{name}.onnx")
+    return {name: folder / f"{name}.onnx" for name in offsets}
+
+
+@pytest.fixture(scope="module")
+def data():
+    signal = np.random.default_rng(0).uniform(45, 50, (SAMPLES, 2)).astype(np.float32)
+    return EvaluationData({"signal": signal}, signal.astype(np.float64), {}, "eval", "ab", {})
+
+
+@pytest.fixture
+def compare(models, data):
+    def run(a, b, signature=SIGNATURE, **changes):
+        return compare_answers(models[a], models[b], replace(data, **changes), signature)
+
+    return run
+
+
+SIDE = ComparedRelease("A", "s3://b/p/v1", "v1", "net", "1", "pass", "", "a" * 64, "b" * 64, 10, 9)
+GATE = Gate.at_most("mean absolute error", 1e-5, 1e-6)
+
+
+def latency(ratio: float, low: float, high: float) -> PairLatency:
+    calls = np.full(60, 2.0)
+    side = ContenderLatency("A", calls, np.arange(60) // 10, 1.0, 1.0, 5, (), 2.0, 1)
+    quiet = MachineState(1.0, 0.1, 0.1, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0)
+    return PairLatency(replace(side, name="B"), side, Speedup(ratio, low, high, 20), 1, quiet)
+
+
+def comparison(answers, **changes) -> ReleaseComparison:
+    given = {
+        "a": SIDE,
+        "b": replace(SIDE, who="B"),
+        "answers": answers,
+        "latency": NotMeasured("not asked for"),
+        "gates": pair_gates([GATE], [GATE]),
+        "parity": (),
+        "parameters": (),
+        "environment": (),
+        "limits": Limits(),
+    }
+    return ReleaseComparison(**{**given, **changes})
+
+
+def test_positions_move_by_what_one_model_is_off_the_other(compare):
+    found = compare("one", "two")
+    moved = found.displacement
+    # 0.01° of latitude at 45° to 50°, on the ellipsoid.
+    assert 1111 < moved.p50_m < 1112.5
+    assert moved.p50_m <= moved.p99_m <= moved.max_m < 1113
+    assert (moved.lost, moved.metres.size) == (0, SAMPLES)
+    (output,) = found.outputs
+    assert output.mean == pytest.approx(0.005, rel=1e-3)  # of latitude and longitude together
+    assert output.violations == SAMPLES
+    assert found.spans[0] == pytest.approx(5, abs=0.2)
+
+
+def test_error_ratio_is_that_of_the_offsets_and_its_interval_holds_it(compare):
+    errors = compare("one", "two").errors
+    a, b = errors.medians_m
+    assert b / a == pytest.approx(2, rel=1e-3)
+    assert errors.ratio.ratio == pytest.approx(b / a)
+    assert errors.ratio.low <= errors.ratio.ratio <= errors.ratio.high
+    assert errors.ratio.low > 1.9
+    assert not errors.ratio.holds
+
+
+def test_equal_models_differ_in_nothing(compare):
+    found = comparison(compare("one", "one"))
+    assert found.sentence == (
+        "Latency was not compared, no clear difference in localization error (median 1.1 km), no "
+        "position moves, no gate changes"
+    )
+    assert found.worse == ()
+
+
+def test_lost_positions_are_counted_and_worse(compare):
+    found = comparison(compare("one", "lost"))
+    assert found.answers.displacement.lost == SAMPLES
+    assert found.answers.errors.ratio is None
+    assert found.answers.errors.medians_m[1] == math.inf
+    assert f"{SAMPLES} of {SAMPLES} positions are NaN or Inf in one of them" in found.sentence
+    assert any("NaN or Inf" in reason for reason in found.worse)
+    # JSON has neither NaN nor Inf.
+    assert (
+        json.loads(json.dumps(found.to_dict(), allow_nan=False))["displacement_m"]["p99"] == "inf"
+    )
+
+
+def test_displacement_without_a_position_in_both_is_no_displacement():
+    nowhere = np.full((3, 2), np.nan)
+    moved = Displacement.between(nowhere, nowhere)
+    assert (moved.lost, math.isnan(moved.max_m)) == (0, True)
+    here = np.array([[50.0, 8.0], [50.0, 8.0], [np.nan, 8.0]])
+    there = np.array([[50.0, 8.0], [50.0, 9.0], [np.nan, 9.0]])
+    moved = Displacement.between(here, there)
+    assert moved.max_m == pytest.approx(distance_m(here[1:2], there[1:2])[0])
+    assert moved.p50_m == 0
+
+
+def test_p99_is_not_told_of_few_samples(compare, data):
+    few = data.head(20)
+    found = comparison(compare("one", "two", inputs=few.inputs, positions=few.positions))
+    assert "positions move by 1.1 km at most" in found.sentence
+    assert "positions move by 1.1 km at p99" in comparison(compare("one", "two")).sentence
+
+
+def test_model_without_positions_is_compared_in_its_own_unit(compare):
+    found = comparison(compare("exact", "one", Signature(SIGNATURE.inputs, (LEVEL,))))
+    assert (found.answers.displacement, found.answers.errors) == (None, None)
+    assert found.sentence == (
+        "Latency was not compared, localization error was not compared, the output positions "
+        "changes by 0.01 dB at p99, no gate changes"
+    )
+
+
+def test_synthetic_inputs_have_no_truth(models):
+    synthetic = load_evaluation_data(None, SIGNATURE)
+    found = compare_answers(models["one"], models["two"], synthetic, SIGNATURE)
+    assert (found.source, found.samples, found.errors) == ("synthetic inputs", 64, None)
+    assert found.displacement.max_m > 1000
+
+
+def test_output_of_another_shape_than_declared_is_an_error(models, data):
+    broken = onnx.load(models["one"])
+    broken.graph.node[-1].output[0] = "moved"
+    shape = onnx.numpy_helper.from_array(np.array([-1, 1]), "shape")
+    broken.graph.initializer.append(shape)
+    broken.graph.node.append(onnx.helper.make_node("Reshape", ["moved", "shape"], ["positions"]))
+    del broken.graph.output[0].type.tensor_type.shape.dim[:]
+    path = models["one"].with_name("broken.onnx")
+    onnx.save(broken, path)
+    with pytest.raises(EvidenceError, match=r"B gives positions of shape \(128, 1\)"):
+        compare_answers(models["one"], path, data, SIGNATURE)
+
+
+def test_signatures_must_share_inputs_and_an_output():
+    other = Signature((TensorSpec("signal", "float32", ("batch", 3)),), (LEVEL,))
+    with pytest.raises(InvalidModelError) as raised:
+        shared_signature(SIGNATURE, other)
+    assert "input of A: signal: float32 (batch, 2); of B: signal: float32 (batch, 3)" in str(
+        raised.value
+    )
+    assert "of B: positions: float32 (batch, 2) in dB" in str(raised.value)
+    alone = Signature(SIGNATURE.inputs, (replace(LEVEL, name="level"),))
+    with pytest.raises(InvalidModelError, match="A gives positions; B gives level"):
+        shared_signature(SIGNATURE, alone)
+    mask = TensorSpec("mask", "bool", ("batch", 2))
+    with pytest.raises(InvalidModelError, match="input of A: none; of B: mask"):
+        shared_signature(SIGNATURE, Signature((*SIGNATURE.inputs, mask), SIGNATURE.outputs))
+
+
+def test_outputs_of_one_alone_are_named_and_left_out():
+    spread = TensorSpec("spread", "float32", ("batch", 2))
+    more = Signature(SIGNATURE.inputs, (spread, *SIGNATURE.outputs))
+    assert shared_signature(SIGNATURE, more) == (
+        SIGNATURE,
+        ("spread is given by B alone",),
+    )
+    assert shared_signature(more, SIGNATURE)[1] == ("spread is given by A alone",)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words", "worse"),
+    [
+        ((0.8929, 0.88, 0.91), "B is 12% faster (9.9 to 14)", False),
+        ((0.25, 0.24, 0.26), "B is 4× faster (3.8 to 4.2)", False),
+        ((1.12, 1.11, 1.14), "B is 12% slower (11 to 14)", True),
+        ((1.05, 1.02, 1.08), "B is 5% slower (2 to 8)", False),
+        ((3.1, 3.0, 3.2), "B is 3.1× slower (3 to 3.2)", True),
+        (
+            (1.01, 0.97, 1.04),
+            "No clear difference in speed (B takes 0.97 to 1.04 times as long)",
+            False,
+        ),
+    ],
+)
+def test_speed_is_said_with_its_interval(compare, ratio, words, worse):
+    found = comparison(compare("one", "one"), latency=latency(*ratio))
+    assert found.sentence.startswith(f"{words}, ")
+    assert any("latency" in reason for reason in found.worse) == worse
+
+
+def test_error_is_said_with_its_interval(compare):
+    larger = comparison(compare("one", "two"))
+    assert "B's median error is 2.000× (" in larger.sentence
+    assert larger.worse[0].startswith("median localization error 2.000× (")
+    smaller = comparison(compare("two", "one"))
+    assert "B's median error is 50% smaller (50 to 50)" in smaller.sentence
+    assert smaller.worse == ()
+
+
+def test_ratio_words_tell_small_differences():
+    assert ratio_words(Ratio("latency", 1.0004, 0.9996, 1.0012, 1.1)) == "1.000× (1.000 to 1.001)"
+    assert ratio_words(Ratio("latency", 1234.5, 1000, 2000, 1.1)) == "1,234× (1,000 to 2,000)"
+
+
+def test_gates_are_paired_by_name_and_order():
+    fails = replace(GATE, passed=False)
+    other = Gate.none_of("signature", ())
+    pairs = pair_gates([GATE, GATE, other], [GATE, fails, Gate.none_of("order", ["wrong"])])
+    assert [(p.name, p.change, p.worse) for p in pairs] == [
+        ("mean absolute error", "", False),
+        ("mean absolute error", "fails now", True),
+        ("signature", "is gone", False),
+        ("order", "is new and fails", True),
+    ]
+    assert GatePair("x", fails, GATE).change == "passes now"
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ([GATE], "no gate changes"),
+        ([replace(GATE, passed=False)], "1 gate changes (mean absolute error fails now)"),
+        (
+            [Gate.none_of("opset", ()), Gate.none_of("order", ["x"])],
+            "3 gates change (mean absolute error is gone; opset is new; order is new and fails)",
+        ),
+    ],
+)
+def test_changed_gates_are_counted_and_named(compare, after, words):
+    found = comparison(compare("one", "one"), gates=pair_gates([GATE], after))
+    assert found.sentence.endswith(words)
+    assert bool(found.worse) == any(not gate.passed for gate in after)
+
+
+def test_gates_that_are_not_recorded_are_not_said_to_stay(compare):
+    found = comparison(compare("one", "one"), gates=None)
+    assert found.sentence.endswith("gates are not recorded in both")
+
+
+def test_everything_is_json(compare):
+    found = comparison(
+        compare("one", "two"),
+        latency=latency(1.2, 1.1, 1.3),
+        parameters=(Difference("opset", 14, 20, True),),
+        environment=None,
+    )
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert told["latency"]["ratio"] == {
+        "ratio": 1.2,
+        "low": 1.1,
+        "high": 1.3,
+        "limit": 1.1,
+        "holds": True,
+    }
+    assert told["localization_error"]["ratio"]["ratio"] == pytest.approx(2, rel=1e-3)
+    assert told["parameters"][0]["what"] == "opset"
+    assert told["environment"] is None
+    assert told["gates"][0]["change"] == ""
+
+
+def test_latency_is_left_out_on_request_and_measured_in_turns(models, data):
+    left_out = measure_both(models["one"], models["two"], data, SIGNATURE, measure=False)
+    assert isinstance(left_out, NotMeasured)
+    path = models["one"].with_name("slow.onnx")
+    onnx.save(make_model(0.01, products=40), path)
+    found = measure_both(models["one"], path, data, SIGNATURE, calls=60)
+    assert (found.first.name, found.second.name) == ("B", "A")
+    assert found.speedup.low > 1
+    assert (
+        "slower"
+        in comparison(compare_answers(models["one"], path, data, SIGNATURE), latency=found).sentence
+    )
+
+
+def test_sample_that_is_lost_in_both_leaves_the_others_compared(compare, data):
+    signal = data.inputs["signal"].copy()
+    signal[3] = np.nan
+    found = comparison(compare("one", "two", inputs={"signal": signal}))
+    assert found.answers.errors.left_out == 1
+    assert found.answers.errors.ratio.ratio == pytest.approx(2, rel=1e-3)
+    assert found.worse[0].startswith("median localization error 2.000× (")
+    assert "1 sample left out of that" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        ("fail", "B: its verdict is 'fail'"),
+        ("pass (smoke)", "B: it is a test run (profile smoke), which is no evidence"),
+    ],
+)
+def test_release_that_is_not_promoted_for_its_verdict_is_worse(compare, verdict, words):
+    found = comparison(compare("one", "one"), b=replace(SIDE, who="B", verdict=verdict))
+    assert found.worse == (words,)
+    assert comparison(compare("one", "one"), a=replace(SIDE, verdict=verdict)).worse == ()
+
+
+def test_what_is_not_judged_is_named_and_nothing_judged_is_no_pass(compare):
+    found = comparison(compare("one", "one", positions=None), gates=None)
+    assert found.not_judged == (
+        "latency (not asked for)",
+        "localization error (true positions are not known)",
+        "gates (one of the releases records none)",
+    )
+    assert (found.judged, found.worse) == (False, ())
+    said = conclusion(found).data
+    assert "Whether B is worse is not known" in said
+    assert "Not judged: latency" in said
+    assert "localization error was not compared" in found.sentence
+    facts = _facts(found.to_dict())
+    assert facts["not judged"] == "; ".join(found.not_judged)
+    assert facts["B is worse in"] == "not known, nothing was judged"
+    whole = comparison(compare("one", "one"), latency=latency(1.0, 0.9, 1.1))
+    assert (whole.not_judged, whole.judged) == ((), True)
+    assert "Not judged" not in conclusion(whole).data
+    assert "not judged" not in _facts(whole.to_dict())
+
+
+def test_machine_that_was_not_steady_is_said_with_the_speed(compare):
+    found = latency(0.5, 0.4, 0.6)
+    drifting = replace(found.second, samples_ms=np.repeat(np.arange(2.0, 8.0), 10))
+    for side in (found.second, drifting):
+        measured = comparison(compare("one", "one"), latency=replace(found, second=side))
+        told = (measured.sentence, _facts(measured.to_dict())["latency of B over A"])
+        assert [("not steady" in text) for text in told] == [side is drifting] * 2
+        record = {"latency": {**measured.to_dict()["latency"], "confidence": 0.95, "threads": 1}}
+        assert ("; the machine was not steady" in _speed(record)) == (side is drifting)

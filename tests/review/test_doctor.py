@@ -1,0 +1,235 @@
+"""What killed runs leave behind is found, and only what is safe is mended."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+from quick_release import PREFIX, Factory
+
+from heimdall_onnx.archive.aliases import append_move
+from heimdall_onnx.archive.content import keep_content
+from heimdall_onnx.archive.verify import verify_release
+from heimdall_onnx.common.files import hash_file
+from heimdall_onnx.review.doctor import diagnose, mend_all
+from heimdall_onnx.services.connection import connect
+from heimdall_onnx.services.store import list_keys, upload_bytes
+
+pytestmark = pytest.mark.services
+
+# The store tells the time in whole seconds, and what these tests make is younger than that.
+NOW = timedelta(seconds=-5)
+
+
+@pytest.fixture
+def connection(make_settings, reset_mlflow):
+    return connect(make_settings("doctor"))
+
+
+@pytest.fixture
+def release(connection, bucket, tmp_path) -> Factory:
+    return Factory(connection, bucket, tmp_path)
+
+
+@pytest.fixture
+def complete(release):
+    """A release that nothing is wrong with, and that nothing may happen to."""
+    return release()
+
+
+def found(connection, bucket, older_than=NOW):
+    return diagnose(connection, bucket, PREFIX, older_than=older_than)
+
+
+def kinds(connection, bucket) -> list[str]:
+    return sorted(leftover.kind for leftover in found(connection, bucket))
+
+
+def mended(connection, complete) -> bool:
+    assert mend_all(found(connection, complete.bucket)) == ()
+    whole = all(finding.holds for finding in verify_release(connection, complete.uri))
+    return whole and found(connection, complete.bucket) == ()
+
+
+def put(connection, bucket, key, body=b"x"):
+    connection.client.put_object(Bucket=bucket, Key=key, Body=body)
+
+
+def test_nothing_is_left_of_a_complete_release_or_in_no_bucket(connection, complete):
+    assert found(connection, complete.bucket) == ()
+    assert found(connection, "no-such-bucket") == ()
+
+
+def test_unfinished_folder_and_its_version_are_taken_away(connection, complete, bucket):
+    folder = f"{PREFIX}/v20200101_000000"
+    for name in ("metadata.json", "model.onnx", "MLmodel"):
+        put(connection, bucket, f"{folder}/{name}")
+    connection.tracker.register_model("net", f"s3://{bucket}/{folder}")
+    assert kinds(connection, bucket) == ["unfinished folder", "version without a release"]
+    assert mended(connection, complete)
+    assert not list_keys(connection.client, bucket, folder)
+
+
+def test_version_that_was_tagged_before_its_manifest_could_be_written_is_no_release(
+    connection, complete, bucket
+):
+    folder = f"{PREFIX}/v20200101_000000"
+    for name in ("metadata.json", "MLmodel"):
+        put(connection, bucket, f"{folder}/{name}")
+    version = connection.tracker.register_model(
+        "net", f"s3://{bucket}/{folder}", tags={"sha256": "1", "manifest_sha256": "2"}
+    )
+    assert kinds(connection, bucket) == ["unfinished folder", "version without a release"]
+    assert mended(connection, complete)
+    assert version not in {v.version for v in connection.tracker.versions("net")}
+
+
+def test_what_may_be_under_way_is_left_alone(connection, complete, bucket):
+    put(connection, bucket, f"{PREFIX}/v20200101_000000/metadata.json")
+    put(connection, bucket, "objects/sha256/" + "0" * 64)
+    connection.client.create_multipart_upload(Bucket=bucket, Key="x")
+    connection.tracker.create_run("release 20200101_000000-0a1b2c3d")
+    assert found(connection, bucket, timedelta(hours=1)) == ()
+
+
+def test_folder_that_becomes_a_release_meanwhile_is_not_deleted(connection, release, bucket):
+    folder = f"{PREFIX}/v20200101_000000"
+    put(connection, bucket, f"{folder}/metadata.json")
+    leftovers = found(connection, bucket)
+    put(connection, bucket, f"{folder}/manifest.json")
+    (failed,) = mend_all(leftovers)
+    assert "has become a release" in failed
+    assert len(list_keys(connection.client, bucket, folder)) == 2
+
+
+def test_models_registered_step_by_step_are_none_of_its_business(connection, complete, bucket):
+    single = f"{PREFIX}/v20200101_000000"
+    for key in (f"{single}.onnx", f"{single}/metadata.json", f"{single}/MLmodel"):
+        put(connection, bucket, key)
+    assert found(connection, bucket) == ()
+    version = connection.tracker.register_model(
+        "net", f"s3://{bucket}/{single}", tags={"sha256": "1"}
+    )
+    connection.client.delete_object(Bucket=bucket, Key=f"{single}.onnx")
+    assert found(connection, bucket) == ()
+    connection.tracker.set_alias("net", version, "candidate")
+    (leftover,) = found(connection, bucket)
+    assert (leftover.kind, leftover.remedy) == ("alias without a manifest", "")
+    assert "registered without a release" in leftover.why
+
+
+def test_content_that_no_manifest_names_is_deleted_and_other_content_kept(
+    connection, complete, bucket
+):
+    put(connection, bucket, "objects/sha256/" + "0" * 64)
+    assert kinds(connection, bucket) == ["unreferenced content"]
+    assert mended(connection, complete)
+
+
+def test_content_stays_while_a_manifest_can_not_be_read(connection, complete, bucket):
+    put(connection, bucket, "objects/sha256/" + "0" * 64)
+    put(connection, bucket, "elsewhere/v1/manifest.json", b"{}")
+    (leftover,) = found(connection, bucket)
+    assert (leftover.kind, leftover.remedy) == ("unreadable manifest", "")
+
+
+def test_aborted_uploads_are_deleted(connection, complete, bucket):
+    connection.client.create_multipart_upload(
+        Bucket=bucket, Key=f"{PREFIX}/v20200101_000000/model.onnx"
+    )
+    assert kinds(connection, bucket) == ["aborted upload"]
+    assert mended(connection, complete)
+
+
+def test_what_others_keep_there_is_none_of_its_business(connection, complete, bucket):
+    for key in ("validation/a.npz", "v2/v20200101_000000/metadata.json", "v20200101_000000/a.npz"):
+        put(connection, bucket, f"{PREFIX}/{key}")
+    put(connection, bucket, "elsewhere/MLmodel")
+    connection.tracker.register_model("Bob's model", f"s3://{bucket}/elsewhere")
+    connection.client.create_multipart_upload(Bucket=bucket, Key="elsewhere/upload")
+    connection.tracker.create_run("release candidate")
+    runs = connection.settings.home / "runs"
+    (runs / "by hand").mkdir(parents=True)
+    (runs / "by hand" / "model.onnx").write_bytes(b"x")
+    assert found(connection, bucket) == ()
+
+
+def test_model_of_a_killed_runner_is_deleted_and_that_of_a_running_one_kept(
+    connection, complete, bucket
+):
+    runs = connection.settings.home / "runs"
+    for name, pid in (("killed", 2**22 + 1), ("running", os.getpid())):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "model.onnx").write_bytes(b"x")
+        (runs / name / "runner.pid").write_text(str(pid))
+    assert kinds(connection, bucket) == ["model of a run that was killed"]
+    assert mended(connection, complete)
+    assert [path.parent.name for path in runs.glob("*/model.onnx")] == ["running"]
+
+
+def test_content_that_a_release_under_way_uses_again_is_kept(
+    connection, complete, bucket, tmp_path
+):
+    path = tmp_path / "weights"
+    path.write_bytes(b"other weights")
+    kept = keep_content(connection.client, bucket, path, hash_file(path), "checkpoint")
+    leftovers = found(connection, bucket)
+    assert [leftover.kind for leftover in leftovers] == ["unreferenced content"]
+    time.sleep(1.1)  # the store dates in whole seconds
+    keep_content(connection.client, bucket, path, hash_file(path), "checkpoint")
+    (failed,) = mend_all(leftovers)
+    assert "is used again" in failed
+    assert list_keys(connection.client, bucket, kept.key)
+
+
+def test_alias_that_nobody_logged_is_left_to_a_person(connection, complete, release, bucket):
+    second = release(alias=None)
+    connection.tracker.set_alias("net", second.model_version, "staging")
+    (leftover,) = found(connection, bucket)
+    assert (leftover.kind, leftover.remedy) == ("alias beside its log", "")
+
+
+def test_alias_that_points_at_no_release_is_for_a_person_to_decide(connection, complete, bucket):
+    connection.client.delete_object(Bucket=bucket, Key=complete.key)
+    assert "unfinished folder" not in kinds(connection, bucket)
+    assert "alias without a manifest" in kinds(connection, bucket)
+    failed = mend_all(found(connection, bucket))
+    assert "an alias points at net version 1" in failed[0]
+    assert connection.tracker.alias_target("net", "staging") == "1"
+
+
+def test_alias_that_stayed_behind_its_log_follows(connection, complete, release, bucket):
+    second = release(alias=None)
+    move = {"model_name": "net", "alias": "staging", "action": "release", "previous": None}
+    append_move(
+        connection.client, bucket, **move, version="2", release=second.uri, by="a run that died"
+    )
+    (leftover,) = found(connection, bucket)
+    assert leftover.why == "its log says version 2, MLflow 1"
+    assert mended(connection, complete)
+    assert connection.tracker.alias_target("net", "staging") == "2"
+
+
+def test_log_that_ends_at_a_version_that_is_gone_is_set_right(connection, complete, bucket):
+    move = {"model_name": "net", "alias": "staging", "action": "release", "previous": None}
+    append_move(connection.client, bucket, **move, version="7", release=None, by="a run that died")
+    (leftover,) = found(connection, bucket)
+    assert "version 7 is gone" in leftover.why
+    assert mended(connection, complete)
+    assert connection.tracker.alias_target("net", "staging") == "1"
+
+
+def test_release_whose_version_is_gone_is_named(connection, complete, bucket):
+    connection.tracker.delete_version("net", "1")
+    upload_bytes(connection.client, b"x", bucket, "unrelated")
+    assert "release without a version" in kinds(connection, bucket)
+
+
+def test_runs_that_never_ended_are_ended_and_others_left(connection, complete, bucket):
+    training, died = (
+        connection.tracker.create_run(n) for n in ("training", "release 20200101_000000-0a1b2c3d")
+    )
+    assert kinds(connection, bucket) == ["run that never ended"]
+    assert mended(connection, complete)
+    assert connection.tracker.get_run_info(died)["status"] == "KILLED"
+    assert connection.tracker.get_run_info(training)["status"] == "RUNNING"

@@ -1,0 +1,326 @@
+"""Promotion and rollback: on evidence, in a record, with every reason against it at once."""
+
+import json
+import re
+
+import pytest
+from bs4 import BeautifulSoup
+from keys import make_key
+from quick_release import Factory
+
+from heimdall_onnx.archive.aliases import read_log
+from heimdall_onnx.archive.signing import Trust
+from heimdall_onnx.archive.verify import verify_release
+from heimdall_onnx.common.errors import ParameterError, PromotionError, RegistryError, StoreError
+from heimdall_onnx.review.compare.head_to_head import Limits
+from heimdall_onnx.review.promotion import alias_history, promote_release, roll_back
+from heimdall_onnx.services import store
+from heimdall_onnx.services.connection import connect
+from heimdall_onnx.services.registry import MLflowTracker
+from heimdall_onnx.services.store import list_keys, parse_uri, read_bytes, read_json
+
+pytestmark = pytest.mark.services
+
+QUICK = Limits(calls=60)
+
+
+@pytest.fixture
+def connection(make_settings, reset_mlflow):
+    return connect(make_settings("review"))
+
+
+@pytest.fixture
+def release(connection, bucket, tmp_path) -> Factory:
+    return Factory(connection, bucket, tmp_path)
+
+
+def promote(connection, manifest, **changes):
+    given = {"alias": "production", "reviewer": "reviewer", "note": "looks right", "limits": QUICK}
+    return promote_release(connection, manifest.uri, **{**given, **changes})
+
+
+def go_back(connection, manifest, **changes):
+    given = {"alias": "production", "reviewer": "reviewer", "note": "too slow"}
+    return roll_back(connection, manifest.bucket, "net", **{**given, **changes})
+
+
+def pointed_at(connection) -> str | None:
+    return connection.tracker.alias_target("net", "production")
+
+
+def holds(connection, manifest) -> bool:
+    return all(finding.holds for finding in verify_release(connection, manifest.uri))
+
+
+def test_promotion_moves_alias_and_stage_and_leaves_a_record(connection, release):
+    first, second = release(), release()
+    review = promote(connection, first)
+    assert (review.version, review.previous, review.comparison.notes) == (
+        "1",
+        None,
+        ("nothing holds the alias yet",),
+    )
+    review = promote(connection, second, note="better\nby far")
+    assert (pointed_at(connection), review.previous) == ("2", "1")
+    stages = [connection.tracker.get_version("net", v).stage for v in ("1", "2")]
+    assert stages == ["Archived", "Production"]
+    record = read_json(connection.client, *parse_uri(review.record_uri))
+    assert record["reviewer"] == "reviewer"
+    assert record["note"] == "better\nby far"
+    assert record["manifest_sha256"] == second.sha256
+    assert {r["what"] for r in record["comparison"]["ratios"]} == {
+        "median localization error",
+        "latency",
+    }
+    assert holds(connection, first)
+    assert holds(connection, second)
+
+
+def test_page_of_a_decision_says_at_its_head_who_has_decided(connection, release):
+    first = release()
+    promote(connection, first, compare=False, reviewer="first reviewer", note="<b>fast</b>")
+    promote(connection, release(), compare=False)
+    review = go_back(connection, first, reviewer="second reviewer")
+    page = read_bytes(connection.client, *parse_uri(review.page_uri), limit=10**7).decode()
+    decided = BeautifulSoup(page, "html.parser").find(class_="decisions").find_all("li")
+    promoted, gone_back = (line.get_text() for line in decided)
+    assert promoted.startswith("Promoted as production by first reviewer on ")
+    assert promoted.endswith(" UTC: <b>fast</b>")
+    assert gone_back.startswith("Gone back to as production by second reviewer on ")
+    assert holds(connection, first)
+
+
+def test_changed_page_of_a_decision_is_found_out(connection, release):
+    first = release()
+    review = promote(connection, first, compare=False)
+    bucket, key = parse_uri(review.page_uri)
+    connection.client.put_object(Bucket=bucket, Key=key, Body=b"<h1>approved</h1>")
+    assert not holds(connection, first)
+
+
+def test_decision_stands_where_its_page_can_not_be_kept(connection, release, monkeypatch):
+    first = release()
+    upload = store.upload_bytes
+
+    def refused(client, content, bucket, key, **options):
+        if key.endswith(".html"):
+            raise StoreError("no room")
+        return upload(client, content, bucket, key, **options)
+
+    monkeypatch.setattr("heimdall_onnx.review.promotion.upload_bytes", refused)
+    review = promote(connection, first, compare=False)
+    assert (pointed_at(connection), review.page_uri) == ("1", None)
+    assert holds(connection, first)
+
+
+def test_page_names_no_decision_that_the_log_does_not_have(connection, release, monkeypatch):
+    first = release()
+
+    def lost(*arguments, **options):
+        raise StoreError("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("heimdall_onnx.review.promotion.append_move", lost)
+        with pytest.raises(StoreError):
+            promote(connection, first, compare=False, reviewer="nobody")
+    review = promote(connection, first, compare=False)
+    page = read_bytes(connection.client, *parse_uri(review.page_uri), limit=10**7).decode()
+    assert "nobody" not in BeautifulSoup(page, "html.parser").find(class_="decisions").get_text()
+
+
+def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, release):
+    promote(connection, release(error_degrees=0.01))
+    worse = release(error_degrees=0.02, products=20)
+    with pytest.raises(PromotionError) as raised:
+        promote(connection, worse)
+    error, latency = str(raised.value).splitlines()[1:]
+    assert error.startswith("  - median localization error: 2.0")
+    assert "limit 1.050" in error
+    assert latency.startswith("  - latency: ")
+    assert pointed_at(connection) == "1"
+    assert not list_keys(connection.client, worse.bucket, f"{worse.folder}/reviews/")
+    loose = Limits(error_growth=2, slowdown=1e6, calls=60)
+    assert promote(connection, worse, limits=loose).version == "2"
+
+
+def test_test_run_that_is_worse_is_refused_for_both(connection, release):
+    promote(connection, release(error_degrees=0.01))
+    with pytest.raises(PromotionError) as raised:
+        promote(connection, release(error_degrees=0.02, verdict="pass (smoke)"))
+    assert "it is a test run" in str(raised.value)
+    assert "median localization error: 2.0" in str(raised.value)
+
+
+def test_promotion_can_be_made_without_a_comparison(connection, release):
+    promote(connection, release(error_degrees=0.01))
+    review = promote(connection, release(error_degrees=1), compare=False)
+    assert review.comparison is None
+
+
+def test_data_without_labels_leaves_accuracy_to_the_reviewer(connection, release):
+    promote(connection, release())
+    review = promote(connection, release(labelled=False), limits=Limits(slowdown=1e6, calls=60))
+    assert [ratio.what for ratio in review.comparison.ratios] == ["latency"]
+    assert "no labels" in review.comparison.notes[0]
+
+
+def test_every_reason_is_given_at_once(connection, release, tmp_path):
+    manifest = release(verdict="fail (smoke)")
+    s3 = connection.client
+    s3.put_object(Bucket=manifest.bucket, Key=f"{manifest.folder}/report.html", Body=b"changed")
+    with pytest.raises(PromotionError) as raised:
+        promote(connection, manifest, trust=Trust(make_key(tmp_path).public))
+    for reason in ("report.html: expected", "model.sig: expected", "'fail (smoke)'", "test run"):
+        assert reason in str(raised.value)
+    assert pointed_at(connection) is None
+
+
+def test_what_holds_the_alias_is_not_promoted_again(connection, release):
+    manifest = release()
+    promote(connection, manifest)
+    with pytest.raises(PromotionError, match="holds the alias production already"):
+        promote(connection, manifest)
+
+
+def test_damaged_holder_does_not_stand_in_the_way(connection, release):
+    first, second = release(), release()
+    promote(connection, first)
+    connection.client.delete_object(Bucket=first.bucket, Key=first.model.key)
+    review = promote(connection, second)
+    assert "version 1 does not verify" in review.comparison.notes[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"reviewer": ""},
+        {"reviewer": "a\nb"},
+        {"reviewer": "x" * 201},
+        {"note": " "},
+        {"note": "a\x00b"},
+        {"note": "a\u202eb"},
+        {"alias": "latest"},
+        {"alias": "../x"},
+    ],
+)
+def test_words_that_can_not_be_kept_are_refused(connection, release, words):
+    with pytest.raises(ParameterError):
+        promote(connection, release(), **words)
+
+
+def test_hostile_words_stay_what_they_are(connection, release):
+    note = "<script>alert(1)</script> [x](javascript:alert(1)) ../../../ %2e%2e\n| a | b |"
+    review = promote(connection, release(), reviewer="<b>reviewer</b>", note=note)
+    record = read_json(connection.client, *parse_uri(review.record_uri))
+    assert (record["reviewer"], record["note"]) == ("<b>reviewer</b>", note)
+    (move,) = read_log(connection.client, release.bucket, "net", "production")
+    assert (move.by, move.note) == ("<b>reviewer</b>", note)
+    said = connection.tracker.get_version("net", review.version).description
+    assert "&#60;b&#62;reviewer&#60;/b&#62;: &#60;script&#62;" in said
+
+
+def test_decision_stands_that_mlflow_can_not_show(connection, release, monkeypatch):
+    def fail(*_):
+        raise RegistryError("it is read-only")
+
+    manifest = release()
+    monkeypatch.setattr(MLflowTracker, "describe_version", fail)
+    assert promote(connection, manifest).version == pointed_at(connection) == "1"
+    assert holds(connection, manifest)
+
+
+def test_rollback_goes_back_one_version_each_time(connection, release):
+    manifests = [release(alias=None) for _ in range(3)]
+    for manifest in manifests:
+        promote(connection, manifest, compare=False)
+    assert go_back(connection, manifests[0]).version == "2"
+    assert go_back(connection, manifests[0]).version == "1"
+    with pytest.raises(PromotionError, match="no version to go back to"):
+        go_back(connection, manifests[0])
+    assert pointed_at(connection) == "1"
+    said = connection.tracker.get_version("net", "1").description
+    assert re.findall(r"UTC, (.*) by reviewer(.*): ", said) == [
+        ("promoted to **production**", ""),
+        ("**production** rolled back to it", ", from version 2"),
+    ]
+    promote(connection, manifests[2], compare=False)
+    assert go_back(connection, manifests[0]).version == "1"
+    assert all(holds(connection, manifest) for manifest in manifests)
+
+
+def test_rollback_to_a_chosen_version(connection, release):
+    manifests = [release(alias=None) for _ in range(4)]
+    for manifest in manifests[:3]:
+        promote(connection, manifest, compare=False)
+    with pytest.raises(PromotionError, match="has not pointed at version 4 before; it has at 1, 2"):
+        go_back(connection, manifests[0], version="4")
+    assert go_back(connection, manifests[0], version="1").previous == "3"
+    assert go_back(connection, manifests[0], version="3").previous == "1"
+
+
+def test_rollback_waits_for_log_and_registry_to_agree(connection, release):
+    manifests = [release(alias=None) for _ in range(2)]
+    for manifest in manifests:
+        promote(connection, manifest, compare=False)
+    connection.tracker.set_alias("net", "1", "production")
+    with pytest.raises(PromotionError, match="points at version 1, its log says 2"):
+        go_back(connection, manifests[0])
+
+
+def test_rollback_passes_over_versions_that_are_gone(connection, release):
+    manifests = [release(alias=None) for _ in range(3)]
+    for manifest in manifests:
+        promote(connection, manifest, compare=False)
+    connection.tracker.delete_version("net", "2")
+    assert go_back(connection, manifests[0]).version == "1"
+
+
+def test_damaged_release_is_not_gone_back_to(connection, release):
+    first, second = release(), release()
+    for manifest in (first, second):
+        promote(connection, manifest, compare=False)
+    connection.client.put_object(Bucket=first.bucket, Key=first.model.key, Body=b"x")
+    with pytest.raises(PromotionError, match=r"does not verify:\n  - .*model.onnx: expected"):
+        go_back(connection, first)
+    connection.client.delete_object(Bucket=first.bucket, Key=first.key)
+    with pytest.raises(PromotionError, match="is not a release"):
+        go_back(connection, first)
+    assert pointed_at(connection) == "2"
+
+
+def test_of_two_who_decide_at_once_one_is_told(connection, release, monkeypatch):
+    first, second = release(), release()
+
+    def meanwhile(*arguments, **options):
+        monkeypatch.undo()
+        promote(connection, first, compare=False)
+        return verify_release(*arguments, **options)
+
+    monkeypatch.setattr("heimdall_onnx.review.promotion.verify_release", meanwhile)
+    with pytest.raises(PromotionError, match="was moved meanwhile"):
+        promote(connection, second, compare=False)
+    assert pointed_at(connection) == "1"
+    assert holds(connection, second)
+    keys = list_keys(connection.client, second.bucket, f"{second.folder}/reviews/")
+    assert keys == ()
+
+
+def test_history_tells_who_moved_what_and_where_mlflow_does_not_follow(connection, release):
+    first, second = release(), release()
+    promote(connection, first)
+    production, staging = alias_history(connection, first.bucket, "net")
+    assert (production.alias, production.points_at, production.problem) == ("production", "1", "")
+    assert [(m.action, m.version, m.by) for m in staging.moves] == [
+        ("release", "1", "a run"),
+        ("release", "2", "a run"),
+    ]
+    connection.tracker.set_alias("net", second.model_version, "production")
+    connection.tracker.set_alias("net", "1", "other")
+    problems = {h.alias: h.problem for h in alias_history(connection, first.bucket, "net")}
+    assert problems["production"] == "its log says version 1, MLflow 2"
+    assert "no entry of a log" in problems["other"]
+    connection.client.put_object(
+        Bucket=first.bucket, Key="aliases/net/staging/00000001.json", Body=json.dumps({}).encode()
+    )
+    problems = {h.alias: h.problem for h in alias_history(connection, first.bucket, "net")}
+    assert "00000001.json" in problems["staging"]
