@@ -59,10 +59,11 @@ wheel: $(VENV)/.made ## Build the wheel into dist
 test-wheel: wheel ## Release from the wheel, in an empty environment
 	tests/wheel.sh dist/*.whl constraints.txt $(BIN)/python
 
-check: $(VENV)/.installed ## Lint, check types, look the packages up among known vulnerabilities
+check: $(VENV)/.installed ## Lint, check types and who imports whom, look the packages up among known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tests/support/audit.py constraints.txt
 
 format: $(VENV)/.installed ## Format the code

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 Arrays = dict[str, npt.NDArray[Any]]
 
+Floats = npt.NDArray[np.float64]
+
 IN_MEMORY_BYTES = 256 << 20
 _PART_BYTES = 8 << 20
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heimdall_onnx.evidence.parity.ground import Floats
+from heimdall_onnx.common.arrays import Floats
 
+CONFIDENCE = 0.95
 _RESAMPLES = 2000
 # Values that the resampling holds at once: 64 MB.
 _RESAMPLED_AT_ONCE = 8 << 20
@@ -76,6 +77,3 @@ def error_ratio(candidate: Floats, holder: Floats, limit: float) -> Ratio:
         float(interval.high),
         limit,
     )
-
-
-CONFIDENCE = 0.95

@@ -18,10 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.evidence.parity.ground import difference_degrees, metres_per_degree, middle_of
-
-Floats = npt.NDArray[np.float64]
 
 # There a degree of longitude is two kilometres, and shrinks by as much with every degree further.
 _MAX_LATITUDE = 89.0

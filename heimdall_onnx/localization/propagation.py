@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pyproj import Geod
 
-Floats = npt.NDArray[np.float64]
+from heimdall_onnx.common.arrays import Floats
 
 SPEED_OF_LIGHT = 299_792_458.0  # m/s, exact (SI)
 _SINUSOIDS = 16

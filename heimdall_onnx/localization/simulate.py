@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import fft
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.files import replace_file
 from heimdall_onnx.common.machine import usable_processors
@@ -49,7 +50,6 @@ from heimdall_onnx.localization.recordings import write_recording
 if TYPE_CHECKING:
     from heimdall_onnx.data.dataset.dataset import Dataset
 
-Floats = npt.NDArray[np.float64]
 Progress = Callable[[float, str], None]
 
 # The sites of the KiwiSDR recordings of DCF77 of 2020-08-13, degrees latitude and longitude.

@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
-from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.latency.contenders import (
     ContenderLatency,
@@ -53,7 +52,6 @@ if TYPE_CHECKING:
     from heimdall_onnx.common.parameters import ReleaseParameters
     from heimdall_onnx.data.evaluation import EvaluationData
 
-Floats = npt.NDArray[np.float64]
 
 log = get_logger(__name__)
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.errors import BenchmarkError
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.evidence.latency.statistics import (
@@ -35,7 +35,6 @@ from heimdall_onnx.evidence.latency.statistics import (
 from heimdall_onnx.model.runtimes import SessionSettings, load_runner
 from heimdall_onnx.model.signature import Signature
 
-Floats = npt.NDArray[np.float64]
 WARMUP_CALLS = 5
 _WORKER_TIMEOUT_S = 600.0
 

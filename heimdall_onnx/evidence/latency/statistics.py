@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.evidence.ratios import CONFIDENCE
-
-Floats = npt.NDArray[np.float64]
 
 # Of MLPerf's single-stream scenario; its tolerance is 0.
 SINGLE_STREAM_PERCENTILE = 90.0

@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from pyproj import Geod
 
-from heimdall_onnx.common.arrays import Rows, parts
+from heimdall_onnx.common.arrays import Floats, Rows, parts
 from heimdall_onnx.evidence.parity.statistics import ExactSums, Quantiles, require_mergeable
 
 MIDDLE = "always the middle"
 
-Floats = npt.NDArray[np.float64]
 
 _CANCELLED = 1e-9  # what rounding leaves of unit vectors that add up to nothing
 

@@ -29,10 +29,9 @@ import numpy as np
 import numpy.typing as npt
 from datasketches import req_floats_sketch
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import InputError
 from heimdall_onnx.model.signature import TensorSpec
-
-Floats = npt.NDArray[np.float64]
 
 _SKETCH_K = 64
 WORST_SAMPLES = 8

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.evidence.parity.ground import difference_degrees, error_m, metres_per_degree
 from heimdall_onnx.evidence.parity.statistics import ExactSums, Quantiles, require_mergeable
+from heimdall_onnx.evidence.ratios import CONFIDENCE
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.signature import Signature, signature_of
 
@@ -33,9 +35,7 @@ if TYPE_CHECKING:
 
     from heimdall_onnx.data.evaluation import EvaluationData
 
-Floats = npt.NDArray[np.float64]
 
-CONFIDENCE = 0.95
 # In per cent, so that the ones that are reported lie exactly on the grid.
 _PER_CENT = tuple(range(1, 100))
 NOMINAL = tuple(p / 100 for p in _PER_CENT)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import Arrays, whole
+from heimdall_onnx.common.arrays import Arrays, Floats, whole
 from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import AccuracyLimits
 from heimdall_onnx.data.evaluation import EvaluationData
@@ -23,8 +23,6 @@ from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStat
 from heimdall_onnx.evidence.parity.uncertainty import negative_log_likelihood
 from heimdall_onnx.evidence.ratios import error_ratio
 from heimdall_onnx.model.signature import Signature
-
-Floats = npt.NDArray[np.float64]
 
 _BATCH = 8
 # A log-likelihood has no zero of its own: below one nat a share of it means nothing.

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.latency.benchmark import BLOCK_CALLS
 from heimdall_onnx.evidence.latency.contenders import Contestant, Worker
-from heimdall_onnx.evidence.latency.statistics import Floats, Speedup, paired_speedup
+from heimdall_onnx.evidence.latency.statistics import Speedup, paired_speedup
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature
 

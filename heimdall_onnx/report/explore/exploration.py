@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnxruntime import InferenceSession
 from torch import nn
 
-from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.compare import first_rows, further_kinds
@@ -28,8 +28,6 @@ from heimdall_onnx.evidence.parity.report import EVALUATION, ParityReport, toler
 from heimdall_onnx.evidence.parity.statistics import WorstElements, worst_elements
 from heimdall_onnx.model.examples import Examples, examples_of
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

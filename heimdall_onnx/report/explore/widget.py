@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import HeimdallError
 from heimdall_onnx.common.text import after, count_of, distance, name, number, unit_of
 from heimdall_onnx.evidence.parity.report import EVALUATION
@@ -30,8 +31,6 @@ from heimdall_onnx.report.explore.exploration import Exploration, ExploredCell, 
 from heimdall_onnx.report.plot.chart import ELEMENT_COLORS, INK, QUIET_INK
 from heimdall_onnx.report.plot.outputs import element_names
 from heimdall_onnx.report.plot.worst import sample_inputs
-
-Floats = npt.NDArray[np.float64]
 
 ALL = "all"
 _LISTED = 20

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import count_of, distance, metre_scale
 from heimdall_onnx.evidence.parity.ground import km_per_degree, offset_km
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.report.plot.chart import INK, QUIET_INK
-
-Floats = npt.NDArray[np.float64]
 
 
 def draw_displacement(axes: Axes, pytorch: Floats, onnx: Floats, report: ParityReport) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import after, name, number, share
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
@@ -21,7 +22,6 @@ from heimdall_onnx.report.plot.chart import (
     styled,
 )
 from heimdall_onnx.report.plot.outputs import (
-    Floats,
     OutputColumn,
     describe_errors,
     describe_source,

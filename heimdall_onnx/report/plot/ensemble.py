@@ -9,13 +9,12 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import count_of, distance, metre_scale, name, share
 from heimdall_onnx.evidence.parity.ground import metres_per_degree
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.model.ensemble import ALEATORIC, EPISTEMIC
 from heimdall_onnx.report.plot.chart import ONNX_COLOR, QUIET_INK, Chart, new_figure, say, styled
-
-Floats = npt.NDArray[np.float64]
 
 
 @styled

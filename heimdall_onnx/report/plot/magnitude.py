@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import after, name, number
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.report.plot.chart import (
@@ -23,7 +24,6 @@ from heimdall_onnx.report.plot.chart import (
 )
 from heimdall_onnx.report.plot.outputs import (
     ELEMENT_MARKERS,
-    Floats,
     OutputColumn,
     describe_source,
     worst_columns,

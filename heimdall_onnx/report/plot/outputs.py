@@ -6,15 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import DEGREES, after, count_of, name, number, unit_of
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report.plot.chart import plain
-
-Floats = npt.NDArray[np.float64]
 
 _OUTPUTS_SHOWN = 4
 ELEMENT_MARKERS = ("o", "^", "s", "D")

@@ -13,6 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Ellipse
 from matplotlib.ticker import MaxNLocator
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import distance, name
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import km_per_degree, mean_place, offset_km
@@ -29,8 +30,6 @@ from heimdall_onnx.report.plot.chart import (
     styled,
 )
 from heimdall_onnx.report.plot.displacement import draw_displacement
-
-Floats = npt.NDArray[np.float64]
 
 _LABELLED_SHOWN = 60  # with true positions and the lines to them, more can't be read
 _UNLABELLED_SHOWN = 200

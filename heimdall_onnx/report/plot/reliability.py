@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 
 from heimdall_onnx.common.text import count_of, distance, metre_scale, name, number, share
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.uncertainty import (
-    CONFIDENCE,
     GATED,
     NOMINAL,
     Calibration,
     UncertaintyReport,
 )
+from heimdall_onnx.evidence.ratios import CONFIDENCE
 from heimdall_onnx.report.plot.chart import (
     INK,
     ONNX_COLOR,
@@ -28,8 +27,6 @@ from heimdall_onnx.report.plot.chart import (
     new_figure,
     styled,
 )
-
-Floats = npt.NDArray[np.float64]
 
 _STYLES = {"PyTorch": (PYTORCH_COLOR, "-", "o"), "ONNX": (ONNX_COLOR, "--", "X")}
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import name, number
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.report.plot.chart import (
@@ -24,7 +25,6 @@ from heimdall_onnx.report.plot.chart import (
 )
 from heimdall_onnx.report.plot.outputs import (
     ELEMENT_MARKERS,
-    Floats,
     OutputColumn,
     describe_errors,
     describe_source,

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.text import count_of, number
 from heimdall_onnx.evidence.latency.benchmark import BatchLatency, LatencyReport
@@ -20,7 +21,6 @@ from heimdall_onnx.report.plot.chart import (
     paired_bars,
     styled,
 )
-from heimdall_onnx.report.plot.timing import Floats
 
 _CALLS_FOR_RANGE = 40
 _SIDES = (("PyTorch", PYTORCH_COLOR, "o", "-"), ("ONNX Runtime", ONNX_COLOR, "X", "--"))

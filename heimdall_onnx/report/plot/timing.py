@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -25,8 +24,6 @@ from heimdall_onnx.report.plot.chart import (
     new_figure,
     styled,
 )
-
-Floats = npt.NDArray[np.float64]
 
 # Fewer pairs than this give no distribution-free 95% interval of a median, only a range.
 _PAIRS_FOR_INTERVAL = 6

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import whole
+from heimdall_onnx.common.arrays import Floats, whole
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import listed
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from heimdall_onnx.data.evaluation import EvaluationData
 
-Floats = npt.NDArray[np.float64]
 
 A, B = "A", "B"
 

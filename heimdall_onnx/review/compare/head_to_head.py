@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from heimdall_onnx.common.arrays import Arrays, whole
+from heimdall_onnx.common.arrays import Arrays, Floats, whole
 from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.data.dataset.dataset import Dataset
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant
-from heimdall_onnx.evidence.parity.ground import Floats, distance_m
+from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.evidence.ratios import Ratio, error_ratio
 from heimdall_onnx.model.inference import open_session, run_onnx
 from heimdall_onnx.model.runtimes import SessionSettings

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import (
     after,
     count_of,
@@ -40,8 +40,6 @@ from heimdall_onnx.report.plot.positions import coordinates
 from heimdall_onnx.review.compare.answers import A, Answers, B, Displacement
 from heimdall_onnx.review.compare.comparison import RecordedErrors, RecordedParity
 from heimdall_onnx.review.compare.words import largest_change, ratio_words
-
-Floats = npt.NDArray[np.float64]
 
 _MAPPED = 60  # with the lines between them, more can't be read
 _OUTPUTS_SHOWN = 4
