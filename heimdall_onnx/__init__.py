@@ -10,13 +10,13 @@ A training script that wants no notebook exports and registers in one call:
     from heimdall_onnx import export_and_register_model
     export_and_register_model(model, run_id, s3_client, mlflow_tracker)
 
-or takes the steps one by one, with `ONNXExporter` or with the function of each module: read the
-checkpoint (`model.checkpoint`), export it (`model.onnx.export`), check the file
-(`model.onnx.validate`), hold its outputs against PyTorch's (`evidence.parity.compare`), time both
-(`evidence.latency.benchmark`), evaluate the gates (`evidence.verdict`), upload and register
-(`release.publish`). A consumer opens what was released with `load_model`, which checks its hash;
-``variant="recommended"`` opens the fastest form of it that passed (`evidence.variants`). A service
-that has to follow an alias without a pause asks a `ServedModel` (`archive.serving`).
+or takes the steps one by one, as the release notebook does: read checkpoint and evaluation data
+(`load_checkpoint`, `load_evaluation_data`), export (`export_model`), check the file
+(`validate_model`), hold its outputs against PyTorch's (`compare_outputs`), time both
+(`benchmark_model`), evaluate the gates (`decide`), upload and register (`upload_release`,
+`register_release`); `ONNXExporter` has them as methods. A consumer opens what was released with
+`load_model`, which checks its hash; ``variant="recommended"`` opens the fastest form of it that
+passed. A service that has to follow an alias without a pause asks a `ServedModel`.
 
 The wings stand on each other in one order: cli > training > localization > review | release >
 report > archive > evidence > data > model | services > common. Each uses what stands to its right;
@@ -34,6 +34,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _HOMES = {
     "Axis": "model.signature",
+    "Ensemble": "model.ensemble",
     "LocalizationNet": "localization.network",
     "MLflowTracker": "services.registry",
     "ONNXExporter": "release.exporter",
@@ -43,11 +44,37 @@ _HOMES = {
     "Settings": "services.settings",
     "Signature": "model.signature",
     "TensorSpec": "model.signature",
+    "TimedSteps": "evidence.latency.timed",
+    "assess_members": "evidence.parity.uncertainty",
+    "benchmark_model": "evidence.latency.benchmark",
+    "capture_environment": "common.environment",
+    "compare_levels": "evidence.parity.optimization_levels",
+    "compare_member": "evidence.latency.members",
+    "compare_outputs": "evidence.parity.compare",
+    "compare_variants": "evidence.variants.search",
+    "decide": "evidence.verdict",
     "ensure_store": "services.embedded",
+    "explore_parity": "report.explore.entry",
     "export_and_register_model": "release.exporter",
+    "export_model": "model.onnx.export",
     "initialize_mlflow": "services.registry",
+    "load_checkpoint": "model.checkpoint",
+    "load_evaluation_data": "data.evaluation",
     "load_model": "archive.load",
+    "locate_departure": "evidence.parity.compare",
+    "make_demo": "training.demo",
+    "measure_roofline": "evidence.variants.roofline",
+    "parameters_of_notebook": "common.parameters",
+    "prepare_run": "report.workspace",
+    "profile_variants": "evidence.variants.operators",
+    "record_results": "archive.record",
+    "register_release": "release.publish",
     "release_checkpoint": "release.runner",
+    "summarize_metrics": "evidence.metrics",
+    "trace_depth": "evidence.parity.compare",
+    "upload_release": "release.publish",
+    "validate_model": "model.onnx.validate",
+    "watch_cells": "evidence.costs",
 }
 
 __all__ = sorted(_HOMES)

@@ -140,7 +140,7 @@ class ReleaseParameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     checkpoint: str = ""
-    model: str = "heimdall_onnx.localization.network:LocalizationNet"
+    model: str = "heimdall_onnx:LocalizationNet"
     model_kwargs: ModelKwargs = Field(default_factory=dict)
     eval_data: str = ""
     name: str = Field("heimdall-localization-onnx", pattern=NAME, max_length=200)

@@ -36,7 +36,7 @@ log = get_logger(__name__)
 MEMBERS = "member_checkpoints"
 _MOST_MEMBERS = 1000
 
-DEFAULT_MODEL = "heimdall_onnx.localization.network:LocalizationNet"
+DEFAULT_MODEL = "heimdall_onnx:LocalizationNet"
 _LIGHTNING_PREFIX = "model."
 _NOT_PLAIN = "it is not a plain checkpoint"
 _RESAVE = (
@@ -249,7 +249,8 @@ def import_model_class(spec: str) -> type[nn.Module]:
     module = _import(module_name, spec)
     found = getattr(module, class_name, None)
     if found is None:
-        classes = [n for n, v in vars(module).items() if isinstance(v, type)]
+        classes = {n for n, v in vars(module).items() if isinstance(v, type)}
+        classes |= set(getattr(module, "__all__", ()))
         raise ParameterError(
             f"model {spec!r}: {module_name} has no {class_name!r}." + _near(class_name, classes)
         )

@@ -43,7 +43,7 @@ from heimdall_onnx.model.signature import Axis, Signature, TensorSpec, signature
 
 log = get_logger(__name__)
 
-ENSEMBLE = "heimdall_onnx.model.ensemble:Ensemble"
+ENSEMBLE = "heimdall_onnx:Ensemble"
 TOTAL, ALEATORIC, EPISTEMIC = "uncertainties", "aleatoric", "epistemic"
 _FULL_CIRCLE = 360.0
 # What a model may define of its own example inputs, beside its signature.

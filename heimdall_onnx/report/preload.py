@@ -23,6 +23,8 @@ ROOMS = (
     "evidence.parity.optimization_levels",
     "report.explore.entry",
     "evidence.latency.benchmark",
+    "evidence.latency.timed",
+    "evidence.verdict",
     "report.plot",
     "report.tables",
     "release.publish",

@@ -35,7 +35,7 @@ class Demo(Protocol):
         """Evaluation data of theirs."""
 
 
-def prepare(
+def prepare_run(
     parameters: ReleaseParameters, settings: Settings, make_demo: Callable[[Path], Demo]
 ) -> ReleaseParameters:
     """Complete the parameters of a notebook and make its folder.

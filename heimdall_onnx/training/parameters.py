@@ -90,7 +90,7 @@ class TrainingParameters(BaseModel):
     export_only: bool = False
     experiment_name: str = Field("", max_length=200)
     run_name_prefix: str = Field("train", min_length=1, max_length=100)
-    model: str = "heimdall_onnx.localization.network:LocalizationNet"
+    model: str = "heimdall_onnx:LocalizationNet"
     model_kwargs: ModelKwargs = Field(default_factory=dict)
     seed: int = Field(0, ge=0, lt=2**63)
     split_seed: int = Field(0, ge=0)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_prose_that_says_how_to_read_it_stands_before_every_figure(name):
     for cell in nbformat.read(notebook_path(name), 4).cells:
         if cell.cell_type == "markdown":
             words = [line for line in cell.source.splitlines() if line and line[0] != "#"]
-        elif "plot." in cell.source:
+        elif re.search(r"plot\.|pareto\(", cell.source):
             drawn += 1
             assert words, f"{cell.id} is a second figure after the same words"
             words = None

@@ -139,9 +139,7 @@ def test_pretrained_weights_are_never_fetched(state, tmp_path, pretrained):
 def test_reference_model_is_the_default(tmp_path):
     model_kwargs = {"backbone_size": "tiny", "uncertainty_max": 2.0}
     with torch.device("meta"):
-        shapes = import_model_class("heimdall_onnx.localization.network:LocalizationNet")(
-            **model_kwargs
-        ).state_dict()
+        shapes = import_model_class("heimdall_onnx:LocalizationNet")(**model_kwargs).state_dict()
     state = {name: torch.zeros(v.shape, dtype=v.dtype) for name, v in shapes.items()}
     torch.save(
         {"state_dict": prefixed(state), "hyper_parameters": model_kwargs}, tmp_path / "a.ckpt"

@@ -22,7 +22,9 @@ def loaded_after(code: str) -> set[str]:
 def test_everything_that_the_notebook_imports_is_there_already():
     imports = next(c for c in nbformat.read(notebook_path(), 4).cells if c.id == "imports")
     preload = "from heimdall_onnx.report.preload import load_ipython_extension as f; f(None)"
-    assert loaded_after(f"exec({imports.source!r})") <= loaded_after(preload)
+    # What makes the demo is imported by name only; making one takes minutes.
+    demo = {"heimdall_onnx.training", "heimdall_onnx.training.demo"}
+    assert loaded_after(f"exec({imports.source!r})") - demo <= loaded_after(preload)
 
 
 def test_what_is_imported_is_not_looked_through_for_garbage_again():

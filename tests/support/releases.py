@@ -27,7 +27,7 @@ PREFIX = "models/localization"
 class Inputs:
     checkpoint: Path
     eval_data: Path
-    model: str = "heimdall_onnx.localization.network:LocalizationNet"
+    model: str = "heimdall_onnx:LocalizationNet"
 
 
 def make_small_inputs(folder: Path) -> Inputs:

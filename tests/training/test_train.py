@@ -438,7 +438,7 @@ def test_a_moved_folder_goes_on_where_it_is(result, data, tmp_path):
         ({"model": f"{HERE}:Nobody"}, ParameterError, "has no 'Nobody'"),
         ({"model_kwargs": {"breadth": 3}}, ParameterError, "breadth"),
         (
-            {"model": "heimdall_onnx.localization.network:LocalizationNet"},
+            {"model": "heimdall_onnx:LocalizationNet"},
             DataError,
             "mel_spectrogram",
         ),
