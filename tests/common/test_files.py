@@ -46,7 +46,7 @@ class TestReplaceFile:
 
 
 _HOLD = """
-from heimdall_onnx.scratch import Scratch
+from heimdall_onnx.common.files import Scratch
 made = Scratch("of-a-test-")
 (made.folder / "large").write_bytes(b"x")
 print(made.folder.name, flush=True)

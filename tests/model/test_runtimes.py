@@ -140,7 +140,7 @@ def test_openvino_session_is_called_like_one_of_onnx_runtime(onnx_path, inputs):
 
 _SIGNAL_AFTERWARDS = """
 import signal, sys, threading
-from heimdall_onnx.runtimes import OpenVINOSession, SessionSettings
+from heimdall_onnx.model.runtimes import OpenVINOSession, SessionSettings
 
 sessions = [OpenVINOSession(sys.argv[1], SessionSettings(runtime="openvino", provider="CPU"))]
 thread = threading.Thread(target=sessions.clear)

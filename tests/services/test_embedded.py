@@ -43,8 +43,8 @@ pytestmark = pytest.mark.services
 
 STARTER = """
 import sys
-from heimdall_onnx.services import ensure_store
-from heimdall_onnx.settings import Settings
+from heimdall_onnx.services.embedded import ensure_store
+from heimdall_onnx.services.settings import Settings
 print(ensure_store(Settings(_env_file=None, HEIMDALL_HOME=sys.argv[1])).s3_endpoint_url)
 """
 

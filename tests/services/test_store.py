@@ -278,8 +278,9 @@ def test_an_interrupted_upload_leaves_no_object(
     script = """
 import sys
 from pathlib import Path
-from heimdall_onnx import store
-from heimdall_onnx.settings import Settings
+from heimdall_onnx.services import store
+from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.settings import Settings
 def progress(sent):
     print("sending", flush=True)
 store.upload_file(

@@ -12,7 +12,7 @@ from pathlib import Path
 _CODE = """
 import os, sys
 from pathlib import Path
-from heimdall_onnx.cores import exclusive_cores
+from heimdall_onnx.evidence.latency.cores import exclusive_cores
 os.umask(0o077)
 os.sched_setaffinity(0, {int(number) for number in sys.argv[2].split(",")})
 with exclusive_cores(Path(sys.argv[1])):

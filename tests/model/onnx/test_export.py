@@ -458,9 +458,9 @@ def test_file_that_cannot_be_loaded_is_not_published(net, tmp_path):
 
 SCRIPT = """
 import sys, torch
-from heimdall_onnx.export import export_model
-from heimdall_onnx.localization_net import _Block
-from heimdall_onnx.signature import Signature, TensorSpec
+from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.localization.network import _Block
+from heimdall_onnx.model.signature import Signature, TensorSpec
 torch.manual_seed(0)
 model = torch.nn.Sequential(_Block(8, 0.1), torch.nn.Conv2d(8, 8, 1)).eval()
 shape = ("batch", 8, 4, 4)
