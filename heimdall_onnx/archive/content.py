@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.archive.manifest import Content, KeptDataset, Role, content_key, dataset_folder
+from heimdall_onnx.archive.manifest import (
+    Content,
+    KeptDataset,
+    Manifest,
+    Role,
+    content_key,
+    dataset_folder,
+)
 from heimdall_onnx.common.errors import DataError, StoreError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
@@ -200,3 +207,18 @@ def fetch_content(client: S3Client, bucket: str, content: Content, folder: Path)
         )
     download_file(client, bucket, content.key, path, sha256=content.sha256)
     return path
+
+
+def fetch_evaluation_data(
+    client: S3Client, manifest: Manifest, folder: Path
+) -> Path | Dataset | None:
+    """The evaluation data of a release, a file brought into ``folder``; None for synthetic ones.
+
+    Raises:
+        DataError: If the dataset is gone, or another one.
+        StoreError: If the store fails, or the content is not what its hash says.
+    """
+    if manifest.dataset is not None:
+        return open_kept(client, manifest.dataset)
+    content = manifest.content_of("evaluation_data")
+    return None if content is None else fetch_content(client, manifest.bucket, content, folder)

@@ -268,7 +268,7 @@ def promote(
     **limits: Any,
 ) -> None:
     """Verify VERSION again, compare it with what holds the alias, record that, move the alias."""
-    from heimdall_onnx.review.compare.head_to_head import Limits
+    from heimdall_onnx.review.compare.gates import Limits
     from heimdall_onnx.review.promotion import promote_release
 
     given = {"error_growth": max_error_growth, "slowdown": max_slowdown, **limits}

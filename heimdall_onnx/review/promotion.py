@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from heimdall_onnx.archive.aliases import Move, append_move, follow_log, logged_aliases, read_log
-from heimdall_onnx.archive.content import fetch_content, open_kept
-from heimdall_onnx.archive.find import released_signature
+from heimdall_onnx.archive.content import fetch_evaluation_data
+from heimdall_onnx.archive.find import fetch_model, released_signature
 from heimdall_onnx.archive.manifest import REPORT, REVIEWS, Manifest, read_manifest
 from heimdall_onnx.archive.mlflow_page import add_review, review_line
 from heimdall_onnx.archive.verify import (
@@ -30,6 +30,7 @@ from heimdall_onnx.archive.verify import (
 )
 from heimdall_onnx.common.environment import capture_environment
 from heimdall_onnx.common.errors import (
+    InvalidModelError,
     NotRegisteredError,
     ParameterError,
     PromotionError,
@@ -39,16 +40,12 @@ from heimdall_onnx.common.errors import (
     VerificationError,
 )
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.common.parameters import MODEL, check_parameters
+from heimdall_onnx.common.parameters import FP32, check_parameters
 from heimdall_onnx.common.signals import uninterrupted
-from heimdall_onnx.data.dataset.dataset import Dataset
 from heimdall_onnx.report.rendering import Decision, render_html
-from heimdall_onnx.review.compare.head_to_head import (
-    HeadToHead,
-    Limits,
-    compare_models,
-    verdict_reasons,
-)
+from heimdall_onnx.review.compare.answers import shared_signature
+from heimdall_onnx.review.compare.gates import Limits, verdict_reasons
+from heimdall_onnx.review.compare.head_to_head import HeadToHead, compare_models
 from heimdall_onnx.services.store import (
     content_type,
     delete_objects,
@@ -148,7 +145,7 @@ def promote_release(
     # What does not verify is not run.
     if compare and verified and holder != version:
         comparison = _compare(connection, manifest, holder, limits)
-        reasons += [str(ratio) for ratio in comparison.ratios if not ratio.holds]
+        reasons += comparison.worse
     if reasons:
         raise PromotionError(
             f"{manifest.uri} is not promoted to {alias}:\n  - " + "\n  - ".join(reasons)
@@ -322,35 +319,28 @@ def _compare(
 ) -> HeadToHead:
     if holder is None:
         return HeadToHead(None, "", (), ("nothing holds the alias yet",))
-    client, name = connection.client, manifest.model_name
+    client = connection.client
     try:
-        theirs = read_manifest(client, connection.tracker.get_version(name, holder).source)
+        theirs = read_manifest(
+            client, connection.tracker.get_version(manifest.model_name, holder).source
+        )
         # What does not verify is not run, and is no measure for anything.
         require_verified(verify_release(connection, theirs, content=False), theirs.uri)
+        before = released_signature(theirs)
     except (VerificationError, NotRegisteredError) as error:
         return HeadToHead(holder, "", (), (f"version {holder} does not verify: {error}",))
+    try:
+        signature, _ = shared_signature(before, released_signature(manifest))
+    except InvalidModelError as error:
+        note = f"version {holder} does not take the candidate's inputs: {error}"
+        return HeadToHead(holder, "", (), (note,))
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
-        models = [
-            _fetch_model(connection, one, Path(folder) / f"{one.model_version}-{side}")
-            for side, one in enumerate((manifest, theirs))
-        ]
-        content = manifest.content_of("evaluation_data")
-        data: Path | Dataset | None = None
-        if manifest.dataset is not None:
-            data = open_kept(client, manifest.dataset)
-        elif content is not None:
-            data = fetch_content(client, manifest.bucket, content, Path(folder))
-        signature = released_signature(manifest)
-        return compare_models(models[0], models[1], data, signature, limits, version=holder)
-
-
-def _fetch_model(connection: Connection, manifest: Manifest, folder: Path) -> Path:
-    folder.mkdir()
-    for name, entry in manifest.model_files.items():
-        download_file(
-            connection.client, manifest.bucket, entry.key, folder / name, sha256=entry.sha256
+        candidate, other = (
+            fetch_model(client, one, one.variant(FP32), Path(folder))[0]
+            for one in (manifest, theirs)
         )
-    return folder / MODEL
+        data = fetch_evaluation_data(client, manifest, Path(folder))
+        return compare_models(candidate, other, data, signature, limits, version=holder)
 
 
 def _move(connection: Connection, manifest: Manifest, **decision: Any) -> Review:

@@ -17,7 +17,7 @@ from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.evidence.metrics import run_metrics
 from heimdall_onnx.release.result import ReleaseResult
 from heimdall_onnx.release.runner import release_checkpoint
-from heimdall_onnx.review.compare.head_to_head import Limits
+from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.promotion import promote_release
 from heimdall_onnx.services import embedded as services
 from heimdall_onnx.services.connection import connect

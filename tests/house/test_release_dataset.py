@@ -16,7 +16,8 @@ from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.release.fleet.item import item_key
 from heimdall_onnx.release.runner import release_checkpoint
-from heimdall_onnx.review.compare.head_to_head import Limits, compare_models
+from heimdall_onnx.review.compare.gates import Limits
+from heimdall_onnx.review.compare.head_to_head import compare_models
 from heimdall_onnx.review.doctor import diagnose
 from heimdall_onnx.review.promotion import promote_release
 from heimdall_onnx.review.reproduce.run import reproduce_release

@@ -22,7 +22,7 @@ from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, StoreError
 from heimdall_onnx.release.publish import Journal, withdraw
 from heimdall_onnx.release.runner import release_checkpoint
-from heimdall_onnx.review.compare.head_to_head import Limits
+from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.gallery.page import make_gallery, store_gallery
 from heimdall_onnx.review.policies import ROLES, Place, bucket_policies, identity_policy
 from heimdall_onnx.review.promotion import promote_release

@@ -1,18 +1,21 @@
 """Promotion and rollback: on evidence, in a record, with every reason against it at once."""
 
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 from bs4 import BeautifulSoup
 from keys import make_key
-from quick_release import Factory
+from quick_release import SIGNATURE, Factory
 
 from heimdall_onnx.archive.aliases import read_log
 from heimdall_onnx.archive.signing import Trust
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, PromotionError, RegistryError, StoreError
-from heimdall_onnx.review.compare.head_to_head import Limits
+from heimdall_onnx.model.signature import Signature
+from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.promotion import alias_history, promote_release, roll_back
 from heimdall_onnx.services import store
 from heimdall_onnx.services.connection import connect
@@ -188,6 +191,22 @@ def test_damaged_holder_does_not_stand_in_the_way(connection, release):
     connection.client.delete_object(Bucket=first.bucket, Key=first.model.key)
     review = promote(connection, second)
     assert "version 1 does not verify" in review.comparison.notes[0]
+
+
+def test_holder_of_other_inputs_does_not_stand_in_the_way(connection, release):
+    wider = Signature((replace(SIGNATURE.inputs[0], shape=("batch", 3)),), SIGNATURE.outputs)
+    promote(connection, release(signature=wider))
+    comparison = promote(connection, release()).comparison
+    assert (comparison.holder, comparison.ratios) == ("1", ())
+    assert "version 1 does not take the candidate's inputs" in comparison.notes[0]
+    assert "of A: signal: float32 (batch, 3)" in comparison.notes[0]
+
+
+def test_answers_that_are_no_numbers_refuse_a_promotion(connection, release):
+    promote(connection, release())
+    with pytest.raises(PromotionError, match="64 values are NaN or Inf in one of them"):
+        promote(connection, release(error_degrees=math.nan), limits=Limits(slowdown=9, calls=60))
+    assert pointed_at(connection) == "1"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tally import Tally
 
 from heimdall_onnx.archive.aliases import read_log
 from heimdall_onnx.common.errors import PromotionError
-from heimdall_onnx.review.compare.head_to_head import Limits
+from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.promotion import promote_release, roll_back
 from heimdall_onnx.services.connection import open_for_reading
 from heimdall_onnx.services.settings import Settings

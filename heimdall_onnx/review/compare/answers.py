@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import Floats, whole
+from heimdall_onnx.common.arrays import Arrays, Floats, whole
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.common.gates import NotMeasured
-from heimdall_onnx.common.text import listed
+from heimdall_onnx.common.text import count_of, listed
 from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant
 from heimdall_onnx.evidence.parity.ground import distance_m, error_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.evidence.ratios import Ratio, error_ratio
+from heimdall_onnx.model.inference import open_session, run_onnx
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
-from heimdall_onnx.review.compare.head_to_head import Limits, positions_of, run_batches
+from heimdall_onnx.review.compare.gates import Limits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 
 A, B = "A", "B"
+MOST_SAMPLES = 10_000
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,15 @@ class Answers:
     errors: LocalizationErrors | None
     alone: tuple[str, ...] = ()
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """What is NaN or Inf in one of the two alone, in words; empty if nothing is."""
+        nonfinite = sum(output.nonfinite_mismatches for output in self.outputs)
+        if nonfinite:
+            return (f"{nonfinite:,} values are NaN or Inf in one of them",)
+        lost = self.displacement.lost if self.displacement else 0
+        return (f"{count_of(lost, 'position')} NaN or Inf in one of them",) if lost else ()
+
 
 def shared_signature(a: Signature, b: Signature) -> tuple[Signature, tuple[str, ...]]:
     """What both models take and both give, and what only one of them gives, in words.
@@ -191,7 +203,7 @@ def compare_answers(
     Args:
         a: The ONNX file of A.
         b: That of B.
-        data: The samples; of more than `review.compare.head_to_head.MOST_SAMPLES` take a spread.
+        data: The samples; of more than `MOST_SAMPLES` take a spread.
         signature: What both take and both give, see `shared_signature`.
         alone: What only one of the two gives, in words.
         limits: How much worse B may be; those of a promotion by default.
@@ -202,15 +214,16 @@ def compare_answers(
     """
     accumulators = [ErrorAccumulator(spec, atol=0.0, rtol=0.0) for spec in signature.outputs]
     lowest, highest = ([bound] * len(accumulators) for bound in (math.inf, -math.inf))
-    wanted = positions_of(signature)
+    output = signature.position_output
+    wanted = output.name if output is not None and output.shape[1:] == (2,) else None
     positions: tuple[list[Any], list[Any]] = ([], [])
     first = 0
-    pairs = zip(run_batches(a, data, signature), run_batches(b, data, signature), strict=True)
+    pairs = zip(*(_run_batches(side, data, signature) for side in (a, b)), strict=True)
     for ours, theirs in pairs:
         for index, accumulator in enumerate(accumulators):
-            output = signature.outputs[index].name
-            accumulator.update(ours[output], theirs[output], first)
-            for values in (ours[output], theirs[output]):
+            name = signature.outputs[index].name
+            accumulator.update(ours[name], theirs[name], first)
+            for values in (ours[name], theirs[name]):
                 finite = values[np.isfinite(values)].astype(np.float64)
                 lowest[index] = min(lowest[index], float(finite.min(initial=math.inf)))
                 highest[index] = max(highest[index], float(finite.max(initial=-math.inf)))
@@ -233,6 +246,11 @@ def compare_answers(
         errors=None if both is None or truth is None else _errors(both, truth, limits or Limits()),
         alone=tuple(alone),
     )
+
+
+def _run_batches(path: Path, data: EvaluationData, signature: Signature) -> Iterator[Arrays]:
+    session = open_session(path)
+    return (run_onnx(session, inputs, signature) for _, inputs in data.batches(_BATCH))
 
 
 def _checked_positions(found: npt.NDArray[Any], who: str) -> Floats:
@@ -279,3 +297,11 @@ def measure_both(
         return NotMeasured("the parameter measure_latency is False")
     second, first = (Contestant(who, path, SessionSettings()) for who, path in ((A, a), (B, b)))
     return measure_pair(first, second, data.rows(range(1)), signature, calls=calls, seed=seed)
+
+
+def latency_ratio(latency: PairLatency | NotMeasured, limits: Limits) -> Ratio | None:
+    """B's latency over A's as it was measured; None where it was not."""
+    if isinstance(latency, NotMeasured):
+        return None
+    found = latency.speedup
+    return Ratio("latency", found.ratio, found.low, found.high, 1 + limits.slowdown)

@@ -13,13 +13,12 @@ from typing import Any
 
 from heimdall_onnx.archive.record import as_json
 from heimdall_onnx.common.gates import NotMeasured
-from heimdall_onnx.common.text import count_of, name
+from heimdall_onnx.common.text import name
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.statistics import unsteady
 from heimdall_onnx.evidence.ratios import Ratio
-from heimdall_onnx.review.compare.answers import Answers
-from heimdall_onnx.review.compare.gates import GatePair
-from heimdall_onnx.review.compare.head_to_head import Limits, verdict_reasons
+from heimdall_onnx.review.compare.answers import Answers, latency_ratio
+from heimdall_onnx.review.compare.gates import GatePair, Limits, verdict_reasons
 from heimdall_onnx.review.compare.words import (
     error_words,
     gate_words,
@@ -129,10 +128,7 @@ class ReleaseComparison:
     @property
     def latency_ratio(self) -> Ratio | None:
         """B's latency over A's; None where it was not measured."""
-        if isinstance(self.latency, NotMeasured):
-            return None
-        found = self.latency.speedup
-        return Ratio("latency", found.ratio, found.low, found.high, 1 + self.limits.slowdown)
+        return latency_ratio(self.latency, self.limits)
 
     @property
     def ratios(self) -> tuple[Ratio, ...]:
@@ -148,8 +144,6 @@ class ReleaseComparison:
     @property
     def worse(self) -> tuple[str, ...]:
         """In what B is worse than A beyond the limits, in words; empty if in nothing."""
-        lost = self.answers.displacement
-        nonfinite = sum(o.nonfinite_mismatches for o in self.answers.outputs)
         return (
             *(
                 f"{ratio.what} {ratio_words(ratio)} that of A, limit {ratio.limit:.3g}"
@@ -158,12 +152,7 @@ class ReleaseComparison:
             ),
             *(f"B: {reason}" for reason in verdict_reasons(self.b.verdict, self.limits)),
             *(f"gate {name(g.name, 60)} {g.change}" for g in self.gates or () if g.worse),
-            *([f"{nonfinite:,} values are NaN or Inf in one of them"] if nonfinite else []),
-            *(
-                [f"{count_of(lost.lost, 'position')} NaN or Inf in one of them"]
-                if lost and lost.lost and not nonfinite
-                else []
-            ),
+            *self.answers.lost,
         )
 
     @property

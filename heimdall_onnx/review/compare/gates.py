@@ -1,4 +1,4 @@
-"""The gates of two releases beside each other."""
+"""What a promotion allows, and the gates of two releases beside each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,38 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from heimdall_onnx.common.gates import Gate
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much worse than the version that it replaces a model may be.
+
+    A limit is broken when the whole confidence interval lies beyond it, so that noise refuses
+    nobody.
+
+    Attributes:
+        error_growth: Share by which the median localization error may grow.
+        slowdown: Share by which the latency may grow.
+        calls: Counted calls of each model, at least.
+        allow_smoke: Whether a release of the profile ``smoke``, which is no evidence, is taken.
+    """
+
+    error_growth: float = 0.05
+    slowdown: float = 0.1
+    calls: int = 200
+    allow_smoke: bool = False
+
+
+def verdict_reasons(verdict: str, limits: Limits) -> tuple[str, ...]:
+    """Why a release of this verdict is not promoted; empty if its verdict is no reason."""
+    return (
+        *([] if verdict.startswith("pass") else [f"its verdict is {verdict!r}"]),
+        *(
+            ["it is a test run (profile smoke), which is no evidence"]
+            if "smoke" in verdict and not limits.allow_smoke
+            else []
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from heimdall_onnx.archive.content import fetch_content, open_kept
+from heimdall_onnx.archive.content import fetch_evaluation_data
 from heimdall_onnx.archive.find import fetch_model, find_release, released_signature
 from heimdall_onnx.archive.manifest import REPORT, Manifest
 from heimdall_onnx.archive.record import read_record
@@ -28,6 +28,7 @@ from heimdall_onnx.data.evaluation import EvaluationData, is_dataset, load_evalu
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.report.workspace import new_run_folder
 from heimdall_onnx.review.compare.answers import (
+    MOST_SAMPLES,
     A,
     Answers,
     B,
@@ -41,8 +42,7 @@ from heimdall_onnx.review.compare.comparison import (
     RecordedParity,
     ReleaseComparison,
 )
-from heimdall_onnx.review.compare.gates import pair_gates
-from heimdall_onnx.review.compare.head_to_head import MOST_SAMPLES, Limits
+from heimdall_onnx.review.compare.gates import Limits, pair_gates
 from heimdall_onnx.review.reproduce.figures import Difference, Figure, environment_differences
 from heimdall_onnx.services.connection import open_for_reading
 from heimdall_onnx.services.store import download_file
@@ -284,7 +284,7 @@ def open_pair(parameters: ComparisonParameters, settings: Settings) -> Pair:
     if parameters.eval_data:
         data: Path | str | Dataset | None = _given(parameters.eval_data)
     else:
-        data = _kept(connection, newer, folder)
+        data = fetch_evaluation_data(connection.client, newer, folder)
     return Pair(a, b, signature, alone, data, verify_data=bool(parameters.eval_data))
 
 
@@ -294,15 +294,6 @@ def _given(path: str) -> Path | str:
     if not (is_dataset(path) or Path(path).is_file()):
         raise ParameterError(f"expected evaluation data at {shown(path)}, found no such file")
     return Path(path)
-
-
-def _kept(connection: Connection, manifest: Manifest, folder: Path) -> Path | Dataset | None:
-    content = manifest.content_of("evaluation_data")
-    if manifest.dataset is not None:
-        return open_kept(connection.client, manifest.dataset)
-    if content is not None:
-        return fetch_content(connection.client, manifest.bucket, content, folder)
-    return None
 
 
 def _open(

@@ -27,8 +27,7 @@ from heimdall_onnx.review.compare.answers import (
     shared_signature,
 )
 from heimdall_onnx.review.compare.comparison import ComparedRelease, ReleaseComparison
-from heimdall_onnx.review.compare.gates import GatePair, pair_gates
-from heimdall_onnx.review.compare.head_to_head import Limits
+from heimdall_onnx.review.compare.gates import GatePair, Limits, pair_gates
 from heimdall_onnx.review.compare.run import _facts
 from heimdall_onnx.review.compare.tables import conclusion
 from heimdall_onnx.review.compare.words import ratio_words
