@@ -31,7 +31,7 @@ from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.onnx.validate import validate_model
 from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
 from heimdall_onnx.report.plot import Chart
-from heimdall_onnx.report.plot.chart import ELEMENT_COLORS, QUIET_INK, new_figure, styled
+from heimdall_onnx.report.plot.chart import Color, new_figure, styled
 
 SAMPLES = (1, 10, 100, 1_000, 10_000, 100_000)
 SIZES = ("tiny", "small", "medium", "large")
@@ -170,13 +170,13 @@ def draw(by_samples: Sequence[dict[str, Any]], by_model: Sequence[dict[str, Any]
     (time_axes, memory_axes), (model_axes, model_memory) = figure.subplots(2, 2)
     counts = [s["samples"] for s in by_samples]
     time_axes.plot(
-        counts, [s["seconds"] for s in by_samples], "o-", color=ELEMENT_COLORS[0], label="parity"
+        counts, [s["seconds"] for s in by_samples], "o-", color=Color.ELEMENTS[0], label="parity"
     )
     time_axes.plot(
         counts,
         [s["read_seconds"] for s in by_samples],
         "s--",
-        color=QUIET_INK,
+        color=Color.QUIET,
         label="of it reading",
     )
     time_axes.set(xscale="log", yscale="log", xlabel="samples", ylabel="seconds")
@@ -185,21 +185,21 @@ def draw(by_samples: Sequence[dict[str, Any]], by_model: Sequence[dict[str, Any]
         counts,
         [s["peak_bytes"] / 1e9 for s in by_samples],
         "o-",
-        color=ELEMENT_COLORS[0],
+        color=Color.ELEMENTS[0],
         label="process",
     )
     memory_axes.plot(
         counts,
         [s["file_bytes"] / 1e9 for s in by_samples],
         "s--",
-        color=QUIET_INK,
+        color=Color.QUIET,
         label="the data",
     )
     memory_axes.set(xscale="log", xlabel="samples", ylabel="largest memory (GB)", ylim=(0, None))
     memory_axes.legend()
     sizes = [m["parameters"] / 1e6 for m in by_model]
     for (step, marker), color in zip(
-        (("export", "o"), ("validation", "s"), ("parity", "^")), ELEMENT_COLORS, strict=False
+        (("export", "o"), ("validation", "s"), ("parity", "^")), Color.ELEMENTS, strict=False
     ):
         model_axes.plot(
             sizes, [m["seconds"][step] for m in by_model], f"{marker}-", color=color, label=step
@@ -210,11 +210,11 @@ def draw(by_samples: Sequence[dict[str, Any]], by_model: Sequence[dict[str, Any]
         sizes,
         [m["peak_bytes"] / 1e9 for m in by_model],
         "o-",
-        color=ELEMENT_COLORS[0],
+        color=Color.ELEMENTS[0],
         label="process",
     )
     model_memory.plot(
-        sizes, [4 * s / 1e3 for s in sizes], "s--", color=QUIET_INK, label="the weights"
+        sizes, [4 * s / 1e3 for s in sizes], "s--", color=Color.QUIET, label="the weights"
     )
     model_memory.set(xlabel="parameters (millions)", ylabel="largest memory (GB)", ylim=(0, None))
     model_memory.legend()

@@ -8,15 +8,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from heimdall_onnx.common.text import count_of, metre_scale, name, number
-from heimdall_onnx.report.plot.chart import (
-    INK,
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    Chart,
-    fitting_log_axis,
-    new_figure,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, fitting_log_axis, new_figure, note, styled
 from heimdall_onnx.report.plot.variants import front
 
 if TYPE_CHECKING:
@@ -66,8 +58,8 @@ def pareto(
         height=4.4,
     )
     axes = figure.subplots()
-    axes.plot(shown[cost], errors, "o", color=PYTORCH_COLOR, alpha=0.6, markersize=5, gid="items")
-    axes.plot(*zip(*best, strict=True), "o:", color=ONNX_COLOR, markersize=8, lw=1.2, gid="front")
+    axes.plot(shown[cost], errors, "o", color=Color.PYTORCH, alpha=0.6, markersize=5, gid="items")
+    axes.plot(*zip(*best, strict=True), "o:", color=Color.ONNX, markersize=8, lw=1.2, gid="front")
     axes.set(xlabel=cost_words, ylabel=words)
     axes.margins(x=0.16, y=0.14)
     if _wide(shown[cost]):
@@ -77,14 +69,7 @@ def pareto(
     for axis in (axes.xaxis, axes.yaxis):
         _write(axis)
     for x, y in best[:_NAMED]:
-        axes.annotate(
-            labels[x, y].partition(":")[0],
-            (x, y),
-            xytext=(6, 6),
-            textcoords="offset points",
-            fontsize=10,
-            color=INK,
-        )
+        note(axes, labels[x, y].partition(":")[0], (x, y), (6, 6), size=10)
     alt = "; ".join(
         f"{labels[x, y]}: {words} {number(y, 4)} at {cost_words} {number(x, 4)}" for x, y in best
     )

@@ -28,7 +28,7 @@ from heimdall_onnx.evidence.parity.report import EVALUATION
 from heimdall_onnx.evidence.parity.statistics import element_errors
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report.explore.exploration import Exploration, ExploredCell, ExploredSample
-from heimdall_onnx.report.plot.chart import ELEMENT_COLORS, INK, QUIET_INK
+from heimdall_onnx.report.plot.chart import Color
 from heimdall_onnx.report.plot.outputs import element_names
 from heimdall_onnx.report.plot.worst import sample_inputs
 
@@ -37,9 +37,9 @@ _LISTED = 20
 _ELEMENTS_WRITTEN = 8
 # What kinds of input are told apart by, beside their colours.
 _CLASSES = (
-    (EVALUATION, "circle", ELEMENT_COLORS[0]),
-    ("other lengths", "square", ELEMENT_COLORS[2]),
-    ("adversarial inputs", "triangle-up", ELEMENT_COLORS[1]),
+    (EVALUATION, "circle", Color.ELEMENTS[0]),
+    ("other lengths", "square", Color.ELEMENTS[2]),
+    ("adversarial inputs", "triangle-up", Color.ELEMENTS[1]),
 )
 _WIDE = {"description_width": "initial"}
 
@@ -262,9 +262,9 @@ class _View:
                         hoverinfo="skip",
                     )
                     for text, color, dash in (
-                        ("allowed", INK, "dash"),
-                        ("allowed, adversarial", INK, "dashdot"),
-                        ("1 ULP", QUIET_INK, "dot"),
+                        ("allowed", Color.INK, "dash"),
+                        ("allowed, adversarial", Color.INK, "dashdot"),
+                        ("1 ULP", Color.QUIET, "dot"),
                     )
                 ),
                 go.Scatter(
@@ -274,7 +274,7 @@ class _View:
                     name="chosen",
                     marker={
                         "symbol": "circle-open",
-                        "color": INK,
+                        "color": Color.INK,
                         "size": 18,
                         "line": {"width": 2.5},
                     },
@@ -288,15 +288,15 @@ class _View:
                 "margin": {"l": 70, "r": 15, "t": 45, "b": 60},
                 "paper_bgcolor": "white",
                 "plot_bgcolor": "white",
-                "font": {"color": INK, "size": 13},
+                "font": {"color": Color.INK, "size": 13},
                 "hovermode": "closest",
-                "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"color": INK}},
+                "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"color": Color.INK}},
                 "legend": {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top"},
                 **{
                     axis: {
                         "type": "log",
                         "gridcolor": "#E3E3E3",
-                        "linecolor": QUIET_INK,
+                        "linecolor": Color.QUIET,
                         "exponentformat": "power",
                         "ticks": "outside",
                     }

@@ -19,21 +19,29 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from heimdall_onnx.common.text import number
 
-# Okabe and Ito's palette, "Color Universal Design", 2008. The contenders also differ in marker
-# and line style.
-PYTORCH_COLOR = "#0072B2"
-ONNX_COLOR = "#D55E00"
-# Of two releases, each of which has both of these. The second is the darker one of Paul Tol's muted
-# scheme (SRON/EPS/TN/09-002, 2021), since the first must differ from it in lightness too.
-A_COLOR = "#009E73"
-B_COLOR = "#882255"
-ELEMENT_COLORS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-INK = "#222222"
-QUIET_INK = "#595959"
+
+class Color:
+    """What is drawn in which colour; PyTorch and ONNX have the same one everywhere.
+
+    Okabe and Ito's palette, "Color Universal Design", 2008. The contenders also differ in marker
+    and line style.
+    """
+
+    PYTORCH = "#0072B2"
+    ONNX = "#D55E00"
+    # Of two releases, each of which has both of these. The second is the darker one of Paul Tol's
+    # muted scheme (SRON/EPS/TN/09-002, 2021), since the first must differ from it in lightness too.
+    A = "#009E73"
+    B = "#882255"
+    ELEMENTS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+    INK = "#222222"
+    QUIET = "#595959"
+
 
 WIDTH = 8.0  # inches; legible at half of it, so no text is below 9 points
 _DPI = 110
@@ -46,7 +54,9 @@ _STYLE = {
     "ytick.labelsize": 9,
     "legend.fontsize": 9,
     "legend.frameon": False,
-    "axes.edgecolor": QUIET_INK,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
+    "axes.edgecolor": Color.QUIET,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -136,7 +146,7 @@ def new_figure(title: str, subtitle: str, *, width: float = WIDTH, height: float
     figure = Figure(figsize=(width, total), layout=layout)
     left = 0.1 / width
     figure.text(
-        left, 1 - 0.1 / total, plain(heading), va="top", size=12, weight="bold", color=INK
+        left, 1 - 0.1 / total, plain(heading), va="top", size=12, weight="bold", color=Color.INK
     ).set_gid("title")
     figure.text(
         left,
@@ -144,7 +154,7 @@ def new_figure(title: str, subtitle: str, *, width: float = WIDTH, height: float
         plain(below),
         va="top",
         size=9.5,
-        color=QUIET_INK,
+        color=Color.QUIET,
     ).set_gid("subtitle")
     return figure
 
@@ -217,6 +227,27 @@ def paired_bars(
     axes.set_yticks(places, rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
+
+
+def mark(axes: Axes, x: float, y: float, marker: str, color: str, label: str, gid: str) -> None:
+    """A point that stands for a figure, as a percentile on its curve; the legend says which."""
+    axes.plot(
+        x, y, marker, color=color, mec=Color.INK, mew=0.8, ms=6, label=label, gid=gid, clip_on=False
+    )
+
+
+def note(
+    axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **style: Any
+) -> Annotation:
+    """Write ``text`` next to a point, ``offset`` printer's points away from it."""
+    style = {"size": 9, **style}
+    return axes.annotate(plain(text), point, offset, textcoords="offset points", **style)
+
+
+def legend_below(axes: Axes, down: float, **style: Any) -> None:
+    """A legend beneath the axes, ``down`` of their heights below them."""
+    style = {"handletextpad": 0.5, "columnspacing": 1.2, **style}
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -down), borderaxespad=0, **style)
 
 
 def say(axes: Axes, text: str) -> None:

@@ -10,15 +10,7 @@ from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import number, share
 from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.evidence.latency.benchmark import LatencyReport
-from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    QUIET_INK,
-    Chart,
-    new_figure,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, note, styled
 
 _LATENCY = "latency"
 
@@ -54,15 +46,15 @@ def release_cost(costs: Sequence[StepCost], latency: LatencyReport | NotMeasured
     left, right = figure.subplots(1, 2, sharey=True)
     rows = np.arange(len(costs))
     seconds = left.barh(
-        rows, [c.seconds for c in costs], height=0.7, color=f"{ELEMENT_COLORS[0]}88", gid="seconds"
+        rows, [c.seconds for c in costs], height=0.7, color=f"{Color.ELEMENTS[0]}88", gid="seconds"
     )
     left.bar_label(seconds, [number(c.seconds) for c in costs], padding=3, fontsize=9)
-    right.barh(rows, list(peaks.values()), height=0.7, color=f"{QUIET_INK}66", label="notebook")
+    right.barh(rows, list(peaks.values()), height=0.7, color=f"{Color.QUIET}66", label="notebook")
     if beside and _LATENCY in peaks:
         start, row = peaks[_LATENCY], list(peaks).index(_LATENCY)
         for amount, color, hatch, who in zip(
             beside,
-            (PYTORCH_COLOR, ONNX_COLOR),
+            (Color.PYTORCH, Color.ONNX),
             ("", "////"),
             ("PyTorch", "ONNX Runtime"),
             strict=True,
@@ -80,14 +72,7 @@ def release_cost(costs: Sequence[StepCost], latency: LatencyReport | NotMeasured
             )
             start += amount
     for row, amount in enumerate(together.values()):
-        right.annotate(
-            number(amount),
-            (amount, row),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center_baseline",
-            size=9,
-        )
+        note(right, number(amount), (amount, row), (4, 0), va="center_baseline")
     left.set_yticks(rows, [c.step for c in costs])
     left.set(ylim=(len(costs) - 0.5, -0.5), xlabel="seconds")
     right.set_xlabel("largest memory (GB)")

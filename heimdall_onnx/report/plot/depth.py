@@ -10,18 +10,7 @@ from matplotlib.axes import Axes
 from heimdall_onnx.common.text import count_of, name, number
 from heimdall_onnx.evidence.parity.departure import Departure
 from heimdall_onnx.evidence.parity.depth import DepthProfile, ModuleError
-from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    INK,
-    ONNX_COLOR,
-    QUIET_INK,
-    Chart,
-    log_axis,
-    new_figure,
-    plain,
-    say,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, plain, say, styled
 
 _LABELS = 14
 _OPERATORS_SHOWN = 4
@@ -85,24 +74,14 @@ def _draw(axes: Axes, modules: tuple[ModuleError, ...], departure: Departure | N
     drawn = np.clip(np.nan_to_num(excess, nan=high, posinf=high / 3), low, high)
     xs = np.arange(len(modules))
     axes.axhspan(low / 3, 1.0, color="#E8F5F1", lw=0)
-    axes.axhline(1.0, color=INK, ls="--", lw=1.2, gid="limit")
-    axes.plot(xs, drawn, color=QUIET_INK, lw=0.8, zorder=2)
+    axes.axhline(1.0, color=Color.INK, ls="--", lw=1.2, gid="limit")
+    axes.plot(xs, drawn, color=Color.QUIET, lw=0.8, zorder=2)
     beyond = excess > 1
     for mask, color, marker, label in (
-        (~beyond, ELEMENT_COLORS[0], "o", "agrees"),
-        (beyond, ONNX_COLOR, "X", "departs"),
+        (~beyond, Color.ELEMENTS[0], "o", "agrees"),
+        (beyond, Color.ONNX, "X", "departs"),
     ):
-        axes.plot(
-            xs[mask],
-            drawn[mask],
-            marker,
-            color=color,
-            ms=6,
-            ls="none",
-            label=label,
-            gid=label,
-            zorder=3,
-        )
+        axes.plot(xs[mask], drawn[mask], marker, color=color, label=label, gid=label, zorder=3)
     _mark(axes, modules, departure, drawn)
     axes.set(yscale="log", ylim=(low / 2, high * 3), xlim=(-0.7, len(modules) - 0.3))
     log_axis(axes.yaxis)
@@ -113,7 +92,7 @@ def _draw(axes: Axes, modules: tuple[ModuleError, ...], departure: Departure | N
     )
     axes.set_xlabel("module, in the order of execution")
     axes.grid(visible=False, axis="x")
-    axes.legend(loc="lower right", ncols=2, frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(loc="lower right", ncols=2, frameon=True)
 
 
 def _mark(
@@ -134,7 +113,9 @@ def _mark(
     if at is None:  # folded into others: it is named, and has no point of its own
         axes.text(0.02, 0.97, plain(text), va="top", size=9, transform=axes.transAxes)
         return
-    axes.plot(at, drawn[at], "o", ms=15, mfc="none", mec=INK, mew=1.6, gid="departure", zorder=4)
+    axes.plot(
+        at, drawn[at], "o", ms=15, mfc="none", mec=Color.INK, mew=1.6, gid="departure", zorder=4
+    )
     left = at > len(modules) / 2
     axes.annotate(
         plain(text),
@@ -144,7 +125,7 @@ def _mark(
         ha="left" if left else "right",
         va="top",
         size=9,
-        arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.8},
+        arrowprops={"arrowstyle": "-", "color": Color.INK, "lw": 0.8},
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 2},
     )
 

@@ -14,7 +14,7 @@ from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import count_of, distance, metre_scale
 from heimdall_onnx.evidence.parity.ground import km_per_degree, offset_km
 from heimdall_onnx.evidence.parity.report import ParityReport
-from heimdall_onnx.report.plot.chart import INK, QUIET_INK
+from heimdall_onnx.report.plot.chart import Color, legend_below
 
 
 def draw_displacement(axes: Axes, pytorch: Floats, onnx: Floats, report: ParityReport) -> None:
@@ -30,7 +30,13 @@ def draw_displacement(axes: Axes, pytorch: Floats, onnx: Floats, report: ParityR
     north, east = _allowed_m(pytorch, report)
     factor, unit = metre_scale(largest or max(north, east))
     axes.scatter(
-        moved[:, 0] / factor, moved[:, 1] / factor, s=18, color=INK, alpha=0.35, lw=0, gid="moved"
+        moved[:, 0] / factor,
+        moved[:, 1] / factor,
+        s=18,
+        color=Color.INK,
+        alpha=0.35,
+        lw=0,
+        gid="moved",
     )
     handles = []
     for label, radius, style in (
@@ -38,9 +44,9 @@ def draw_displacement(axes: Axes, pytorch: Floats, onnx: Floats, report: ParityR
         ("99%", ground.displacement_p99_m, "-."),
     ):
         text = f"{label}: {distance(radius)}"
-        handles.append(Line2D([], [], color=QUIET_INK, ls=style, lw=1.2, label=text))
+        handles.append(Line2D([], [], color=Color.QUIET, ls=style, lw=1.2, label=text))
         if radius > 0 and math.isfinite(radius):
-            circle = Circle((0, 0), radius / factor, fill=False, ec=QUIET_INK, ls=style, lw=1.2)
+            circle = Circle((0, 0), radius / factor, fill=False, ec=Color.QUIET, ls=style, lw=1.2)
             circle.set_gid(label)
             axes.add_patch(circle)
     reach = 1.25 * largest / factor
@@ -50,7 +56,7 @@ def draw_displacement(axes: Axes, pytorch: Floats, onnx: Floats, report: ParityR
     _draw_allowed(axes, north / factor, east / factor)
     where = ", out of view" if outside else ""
     handles.append(
-        Line2D([], [], color=INK, ls="--", lw=1.2, label=_allowed_label(north, east) + where)
+        Line2D([], [], color=Color.INK, ls="--", lw=1.2, label=_allowed_label(north, east) + where)
     )
     reach = reach if outside else max(reach, needed)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
@@ -59,13 +65,7 @@ def draw_displacement(axes: Axes, pytorch: Floats, onnx: Floats, report: ParityR
     axes.set_title(f"Displacement, {count_of(len(moved), 'sample')}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
-    axes.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.45, -0.22),
-        borderaxespad=0,
-        handletextpad=0.5,
-    )
+    legend_below(axes, 0.22, handles=handles)
 
 
 def _moved_m(pytorch: Floats, onnx: Floats) -> Floats:
@@ -89,15 +89,6 @@ def _allowed_label(north: float, east: float) -> str:
 
 
 def _draw_allowed(axes: Axes, north: float, east: float) -> None:
-    axes.add_patch(
-        Rectangle(
-            (-east, -north),
-            2 * east,
-            2 * north,
-            fill=False,
-            edgecolor=INK,
-            linewidth=1.2,
-            linestyle="--",
-            gid="tolerance",
-        )
-    )
+    box = Rectangle((-east, -north), 2 * east, 2 * north, fill=False, ec=Color.INK, ls="--", lw=1.2)
+    box.set_gid("tolerance")
+    axes.add_patch(box)

@@ -12,15 +12,7 @@ from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import after, name, number, share
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
-from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    INK,
-    Chart,
-    new_figure,
-    plain,
-    say,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, mark, new_figure, plain, say, styled
 from heimdall_onnx.report.plot.outputs import (
     OutputColumn,
     describe_errors,
@@ -102,32 +94,32 @@ def _draw_distribution(
         shares[filled],
         np.diff(edges)[filled],
         align="edge",
-        color=ELEMENT_COLORS[2],
+        color=Color.ELEMENTS[2],
         edgecolor="white",
         linewidth=0.3,
         gid="histogram",
     )
     shown = np.append(edges[edges >= low], high)
     levels = 100 * np.append(cdf[edges >= low], cdf[-1])
-    below.step(shown, levels, where="post", color=INK, gid="ecdf")
+    below.step(shown, levels, where="post", color=Color.INK, gid="ecdf")
     for axes in (above, below):
         axes.set(xscale="log", xlim=(zero / 2.2, high))
-        axes.axvspan(report.tolerance, relative, color=INK, alpha=0.08, lw=0)
-        axes.axvline(report.tolerance, ls="--", color=INK, lw=1.2, gid="tolerance")
+        axes.axvspan(report.tolerance, relative, color=Color.INK, alpha=0.08, lw=0)
+        axes.axvline(report.tolerance, ls="--", color=Color.INK, lw=1.2, gid="tolerance")
     if cdf[0] > 0:
         bar = above.bar(
             zero,
             100 * cdf[0],
             zero * 1.1,
             color="white",
-            edgecolor=ELEMENT_COLORS[2],
+            edgecolor=Color.ELEMENTS[2],
             hatch="////",
             linewidth=1,
             gid="zeros",
         )
         above.bar_label(bar, [share(cdf[0])], padding=2, size=9)
-        below.plot([zero, zero], [0, 100 * cdf[0]], color=INK)
-        below.plot([zero, low], [100 * cdf[0]] * 2, ":", color=INK, lw=1.2)
+        below.plot([zero, zero], [0, 100 * cdf[0]], color=Color.INK)
+        below.plot([zero, low], [100 * cdf[0]] * 2, ":", color=Color.INK, lw=1.2)
     above.set_ylim(0, 118 * float(np.diff(cdf, prepend=0.0).max()))
     below.set_ylim(0, 108)
     _label_decades(above, below, zero if cdf[0] > 0 else None, low, high)
@@ -171,25 +163,6 @@ def _mark_percentiles(axes: Axes, o: ErrorStatistics, zero: float, cdf: Floats) 
     if math.isfinite(o.maximum):
         marks.append(("max", o.maximum, 100 * float(cdf[-1]), "v"))
     for label, value, level, marker in marks:
-        axes.plot(
-            max(value, zero),
-            level,
-            marker,
-            color=ELEMENT_COLORS[1],
-            mec=INK,
-            mew=0.8,
-            ms=6,
-            ls="none",
-            label=f"{label}  {number(value)}",
-            gid=label,
-            clip_on=False,
-            zorder=3,
-        )
-    axes.legend(
-        loc="best",
-        handletextpad=0.2,
-        borderaxespad=0.3,
-        frameon=True,
-        framealpha=1,
-        edgecolor="none",
-    )
+        text = f"{label}  {number(value)}"
+        mark(axes, max(value, zero), level, marker, Color.ELEMENTS[1], text, label)
+    axes.legend(handletextpad=0.2, borderaxespad=0.3, frameon=True, framealpha=1)

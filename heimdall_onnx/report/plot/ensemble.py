@@ -14,7 +14,7 @@ from heimdall_onnx.common.text import count_of, distance, metre_scale, name, sha
 from heimdall_onnx.evidence.parity.ground import metres_per_degree
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.model.ensemble import ALEATORIC, EPISTEMIC
-from heimdall_onnx.report.plot.chart import ONNX_COLOR, QUIET_INK, Chart, new_figure, say, styled
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, say, styled
 
 
 @styled
@@ -77,13 +77,13 @@ def _draw(axes: Axes, noise: Floats, doubt: Floats) -> None:
         noise / factor,
         doubt / factor,
         s=16,
-        color=ONNX_COLOR,
+        color=Color.ONNX,
         alpha=0.6,
         linewidths=0,
         gid="samples",
         zorder=3,
     )
-    axes.plot([0, edge], [0, edge], ls="--", lw=1.2, color=QUIET_INK)
+    axes.plot([0, edge], [0, edge], ls="--", lw=1.2, color=Color.QUIET)
     axes.set(
         xlim=(0, edge),
         ylim=(0, edge),
@@ -95,8 +95,8 @@ def _draw(axes: Axes, noise: Floats, doubt: Floats) -> None:
 
 def _draw_shares(axes: Axes, part: Floats) -> None:
     percent = 100 * np.sort(part)
-    axes.ecdf(percent, color=ONNX_COLOR, gid="shares")
-    axes.axvline(50, ls="--", lw=1.2, color=QUIET_INK)
+    axes.ecdf(percent, color=Color.ONNX, gid="shares")
+    axes.axvline(50, ls="--", lw=1.2, color=Color.QUIET)
     axes.set(
         xlim=(0, 100),
         ylim=(0, 1.02),

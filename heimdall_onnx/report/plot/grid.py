@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from heimdall_onnx.common.text import name, number
 from heimdall_onnx.evidence.parity.report import ADVERSARIAL_FACTOR, ParityCell, ParityReport
-from heimdall_onnx.report.plot.chart import INK, Chart, new_figure, no_grid, plain, styled
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, no_grid, plain, styled
 
 # Light to dark green within the tolerance, purple beyond it; the number stands in the cell too.
 _CLASSES = (
@@ -72,7 +72,7 @@ def _draw_cell(axes: Axes, cell: ParityCell, x: int, y: int, report: ParityRepor
     box = Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, facecolor=color, edgecolor="none")
     text = _times(excess)
     if not holds:
-        box.set(edgecolor=INK, linewidth=1.6)
+        box.set(edgecolor=Color.INK, linewidth=1.6)
         bad = sum(max(o.violations, o.nonfinite_mismatches) for o in cell.outputs)
         text += f"\n{bad:,} of {sum(o.count for o in cell.outputs):,}"
     box.set_gid(f"{cell.kind}/{cell.batch_size}")
@@ -84,7 +84,7 @@ def _draw_cell(axes: Axes, cell: ParityCell, x: int, y: int, report: ParityRepor
         ha="center",
         va="center_baseline",
         size=9.5,
-        color=INK,
+        color=Color.INK,
         weight="normal" if holds else "bold",
         gid=f"text {cell.kind}/{cell.batch_size}",
     )

@@ -11,17 +11,7 @@ from matplotlib.axes import Axes
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import after, name, number
 from heimdall_onnx.evidence.parity.report import ParityReport
-from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    INK,
-    QUIET_INK,
-    Chart,
-    log_axis,
-    new_figure,
-    plain,
-    say,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, plain, say, styled
 from heimdall_onnx.report.plot.outputs import (
     ELEMENT_MARKERS,
     OutputColumn,
@@ -100,9 +90,9 @@ def _draw(axes: Axes, column: OutputColumn, report: ParityReport) -> None:
     high = min(high, float(np.finfo(dtype).max) / 2) if floating else high
     xs = np.geomspace(low, high, 200)
     allowed = report.tolerance + report.rtol * xs
-    lines = [("tolerance", allowed, INK, "--")]
+    lines = [("tolerance", allowed, Color.INK, "--")]
     if floating:  # integers have no rounding
-        lines.append(("1 ULP", np.spacing(xs.astype(dtype)).astype(np.float64), QUIET_INK, ":"))
+        lines.append(("1 ULP", np.spacing(xs.astype(dtype)).astype(np.float64), Color.QUIET, ":"))
     lowest = [float(y[y > 0].min(initial=1.0)) for y in (error[known], *(y for _, y, *_ in lines))]
     floor = min(lowest) / 3
     series = (
@@ -121,7 +111,7 @@ def _draw(axes: Axes, column: OutputColumn, report: ParityReport) -> None:
     log_axis(axes.yaxis)
     axes.set_ylim(bottom=floor / 1.5, top=3 * max(float(allowed.max()), float(error[known].max())))
     axes.set_xlabel(column.label("|PyTorch|"))
-    axes.legend(loc="best", handlelength=1.4, frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(handlelength=1.4, frameon=True)
 
 
 def _points(
@@ -136,7 +126,7 @@ def _points(
         np.maximum(magnitude, least[0]),
         np.maximum(error, least[1]),
         ELEMENT_MARKERS[element],
-        color=ELEMENT_COLORS[element] if label else INK,
+        color=Color.ELEMENTS[element] if label else Color.INK,
         ms=4,
         alpha=0.5,
         mew=0,

@@ -8,15 +8,7 @@ from collections.abc import Sequence
 from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.text import count_of, name, number, share
 from heimdall_onnx.evidence.variants.operators import OperatorTimes
-from heimdall_onnx.report.plot.chart import (
-    ONNX_COLOR,
-    QUIET_INK,
-    Chart,
-    new_figure,
-    paired_bars,
-    plain,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, paired_bars, plain, styled
 
 _SHOWN = 9
 _BETWEEN = "between nodes"
@@ -57,14 +49,14 @@ def operator_times(measured: Sequence[tuple[str, OperatorTimes]] | None) -> Char
         pairs = [
             (plain(f"{label}, {number(times.total_ms)} ms"), color, ms)
             for (label, times), color, ms in zip(
-                shown, (QUIET_INK, ONNX_COLOR), values, strict=True
+                shown, (Color.QUIET, Color.ONNX), values, strict=True
             )
         ]
         paired_bars(axes, rows, pairs, _ms)
         axes.legend(loc="lower right")
     else:
         places = range(len(rows))
-        bars = axes.barh(places, values[0], height=0.7, color=f"{ONNX_COLOR}66", gid="bars")
+        bars = axes.barh(places, values[0], height=0.7, color=f"{Color.ONNX}66", gid="bars")
         axes.bar_label(bars, [_ms(ms) for ms in values[0]], padding=3, fontsize=9)
         axes.set_yticks(places, rows)
         axes.invert_yaxis()

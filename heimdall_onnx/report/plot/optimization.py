@@ -10,11 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from heimdall_onnx.common.text import count_of, name, number
 from heimdall_onnx.evidence.parity.optimization_levels import LevelParity, LevelReport
 from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    INK,
-    ONNX_COLOR,
-    QUIET_INK,
     Chart,
+    Color,
     log_axis,
     new_figure,
     paired_bars,
@@ -53,13 +50,13 @@ def optimization_levels(report: LevelReport) -> Chart:
             np.clip(values, low, high),
             rows + 0.16 * (index - (len(names) - 1) / 2),
             ELEMENT_MARKERS[index],
-            color=ELEMENT_COLORS[index],
+            color=Color.ELEMENTS[index],
             ms=8,
             ls="none",
             label=plain(name(output)),
             gid=output,
         )
-    axes.axvline(1.0, color=INK, ls="--", lw=1.2, label="tolerance", gid="tolerance")
+    axes.axvline(1.0, color=Color.INK, ls="--", lw=1.2, label="tolerance", gid="tolerance")
     axes.set(xscale="log", xlim=(low, high), ylim=(len(rows) - 0.5, -0.5))
     log_axis(axes.xaxis)
     axes.set_yticks(rows, [level.level for level in report.levels])
@@ -133,8 +130,8 @@ def operators(report: LevelReport) -> Chart:
     pairs = [
         (label, color, [level.operators.get(op, 0) for op in shown])
         for label, color, level in (
-            ("as exported (none)", QUIET_INK, before),
-            ("as deployed (all)", ONNX_COLOR, after),
+            ("as exported (none)", Color.QUIET, before),
+            ("as deployed (all)", Color.ONNX, after),
         )
     ]
     paired_bars(axes, shown, pairs, lambda count: f"{count:,}")

@@ -19,13 +19,11 @@ from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import km_per_degree, mean_place, offset_km
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.report.plot.chart import (
-    INK,
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    QUIET_INK,
     Chart,
+    Color,
+    legend_below,
     new_figure,
-    plain,
+    note,
     say,
     styled,
 )
@@ -163,14 +161,43 @@ def _draw_map(axes: Axes, positions: _Positions, data: EvaluationData) -> None:
     mapped, origin = positions.mapped, positions.origin
     pytorch = offset_km(positions.pytorch[mapped], origin)
     onnx = offset_km(positions.onnx[mapped], origin)
-    if positions.truth is not None:
-        _draw_truth(axes, offset_km(positions.truth[mapped], origin), onnx)
+    truth = None if positions.truth is None else offset_km(positions.truth[mapped], origin)
+    if truth is not None:
+        draw_lines(axes, truth, onnx, "errors")
     _draw_ellipses(axes, positions, onnx)
-    scale = 1.0 if len(mapped) <= _LABELLED_SHOWN else 0.5
-    for points, who, color, filled in (
-        (pytorch, "PyTorch", PYTORCH_COLOR, False),
-        (onnx, "ONNX", ONNX_COLOR, True),
-    ):
+    sides = (pytorch, "PyTorch", Color.PYTORCH), (onnx, "ONNX", Color.ONNX)
+    draw_places(axes, sides, truth, 1.0 if len(mapped) <= _LABELLED_SHOWN else 0.5)
+    _draw_receivers(axes, data, origin)
+    _draw_scale_bar(axes)
+    legend_below(axes, 0.17, ncols=3)
+
+
+def draw_lines(axes: Axes, start: Floats, end: Floats, gid: str) -> None:
+    """Thin lines from places (N, 2) to others."""
+    lines = list(np.stack([start, end], axis=1))
+    axes.add_collection(
+        LineCollection(lines, colors=Color.QUIET, linewidths=0.7, gid=gid, zorder=1)
+    )
+
+
+def draw_places(
+    axes: Axes,
+    sides: tuple[tuple[Floats, str, str], tuple[Floats, str, str]],
+    truth: Floats | None,
+    scale: float = 1.0,
+) -> None:
+    """A map of the same samples on two sides, the first with rings and the second with crosses.
+
+    Args:
+        axes: Where to.
+        sides: East and north in kilometres (N, 2), name and colour of each.
+        truth: The true places, where they are known.
+        scale: Of the marks.
+    """
+    if truth is not None:
+        east, north = truth.T
+        axes.scatter(east, north, s=14, marker="D", color=Color.INK, label="true", gid="true")
+    for (points, who, color), filled in zip(sides, (False, True), strict=True):
         axes.scatter(
             points[:, 0],
             points[:, 1],
@@ -183,31 +210,11 @@ def _draw_map(axes: Axes, positions: _Positions, data: EvaluationData) -> None:
             gid=who,
             zorder=4,
         )
-    _draw_receivers(axes, data, origin)
     axes.set_aspect("equal", adjustable="datalim", anchor="N")
     axes.margins(0.08)
     axes.set(xlabel="east (km)", ylabel="north (km)", title="Positions")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
-    _draw_scale_bar(axes)
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncols=3,
-        handletextpad=0.4,
-        columnspacing=1.2,
-        borderaxespad=0,
-    )
-
-
-def _draw_truth(axes: Axes, truth: Floats, onnx: Floats) -> None:
-    axes.scatter(
-        truth[:, 0], truth[:, 1], s=14, marker="D", color=INK, lw=0, label="true", gid="true"
-    )
-    lines = list(np.stack([truth, onnx], axis=1))
-    axes.add_collection(
-        LineCollection(lines, colors=QUIET_INK, linewidths=0.7, gid="errors", zorder=1)
-    )
 
 
 def _draw_ellipses(axes: Axes, positions: _Positions, onnx: Floats) -> None:
@@ -226,7 +233,7 @@ def _draw_ellipses(axes: Axes, positions: _Positions, onnx: Floats) -> None:
             2 * float(sigma[1]) * east,
             2 * float(sigma[0]) * north,
             fill=False,
-            edgecolor=ONNX_COLOR,
+            edgecolor=Color.ONNX,
             linewidth=0.9,
             linestyle="--",
             label=label,
@@ -245,7 +252,7 @@ def _draw_receivers(axes: Axes, data: EvaluationData, origin: tuple[float, float
         places[:, 1],
         s=90,
         marker="^",
-        color=INK,
+        color=Color.INK,
         edgecolors="white",
         linewidths=1,
         label="receiver",
@@ -253,17 +260,8 @@ def _draw_receivers(axes: Axes, data: EvaluationData, origin: tuple[float, float
         zorder=5,
     )
     for receiver, place in zip(data.receivers, places, strict=True):
-        axes.annotate(
-            plain(name(receiver, 20)),
-            (float(place[0]), float(place[1])),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            size=9,
-            color=INK,
-            path_effects=_HALO,
-            zorder=6,
-        )
+        at = float(place[0]), float(place[1])
+        note(axes, name(receiver, 20), at, (0, 8), ha="center", path_effects=_HALO, zorder=6)
 
 
 def _draw_scale_bar(axes: Axes) -> None:
@@ -275,7 +273,7 @@ def _draw_scale_bar(axes: Axes) -> None:
     axes.plot(
         [start, start + length],
         [0.03, 0.03],
-        color=INK,
+        color=Color.INK,
         lw=3,
         solid_capstyle="butt",
         transform=transform,

@@ -17,18 +17,16 @@ from heimdall_onnx.evidence.parity.uncertainty import (
 )
 from heimdall_onnx.evidence.ratios import CONFIDENCE
 from heimdall_onnx.report.plot.chart import (
-    INK,
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    QUIET_INK,
     Chart,
+    Color,
     fine_log_axis,
+    legend_below,
     log_axis,
     new_figure,
     styled,
 )
 
-_STYLES = {"PyTorch": (PYTORCH_COLOR, "-", "o"), "ONNX": (ONNX_COLOR, "--", "X")}
+_STYLES = {"PyTorch": (Color.PYTORCH, "-", "o"), "ONNX": (Color.ONNX, "--", "X")}
 
 
 @styled
@@ -106,14 +104,14 @@ def _draw_diagram(
     tail = (1 - CONFIDENCE) / 2
     low, high = (100 * stats.binom.ppf(q, samples, NOMINAL) / samples for q in (tail, 1 - tail))
     axes.fill_between(
-        claimed, low, high, color=INK, alpha=0.1, lw=0, label="honest, 95%", gid="band"
+        claimed, low, high, color=Color.INK, alpha=0.1, lw=0, label="honest, 95%", gid="band"
     )
-    axes.plot([0, 100], [0, 100], color=INK, lw=1, ls=":", gid="diagonal")
+    axes.plot([0, 100], [0, 100], color=Color.INK, lw=1, ls=":", gid="diagonal")
     for index, (_, calibration) in enumerate(alone):
         axes.plot(
             claimed,
             100 * np.array(calibration.reliability),
-            color=QUIET_INK,
+            color=Color.QUIET,
             lw=0.8,
             alpha=0.7,
             label=None if index else "members",
@@ -134,8 +132,8 @@ def _draw_diagram(
     axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", anchor="N")
     axes.set(xlabel="probability claimed (%)", ylabel="true positions inside (%)")
     axes.set_title("Reliability")
-    axes.text(94, 4, "overconfident", ha="right", va="bottom", size=9, color=QUIET_INK)
-    axes.text(4, 96, "underconfident", ha="left", va="top", size=9, color=QUIET_INK)
+    axes.text(94, 4, "overconfident", ha="right", va="bottom", size=9, color=Color.QUIET)
+    axes.text(4, 96, "underconfident", ha="left", va="top", size=9, color=Color.QUIET)
     _legend(axes)
 
 
@@ -177,7 +175,7 @@ def _draw_distributions(
         (claims.claimed_error_quantiles_m, "error as claimed", "-."),
         (claims.radius_quantiles_m, "radius of 90% ellipse", ":"),
     ):
-        _curve(axes, quantiles, factor, label, INK, style)
+        _curve(axes, quantiles, factor, label, Color.INK, style)
     axes.set(xscale="log", xlim=(low / 1.15, high * 1.15), ylim=(0, 100))
     (fine_log_axis if high < 30 * low else log_axis)(axes.xaxis)
     axes.set(xlabel=f"distance ({unit})", ylabel="samples at or below (%)")
@@ -195,12 +193,4 @@ def _curve(
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.19),
-        ncols=2,
-        handlelength=1.8,
-        handletextpad=0.5,
-        columnspacing=1.2,
-        borderaxespad=0,
-    )
+    legend_below(axes, 0.19, ncols=2, handlelength=1.8)

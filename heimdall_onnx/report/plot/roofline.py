@@ -10,26 +10,18 @@ from matplotlib.axes import Axes
 from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.text import count_of, name, number
 from heimdall_onnx.evidence.variants.roofline import Roofline, RooflineRow
-from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    QUIET_INK,
-    Chart,
-    fine_log_axis,
-    new_figure,
-    plain,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, fine_log_axis, new_figure, plain, styled
 
 # Of each precision: colour, marker, line.
 _STYLES = dict(
     zip(
         ("f32", "int8", "bf16", "f16"),
-        zip(ELEMENT_COLORS, "osD^", ("-", "--", "-.", ":"), strict=True),
+        zip(Color.ELEMENTS, "osD^", ("-", "--", "-.", ":"), strict=True),
         strict=True,
     )
 )
 _NAME_GAP = 0.065  # of the height of the axes
-_WITHOUT_PEAK = (QUIET_INK, "X", ":")
+_WITHOUT_PEAK = (Color.QUIET, "X", ":")
 
 
 @dataclass(frozen=True)
@@ -90,13 +82,8 @@ def _point(report: Roofline, row: RooflineRow) -> _Point:
 def _draw_roofs(axes: Axes, report: Roofline, low: float, high: float) -> None:
     bandwidth, peaks = report.machine.bandwidth_gb_s, report.machine.peaks
     end = max(peaks.values(), default=bandwidth * high) / bandwidth
-    axes.plot(
-        [low, end],
-        [bandwidth * low, bandwidth * end],
-        color=QUIET_INK,
-        label=f"memory: {number(bandwidth, 3)} GB/s",
-        gid="memory",
-    )
+    slope, label = [bandwidth * low, bandwidth * end], f"memory: {number(bandwidth, 3)} GB/s"
+    axes.plot([low, end], slope, color=Color.QUIET, label=label, gid="memory")
     for precision, peak in peaks.items():
         color, marker, line = _STYLES.get(precision, _WITHOUT_PEAK)
         axes.plot(

@@ -15,11 +15,11 @@ from heimdall_onnx.common.text import name, number
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import worst_elements
 from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    INK,
     Chart,
+    Color,
     log_axis,
     new_figure,
+    note,
     plain,
     say,
     styled,
@@ -136,7 +136,7 @@ def _draw(axes: Axes, courses: list[_Course], report: ParityReport) -> None:
             course.samples,
             course.excess.clip(floor, top / _HEADROOM**0.5),
             ELEMENT_MARKERS[index],
-            color=ELEMENT_COLORS[index],
+            color=Color.ELEMENTS[index],
             ms=5 if len(course.samples) < 400 else 3.5,
             alpha=0.75 if len(course.samples) < 400 else 0.5,
             mew=0,
@@ -144,23 +144,14 @@ def _draw(axes: Axes, courses: list[_Course], report: ParityReport) -> None:
             label=plain(name(course.column.spec.name)),
             gid=f"samples {course.column.spec.name}",
         )
-    axes.axhline(1.0, color=INK, ls="--", lw=1.2, label="allowed", gid="allowed")
+    axes.axhline(1.0, color=Color.INK, ls="--", lw=1.2, label="allowed", gid="allowed")
     axes.set(yscale="log", ylim=(floor / 1.5, top))
     log_axis(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     for excess, sample, _ in _worst(courses):
-        axes.annotate(
-            str(sample),
-            (sample, min(excess, top / _HEADROOM**0.5)),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-            size=9,
-            color=INK,
-            weight="bold",
-            gid=f"named {sample}",
-        )
+        at = sample, min(excess, top / _HEADROOM**0.5)
+        note(axes, str(sample), at, (0, 5), ha="center", weight="bold", gid=f"named {sample}")
     axes.set(xlabel="sample, its row in the evaluation data", ylabel="error, × what is allowed")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.4, handlelength=1.4)
 

@@ -13,16 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import name, number
 from heimdall_onnx.evidence.parity.report import ParityReport
-from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    INK,
-    QUIET_INK,
-    Chart,
-    new_figure,
-    plain,
-    say,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, plain, say, styled
 from heimdall_onnx.report.plot.outputs import (
     ELEMENT_MARKERS,
     OutputColumn,
@@ -84,7 +75,7 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
     x, y = x[chosen], y[chosen]
     finite = np.isfinite(x) & np.isfinite(y)
     low, high = _limits(np.concatenate([x, y]), report.tolerance)
-    above.plot([low, high], [low, high], color=QUIET_INK, lw=1, zorder=1, gid="identity")
+    above.plot([low, high], [low, high], color=Color.QUIET, lw=1, zorder=1, gid="identity")
     above.set(xlim=(low, high), ylim=(low, high))
     below.set(xlim=(low, high), xlabel=column.label("PyTorch"))
     allowed = report.tolerance + report.rtol * np.abs(x)
@@ -98,7 +89,7 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
                 x[beyond],
                 height[beyond],
                 "x",
-                color=INK,
+                color=Color.INK,
                 ms=6,
                 mew=1.2,
                 gid="beyond",
@@ -113,14 +104,7 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
 def _show_legend(axes: Axes, place: Literal["upper left", "lower left"]) -> None:
     if not axes.get_legend_handles_labels()[0]:
         return
-    legend = axes.legend(
-        loc=place,
-        handletextpad=0.1,
-        borderaxespad=0.2,
-        frameon=True,
-        edgecolor="none",
-        framealpha=0.8,
-    )
+    legend = axes.legend(loc=place, handletextpad=0.1, borderaxespad=0.2, frameon=True)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
@@ -163,7 +147,7 @@ def _scatter(
             y[mine],
             s=26 if few else 12,
             marker=ELEMENT_MARKERS[index],
-            color=ELEMENT_COLORS[index],
+            color=Color.ELEMENTS[index],
             alpha=0.75 if few else 0.4,
             linewidths=0,
             label=element if named else None,
@@ -178,8 +162,8 @@ def _draw_tolerance(
     xs = np.linspace(low, high, 101)
     limit = report.tolerance + report.rtol * np.abs(xs)
     for sign in (1, -1):
-        axes.plot(xs, sign * limit, "--", color=INK, lw=1.2, gid="tolerance")
-    axes.axhline(0, color=QUIET_INK, lw=1, zorder=1)
+        axes.plot(xs, sign * limit, "--", color=Color.INK, lw=1.2, gid="tolerance")
+    axes.axhline(0, color=Color.QUIET, lw=1, zorder=1)
     largest, top = float(np.abs(residual).max(initial=0.0)), 1.3 * float(limit.max())
     if largest == 0 or 0.2 * limit.max() < largest < 10 * report.tolerance:
         top = max(top, 1.15 * largest)
@@ -215,7 +199,7 @@ def _draw_missing(axes: Axes, x: Floats, y: Floats) -> None:
         known,
         np.full(known.shape, 0.93),
         "X",
-        color=INK,
+        color=Color.INK,
         ms=6,
         gid="missing",
         transform=axes.get_xaxis_transform(),

@@ -9,20 +9,13 @@ from matplotlib.axes import Axes
 from heimdall_onnx.common.text import count_of, distance, metre_scale, name, number
 from heimdall_onnx.evidence.parity.ground import MIDDLE, GroundReport, TaskError
 from heimdall_onnx.evidence.parity.report import ParityReport
-from heimdall_onnx.report.plot.chart import (
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    QUIET_INK,
-    Chart,
-    new_figure,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, note, styled
 from heimdall_onnx.report.plot.positions import coordinates
 
 _CONTENDERS = {
-    "PyTorch": (PYTORCH_COLOR, "o"),
-    "ONNX": (ONNX_COLOR, "X"),
-    MIDDLE: (QUIET_INK, "s"),
+    "PyTorch": (Color.PYTORCH, "o"),
+    "ONNX": (Color.ONNX, "X"),
+    MIDDLE: (Color.QUIET, "s"),
 }
 
 
@@ -82,14 +75,8 @@ def _draw_task(axes: Axes, row: int, task: TaskError, factor: float) -> None:
             zorder=3,
         )
     known = math.isfinite(median)
-    axes.annotate(
-        f"median {number(median)}, 95% {number(p95)}" if known else "no finite position",
-        (p95 if known else 0.0, row),
-        xytext=(10, 0),
-        textcoords="offset points",
-        va="center_baseline",
-        size=9,
-    )
+    text = f"median {number(median)}, 95% {number(p95)}" if known else "no finite position"
+    note(axes, text, (p95 if known else 0.0, row), (10, 0), va="center_baseline")
 
 
 def _varied(ground: GroundReport) -> bool:

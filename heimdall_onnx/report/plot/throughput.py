@@ -12,18 +12,10 @@ from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.text import count_of, number
 from heimdall_onnx.evidence.latency.benchmark import BatchLatency, LatencyReport
-from heimdall_onnx.report.plot.chart import (
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    Chart,
-    log_axis,
-    new_figure,
-    paired_bars,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, paired_bars, styled
 
 _CALLS_FOR_RANGE = 40
-_SIDES = (("PyTorch", PYTORCH_COLOR, "o", "-"), ("ONNX Runtime", ONNX_COLOR, "X", "--"))
+_SIDES = (("PyTorch", Color.PYTORCH, "o", "-"), ("ONNX Runtime", Color.ONNX, "X", "--"))
 
 
 @unless_not_measured

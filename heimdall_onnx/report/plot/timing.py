@@ -14,24 +14,15 @@ from heimdall_onnx.evidence.latency.benchmark import LatencyReport, PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.statistics import Speedup
 from heimdall_onnx.evidence.ratios import CONFIDENCE
-from heimdall_onnx.report.plot.chart import (
-    A_COLOR,
-    B_COLOR,
-    INK,
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    Chart,
-    new_figure,
-    styled,
-)
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, styled
 
 # Fewer pairs than this give no distribution-free 95% interval of a median, only a range.
 _PAIRS_FOR_INTERVAL = 6
 _LOG_FROM = 3.0
 _QUIET = 0.1
 _BLOCKS_FOR_SPREAD = 4
-_COLORS = (PYTORCH_COLOR, ONNX_COLOR)
-_PAIR_COLORS = (A_COLOR, B_COLOR)
+_COLORS = (Color.PYTORCH, Color.ONNX)
+_PAIR_COLORS = (Color.A, Color.B)
 _MARKERS = ("o", "X")
 _LINES = ("-", "--")
 _HATCHES = ("", "////")
@@ -180,7 +171,7 @@ def _draw_histograms(axes: Axes, report: _Report) -> None:
         )
     axes.set(ylabel="calls", ylim=(0, None))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.legend(loc="best")
+    axes.legend()
 
 
 def _draw_percentiles(axes: Axes, report: _Report, rows: list[float]) -> None:
@@ -302,8 +293,10 @@ def _draw_calls(axes: Axes, contender: ContenderLatency, color: str, marker: str
         gid="calls",
     )
     first, last, medians = zip(*_block_medians(contender), strict=True)
-    axes.hlines(medians, np.subtract(first, 0.5), np.add(last, 0.5), color=INK, lw=1.8, gid="block")
-    axes.axhline(contender.median_ms, color=INK, lw=0.8, ls=":", gid="median")
+    axes.hlines(
+        medians, np.subtract(first, 0.5), np.add(last, 0.5), color=Color.INK, lw=1.8, gid="block"
+    )
+    axes.axhline(contender.median_ms, color=Color.INK, lw=0.8, ls=":", gid="median")
     # A rare slow call must not flatten the rest: it is counted at the edge instead.
     top = min(1.1 * float(samples.max()), 3 * contender.median_ms)
     above = int((samples > top).sum())
@@ -316,7 +309,7 @@ def _draw_calls(axes: Axes, contender: ContenderLatency, color: str, marker: str
             slow,
             np.full(slow.shape, 0.97),
             "^",
-            color=INK,
+            color=Color.INK,
             ms=5,
             gid="slow",
             transform=axes.get_xaxis_transform(),

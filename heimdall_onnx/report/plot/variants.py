@@ -12,15 +12,12 @@ from heimdall_onnx.common.parameters import FP32
 from heimdall_onnx.common.text import distance, number
 from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
 from heimdall_onnx.report.plot.chart import (
-    ELEMENT_COLORS,
-    INK,
-    ONNX_COLOR,
-    PYTORCH_COLOR,
-    QUIET_INK,
     Chart,
+    Color,
     fine_log_axis,
     fitting_log_axis,
     new_figure,
+    note,
     plain,
     say,
     styled,
@@ -30,7 +27,7 @@ _LEAST = 1e-7
 _TICKS = 26
 _CLOSE = 2.0  # latencies of less than this ratio, whose names would run into each other
 _STYLES = ("-", "--", "-.", ":")
-_COLORS = (PYTORCH_COLOR, ONNX_COLOR, *ELEMENT_COLORS, INK)
+_COLORS = (Color.PYTORCH, Color.ONNX, *Color.ELEMENTS, Color.INK)
 
 
 @unless_not_measured
@@ -112,14 +109,14 @@ def _scatter(
         best = variant.name == recommended
         height = max(cost, floor)
         axes.errorbar(
-            ms, height, xerr=[[max(ms - low, 0)], [max(high - ms, 0)]], color=QUIET_INK, lw=1
+            ms, height, xerr=[[max(ms - low, 0)], [max(high - ms, 0)]], color=Color.QUIET, lw=1
         )
         axes.plot(
             ms,
             height,
             marker="*" if best else "o",
             markersize=15 if best else 8,
-            color=ONNX_COLOR if best else PYTORCH_COLOR,
+            color=Color.ONNX if best else Color.PYTORCH,
             markerfacecolor=None if variant.passed else "white",
             linestyle="none",
             gid=f"variant {variant.name}",
@@ -127,15 +124,9 @@ def _scatter(
         # One above the other, where points lie too close for their names.
         below = sum(max(ms, x) < _CLOSE * min(ms, x) and y == height for x, y in named)
         named.append((ms, height))
-        axes.annotate(
-            plain(variant.name) + (" (changes nothing)" if cost <= _LEAST else ""),
-            (ms, height),
-            xytext=(0, 9 + 12 * below),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            fontweight="bold" if best else "normal",
-        )
+        text = variant.name + (" (changes nothing)" if cost <= _LEAST else "")
+        weight = "bold" if best else "normal"
+        note(axes, text, (ms, height), (0, 9 + 12 * below), ha="center", weight=weight)
     best_trades = front(
         [
             (ms, max(cost, floor))
@@ -143,7 +134,7 @@ def _scatter(
             if v.passed
         ]
     )
-    axes.plot(*zip(*best_trades, strict=True), linestyle=":", color=QUIET_INK, lw=1.2, zorder=0)
+    axes.plot(*zip(*best_trades, strict=True), linestyle=":", color=Color.QUIET, lw=1.2, zorder=0)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

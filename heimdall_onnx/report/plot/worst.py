@@ -18,7 +18,7 @@ from heimdall_onnx.evidence.parity.departure import compare_values
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics, WorstSample, badness
 from heimdall_onnx.model.signature import Signature, TensorSpec
-from heimdall_onnx.report.plot.chart import INK, Chart, new_figure, no_grid, plain, say, styled
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, no_grid, plain, say, styled
 
 _SAMPLES_SHOWN = 3
 _CHANNELS_SHOWN = 4
@@ -228,7 +228,7 @@ def _value(value: np.generic, spec: TensorSpec) -> str:
 
 def _write_values(axes: Axes, cells: npt.NDArray[np.float64], texts: list[str]) -> None:
     for row, (value, text) in enumerate(zip(cells, texts, strict=True)):
-        color = "white" if value <= 0.5 else INK
+        color = "white" if value <= 0.5 else Color.INK
         axes.text(0, row, text, ha="center", va="center", size=9, color=color)
 
 
@@ -247,7 +247,7 @@ def _channels(values: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
 def _draw_channel(axes: Axes, channel: npt.NDArray[np.generic]) -> None:
     no_grid(axes)
     if channel.ndim == 1:
-        axes.plot(channel, color=INK, lw=1.0)
+        axes.plot(channel, color=Color.INK, lw=1.0)
         axes.tick_params(labelsize=9)
         return
     axes.imshow(channel, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from heimdall_onnx.common.arrays import Floats
@@ -24,26 +23,25 @@ from heimdall_onnx.common.text import (
 from heimdall_onnx.evidence.parity.ground import mean_place, offset_km
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.report.plot.chart import (
-    A_COLOR,
-    B_COLOR,
-    ELEMENT_COLORS,
-    INK,
-    QUIET_INK,
     Chart,
+    Color,
     fitting_log_axis,
+    legend_below,
+    mark,
     new_figure,
+    note,
     plain,
     say,
     styled,
 )
-from heimdall_onnx.report.plot.positions import coordinates
+from heimdall_onnx.report.plot.positions import coordinates, draw_lines, draw_places
 from heimdall_onnx.review.compare.answers import A, Answers, B, Displacement
 from heimdall_onnx.review.compare.comparison import RecordedErrors, RecordedParity
 from heimdall_onnx.review.compare.words import largest_change, ratio_words
 
 _MAPPED = 60  # with the lines between them, more can't be read
 _OUTPUTS_SHOWN = 4
-_COLORS, _MARKERS, _LINES = (A_COLOR, B_COLOR), ("o", "X"), ("-", "--")
+_COLORS, _MARKERS, _LINES = (Color.A, Color.B), ("o", "X"), ("-", "--")
 _MARKS = ("o", "s", "D", "v")
 _FEW = 100
 
@@ -102,32 +100,10 @@ def _draw_map(
     axes: Axes, both: Sequence[Floats], truth: Floats | None, origin: tuple[float, float]
 ) -> None:
     a, b = (offset_km(side, origin) for side in both)
-    if truth is not None:
-        at = offset_km(truth, origin)
-        axes.scatter(at[:, 0], at[:, 1], s=14, marker="D", color=INK, lw=0, label="true")
-    lines = list(np.stack([a, b], axis=1))
-    axes.add_collection(
-        LineCollection(lines, colors=QUIET_INK, linewidths=0.9, gid="moved", zorder=2)
-    )
-    for points, who, color, filled in ((a, A, A_COLOR, False), (b, B, B_COLOR, True)):
-        axes.scatter(
-            points[:, 0],
-            points[:, 1],
-            s=24 if filled else 80,
-            marker="X" if filled else "o",
-            facecolors=color if filled else "none",
-            edgecolors="none" if filled else color,
-            linewidths=1.3,
-            label=who,
-            gid=who,
-            zorder=4,
-        )
-    axes.set_aspect("equal", adjustable="datalim", anchor="N")
-    axes.margins(0.08)
-    axes.set(xlabel="east (km)", ylabel="north (km)", title="Positions")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, borderaxespad=0)
+    draw_lines(axes, a, b, "moved")
+    true = None if truth is None else offset_km(truth, origin)
+    draw_places(axes, ((a, A, Color.A), (b, B, Color.B)), true)
+    legend_below(axes, 0.17, ncols=3)
 
 
 def _draw_moved(axes: Axes, moved: Displacement) -> None:
@@ -139,25 +115,14 @@ def _draw_moved(axes: Axes, moved: Displacement) -> None:
     factor, unit = metre_scale(float(known[-1]))
     shares = 100 * np.arange(1, known.size + 1) / moved.metres.size
     # What does not move at all has no place on a logarithmic axis: the curve begins above it.
-    axes.step(known / factor, shares, where="post", color=INK, gid="moved share")
+    axes.step(known / factor, shares, where="post", color=Color.INK, gid="moved share")
     marks = [("half", moved.p50_m, 50.0)]
     marks += [("99%", moved.p99_m, 99.0)] if moved.metres.size >= _FEW else []
     marks.append(("largest", moved.max_m, 100.0))
     for (label, value, level), marker in zip(marks, _MARKS, strict=False):
         if math.isfinite(value) and value > 0:
-            axes.plot(
-                value / factor,
-                level,
-                marker,
-                color=ELEMENT_COLORS[3],
-                mec=INK,
-                mew=0.8,
-                ms=7,
-                label=f"{label}  {distance(value)}",
-                gid=label,
-                clip_on=False,
-                zorder=3,
-            )
+            text = f"{label}  {distance(value)}"
+            mark(axes, value / factor, level, marker, Color.ELEMENTS[3], text, label)
     positive = known[known > 0] / factor
     if positive[-1] > 20 * positive[0]:
         axes.set_xscale("log")
@@ -166,7 +131,7 @@ def _draw_moved(axes: Axes, moved: Displacement) -> None:
         axes.set_xlim(0, 1.08 * positive[-1])
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(ylim=(0, 104), xlabel=f"moved by at most ({unit})", ylabel="share of positions (%)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1, borderaxespad=0)
+    legend_below(axes, 0.17)
 
 
 @styled
@@ -245,7 +210,7 @@ def _draw_differences(axes: Axes, output: ErrorStatistics) -> None:
         edges[first : last + 1],
         100 * cdf[first : last + 1],
         where="post",
-        color=INK,
+        color=Color.INK,
         gid=f"differences {output.output}",
         label=f"{share(float(cdf[0]))} equal" if cdf[0] > 0 else "_",
     )
@@ -254,19 +219,7 @@ def _draw_differences(axes: Axes, output: ErrorStatistics) -> None:
     marks += [("largest", output.maximum, 100.0)] if math.isfinite(output.maximum) else []
     for (label, value, level), marker in zip(marks, _MARKS, strict=False):
         if value > 0:
-            axes.plot(
-                value,
-                level,
-                marker,
-                color=ELEMENT_COLORS[3],
-                mec=INK,
-                mew=0.8,
-                ms=6,
-                ls="none",
-                label=f"{label}  {number(value)}",
-                clip_on=False,
-                zorder=3,
-            )
+            mark(axes, value, level, marker, Color.ELEMENTS[3], f"{label}  {number(value)}", label)
     axes.set_xscale("log")
     fitting_log_axis(axes.xaxis)
     unit = unit_of(output.unit)
@@ -275,7 +228,7 @@ def _draw_differences(axes: Axes, output: ErrorStatistics) -> None:
         xlabel=plain(f"absolute difference ({unit})" if unit else "absolute difference"),
         ylabel="at or below (%)",
     )
-    axes.legend(loc="best", handletextpad=0.2, frameon=True, framealpha=1, edgecolor="none")
+    axes.legend(handletextpad=0.2, frameon=True, framealpha=1)
 
 
 @styled
@@ -342,7 +295,7 @@ def localization_errors(answers: Answers) -> Chart | None:
         xlabel=f"distance to the true position ({unit})",
         ylabel="answers within it (%)",
     )
-    axes.legend(loc="best", frameon=True, framealpha=1, edgecolor="none", handlelength=3)
+    axes.legend(frameon=True, framealpha=1, handlelength=3)
     alt = " ".join(
         f"{who}: median {distance(median)}, 95th percentile {distance(p95)}."
         for who, median, p95 in zip((A, B), medians, errors.p95s_m, strict=True)
@@ -375,7 +328,7 @@ def recorded_parity(parity: Sequence[RecordedParity]) -> Chart | None:
         _draw_parity(axes, one)
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
-    panels[0].legend(loc="best", handlelength=3, frameon=True, framealpha=1, edgecolor="none")
+    panels[0].legend(handlelength=3, frameon=True, framealpha=1)
     alt = " ".join(
         f"{one.output}, {who}: mean {number(side.mean, 3)}, "
         + ", ".join(f"{label} {number(getattr(side, what), 3)}" for label, what in _PERCENTILES)
@@ -434,12 +387,5 @@ def _draw_percentiles(axes: Axes, side: RecordedErrors, index: int, zero: float)
         gid=f"parity {(A, B)[index]}",
     )
     for place in np.flatnonzero(np.array(found) == 0):
-        axes.annotate(
-            "0",
-            (zero, float(place) + (-0.12, 0.12)[index]),
-            xytext=(-7, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            size=9,
-        )
+        at = zero, float(place) + (-0.12, 0.12)[index]
+        note(axes, "0", at, (-7, 0), ha="right", va="center")

@@ -65,7 +65,7 @@ from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE, Signature, TensorSpec
 from heimdall_onnx.report import plot
-from heimdall_onnx.report.plot.chart import ONNX_COLOR, PYTORCH_COLOR
+from heimdall_onnx.report.plot.chart import Color
 
 RECEIVERS = {"DF0KL": (54.1, 13.4), "HB9RYZ": (47.2, 8.1), "F1JEK": (46.6, 0.3)}
 KINDS = (EVALUATION, "zeros", "amplitude ×100")
@@ -681,7 +681,7 @@ def test_map_draws_both_models_receivers_truth_and_sigma(
 ) -> None:
     chart = plot.position_map(passing, data)
     assert chart is not None
-    for who, color in (("PyTorch", PYTORCH_COLOR), ("ONNX", ONNX_COLOR)):
+    for who, color in (("PyTorch", Color.PYTORCH), ("ONNX", Color.ONNX)):
         (points,) = artists(chart.figure, who)
         face, edge = points.get_facecolor(), points.get_edgecolor()
         assert to_hex((face if len(face) else edge)[0]).upper() == color
@@ -821,7 +821,7 @@ def test_task_error_says_by_how_much_the_model_beats_the_middle() -> None:
     )
     np.testing.assert_allclose(drawn(chart, "ONNX median"), [[55.6, 1]], atol=0.1)
     np.testing.assert_allclose(drawn(chart, "always the middle median"), [[222.5, 2]], atol=0.2)
-    for who, color in (("PyTorch", PYTORCH_COLOR), ("ONNX", ONNX_COLOR)):
+    for who, color in (("PyTorch", Color.PYTORCH), ("ONNX", Color.ONNX)):
         (point,) = artists(chart.figure, f"{who} median")
         assert point.get_color() == color
 
@@ -898,7 +898,7 @@ def test_latency_histograms_share_bins_and_hold_every_call() -> None:
     report = latency_of(calls(20), calls(14))
     chart = plot.latency(report)
     (pytorch,), (onnx,) = (artists(chart.figure, who) for who in (PYTORCH, ONNX))
-    for stairs, color in ((pytorch, PYTORCH_COLOR), (onnx, ONNX_COLOR)):
+    for stairs, color in ((pytorch, Color.PYTORCH), (onnx, Color.ONNX)):
         assert np.nansum(stairs.get_data().values) == 200
         assert to_hex(stairs.get_edgecolor()).upper() == color
     np.testing.assert_array_equal(pytorch.get_data().edges, onnx.get_data().edges)
@@ -955,7 +955,7 @@ def test_over_time_draws_every_call_and_the_median_of_every_block() -> None:
     chart = plot.latency_over_time(report)
     scatters = artists(chart.figure, "calls")
     for points, side, color in zip(
-        scatters, (report.pytorch, report.onnx), (PYTORCH_COLOR, ONNX_COLOR), strict=True
+        scatters, (report.pytorch, report.onnx), (Color.PYTORCH, Color.ONNX), strict=True
     ):
         np.testing.assert_allclose(points.get_offsets()[:, 1], side.samples_ms)
         assert to_hex(points.get_facecolor()[0]).upper() == color

@@ -20,7 +20,7 @@ from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
 from heimdall_onnx.evidence.ratios import error_ratio
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report import plot
-from heimdall_onnx.report.plot.chart import A_COLOR, B_COLOR, ONNX_COLOR, PYTORCH_COLOR
+from heimdall_onnx.report.plot.chart import Color
 from heimdall_onnx.review.compare.answers import Answers, Displacement
 from heimdall_onnx.review.compare.answers import LocalizationErrors as Errors
 from heimdall_onnx.review.compare.comparison import RecordedErrors, RecordedParity
@@ -119,9 +119,9 @@ def test_a_and_b_differ_in_marker_line_and_lightness(answers):
     a, b = (drawn(chart, f"median {who}") for who in "AB")
     assert (a.get_marker(), b.get_marker()) == ("o", "X")
     assert drawn(chart, "errors A").get_linestyle() != drawn(chart, "errors B").get_linestyle()
-    assert [to_hex(line.get_color()).upper() for line in (a, b)] == [A_COLOR, B_COLOR]
-    assert lightness(A_COLOR) / lightness(B_COLOR) > 3
-    assert not {A_COLOR, B_COLOR} & {PYTORCH_COLOR, ONNX_COLOR}
+    assert [to_hex(line.get_color()).upper() for line in (a, b)] == [Color.A, Color.B]
+    assert lightness(Color.A) / lightness(Color.B) > 3
+    assert not {Color.A, Color.B} & {Color.PYTORCH, Color.ONNX}
 
 
 def test_positions_are_drawn_where_they_are_and_the_curve_ends_at_all(answers):
@@ -190,6 +190,6 @@ def test_latency_of_a_pair_names_both_and_keeps_what_was_not_measured(latency):
     assert "slower than A at batch 1" in chart.title
     assert chart.alt.startswith("A: 60 calls")
     histogram = drawn(chart, "A")
-    assert to_hex(histogram.get_edgecolor()).upper() == A_COLOR
+    assert to_hex(histogram.get_edgecolor()).upper() == Color.A
     skipped = NotMeasured("not asked for")
     assert plot.pair_latency(skipped) is skipped
