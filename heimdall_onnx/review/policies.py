@@ -15,18 +15,27 @@ one names no principal; as the policy of a bucket it does (`bucket_policies`).
 What a policy can't say is whether a release is finished. So the releaser, who must be able to take
 back an unfinished one, could delete a finished one. Where that must not be, turn on the bucket's
 versioning: no role may delete a version for good, and `heimdall-onnx verify` names what is missing.
+
+The statements are in ``policies.json``, where a name with a dollar stands for what `Place` gives.
+The releaser may not write reviews, since who releases must not judge the release; the pattern takes
+a doubled slash too, which some stores take for one. The galleries are made from the other objects
+and replaced whenever there is a new one, so they are never retained. What is forbidden to every
+role would let it widen its rights, or make a deletion final.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from string import Template
 from typing import Any, Literal, get_args
 
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.parameters import check_parameters
-from heimdall_onnx.services.store import GALLERY, MANIFEST, parse_uri
+from heimdall_onnx.services.store import parse_uri
 
 Role = Literal["releaser", "reviewer", "consumer"]
 Statement = dict[str, Any]
@@ -36,18 +45,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 # As `store.claim_version` names them; that leaves out `failed/`.
 _VERSION = "v????????_??????"
 _PRINCIPAL = r"arn:[a-z-]+:(iam|sts)::(\d{12})?:(user|role|assumed-role)/[\w+=,.@/-]+"
-_WRITE = ("s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts")
-_PROTECTION = ("s3:GetBucketVersioning", "s3:GetBucketObjectLockConfiguration")
-# What would let a role widen its rights, or make a deletion final.
-_NEVER = (
-    "s3:DeleteBucket",
-    "s3:PutBucketPolicy",
-    "s3:DeleteBucketPolicy",
-    "s3:PutBucketVersioning",
-    "s3:PutLifecycleConfiguration",
-    "s3:BypassGovernanceRetention",
-    "s3:DeleteObjectVersion",
-)
+_ARN = "arn:aws:s3:::"
+_TEMPLATES = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -127,85 +126,24 @@ def bucket_policies(
 
 def _statements(role: str, place: Place) -> Iterator[tuple[str, Statement]]:
     """Bucket and statement, one after the other."""
-    makers = {"releaser": _releaser, "reviewer": _reviewer, "consumer": _consumer}
-    if role not in makers:
+    if role not in ROLES:
         raise ParameterError(f"there is no role {role!r}; expected one of {', '.join(ROLES)}")
-    yield from makers[role](place)
-    yield (
-        place.bucket,
-        _deny("Never", _NEVER, [_arn(place.bucket), _arn(place.bucket, "*")]),
+    artifacts, folder = parse_uri(place.artifact_uri) if place.artifact_uri else ("", "")
+    text = Template(_TEMPLATES.read_text(encoding="utf-8")).substitute(
+        bucket=f"{_ARN}{place.bucket}",
+        prefix=place.prefix,
+        version=_VERSION,
+        release=f"{_ARN}{place.bucket}/{place.prefix}/{_VERSION}",
+        artifacts=f"{_ARN}{artifacts}",
+        below="/".join(filter(None, (folder.strip("/"), "*"))),
     )
-
-
-def _releaser(place: Place) -> Iterator[tuple[str, Statement]]:
-    bucket, release = place.bucket, f"{place.prefix}/{_VERSION}/*"
-    own = [release, f"{place.prefix}/failed/*", "objects/*", "aliases/*"]
-    # Made from the others, and replaced whenever there is a new one: never retained.
-    written = [*own, f"{place.prefix}/{GALLERY}/*"]
-    # Some stores take a doubled slash for one.
-    reviews = f"{place.prefix}/{_VERSION}/*reviews/*"
-    yield bucket, _list(bucket)
-    yield bucket, _allow("Protection", _PROTECTION, [_arn(bucket)])
-    yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, written))
-    yield bucket, _allow("Write", _WRITE, _arns(bucket, written))
-    yield bucket, _allow("Retain", ["s3:PutObjectRetention"], _arns(bucket, own))
-    yield bucket, _allow("TakeBack", ["s3:DeleteObject"], _arns(bucket, [release]))
-    # Who releases must not judge the release.
-    yield bucket, _deny("NoReviews", ["s3:PutObject", "s3:DeleteObject"], _arns(bucket, [reviews]))
-    yield from _append_only(place, [f"{place.prefix}/{_VERSION}/{MANIFEST}", "aliases/*"])
-    if place.artifact_uri:
-        artifacts, folder = parse_uri(place.artifact_uri)
-        below = "/".join(filter(None, (folder.strip("/"), "*")))
-        yield artifacts, _list(artifacts, "ListArtifacts")
-        yield (
-            artifacts,
-            _allow("Artifacts", ["s3:GetObject", *_WRITE], _arns(artifacts, [below])),
-        )
-
-
-def _reviewer(place: Place) -> Iterator[tuple[str, Statement]]:
-    bucket = place.bucket
-    read = [f"{place.prefix}/*", "objects/*", "aliases/*"]
-    once = [f"{place.prefix}/{_VERSION}/reviews/*", "aliases/*"]
-    write = [*once, f"{place.prefix}/{GALLERY}/*"]
-    yield bucket, _list(bucket)
-    yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, read))
-    yield bucket, _allow("Write", ["s3:PutObject"], _arns(bucket, write))
-    yield from _append_only(place, once)
-
-
-def _consumer(place: Place) -> Iterator[tuple[str, Statement]]:
-    bucket, release = place.bucket, f"{place.prefix}/{_VERSION}/*"
-    yield bucket, _list(bucket) | {"Condition": {"StringLike": {"s3:prefix": [release]}}}
-    yield bucket, _allow("Read", ["s3:GetObject"], _arns(bucket, [release]))
-
-
-def _append_only(place: Place, keys: Sequence[str]) -> Iterator[tuple[str, Statement]]:
+    templates = json.loads(text)
     # https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes-enforce.html
-    if place.conditional:
-        once = _deny("AppendOnly", ["s3:PutObject"], _arns(place.bucket, keys))
-        yield place.bucket, {**once, "Condition": {"Null": {"s3:if-none-match": "true"}}}
-
-
-def _list(bucket: str, sid: str = "List") -> Statement:
-    # Without a condition on the prefix, as a look for the bucket itself carries none.
-    return _allow(sid, ["s3:ListBucket"], [_arn(bucket)])
-
-
-def _allow(sid: str, actions: Sequence[str], resources: Sequence[str]) -> Statement:
-    return {"Sid": sid, "Effect": "Allow", "Action": list(actions), "Resource": list(resources)}
-
-
-def _deny(sid: str, actions: Sequence[str], resources: Sequence[str]) -> Statement:
-    return {**_allow(sid, actions, resources), "Effect": "Deny"}
-
-
-def _arns(bucket: str, keys: Sequence[str]) -> list[str]:
-    return [_arn(bucket, key) for key in keys]
-
-
-def _arn(bucket: str, key: str = "") -> str:
-    return f"arn:aws:s3:::{bucket}" + (f"/{key}" if key else "")
+    left_out = () if place.conditional else ("AppendOnly",)
+    for statement in (*templates[role], *templates["every role"]):
+        bucket = statement["Resource"][0].removeprefix(_ARN).partition("/")[0]
+        if bucket and statement["Sid"] not in left_out:
+            yield bucket, statement
 
 
 def _document(statements: Sequence[Statement]) -> dict[str, Any]:
