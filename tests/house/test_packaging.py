@@ -6,15 +6,12 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 import yaml
+from documents import READMES, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-
-ROOT = Path(__file__).parents[2]
-
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -95,7 +92,7 @@ def test_the_development_environment_has_every_extra():
 
 
 def test_every_extra_that_is_named_is_there():
-    files = [ROOT / "README.md", *(ROOT / "heimdall_onnx").rglob("*.py")]
+    files = [*READMES, *(ROOT / "heimdall_onnx").rglob("*.py")]
     named = [re.findall(r"heimdall-onnx\[(.*?)\]", path.read_text()) for path in files]
     assert {extra for names in named for n in names for extra in n.split(",")} == set(EXTRAS)
 
@@ -149,18 +146,20 @@ def test_every_import_of_the_package_comes_without_an_extra():
     asked_for = [r for extra in ("openvino", "train", "fleet", "lab") for r in EXTRAS[extra]]
     on_request = {canonicalize_name(Requirement(r).name) for r in asked_for}
     with_extra = {
-        *("lightning_module.py", "lightning_trainer.py", "dask_workers.py"),
-        *("fleet.py", "fleet_report.py", "fleet_tables.py", "fleet_worker.py"),
-        *("evaluation_worker.py", "explore_view.py"),
+        *("training/module.py", "training/trainer.py", "common/dask.py"),
+        *("release/fleet/run.py", "release/fleet/report.py", "release/fleet/tables.py"),
+        *("release/fleet/worker.py", "evidence/parity/worker.py", "report/explore/widget.py"),
     }
-    for path in (ROOT / "heimdall_onnx").rglob("*.py"):
+    package = ROOT / "heimdall_onnx"
+    for path in package.rglob("*.py"):
+        place = str(path.relative_to(package))
         tree = ast.parse(path.read_text())
         at_once = set(imports(tree, at_once=True))
         for module in set(imports(tree)) - known:
             owners = {canonicalize_name(d) for d in homes.get(module, ())}
-            by_all = module in at_once and path.name not in with_extra
+            by_all = module in at_once and place not in with_extra
             allowed = declared if by_all else declared | on_request
-            assert owners & allowed, f"{path.name}: {module} of {owners or 'nobody'}"
+            assert owners & allowed, f"{place}: {module} of {owners or 'nobody'}"
 
 
 def test_every_requirement_has_a_lower_bound():

@@ -1,7 +1,7 @@
-"""Every code block of the README and every example of the command line, as a reader would type it.
+"""Every code block of the READMEs and every example of the command line, as a reader types it.
 
 What takes minutes or what is not there is made small by the substitutions below and by nothing
-else. The recipes for continuous integration are run by `test_recipes.py`.
+else.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from documents import READMES, ROOT, blocks
 from dotenv import dotenv_values
 
 from heimdall_onnx.cli.help import Command
@@ -39,32 +40,14 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 BUCKET = "heimdall-models"
-TEXT = (ROOT / "README.md").read_text()
-CI = "In continuous integration"
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its text, and the heading that it stands below."""
-
-    text: str
-    heading: str
-
-
-def blocks() -> list[Block]:
-    found, heading = [], ""
-    for match in re.finditer(r"^#+ ([^\n]+)$|^```\w*\n(.*?)^```$", TEXT, re.M | re.S):
-        heading = match[1] or heading
-        if match[2] and heading != CI:
-            found.append(Block(match[2], heading))
-    return found
+# Those for continuous integration are run by `test_recipes.py`.
+BLOCKS = [one for one in blocks() if one.heading != "In continuous integration"]
 
 
 def block(heading: str, start: str) -> str:
     """The block below that heading that begins so."""
-    (found,) = [b.text for b in blocks() if b.heading == heading and b.text.startswith(start)]
+    (found,) = [b.text for b in BLOCKS if b.heading == heading and b.text.startswith(start)]
     return found
 
 
@@ -75,10 +58,10 @@ def test_every_block_is_run_by_a_test():
         for call in calls
         if isinstance(call.func, ast.Name) and call.func.id == "block"
     ]
-    for one in blocks():
+    for one in BLOCKS:
         takers = [r for r in run if one.heading == r[0] and one.text.startswith(r[1])]
-        assert len(takers) == 1, f"{one.heading}: {one.text.splitlines()[0]}"
-    assert len(run) == len(blocks())
+        assert len(takers) == 1, f"{one.file}, {one.heading}: {one.text.splitlines()[0]}"
+    assert len(run) == len(BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -182,10 +165,10 @@ def test_environment_of_make_lists_the_releases_and_serves_mlflow(workshop):
 
 def test_addresses_of_services_are_read_from_the_file(tmp_path):
     file = tmp_path / ".env"
-    file.write_text(block("Your own MinIO and MLflow", "MLFLOW"))
+    file.write_text(block("Your own services", "MLFLOW"))
     settings = Settings(_env_file=file)
     assert settings.mlflow_tracking_uri.get_secret_value() == "https://mlflow.example.org"
-    assert settings.s3_endpoint_url == "https://minio.example.org"
+    assert settings.s3_endpoint_url == "https://s3.example.org"
     assert [part.get_secret_value() for part in settings.credentials[:2]] == ["…", "…"]
     assert {*dotenv_values(file)} < {
         str(f.validation_alias) for f in Settings.model_fields.values()
@@ -194,14 +177,14 @@ def test_addresses_of_services_are_read_from_the_file(tmp_path):
 
 def test_two_releases_are_compared(reviewed):
     reviewed.shell(own_release().replace("--profile quick", "--profile smoke -p opset 14"))
-    script = block("Reading a report", "heimdall-onnx compare").rstrip()
+    script = block("Comparing", "heimdall-onnx compare").rstrip()
     printed = reviewed.shell(f"{script} --calls 60")
     assert re.search(r"^.* no gate changes", printed)
     assert "stored" in printed
 
 
 def test_gallery_is_served(reviewed):
-    script = block("Reading a report", "heimdall-onnx gallery")
+    script = block("The gallery", "heimdall-onnx gallery")
     with subprocess.Popen(
         ["bash", "-c", f"exec {script}"],
         cwd=reviewed.folder,
@@ -251,9 +234,11 @@ def test_signature_file_is_read(tmp_path):
 @pytest.mark.thorough
 def test_dataset_is_made_trained_on_uploaded_and_evaluated(workshop):
     quick = " --profile smoke -p opset 14"
-    script = block("Training", "# transmissions")
+    script = block("Datasets", "# transmissions")
     assert "--events 2000" in script
-    workshop.shell(f"{script.replace('2000', '24').rstrip()} --epochs 1 --alias trained{quick}")
+    workshop.shell(script.replace("2000", "24"))
+    script = block("Training", "heimdall-onnx train").rstrip()
+    workshop.shell(f"{script} --epochs 1 --alias trained{quick}")
     (best,) = workshop.home.glob("training/*/best*.ckpt")
     shutil.copy(best, workshop.folder / "best.ckpt")
     script = block("Evaluation data", "heimdall-onnx data upload").rstrip()
@@ -261,7 +246,7 @@ def test_dataset_is_made_trained_on_uploaded_and_evaluated(workshop):
 
 
 def test_recommended_variant_and_model_are_opened(reviewed):
-    for source in (block("Variants", "import"), block("From Python", "import heimdall_onnx")):
+    for source in (block("Variants", "import"), block("Opening", "import")):
         printed = reviewed.python(f"{source}\nprint([i.name for i in session.get_inputs()])")
         assert printed == "['image']\n"
 
@@ -338,7 +323,8 @@ def test_example_works_as_it_stands(reviewed, name):
 
 def test_gates_of_a_release_are_all_explained(reviewed):
     gates = json.loads(reviewed.shell("heimdall-onnx show detector/1"))["gates"]
-    explained = re.findall(r"^\| ([^|]+?) \|", TEXT[TEXT.index("| gate | holds when") :], re.M)
+    (text,) = [page for f in READMES if "| gate | holds when" in (page := f.read_text())]
+    explained = re.findall(r"^\| ([^|]+?) \|", text[text.index("| gate | holds when") :], re.M)
     for gate in gates:
         assert any(gate["name"].startswith(name) for name in explained), gate["name"]
 
@@ -353,6 +339,6 @@ model = Detector()
 run_id = initialize_mlflow(Settings.load()).start_run()
 """
     printed = workshop.python(
-        block("From Python", "from heimdall_onnx import") + "\nprint(result)", before
+        block("From a script", "from heimdall_onnx import") + "\nprint(result)", before
     )
     assert "'success': True" in printed

@@ -1,4 +1,4 @@
-"""The README's recipes for continuous integration, each taken from there and run as it is."""
+"""The recipes for continuous integration, each taken from its README and run as it is."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ from heimdall_onnx.report.notebook import kernel_environment, notebook_path
 from heimdall_onnx.services.store import list_keys
 
 ROOT = Path(__file__).parents[2]
-SECTION = re.search(
-    r"^### In continuous integration$(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S
-)[1]
+COMMAND_LINE = (ROOT / "heimdall_onnx" / "cli" / "README.md").read_text()
+SECTION = re.search(r"^## In continuous integration$(.*)", COMMAND_LINE, re.M | re.S)[1]
 BLOCKS = dict(re.findall(r"^```([a-z]+\n(?:# \S+\n)?)(.*?)^```$", SECTION, re.M | re.S))
 GITHUB = BLOCKS["yaml\n# .github/workflows/release.yml\n"]
 GITLAB = BLOCKS["yaml\n# .gitlab-ci.yml\n"]
