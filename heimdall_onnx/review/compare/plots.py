@@ -37,7 +37,7 @@ from heimdall_onnx.report.plot.chart import (
 from heimdall_onnx.report.plot.positions import coordinates, draw_lines, draw_places
 from heimdall_onnx.review.compare.answers import A, Answers, B, Displacement
 from heimdall_onnx.review.compare.comparison import RecordedErrors, RecordedParity
-from heimdall_onnx.review.compare.words import largest_change, ratio_words
+from heimdall_onnx.review.compare.words import most_changed, ratio_words
 
 _MAPPED = 60  # with the lines between them, more can't be read
 _OUTPUTS_SHOWN = 4
@@ -142,7 +142,8 @@ def output_changes(answers: Answers) -> Chart:
     percentiles; of many outputs those that change most beside how far their values lie apart.
     """
     title = _changes_answer(answers)
-    shown = _most_changed(answers)
+    changed = {output.output for output in most_changed(answers)[:_OUTPUTS_SHOWN]}
+    shown = [output for output in answers.outputs if output.output in changed]
     subtitle = f"{name(answers.source, 60)}, {count_of(answers.samples, 'sample')}"
     if len(shown) < len(answers.outputs):
         subtitle += f" · the {len(shown)} outputs of {len(answers.outputs)} that change most"
@@ -163,19 +164,8 @@ def output_changes(answers: Answers) -> Chart:
     return Chart(figure, title, alt)
 
 
-def _most_changed(answers: Answers) -> list[ErrorStatistics]:
-    def change(index: int) -> float:
-        output, span = answers.outputs[index], answers.spans[index]
-        if output.nonfinite_mismatches:
-            return math.inf
-        return float(np.nan_to_num(output.p99)) / span if span else 0.0
-
-    order = sorted(range(len(answers.outputs)), key=lambda index: -change(index))
-    return [answers.outputs[index] for index in sorted(order[:_OUTPUTS_SHOWN])]
-
-
 def _changes_answer(answers: Answers) -> str:
-    most = largest_change(answers)
+    most = most_changed(answers)[0]
     where = f" in {name(most.output)}" if len(answers.outputs) > 1 else ""
     if most.nonfinite_mismatches:
         return (

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from heimdall_onnx.common.text import after, count_of, distance, name, number
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.evidence.ratios import Ratio
@@ -93,17 +91,21 @@ def moved_words(answers: Answers) -> str:
     return f"positions move by {distance(moved.p99_m)} at p99"
 
 
-def largest_change(answers: Answers) -> ErrorStatistics:
-    """The output that changes most: units differ, so beside how far its values lie apart."""
-    relative = [
-        math.inf if o.nonfinite_mismatches else o.p99 / span if span and o.p99 == o.p99 else 0.0
-        for o, span in zip(answers.outputs, answers.spans, strict=True)
-    ]
-    return answers.outputs[int(np.argmax(relative))]
+def most_changed(answers: Answers) -> list[ErrorStatistics]:
+    """The outputs by how much they change beside how far their values lie apart, most first."""
+
+    def change(index: int) -> float:
+        output, span = answers.outputs[index], answers.spans[index]
+        if output.nonfinite_mismatches:
+            return math.inf
+        return output.p99 / span if span and not math.isnan(output.p99) else 0.0
+
+    order = sorted(range(len(answers.outputs)), key=change, reverse=True)
+    return [answers.outputs[index] for index in order]
 
 
 def _output_words(answers: Answers) -> str:
-    most = largest_change(answers)
+    most = most_changed(answers)[0]
     called, unit = f"the output {name(most.output)}", after(most.unit)
     if most.nonfinite_mismatches:
         return (
