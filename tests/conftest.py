@@ -6,6 +6,8 @@ import functools
 import gc
 import os
 
+from heimdall_onnx.services.store import Bucket
+
 # Read when PyTorch is imported: small models on several threads only wait for each other, above all
 # while other tests run beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,7 +32,6 @@ from releases import Inputs, make_small_inputs
 
 from heimdall_onnx.common import logs
 from heimdall_onnx.services import embedded as services
-from heimdall_onnx.services import store
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
 
@@ -159,11 +160,11 @@ def s3(embedded_settings: Settings) -> Iterator[S3Client]:
 
 
 @pytest.fixture
-def bucket(s3: S3Client) -> str:
+def bucket(s3: S3Client) -> Bucket:
     """A bucket of the test's own."""
-    name = f"test-{secrets.token_hex(6)}"
-    store.ensure_bucket(s3, name)
-    return name
+    made = Bucket(s3, f"test-{secrets.token_hex(6)}")
+    made.ensure()
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -234,7 +235,7 @@ def sqlite_tracker(
     """A tracker on a SQLite database of the test's own."""
     from heimdall_onnx.services.registry import MLflowTracker
 
-    store.ensure_bucket(s3, "heimdall-mlflow")
+    Bucket(s3, "heimdall-mlflow").ensure()
     shutil.copyfile(empty_database, tmp_path / "mlflow.db")
     return MLflowTracker(f"sqlite:///{tmp_path / 'mlflow.db'}")
 

@@ -25,11 +25,9 @@ from heimdall_onnx.common.errors import (
     VerificationError,
 )
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.services.store import format_uri, list_keys, read_bytes, upload_bytes
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
     from heimdall_onnx.services.registry import MLflowTracker
 
 log = get_logger(__name__)
@@ -90,8 +88,7 @@ class Offer:
 
 
 def append_move(
-    client: S3Client,
-    bucket: str,
+    bucket: Bucket,
     *,
     model_name: str,
     alias: str,
@@ -106,7 +103,6 @@ def append_move(
     """Write the next entry of an alias's log; `follow_log` then makes MLflow follow it.
 
     Args:
-        client: Client of the store.
         bucket: Bucket of the releases.
         model_name: Registered model.
         alias: The alias.
@@ -124,7 +120,7 @@ def append_move(
         StoreError: If the store fails.
     """
     for _ in range(_TRIES):
-        last, follows = _last_entry(client, bucket, model_name, alias)
+        last, follows = _last_entry(bucket, model_name, alias)
         number = last.number if last else 0
         if after is not None and number != after:
             raise PromotionError(
@@ -145,10 +141,8 @@ def append_move(
             follows=follows,
         )
         try:
-            upload_bytes(
-                client,
+            bucket.upload_bytes(
                 move.model_dump_json(indent=2).encode(),
-                bucket,
                 _key(model_name, alias, move.number),
                 content_type="application/json",
                 if_absent=True,
@@ -162,9 +156,7 @@ def append_move(
     )
 
 
-def follow_log(
-    client: S3Client, bucket: str, tracker: MLflowTracker, model_name: str, alias: str
-) -> str | None:
+def follow_log(bucket: Bucket, tracker: MLflowTracker, model_name: str, alias: str) -> str | None:
     """Make MLflow's alias point at what the last entry of its log says.
 
     The stage of the same name goes along while the server has stages; the version that had it is
@@ -178,7 +170,7 @@ def follow_log(
         ServiceError: If a service can't be reached or refuses.
     """
     for _ in range(_TRIES):
-        last = read_last(client, bucket, model_name, alias)
+        last = read_last(bucket, model_name, alias)
         if last is None:
             return None
         there = tracker.alias_target(model_name, alias)
@@ -202,13 +194,10 @@ def follow_log(
     )
 
 
-def offer_version(
-    client: S3Client, bucket: str, tracker: MLflowTracker, offer: Offer, by: str
-) -> None:
+def offer_version(bucket: Bucket, tracker: MLflowTracker, offer: Offer, by: str) -> None:
     """Point an alias at a new version, in its log and then in MLflow.
 
     Args:
-        client: Client of the store.
         bucket: Bucket with the log.
         tracker: The registry.
         offer: The alias and the version.
@@ -219,7 +208,6 @@ def offer_version(
         ServiceError: If a service can't be reached or refuses.
     """
     append_move(
-        client,
         bucket,
         model_name=offer.model_name,
         alias=offer.alias,
@@ -229,10 +217,10 @@ def offer_version(
         previous=tracker.alias_target(offer.model_name, offer.alias),
         by=by,
     )
-    follow_log(client, bucket, tracker, offer.model_name, offer.alias)
+    follow_log(bucket, tracker, offer.model_name, offer.alias)
 
 
-def withdraw_version(client: S3Client, bucket: str, tracker: MLflowTracker, offer: Offer) -> None:
+def withdraw_version(bucket: Bucket, tracker: MLflowTracker, offer: Offer) -> None:
     """Point an alias back at what it pointed at before, if it points at this version.
 
     Raises:
@@ -240,10 +228,9 @@ def withdraw_version(client: S3Client, bucket: str, tracker: MLflowTracker, offe
         VerificationError: If the last entry of the log can't be read.
         ServiceError: If a service can't be reached or refuses.
     """
-    last = read_last(client, bucket, offer.model_name, offer.alias)
+    last = read_last(bucket, offer.model_name, offer.alias)
     if last is not None and (last.version, last.release) == (offer.version, offer.release):
         append_move(
-            client,
             bucket,
             model_name=offer.model_name,
             alias=offer.alias,
@@ -255,20 +242,20 @@ def withdraw_version(client: S3Client, bucket: str, tracker: MLflowTracker, offe
             note="the release could not be completed",
             after=last.number,
         )
-    follow_log(client, bucket, tracker, offer.model_name, offer.alias)
+    follow_log(bucket, tracker, offer.model_name, offer.alias)
 
 
-def read_last(client: S3Client, bucket: str, model_name: str, alias: str) -> Move | None:
+def read_last(bucket: Bucket, model_name: str, alias: str) -> Move | None:
     """The last move of an alias, or None.
 
     Raises:
         VerificationError: If it can't be read.
         StoreError: If the store fails.
     """
-    return _last_entry(client, bucket, model_name, alias)[0]
+    return _last_entry(bucket, model_name, alias)[0]
 
 
-def read_log(client: S3Client, bucket: str, model_name: str, alias: str) -> tuple[Move, ...]:
+def read_log(bucket: Bucket, model_name: str, alias: str) -> tuple[Move, ...]:
     """Every move of an alias, oldest first.
 
     Raises:
@@ -277,13 +264,13 @@ def read_log(client: S3Client, bucket: str, model_name: str, alias: str) -> tupl
     """
     moves: list[Move] = []
     follows = None
-    for key in _keys(client, bucket, model_name, alias):
-        text = read_bytes(client, bucket, key)
-        move = _parse(text, format_uri(bucket, key))
+    for key in _keys(bucket, model_name, alias):
+        text = bucket.read_bytes(key)
+        move = _parse(text, bucket.uri(key))
         number = len(moves) + 1
         if (move.number, move.follows, key) != (number, follows, _key(model_name, alias, number)):
             raise VerificationError(
-                f"{format_uri(bucket, key)} does not follow the entry before it: one was changed, "
+                f"{bucket.uri(key)} does not follow the entry before it: one was changed, "
                 f"added or deleted; expected number {number} after {follows or 'none'}, found "
                 f"number {move.number} after {move.follows or 'none'}"
             )
@@ -292,31 +279,29 @@ def read_log(client: S3Client, bucket: str, model_name: str, alias: str) -> tupl
     return tuple(moves)
 
 
-def logged_aliases(client: S3Client, bucket: str, model_name: str) -> tuple[str, ...]:
+def logged_aliases(bucket: Bucket, model_name: str) -> tuple[str, ...]:
     """The aliases of a model that have a log."""
     folder = f"{ALIASES}/{model_name}/"
-    keys = list_keys(client, bucket, folder)
+    keys = bucket.list_keys(folder)
     return tuple(sorted({key.removeprefix(folder).split("/")[0] for key in keys}))
 
 
-def _last_entry(
-    client: S3Client, bucket: str, model_name: str, alias: str
-) -> tuple[Move | None, str | None]:
-    keys = _keys(client, bucket, model_name, alias)
+def _last_entry(bucket: Bucket, model_name: str, alias: str) -> tuple[Move | None, str | None]:
+    keys = _keys(bucket, model_name, alias)
     if not keys:
         return None, None
-    text = read_bytes(client, bucket, keys[-1])
-    last = _parse(text, format_uri(bucket, keys[-1]))
+    text = bucket.read_bytes(keys[-1])
+    last = _parse(text, bucket.uri(keys[-1]))
     if _key(model_name, alias, last.number) != keys[-1]:
         raise VerificationError(
-            f"{format_uri(bucket, keys[-1])} is entry {last.number} of another place; look who "
+            f"{bucket.uri(keys[-1])} is entry {last.number} of another place; look who "
             "wrote it, and delete it"
         )
     return last, hashlib.sha256(text).hexdigest()
 
 
-def _keys(client: S3Client, bucket: str, model_name: str, alias: str) -> tuple[str, ...]:
-    found = list_keys(client, bucket, f"{ALIASES}/{model_name}/{alias}/")
+def _keys(bucket: Bucket, model_name: str, alias: str) -> tuple[str, ...]:
+    found = bucket.list_keys(f"{ALIASES}/{model_name}/{alias}/")
     return tuple(key for key in found if re.fullmatch(r"\d{8}\.json", key.rpartition("/")[2]))
 
 

@@ -19,17 +19,7 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
 from heimdall_onnx.data.dataset.schema import HEADER
-from heimdall_onnx.services.store import (
-    download_file,
-    exists,
-    format_uri,
-    hash_object,
-    head,
-    list_sizes,
-    parse_uri,
-    touch_object,
-    upload_file,
-)
+from heimdall_onnx.services.store import Bucket, parse_uri
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -38,8 +28,7 @@ log = get_logger(__name__)
 
 
 def keep_content(
-    client: S3Client,
-    bucket: str,
+    bucket: Bucket,
     path: Path,
     sha256: str,
     role: Role,
@@ -47,7 +36,6 @@ def keep_content(
     """Keep a file under its hash, unless it is there already.
 
     Args:
-        client: Client of the store.
         bucket: Bucket of the release.
         path: The file.
         sha256: Its SHA-256, as it was found when it was read.
@@ -59,29 +47,26 @@ def keep_content(
     """
     key = content_key(sha256)
     size = path.stat().st_size
-    if exists(client, bucket, key):
+    if bucket.exists(key):
         # Read again: what another release has left there is not taken on trust.
-        if hash_object(client, bucket, key) == (sha256, size):
+        if bucket.hash_object(key) == (sha256, size):
             # Dated anew: until the manifest names it, its age is all that protects it.
-            touch_object(client, bucket, key)
-            log.info("content there already", uri=format_uri(bucket, key))
+            bucket.touch(key)
+            log.info("content there already", uri=bucket.uri(key))
             return Content(key=key, size=size, sha256=sha256, role=role, name=path.name)
-        log.warning("damaged content is replaced", uri=format_uri(bucket, key))
+        log.warning("damaged content is replaced", uri=bucket.uri(key))
     # Other releases may need it: a damaged answer is no reason to delete what is stored.
-    stored = upload_file(client, path, bucket, key, sha256=sha256, delete_damaged=False)
+    stored = bucket.upload_file(path, key, sha256=sha256, delete_damaged=False)
     return Content(key=key, size=stored.size_bytes, sha256=sha256, role=role, name=path.name)
 
 
-def upload_dataset(
-    client: S3Client, dataset: Dataset, bucket: str, folder: str, *, replace: bool = False
-) -> str:
+def upload_dataset(bucket: Bucket, dataset: Dataset, folder: str, *, replace: bool = False) -> str:
     """Upload a dataset from its folder; its header comes last, so that it is complete or absent.
 
     What is there already, by its recorded hash, is not sent again unless it turns out to be
     damaged: in the end all values are read back from the store and held against the digest.
 
     Args:
-        client: Client of the store.
         dataset: The dataset.
         bucket: Bucket, which must exist.
         folder: Where to, without a slash at its end.
@@ -95,21 +80,21 @@ def upload_dataset(
             opened, or another one is there.
         StoreError: If the store fails, or returns something else than was sent.
     """
-    there = list_sizes(client, bucket, f"{folder}/")
-    uri = format_uri(bucket, folder)
+    there = bucket.list_sizes(f"{folder}/")
+    uri = bucket.uri(folder)
     if f"{folder}/{HEADER}" in there and not replace:
-        _require_same(uri, open_dataset(uri, labels=False, client=client), dataset.digest)
+        _require_same(uri, open_dataset(uri, labels=False, client=bucket.client), dataset.digest)
     for name in dataset.file_names():
         # The header is dated anew: until a manifest names it, its age is all that protects it.
         known = there.get(f"{folder}/{name}") if name != HEADER else None
-        _send(client, dataset.path / name, bucket, f"{folder}/{name}", known)
-    problems = _problems(client, uri, dataset)
+        _send(bucket, dataset.path / name, f"{folder}/{name}", known)
+    problems = _problems(bucket.client, uri, dataset)
     for array in problems:
         log.warning("damaged array of a dataset is replaced", uri=uri, array=array)
         for name in dataset.file_names():
             if name.startswith(f"{array}/"):
-                _send(client, dataset.path / name, bucket, f"{folder}/{name}", None)
-    if problems and (left := _problems(client, uri, dataset)):
+                _send(bucket, dataset.path / name, f"{folder}/{name}", None)
+    if problems and (left := _problems(bucket.client, uri, dataset)):
         raise DataError(
             f"dataset {dataset.address} has changed since it was opened:" + listed([*left.values()])
         )
@@ -117,12 +102,12 @@ def upload_dataset(
     return uri
 
 
-def _send(client: S3Client, path: Path, bucket: str, key: str, known_size: int | None) -> None:
+def _send(bucket: Bucket, path: Path, key: str, known_size: int | None) -> None:
     """Upload a file, unless one of that length and recorded hash is there."""
     sha256 = hash_file(path)
-    same = known_size == path.stat().st_size and head(client, bucket, key).sha256 == sha256
+    same = known_size == path.stat().st_size and bucket.head(key).sha256 == sha256
     if not same:
-        upload_file(client, path, bucket, key, sha256=sha256, delete_damaged=False)
+        bucket.upload_file(path, key, sha256=sha256, delete_damaged=False)
 
 
 def _problems(client: S3Client, uri: str, dataset: Dataset) -> dict[str, str]:
@@ -138,11 +123,10 @@ def _require_same(uri: str, found: Dataset, digest: str) -> None:
         raise DataError(f"{uri} is another dataset: expected digest {digest}, found {found.digest}")
 
 
-def keep_dataset(client: S3Client, bucket: str, dataset: Dataset) -> KeptDataset:
+def keep_dataset(bucket: Bucket, dataset: Dataset) -> KeptDataset:
     """Keep a dataset from a folder under its digest; one in a bucket stays where it is.
 
     Args:
-        client: Client of the store.
         bucket: Bucket of the release.
         dataset: The dataset.
 
@@ -153,7 +137,7 @@ def keep_dataset(client: S3Client, bucket: str, dataset: Dataset) -> KeptDataset
     address = dataset.address
     if not address.startswith("s3://"):
         folder = dataset_folder(dataset.digest)
-        address = upload_dataset(client, dataset, bucket, folder, replace=True)
+        address = upload_dataset(bucket, dataset, folder, replace=True)
     name = PurePosixPath(dataset.address).name
     return KeptDataset(role="evaluation_data", name=name, address=address, digest=dataset.digest)
 
@@ -184,11 +168,11 @@ def fetch_dataset(client: S3Client, kept: KeptDataset, folder: Path) -> Path:
     path = folder / f"{kept.role}.zarr"
     for name in dataset.file_names():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        download_file(client, bucket, f"{prefix}/{name}", path / name)
+        Bucket(client, bucket).download_file(f"{prefix}/{name}", path / name)
     return path
 
 
-def fetch_content(client: S3Client, bucket: str, content: Content, folder: Path) -> Path:
+def fetch_content(bucket: Bucket, content: Content, folder: Path) -> Path:
     """Bring content back as a file in ``folder``, checked.
 
     Returns:
@@ -200,12 +184,12 @@ def fetch_content(client: S3Client, bucket: str, content: Content, folder: Path)
     suffix = Path(content.name).suffix
     # The name comes from a manifest; only its end matters to whoever reads the file.
     path = folder / f"{content.role}{suffix if suffix.isascii() else ''}"
-    if not exists(client, bucket, content.key):
+    if not bucket.exists(content.key):
         raise StoreError(
-            f"{format_uri(bucket, content.key)} is gone: the {content.role.replace('_', ' ')} of "
+            f"{bucket.uri(content.key)} is gone: the {content.role.replace('_', ' ')} of "
             "the release can't be fetched"
         )
-    download_file(client, bucket, content.key, path, sha256=content.sha256)
+    bucket.download_file(content.key, path, sha256=content.sha256)
     return path
 
 
@@ -221,4 +205,6 @@ def fetch_evaluation_data(
     if manifest.dataset is not None:
         return open_kept(client, manifest.dataset)
     content = manifest.content_of("evaluation_data")
-    return None if content is None else fetch_content(client, manifest.bucket, content, folder)
+    if content is None:
+        return None
+    return fetch_content(Bucket(client, manifest.bucket), content, folder)

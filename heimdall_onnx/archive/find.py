@@ -14,7 +14,7 @@ from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.parameters import MODEL
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.model.signature import Signature
-from heimdall_onnx.services.store import download_file, head
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -86,8 +86,7 @@ def fetch_model(
     local = {name: name.rpartition("/")[2] for name in variant.files}
     hashes = {name: entry.sha256 for name, entry in variant.files.items()}
     path = fetch_files(
-        client,
-        manifest.bucket,
+        Bucket(client, manifest.bucket),
         {local[name]: entry.key for name, entry in variant.files.items()},
         {local[name]: sha256 for name, sha256 in hashes.items()},
         cache,
@@ -134,14 +133,13 @@ def manifest_of(client: S3Client, found: RegisteredVersion | None, uri: str) -> 
 
 
 def fetch_files(
-    client: S3Client,
-    bucket: str,
+    bucket: Bucket,
     keys: Mapping[str, str],
     expected: Mapping[str, str],
     cache: Path,
 ) -> Path:
     """Bring the files of a model into ``cache``, checked, and return the model's path."""
-    digest = expected.get("model.onnx") or _recorded_sha256(client, bucket, keys["model.onnx"])
+    digest = expected.get("model.onnx") or _recorded_sha256(bucket, keys["model.onnx"])
     # Two models may share a graph and differ in their external data.
     own = [digest, *(expected[name] for name in sorted(expected) if name != MODEL)]
     if len(own) > 1:
@@ -152,21 +150,21 @@ def fetch_files(
         wanted = expected.get(name, digest)
         target = folder / name
         if not (target.is_file() and hash_file(target) == wanted):
-            found = download_file(client, bucket, key, target, sha256=None)
+            found = bucket.download_file(key, target, sha256=None)
             if found != wanted:
                 target.unlink()
                 raise VerificationError(
-                    f"s3://{bucket}/{key} is not what was recorded: expected SHA-256 {wanted}, "
+                    f"{bucket.uri(key)} is not what was recorded: expected SHA-256 {wanted}, "
                     f"found {found}"
                 )
     return folder / "model.onnx"
 
 
-def _recorded_sha256(client: S3Client, bucket: str, key: str) -> str:
-    digest = head(client, bucket, key).sha256
+def _recorded_sha256(bucket: Bucket, key: str) -> str:
+    digest = bucket.head(key).sha256
     if not digest:
         raise VerificationError(
-            f"s3://{bucket}/{key} records no SHA-256 in its metadata, so it can't be verified; "
+            f"{bucket.uri(key)} records no SHA-256 in its metadata, so it can't be verified; "
             "open the release folder instead"
         )
     return digest

@@ -19,7 +19,7 @@ from heimdall_onnx.model.runtimes import OpenVINOSession, open_onnxruntime
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import download_file, list_keys, parse_uri
+from heimdall_onnx.services.store import Bucket, parse_uri
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -97,7 +97,7 @@ def load_model(
                 f"variant {variant!r}; it has {FP32} alone"
             )
         bucket, key, expected = bare
-        path = fetch_files(client, bucket, {MODEL: key}, expected, cache)
+        path = fetch_files(Bucket(client, bucket), {MODEL: key}, expected, cache)
         return open_session(path, threads=threads)
     try:
         manifest = manifest_of(client, found, uri)
@@ -182,8 +182,8 @@ def _verified_model(
 def _open_unverified(client: S3Client, source: str, threads: int | None) -> InferenceSession:
     bucket, folder = parse_uri(source)
     with tempfile.TemporaryDirectory(prefix="heimdall-unverified-") as scratch:
-        for key in list_keys(client, bucket, f"{folder}/{MODEL}"):
-            download_file(client, bucket, key, Path(scratch) / Path(key).name)
+        for key in Bucket(client, bucket).list_keys(f"{folder}/{MODEL}"):
+            Bucket(client, bucket).download_file(key, Path(scratch) / Path(key).name)
         return open_session(Path(scratch) / MODEL, threads=threads)
 
 

@@ -16,7 +16,7 @@ from heimdall_onnx.common.errors import ParameterError, VerificationError
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.model.runtimes import CPU, CUDA, TENSORRT, SessionSettings
-from heimdall_onnx.services.store import MANIFEST, exists, head, parse_uri, read_bytes
+from heimdall_onnx.services.store import MANIFEST, Bucket, parse_uri
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -400,17 +400,19 @@ def read_manifest(client: S3Client, folder_uri: str) -> Manifest:
     """
     bucket, folder = parse_uri(folder_uri)
     key = f"{folder.rstrip('/')}/{MANIFEST}"
-    if not exists(client, bucket, key):
+    if not Bucket(client, bucket).exists(key):
         raise VerificationError(
             f"{folder_uri} has no {MANIFEST}, so it is not a release; `heimdall-onnx list` "
             "shows those that are"
         )
-    if (size := head(client, bucket, key).size_bytes) > MAX_MANIFEST_BYTES:
+    if (size := Bucket(client, bucket).head(key).size_bytes) > MAX_MANIFEST_BYTES:
         raise VerificationError(
             f"{folder_uri}/{MANIFEST} is no manifest of a release: expected at most "
             f"{MAX_MANIFEST_BYTES} bytes, found {size}"
         )
-    return parse_manifest(read_bytes(client, bucket, key, limit=MAX_MANIFEST_BYTES), folder_uri)
+    return parse_manifest(
+        Bucket(client, bucket).read_bytes(key, limit=MAX_MANIFEST_BYTES), folder_uri
+    )
 
 
 def parse_manifest(text: bytes, folder_uri: str) -> Manifest:

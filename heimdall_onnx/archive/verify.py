@@ -23,7 +23,7 @@ from heimdall_onnx.archive.manifest import (
 from heimdall_onnx.archive.signing import MAX_SIGNATURE_BYTES, Trust, check_signature
 from heimdall_onnx.common.errors import DataError, NotRegisteredError, StoreError, VerificationError
 from heimdall_onnx.common.parameters import MODEL
-from heimdall_onnx.services.store import MANIFEST, exists, hash_object, head, list_keys, read_bytes
+from heimdall_onnx.services.store import MANIFEST, Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -133,7 +133,7 @@ def _check_objects(
     """The hashes by name that were found, and how they compare."""
     folder = f"{manifest.folder}/"
     beside = {MANIFEST} | ({SIGNATURE} if manifest.signature else set())
-    there = {key.removeprefix(folder) for key in list_keys(client, manifest.bucket, folder)}
+    there = {key.removeprefix(folder) for key in Bucket(client, manifest.bucket).list_keys(folder)}
     there = {name for name in there if name not in beside and not _is_review(name)}
     found, findings = {MANIFEST: manifest.sha256}, []
     for name in sorted(manifest.objects.keys() | there):
@@ -146,7 +146,7 @@ def _check_objects(
         elif hashed.get(name) == entry.sha256:
             found[name] = entry.sha256
         else:
-            finding = _compare(client, manifest.bucket, entry)
+            finding = _compare(Bucket(client, manifest.bucket), entry)
             found[name] = finding.found.partition(",")[0]
             findings.append(finding)
     return found, findings
@@ -156,15 +156,15 @@ def _same(what: str, expected: str, found: str) -> Finding:
     return Finding(what, expected == found, expected, found)
 
 
-def _compare(client: S3Client, bucket: str, entry: Entry) -> Finding:
-    digest, size = hash_object(client, bucket, entry.key)
+def _compare(bucket: Bucket, entry: Entry) -> Finding:
+    digest, size = bucket.hash_object(entry.key)
     return _same(entry.key, f"{entry.sha256}, {entry.size} bytes", f"{digest}, {size} bytes")
 
 
 def _check_content(client: S3Client, manifest: Manifest) -> Iterator[Finding]:
     for entry in manifest.content:
-        if exists(client, manifest.bucket, entry.key):
-            yield _compare(client, manifest.bucket, entry)
+        if Bucket(client, manifest.bucket).exists(entry.key):
+            yield _compare(Bucket(client, manifest.bucket), entry)
         else:
             yield Finding(entry.key, False, f"the {entry.role.replace('_', ' ')}", "nothing")
     if (kept := manifest.dataset) is not None:
@@ -188,7 +188,7 @@ def _check_notebook(
     # Not read a second time where it is a finding already.
     if report is None or found.get(REPORT) != report.sha256:
         return
-    recorded, missing = _recorded(read_bytes(client, manifest.bucket, report.key))
+    recorded, missing = _recorded(Bucket(client, manifest.bucket).read_bytes(report.key))
     passed = manifest.variants.passed if manifest.variants else {}
     for name, what, expected in (
         (MODEL, MODEL, manifest.model.sha256),
@@ -253,16 +253,16 @@ def _check_reviews(
     }
     expected = {v: kept[t] for k, v in (tags or {}).items() for t in kept if k.startswith(t)}
     seen = set()
-    for key in list_keys(client, manifest.bucket, f"{folder}{REVIEWS}/"):
+    for key in Bucket(client, manifest.bucket).list_keys(f"{folder}{REVIEWS}/"):
         name = key.removeprefix(folder)
         match = _REVIEW.fullmatch(name) or _COMPARISON.fullmatch(name)
         named = match[1] if match else "none"
         try:
             unread = match and match[2] != "json" and not content
-            digest = named if unread else hash_object(client, manifest.bucket, key)[0]
+            digest = named if unread else Bucket(client, manifest.bucket).hash_object(key)[0]
         except StoreError:
             # Who lost a race has taken it away since it was listed.
-            if exists(client, manifest.bucket, key):
+            if Bucket(client, manifest.bucket).exists(key):
                 raise
             continue
         seen.add(digest)
@@ -289,13 +289,13 @@ def _check_signature(
         else:
             yield _same(f"{key}: the release is unsigned", "none", "none")
         return
-    if not exists(client, manifest.bucket, key):
+    if not Bucket(client, manifest.bucket).exists(key):
         yield Finding(key, False, "a signature", "nothing")
         return
-    if (size := head(client, manifest.bucket, key).size_bytes) > MAX_SIGNATURE_BYTES:
+    if (size := Bucket(client, manifest.bucket).head(key).size_bytes) > MAX_SIGNATURE_BYTES:
         yield Finding(key, False, f"at most {MAX_SIGNATURE_BYTES} bytes", f"{size} bytes")
         return
-    signature = read_bytes(client, manifest.bucket, key, limit=MAX_SIGNATURE_BYTES)
+    signature = Bucket(client, manifest.bucket).read_bytes(key, limit=MAX_SIGNATURE_BYTES)
     if tags is not None:
         digest = hashlib.sha256(signature).hexdigest()
         recorded = tags.get("signature_sha256", "none")

@@ -179,15 +179,15 @@ def upload(dataset: Path, address: str, as_json: bool) -> None:
     from heimdall_onnx.services.client import make_client
     from heimdall_onnx.services.embedded import ensure_store
     from heimdall_onnx.services.settings import Settings
-    from heimdall_onnx.services.store import ensure_bucket, parse_uri
+    from heimdall_onnx.services.store import Bucket, parse_uri
 
-    bucket, folder = parse_uri(address)
+    name, folder = parse_uri(address)
     if not (folder := folder.strip("/")):
-        raise ParameterError(f"expected a folder of its own, s3://{bucket}/folder, found {address}")
+        raise ParameterError(f"expected a folder of its own, s3://{name}/folder, found {address}")
     opened = open_dataset(dataset)
-    client = make_client(ensure_store(Settings.load()))
-    ensure_bucket(client, bucket)
-    stored = upload_dataset(client, opened, bucket, folder)
+    bucket = Bucket(make_client(ensure_store(Settings.load())), name)
+    bucket.ensure()
+    stored = upload_dataset(bucket, opened, folder)
     if as_json:
         click.echo(json.dumps({"address": stored, "digest": opened.digest}))
         return

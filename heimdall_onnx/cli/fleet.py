@@ -105,8 +105,8 @@ def fleet(
         _show_end(result)
         from heimdall_onnx.services.connection import connect
 
-        bucket = planned.items[0].parameters.bucket
-        stored = store_report(connect(settings).client, bucket, planned, result, settings.home)
+        bucket = connect(settings).bucket(planned.items[0].parameters.bucket)
+        stored = store_report(bucket, planned, result, settings.home)
         click.echo(
             f"report: {stored.report_html_uri}\n        file://{stored.local_report}", err=True
         )
@@ -128,9 +128,9 @@ def _plan(
         # Only a plan with checkpoints in a bucket needs the store before it is valid.
         from heimdall_onnx.services.client import make_client
         from heimdall_onnx.services.embedded import ensure_store
-        from heimdall_onnx.services.store import list_keys
+        from heimdall_onnx.services.store import Bucket
 
-        return list_keys(make_client(ensure_store(settings)), bucket, prefix)
+        return Bucket(make_client(ensure_store(settings)), bucket).list_keys(prefix)
 
     if plan is not None:
         return read_plan(plan, list_objects)

@@ -12,9 +12,8 @@ from heimdall_onnx.cli.help import Command
 from heimdall_onnx.common.errors import VerificationError
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
     from heimdall_onnx.review.gallery.page import Gallery
+    from heimdall_onnx.services.store import Bucket
 
 
 @click.command(cls=Command, example="heimdall-onnx gallery --serve")
@@ -56,33 +55,32 @@ def gallery(
     from heimdall_onnx.services.client import make_client
     from heimdall_onnx.services.embedded import ensure_store
     from heimdall_onnx.services.settings import Settings
-    from heimdall_onnx.services.store import bucket_exists, format_uri
+    from heimdall_onnx.services.store import Bucket
 
-    client = make_client(ensure_store(Settings.load()))
-    if not bucket_exists(client, bucket):
+    place = Bucket(make_client(ensure_store(Settings.load())), bucket)
+    if not place.is_there():
         click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
         return
-    made = make_gallery(client, bucket, prefix, name=name, links=output is None)
+    made = make_gallery(place, prefix, name=name, links=output is None)
     if output is not None:
         with replace_file(output) as file:
             file.write(made.page)
         address, changed = str(output), True
     else:
-        address, changed = format_uri(bucket, made.key), store_gallery(client, bucket, made)
+        address, changed = place.uri(made.key), store_gallery(place, made)
     result = {"gallery": address, "changed": changed, "read": made.read, **made.counts()}
     if not serve:
         click.echo(json.dumps(result) if as_json else f"{address}: {summary(made.rows)}")
     else:
         if output is not None:
-            made = make_gallery(client, bucket, prefix, name=name)
-        _serve(client, bucket, prefix, made, port or 0, result if as_json else None)
+            made = make_gallery(place, prefix, name=name)
+        _serve(place, prefix, made, port or 0, result if as_json else None)
     if made.broken:
         raise VerificationError(f"these can't be believed, see the page: {', '.join(made.broken)}")
 
 
 def _serve(
-    client: S3Client,
-    bucket: str,
+    bucket: Bucket,
     prefix: str,
     made: Gallery,
     port: int,
@@ -92,7 +90,7 @@ def _serve(
     from heimdall_onnx.common.signals import first_signal_interrupts
     from heimdall_onnx.review.gallery.server import GalleryServer
 
-    with GalleryServer(client, bucket, prefix, made, port=port) as server:
+    with GalleryServer(bucket, prefix, made, port=port) as server:
         click.echo(json.dumps({**result, "url": server.url}) if result else server.url)
         click.echo("Ctrl-C ends it; the address is a secret, like a key to the reports", err=True)
         try:

@@ -135,14 +135,15 @@ def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
     With --limit or --after no more is read than what is shown, however many there are.
     """
     from heimdall_onnx.archive.manifest import read_manifest
-    from heimdall_onnx.services.store import bucket_exists, list_versions
+    from heimdall_onnx.services.store import Bucket
 
     client = _store()
-    if not bucket_exists(client, bucket):
+    place = Bucket(client, bucket)
+    if not place.is_there():
         click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
         return
     unreadable = []
-    found = list_versions(client, bucket, prefix, after=after, limit=limit and limit + 1)
+    found = place.list_versions(prefix, after=after, limit=limit and limit + 1)
     for version in found[:limit]:
         try:
             manifest = read_manifest(client, _folder(version, bucket, prefix))

@@ -19,7 +19,8 @@ HeimdallError                      exit 1
 │   └── PromotionError                     an alias must not be moved
 └── ServiceError (RuntimeError)    exit 4: a service could not be reached or refused
     ├── StoreError                 the object store
-    │   └── ObjectExistsError      an object that must not be overwritten is already there
+    │   ├── ObjectExistsError      an object that must not be overwritten is already there
+    │   └── MissingObjectError     there is no such object, or no such bucket
     ├── RegistryError              the model registry
     │   └── NotRegisteredError     it has no such model, version or run
     └── SchedulerError             the scheduler of a fleet's workers
@@ -111,6 +112,10 @@ class StoreError(ServiceError):
 
 class ObjectExistsError(StoreError):
     """A conditional write found an object of that name already there."""
+
+
+class MissingObjectError(StoreError):
+    """The object store has no such object, or no such bucket."""
 
 
 class RegistryError(ServiceError):

@@ -25,15 +25,7 @@ from heimdall_onnx.archive.mlflow_page import describe_model, describe_version
 from heimdall_onnx.common.errors import HeimdallError, StoreError
 from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.retention import Protection, retain
-from heimdall_onnx.services.store import (
-    MANIFEST,
-    content_type,
-    exists,
-    format_uri,
-    parse_uri,
-    to_json,
-    upload_bytes,
-)
+from heimdall_onnx.services.store import MANIFEST, content_type, parse_uri, to_json
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -116,13 +108,9 @@ def add_bom(
     """
     from heimdall_onnx.release.bom import describe_release
 
-    bucket, folder = parse_uri(folder_uri)
-    stored = upload_bytes(
-        connection.client,
-        describe_release(described, record),
-        bucket,
-        f"{folder}/{BOM}",
-        content_type=content_type(BOM),
+    name, folder = parse_uri(folder_uri)
+    stored = connection.bucket(name).upload_bytes(
+        describe_release(described, record), f"{folder}/{BOM}", content_type=content_type(BOM)
     )
     entry = {"key": stored.key, "size": stored.size_bytes, "sha256": stored.sha256}
     objects = sorted([*described["objects"], entry], key=lambda o: str(o["key"]))
@@ -144,7 +132,7 @@ def complete_release(
         ServiceError: If a service can't be reached or refuses.
     """
     manifest = parse_manifest(to_json(described), folder_uri)
-    client, bucket = connection.client, manifest.bucket
+    bucket = connection.bucket(manifest.bucket)
     tags = {
         "manifest_uri": f"{manifest.uri}/{MANIFEST}",
         "manifest_sha256": manifest.sha256,
@@ -155,10 +143,8 @@ def complete_release(
         tags[RECOMMENDED] = manifest.recommended
     if signer is not None:
         digests = {name: entry.sha256 for name, entry in manifest.objects.items()}
-        signature = upload_bytes(
-            client,
+        signature = bucket.upload_bytes(
             signer.sign(manifest.version, {**digests, MANIFEST: manifest.sha256}),
-            bucket,
             f"{manifest.folder}/{SIGNATURE}",
             content_type=content_type(SIGNATURE),
         )
@@ -170,17 +156,15 @@ def complete_release(
     kept = [entry.key for entry in (*manifest.objects.values(), *manifest.content)]
     if manifest.signature is not None:
         kept.append(manifest.signature.key)
-    kept += _own_dataset(client, manifest)
-    retain(client, bucket, kept, protection)
+    kept += _own_dataset(connection.client, manifest)
+    retain(bucket, kept, protection)
     for entry in manifest.content:
-        if not exists(client, bucket, entry.key):
+        if not bucket.exists(entry.key):
             raise StoreError(
-                f"{format_uri(bucket, entry.key)} has vanished since it was uploaded; run again"
+                f"{bucket.uri(entry.key)} has vanished since it was uploaded; run again"
             )
-    upload_bytes(
-        client,
+    bucket.upload_bytes(
         manifest.text,
-        bucket,
         manifest.key,
         content_type=content_type(MANIFEST),
         if_absent=True,
@@ -231,7 +215,7 @@ def offer_release(connection: Connection, manifest: Manifest, alias: str, by: st
         ServiceError: If a service can't be reached or refuses.
     """
     offer = _offer(manifest, alias)
-    offer_version(connection.client, manifest.bucket, connection.tracker, offer, by)
+    offer_version(connection.bucket(manifest.bucket), connection.tracker, offer, by)
 
 
 def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
@@ -242,7 +226,7 @@ def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> It
     """
     offer = _offer(manifest, alias)
     try:
-        withdraw_version(connection.client, manifest.bucket, connection.tracker, offer)
+        withdraw_version(connection.bucket(manifest.bucket), connection.tracker, offer)
     except HeimdallError as error:
         yield f"alias {alias} of {manifest.model_name}: {error}"
 

@@ -32,18 +32,7 @@ from heimdall_onnx.model.onnx.export import eval_mode, export_model
 from heimdall_onnx.model.onnx.validate import validate_model
 from heimdall_onnx.model.signature import signature_of
 from heimdall_onnx.services.registry import STAGES, MLflowTracker
-from heimdall_onnx.services.store import (
-    claim_version,
-    copy_object,
-    download_file,
-    ensure_bucket,
-    exists,
-    hash_object,
-    head,
-    parse_uri,
-    to_json,
-    upload_file,
-)
+from heimdall_onnx.services.store import Bucket, parse_uri, to_json
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -172,7 +161,8 @@ class ONNXExporter:
                 f"{path} keeps its weights in files beside it, and one object can't hold them all; "
                 "release it with release_checkpoint, which uploads a folder"
             )
-        ensure_bucket(self.s3_client, bucket_name)
+        bucket = Bucket(self.s3_client, bucket_name)
+        bucket.ensure()
         described: dict[str, Any] = {
             "export_date": now.isoformat(timespec="seconds"),
             "model_type": self._model_types.get(path.resolve(), "unknown"),
@@ -181,18 +171,12 @@ class ONNXExporter:
         if object_name is None:
             # Claimed like a release, so that two exports in one second get two names.
             prefix = "models/localization"
-            version = claim_version(
-                self.s3_client,
-                bucket_name,
-                prefix,
-                name=METADATA,
-                content=lambda _: to_json(described),
+            version = bucket.claim_version(
+                prefix, name=METADATA, content=lambda _: to_json(described)
             )
             object_name = f"{prefix}/{version}.onnx"
-        stored = upload_file(
-            self.s3_client,
+        stored = bucket.upload_file(
             path,
-            bucket_name,
             object_name,
             metadata=object_metadata(described),
             content_type="application/octet-stream",
@@ -260,18 +244,18 @@ class ONNXExporter:
             model_name, source, run_id=run_id, tags=version_tags(metadata)
         )
         alias = stage.lower()
-        bucket, _ = parse_uri(source)
+        bucket = Bucket(self.s3_client, parse_uri(source)[0])
         offer = Offer(model_name, alias, version, source)
         try:
             if alias in ALIASES_WITH_STAGE:
-                offer_version(self.s3_client, bucket, self.mlflow_tracker, offer, by=run_id)
+                offer_version(bucket, self.mlflow_tracker, offer, by=run_id)
             else:
                 self.mlflow_tracker.transition_model_stage(model_name, version, stage)
         except HeimdallError:
             # The registry may have moved the alias and failed to say so; with the version it would
             # vanish.
             if alias in ALIASES_WITH_STAGE:
-                withdraw_version(self.s3_client, bucket, self.mlflow_tracker, offer)
+                withdraw_version(bucket, self.mlflow_tracker, offer)
             self.mlflow_tracker.delete_version(model_name, version)
             raise
         return {
@@ -282,23 +266,24 @@ class ONNXExporter:
         }
 
     def _loadable_folder(self, s3_uri: str, metadata: Mapping[str, Any]) -> str:
-        bucket, key = parse_uri(s3_uri)
+        name, key = parse_uri(s3_uri)
+        bucket = Bucket(self.s3_client, name)
         folder = str(PurePosixPath(key).with_suffix(""))
         if PurePosixPath(key).name == "model.onnx":
             folder = str(PurePosixPath(key).parent)
         digest = str(metadata["onnx_file_sha256"])
         stem = folder
         for folder in (stem, f"{stem}-{digest[:12]}"):
-            if not exists(self.s3_client, bucket, f"{folder}/MLmodel"):
+            if not bucket.exists(f"{folder}/MLmodel"):
                 break
             there = f"{folder}/model.onnx"
             # An object that others have put there records no hash.
-            recorded = head(self.s3_client, bucket, there).sha256
-            if digest == (recorded or hash_object(self.s3_client, bucket, there)[0]):
-                return f"s3://{bucket}/{folder}"
+            recorded = bucket.head(there).sha256
+            if digest == (recorded or bucket.hash_object(there)[0]):
+                return bucket.uri(folder)
         with tempfile.TemporaryDirectory(prefix="heimdall-register-") as scratch:
             model, beside = Path(scratch) / "model.onnx", Path(scratch) / "mlmodel"
-            download_file(self.s3_client, bucket, key, model, sha256=digest)
+            bucket.download_file(key, model, sha256=digest)
             beside.mkdir()
             write_mlmodel_folder(
                 beside,
@@ -307,11 +292,11 @@ class ONNXExporter:
                 run_id=str(metadata["mlflow_run_id"]),
             )
             if key != f"{folder}/model.onnx":
-                copy_object(self.s3_client, bucket, key, bucket, f"{folder}/model.onnx")
+                bucket.copy(key, f"{folder}/model.onnx")
             # MLmodel last: it is what makes the folder count.
             for path in sorted(beside.iterdir(), key=lambda path: path.name == "MLmodel"):
-                upload_file(self.s3_client, path, bucket, f"{folder}/{path.name}")
-        return f"s3://{bucket}/{folder}"
+                bucket.upload_file(path, f"{folder}/{path.name}")
+        return bucket.uri(folder)
 
 
 def export_and_register_model(

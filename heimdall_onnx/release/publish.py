@@ -24,23 +24,9 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.metrics import run_metrics
 from heimdall_onnx.services.connection import Connection, connect, connect_beside
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import (
-    CONTENT_TYPES,
-    MANIFEST,
-    StoredObject,
-    claim_version,
-    delete_objects,
-    ensure_bucket,
-    head,
-    list_keys,
-    read_json,
-    to_json,
-    upload_file,
-)
+from heimdall_onnx.services.store import CONTENT_TYPES, MANIFEST, Bucket, StoredObject, to_json
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
     from heimdall_onnx.common.gates import Verdict
     from heimdall_onnx.common.parameters import ReleaseParameters
     from heimdall_onnx.data.evaluation import EvaluationData
@@ -121,11 +107,11 @@ def upload_release(
             run_id=run_id,
             inference_metrics=metrics,
         )
-        ensure_bucket(connection.client, parameters.bucket)
-        content = _keep_content(connection.client, parameters, loaded, data, variants)
+        bucket = connection.bucket(parameters.bucket)
+        bucket.ensure()
+        content = _keep_content(bucket, parameters, loaded, data, variants)
         datasets = [
-            keep_dataset(connection.client, parameters.bucket, dataset).model_dump()
-            for dataset in filter(None, [data.dataset])
+            keep_dataset(bucket, dataset).model_dump() for dataset in filter(None, [data.dataset])
         ]
         uploaded = _upload(
             connection,
@@ -143,23 +129,23 @@ def upload_release(
 
 
 def _keep_content(
-    client: S3Client,
+    bucket: Bucket,
     parameters: ReleaseParameters,
     loaded: LoadedModel,
     data: EvaluationData,
     variants: VariantsReport | None,
 ) -> tuple[dict[str, Any], ...]:
     # It is shared between releases, so that it stays when this one is taken back.
-    bucket, path = parameters.bucket, parameters.eval_data_path
-    kept = [keep_content(client, bucket, loaded.path, loaded.sha256, "checkpoint")]
+    path = parameters.eval_data_path
+    kept = [keep_content(bucket, loaded.path, loaded.sha256, "checkpoint")]
     if (declared := loaded.signature_file) is not None:
-        kept.append(keep_content(client, bucket, declared.path, declared.sha256, "signature"))
+        kept.append(keep_content(bucket, declared.path, declared.sha256, "signature"))
     if isinstance(path, Path) and data.dataset is None and data.sha256 is not None:
-        kept.append(keep_content(client, bucket, path, data.sha256, "evaluation_data"))
+        kept.append(keep_content(bucket, path, data.sha256, "evaluation_data"))
     if variants is not None and parameters.calibration_data:
         path, digest = Path(parameters.calibration_data), variants.calibration.file_sha256
         assert digest is not None  # it was read from a file
-        kept.append(keep_content(client, bucket, path, digest, "calibration_data"))
+        kept.append(keep_content(bucket, path, digest, "calibration_data"))
     return tuple(entry.model_dump() for entry in kept)
 
 
@@ -183,12 +169,12 @@ def _upload(
     datasets: tuple[dict[str, Any], ...],
     variants: VariantsReport | None,
 ) -> UploadedRelease:
-    client, bucket, prefix = connection.client, parameters.bucket, parameters.prefix
+    bucket, prefix = connection.bucket(parameters.bucket), parameters.prefix
     run_id, token = described["mlflow_run_id"], secrets.token_hex(16)
 
     def claim(version: str) -> bytes:
         journal.write(
-            bucket=bucket,
+            bucket=bucket.name,
             prefix=prefix,
             version=version,
             run_id=run_id,
@@ -197,12 +183,10 @@ def _upload(
         )
         return to_json({**described, "version": version, "claim": token})
 
-    version = claim_version(client, bucket, prefix, name=METADATA, content=claim)
+    version = bucket.claim_version(prefix, name=METADATA, content=claim)
     folder = f"{prefix}/{version}"
-    model = upload_file(
-        client,
+    model = bucket.upload_file(
         exported.path,
-        bucket,
         f"{folder}/model.onnx",
         sha256=exported.sha256,
         metadata=object_metadata(described),
@@ -211,11 +195,11 @@ def _upload(
     connection.tracker.check_run(run_id)
     objects = (
         model,
-        *_upload_beside(client, bucket, folder, exported, signature, run_id),
-        *_upload_variants(client, bucket, folder, variants),
-        head(client, bucket, f"{folder}/{METADATA}"),
+        *_upload_beside(bucket, folder, exported, signature, run_id),
+        *_upload_variants(bucket, folder, variants),
+        bucket.head(f"{folder}/{METADATA}"),
     )
-    folder_uri = f"s3://{bucket}/{prefix}/{version}"
+    folder_uri = bucket.uri(folder)
     log.info("uploaded", version=version, folder=folder_uri, objects=len(objects))
     return UploadedRelease(
         version=version,
@@ -231,8 +215,7 @@ def _upload(
 
 
 def _upload_beside(
-    client: S3Client,
-    bucket: str,
+    bucket: Bucket,
     folder: str,
     exported: ExportResult,
     signature: Signature,
@@ -246,19 +229,17 @@ def _upload_beside(
             Path(beside), signature, model_size_bytes=exported.size_bytes, run_id=run_id
         )
         paths = [*exported.external_data, *sorted(Path(beside).iterdir())]
-        return tuple(upload_file(client, p, bucket, f"{folder}/{p.name}") for p in paths)
+        return tuple(bucket.upload_file(p, f"{folder}/{p.name}") for p in paths)
 
 
 def _upload_variants(
-    client: S3Client, bucket: str, folder: str, variants: VariantsReport | None
+    bucket: Bucket, folder: str, variants: VariantsReport | None
 ) -> Iterator[StoredObject]:
     """The files of the variants that passed and are not the model run in another way."""
     for one in variants.judged if variants else ():
         if one.passed and one.has_own_file and one.path is not None:
-            yield upload_file(
-                client,
+            yield bucket.upload_file(
                 one.path,
-                bucket,
                 f"{folder}/{one.file}",
                 sha256=one.sha256,
                 content_type=CONTENT_TYPES[".onnx"],
@@ -342,20 +323,23 @@ def _withdrawals(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     if "version" not in entries:
         return
-    client, bucket = connection.client, entries["bucket"]
+    bucket = connection.bucket(entries["bucket"])
     folder, run_id = f"{entries['prefix']}/{entries['version']}/", entries["run_id"]
     # Its own: a run may be released into twice in one second.
     token = entries["claim"]
-    name, uri = entries["model_name"], f"s3://{bucket}/{folder.rstrip('/')}"
+    name, uri = entries["model_name"], bucket.uri(folder.rstrip("/"))
     # Without its manifest it is no release, whatever else can't be taken back.
-    yield f"{uri}/{MANIFEST}", partial(_delete_own, client, bucket, folder, token, _is_manifest)
+    yield (
+        f"{uri}/{MANIFEST}",
+        partial(_delete_own, bucket, folder, token, _is_manifest),
+    )
     if entries.get("registering"):
         yield (
             f"the version of {name} with source {uri}",
             lambda: _delete_own_versions(connection.tracker, name, uri, run_id),
         )
     # Without the claim nobody would know whose the rest is.
-    yield uri, partial(_delete_own, client, bucket, folder, token, lambda key: True)
+    yield uri, partial(_delete_own, bucket, folder, token, lambda key: True)
 
 
 def _delete_own_versions(tracker: MLflowTracker, name: str, source: str, run_id: str) -> None:
@@ -368,18 +352,16 @@ def _is_manifest(key: str) -> bool:
     return key.endswith(f"/{MANIFEST}")
 
 
-def _delete_own(
-    client: S3Client, bucket: str, folder: str, token: str, which: Callable[[str], bool]
-) -> None:
+def _delete_own(bucket: Bucket, folder: str, token: str, which: Callable[[str], bool]) -> None:
     # The journal is written before the claim, so the folder may be somebody else's, or nobody's.
     claim = folder + METADATA
-    keys = list_keys(client, bucket, folder)
+    keys = bucket.list_keys(folder)
     if claim not in keys:
         return
-    claimed = read_json(client, bucket, claim)
+    claimed = bucket.read_json(claim)
     if not isinstance(claimed, dict) or claimed.get("claim") != token:
         return
     chosen = [key for key in keys if which(key)]
-    delete_objects(client, bucket, [key for key in chosen if key != claim])
+    bucket.delete([key for key in chosen if key != claim])
     if claim in chosen:
-        delete_objects(client, bucket, [claim])
+        bucket.delete([claim])

@@ -64,14 +64,7 @@ from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.retention import Protection, prepare_bucket
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import (
-    MANIFEST,
-    StoredObject,
-    claim_version,
-    content_type,
-    ensure_bucket,
-    upload_file,
-)
+from heimdall_onnx.services.store import MANIFEST, StoredObject, content_type
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
@@ -342,10 +335,8 @@ class _Run:
 
     def _upload_reports(self, connection: Connection, version: str) -> list[StoredObject]:
         return [
-            upload_file(
-                connection.client,
+            connection.bucket(self.parameters.bucket).upload_file(
                 self.folder / name,
-                self.parameters.bucket,
                 f"{self.parameters.prefix}/{version}/{name}",
                 content_type=content_type(name),
             )
@@ -420,20 +411,17 @@ class _Run:
             log.warning("report not kept", reason=str(trouble), local=str(self.folder))
 
     def _upload_failed_report(self, connection: Connection) -> None:
-        bucket, prefix = self.parameters.bucket, f"{self.parameters.prefix}/failed"
-        ensure_bucket(connection.client, bucket)
+        bucket = connection.bucket(self.parameters.bucket)
+        prefix = f"{self.parameters.prefix}/failed"
+        bucket.ensure()
         report = (self.folder / REPORT).read_bytes()
-        version = claim_version(
-            connection.client, bucket, prefix, name=REPORT, content=lambda _: report
-        )
-        upload_file(
-            connection.client,
+        version = bucket.claim_version(prefix, name=REPORT, content=lambda _: report)
+        bucket.upload_file(
             self.folder / REPORT_HTML,
-            bucket,
             f"{prefix}/{version}/{REPORT_HTML}",
             content_type=content_type(REPORT_HTML),
         )
-        address = f"s3://{bucket}/{prefix}/{version}"
+        address = bucket.uri(f"{prefix}/{version}")
         self.result = replace(
             self.result,
             version=version,
@@ -493,11 +481,10 @@ class _Run:
         return f"{word} (smoke)" if self.parameters.profile == "smoke" else word
 
 
-def _protect(connection: Connection, bucket: str) -> Protection:
-    settings = connection.settings
-    ensure_bucket(connection.client, bucket)
+def _protect(connection: Connection, name: str) -> Protection:
+    settings, bucket = connection.settings, connection.bucket(name)
+    bucket.ensure()
     return prepare_bucket(
-        connection.client,
         bucket,
         versioning=settings.versioning,
         retention_days=settings.retention_days,

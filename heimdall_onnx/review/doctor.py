@@ -24,19 +24,10 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import VARIANTS_FOLDER
 from heimdall_onnx.data.dataset.schema import HEADER
 from heimdall_onnx.report.workspace import RUNNER
-from heimdall_onnx.services.client import error_code, store_errors
-from heimdall_onnx.services.store import (
-    MANIFEST,
-    bucket_exists,
-    delete_objects,
-    exists,
-    format_uri,
-    list_keys,
-)
+from heimdall_onnx.services.client import error_code
+from heimdall_onnx.services.store import MANIFEST, Bucket
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
     from heimdall_onnx.services.connection import Connection
     from heimdall_onnx.services.registry import MLflowTracker, RegisteredVersion
 
@@ -78,22 +69,21 @@ class _Object:
     modified: datetime
 
 
-class _Bucket:
+class _Place:
     """What is in a bucket, looked at once."""
 
-    def __init__(self, connection: Connection, bucket: str, prefix: str) -> None:
-        self.connection, self.name, self.prefix = connection, bucket, prefix.strip("/")
-        self.client = connection.client
-        self.exists = bucket_exists(self.client, bucket)
-        self.objects = tuple(_list(self.client, bucket)) if self.exists else ()
-        self.now = _now(self.client, bucket) if self.exists else datetime.now(UTC)
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        self.bucket, self.prefix = bucket, prefix.strip("/")
+        self.exists = bucket.is_there()
+        self.objects = tuple(_list(bucket)) if self.exists else ()
+        self.now = _now(bucket) if self.exists else datetime.now(UTC)
         self.keys = {o.key for o in self.objects}
         self.manifests: dict[str, Manifest] = {}
         self.broken: dict[str, str] = {}
         for key in sorted(key for key in self.keys if key.endswith(f"/{MANIFEST}")):
             folder = key.removesuffix(f"/{MANIFEST}")
             try:
-                self.manifests[folder] = read_manifest(self.client, format_uri(bucket, folder))
+                self.manifests[folder] = read_manifest(bucket.client, bucket.uri(folder))
             except VerificationError as error:
                 self.broken[folder] = str(error)
 
@@ -112,7 +102,7 @@ class _Bucket:
 
     def of(self, version: RegisteredVersion) -> str | None:
         """The release folder that a version was registered from; None if it is none of ours."""
-        return self.folder_of(version.source.removeprefix(format_uri(self.name, "")))
+        return self.folder_of(version.source.removeprefix(self.bucket.uri()))
 
 
 def diagnose(
@@ -132,11 +122,11 @@ def diagnose(
     Raises:
         ServiceError: If a service can't be reached or refuses.
     """
-    there = _Bucket(connection, bucket, prefix)
+    there = _Place(connection.bucket(bucket), prefix)
     before = there.now - older_than
     tracker = connection.tracker
     versions = [v for name in tracker.model_names() for v in tracker.versions(name)]
-    ours = [v for v in versions if v.source.startswith(format_uri(bucket, ""))]
+    ours = [v for v in versions if v.source.startswith(there.bucket.uri())]
     wanted = _wanted(there, tracker, ours)
     return (
         *_broken_manifests(there),
@@ -151,13 +141,13 @@ def diagnose(
     )
 
 
-def _broken_manifests(there: _Bucket) -> Iterator[Leftover]:
+def _broken_manifests(there: _Place) -> Iterator[Leftover]:
     for folder, problem in there.broken.items():
-        yield Leftover("unreadable manifest", format_uri(there.name, folder), problem)
+        yield Leftover("unreadable manifest", there.bucket.uri(folder), problem)
 
 
 def _wanted(
-    there: _Bucket, tracker: MLflowTracker, versions: list[RegisteredVersion]
+    there: _Place, tracker: MLflowTracker, versions: list[RegisteredVersion]
 ) -> set[str | None]:
     """Folders that somebody counts on: a manifest that is missing there is a loss, not a leftover.
 
@@ -173,14 +163,14 @@ def _wanted(
 
 
 def _unfinished_folders(
-    there: _Bucket,
+    there: _Place,
     versions: list[RegisteredVersion],
     wanted: set[str | None],
     before: datetime,
 ) -> Iterator[Leftover]:
     sources = {there.of(v): v for v in versions}
     for folder, objects in sorted(there.folders().items()):
-        uri = format_uri(there.name, folder)
+        uri = there.bucket.uri(folder)
         keys = [o.key for o in objects]
         claimed = f"{folder}/{METADATA}" in keys
         complete = any(key.endswith(f"/{MANIFEST}") for key in keys) or folder in wanted
@@ -198,14 +188,14 @@ def _unfinished_folders(
 
 
 def _versions(
-    there: _Bucket, tracker: MLflowTracker, versions: list[RegisteredVersion], before: datetime
+    there: _Place, tracker: MLflowTracker, versions: list[RegisteredVersion], before: datetime
 ) -> Iterator[Leftover]:
     registered = {(v.name, v.version) for v in versions}
     for folder, manifest in there.manifests.items():
         if (manifest.model_name, manifest.model_version) not in registered:
             yield Leftover(
                 "release without a version",
-                format_uri(there.name, folder),
+                there.bucket.uri(folder),
                 f"{manifest.model_name} version {manifest.model_version} is not registered",
             )
     for version in versions:
@@ -225,7 +215,7 @@ def _versions(
 
 
 def _aliases(
-    there: _Bucket, tracker: MLflowTracker, versions: list[RegisteredVersion]
+    there: _Place, tracker: MLflowTracker, versions: list[RegisteredVersion]
 ) -> Iterator[Leftover]:
     by_number = {(v.name, v.version): v for v in versions}
     for name in sorted({v.name for v in versions}):
@@ -240,12 +230,12 @@ def _aliases(
                 f"it points at version {number}, which "
                 + ("was registered without a release" if _is_single(version) else "is no release"),
             )
-        for alias in logged_aliases(there.client, there.name, name):
+        for alias in logged_aliases(there.bucket, name):
             yield from _log(there, tracker, by_number, name, alias, aliases.get(alias))
 
 
 def _log(
-    there: _Bucket,
+    there: _Place,
     tracker: MLflowTracker,
     versions: dict[tuple[str, str], RegisteredVersion],
     name: str,
@@ -253,7 +243,7 @@ def _log(
     points_at: str | None,
 ) -> Iterator[Leftover]:
     try:
-        moves = read_log(there.client, there.name, name, alias)
+        moves = read_log(there.bucket, name, alias)
     except VerificationError as error:
         yield Leftover("unreadable log", f"{name}@{alias}", str(error))
         return
@@ -279,11 +269,11 @@ def _log(
             f"{name}@{alias}",
             why,
             f"point the alias at {f'version {last.version}' if last.version else 'none'}",
-            lambda: follow_log(there.client, there.name, tracker, name, alias),
+            lambda: follow_log(there.bucket, tracker, name, alias),
         )
 
 
-def _unreferenced_content(there: _Bucket, before: datetime) -> Iterator[Leftover]:
+def _unreferenced_content(there: _Place, before: datetime) -> Iterator[Leftover]:
     # A manifest that can't be read may name any of it.
     if there.broken:
         return
@@ -293,14 +283,14 @@ def _unreferenced_content(there: _Bucket, before: datetime) -> Iterator[Leftover
         if unnamed and stored.modified <= before:
             yield Leftover(
                 "unreferenced content",
-                format_uri(there.name, stored.key),
+                there.bucket.uri(stored.key),
                 "no manifest of the bucket names it",
                 "delete it",
                 partial(_delete_content, there, stored),
             )
 
 
-def _unreferenced_datasets(there: _Bucket, before: datetime) -> Iterator[Leftover]:
+def _unreferenced_datasets(there: _Place, before: datetime) -> Iterator[Leftover]:
     if there.broken:
         return
     named = _named_datasets(there)
@@ -309,7 +299,7 @@ def _unreferenced_datasets(there: _Bucket, before: datetime) -> Iterator[Leftove
         if stored.key.startswith(f"{DATASETS}/"):
             folders["/".join(stored.key.split("/")[:3])].append(stored.modified)
     for folder, modified in sorted(folders.items()):
-        uri = format_uri(there.name, folder)
+        uri = there.bucket.uri(folder)
         if uri not in named and max(modified) <= before:
             yield Leftover(
                 "unreferenced dataset",
@@ -320,30 +310,32 @@ def _unreferenced_datasets(there: _Bucket, before: datetime) -> Iterator[Leftove
             )
 
 
-def _named_datasets(there: _Bucket) -> set[str]:
+def _named_datasets(there: _Place) -> set[str]:
     kept = (manifest.dataset for manifest in there.manifests.values())
     return {dataset.address for dataset in kept if dataset is not None}
 
 
-def _delete_dataset(there: _Bucket, folder: str, modified: datetime) -> None:
+def _delete_dataset(there: _Place, folder: str, modified: datetime) -> None:
     # As for content: it may be used again by now.
-    again = _Bucket(there.connection, there.name, there.prefix)
+    again = _Place(there.bucket, there.prefix)
     now = [o for o in again.objects if o.key.startswith(f"{folder}/")]
-    used = format_uri(there.name, folder) in _named_datasets(again) or again.broken
+    used = there.bucket.uri(folder) in _named_datasets(again) or again.broken
     if used or any(stored.modified > modified for stored in now):
-        raise VerificationError(f"{format_uri(there.name, folder)} is used again")
+        raise VerificationError(f"{there.bucket.uri(folder)} is used again")
     # The header first: without it the rest is no dataset.
     keys = sorted((o.key for o in now), key=lambda key: (key != f"{folder}/{HEADER}", key))
-    delete_objects(there.client, there.name, keys[:1])
-    delete_objects(there.client, there.name, keys[1:])
+    there.bucket.delete(keys[:1])
+    there.bucket.delete(keys[1:])
 
 
-def _uploads(there: _Bucket, before: datetime) -> Iterator[Leftover]:
+def _uploads(there: _Place, before: datetime) -> Iterator[Leftover]:
     """Parts of uploads that were never completed; they take space, and no listing shows them."""
     if not there.exists:
         return
-    with store_errors(there.client, f"list the uploads into {there.name}"):
-        pages = there.client.get_paginator("list_multipart_uploads").paginate(Bucket=there.name)
+    with there.bucket.errors(f"list the uploads into {there.bucket.name}"):
+        pages = there.bucket.client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=there.bucket.name
+        )
         uploads = [upload for page in pages for upload in page.get("Uploads", [])]
     for upload in uploads:
         ours = there.folder_of(upload["Key"]) or upload["Key"].startswith(
@@ -352,10 +344,10 @@ def _uploads(there: _Bucket, before: datetime) -> Iterator[Leftover]:
         if ours and upload["Initiated"] <= before:
             yield Leftover(
                 "aborted upload",
-                format_uri(there.name, upload["Key"]),
+                there.bucket.uri(upload["Key"]),
                 f"begun {upload['Initiated']:%Y-%m-%d %H:%M:%S} and never completed",
                 "delete its parts",
-                partial(_abort, there.client, there.name, upload["Key"], upload["UploadId"]),
+                partial(_abort, there.bucket, upload["Key"], upload["UploadId"]),
             )
 
 
@@ -401,15 +393,14 @@ def _is_single(version: RegisteredVersion) -> bool:
 
 
 def _note_withdrawal(
-    there: _Bucket, tracker: MLflowTracker, last: Move, points_at: str | None
+    there: _Place, tracker: MLflowTracker, last: Move, points_at: str | None
 ) -> None:
     # A release that has come since it was looked at is not gone.
     with contextlib.suppress(NotRegisteredError):
         tracker.get_version(last.model_name, str(last.version))
         raise VerificationError(f"version {last.version} of {last.model_name} is there after all")
     append_move(
-        there.client,
-        there.name,
+        there.bucket,
         model_name=last.model_name,
         alias=last.alias,
         action="withdraw",
@@ -422,31 +413,31 @@ def _note_withdrawal(
     )
 
 
-def _delete_content(there: _Bucket, stored: _Object) -> None:
+def _delete_content(there: _Place, stored: _Object) -> None:
     # A release that uses it again dates it anew, and may have been completed meanwhile.
-    now = {o.key: o for o in _list(there.client, there.name)}
-    again = _Bucket(there.connection, there.name, there.prefix)
+    now = {o.key: o for o in _list(there.bucket)}
+    again = _Place(there.bucket, there.prefix)
     named = {entry.key for manifest in again.manifests.values() for entry in manifest.content}
     if (
         stored.key in named
         or again.broken
         or now.get(stored.key, stored).modified > stored.modified
     ):
-        raise VerificationError(f"{format_uri(there.name, stored.key)} is used again")
-    delete_objects(there.client, there.name, [stored.key])
+        raise VerificationError(f"{there.bucket.uri(stored.key)} is used again")
+    there.bucket.delete([stored.key])
 
 
-def _delete_unless_complete(there: _Bucket, folder: str) -> None:
+def _delete_unless_complete(there: _Place, folder: str) -> None:
     # It may have been completed since it was looked at.
-    keys = list_keys(there.client, there.name, f"{folder}/")
+    keys = there.bucket.list_keys(f"{folder}/")
     if any(key.endswith(f"/{MANIFEST}") for key in keys):
-        raise VerificationError(f"{format_uri(there.name, folder)} has become a release")
-    delete_objects(there.client, there.name, keys)
+        raise VerificationError(f"{there.bucket.uri(folder)} has become a release")
+    there.bucket.delete(keys)
 
 
-def _delete_version(there: _Bucket, tracker: MLflowTracker, version: RegisteredVersion) -> None:
+def _delete_version(there: _Place, tracker: MLflowTracker, version: RegisteredVersion) -> None:
     folder = there.of(version)
-    if exists(there.client, there.name, f"{folder}/{MANIFEST}"):
+    if there.bucket.exists(f"{folder}/{MANIFEST}"):
         raise VerificationError(f"{version.source} has become a release")
     if version.version in tracker.aliases(version.name).values():
         raise VerificationError(
@@ -457,26 +448,26 @@ def _delete_version(there: _Bucket, tracker: MLflowTracker, version: RegisteredV
         tracker.delete_version(version.name, version.version)
 
 
-def _abort(client: S3Client, bucket: str, key: str, upload_id: str) -> None:
-    with store_errors(client, f"abort the upload of {format_uri(bucket, key)}"):
+def _abort(bucket: Bucket, key: str, upload_id: str) -> None:
+    with bucket.errors(f"abort the upload of {bucket.uri(key)}"):
         try:
-            client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
+            bucket.client.abort_multipart_upload(Bucket=bucket.name, Key=key, UploadId=upload_id)
         except ClientError as error:
             if error_code(error) != "NoSuchUpload":
                 raise
 
 
-def _list(client: S3Client, bucket: str) -> Iterator[_Object]:
-    with store_errors(client, f"list {bucket}"):
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+def _list(bucket: Bucket) -> Iterator[_Object]:
+    with bucket.errors(f"list {bucket.name}"):
+        for page in bucket.client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name):
             for entry in page.get("Contents", []):
                 yield _Object(entry["Key"], entry["LastModified"])
 
 
-def _now(client: S3Client, bucket: str) -> datetime:
+def _now(bucket: Bucket) -> datetime:
     """The store's time: that is what its objects are dated by, and this machine's may be wrong."""
-    with store_errors(client, f"ask for the time of {bucket}"):
-        headers = client.head_bucket(Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"]
+    with bucket.errors(f"ask for the time of {bucket.name}"):
+        headers = bucket.client.head_bucket(Bucket=bucket.name)["ResponseMetadata"]["HTTPHeaders"]
     return parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
 
 

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from heimdall_onnx.archive.manifest import BOM, REPORT, REPORT_HTML, Manifest, read_manifest
 from heimdall_onnx.common.errors import ParameterError, VerificationError
 from heimdall_onnx.services.client import store_errors
-from heimdall_onnx.services.store import MANIFEST, content_type, hash_object
+from heimdall_onnx.services.store import MANIFEST, Bucket, content_type
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -69,7 +69,7 @@ def share_release(client: S3Client, folder_uri: str, *, expires_s: int) -> tuple
     # What is handed on under our name is what was released.
     for name in names:
         entry = manifest.objects.get(name)
-        if entry and hash_object(client, manifest.bucket, entry.key)[0] != entry.sha256:
+        if entry and Bucket(client, manifest.bucket).hash_object(entry.key)[0] != entry.sha256:
             raise VerificationError(
                 f"{manifest.uri}/{name} is not what was released, so no link is made; see "
                 "`heimdall-onnx verify`"

@@ -42,7 +42,7 @@ Statement = dict[str, Any]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
-# As `store.claim_version` names them; that leaves out `failed/`.
+# As `Bucket.claim_version` names them; that leaves out `failed/`.
 _VERSION = "v????????_??????"
 _PRINCIPAL = r"arn:[a-z-]+:(iam|sts)::(\d{12})?:(user|role|assumed-role)/[\w+=,.@/-]+"
 _ARN = "arn:aws:s3:::"

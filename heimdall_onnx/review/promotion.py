@@ -46,14 +46,7 @@ from heimdall_onnx.report.rendering import Decision, render_html
 from heimdall_onnx.review.compare.answers import shared_signature
 from heimdall_onnx.review.compare.gates import Limits, verdict_reasons
 from heimdall_onnx.review.compare.head_to_head import HeadToHead, compare_models
-from heimdall_onnx.services.store import (
-    content_type,
-    delete_objects,
-    download_file,
-    format_uri,
-    to_json,
-    upload_bytes,
-)
+from heimdall_onnx.services.store import Bucket, content_type, format_uri, to_json
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.signing import Trust
@@ -196,7 +189,7 @@ def roll_back(
         ServiceError: If a service can't be reached or refuses.
     """
     _check_words(reviewer, note)
-    moves = read_log(connection.client, bucket, model_name, alias)
+    moves = read_log(connection.bucket(bucket), model_name, alias)
     holder = connection.tracker.alias_target(model_name, alias)
     if moves and moves[-1].version != holder:
         raise PromotionError(
@@ -277,7 +270,7 @@ def alias_history(connection: Connection, bucket: str, model_name: str) -> tuple
         ServiceError: If a service can't be reached or refuses.
     """
     there = connection.tracker.aliases(model_name)
-    logged = logged_aliases(connection.client, bucket, model_name)
+    logged = logged_aliases(connection.bucket(bucket), model_name)
     return tuple(
         _history(connection, bucket, model_name, alias, there.get(alias))
         for alias in sorted({*logged, *there})
@@ -288,7 +281,7 @@ def _history(
     connection: Connection, bucket: str, model_name: str, alias: str, points_at: str | None
 ) -> AliasHistory:
     try:
-        moves = read_log(connection.client, bucket, model_name, alias)
+        moves = read_log(connection.bucket(bucket), model_name, alias)
     except VerificationError as error:
         return AliasHistory(alias, (), points_at, str(error))
     expected = moves[-1].version if moves else None
@@ -389,14 +382,13 @@ def _write_down(
     digest, stamp = hashlib.sha256(record).hexdigest(), f"{now:%Y%m%d_%H%M%S}_{action}"
     key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.json"
     tag = f"{REVIEW_TAG}{stamp}_{digest[:12]}"
-    upload_bytes(
-        connection.client, record, manifest.bucket, key, content_type=content_type("review.json")
+    connection.bucket(manifest.bucket).upload_bytes(
+        record, key, content_type=content_type("review.json")
     )
     connection.tracker.set_version_tags(name, version, {tag: digest})
     try:
         append_move(
-            connection.client,
-            manifest.bucket,
+            connection.bucket(manifest.bucket),
             model_name=name,
             alias=alias,
             action=action,
@@ -412,9 +404,9 @@ def _write_down(
         # record stays as one that was not completed.
         connection.tracker.delete_version_tag(name, version, tag)
         with contextlib.suppress(StoreError):
-            delete_objects(connection.client, manifest.bucket, [key])
+            connection.bucket(manifest.bucket).delete([key])
         raise
-    follow_log(connection.client, manifest.bucket, connection.tracker, name, alias)
+    follow_log(connection.bucket(manifest.bucket), connection.tracker, name, alias)
     log.info("alias moved", alias=alias, model_name=name, version=version, previous=previous)
     line = review_line(action, alias, reviewer=reviewer, note=note, at=now, previous=previous)
     try:
@@ -449,7 +441,7 @@ def _store_page(connection: Connection, manifest: Manifest, stamp: str) -> str |
         digest = hashlib.sha256(page).hexdigest()
         key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.html"
         kind = content_type("review.html")
-        upload_bytes(connection.client, page, manifest.bucket, key, content_type=kind)
+        connection.bucket(manifest.bucket).upload_bytes(page, key, content_type=kind)
         tags = {f"{REVIEW_TAG}{stamp}_{digest[:12]}": digest}
         connection.tracker.set_version_tags(manifest.model_name, manifest.model_version, tags)
     except (ServiceError, VerificationError) as error:
@@ -465,8 +457,8 @@ def _page(connection: Connection, manifest: Manifest) -> bytes:
     # What the logs do not have was not decided.
     moves = [
         move
-        for alias in logged_aliases(client, bucket, manifest.model_name)
-        for move in read_log(client, bucket, manifest.model_name, alias)
+        for alias in logged_aliases(Bucket(client, bucket), manifest.model_name)
+        for move in read_log(Bucket(client, bucket), manifest.model_name, alias)
         if move.release == manifest.uri and move.action in ("promote", "rollback")
     ]
     decisions = [
@@ -475,13 +467,13 @@ def _page(connection: Connection, manifest: Manifest) -> bytes:
     ]
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
         path = Path(folder) / REPORT
-        download_file(client, bucket, entry.key, path, sha256=entry.sha256)
+        Bucket(client, bucket).download_file(entry.key, path, sha256=entry.sha256)
         title = f"{manifest.model_name} {manifest.version}"
         return render_html(path, title, decisions).read_bytes()
 
 
 def _last_number(connection: Connection, bucket: str, name: str, alias: str) -> int:
-    moves = read_log(connection.client, bucket, name, alias)
+    moves = read_log(connection.bucket(bucket), name, alias)
     return moves[-1].number if moves else 0
 
 

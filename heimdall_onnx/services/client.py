@@ -16,7 +16,12 @@ from boto3.exceptions import Boto3Error
 from botocore import exceptions as aws
 from botocore.config import Config
 
-from heimdall_onnx.common.errors import ObjectExistsError, SettingsError, StoreError
+from heimdall_onnx.common.errors import (
+    MissingObjectError,
+    ObjectExistsError,
+    SettingsError,
+    StoreError,
+)
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.services.retries import (
     ATTEMPTS,
@@ -37,7 +42,10 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 _READS = 3
-_EXISTS_CODES = {"PreconditionFailed", "412", "ConditionalRequestConflict"}
+_KINDS = {
+    **dict.fromkeys(("PreconditionFailed", "412", "ConditionalRequestConflict"), ObjectExistsError),
+    **dict.fromkeys(("404", "NoSuchKey", "NoSuchBucket"), MissingObjectError),
+}
 _CREDENTIALS = "check MLFLOW_S3_ACCESS_KEY_ID and MLFLOW_S3_SECRET_ACCESS_KEY"
 _FORBIDDEN = f"access is forbidden: the key may be wrong or not allowed this; {_CREDENTIALS}"
 _OVERLOADED = "the store is overloaded, or not there behind its address; try again later"
@@ -174,7 +182,7 @@ def store_errors(client: S3Client, doing: str) -> Iterator[None]:
         yield
     except (aws.BotoCoreError, aws.ClientError, Boto3Error) as error:
         where = redact_url(client.meta.endpoint_url)
-        kind = ObjectExistsError if error_code(_root(error)) in _EXISTS_CODES else StoreError
+        kind = _KINDS.get(error_code(_root(error)), StoreError)
         # A traceback would show the original's text.
         leaks = redact_url(str(error)) != str(error)
         message = f"could not {doing} at {where}: {explain_store_error(error)}"

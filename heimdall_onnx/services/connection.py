@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -41,6 +42,10 @@ class Connection:
             RegistryError: If it can't be reached or refuses.
         """
         return self.open_tracker()
+
+    def bucket(self, name: str) -> Bucket:
+        """A bucket of the store."""
+        return Bucket(self.client, name)
 
 
 def connect(settings: Settings) -> Connection:

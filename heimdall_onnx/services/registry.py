@@ -27,7 +27,7 @@ from heimdall_onnx.services.registry_errors import (
 )
 from heimdall_onnx.services.retries import MLFLOW_DEFAULTS, log_http_requests, set_default_session
 from heimdall_onnx.services.settings import Settings, bypass_proxy, with_driver
-from heimdall_onnx.services.store import ensure_bucket, parse_uri
+from heimdall_onnx.services.store import Bucket, parse_uri
 
 with warnings.catch_warnings():
     # In a notebook MLflow's progress bars ask for a widget library that nothing here needs.
@@ -558,7 +558,7 @@ def initialize_mlflow(settings: Settings) -> MLflowTracker:
     # MLflow uses boto3's default session, which keeps the first credentials that it found.
     set_default_session()
     if settings.artifact_uri.startswith("s3://"):
-        ensure_bucket(make_client(settings), parse_uri(settings.artifact_uri)[0])
+        Bucket(make_client(settings), parse_uri(settings.artifact_uri)[0]).ensure()
     tracker = _tracker(settings)
     experiment_id = tracker.experiment_id  # made here, where it is missing
     log.debug("MLflow reached", experiment_id=experiment_id)

@@ -14,6 +14,7 @@ from botocore.exceptions import ClientError
 
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.services.client import error_code, store_errors
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -58,13 +59,10 @@ class Protection:
         return asdict(self)
 
 
-def prepare_bucket(
-    client: S3Client, bucket: str, *, versioning: bool, retention_days: int
-) -> Protection:
+def prepare_bucket(bucket: Bucket, *, versioning: bool, retention_days: int) -> Protection:
     """Turn on what was asked for, as far as the store has it.
 
     Args:
-        client: Client of the store.
         bucket: Bucket, which must exist.
         versioning: Keep what is deleted or replaced; retention brings it along.
         retention_days: Days for which objects can't be deleted; 0 for no retention.
@@ -74,33 +72,33 @@ def prepare_bucket(
     """
     missing = []
     # Looked at first: who may release need not be allowed to change the bucket.
-    if (versioning or retention_days) and not _is_versioned(client, bucket):
+    if (versioning or retention_days) and not _is_versioned(bucket):
         missing += _try(
-            client,
-            f"turn on versioning of {bucket}",
-            lambda: client.put_bucket_versioning(
-                Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
+            bucket.client,
+            f"turn on versioning of {bucket.name}",
+            lambda: bucket.client.put_bucket_versioning(
+                Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"}
             ),
         )
-    if retention_days and not missing and not _is_locked(client, bucket):
+    if retention_days and not missing and not _is_locked(bucket):
         missing += _try(
-            client,
-            f"turn on Object Lock of {bucket}",
-            lambda: client.put_object_lock_configuration(
-                Bucket=bucket, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled"}
+            bucket.client,
+            f"turn on Object Lock of {bucket.name}",
+            lambda: bucket.client.put_object_lock_configuration(
+                Bucket=bucket.name, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled"}
             ),
         )
     until = None
     if retention_days and not missing:
         until = datetime.now(UTC) + timedelta(days=retention_days)
     return Protection(
-        versioning=_is_versioned(client, bucket),
+        versioning=_is_versioned(bucket),
         retained_until=until.isoformat(timespec="seconds") if until else None,
         note="; ".join(missing),
     )
 
 
-def retain(client: S3Client, bucket: str, keys: Iterable[str], protection: Protection) -> None:
+def retain(bucket: Bucket, keys: Iterable[str], protection: Protection) -> None:
     """Have the store keep objects as long as ``protection`` says.
 
     Governance mode: who has the permission ``s3:BypassGovernanceRetention`` can end it early.
@@ -113,20 +111,20 @@ def retain(client: S3Client, bucket: str, keys: Iterable[str], protection: Prote
         return
     for key in keys:
         # Content is shared: another release may keep it for longer, which can't be shortened.
-        if (kept := _kept_until(client, bucket, key)) is not None and kept >= until:
+        if (kept := _kept_until(bucket, key)) is not None and kept >= until:
             continue
-        with store_errors(client, f"retain s3://{bucket}/{key}"):
-            client.put_object_retention(
-                Bucket=bucket,
+        with bucket.errors(f"retain {bucket.uri(key)}"):
+            bucket.client.put_object_retention(
+                Bucket=bucket.name,
                 Key=key,
                 Retention={"Mode": "GOVERNANCE", "RetainUntilDate": until},
             )
 
 
-def _kept_until(client: S3Client, bucket: str, key: str) -> datetime | None:
-    with store_errors(client, f"look at the retention of s3://{bucket}/{key}"):
+def _kept_until(bucket: Bucket, key: str) -> datetime | None:
+    with bucket.errors(f"look at the retention of {bucket.uri(key)}"):
         try:
-            found = client.get_object_retention(Bucket=bucket, Key=key)
+            found = bucket.client.get_object_retention(Bucket=bucket.name, Key=key)
         except ClientError as error:
             if error_code(error) in {"NoSuchObjectLockConfiguration", "404"} | _LACKING:
                 return None
@@ -134,10 +132,10 @@ def _kept_until(client: S3Client, bucket: str, key: str) -> datetime | None:
     return found.get("Retention", {}).get("RetainUntilDate")
 
 
-def _is_locked(client: S3Client, bucket: str) -> bool:
-    with store_errors(client, f"look at the Object Lock of {bucket}"):
+def _is_locked(bucket: Bucket) -> bool:
+    with bucket.errors(f"look at the Object Lock of {bucket.name}"):
         try:
-            found = client.get_object_lock_configuration(Bucket=bucket)
+            found = bucket.client.get_object_lock_configuration(Bucket=bucket.name)
         except ClientError as error:
             if error_code(error) in _LACKING:
                 return False
@@ -145,10 +143,12 @@ def _is_locked(client: S3Client, bucket: str) -> bool:
     return found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") == "Enabled"
 
 
-def _is_versioned(client: S3Client, bucket: str) -> bool:
-    with store_errors(client, f"look at the versioning of {bucket}"):
+def _is_versioned(bucket: Bucket) -> bool:
+    with bucket.errors(f"look at the versioning of {bucket.name}"):
         try:
-            return client.get_bucket_versioning(Bucket=bucket).get("Status") == "Enabled"
+            return (
+                bucket.client.get_bucket_versioning(Bucket=bucket.name).get("Status") == "Enabled"
+            )
         except ClientError as error:
             if error_code(error) in _LACKING:
                 return False

@@ -1,11 +1,12 @@
 """The bucket: integrity-checked transfers, conditional writes and release folders on any S3 store.
 
-Every function takes a boto3 client (see `make_client`), so that the caller decides which store is
+A `Bucket` is made of a boto3 client (see `make_client`), so that the caller decides which store is
 meant. Whatever botocore raises becomes a `StoreError` that says what to do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,20 @@ from typing import TYPE_CHECKING, Any
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
-from heimdall_onnx.common.errors import DataError, ObjectExistsError, ParameterError, StoreError
+from heimdall_onnx.common.errors import (
+    DataError,
+    MissingObjectError,
+    ObjectExistsError,
+    ParameterError,
+    StoreError,
+)
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.services.client import error_code, read_object, store_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectOutputTypeDef
 
 log = get_logger(__name__)
 
@@ -81,453 +88,476 @@ def format_uri(bucket: str, key: str) -> str:
     return f"s3://{bucket}/{key}"
 
 
-def bucket_exists(client: S3Client, bucket: str) -> bool:
-    """Whether there is such a bucket."""
-    with store_errors(client, f"look for bucket {bucket}"):
-        try:
-            client.head_bucket(Bucket=bucket)
-        except ClientError as error:
-            if error_code(error) in {"404", "NoSuchBucket"}:
-                return False
-            raise
-    return True
-
-
-def ensure_bucket(client: S3Client, bucket: str) -> None:
-    """Make the bucket unless it is there; several callers may do so at once."""
-    if bucket_exists(client, bucket):
-        return
-    with store_errors(client, f"make bucket {bucket}"):
-        region = client.meta.region_name
-        # us-east-1 is the one region that S3 refuses to see named.
-        where: dict[str, Any] = (
-            {}
-            if region == "us-east-1"
-            else {"CreateBucketConfiguration": {"LocationConstraint": region}}
-        )
-        try:
-            client.create_bucket(Bucket=bucket, **where)
-        except ClientError as error:
-            if error_code(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-                raise
-            client.head_bucket(Bucket=bucket)
-
-
-def upload_file(
-    client: S3Client,
-    path: Path,
-    bucket: str,
-    key: str,
-    *,
-    sha256: str | None = None,
-    metadata: Mapping[str, str] | None = None,
-    content_type: str | None = None,
-    progress: Callable[[int], None] | None = None,
-    delete_damaged: bool = True,
-) -> StoredObject:
-    """Upload a file, read it back and compare; large files go in parts.
-
-    Args:
-        client: Client of the store.
-        path: The file.
-        bucket: Bucket, which must exist.
-        key: Key of the object; an existing object is replaced.
-        sha256: SHA-256 that the file must have, which what is read back is held against; it is
-            computed where it isn't given.
-        metadata: Object metadata; ``sha256`` is always added.
-        content_type: MIME type.
-        progress: Called from transfer threads with the number of bytes sent since its last call; by
-            default every tenth of a large file is logged.
-        delete_damaged: Delete the object if something else is read back.
+def locate(client: S3Client, uri: str) -> tuple[Bucket, str]:
+    """The bucket and the key of an address ``s3://bucket/key``.
 
     Raises:
-        DataError: If the file can't be read or hasn't the given SHA-256.
-        ParameterError: If the metadata is not portable between stores.
-        StoreError: If the store fails, or returns something else than was sent.
+        ParameterError: If it is not an ``s3://`` address.
     """
-    expected = sha256 or hash_file(path)
-    extra = _extra_args(expected, metadata, content_type)
-    with store_errors(client, f"upload {path} to {format_uri(bucket, key)}"):
-        client.upload_file(
-            str(path),
-            bucket,
-            key,
-            ExtraArgs={**extra, "ChecksumAlgorithm": "SHA256"},
-            Callback=progress or _logged(path),
-            Config=_TRANSFER,
-        )
-    try:
-        return _verify(client, bucket, key, expected, delete_damaged=delete_damaged)
-    except StoreError as error:
-        # Hashed again only now, so that a large file is read no more often than needed.
-        if (found := hash_file(path)) != expected:
-            raise DataError(
-                f"{path} has changed: expected SHA-256 {expected}, found {found}"
-            ) from error
-        raise
+    name, key = parse_uri(uri)
+    return Bucket(client, name), key
 
 
-def upload_bytes(
-    client: S3Client,
-    data: bytes,
-    bucket: str,
-    key: str,
-    *,
-    metadata: Mapping[str, str] | None = None,
-    content_type: str | None = None,
-    if_absent: bool = False,
-    lock_until: datetime | None = None,
-) -> StoredObject:
-    """Upload a small object, read it back and compare.
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of a store.
 
-    Args:
-        client: Client of the store.
-        data: Content.
-        bucket: Bucket, which must exist.
-        key: Key of the object.
-        metadata: Object metadata; ``sha256`` is always added.
-        content_type: MIME type.
-        if_absent: Refuse to replace an existing object, atomically.
-        lock_until: Until when the store shall refuse to delete it (Object Lock, governance mode).
-
-    Raises:
-        ObjectExistsError: If ``if_absent`` and there is such an object.
-        ParameterError: If the metadata is not portable between stores.
-        StoreError: If the store fails, or returns something else than was sent (the object is
-            deleted then).
+    Attributes:
+        client: Client of the store, see `make_client`.
+        name: Its name.
     """
-    sha256, write_id = hashlib.sha256(data).hexdigest(), secrets.token_hex(16)
-    extra: dict[str, Any] = _extra_args(sha256, metadata, content_type)
-    if lock_until is not None:
-        extra |= {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": lock_until}
-    if if_absent:
-        extra["IfNoneMatch"] = "*"
-        extra["Metadata"]["write-id"] = write_id
-    try:
-        with store_errors(client, f"upload {format_uri(bucket, key)}"):
-            client.put_object(
-                Bucket=bucket, Key=key, Body=data, ChecksumAlgorithm="SHA256", **extra
+
+    client: S3Client = field(repr=False)
+    name: str
+
+    def uri(self, key: str = "") -> str:
+        """The address of an object; `parse_uri` reads it back."""
+        return format_uri(self.name, key)
+
+    def errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Turn what botocore raises into a `StoreError`, see `store_errors`."""
+        return store_errors(self.client, doing)
+
+    def is_there(self) -> bool:
+        """Whether there is such a bucket."""
+        try:
+            with self.errors(f"look for bucket {self.name}"):
+                self.client.head_bucket(Bucket=self.name)
+        except MissingObjectError:
+            return False
+        return True
+
+    def ensure(self) -> None:
+        """Make the bucket unless it is there; several callers may do so at once."""
+        if self.is_there():
+            return
+        with self.errors(f"make bucket {self.name}"):
+            region = self.client.meta.region_name
+            # us-east-1 is the one region that S3 refuses to see named.
+            where: dict[str, Any] = (
+                {}
+                if region == "us-east-1"
+                else {"CreateBucketConfiguration": {"LocationConstraint": region}}
             )
-    except ObjectExistsError:
-        # A call whose answer was lost is repeated, and finds the object that it has made itself.
-        if not _was_written(client, bucket, key, write_id):
-            raise
-    return _verify(client, bucket, key, sha256)
+            try:
+                self.client.create_bucket(Bucket=self.name, **where)
+            except ClientError as error:
+                if error_code(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+                    raise
+                self.client.head_bucket(Bucket=self.name)
 
+    def upload_file(
+        self,
+        path: Path,
+        key: str,
+        *,
+        sha256: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        content_type: str | None = None,
+        progress: Callable[[int], None] | None = None,
+        delete_damaged: bool = True,
+    ) -> StoredObject:
+        """Upload a file, read it back and compare; large files go in parts.
 
-def claim_version(
-    client: S3Client,
-    bucket: str,
-    prefix: str,
-    *,
-    name: str,
-    content: Callable[[str], bytes],
-    now: datetime | None = None,
-) -> str:
-    """Claim a release folder ``{prefix}/v{YYYYMMDD_HHMMSS}/`` (UTC) that nobody else has.
+        Args:
+            path: The file.
+            key: Key of the object; an existing object is replaced.
+            sha256: SHA-256 that the file must have, which what is read back is held against; it is
+                computed where it isn't given.
+            metadata: Object metadata; ``sha256`` is always added.
+            content_type: MIME type.
+            progress: Called from transfer threads with the number of bytes sent since its last
+                call; by default every tenth of a large file is logged.
+            delete_damaged: Delete the object if something else is read back.
 
-    The folder belongs to whoever writes the object ``name`` into it first; a taken second is
-    passed over for the next one.
-
-    Args:
-        client: Client of the store.
-        bucket: Bucket, which must exist.
-        prefix: Folder of the releases.
-        name: The object that stakes the claim, e.g. ``"metadata.json"``.
-        content: Gives that object's content for a version.
-        now: Time of the release; the present by default.
-
-    Returns:
-        The version, e.g. ``"v20261120_143000"``.
-
-    Raises:
-        StoreError: If the store fails, or two minutes' worth of versions are taken.
-    """
-    start = now or datetime.now(UTC)
-    for second in range(_CLAIM_TRIES):
-        version = f"v{(start + timedelta(seconds=second)).astimezone(UTC):%Y%m%d_%H%M%S}"
-        try:
-            upload_bytes(
-                client,
-                content(version),
-                bucket,
-                f"{prefix.strip('/')}/{version}/{name}",
-                content_type="application/json" if name.endswith(".json") else None,
-                if_absent=True,
-            )
-        except ObjectExistsError:
-            continue
-        log.info("version claimed", version=version, bucket=bucket)
-        return version
-    raise StoreError(
-        f"no free version below {format_uri(bucket, prefix)}: the {_CLAIM_TRIES} seconds from "
-        f"{start:%Y-%m-%d %H:%M:%S} UTC are all taken"
-    )
-
-
-def download_file(
-    client: S3Client, bucket: str, key: str, path: Path, *, sha256: str | None = None
-) -> str:
-    """Download an object and check it; the file appears whole or not at all.
-
-    Args:
-        client: Client of the store.
-        bucket: Bucket.
-        key: Key of the object.
-        path: Where to; an existing file is replaced.
-        sha256: SHA-256 to expect; the one recorded in the object's metadata by default.
-
-    Returns:
-        The SHA-256 of the file.
-
-    Raises:
-        StoreError: If the store fails or the content is not what was expected.
-    """
-    uri = format_uri(bucket, key)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with store_errors(client, f"download {uri}"), partial.open("xb") as file:
-
-            def save(answer: GetObjectOutputTypeDef) -> tuple[str, str]:
-                digest = hashlib.sha256()
-                file.seek(0)
-                file.truncate()
-                for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    file.write(chunk)
-                return digest.hexdigest(), answer["Metadata"].get("sha256", "")
-
-            found, recorded = read_object(client, bucket, key, save)
-        expected = sha256 or recorded or found
-        if found != expected:
-            raise StoreError(
-                f"{uri} is damaged: expected SHA-256 {expected}, found {found}; nothing was kept"
-            )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return found
-
-
-def read_bytes(client: S3Client, bucket: str, key: str, *, limit: int = _MAX_READ_BYTES) -> bytes:
-    """The content of a small object.
-
-    Raises:
-        StoreError: If the store fails, or the object is larger than ``limit`` bytes.
-    """
-
-    def read(answer: GetObjectOutputTypeDef) -> bytes:
-        body = answer["Body"]
-        # The second read finds the end, where botocore compares the checksum.
-        return body.read(limit + 1) + body.read(1)
-
-    with store_errors(client, f"read {format_uri(bucket, key)}"):
-        content = read_object(client, bucket, key, read)
-    if len(content) > limit:
-        raise StoreError(
-            f"{format_uri(bucket, key)} is not what it should be: expected at most {limit} bytes"
-        )
-    return content
-
-
-def read_range(
-    client: S3Client, bucket: str, key: str, offset: int, length: int, tag: str
-) -> bytes:
-    """Some bytes of an object.
-
-    Args:
-        client: Client of the store.
-        bucket: Bucket.
-        key: Key of the object.
-        offset: Where the first of them is.
-        length: How many, at least one; there must be so many.
-        tag: The object's entity tag, as `list_tagged` gave it; empty for any.
-
-    Raises:
-        DataError: If the object is another one by now, or does not have so many bytes there.
-        StoreError: If the store fails.
-    """
-    uri = format_uri(bucket, key)
-    wanted = f"bytes={offset}-{offset + length - 1}"
-    conditions = {"Range": wanted} | ({"IfMatch": tag} if tag else {})
-    with store_errors(client, f"read {wanted} of {uri}"):
-        try:
-            found = read_object(
-                client,
-                bucket,
+        Raises:
+            DataError: If the file can't be read or hasn't the given SHA-256.
+            ParameterError: If the metadata is not portable between stores.
+            StoreError: If the store fails, or returns something else than was sent.
+        """
+        expected = sha256 or hash_file(path)
+        extra = _extra_args(expected, metadata, content_type)
+        with self.errors(f"upload {path} to {self.uri(key)}"):
+            self.client.upload_file(
+                str(path),
+                self.name,
                 key,
-                # The second read finds the end, or that it has come too early.
-                lambda answer: answer["Body"].read(length) + answer["Body"].read(1),
-                **conditions,
+                ExtraArgs={**extra, "ChecksumAlgorithm": "SHA256"},
+                Callback=progress or _logged(path),
+                Config=_TRANSFER,
             )
-        except ClientError as error:
-            if error_code(error) not in {"412", "PreconditionFailed", "404", "NoSuchKey"}:
-                raise
-            raise DataError(
-                f"{uri} was replaced or deleted while it was being read; let nothing write there, "
-                "and run again"
-            ) from error
-    if len(found) != length:
-        raise DataError(f"{uri}: expected {length} bytes from {offset} on, found {len(found)}")
-    return found
-
-
-def read_json(client: S3Client, bucket: str, key: str) -> Any:
-    """The content of a JSON object.
-
-    Raises:
-        StoreError: If the store fails or the content is not JSON.
-    """
-    try:
-        return json.loads(read_bytes(client, bucket, key))
-    except ValueError as error:
-        raise StoreError(f"{format_uri(bucket, key)} is not JSON: {error}") from error
-
-
-def head(client: S3Client, bucket: str, key: str) -> StoredObject:
-    """Size and recorded SHA-256 of an object, without its content."""
-    with store_errors(client, f"look at {format_uri(bucket, key)}"):
-        response = client.head_object(Bucket=bucket, Key=key)
-    return StoredObject(
-        format_uri(bucket, key),
-        bucket,
-        key,
-        response["ContentLength"],
-        response["Metadata"].get("sha256", ""),
-    )
-
-
-def exists(client: S3Client, bucket: str, key: str) -> bool:
-    """Whether there is such an object; a missing bucket counts as a missing object."""
-    with store_errors(client, f"look at {format_uri(bucket, key)}"):
         try:
-            client.head_object(Bucket=bucket, Key=key)
-        except ClientError as error:
-            if error_code(error) in {"404", "NoSuchKey", "NoSuchBucket"}:
-                return False
+            return self._verify(key, expected, delete_damaged=delete_damaged)
+        except StoreError as error:
+            # Hashed again only now, so that a large file is read no more often than needed.
+            if (found := hash_file(path)) != expected:
+                raise DataError(
+                    f"{path} has changed: expected SHA-256 {expected}, found {found}"
+                ) from error
             raise
-    return True
 
+    def upload_bytes(
+        self,
+        data: bytes,
+        key: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        content_type: str | None = None,
+        if_absent: bool = False,
+        lock_until: datetime | None = None,
+    ) -> StoredObject:
+        """Upload a small object, read it back and compare.
 
-def list_keys(client: S3Client, bucket: str, prefix: str) -> tuple[str, ...]:
-    """The keys that begin with ``prefix``, sorted."""
-    return tuple(sorted(list_sizes(client, bucket, prefix)))
+        Args:
+            data: Content.
+            key: Key of the object.
+            metadata: Object metadata; ``sha256`` is always added.
+            content_type: MIME type.
+            if_absent: Refuse to replace an existing object, atomically.
+            lock_until: Until when the store shall refuse to delete it (Object Lock, governance
+                mode).
 
-
-def list_sizes(client: S3Client, bucket: str, prefix: str) -> dict[str, int]:
-    """Length in bytes of the objects whose keys begin with ``prefix``, by their keys."""
-    return {key: size for key, (size, _) in list_tagged(client, bucket, prefix).items()}
-
-
-def list_tagged(client: S3Client, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
-    """Length in bytes and entity tag of the objects whose keys begin with ``prefix``.
-
-    The tag is empty where a store gives none.
-    """
-    with store_errors(client, f"list {format_uri(bucket, prefix)}"):
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return {
-            entry["Key"]: (entry["Size"], entry.get("ETag", ""))
-            for page in pages
-            for entry in page.get("Contents", [])
-        }
-
-
-def list_versions(
-    client: S3Client, bucket: str, prefix: str, *, after: str = "", limit: int | None = None
-) -> tuple[str, ...]:
-    """The releases in ``prefix``, oldest first: the folders that hold a ``manifest.json``.
-
-    With ``after`` or ``limit`` the store is asked for no more than that page, however many
-    releases there are before and behind it.
-
-    Args:
-        client: Client of the store.
-        bucket: Bucket.
-        prefix: Folder of the releases.
-        after: Begin behind this version, e.g. ``"v20261120_143000"``, which need not exist; its
-            beginning will do: ``"v20261120"`` begins with that day.
-        limit: How many at most; None for all.
-
-    Raises:
-        StoreError: If the store fails.
-    """
-    return tuple(itertools.islice(_versions(client, bucket, prefix.strip("/") + "/", after), limit))
-
-
-def _versions(client: S3Client, bucket: str, folder: str, after: str) -> Iterator[str]:
-    # All versions begin with v, which leaves out the reports in failed/. No key within a version's
-    # folder is behind its name with a 0, which comes next to the slash.
-    start = f"{folder}{after}0" if after else f"{folder}v"
-    with store_errors(client, f"list {format_uri(bucket, folder)}"):
-        pages = client.get_paginator("list_objects_v2").paginate(
-            Bucket=bucket, Prefix=folder, StartAfter=start
-        )
-        for entry in (entry for page in pages for entry in page.get("Contents", [])):
-            version, _, name = entry["Key"].removeprefix(folder).partition("/")
-            if name == MANIFEST:
-                yield version
-
-
-def delete_objects(client: S3Client, bucket: str, keys: Sequence[str]) -> None:
-    """Delete objects; one that is gone is no error.
-
-    Raises:
-        StoreError: If the store fails or keeps an object.
-    """
-    with store_errors(client, f"delete {len(keys)} objects of bucket {bucket}"):
-        for start in range(0, len(keys), 1000):
-            batch = [{"Key": key} for key in keys[start : start + 1000]]
-            response = client.delete_objects(
-                Bucket=bucket,
-                Delete={"Objects": batch, "Quiet": True},  # type: ignore[typeddict-item]
-            )
-            if failed := response.get("Errors", []):
-                raise StoreError(
-                    f"{len(failed)} objects of bucket {bucket} could not be deleted, "
-                    f"first {failed[0].get('Key')}: {failed[0].get('Message')}"
+        Raises:
+            ObjectExistsError: If ``if_absent`` and there is such an object.
+            ParameterError: If the metadata is not portable between stores.
+            StoreError: If the store fails, or returns something else than was sent (the object is
+                deleted then).
+        """
+        sha256, write_id = hashlib.sha256(data).hexdigest(), secrets.token_hex(16)
+        extra: dict[str, Any] = _extra_args(sha256, metadata, content_type)
+        if lock_until is not None:
+            extra |= {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": lock_until}
+        if if_absent:
+            extra["IfNoneMatch"] = "*"
+            extra["Metadata"]["write-id"] = write_id
+        try:
+            with self.errors(f"upload {self.uri(key)}"):
+                self.client.put_object(
+                    Bucket=self.name, Key=key, Body=data, ChecksumAlgorithm="SHA256", **extra
                 )
+        except ObjectExistsError:
+            # A call whose answer was lost is repeated, and finds the object it has made itself.
+            if not self._was_written(key, write_id):
+                raise
+        return self._verify(key, sha256)
 
+    def claim_version(
+        self,
+        prefix: str,
+        *,
+        name: str,
+        content: Callable[[str], bytes],
+        now: datetime | None = None,
+    ) -> str:
+        """Claim a release folder ``{prefix}/v{YYYYMMDD_HHMMSS}/`` (UTC) that nobody else has.
 
-def copy_object(
-    client: S3Client, bucket: str, key: str, to_bucket: str, to_key: str
-) -> StoredObject:
-    """Copy an object within the store, in parts where it is large, then read it back and compare.
+        The folder belongs to whoever writes the object ``name`` into it first; a taken second is
+        passed over for the next one.
 
-    Raises:
-        StoreError: If the store fails, or the copy differs from the recorded SHA-256 (the copy is
-            deleted then).
-    """
-    source, target = format_uri(bucket, key), format_uri(to_bucket, to_key)
-    with store_errors(client, f"copy {source} to {target}"):
-        metadata = _copy(client, bucket, key, to_bucket, to_key)
-    expected = metadata.get("sha256") or hash_object(client, bucket, key)[0]
-    return _verify(client, to_bucket, to_key, expected)
+        Args:
+            prefix: Folder of the releases.
+            name: The object that stakes the claim, e.g. ``"metadata.json"``.
+            content: Gives that object's content for a version.
+            now: Time of the release; the present by default.
 
+        Returns:
+            The version, e.g. ``"v20261120_143000"``.
 
-def touch_object(client: S3Client, bucket: str, key: str) -> None:
-    """Date an object anew, by copying it onto itself within the store.
+        Raises:
+            StoreError: If the store fails, or two minutes' worth of versions are taken.
+        """
+        start = now or datetime.now(UTC)
+        for second in range(_CLAIM_TRIES):
+            version = f"v{(start + timedelta(seconds=second)).astimezone(UTC):%Y%m%d_%H%M%S}"
+            try:
+                self.upload_bytes(
+                    content(version),
+                    f"{prefix.strip('/')}/{version}/{name}",
+                    content_type="application/json" if name.endswith(".json") else None,
+                    if_absent=True,
+                )
+            except ObjectExistsError:
+                continue
+            log.info("version claimed", version=version, bucket=self.name)
+            return version
+        raise StoreError(
+            f"no free version below {self.uri(prefix)}: the {_CLAIM_TRIES} seconds from "
+            f"{start:%Y-%m-%d %H:%M:%S} UTC are all taken"
+        )
 
-    Raises:
-        StoreError: If the store fails.
-    """
-    with store_errors(client, f"date {format_uri(bucket, key)} anew"):
-        _copy(client, bucket, key, bucket, key)
+    def download_file(self, key: str, path: Path, *, sha256: str | None = None) -> str:
+        """Download an object and check it; the file appears whole or not at all.
 
+        Args:
+            key: Key of the object.
+            path: Where to; an existing file is replaced.
+            sha256: SHA-256 to expect; the one recorded in the object's metadata by default.
 
-def _copy(
-    client: S3Client, bucket: str, key: str, to_bucket: str, to_key: str
-) -> Mapping[str, str]:
-    """Copy an object with its metadata, and return that."""
-    there = client.head_object(Bucket=bucket, Key=key)
-    # A copy in parts would lose the metadata, so it is always given anew.
-    extra = {
-        "Metadata": there["Metadata"],
-        "MetadataDirective": "REPLACE",
-        "ContentType": there.get("ContentType", "binary/octet-stream"),
-    }
-    client.copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, ExtraArgs=extra)
-    return there["Metadata"]
+        Returns:
+            The SHA-256 of the file.
+
+        Raises:
+            StoreError: If the store fails or the content is not what was expected.
+        """
+        uri = self.uri(key)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        try:
+            with self.errors(f"download {uri}"), partial.open("xb") as file:
+
+                def save(answer: GetObjectOutputTypeDef) -> tuple[str, str]:
+                    digest = hashlib.sha256()
+                    file.seek(0)
+                    file.truncate()
+                    for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
+                        digest.update(chunk)
+                        file.write(chunk)
+                    return digest.hexdigest(), answer["Metadata"].get("sha256", "")
+
+                found, recorded = read_object(self.client, self.name, key, save)
+            expected = sha256 or recorded or found
+            if found != expected:
+                raise StoreError(
+                    f"{uri} is damaged: expected SHA-256 {expected}, found {found}; nothing was "
+                    "kept"
+                )
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return found
+
+    def read_bytes(self, key: str, *, limit: int = _MAX_READ_BYTES) -> bytes:
+        """The content of a small object.
+
+        Raises:
+            StoreError: If the store fails, or the object is larger than ``limit`` bytes.
+        """
+
+        def read(answer: GetObjectOutputTypeDef) -> bytes:
+            body = answer["Body"]
+            # The second read finds the end, where botocore compares the checksum.
+            return body.read(limit + 1) + body.read(1)
+
+        with self.errors(f"read {self.uri(key)}"):
+            content = read_object(self.client, self.name, key, read)
+        if len(content) > limit:
+            raise StoreError(
+                f"{self.uri(key)} is not what it should be: expected at most {limit} bytes"
+            )
+        return content
+
+    def read_range(self, key: str, offset: int, length: int, tag: str) -> bytes:
+        """Some bytes of an object.
+
+        Args:
+            key: Key of the object.
+            offset: Where the first of them is.
+            length: How many, at least one; there must be so many.
+            tag: The object's entity tag, as `list_tagged` gave it; empty for any.
+
+        Raises:
+            DataError: If the object is another one by now, or does not have so many bytes there.
+            StoreError: If the store fails.
+        """
+        uri = self.uri(key)
+        wanted = f"bytes={offset}-{offset + length - 1}"
+        conditions = {"Range": wanted} | ({"IfMatch": tag} if tag else {})
+        with self.errors(f"read {wanted} of {uri}"):
+            try:
+                found = read_object(
+                    self.client,
+                    self.name,
+                    key,
+                    # The second read finds the end, or that it has come too early.
+                    lambda answer: answer["Body"].read(length) + answer["Body"].read(1),
+                    **conditions,
+                )
+            except ClientError as error:
+                if error_code(error) not in {"412", "PreconditionFailed", "404", "NoSuchKey"}:
+                    raise
+                raise DataError(
+                    f"{uri} was replaced or deleted while it was being read; let nothing write "
+                    "there, and run again"
+                ) from error
+        if len(found) != length:
+            raise DataError(f"{uri}: expected {length} bytes from {offset} on, found {len(found)}")
+        return found
+
+    def read_json(self, key: str) -> Any:
+        """The content of a JSON object.
+
+        Raises:
+            StoreError: If the store fails or the content is not JSON.
+        """
+        try:
+            return json.loads(self.read_bytes(key))
+        except ValueError as error:
+            raise StoreError(f"{self.uri(key)} is not JSON: {error}") from error
+
+    def head(self, key: str) -> StoredObject:
+        """Size and recorded SHA-256 of an object, without its content."""
+        there = self._head(key)
+        return StoredObject(
+            self.uri(key),
+            self.name,
+            key,
+            there["ContentLength"],
+            there["Metadata"].get("sha256", ""),
+        )
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object; a missing bucket counts as a missing object."""
+        try:
+            self._head(key)
+        except MissingObjectError:
+            return False
+        return True
+
+    def _head(self, key: str) -> HeadObjectOutputTypeDef:
+        with self.errors(f"look at {self.uri(key)}"):
+            return self.client.head_object(Bucket=self.name, Key=key)
+
+    def list_keys(self, prefix: str) -> tuple[str, ...]:
+        """The keys that begin with ``prefix``, sorted."""
+        return tuple(sorted(self.list_sizes(prefix)))
+
+    def list_sizes(self, prefix: str) -> dict[str, int]:
+        """Length in bytes of the objects whose keys begin with ``prefix``, by their keys."""
+        return {key: size for key, (size, _) in self.list_tagged(prefix).items()}
+
+    def list_tagged(self, prefix: str) -> dict[str, tuple[int, str]]:
+        """Length in bytes and entity tag of the objects whose keys begin with ``prefix``.
+
+        The tag is empty where a store gives none.
+        """
+        with self.errors(f"list {self.uri(prefix)}"):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.name, Prefix=prefix
+            )
+            return {
+                entry["Key"]: (entry["Size"], entry.get("ETag", ""))
+                for page in pages
+                for entry in page.get("Contents", [])
+            }
+
+    def list_versions(
+        self, prefix: str, *, after: str = "", limit: int | None = None
+    ) -> tuple[str, ...]:
+        """The releases in ``prefix``, oldest first: the folders that hold a ``manifest.json``.
+
+        With ``after`` or ``limit`` the store is asked for no more than that page, however many
+        releases there are before and behind it.
+
+        Args:
+            prefix: Folder of the releases.
+            after: Begin behind this version, e.g. ``"v20261120_143000"``, which need not exist; its
+                beginning will do: ``"v20261120"`` begins with that day.
+            limit: How many at most; None for all.
+
+        Raises:
+            StoreError: If the store fails.
+        """
+        return tuple(itertools.islice(self._versions(prefix.strip("/") + "/", after), limit))
+
+    def _versions(self, folder: str, after: str) -> Iterator[str]:
+        # All versions begin with v, which leaves out the reports in failed/. No key within a
+        # version's folder is behind its name with a 0, which comes next to the slash.
+        start = f"{folder}{after}0" if after else f"{folder}v"
+        with self.errors(f"list {self.uri(folder)}"):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.name, Prefix=folder, StartAfter=start
+            )
+            for entry in (entry for page in pages for entry in page.get("Contents", [])):
+                version, _, name = entry["Key"].removeprefix(folder).partition("/")
+                if name == MANIFEST:
+                    yield version
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects; one that is gone is no error.
+
+        Raises:
+            StoreError: If the store fails or keeps an object.
+        """
+        with self.errors(f"delete {len(keys)} objects of bucket {self.name}"):
+            for start in range(0, len(keys), 1000):
+                batch = [{"Key": key} for key in keys[start : start + 1000]]
+                response = self.client.delete_objects(
+                    Bucket=self.name,
+                    Delete={"Objects": batch, "Quiet": True},  # type: ignore[typeddict-item]
+                )
+                if failed := response.get("Errors", []):
+                    raise StoreError(
+                        f"{len(failed)} objects of bucket {self.name} could not be deleted, "
+                        f"first {failed[0].get('Key')}: {failed[0].get('Message')}"
+                    )
+
+    def copy(self, key: str, to_key: str) -> StoredObject:
+        """Copy an object within the bucket, then read it back and compare.
+
+        Raises:
+            StoreError: If the store fails, or the copy differs from the recorded SHA-256 (the copy
+                is deleted then).
+        """
+        with self.errors(f"copy {self.uri(key)} to {self.uri(to_key)}"):
+            metadata = self._copy(key, to_key)
+        return self._verify(to_key, metadata.get("sha256") or self.hash_object(key)[0])
+
+    def touch(self, key: str) -> None:
+        """Date an object anew, by copying it onto itself within the store.
+
+        Raises:
+            StoreError: If the store fails.
+        """
+        with self.errors(f"date {self.uri(key)} anew"):
+            self._copy(key, key)
+
+    def _copy(self, key: str, to_key: str) -> Mapping[str, str]:
+        """Copy an object with its metadata, and return that; in parts where it is large."""
+        there = self.client.head_object(Bucket=self.name, Key=key)
+        # A copy in parts would lose the metadata, so it is always given anew.
+        extra = {
+            "Metadata": there["Metadata"],
+            "MetadataDirective": "REPLACE",
+            "ContentType": there.get("ContentType", "binary/octet-stream"),
+        }
+        self.client.copy({"Bucket": self.name, "Key": key}, self.name, to_key, ExtraArgs=extra)
+        return there["Metadata"]
+
+    def hash_object(self, key: str) -> tuple[str, int]:
+        """SHA-256 in hexadecimal and length in bytes of an object's content, as read back."""
+
+        def read(answer: GetObjectOutputTypeDef) -> tuple[str, int]:
+            digest, size = hashlib.sha256(), 0
+            for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+            return digest.hexdigest(), size
+
+        with self.errors(f"read back {self.uri(key)}"):
+            return read_object(self.client, self.name, key, read)
+
+    def _was_written(self, key: str, write_id: str) -> bool:
+        try:
+            return self._head(key)["Metadata"].get("write-id") == write_id
+        except MissingObjectError:
+            # Somebody else's write may be under way, or be taken back already.
+            return False
+
+    def _verify(self, key: str, expected: str, *, delete_damaged: bool = True) -> StoredObject:
+        uri = self.uri(key)
+        found, size = self.hash_object(key)
+        if found != expected:
+            # What is sent in parts has no checksum on its way back: a look may be damaged, not it.
+            found, size = self.hash_object(key)
+        if found != expected:
+            if delete_damaged:
+                with self.errors(f"delete the damaged {uri}"):
+                    self.client.delete_object(Bucket=self.name, Key=key)
+            raise StoreError(
+                f"{uri} reads back differently: expected SHA-256 {expected}, found {found} "
+                f"({size} bytes); {'it was deleted, ' if delete_damaged else ''}run again"
+            )
+        log.debug("object stored", uri=uri, size_bytes=size, sha256=found)
+        return StoredObject(uri, self.name, key, size, found)
 
 
 def _logged(path: Path) -> Callable[[int], None]:
@@ -546,20 +576,6 @@ def _logged(path: Path) -> Callable[[int], None]:
     return count
 
 
-def hash_object(client: S3Client, bucket: str, key: str) -> tuple[str, int]:
-    """SHA-256 in hexadecimal and length in bytes of an object's content, as read back."""
-
-    def read(answer: GetObjectOutputTypeDef) -> tuple[str, int]:
-        digest, size = hashlib.sha256(), 0
-        for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-        return digest.hexdigest(), size
-
-    with store_errors(client, f"read back {format_uri(bucket, key)}"):
-        return read_object(client, bucket, key, read)
-
-
 def _extra_args(
     sha256: str, metadata: Mapping[str, str] | None, content_type: str | None
 ) -> dict[str, Any]:
@@ -575,38 +591,6 @@ def _extra_args(
             f"since stores rewrite others; found {', '.join(problems)}"
         )
     return {"Metadata": entries} | ({"ContentType": content_type} if content_type else {})
-
-
-def _was_written(client: S3Client, bucket: str, key: str, write_id: str) -> bool:
-    with store_errors(client, f"look at {format_uri(bucket, key)}"):
-        try:
-            there = client.head_object(Bucket=bucket, Key=key)["Metadata"]
-        except ClientError as error:
-            # Somebody else's write may be under way, or be taken back already.
-            if error_code(error) in {"404", "NoSuchKey"}:
-                return False
-            raise
-    return there.get("write-id") == write_id
-
-
-def _verify(
-    client: S3Client, bucket: str, key: str, expected: str, *, delete_damaged: bool = True
-) -> StoredObject:
-    uri = format_uri(bucket, key)
-    found, size = hash_object(client, bucket, key)
-    if found != expected:
-        # What is sent in parts has no checksum on its way back: a look may be damaged, not it.
-        found, size = hash_object(client, bucket, key)
-    if found != expected:
-        if delete_damaged:
-            with store_errors(client, f"delete the damaged {uri}"):
-                client.delete_object(Bucket=bucket, Key=key)
-        raise StoreError(
-            f"{uri} reads back differently: expected SHA-256 {expected}, found {found} "
-            f"({size} bytes); {'it was deleted, ' if delete_damaged else ''}run again"
-        )
-    log.debug("object stored", uri=uri, size_bytes=size, sha256=found)
-    return StoredObject(uri, bucket, key, size, found)
 
 
 CONTENT_TYPES = {

@@ -13,7 +13,7 @@ from heimdall_onnx.archive.aliases import (
     read_log,
 )
 from heimdall_onnx.common.errors import PromotionError, RegistryError, VerificationError
-from heimdall_onnx.services.store import list_keys
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -28,76 +28,76 @@ def move(s3, bucket, version="1", **changes):
         "previous": None,
         "by": "a run",
     }
-    return append_move(s3, bucket, **{**entry, **changes})
+    return append_move(Bucket(s3, bucket), **{**entry, **changes})
 
 
 def test_log_begins_empty(s3, bucket):
-    assert read_log(s3, bucket, "net", "staging") == ()
-    assert read_last(s3, bucket, "net", "staging") is None
-    assert logged_aliases(s3, bucket, "net") == ()
+    assert read_log(bucket, "net", "staging") == ()
+    assert read_last(bucket, "net", "staging") is None
+    assert logged_aliases(bucket, "net") == ()
 
 
 def test_each_move_follows_the_one_before(s3, bucket):
-    first, second = move(s3, bucket, "1", previous="0"), move(s3, bucket, "2")
+    first, second = move(s3, bucket.name, "1", previous="0"), move(s3, bucket.name, "2")
     assert (first.number, first.previous, first.follows) == (1, "0", None)
     assert (second.number, second.previous) == (2, "1")
-    assert read_log(s3, bucket, "net", "staging") == (first, second)
-    assert read_last(s3, bucket, "net", "staging") == second
-    move(s3, bucket, alias="production")
-    assert logged_aliases(s3, bucket, "net") == ("production", "staging")
+    assert read_log(bucket, "net", "staging") == (first, second)
+    assert read_last(bucket, "net", "staging") == second
+    move(s3, bucket.name, alias="production")
+    assert logged_aliases(bucket, "net") == ("production", "staging")
 
 
 def test_of_many_at_once_each_gets_a_number_of_its_own(s3, bucket):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: move(s3, bucket, str(n)), range(16)))
-    moves = read_log(s3, bucket, "net", "staging")
+        list(pool.map(lambda n: move(s3, bucket.name, str(n)), range(16)))
+    moves = read_log(bucket, "net", "staging")
     assert [one.number for one in moves] == list(range(1, 17))
     assert {one.version for one in moves} == {str(n) for n in range(16)}
     assert [one.previous for one in moves[1:]] == [one.version for one in moves[:-1]]
 
 
 def test_who_decided_on_what_has_changed_since_is_told(s3, bucket):
-    move(s3, bucket, "1")
-    move(s3, bucket, "2")
+    move(s3, bucket.name, "1")
+    move(s3, bucket.name, "2")
     with pytest.raises(PromotionError, match="was moved meanwhile"):
-        move(s3, bucket, "3", after=1)
-    assert move(s3, bucket, "3", after=2).number == 3
+        move(s3, bucket.name, "3", after=1)
+    assert move(s3, bucket.name, "3", after=2).number == 3
 
 
 @pytest.mark.parametrize("tampering", ["changed", "deleted", "added", "broken"])
 def test_log_that_was_tampered_with_is_not_believed(s3, bucket, tampering):
     for version in "123":
-        move(s3, bucket, version)
-    keys = list_keys(s3, bucket, "aliases/")
-    second = json.loads(s3.get_object(Bucket=bucket, Key=keys[1])["Body"].read())
+        move(s3, bucket.name, version)
+    keys = bucket.list_keys("aliases/")
+    second = json.loads(s3.get_object(Bucket=bucket.name, Key=keys[1])["Body"].read())
     if tampering == "changed":
         body = json.dumps({**second, "by": "another"}).encode()
-        s3.put_object(Bucket=bucket, Key=keys[1], Body=body)
+        s3.put_object(Bucket=bucket.name, Key=keys[1], Body=body)
     elif tampering == "deleted":
-        s3.delete_object(Bucket=bucket, Key=keys[1])
+        s3.delete_object(Bucket=bucket.name, Key=keys[1])
     elif tampering == "added":
         body = json.dumps({**second, "number": 4}).encode()
-        s3.put_object(Bucket=bucket, Key=keys[1].replace("02.json", "04.json"), Body=body)
+        s3.put_object(Bucket=bucket.name, Key=keys[1].replace("02.json", "04.json"), Body=body)
     else:
-        s3.put_object(Bucket=bucket, Key=keys[1], Body=b"{}")
+        s3.put_object(Bucket=bucket.name, Key=keys[1], Body=b"{}")
     with pytest.raises(VerificationError, match=r"0000000\d\.json"):
-        read_log(s3, bucket, "net", "staging")
+        read_log(bucket, "net", "staging")
 
 
 @pytest.fixture
 def versions(sqlite_tracker, s3, bucket):
-    s3.put_object(Bucket=bucket, Key="models/v1/MLmodel", Body=b"")
-    return [sqlite_tracker.register_model("net", f"s3://{bucket}/models/v1") for _ in range(3)]
+    s3.put_object(Bucket=bucket.name, Key="models/v1/MLmodel", Body=b"")
+    return [sqlite_tracker.register_model("net", f"{bucket.uri()}models/v1") for _ in range(3)]
 
 
 def test_mlflow_follows_the_last_entry(s3, bucket, sqlite_tracker, versions):
-    assert follow_log(s3, bucket, sqlite_tracker, "net", "staging") is None
+    assert follow_log(bucket, sqlite_tracker, "net", "staging") is None
     for version in versions:
-        move(s3, bucket, version)
-    assert follow_log(s3, bucket, sqlite_tracker, "net", "staging") == "3"
+        move(s3, bucket.name, version)
+    assert follow_log(bucket, sqlite_tracker, "net", "staging") == "3"
     assert sqlite_tracker.alias_target("net", "staging") == "3"
-    move(s3, bucket, "1", action="rollback")
-    assert follow_log(s3, bucket, sqlite_tracker, "net", "staging") == "1"
+    move(s3, bucket.name, "1", action="rollback")
+    assert follow_log(bucket, sqlite_tracker, "net", "staging") == "1"
     stages = [sqlite_tracker.get_version("net", version).stage for version in versions]
     assert stages == ["Staging", "None", "Archived"]
 
@@ -105,15 +105,15 @@ def test_mlflow_follows_the_last_entry(s3, bucket, sqlite_tracker, versions):
 def test_failed_move_that_is_taken_back_leaves_the_stage_as_it_was(
     s3, bucket, sqlite_tracker, versions, monkeypatch
 ):
-    move(s3, bucket, "1")
-    follow_log(s3, bucket, sqlite_tracker, "net", "staging")
-    move(s3, bucket, "2")
+    move(s3, bucket.name, "1")
+    follow_log(bucket, sqlite_tracker, "net", "staging")
+    move(s3, bucket.name, "2")
     with monkeypatch.context() as patch:
         patch.setattr(sqlite_tracker, "set_alias", refuse)
         with pytest.raises(RegistryError):
-            follow_log(s3, bucket, sqlite_tracker, "net", "staging")
-    move(s3, bucket, "1", action="withdraw")
-    assert follow_log(s3, bucket, sqlite_tracker, "net", "staging") == "1"
+            follow_log(bucket, sqlite_tracker, "net", "staging")
+    move(s3, bucket.name, "1", action="withdraw")
+    assert follow_log(bucket, sqlite_tracker, "net", "staging") == "1"
     assert sqlite_tracker.get_version("net", "1").stage == "Staging"
 
 
@@ -122,40 +122,40 @@ def refuse(*_):
 
 
 def test_alias_whose_log_ends_with_none_is_taken_away(s3, bucket, sqlite_tracker, versions):
-    move(s3, bucket, "1")
-    follow_log(s3, bucket, sqlite_tracker, "net", "staging")
-    move(s3, bucket, None, action="withdraw", release=None)
-    assert follow_log(s3, bucket, sqlite_tracker, "net", "staging") is None
+    move(s3, bucket.name, "1")
+    follow_log(bucket, sqlite_tracker, "net", "staging")
+    move(s3, bucket.name, None, action="withdraw", release=None)
+    assert follow_log(bucket, sqlite_tracker, "net", "staging") is None
     assert sqlite_tracker.alias_target("net", "staging") is None
 
 
 def test_objects_of_others_in_a_log_are_no_entries(s3, bucket):
-    move(s3, bucket, "1")
-    s3.put_object(Bucket=bucket, Key="aliases/net/staging/notes.txt", Body=b"x")
-    assert move(s3, bucket, "2").number == 2
+    move(s3, bucket.name, "1")
+    s3.put_object(Bucket=bucket.name, Key="aliases/net/staging/notes.txt", Body=b"x")
+    assert move(s3, bucket.name, "2").number == 2
     s3.put_object(
-        Bucket=bucket,
+        Bucket=bucket.name,
         Key="aliases/net/staging/99999999.json",
-        Body=read_last(s3, bucket, "net", "staging").model_dump_json().encode(),
+        Body=read_last(bucket, "net", "staging").model_dump_json().encode(),
     )
     with pytest.raises(VerificationError, match="entry 2 of another place"):
-        move(s3, bucket, "3")
+        move(s3, bucket.name, "3")
 
 
 def test_alias_without_a_stage_moves_alone(s3, bucket, sqlite_tracker, versions):
-    move(s3, bucket, "2", alias="candidate")
-    follow_log(s3, bucket, sqlite_tracker, "net", "candidate")
+    move(s3, bucket.name, "2", alias="candidate")
+    follow_log(bucket, sqlite_tracker, "net", "candidate")
     assert sqlite_tracker.alias_target("net", "candidate") == "2"
     assert sqlite_tracker.get_version("net", "2").stage == "None"
 
 
 def test_racing_writers_end_where_the_log_ends(s3, bucket, sqlite_tracker, versions):
     def write_and_follow(version):
-        move(s3, bucket, version)
-        follow_log(s3, bucket, sqlite_tracker, "net", "staging")
+        move(s3, bucket.name, version)
+        follow_log(bucket, sqlite_tracker, "net", "staging")
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(write_and_follow, versions * 3))
-    last = read_last(s3, bucket, "net", "staging")
+    last = read_last(bucket, "net", "staging")
     assert last.number == 9
     assert sqlite_tracker.alias_target("net", "staging") == last.version

@@ -17,7 +17,7 @@ from heimdall_onnx.common.errors import ParameterError, UnavailableError, Verifi
 from heimdall_onnx.model.runtimes import OpenVINOSession, SessionSettings
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.connection import connect
-from heimdall_onnx.services.store import to_json, upload_bytes
+from heimdall_onnx.services.store import to_json
 
 pytestmark = pytest.mark.services
 
@@ -239,8 +239,8 @@ def test_release_without_variants_recommends_its_model(settings, folder, reset_m
 
 def test_bare_object_is_its_only_variant(settings, released, s3, bucket):
     body = s3.get_object(Bucket=BUCKET, Key=released.model.key)["Body"].read()
-    upload_bytes(s3, body, bucket, "bare.onnx")
-    uri = f"s3://{bucket}/bare.onnx"
+    bucket.upload_bytes(body, "bare.onnx")
+    uri = f"{bucket.uri()}bare.onnx"
     for verify in (True, False):
         with pytest.raises(ParameterError, match="without a release around it"):
             load_model(uri, settings=settings, variant="int8-minmax", verify=verify)

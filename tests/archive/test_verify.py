@@ -23,7 +23,7 @@ from heimdall_onnx.common.errors import ParameterError, RegistryError, StoreErro
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.services.connection import connect
-from heimdall_onnx.services.store import list_keys, upload_file
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -64,7 +64,7 @@ def tampered(s3, folder):
     """Change objects of the release; everything is put back afterwards."""
     prefix = folder.removeprefix(f"s3://{BUCKET}/")
     before = {}
-    for key in list_keys(s3, BUCKET, prefix):
+    for key in Bucket(s3, BUCKET).list_keys(prefix):
         stored = s3.get_object(Bucket=BUCKET, Key=key)
         before[key] = (stored["Body"].read(), stored["Metadata"])
 
@@ -76,7 +76,7 @@ def tampered(s3, folder):
             s3.put_object(Bucket=BUCKET, Key=key, Body=body)
 
     yield change
-    for key in set(list_keys(s3, BUCKET, prefix)) - set(before):
+    for key in set(Bucket(s3, BUCKET).list_keys(prefix)) - set(before):
         s3.delete_object(Bucket=BUCKET, Key=key)
     for key, (body, metadata) in before.items():
         s3.put_object(Bucket=BUCKET, Key=key, Body=body, Metadata=metadata)
@@ -102,7 +102,7 @@ def test_signature_holds_with_the_signers_key_alone(connection, folder, keys, tm
 
 def test_every_object_is_checked_and_any_byte_of_it(connection, folder, s3, tampered, keys):
     prefix = folder.removeprefix(f"s3://{BUCKET}/") + "/"
-    names = [key.removeprefix(prefix) for key in list_keys(s3, BUCKET, prefix)]
+    names = [key.removeprefix(prefix) for key in Bucket(s3, BUCKET).list_keys(prefix)]
     assert {"model.onnx", "MLmodel", "report.ipynb", "bom.cdx.json", "model.sig"} < set(names)
     trust, rng = Trust(keys.public), np.random.default_rng(0)
     for name in names:
@@ -289,11 +289,11 @@ def test_damaged_local_copy_is_fetched_again(settings, folder, released):
 
 def test_bare_object_is_opened_by_its_recorded_hash(settings, s3, bucket, tmp_path, released):
     exported = export_model(SmallNet(), tmp_path / "m.onnx")
-    upload_file(s3, exported.path, bucket, "bare.onnx")
-    assert load_model(f"s3://{bucket}/bare.onnx", settings=settings).get_inputs()
-    s3.put_object(Bucket=bucket, Key="unknown.onnx", Body=exported.path.read_bytes())
+    bucket.upload_file(exported.path, "bare.onnx")
+    assert load_model(f"{bucket.uri()}bare.onnx", settings=settings).get_inputs()
+    s3.put_object(Bucket=bucket.name, Key="unknown.onnx", Body=exported.path.read_bytes())
     with pytest.raises(VerificationError, match="records no SHA-256"):
-        load_model(f"s3://{bucket}/unknown.onnx", settings=settings)
+        load_model(f"{bucket.uri()}unknown.onnx", settings=settings)
 
 
 @pytest.mark.parametrize("uri", ["model.onnx", "http://x/y", "models:/name", "models:/a/b"])
@@ -304,7 +304,7 @@ def test_address_of_another_kind_is_refused(settings, released, uri):
 
 def test_object_that_is_not_there_is_said_to_be_missing(settings, bucket, released):
     with pytest.raises(StoreError, match=r"none\.onnx"):
-        load_model(f"s3://{bucket}/none.onnx", settings=settings)
+        load_model(f"{bucket.uri()}none.onnx", settings=settings)
 
 
 # Releases with variants
@@ -312,7 +312,7 @@ def test_object_that_is_not_there_is_said_to_be_missing(settings, bucket, releas
 
 @pytest.fixture
 def varied(connection, bucket, tmp_path):
-    return Factory(connection, bucket, tmp_path)(recommended="int8-minmax")
+    return Factory(connection, bucket.name, tmp_path)(recommended="int8-minmax")
 
 
 def test_any_byte_of_any_variant_is_checked(connection, varied, s3):

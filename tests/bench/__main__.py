@@ -33,7 +33,7 @@ from heimdall_onnx import LocalizationNet, Settings, ensure_store
 from heimdall_onnx.common.environment import capture_environment
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.embedded import services_down
-from heimdall_onnx.services.store import ensure_bucket
+from heimdall_onnx.services.store import Bucket
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
@@ -386,7 +386,7 @@ def services(folder: Path) -> Iterator[dict[str, str]]:
 
         from heimdall_onnx.services.registry import initialize_mlflow
 
-        ensure_bucket(make_client(filled), "heimdall-bench")
+        Bucket(make_client(filled), "heimdall-bench").ensure()
         # Whoever comes first would otherwise pay for making the database.
         _ = initialize_mlflow(filled).experiment_id
         client = mlflow.MlflowClient(filled.tracking_uri.get_secret_value())

@@ -22,6 +22,7 @@ from heimdall_onnx.common.machine import peak_memory_bytes
 from heimdall_onnx.release.fleet import run as fleet
 from heimdall_onnx.release.fleet.item import ItemOutcome
 from heimdall_onnx.release.fleet.plan import FleetItem, read_plan
+from heimdall_onnx.services.store import Bucket
 
 _IDLE_SHARE, _IDLE_S, _LONGEST_S = 0.2, 1.0, 90.0
 _LOOK_S = 0.5
@@ -119,7 +120,7 @@ def main() -> None:
         from heimdall_onnx.services.connection import connect
 
         client, bucket = connect(settings).client, plan.items[0].parameters.bucket
-        store_report(client, bucket, plan, result, settings.home)
+        store_report(Bucket(client, bucket), plan, result, settings.home)
     found["peak_bytes"] = peak_memory_bytes()
     found["exit_code"] = result.exit_code
     print(json.dumps(found | {"outcomes": list(map(asdict, outcomes))}))

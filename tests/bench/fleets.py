@@ -28,7 +28,7 @@ from processes import Run
 
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings, with_driver
-from heimdall_onnx.services.store import list_versions, parse_uri
+from heimdall_onnx.services.store import Bucket, parse_uri
 
 if TYPE_CHECKING:
     from proxy import Proxy
@@ -598,7 +598,9 @@ def _store_history(there: Place, sizes: Sizes) -> Iterator[Found]:
         requests.clear()
         for _ in range(_QUESTIONS):
             began = time.perf_counter()
-            page = list_versions(client, BUCKET, prefix, after=versions[count // 2], limit=_PAGE)
+            page = Bucket(client, BUCKET).list_versions(
+                prefix, after=versions[count // 2], limit=_PAGE
+            )
             seconds[count].append(time.perf_counter() - began)
             if len(page) != _PAGE:
                 raise RuntimeError(f"expected a page of {_PAGE} versions, found {len(page)}")

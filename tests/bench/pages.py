@@ -31,7 +31,7 @@ from heimdall_onnx.review.gallery.rows import KEPT, Decision, Row, collect_rows
 from heimdall_onnx.review.gallery.server import GalleryServer
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import ensure_bucket, list_versions, read_bytes
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -148,10 +148,10 @@ def _axe_row(browser: Browser, shown: str, url: str) -> Found:
 def gallery_rows(place: Place, count: int) -> Iterator[Found]:
     """A gallery of so many releases: made, opened, sorted, searched."""
     client = make_client(Settings(_env_file=None))  # of the environment, which has the addresses
-    ensure_bucket(client, BUCKET)
+    Bucket(client, BUCKET).ensure()
     _release(place)
-    (version,) = list_versions(client, BUCKET, PREFIX)
-    (row,) = collect_rows(client, BUCKET, PREFIX).rows
+    (version,) = Bucket(client, BUCKET).list_versions(PREFIX)
+    (row,) = collect_rows(Bucket(client, BUCKET), PREFIX).rows
     copy_release(client, version, count)
     client.delete_object(Bucket=BUCKET, Key=f"{PREFIX}/{KEPT}")
     report = client.head_object(Bucket=BUCKET, Key=f"{PREFIX}/{version}/report.ipynb")
@@ -318,9 +318,9 @@ def _varied(thumbnail: Thumbnail, rng: random.Random) -> Thumbnail:
 def copy_release(client: S3Client, version: str, count: int) -> None:
     """Make a release many; what is not read of one is a byte long."""
     folder = f"{PREFIX}/{version}/"
-    text = read_bytes(client, BUCKET, f"{folder}manifest.json").decode()
+    text = Bucket(client, BUCKET).read_bytes(f"{folder}manifest.json").decode()
     names = [o["key"].removeprefix(folder) for o in json.loads(text)["objects"]]
-    report = read_bytes(client, BUCKET, f"{folder}report.ipynb")
+    report = Bucket(client, BUCKET).read_bytes(f"{folder}report.ipynb")
 
     def copy(number: int) -> None:
         other = f"{FIRST + number * timedelta(hours=3):v%Y%m%d_%H%M%S}"

@@ -21,7 +21,7 @@ from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.onnx.validate import validate_model
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.registry import initialize_mlflow
-from heimdall_onnx.services.store import hash_object, upload_file
+from heimdall_onnx.services.store import Bucket
 
 BUCKET = "heimdall-bench"
 REPEATS = 5
@@ -84,20 +84,22 @@ def main(checkpoint: Path) -> None:
 
             def ours(key: str = key, seconds: dict[str, float] = seconds) -> None:
                 began = time.perf_counter()
-                upload_file(client, path, BUCKET, f"{key}/model.onnx", sha256=exported.sha256)
+                Bucket(client, BUCKET).upload_file(
+                    path, f"{key}/model.onnx", sha256=exported.sha256
+                )
                 seconds["ours"] = time.perf_counter() - began
 
             for take in (ours, theirs) if turn % 2 else (theirs, ours):
                 take()
             began = time.perf_counter()
-            hash_object(client, BUCKET, f"{key}/model.onnx")
+            Bucket(client, BUCKET).hash_object(f"{key}/model.onnx")
             back = time.perf_counter() - began
             found[names[3]].append((seconds["ours"] - back) / seconds["theirs"])
             found[names[4]].append(back / seconds["theirs"])
             beside = Path(folder) / f"beside-{turn}"
             write_mlmodel_folder(beside, loaded.signature, model_size_bytes=exported.size_bytes)
             for file in beside.iterdir():
-                upload_file(client, file, BUCKET, f"{key}/{file.name}")
+                Bucket(client, BUCKET).upload_file(file, f"{key}/{file.name}")
             began = time.perf_counter()
             tracker.register_model("steps", f"s3://{BUCKET}/{key}")
             timed(names[2], began)

@@ -199,7 +199,7 @@ def test_links_open_the_report_and_policies_are_printed(released, configured):
 
 
 def test_reproducing_what_is_no_release_says_so(configured, bucket):
-    missing = call("reproduce", "v20200101_000000", "--bucket", bucket)
+    missing = call("reproduce", "v20200101_000000", "--bucket", bucket.name)
     assert missing.exit_code == 3
     assert "is not a release" in missing.stderr
 
@@ -254,7 +254,7 @@ def test_bad_parameter_of_the_demo_is_answered_before_it_is_trained(tmp_path):
 
 
 def test_show_of_no_release_says_so(configured, bucket):
-    result = call("show", "v20000101_000000", "--bucket", bucket)
+    result = call("show", "v20000101_000000", "--bucket", bucket.name)
     assert result.exit_code == 3
     assert "is not a release" in result.output
 

@@ -172,7 +172,7 @@ def test_needs_of_a_day_follow_from_what_was_counted(bench):
     ],
 )
 def test_objects_are_told_apart_by_their_keys(bench, bucket, key, kind):
-    assert bench("fleets").kind_of(bucket, key) == kind
+    assert bench("fleets").kind_of(bucket.name, key) == kind
 
 
 def test_a_share_of_every_fleet_is_at_least_a_few_items(bench):

@@ -23,7 +23,7 @@ def test_two_releases_at_once_are_complete_and_the_alias_has_one_answer(
 ):
     update = {"mlflow_tracking_uri": SecretStr(mlflow_server)}
     settings = make_settings("home").model_copy(update=update)
-    place = Place(settings, bucket, name=bucket)
+    place = Place(settings, bucket.name, name=bucket.name)
     notebook = changed_notebook(tmp_path)
     assert races.release_together(place, settings, small, notebook, 2) == []
     moved = races.move_together(place, 8, seed=0)

@@ -20,7 +20,7 @@ from heimdall_onnx.common.errors import StoreError
 from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.registry import MLflowTracker
-from heimdall_onnx.services.store import list_keys, upload_file
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 
@@ -52,7 +52,7 @@ def settings(direct, store, registry):
 
 @pytest.fixture
 def place(direct, bucket):
-    return Place(direct, bucket, name=bucket)
+    return Place(direct, bucket.name, name=bucket.name)
 
 
 @pytest.mark.thorough
@@ -122,24 +122,24 @@ def test_upload_in_parts_is_whole_or_not_there(
     with store.fault(fault):
         if error:
             with pytest.raises(StoreError, match=error):
-                upload_file(client, path, bucket, "model.onnx")
+                Bucket(client, bucket.name).upload_file(path, "model.onnx")
         else:
-            upload_file(client, path, bucket, "model.onnx")
+            Bucket(client, bucket.name).upload_file(path, "model.onnx")
     assert fault.hits
-    assert list_keys(s3, bucket, "") == (() if error else ("model.onnx",))
+    assert bucket.list_keys("") == (() if error else ("model.onnx",))
 
 
 def test_version_whose_registration_was_answered_by_silence_is_registered_once(
     settings, registry, s3, bucket, reset_mlflow
 ):
     settings.apply()
-    s3.put_object(Bucket=bucket, Key="v1/MLmodel", Body=b"flavors: {}")
+    s3.put_object(Bucket=bucket.name, Key="v1/MLmodel", Body=b"flavors: {}")
     tracker = MLflowTracker(registry.address)
     run_id = tracker.create_run("once")
     with registry.fault(Fault("lose", "POST .*/model-versions/create")) as fault:
-        version = tracker.register_model(bucket, f"s3://{bucket}/v1", run_id)
+        version = tracker.register_model(bucket.name, f"{bucket.uri()}v1", run_id)
     assert fault.hits == 1
-    assert tracker.find_versions(bucket, f"s3://{bucket}/v1", run_id) == (version,)
+    assert tracker.find_versions(bucket.name, f"{bucket.uri()}v1", run_id) == (version,)
 
 
 def test_full_disk_is_named_and_nothing_is_offered(direct, place, small, tmp_path):
@@ -170,8 +170,8 @@ def test_clock_that_is_a_day_wrong_is_named(embedded_settings, bucket):
     code = (
         "from heimdall_onnx.services.settings import Settings\n"
         "from heimdall_onnx.services.client import make_client\n"
-        "from heimdall_onnx.services.store import bucket_exists\n"
-        f"print(bucket_exists(make_client(Settings.load()), {bucket!r}))"
+        "from heimdall_onnx.services.store import Bucket\n"
+        f"print(Bucket(make_client(Settings.load()), {bucket.name!r}).is_there())"
     )
     for wrong_by, words in (("-600", "True"), ("-86400", "differ by 1 day, 0:00:00")):
         done = subprocess.run(

@@ -61,11 +61,11 @@ def test_a_secret_in_a_database_is_found_and_the_records_that_need_it_are_spared
 
 @pytest.mark.services
 def test_a_secret_in_an_object_or_around_it_is_found(s3, bucket):
-    s3.put_object(Bucket=bucket, Key="a", Body=b"harmless")
+    s3.put_object(Bucket=bucket.name, Key="a", Body=b"harmless")
     assert leaks.search_store(s3, {"secret": "0123456789secret"}) == []
-    s3.put_object(Bucket=bucket, Key="b", Body=b"x" * 100 + b"0123456789secret")
-    s3.put_object(Bucket=bucket, Key="c", Body=b"", Metadata={"note": "0123456789secret"})
-    found = [f"secret in s3://{bucket}/{key}" for key in "bc"]
+    s3.put_object(Bucket=bucket.name, Key="b", Body=b"x" * 100 + b"0123456789secret")
+    s3.put_object(Bucket=bucket.name, Key="c", Body=b"", Metadata={"note": "0123456789secret"})
+    found = [f"secret in {bucket.uri()}{key}" for key in "bc"]
     assert leaks.search_store(s3, {"secret": "0123456789secret"}) == found
 
 

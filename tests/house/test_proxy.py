@@ -10,7 +10,7 @@ from proxy import Fault, proxied
 from heimdall_onnx.common.errors import StoreError
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import hash_object, list_keys, upload_bytes, upload_file
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -28,12 +28,15 @@ def through(proxy, settings: Settings, **options):
 def test_without_a_fault_everything_passes(proxy, embedded_settings, bucket, tmp_path):
     client, path = through(proxy, embedded_settings), tmp_path / "large"
     path.write_bytes(os.urandom(65 << 20))
-    upload_bytes(client, b"small", bucket, "small")
-    upload_file(client, path, bucket, "large")
-    assert list_keys(client, bucket, "") == ("large", "small")
-    assert hash_object(client, bucket, "large")[0] == hashlib.sha256(path.read_bytes()).hexdigest()
+    Bucket(client, bucket.name).upload_bytes(b"small", "small")
+    Bucket(client, bucket.name).upload_file(path, "large")
+    assert Bucket(client, bucket.name).list_keys("") == ("large", "small")
+    assert (
+        Bucket(client, bucket.name).hash_object("large")[0]
+        == hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     assert any("uploadId" in request for request in proxy.requests)
-    assert f"PUT /{bucket}/small" in proxy.requests
+    assert f"PUT /{bucket.name}/small" in proxy.requests
     assert min(sum(given) for given in zip(*proxy.sizes, strict=True)) > 65 << 20
 
 
@@ -53,18 +56,18 @@ def test_without_a_fault_everything_passes(proxy, embedded_settings, bucket, tmp
 def test_each_harm_is_what_the_client_sees(proxy, embedded_settings, bucket, fault, error):
     client = through(proxy, embedded_settings, attempts=2, read_timeout_s=0.5)
     with proxy.fault(fault), pytest.raises(StoreError, match=error):
-        upload_bytes(client, b"content", bucket, "key")
+        Bucket(client, bucket.name).upload_bytes(b"content", "key")
     assert fault.hits
-    upload_bytes(client, b"content", bucket, "key")
+    Bucket(client, bucket.name).upload_bytes(b"content", "key")
 
 
 def test_only_so_many_requests_of_that_kind_are_hit(proxy, embedded_settings, bucket):
     client = through(proxy, embedded_settings, attempts=1)
     with proxy.fault(Fault("status", "DELETE", times=1)) as fault:
-        client.put_object(Bucket=bucket, Key="key", Body=b"")
+        client.put_object(Bucket=bucket.name, Key="key", Body=b"")
         with pytest.raises(ClientError, match="503"):
-            client.delete_object(Bucket=bucket, Key="key")
-        client.delete_object(Bucket=bucket, Key="key")
+            client.delete_object(Bucket=bucket.name, Key="key")
+        client.delete_object(Bucket=bucket.name, Key="key")
     assert fault.hits == 1
 
 
@@ -74,9 +77,9 @@ def test_action_is_called_before_or_after_the_service_has_done_it(
     client, seen = through(proxy, embedded_settings), []
 
     def look():
-        seen.append(list_keys(s3, bucket, ""))
+        seen.append(bucket.list_keys(""))
 
     for kind in ("before", "after"):
-        with proxy.fault(Fault(kind, f"PUT /{bucket}/{kind}", action=look)):
-            upload_bytes(client, b"", bucket, kind)
+        with proxy.fault(Fault(kind, f"PUT /{bucket.name}/{kind}", action=look)):
+            Bucket(client, bucket.name).upload_bytes(b"", kind)
     assert seen == [(), ("after", "before")]

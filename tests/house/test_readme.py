@@ -33,7 +33,7 @@ from heimdall_onnx.release.fleet.plan import read_plan
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import list_keys
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -145,7 +145,9 @@ def test_release_is_what_the_readme_draws(reviewed):
     tree = block("What did just happen?", "s3://")
     folder = json.loads(reviewed.shell("heimdall-onnx show detector/1"))["objects"][0]["key"]
     folder = folder[: folder.index("/v") + 17]
-    there = {key.removeprefix(f"{folder}/") for key in list_keys(reviewed.client, BUCKET, folder)}
+    there = {
+        key.removeprefix(f"{folder}/") for key in Bucket(reviewed.client, BUCKET).list_keys(folder)
+    }
     lines = [line for line in tree.splitlines() if line.startswith("  ")]
     drawn = {word for line in lines for word in line[:34].split()} - {"…", "MLmodel"}
     only_if_asked = {"variants/NAME/model.onnx", "model.sig"}
@@ -154,7 +156,7 @@ def test_release_is_what_the_readme_draws(reviewed):
         assert any(key.startswith(name.rstrip("…")) for key in there), name
     for top in ("objects/", "aliases/"):
         assert top in tree
-        assert list_keys(reviewed.client, BUCKET, top)
+        assert Bucket(reviewed.client, BUCKET).list_keys(top)
 
 
 def test_environment_of_make_lists_the_releases_and_serves_mlflow(workshop):

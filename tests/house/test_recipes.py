@@ -25,7 +25,7 @@ from heimdall_onnx.archive.manifest import read_manifest
 from heimdall_onnx.common.parameters import check_parameters
 from heimdall_onnx.localization.network import LocalizationNet
 from heimdall_onnx.report.notebook import kernel_environment, notebook_path
-from heimdall_onnx.services.store import list_keys
+from heimdall_onnx.services.store import Bucket
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LINE = (ROOT / "heimdall_onnx" / "cli" / "README.md").read_text()
@@ -83,7 +83,7 @@ def runner(tmp_path, make_settings, small, bucket) -> Runner:
         "RUNNER_TEMP": str(tmp_path),
         "GITHUB_STEP_SUMMARY": str(tmp_path / "step-summary.md"),
     }
-    return Runner(tmp_path, environment, bucket)
+    return Runner(tmp_path, environment, bucket.name)
 
 
 def fits_schema(recipe: str, schema: str, folder: Path, *options: str) -> None:
@@ -140,7 +140,9 @@ def test_github_shows_the_gates_of_a_release_that_failed(runner, s3, make_settin
     assert int(runner.gates().get("failures")) >= 1
     kept = keep["with"]["path"].replace("${{ runner.temp }}", str(runner.folder))
     assert Path(kept).samefile(runner.folder / "gates.xml")
-    assert not [key for key in list_keys(s3, runner.bucket, "") if key.endswith("manifest.json")]
+    assert not [
+        key for key in Bucket(s3, runner.bucket).list_keys("") if key.endswith("manifest.json")
+    ]
 
 
 @pytest.mark.services
@@ -149,7 +151,9 @@ def test_gitlab_releases_and_reports_its_gates(runner, s3):
     job = gitlab_job()
     (line,) = job["script"]
     assert runner(line) == 0
-    (manifest,) = [k for k in list_keys(s3, runner.bucket, "") if k.endswith("manifest.json")]
+    (manifest,) = [
+        k for k in Bucket(s3, runner.bucket).list_keys("") if k.endswith("manifest.json")
+    ]
     folder = f"s3://{runner.bucket}/{manifest.removesuffix('/manifest.json')}"
     assert read_manifest(s3, folder).verdict == "pass (smoke)"
     suite = runner.gates()
@@ -234,7 +238,7 @@ def test_cron_releases_with_nothing_in_its_environment(runner, s3, options, code
     assert (done.returncode, done.stderr) == (code, "")
     summary = (runner.folder / "models" / "summary.md").read_text()
     assert done.stdout == ("" if code == 0 else summary)
-    manifests = [k for k in list_keys(s3, runner.bucket, "") if k.endswith("manifest.json")]
+    manifests = [k for k in Bucket(s3, runner.bucket).list_keys("") if k.endswith("manifest.json")]
     assert len(manifests) == (code == 0)
 
 
@@ -308,8 +312,8 @@ def test_airflow_checks_by_papermill_and_releases_by_the_command(runner, s3, mon
             language=check["language_name"],
             progress_bar=False,
         )
-    assert list_keys(s3, runner.bucket, "") == ()
+    assert Bucket(s3, runner.bucket).list_keys("") == ()
     program = "/opt/heimdall_onnx/.venv/bin/"
     runner.environment.update(filled(release["env"], **params))
     assert runner(release["bash_command"].replace(program, "")) == 0
-    assert any(key.endswith("manifest.json") for key in list_keys(s3, runner.bucket, ""))
+    assert any(key.endswith("manifest.json") for key in Bucket(s3, runner.bucket).list_keys(""))

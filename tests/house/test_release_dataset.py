@@ -22,13 +22,7 @@ from heimdall_onnx.review.doctor import diagnose
 from heimdall_onnx.review.promotion import promote_release
 from heimdall_onnx.review.reproduce.run import reproduce_release
 from heimdall_onnx.services.connection import connect
-from heimdall_onnx.services.store import (
-    delete_objects,
-    download_file,
-    read_bytes,
-    read_json,
-    upload_bytes,
-)
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -94,10 +88,10 @@ def test_manifest_report_and_bill_of_materials_say_which_dataset(released, datas
         "inputs": {"signal": {"dtype": "float32", "shape": [2, 8, 8]}},
     }
     assert released.content_of("evaluation_data") is None
-    page = read_bytes(s3, BUCKET, f"{released.folder}/report.html").decode()
+    page = Bucket(s3, BUCKET).read_bytes(f"{released.folder}/report.html").decode()
     assert "Evaluated by 2 workers on this machine" in page
     assert "inputs/signal/c/0/0/0/0" in page  # where the worst samples are
-    bom = read_json(s3, BUCKET, f"{released.folder}/bom.cdx.json")
+    bom = Bucket(s3, BUCKET).read_json(f"{released.folder}/bom.cdx.json")
     (data,) = (c for c in bom["components"] if c["name"] == "august.zarr")
     assert [r["url"] for r in data["externalReferences"]] == [kept.address]
     assert data["hashes"][0]["content"] == dataset.digest
@@ -109,18 +103,18 @@ def test_verification_reads_every_value(released, connection, s3):
     assert findings[address].holds
     assert all(f.holds for f in findings.values())
     key = f"objects/datasets/{released.dataset.digest}/positions/c/0/0"
-    content = read_bytes(s3, BUCKET, key)
+    content = Bucket(s3, BUCKET).read_bytes(key)
     try:
-        upload_bytes(s3, content[:50] + bytes([content[50] ^ 1]) + content[51:], BUCKET, key)
+        Bucket(s3, BUCKET).upload_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:], key)
         (broken,) = (f for f in verify_release(connection, released.uri) if not f.holds)
         assert broken.what == address
         assert "positions" in broken.found
-        delete_objects(s3, BUCKET, [key])
+        Bucket(s3, BUCKET).delete([key])
         (broken,) = (f for f in verify_release(connection, released.uri) if not f.holds)
         assert "positions/c/0/0 is missing" in broken.found
         assert all(f.holds for f in verify_release(connection, released.uri, content=False))
     finally:
-        upload_bytes(s3, content, BUCKET, key)
+        Bucket(s3, BUCKET).upload_bytes(content, key)
 
 
 def test_repetition_fetches_the_dataset_and_finds_the_same(released, connection):
@@ -135,7 +129,7 @@ def test_candidate_is_promoted_on_its_dataset(released, connection, s3, tmp_path
     review = promote_release(connection, released.uri, alias="production", **decision)
     assert review.comparison.notes == ("nothing holds the alias yet",)
     model = tmp_path / "model.onnx"
-    download_file(s3, BUCKET, f"{released.folder}/model.onnx", model)
+    Bucket(s3, BUCKET).download_file(f"{released.folder}/model.onnx", model)
     opened = open_dataset(released.dataset.address, labels=False, client=s3)
     signature = Signature.from_dict(released.data["model"]["signature"])
     found = compare_models(model, model, opened, signature, Limits(calls=60), version="1")
@@ -152,7 +146,7 @@ def test_dataset_that_a_release_names_is_no_leftover(released, connection, s3):
     assert leftovers() == []
     digest = "0" * 64
     for name in ("zarr.json", "positions/zarr.json", "positions/c/0/0"):
-        upload_bytes(s3, b"{}", BUCKET, f"objects/datasets/{digest}/{name}")
+        Bucket(s3, BUCKET).upload_bytes(b"{}", f"objects/datasets/{digest}/{name}")
     (left,) = leftovers()
     assert left.what == f"s3://{BUCKET}/objects/datasets/{digest}"
     assert "3 objects" in left.why

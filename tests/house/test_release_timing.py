@@ -19,7 +19,7 @@ from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.review.reproduce.run import reproduce_release
 from heimdall_onnx.services.connection import connect
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import read_json
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 REASON = "not measured: the parameter measure_latency is False"
@@ -70,7 +70,7 @@ def test_release_without_latency_is_complete_and_says_so(untimed, s3):
     assert EXCLUSIVE_CORES not in {gate["name"] for gate in result.gates}
     cells = read_notebook(Path(result.local_report).with_name("report.ipynb")).cells
     assert f"| speedup | {REASON} |" in cells[0].source
-    manifest = read_json(s3, untimed.bucket, f"{PREFIX}/{result.version}/manifest.json")
+    manifest = Bucket(s3, untimed.bucket).read_json(f"{PREFIX}/{result.version}/manifest.json")
     assert manifest["parameters"]["measure_latency"] is False
     assert manifest["threads"] is None
 
@@ -120,7 +120,7 @@ def test_cores_that_another_measurement_holds_fail_their_gate_and_no_other(
     settings, small, s3, bucket, tmp_path, no_other_measurement
 ):
     number = max(os.sched_getaffinity(0))
-    parameters = smoke(small, bucket, exclusive_cores=True)
+    parameters = smoke(small, bucket.name, exclusive_cores=True)
     with holder(lock_folder(), number) as process:
         result = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert result.exit_code == 3
@@ -137,14 +137,14 @@ def test_cores_that_another_measurement_holds_fail_their_gate_and_no_other(
     assert record["latency"] is None
     assert where in record["speedup_text"]
     assert "Not measured:** another measurement holds" in outputs_of(result, "measure")
-    nothing_is_offered(s3, settings, bucket)
+    nothing_is_offered(s3, settings, bucket.name)
 
 
 @pytest.mark.thorough
 def test_cores_of_its_own_are_named_where_the_latency_is(
     settings, small, s3, bucket, tmp_path, no_other_measurement
 ):
-    parameters = smoke(small, bucket, exclusive_cores=True)
+    parameters = smoke(small, bucket.name, exclusive_cores=True)
     result = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert result.success, result.error
     assert result.speedup > 0
@@ -155,7 +155,7 @@ def test_cores_of_its_own_are_named_where_the_latency_is(
     assert found == {"host": platform.node(), "numbers": cores, "exclusive": True}
     assert "held against other measurements" in outputs_of(result, "machine")
     # A repetition judges nothing by its latency, so it needs no cores of its own.
-    connection, uri = connect(settings), f"s3://{bucket}/{PREFIX}/{result.version}"
+    connection, uri = connect(settings), f"{bucket.uri()}{PREFIX}/{result.version}"
     with holder(lock_folder()):
         repeated = reproduce_release(connection, uri)
     assert repeated.failures == ()

@@ -56,7 +56,7 @@ from heimdall_onnx.report.notebook import notebook_path
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.connection import connect
 from heimdall_onnx.services.registry import MLflowTracker
-from heimdall_onnx.services.store import format_uri, list_keys, parse_uri, read_json, upload_bytes
+from heimdall_onnx.services.store import Bucket, format_uri, parse_uri
 
 FOLDER = f"{PREFIX}/v20261120_143000"
 BUCKET = "test-hostile"
@@ -158,7 +158,7 @@ def test_hostile_text_gets_into_no_key_tag_or_metric(released, failed, s3, setti
     assert MARK not in str(run.data.metrics) + str(run.info.run_name)
     # As text, and whole.
     assert EVERYTHING in eval(run.data.params["release.model_kwargs"])["note"]
-    manifest = read_json(s3, BUCKET, f"{PREFIX}/{released.version}/manifest.json")
+    manifest = Bucket(s3, BUCKET).read_json(f"{PREFIX}/{released.version}/manifest.json")
     assert manifest["parameters"]["model_kwargs"]["note"] == EVERYTHING
 
 
@@ -190,7 +190,7 @@ def test_names_that_are_more_than_names_are_refused(name):
 
 def put_release(s3, bucket: str, model: bytes, **changes: object) -> str:
     """A release folder, unsigned and unregistered, whose manifest says what it is told to."""
-    upload_bytes(s3, model, bucket, f"{FOLDER}/model.onnx")
+    Bucket(s3, bucket).upload_bytes(model, f"{FOLDER}/model.onnx")
     entry = {
         "key": f"{FOLDER}/model.onnx",
         "size": len(model),
@@ -203,7 +203,7 @@ def put_release(s3, bucket: str, model: bytes, **changes: object) -> str:
         "mlflow": {"model_name": "m", "model_version": "1"},
     }
     text = json.dumps(manifest).encode()
-    upload_bytes(s3, text, bucket, f"{FOLDER}/manifest.json")
+    Bucket(s3, bucket).upload_bytes(text, f"{FOLDER}/manifest.json")
     return format_uri(bucket, FOLDER)
 
 
@@ -236,7 +236,7 @@ def below(folder: Path) -> set[Path]:
     ],
 )
 def test_manifest_that_leads_out_of_its_folder_is_refused(s3, bucket, reader, tmp_path, key):
-    uri = put_release(s3, bucket, b"model", key=key)
+    uri = put_release(s3, bucket.name, b"model", key=key)
     for verify in (True, False):
         with pytest.raises((VerificationError, InvalidModelError)):
             load_model(uri, settings=reader, verify=verify)
@@ -287,7 +287,7 @@ def test_downloaded_model_with_weights_outside_is_not_opened(
     s3, bucket, reader, tmp_path, outside, kind
 ):
     location = str(outside) if kind == "absolute" else "../../../../secret.bin"
-    uri = put_release(s3, bucket, with_external_data(location))
+    uri = put_release(s3, bucket.name, with_external_data(location))
     with pytest.raises(HeimdallError):
         load_model(uri, settings=reader)
 
@@ -393,9 +393,9 @@ def test_store_with_an_unknown_certificate_is_refused(
     with behind_tls(embedded_settings.s3_endpoint_url, certificate) as address:
         settings = embedded_settings.model_copy(update={"s3_endpoint_url": address})
         with pytest.raises(StoreError, match=r"certificate was not accepted; .* AWS_CA_BUNDLE"):
-            list_keys(make_client(settings), bucket, "")
+            Bucket(make_client(settings), bucket.name).list_keys("")
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate[0]))
-        assert list_keys(make_client(settings), bucket, "") == ()
+        assert Bucket(make_client(settings), bucket.name).list_keys("") == ()
 
 
 @pytest.mark.services
@@ -448,7 +448,7 @@ def test_version_without_a_release_is_not_opened_where_a_signature_is_asked_for(
 
 def _objects(settings, folder: str) -> list[dict]:
     bucket, key = parse_uri(folder)
-    manifest = read_json(make_client(settings), bucket, f"{key}/manifest.json")
+    manifest = Bucket(make_client(settings), bucket).read_json(f"{key}/manifest.json")
     return [o for o in manifest["objects"] if o["key"].endswith("/model.onnx")]
 
 

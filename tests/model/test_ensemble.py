@@ -44,7 +44,7 @@ from heimdall_onnx.report.tables.inputs import checkpoint_table
 from heimdall_onnx.report.tables.latency import member_table
 from heimdall_onnx.review.reproduce.run import reproduce_release
 from heimdall_onnx.services.connection import connect
-from heimdall_onnx.services.store import read_json
+from heimdall_onnx.services.store import Bucket
 
 SMALL = "models:SmallNet"
 ANSWERS = f"{__name__}:Answers"
@@ -752,7 +752,7 @@ def test_ensemble_is_released_verified_and_made_again(make_settings, s3, paths, 
     assert list(settings.home.rglob("*.ckpt")) == []
     result = json.loads(done.stdout)
     folder = f"{PREFIX}/{result['version']}"
-    manifest = read_json(s3, bucket, f"{folder}/manifest.json")
+    manifest = Bucket(s3, bucket).read_json(f"{folder}/manifest.json")
     members = [member.model_dump() for member in made.members]
     assert manifest["checkpoint"] == {
         "file": made.path.name,
@@ -762,9 +762,10 @@ def test_ensemble_is_released_verified_and_made_again(make_settings, s3, paths, 
     assert manifest["parameters"]["model_kwargs"] == made.model_kwargs
     assert manifest["content"][0]["sha256"] == made.sha256
     assert (
-        read_json(s3, bucket, f"{folder}/metadata.json")["model_type"] == "Ensemble of 3 SmallNet"
+        Bucket(s3, bucket).read_json(f"{folder}/metadata.json")["model_type"]
+        == "Ensemble of 3 SmallNet"
     )
-    bom = read_json(s3, bucket, f"{folder}/bom.cdx.json")
+    bom = Bucket(s3, bucket).read_json(f"{folder}/bom.cdx.json")
     checkpoint = next(c for c in bom["components"] if c["bom-ref"] == "checkpoint")
     recorded = [(c["name"], c["hashes"][0]["content"]) for c in checkpoint["components"]]
     assert recorded == [(m["file"], m["sha256"]) for m in members]

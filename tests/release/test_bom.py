@@ -17,7 +17,7 @@ from heimdall_onnx.archive.record import read_record
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.release.bom import describe_release
 from heimdall_onnx.release.runner import release_checkpoint
-from heimdall_onnx.services.store import read_json
+from heimdall_onnx.services.store import Bucket
 
 HOSTILE = '<script>alert(1)</script>\x00\x1b[2J\u202e"\\\ud800 s3://elsewhere $(id)'
 
@@ -40,7 +40,7 @@ def released(make_settings, s3, tmp_path_factory) -> Released:
         smoke(inputs, "test-bom"), make_settings("bom"), notebook=changed_notebook(folder)
     )
     assert result.success, result.error
-    manifest = read_json(s3, "test-bom", f"{PREFIX}/{result.version}/manifest.json")
+    manifest = Bucket(s3, "test-bom").read_json(f"{PREFIX}/{result.version}/manifest.json")
     record = read_record(Path(result.local_report).with_suffix(".ipynb"))
     return Released(inputs, manifest, record, json.loads(valid(manifest, record)))
 

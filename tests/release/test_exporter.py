@@ -25,6 +25,7 @@ from heimdall_onnx.common.errors import (
     RegistryError,
     StoreError,
 )
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -124,11 +125,11 @@ class TestONNXExporter:
 
     def test_upload_to_minio(self, exporter, bucket, s3, tmp_path):
         onnx_path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / "model.onnx")
-        uri = exporter.upload_to_minio(onnx_path, bucket_name=bucket)
-        key = uri.removeprefix(f"s3://{bucket}/")
+        uri = exporter.upload_to_minio(onnx_path, bucket_name=bucket.name)
+        key = uri.removeprefix(f"{bucket.uri()}")
         assert key.startswith("models/localization/v")
         assert key.endswith(".onnx")
-        stored = s3.get_object(Bucket=bucket, Key=key)
+        stored = s3.get_object(Bucket=bucket.name, Key=key)
         content = onnx_path.read_bytes()
         assert stored["Body"].read() == content
         metadata = stored["Metadata"]
@@ -139,8 +140,8 @@ class TestONNXExporter:
         assert "export-date" in metadata
 
     def test_upload_to_minio_with_custom_name(self, exporter, onnx_path, bucket):
-        uri = exporter.upload_to_minio(onnx_path, bucket, object_name="my/own.onnx")
-        assert uri == f"s3://{bucket}/my/own.onnx"
+        uri = exporter.upload_to_minio(onnx_path, bucket.name, object_name="my/own.onnx")
+        assert uri == f"{bucket.uri()}my/own.onnx"
 
     def test_get_model_metadata(self, exporter, onnx_path, model):
         metadata = exporter.get_model_metadata(onnx_path, model, "run", {"speedup": 2.0})
@@ -168,7 +169,7 @@ class TestONNXExporter:
     def test_register_with_mlflow(
         self, exporter, onnx_path, model, bucket, run_id, s3, sqlite_tracker
     ):
-        uri = exporter.upload_to_minio(onnx_path, bucket, object_name="models/v1.onnx")
+        uri = exporter.upload_to_minio(onnx_path, bucket.name, object_name="models/v1.onnx")
         metadata = exporter.get_model_metadata(onnx_path, model, run_id)
         registration = exporter.register_with_mlflow("registered", uri, metadata)
         assert registration == {
@@ -187,13 +188,13 @@ class TestONNXExporter:
         assert again["model_version"] == "2"
         client = mlflow.MlflowClient()
         assert [a.path for a in client.list_artifacts(run_id)] == ["metadata.json"]
-        assert s3.head_object(Bucket=bucket, Key="models/v1.onnx")
+        assert s3.head_object(Bucket=bucket.name, Key="models/v1.onnx")
 
     def test_alias_stays_with_its_version_when_moving_it_fails(
         self, exporter, bucket, run_id, tmp_path, monkeypatch
     ):
         path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / "net.onnx")
-        uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
+        uri = exporter.upload_to_minio(path, bucket.name, object_name="net.onnx")
         metadata = exporter.get_model_metadata(path, SmallLocalizationNet(), run_id)
         exporter.register_with_mlflow("kept", uri, metadata)
         lose_the_answer_of_set_alias(monkeypatch)
@@ -202,7 +203,7 @@ class TestONNXExporter:
         assert exporter.mlflow_tracker.alias_target("kept", "staging") == "1"
         with pytest.raises(NotRegisteredError):
             exporter.mlflow_tracker.get_version("kept", "2")
-        moves = read_log(exporter.s3_client, bucket, "kept", "staging")
+        moves = read_log(Bucket(exporter.s3_client, bucket.name), "kept", "staging")
         assert [(move.action, move.version, move.by) for move in moves] == [
             ("release", "1", run_id),
             ("release", "2", run_id),
@@ -213,7 +214,7 @@ class TestONNXExporter:
         self, exporter, bucket, run_id, tmp_path, monkeypatch
     ):
         path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / "net.onnx")
-        uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
+        uri = exporter.upload_to_minio(path, bucket.name, object_name="net.onnx")
         metadata = exporter.get_model_metadata(path, SmallLocalizationNet(), run_id)
         exporter.register_with_mlflow("kept", uri, metadata)
         follow_log, calls = aliases.follow_log, []
@@ -231,13 +232,13 @@ class TestONNXExporter:
 
     def test_register_refuses_a_stage_that_mlflow_does_not_have(self, exporter, bucket):
         with pytest.raises(ParameterError, match="Staging"):
-            exporter.register_with_mlflow("m", f"s3://{bucket}/x.onnx", {}, stage="Stagin")
+            exporter.register_with_mlflow("m", f"{bucket.uri()}x.onnx", {}, stage="Stagin")
 
     def test_register_refuses_an_object_that_is_not_there(self, exporter, bucket, run_id):
         with pytest.raises(StoreError):
             exporter.register_with_mlflow(
                 "nothing",
-                f"s3://{bucket}/none.onnx",
+                f"{bucket.uri()}none.onnx",
                 {
                     "mlflow_run_id": run_id,
                     "onnx_file_sha256": "0",
@@ -250,7 +251,7 @@ class TestONNXExporter:
     def test_register_names_what_the_metadata_lacks(self, exporter, bucket):
         with pytest.raises(ParameterError, match="lacks mlflow_run_id, onnx_file_sha256"):
             exporter.register_with_mlflow(
-                "m", f"s3://{bucket}/x.onnx", {"input_shape": [], "output_names": []}
+                "m", f"{bucket.uri()}x.onnx", {"input_shape": [], "output_names": []}
             )
 
     def test_version_keeps_its_content_when_its_object_is_replaced(
@@ -260,7 +261,7 @@ class TestONNXExporter:
         for seed in (0, 1):
             torch.manual_seed(seed)
             path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / f"{seed}.onnx")
-            uri = exporter.upload_to_minio(path, bucket, object_name="net.onnx")
+            uri = exporter.upload_to_minio(path, bucket.name, object_name="net.onnx")
             metadata = exporter.get_model_metadata(path, SmallLocalizationNet(), run_id)
             exporter.register_with_mlflow("net", uri, metadata)
             contents.append(onnx.load(path))
@@ -280,8 +281,8 @@ class TestONNXExporter:
             size_threshold=0,
         )
         with pytest.raises(InvalidModelError, match="keeps its weights in files beside it"):
-            exporter.upload_to_minio(tmp_path / "two.onnx", bucket, object_name="two.onnx")
-        assert "Contents" not in s3.list_objects_v2(Bucket=bucket)
+            exporter.upload_to_minio(tmp_path / "two.onnx", bucket.name, object_name="two.onnx")
+        assert "Contents" not in s3.list_objects_v2(Bucket=bucket.name)
 
 
 class TestONNXExportWorkflow:

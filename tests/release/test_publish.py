@@ -32,7 +32,7 @@ from heimdall_onnx.release.publish import Journal, register_release, upload_rele
 from heimdall_onnx.services import store
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.connection import Connection, connect
-from heimdall_onnx.services.store import list_keys, to_json
+from heimdall_onnx.services.store import Bucket, to_json
 
 pytestmark = pytest.mark.services
 
@@ -54,7 +54,7 @@ def connection(settings, reset_mlflow) -> Connection:
 def parameters(bucket, tmp_path, small) -> ReleaseParameters:
     folder = tmp_path / "run"
     folder.mkdir()
-    return smoke(small, bucket, name="net", publish=True, output_dir=str(folder))
+    return smoke(small, bucket.name, name="net", publish=True, output_dir=str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -104,31 +104,31 @@ def upload(settings, parameters, exported, verdict=PASSED, variants=None):
 
 def folder_keys(s3, bucket) -> set[str]:
     """What is there beside what releases have in common."""
-    return {key for key in list_keys(s3, bucket, "") if not key.startswith(f"{CONTENT}/")}
+    return {key for key in Bucket(s3, bucket).list_keys("") if not key.startswith(f"{CONTENT}/")}
 
 
 def test_nothing_is_uploaded_without_being_asked(settings, parameters, exported, s3, bucket):
     quiet = parameters.model_copy(update={"publish": False})
     assert isinstance(upload(settings, quiet, exported), Skipped)
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
 
 
 def test_nothing_is_uploaded_after_a_failed_gate(settings, parameters, exported, s3, bucket):
     skipped = upload(settings, parameters, exported, FAILED)
     assert skipped == Skipped("1 gates failed")
     assert register_release(settings, parameters, skipped, {}) is skipped
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
 
 
 def test_uploaded_folder_has_no_manifest_yet(
     settings, connection, parameters, exported, s3, bucket
 ):
     uploaded = upload(settings, parameters, exported)
-    names = {key.rsplit("/", 1)[1] for key in folder_keys(s3, bucket)}
+    names = {key.rsplit("/", 1)[1] for key in folder_keys(s3, bucket.name)}
     assert {"model.onnx", "MLmodel", "metadata.json"} <= names
     assert "manifest.json" not in names
     assert uploaded.sha256 == exported.sha256
-    assert {o.key for o in uploaded.objects} == folder_keys(s3, bucket)
+    assert {o.key for o in uploaded.objects} == folder_keys(s3, bucket.name)
 
 
 def test_model_whose_hash_is_known_is_not_hashed_again(settings, parameters, exported, monkeypatch):
@@ -151,17 +151,17 @@ def test_variants_that_passed_are_uploaded_with_the_model(
     hashed = []
     monkeypatch.setattr(store, "hash_file", lambda path: hashed.append(path) or hash_file(path))
     uploaded = upload(settings, parameters, exported, variants=variants)
-    folder = uploaded.folder_uri.removeprefix(f"s3://{bucket}/")
+    folder = uploaded.folder_uri.removeprefix(f"{bucket.uri()}")
     of_variants = {o.key: o for o in uploaded.objects if "/variants/" in o.key}
     (key,) = of_variants
     assert key == f"{folder}/variants/int8-minmax/model.onnx"
     passed = next(one for one in variants.judged if one.name == "int8-minmax")
     assert of_variants[key].sha256 == passed.sha256
-    assert s3.get_object(Bucket=bucket, Key=key)["Body"].read() == b"the file of int8-minmax"
+    assert s3.get_object(Bucket=bucket.name, Key=key)["Body"].read() == b"the file of int8-minmax"
     assert passed.path not in hashed
-    assert {o.key for o in uploaded.objects} == folder_keys(s3, bucket)
+    assert {o.key for o in uploaded.objects} == folder_keys(s3, bucket.name)
     assert withdraw(connection, exported.path.parent) == ()
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
 
 
 def test_variant_that_changed_since_it_was_judged_is_not_published(
@@ -171,7 +171,7 @@ def test_variant_that_changed_since_it_was_judged_is_not_published(
     path.write_bytes(b"another")
     with pytest.raises(DataError, match=r"int8-minmax/model\.onnx has changed"):
         upload(settings, parameters, exported, variants=variants)
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
 
 
 def test_calibration_data_of_their_own_are_kept(
@@ -190,7 +190,7 @@ def test_calibration_data_of_their_own_are_kept(
     kept = {entry["role"]: entry["sha256"] for entry in uploaded.content}
     assert set(kept) == {"checkpoint", "evaluation_data", "calibration_data"}
     assert kept["calibration_data"] == hash_file(path)
-    assert f"{CONTENT}/{hash_file(path)}" in list_keys(s3, bucket, "")
+    assert f"{CONTENT}/{hash_file(path)}" in bucket.list_keys("")
     # Without variants nothing was calibrated.
     plain = upload(settings, calibrated, exported)
     assert {entry["role"] for entry in plain.content} == {"checkpoint", "evaluation_data"}
@@ -202,7 +202,7 @@ def test_run_that_does_not_exist_leaves_nothing_uploaded(
     unknown = parameters.model_copy(update={"run_id": "0" * 32})
     with pytest.raises(RegistryError, match="0" * 32):
         upload(settings, unknown, exported)
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
 
 
 def test_failed_upload_is_taken_back_and_can_be_repeated(
@@ -212,7 +212,7 @@ def test_failed_upload_is_taken_back_and_can_be_repeated(
     exported.path.write_bytes(b"changed")
     with pytest.raises(DataError, match="has changed"):
         upload(settings, parameters, exported)
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
     exported.path.write_bytes(model)
     uploaded = upload(settings, parameters, exported)
     register_release(settings, parameters, uploaded, {})
@@ -231,8 +231,8 @@ def test_run_whose_registration_fails_has_failed(
     settings, connection, parameters, exported, s3, bucket
 ):
     uploaded = upload(settings, parameters, exported)
-    (mlmodel,) = [key for key in list_keys(s3, bucket, "") if key.endswith("/MLmodel")]
-    s3.delete_object(Bucket=bucket, Key=mlmodel)
+    (mlmodel,) = [key for key in bucket.list_keys("") if key.endswith("/MLmodel")]
+    s3.delete_object(Bucket=bucket.name, Key=mlmodel)
     with pytest.raises(RegistryError, match="holds no MLmodel"):
         register_release(settings, parameters, uploaded, {})
     assert connection.tracker.get_run_info(uploaded.run_id)["status"] == "FAILED"
@@ -245,7 +245,7 @@ def test_deleted_run_is_refused_before_anything_is_claimed(
     mlflow.MlflowClient(settings.tracking_uri.get_secret_value()).delete_run(run_id)
     with pytest.raises(RegistryError, match=f"run {run_id} is deleted; restore it"):
         upload(settings, parameters.model_copy(update={"run_id": run_id}), exported)
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
 
 
 def test_claim_stays_until_all_else_is_deleted(
@@ -267,10 +267,10 @@ def test_claim_stays_until_all_else_is_deleted(
     for _ in range(2):
         (left,) = withdraw(replace(connection, client=stubborn), exported.path.parent)
         assert "model.onnx: it is locked" in left
-        names = {key.rsplit("/", 1)[1] for key in folder_keys(s3, bucket)}
+        names = {key.rsplit("/", 1)[1] for key in folder_keys(s3, bucket.name)}
         assert {"model.onnx", "metadata.json"} <= names
     assert withdraw(connection, exported.path.parent) == ()
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
 
 
 def test_everything_claimed_is_taken_back(settings, connection, parameters, exported, s3, bucket):
@@ -278,7 +278,7 @@ def test_everything_claimed_is_taken_back(settings, connection, parameters, expo
     registered = register_release(settings, parameters, uploaded, {"speedup": 2.0})
     assert connection.tracker.get_version("net", registered.model_version).source
     assert withdraw(connection, exported.path.parent) == ()
-    assert folder_keys(s3, bucket) == set()
+    assert folder_keys(s3, bucket.name) == set()
     with pytest.raises(Exception, match="net"):
         connection.tracker.get_version("net", registered.model_version)
 
@@ -310,9 +310,9 @@ def test_withdrawing_twice_or_nothing_is_no_error(connection, parameters, export
 
 def test_a_folder_claimed_by_another_run_is_never_deleted(connection, s3, bucket, tmp_path):
     key = "models/localization/v1/metadata.json"
-    s3.put_object(Bucket=bucket, Key=key, Body=json.dumps({"claim": "theirs"}).encode())
+    s3.put_object(Bucket=bucket.name, Key=key, Body=json.dumps({"claim": "theirs"}).encode())
     Journal(tmp_path).write(
-        bucket=bucket,
+        bucket=bucket.name,
         prefix="models/localization",
         version="v1",
         run_id="the same",
@@ -320,7 +320,7 @@ def test_a_folder_claimed_by_another_run_is_never_deleted(connection, s3, bucket
         claim="ours",
     )
     assert withdraw(connection, tmp_path) == ()
-    assert list_keys(s3, bucket, "") == (key,)
+    assert bucket.list_keys("") == (key,)
 
 
 def test_what_cannot_be_taken_back_is_said(connection, parameters, settings, exported):

@@ -35,13 +35,12 @@ from heimdall_onnx.common.environment import DISTRIBUTION
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.localization.features import write_features
 from heimdall_onnx.localization.network import LocalizationNet
-from heimdall_onnx.release import complete as offer
 from heimdall_onnx.release.result import ReleaseResult
 from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.report.page import figures
 from heimdall_onnx.services.connection import connect
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import read_json, upload_bytes
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -99,15 +98,17 @@ def released(make_settings, s3, inputs, another_kernel) -> Released:
     settings, bucket = make_settings("released"), "test-released"
     seen = []
 
-    def watched(*arguments, **options):
-        if arguments[3].endswith("/manifest.json"):
+    upload = Bucket.upload_bytes
+
+    def watched(bucket, content, key, **options):
+        if key.endswith("/manifest.json"):
             # MLflow's search for versions leaves their aliases out.
             client = mlflow.MlflowClient(settings.tracking_uri.get_secret_value())
-            seen.append((keys(s3, bucket), client.get_registered_model("test-model").aliases))
-        return upload_bytes(*arguments, **options)
+            seen.append((keys(s3, bucket.name), client.get_registered_model("test-model").aliases))
+        return upload(bucket, content, key, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offer, "upload_bytes", watched)
+        patch.setattr(Bucket, "upload_bytes", watched)
         patch.setenv("JUPYTER_PATH", str(another_kernel))
         result = release_checkpoint(smoke(inputs, bucket, opset=20), settings)
     assert result.success, result.error
@@ -175,7 +176,7 @@ def test_folder_holds_what_the_manifest_says_and_nothing_else(released):
 
 
 def test_manifest_says_what_was_run_on_what(released, inputs, s3):
-    manifest = read_json(s3, released.bucket, f"{released.folder}/manifest.json")
+    manifest = Bucket(s3, released.bucket).read_json(f"{released.folder}/manifest.json")
     assert manifest["version"] == released.result.version
     assert manifest["verdict"] == "pass (smoke)"
     for what, path in (("checkpoint", inputs.checkpoint), ("evaluation_data", inputs.eval_data)):
@@ -407,7 +408,7 @@ def test_release_on_a_server_with_postgresql(
     )
     settings.apply()
     result = release_checkpoint(
-        smoke(small, bucket, name="on-a-server"), settings, notebook=changed_notebook(tmp_path)
+        smoke(small, bucket.name, name="on-a-server"), settings, notebook=changed_notebook(tmp_path)
     )
     assert result.success, result.error
     with urllib.request.urlopen(
@@ -444,9 +445,9 @@ def test_real_recordings_go_through_features_and_release(settings, s3, bucket, t
     )
     torch.save(LocalizationNet(backbone_size="atto").state_dict(), tmp_path / "net.pt")
     parameters = smoke(
-        Inputs(tmp_path / "net.pt", made.path), bucket, model_kwargs={"backbone_size": "atto"}
+        Inputs(tmp_path / "net.pt", made.path), bucket.name, model_kwargs={"backbone_size": "atto"}
     )
     result = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert result.success, result.error
-    manifest = read_json(s3, bucket, f"{PREFIX}/{result.version}/manifest.json")
+    manifest = bucket.read_json(f"{PREFIX}/{result.version}/manifest.json")
     assert manifest["evaluation_data"]["sha256"] == made.sha256

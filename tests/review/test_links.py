@@ -28,15 +28,19 @@ def folder_uri(s3, bucket) -> str:
     bodies = {"model.onnx": b"model", "report.html": PAGE, "report.ipynb": b"{}"}
     for name, body in bodies.items():
         # As somebody with write access might have stored it.
-        s3.put_object(Bucket=bucket, Key=f"{FOLDER}/{name}", Body=body, ContentType="text/html")
+        s3.put_object(
+            Bucket=bucket.name, Key=f"{FOLDER}/{name}", Body=body, ContentType="text/html"
+        )
     objects = [
         {"key": f"{FOLDER}/{name}", "size": len(b), "sha256": hashlib.sha256(b).hexdigest()}
         for name, b in bodies.items()
     ]
     mlflow = {"model_name": "m", "model_version": "1"}
     manifest = {"verdict": "pass", "objects": objects, "mlflow": mlflow}
-    s3.put_object(Bucket=bucket, Key=f"{FOLDER}/manifest.json", Body=json.dumps(manifest).encode())
-    return f"s3://{bucket}/{FOLDER}"
+    s3.put_object(
+        Bucket=bucket.name, Key=f"{FOLDER}/manifest.json", Body=json.dumps(manifest).encode()
+    )
+    return f"{bucket.uri()}{FOLDER}"
 
 
 def ask(url: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
@@ -101,8 +105,8 @@ def test_a_changed_link_is_refused(s3, folder_uri, change):
 def test_a_link_is_for_reading_only(s3, bucket, folder_uri, method):
     url = share_release(s3, folder_uri, expires_s=60)[0].url.get_secret_value()
     assert ask(url, method)[0] in {403, 405}
-    key = urlsplit(url).path.removeprefix(f"/{bucket}/")
-    assert s3.get_object(Bucket=bucket, Key=key)["Body"].read() == PAGE
+    key = urlsplit(url).path.removeprefix(f"/{bucket.name}/")
+    assert s3.get_object(Bucket=bucket.name, Key=key)["Body"].read() == PAGE
 
 
 @pytest.mark.services
@@ -122,8 +126,8 @@ def test_a_link_is_shown_by_nothing_that_shows_it(s3, folder_uri, caplog):
 @pytest.mark.services
 def test_only_a_release_can_be_shared(s3, bucket, folder_uri):
     with pytest.raises(VerificationError, match="is not a release"):
-        share_release(s3, f"s3://{bucket}/models/localization/v1", expires_s=60)
-    s3.delete_object(Bucket=bucket, Key=f"{FOLDER}/manifest.json")
+        share_release(s3, f"{bucket.uri()}models/localization/v1", expires_s=60)
+    s3.delete_object(Bucket=bucket.name, Key=f"{FOLDER}/manifest.json")
     with pytest.raises(VerificationError, match="is not a release"):
         share_release(s3, folder_uri, expires_s=60)
 

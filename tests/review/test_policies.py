@@ -32,7 +32,7 @@ from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.connection import connect, open_for_reading
 from heimdall_onnx.services.daemon import write_private
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import to_json
+from heimdall_onnx.services.store import Bucket, to_json
 
 V = f"{PREFIX}/v20261120_143000"
 BY_IDENTITY = Place("roles-by-identity", PREFIX, "s3://artifacts-by-identity")
@@ -76,9 +76,9 @@ def roles(tmp_path_factory, empty_database):
             settings = services.ensure_store(bare)
         client = make_client(settings)
         for place in (BY_IDENTITY, BY_BUCKET, CONDITIONAL):
-            store.ensure_bucket(client, place.bucket)
+            Bucket(client, place.bucket).ensure()
             if place.artifact_uri:
-                store.ensure_bucket(client, store.parse_uri(place.artifact_uri)[0])
+                Bucket(client, store.parse_uri(place.artifact_uri)[0]).ensure()
         arns = {role: [f"arn:aws:iam::000000000000:user/{role}-bucket"] for role in ROLES}
         for bucket, policy in bucket_policies(BY_BUCKET, arns).items():
             client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
@@ -302,10 +302,10 @@ def test_a_reviewer_promotes_it(roles, folder, reset_mlflow):
 @pytest.mark.parametrize("role", ["releaser", "reviewer"])
 def test_who_releases_and_who_reviews_write_the_gallery(roles, folder, role):
     client = roles.client_of(f"{role}-identity")
-    gallery = make_gallery(client, BY_IDENTITY.bucket, PREFIX)
-    store_gallery(client, BY_IDENTITY.bucket, gallery)
+    gallery = make_gallery(Bucket(client, BY_IDENTITY.bucket), PREFIX)
+    store_gallery(Bucket(client, BY_IDENTITY.bucket), gallery)
     assert folder.rpartition("/")[2] in [row.facts.version for row in gallery.rows]
-    assert store.read_bytes(client, BY_IDENTITY.bucket, gallery.key) == gallery.page
+    assert Bucket(client, BY_IDENTITY.bucket).read_bytes(gallery.key) == gallery.page
 
 
 @pytest.fixture
@@ -334,7 +334,7 @@ def test_a_consumer_opens_it(consumer):
 @pytest.mark.services
 def test_a_consumer_is_told_what_it_may_not(consumer):
     with pytest.raises(StoreError, match="access is forbidden"):
-        store.list_versions(make_client(consumer), BY_IDENTITY.bucket, PREFIX)
+        Bucket(make_client(consumer), BY_IDENTITY.bucket).list_versions(PREFIX)
 
 
 @pytest.mark.services
@@ -347,11 +347,11 @@ def test_a_releaser_takes_back_what_it_began(roles, tmp_path, reset_mlflow):
     admin = make_client(roles.settings)
     before = keys(admin, bucket)
     claim = to_json({"claim": "ours"})
-    version = store.claim_version(
-        connection.client, bucket, PREFIX, name=METADATA, content=lambda _: claim
+    version = connection.bucket(bucket).claim_version(
+        PREFIX, name=METADATA, content=lambda _: claim
     )
     for name in ("model.onnx", "report.html", store.MANIFEST):
-        store.upload_bytes(connection.client, b"x", bucket, f"{PREFIX}/{version}/{name}")
+        connection.bucket(bucket).upload_bytes(b"x", f"{PREFIX}/{version}/{name}")
     assert len(keys(admin, bucket) - before) == 4
     entries = {"bucket": bucket, "prefix": PREFIX, "version": version}
     Journal(tmp_path).write(**entries, run_id="run", model_name="none", claim="ours")

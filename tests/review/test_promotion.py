@@ -17,10 +17,9 @@ from heimdall_onnx.common.errors import ParameterError, PromotionError, Registry
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.promotion import alias_history, promote_release, roll_back
-from heimdall_onnx.services import store
 from heimdall_onnx.services.connection import connect
 from heimdall_onnx.services.registry import MLflowTracker
-from heimdall_onnx.services.store import list_keys, parse_uri, read_bytes, read_json
+from heimdall_onnx.services.store import Bucket, locate, parse_uri
 
 pytestmark = pytest.mark.services
 
@@ -34,7 +33,7 @@ def connection(make_settings, reset_mlflow):
 
 @pytest.fixture
 def release(connection, bucket, tmp_path) -> Factory:
-    return Factory(connection, bucket, tmp_path)
+    return Factory(connection, bucket.name, tmp_path)
 
 
 def promote(connection, manifest, **changes):
@@ -49,6 +48,11 @@ def go_back(connection, manifest, **changes):
 
 def pointed_at(connection) -> str | None:
     return connection.tracker.alias_target("net", "production")
+
+
+def read(connection, address) -> bytes:
+    bucket, key = locate(connection.client, address)
+    return bucket.read_bytes(key, limit=10**7)
 
 
 def holds(connection, manifest) -> bool:
@@ -67,7 +71,7 @@ def test_promotion_moves_alias_and_stage_and_leaves_a_record(connection, release
     assert (pointed_at(connection), review.previous) == ("2", "1")
     stages = [connection.tracker.get_version("net", v).stage for v in ("1", "2")]
     assert stages == ["Archived", "Production"]
-    record = read_json(connection.client, *parse_uri(review.record_uri))
+    record = json.loads(read(connection, review.record_uri))
     assert record["reviewer"] == "reviewer"
     assert record["note"] == "better\nby far"
     assert record["manifest_sha256"] == second.sha256
@@ -84,7 +88,7 @@ def test_page_of_a_decision_says_at_its_head_who_has_decided(connection, release
     promote(connection, first, compare=False, reviewer="first reviewer", note="<b>fast</b>")
     promote(connection, release(), compare=False)
     review = go_back(connection, first, reviewer="second reviewer")
-    page = read_bytes(connection.client, *parse_uri(review.page_uri), limit=10**7).decode()
+    page = read(connection, review.page_uri).decode()
     decided = BeautifulSoup(page, "html.parser").find(class_="decisions").find_all("li")
     promoted, gone_back = (line.get_text() for line in decided)
     assert promoted.startswith("Promoted as production by first reviewer on ")
@@ -103,14 +107,14 @@ def test_changed_page_of_a_decision_is_found_out(connection, release):
 
 def test_decision_stands_where_its_page_can_not_be_kept(connection, release, monkeypatch):
     first = release()
-    upload = store.upload_bytes
+    upload = Bucket.upload_bytes
 
-    def refused(client, content, bucket, key, **options):
+    def refused(bucket, content, key, **options):
         if key.endswith(".html"):
             raise StoreError("no room")
-        return upload(client, content, bucket, key, **options)
+        return upload(bucket, content, key, **options)
 
-    monkeypatch.setattr("heimdall_onnx.review.promotion.upload_bytes", refused)
+    monkeypatch.setattr(Bucket, "upload_bytes", refused)
     review = promote(connection, first, compare=False)
     assert (pointed_at(connection), review.page_uri) == ("1", None)
     assert holds(connection, first)
@@ -127,7 +131,7 @@ def test_page_names_no_decision_that_the_log_does_not_have(connection, release, 
         with pytest.raises(StoreError):
             promote(connection, first, compare=False, reviewer="nobody")
     review = promote(connection, first, compare=False)
-    page = read_bytes(connection.client, *parse_uri(review.page_uri), limit=10**7).decode()
+    page = read(connection, review.page_uri).decode()
     assert "nobody" not in BeautifulSoup(page, "html.parser").find(class_="decisions").get_text()
 
 
@@ -141,7 +145,7 @@ def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, 
     assert "limit 1.050" in error
     assert latency.startswith("  - latency: ")
     assert pointed_at(connection) == "1"
-    assert not list_keys(connection.client, worse.bucket, f"{worse.folder}/reviews/")
+    assert not connection.bucket(worse.bucket).list_keys(f"{worse.folder}/reviews/")
     loose = Limits(error_growth=2, slowdown=1e6, calls=60)
     assert promote(connection, worse, limits=loose).version == "2"
 
@@ -230,9 +234,9 @@ def test_words_that_can_not_be_kept_are_refused(connection, release, words):
 def test_hostile_words_stay_what_they_are(connection, release):
     note = "<script>alert(1)</script> [x](javascript:alert(1)) ../../../ %2e%2e\n| a | b |"
     review = promote(connection, release(), reviewer="<b>reviewer</b>", note=note)
-    record = read_json(connection.client, *parse_uri(review.record_uri))
+    record = json.loads(read(connection, review.record_uri))
     assert (record["reviewer"], record["note"]) == ("<b>reviewer</b>", note)
-    (move,) = read_log(connection.client, release.bucket, "net", "production")
+    (move,) = read_log(connection.bucket(release.bucket), "net", "production")
     assert (move.by, move.note) == ("<b>reviewer</b>", note)
     said = connection.tracker.get_version("net", review.version).description
     assert "&#60;b&#62;reviewer&#60;/b&#62;: &#60;script&#62;" in said
@@ -320,7 +324,7 @@ def test_of_two_who_decide_at_once_one_is_told(connection, release, monkeypatch)
         promote(connection, second, compare=False)
     assert pointed_at(connection) == "1"
     assert holds(connection, second)
-    keys = list_keys(connection.client, second.bucket, f"{second.folder}/reviews/")
+    keys = connection.bucket(second.bucket).list_keys(f"{second.folder}/reviews/")
     assert keys == ()
 
 

@@ -10,7 +10,7 @@ from proxy import Fault, proxied
 
 from heimdall_onnx.common.errors import StoreError
 from heimdall_onnx.services.client import explain_store_error, make_client, read_object
-from heimdall_onnx.services.store import bucket_exists, upload_bytes
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -29,7 +29,7 @@ def client(proxy, embedded_settings):
 def test_passing_fault_is_survived_and_each_attempt_is_logged(client, proxy, bucket):
     fault = Fault("status", "HEAD", times=2, status=503)
     with proxy.fault(fault), structlog.testing.capture_logs() as events:
-        assert bucket_exists(client, bucket)
+        assert Bucket(client, bucket.name).is_there()
     assert [e["attempt"] for e in events] == [1, 2]
     assert {(e["event"], e["operation"], e["of"], e["reason"]) for e in events} == {
         ("store call failed", "HeadBucket", 5, "503")
@@ -43,24 +43,24 @@ def test_lasting_fault_is_given_up_after_so_many_attempts(proxy, embedded_settin
         proxy.fault(Fault("hang", times=None)) as fault,
         pytest.raises(StoreError, match="reach"),
     ):
-        bucket_exists(client, bucket)
+        Bucket(client, bucket.name).is_there()
     assert fault.hits == 2
 
 
 def test_refusal_is_no_fault_and_is_neither_repeated_nor_logged(client, proxy):
     with structlog.testing.capture_logs() as events:
-        assert not bucket_exists(client, "no-such-bucket")
+        assert not Bucket(client, "no-such-bucket").is_there()
     assert proxy.requests == ["HEAD /no-such-bucket"]
     assert events == []
 
 
 def test_answer_that_breaks_off_is_read_again(client, proxy, bucket):
-    upload_bytes(client, b"content", bucket, "key")
+    Bucket(client, bucket.name).upload_bytes(b"content", "key")
     with (
         proxy.fault(Fault("corrupt response", "GET")) as fault,
         structlog.testing.capture_logs() as events,
     ):
-        assert read_object(client, bucket, "key", lambda a: a["Body"].read()) == b"content"
+        assert read_object(client, bucket.name, "key", lambda a: a["Body"].read()) == b"content"
     assert fault.hits == 1
     assert [(e["event"], e["attempt"], e["of"]) for e in events] == [("answer broke off", 1, 3)]
 

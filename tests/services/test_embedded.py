@@ -25,7 +25,6 @@ from pydantic import SecretStr
 
 from heimdall_onnx.common.errors import RegistryError, StoreError
 from heimdall_onnx.services import embedded as services
-from heimdall_onnx.services import store
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.daemon import is_listening
 from heimdall_onnx.services.embedded import (
@@ -35,6 +34,7 @@ from heimdall_onnx.services.embedded import (
     services_up,
 )
 from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -76,14 +76,14 @@ def store_process(settings: Settings) -> psutil.Process:
 
 def put(settings: Settings, key: str) -> None:
     client = make_client(settings)
-    store.ensure_bucket(client, "kept")
-    store.upload_bytes(client, key.encode(), "kept", key)
+    Bucket(client, "kept").ensure()
+    Bucket(client, "kept").upload_bytes(key.encode(), key)
     client.close()
 
 
 def get(settings: Settings, key: str) -> bytes:
     client = make_client(settings)
-    data = store.read_bytes(client, "kept", key)
+    data = Bucket(client, "kept").read_bytes(key)
     client.close()
     return data
 
@@ -163,23 +163,23 @@ def test_every_socket_listens_on_loopback_only(embedded_settings: Settings) -> N
     [("s3_access_key_id", "does not know the access key"), ("s3_secret_access_key", "is wrong")],
 )
 def test_a_wrong_key_is_refused_in_words(
-    embedded_settings: Settings, bucket: str, field: str, reason: str
+    embedded_settings: Settings, bucket: Bucket, field: str, reason: str
 ) -> None:
     settings = embedded_settings.model_copy(update={field: SecretStr("AWRONGKEY")})
     client = make_client(settings)
     with pytest.raises(StoreError, match=f"{reason}; check MLFLOW_S3") as caught:
-        store.list_keys(client, bucket, "")
+        Bucket(client, bucket.name).list_keys("")
     assert "AWRONGKEY" not in str(caught.value)
     with pytest.raises(StoreError, match="forbidden: the key may be wrong"):
-        store.ensure_bucket(client, bucket)
+        Bucket(client, bucket.name).ensure()
 
 
 def test_the_filer_serves_nobody_without_a_key(
-    embedded_settings: Settings, s3: S3Client, bucket: str
+    embedded_settings: Settings, s3: S3Client, bucket: Bucket
 ) -> None:
-    store.upload_bytes(s3, b"private", bucket, "secret.txt")
+    bucket.upload_bytes(b"private", "secret.txt")
     record = json.loads((embedded_settings.home / "store" / "service.json").read_text())
-    address = f"http://127.0.0.1:{record['ports']['filer']}/buckets/{bucket}/secret.txt"
+    address = f"http://127.0.0.1:{record['ports']['filer']}/buckets/{bucket.name}/secret.txt"
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(address, timeout=5)
     assert caught.value.code == 401
@@ -348,7 +348,7 @@ def test_up_and_down_are_idempotent_and_leave_nothing_behind(
 
 def log_artifact(bare: Settings, address: str) -> str:
     filled = ensure_store(bare)
-    store.ensure_bucket(make_client(filled), "heimdall-mlflow")
+    Bucket(make_client(filled), "heimdall-mlflow").ensure()
     filled.apply()
     boto3.setup_default_session()
     mlflow.set_tracking_uri(address)

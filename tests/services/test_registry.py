@@ -51,6 +51,7 @@ from heimdall_onnx.services.registry import (
 )
 from heimdall_onnx.services.registry_errors import limit_waits
 from heimdall_onnx.services.settings import Settings, with_driver
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -74,7 +75,7 @@ def tracker(
 ) -> MLflowTracker:
     if request.param == "sqlite":
         return request.getfixturevalue("sqlite_tracker")
-    store.ensure_bucket(s3, "heimdall-mlflow")
+    Bucket(s3, "heimdall-mlflow").ensure()
     return MLflowTracker(request.getfixturevalue("mlflow_server"), experiment_name=tmp_path.name)
 
 
@@ -84,7 +85,7 @@ def name(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def release(tmp_path: Path, s3: S3Client, bucket: str) -> str:
+def release(tmp_path: Path, s3: S3Client, bucket: Bucket) -> str:
     """A release folder in the store with a model that doubles its input."""
     model = tmp_path / "double.onnx"
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 3]) for n in "xy")
@@ -97,9 +98,9 @@ def release(tmp_path: Path, s3: S3Client, bucket: str) -> str:
         beside, SIGNATURE, model_size_bytes=model.stat().st_size, metadata={"k": [1, 2]}
     )
     for path in beside.iterdir():
-        store.upload_file(s3, path, bucket, f"m/v1/{path.name}")
-    store.upload_file(s3, model, bucket, "m/v1/model.onnx")
-    return f"s3://{bucket}/m/v1"
+        bucket.upload_file(path, f"m/v1/{path.name}")
+    bucket.upload_file(model, "m/v1/model.onnx")
+    return f"{bucket.uri()}m/v1"
 
 
 def test_the_registered_folder_loads_through_mlflow_with_the_same_numbers(
@@ -183,7 +184,7 @@ def test_a_run_is_active_in_the_fluent_api_and_keeps_what_is_logged(
     assert info["end_time"] >= info["start_time"]
     assert info["artifact_uri"].startswith("s3://heimdall-mlflow/")
     bucket, key = store.parse_uri(info["artifact_uri"])
-    assert store.read_bytes(s3, bucket, f"{key}/notes/note.txt") == b"a note"
+    assert Bucket(s3, bucket).read_bytes(f"{key}/notes/note.txt") == b"a note"
 
 
 def test_a_run_is_gone_on_with_and_a_second_one_refused(tracker: MLflowTracker) -> None:
@@ -247,7 +248,7 @@ def test_an_artifact_is_logged_to_a_run_that_is_not_active(
     (tmp_path / "late.txt").write_text("late")
     tracker.log_artifact(tmp_path / "late.txt", run_id=run_id)
     bucket, key = store.parse_uri(tracker.get_run_info(run_id)["artifact_uri"])
-    assert store.read_bytes(s3, bucket, f"{key}/late.txt") == b"late"
+    assert Bucket(s3, bucket).read_bytes(f"{key}/late.txt") == b"late"
     assert mlflow.active_run() is None
 
 
@@ -374,10 +375,10 @@ def test_reserved_aliases_are_refused(sqlite_tracker: MLflowTracker, alias: str)
 
 
 def test_a_source_that_mlflow_could_not_load_is_not_registered(
-    tracker: MLflowTracker, name: str, release: str, s3: S3Client, bucket: str
+    tracker: MLflowTracker, name: str, release: str, s3: S3Client, bucket: Bucket
 ) -> None:
-    store.upload_bytes(s3, b"onnx", bucket, "bare.onnx")
-    for source in (f"s3://{bucket}/bare.onnx", f"s3://{bucket}/missing", f"{release}/model.onnx"):
+    bucket.upload_bytes(b"onnx", "bare.onnx")
+    for source in (f"{bucket.uri()}bare.onnx", f"{bucket.uri()}missing", f"{release}/model.onnx"):
         with pytest.raises(RegistryError, match="holds no MLmodel"):
             tracker.register_model(name, source)
     with pytest.raises(RegistryError, match="bucket does not exist"):
@@ -449,12 +450,12 @@ def test_no_proxy_stands_before_a_server_on_this_machine(
 
 
 def test_initializing_makes_what_the_settings_name(
-    embedded_settings: Settings, reset_mlflow: None, tmp_path: Path, s3: S3Client, bucket: str
+    embedded_settings: Settings, reset_mlflow: None, tmp_path: Path, s3: S3Client, bucket: Bucket
 ) -> None:
     settings = embedded_settings.model_copy(
         update={
             "home": tmp_path / "new" / "home",
-            "artifact_uri": f"s3://{bucket}-artifacts/below",
+            "artifact_uri": f"s3://{bucket.name}-artifacts/below",
             "experiment_name": "mine",
         }
     )
@@ -465,7 +466,7 @@ def test_initializing_makes_what_the_settings_name(
     assert (tmp_path / "new" / "home" / "mlflow.db").is_file()
     assert tracker.experiment_name == "mine"
     key = f"below/{run_id}/artifacts/a.txt"
-    assert store.read_bytes(s3, f"{bucket}-artifacts", key) == b"a"
+    assert Bucket(s3, f"{bucket.name}-artifacts").read_bytes(key) == b"a"
 
 
 def test_another_store_in_the_same_process_is_used(
@@ -486,7 +487,7 @@ def test_another_store_in_the_same_process_is_used(
         run_id = tracker.start_run()
         tracker.log_artifact(tmp_path / "a.txt")
         client = make_client(ensure_store(bare))
-        assert store.list_keys(client, "heimdall-mlflow", f"{run_id}/") == (
+        assert Bucket(client, "heimdall-mlflow").list_keys(f"{run_id}/") == (
             f"{run_id}/artifacts/a.txt",
         )
         client.close()

@@ -6,54 +6,53 @@ import pytest
 from botocore.exceptions import ClientError
 
 from heimdall_onnx.services.retention import Protection, prepare_bucket, retain
-from heimdall_onnx.services.store import delete_objects, list_keys
 
 pytestmark = pytest.mark.services
 
 
 def test_nothing_is_turned_on_unasked(s3, bucket):
-    protection = prepare_bucket(s3, bucket, versioning=False, retention_days=0)
+    protection = prepare_bucket(bucket, versioning=False, retention_days=0)
     assert protection == Protection(versioning=False, retained_until=None)
-    retain(s3, bucket, ["no such object"], protection)
+    retain(bucket, ["no such object"], protection)
 
 
 def test_versioning_keeps_what_is_deleted(s3, bucket):
-    protection = prepare_bucket(s3, bucket, versioning=True, retention_days=0)
+    protection = prepare_bucket(bucket, versioning=True, retention_days=0)
     assert protection == Protection(versioning=True, retained_until=None)
-    s3.put_object(Bucket=bucket, Key="a", Body=b"1")
-    delete_objects(s3, bucket, ["a"])
-    assert list_keys(s3, bucket, "") == ()
-    (kept,) = s3.list_object_versions(Bucket=bucket)["Versions"]
-    body = s3.get_object(Bucket=bucket, Key="a", VersionId=kept["VersionId"])["Body"].read()
+    s3.put_object(Bucket=bucket.name, Key="a", Body=b"1")
+    bucket.delete(["a"])
+    assert bucket.list_keys("") == ()
+    (kept,) = s3.list_object_versions(Bucket=bucket.name)["Versions"]
+    body = s3.get_object(Bucket=bucket.name, Key="a", VersionId=kept["VersionId"])["Body"].read()
     assert body == b"1"
 
 
 def test_retention_refuses_to_delete(s3, bucket):
-    protection = prepare_bucket(s3, bucket, versioning=False, retention_days=2)
+    protection = prepare_bucket(bucket, versioning=False, retention_days=2)
     assert protection.versioning
     left = datetime.fromisoformat(protection.retained_until) - datetime.now(UTC)
     assert timedelta(days=1, hours=23) < left <= timedelta(days=2)
-    version = s3.put_object(Bucket=bucket, Key="a", Body=b"1")["VersionId"]
-    retain(s3, bucket, ["a"], protection)
+    version = s3.put_object(Bucket=bucket.name, Key="a", Body=b"1")["VersionId"]
+    retain(bucket, ["a"], protection)
     with pytest.raises(ClientError, match="AccessDenied"):
-        s3.delete_object(Bucket=bucket, Key="a", VersionId=version)
-    kept = s3.get_object_retention(Bucket=bucket, Key="a")["Retention"]
+        s3.delete_object(Bucket=bucket.name, Key="a", VersionId=version)
+    kept = s3.get_object_retention(Bucket=bucket.name, Key="a")["Retention"]
     assert kept["Mode"] == "GOVERNANCE"
 
 
 def test_retention_is_never_shortened(s3, bucket):
     longer, shorter = (
-        prepare_bucket(s3, bucket, versioning=False, retention_days=days) for days in (5, 1)
+        prepare_bucket(bucket, versioning=False, retention_days=days) for days in (5, 1)
     )
-    s3.put_object(Bucket=bucket, Key="shared", Body=b"1")
+    s3.put_object(Bucket=bucket.name, Key="shared", Body=b"1")
     for protection in (longer, shorter):
-        retain(s3, bucket, ["shared"], protection)
-    kept = s3.get_object_retention(Bucket=bucket, Key="shared")["Retention"]["RetainUntilDate"]
+        retain(bucket, ["shared"], protection)
+    kept = s3.get_object_retention(Bucket=bucket.name, Key="shared")["Retention"]["RetainUntilDate"]
     assert kept == longer.until
 
 
 def test_bucket_that_is_protected_already_is_not_changed(s3, bucket):
-    prepare_bucket(s3, bucket, versioning=True, retention_days=1)
+    prepare_bucket(bucket, versioning=True, retention_days=1)
 
     def refuse(**_):
         raise AssertionError("a releaser may not do this")
@@ -61,7 +60,7 @@ def test_bucket_that_is_protected_already_is_not_changed(s3, bucket):
     for call in ("PutBucketVersioning", "PutObjectLockConfiguration"):
         s3.meta.events.register(f"before-call.s3.{call}", refuse)
     try:
-        again = prepare_bucket(s3, bucket, versioning=True, retention_days=1)
+        again = prepare_bucket(bucket, versioning=True, retention_days=1)
     finally:
         for call in ("PutBucketVersioning", "PutObjectLockConfiguration"):
             s3.meta.events.unregister(f"before-call.s3.{call}", refuse)
@@ -76,7 +75,7 @@ def test_store_without_versioning_is_said_to_have_none(s3, bucket):
     # SeaweedFS has it, so the answer of a store that has not is put in its place.
     s3.meta.events.register("before-call.s3.PutBucketVersioning", lacking)
     try:
-        protection = prepare_bucket(s3, bucket, versioning=True, retention_days=3)
+        protection = prepare_bucket(bucket, versioning=True, retention_days=3)
     finally:
         s3.meta.events.unregister("before-call.s3.PutBucketVersioning", lacking)
     assert protection.retained_until is None

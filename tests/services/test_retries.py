@@ -67,5 +67,5 @@ def test_mlflows_s3_client_gets_the_limits_and_the_log(
     assert (client.meta.config.connect_timeout, client.meta.config.read_timeout) == (5, 20)
     fault = Fault("status", "HEAD", times=1)
     with proxy.fault(fault), structlog.testing.capture_logs() as events:
-        client.head_bucket(Bucket=bucket)
+        client.head_bucket(Bucket=bucket.name)
     assert [(e["event"], e["attempt"], e["of"]) for e in events] == [("store call failed", 1, 5)]

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -43,6 +42,7 @@ from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.services import store
 from heimdall_onnx.services.client import explain_store_error, make_client, redact_url, store_errors
 from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -115,21 +115,21 @@ def test_an_unreachable_store_fails_within_seconds_without_its_secret(unused_por
     with pytest.raises(
         StoreError, match=r"look for bucket bucket at http://127.*can't be reached"
     ) as caught:
-        store.ensure_bucket(client, "bucket")
+        Bucket(client, "bucket").ensure()
     assert time.monotonic() - started < 10
     assert "secret" not in str(caught.value)
 
 
 def test_a_store_on_loopback_is_not_looked_for_behind_a_proxy(
-    embedded_settings: Settings, bucket: str, unused_port: int, monkeypatch: pytest.MonkeyPatch
+    embedded_settings: Settings, bucket: Bucket, unused_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{unused_port}")
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{unused_port}")
-    assert store.list_keys(make_client(embedded_settings), bucket, "") == ()
+    assert Bucket(make_client(embedded_settings), bucket.name).list_keys("") == ()
 
 
 def test_missing_credentials_are_named(
-    embedded_settings: Settings, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    embedded_settings: Settings, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
@@ -138,125 +138,123 @@ def test_missing_credentials_are_named(
         update={"s3_access_key_id": None, "s3_secret_access_key": None}
     )
     with pytest.raises(StoreError, match=r"no credentials; check MLFLOW_S3_ACCESS_KEY_ID"):
-        store.list_keys(make_client(anonymous), bucket, "")
+        Bucket(make_client(anonymous), bucket.name).list_keys("")
 
 
 # --- buckets
 
 
-def test_making_a_bucket_again_or_at_once_is_no_error(s3: S3Client, bucket: str) -> None:
-    store.ensure_bucket(s3, bucket)
+def test_making_a_bucket_again_or_at_once_is_no_error(s3: S3Client, bucket: Bucket) -> None:
+    bucket.ensure()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: store.ensure_bucket(s3, f"{bucket}-raced"), range(8)))
-    assert store.list_keys(s3, f"{bucket}-raced", "") == ()
+        list(pool.map(lambda _: Bucket(s3, f"{bucket.name}-raced").ensure(), range(8)))
+    assert Bucket(s3, f"{bucket.name}-raced").list_keys("") == ()
 
 
-def test_a_missing_bucket_or_object_is_named(s3: S3Client, bucket: str, tmp_path: Path) -> None:
+def test_a_missing_bucket_or_object_is_named(s3: S3Client, bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"upload s3://no-such-bucket/k .*no such bucket"):
-        store.upload_bytes(s3, b"x", "no-such-bucket", "k")
-    with pytest.raises(StoreError, match=f"download s3://{bucket}/k .*no such object"):
-        store.download_file(s3, bucket, "k", tmp_path / "k")
+        Bucket(s3, "no-such-bucket").upload_bytes(b"x", "k")
+    with pytest.raises(StoreError, match=f"download {bucket.uri()}k .*no such object"):
+        bucket.download_file("k", tmp_path / "k")
     with pytest.raises(StoreError, match="no such object"):
-        store.read_bytes(s3, bucket, "k")
+        bucket.read_bytes("k")
     with pytest.raises(StoreError, match="no such object"):
-        store.head(s3, bucket, "k")
+        bucket.head("k")
     assert list(tmp_path.iterdir()) == []
-    assert not store.exists(s3, bucket, "k")
-    assert not store.exists(s3, "no-such-bucket", "k")
+    assert not bucket.exists("k")
+    assert not Bucket(s3, "no-such-bucket").exists("k")
 
 
 # --- uploads
 
 
 def test_a_small_file_arrives_with_metadata_type_and_hash(
-    s3: S3Client, bucket: str, tmp_path: Path
+    s3: S3Client, bucket: Bucket, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"{}")
-    stored = store.upload_file(
-        s3,
+    stored = bucket.upload_file(
         path,
-        bucket,
         "f/a.json",
         metadata={"export-date": "2026-11-20T14:30:00Z"},
         content_type="application/json",
     )
     assert stored == store.StoredObject(
-        f"s3://{bucket}/f/a.json", bucket, "f/a.json", 2, sha256(b"{}")
+        f"{bucket.uri()}f/a.json", bucket.name, "f/a.json", 2, sha256(b"{}")
     )
-    response = s3.head_object(Bucket=bucket, Key="f/a.json", ChecksumMode="ENABLED")
+    response = s3.head_object(Bucket=bucket.name, Key="f/a.json", ChecksumMode="ENABLED")
     assert response["ContentType"] == "application/json"
     assert response["Metadata"] == {
         "export-date": "2026-11-20T14:30:00Z",
         "sha256": sha256(b"{}"),
     }
     assert response["ChecksumSHA256"]
-    assert store.head(s3, bucket, "f/a.json") == stored
+    assert bucket.head("f/a.json") == stored
 
 
 def test_a_large_file_goes_in_parts_and_reports_progress(
-    s3: S3Client, bucket: str, large_file: Path
+    s3: S3Client, bucket: Bucket, large_file: Path
 ) -> None:
     sent: list[int] = []
     parts: list[str] = []
     s3.meta.events.register("before-call.s3.UploadPart", lambda **_: parts.append("part"), "count")
     try:
-        stored = store.upload_file(s3, large_file, bucket, "large", progress=sent.append)
+        stored = bucket.upload_file(large_file, "large", progress=sent.append)
     finally:
         s3.meta.events.unregister("before-call.s3.UploadPart", unique_id="count")
     assert len(parts) == 5
     assert sum(sent) == LARGE
     assert stored.size_bytes == LARGE
     assert stored.sha256 == hash_file(large_file)
-    assert store.head(s3, bucket, "large") == stored
+    assert bucket.head("large") == stored
 
 
 def test_the_store_itself_refuses_a_body_that_its_checksum_does_not_fit(
-    s3: S3Client, bucket: str
+    s3: S3Client, bucket: Bucket
 ) -> None:
     with (
         pytest.raises(StoreError, match="damaged on its way"),
         store_errors(s3, "upload"),
     ):
-        s3.put_object(Bucket=bucket, Key="k", Body=b"x", ChecksumSHA256="A" * 43 + "=")
-    assert not store.exists(s3, bucket, "k")
+        s3.put_object(Bucket=bucket.name, Key="k", Body=b"x", ChecksumSHA256="A" * 43 + "=")
+    assert not bucket.exists("k")
 
 
-@pytest.mark.parametrize("upload", [store.upload_file, store.upload_bytes])
+@pytest.mark.parametrize("upload", ["upload_file", "upload_bytes"])
 def test_an_object_that_reads_back_differently_is_deleted(
     s3: S3Client,
     embedded_settings: Settings,
-    bucket: str,
+    bucket: Bucket,
     tmp_path: Path,
-    upload: Callable[..., store.StoredObject],
+    upload: str,
 ) -> None:
     other = make_client(embedded_settings)
 
     def overwrite(**_: object) -> None:
-        other.put_object(Bucket=bucket, Key="k", Body=b"somebody else's")
+        other.put_object(Bucket=bucket.name, Key="k", Body=b"somebody else's")
 
     content: bytes | Path = b"mine"
-    if upload is store.upload_file:
+    if upload == "upload_file":
         content = tmp_path / "k"
         content.write_bytes(b"mine")
     s3.meta.events.register("after-call.s3.PutObject", overwrite, "second-writer")
     try:
         with pytest.raises(StoreError, match=f"reads back differently.*{sha256(b'mine')}"):
-            upload(s3, content, bucket, "k")
+            getattr(bucket, upload)(content, "k")
     finally:
         s3.meta.events.unregister("after-call.s3.PutObject", unique_id="second-writer")
-    assert not store.exists(s3, bucket, "k")
+    assert not bucket.exists("k")
 
 
 def test_a_file_that_has_changed_or_gone_is_not_uploaded(
-    s3: S3Client, bucket: str, tmp_path: Path
+    s3: S3Client, bucket: Bucket, tmp_path: Path
 ) -> None:
     (tmp_path / "a").write_bytes(b"new")
     with pytest.raises(DataError, match=f"expected SHA-256 {sha256(b'old')}"):
-        store.upload_file(s3, tmp_path / "a", bucket, "a", sha256=sha256(b"old"))
+        bucket.upload_file(tmp_path / "a", "a", sha256=sha256(b"old"))
     with pytest.raises(DataError, match="can't be read: No such file"):
-        store.upload_file(s3, tmp_path / "missing", bucket, "a")
-    assert store.list_keys(s3, bucket, "") == ()
+        bucket.upload_file(tmp_path / "missing", "a")
+    assert bucket.list_keys("") == ()
 
 
 @pytest.mark.parametrize(
@@ -264,33 +262,32 @@ def test_a_file_that_has_changed_or_gone_is_not_uploaded(
     [{"Export-Date": "x"}, {"export_date": "x"}, {"": "x"}, {"a": "ü"}, {"a": " x"}, {"a": ""}],
 )
 def test_metadata_that_stores_rewrite_is_refused(
-    s3: S3Client, bucket: str, metadata: dict[str, str]
+    s3: S3Client, bucket: Bucket, metadata: dict[str, str]
 ) -> None:
     with pytest.raises(ParameterError, match=re.escape(f"found {next(iter(metadata))}=")):
-        store.upload_bytes(s3, b"x", bucket, "k", metadata=metadata)
-    assert store.list_keys(s3, bucket, "") == ()
+        bucket.upload_bytes(b"x", "k", metadata=metadata)
+    assert bucket.list_keys("") == ()
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_upload_leaves_no_object(
-    embedded_settings: Settings, s3: S3Client, bucket: str, large_file: Path, by: signal.Signals
+    embedded_settings: Settings, s3: S3Client, bucket: Bucket, large_file: Path, by: signal.Signals
 ) -> None:
     script = """
 import sys
 from pathlib import Path
-from heimdall_onnx.services import store
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import Bucket
 def progress(sent):
     print("sending", flush=True)
-store.upload_file(
-    make_client(Settings(_env_file=None)), Path(sys.argv[1]), sys.argv[2], "k",
-    progress=progress,
+Bucket(make_client(Settings(_env_file=None)), sys.argv[2]).upload_file(
+    Path(sys.argv[1]), "k", progress=progress
 )
 """
     embedded_settings.apply()
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(large_file), bucket],
+        [sys.executable, "-c", script, str(large_file), bucket.name],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -300,35 +297,35 @@ store.upload_file(
         process.send_signal(by)
         process.communicate(timeout=60)
     assert process.returncode != 0
-    assert not store.exists(s3, bucket, "k")
-    assert store.list_keys(s3, bucket, "") == ()
+    assert not bucket.exists("k")
+    assert bucket.list_keys("") == ()
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # boto3's, after its errors
 def test_an_upload_that_its_caller_breaks_off_leaves_nothing(
-    s3: S3Client, bucket: str, large_file: Path
+    s3: S3Client, bucket: Bucket, large_file: Path
 ) -> None:
     def give_up(_: int) -> None:
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        store.upload_file(s3, large_file, bucket, "k", progress=give_up)
-    assert not store.exists(s3, bucket, "k")
-    assert "Uploads" not in s3.list_multipart_uploads(Bucket=bucket)
+        bucket.upload_file(large_file, "k", progress=give_up)
+    assert not bucket.exists("k")
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=bucket.name)
     gc.collect()
 
 
-def test_a_conditional_write_does_not_replace_an_object(s3: S3Client, bucket: str) -> None:
-    store.upload_bytes(s3, b"first", bucket, "k", if_absent=True)
+def test_a_conditional_write_does_not_replace_an_object(s3: S3Client, bucket: Bucket) -> None:
+    bucket.upload_bytes(b"first", "k", if_absent=True)
     with pytest.raises(ObjectExistsError, match="already an object of that name"):
-        store.upload_bytes(s3, b"second", bucket, "k", if_absent=True)
-    assert store.read_bytes(s3, bucket, "k") == b"first"
-    store.upload_bytes(s3, b"third", bucket, "k")
-    assert store.read_bytes(s3, bucket, "k") == b"third"
+        bucket.upload_bytes(b"second", "k", if_absent=True)
+    assert bucket.read_bytes("k") == b"first"
+    bucket.upload_bytes(b"third", "k")
+    assert bucket.read_bytes("k") == b"third"
 
 
 def test_a_conditional_write_whose_answer_is_lost_is_its_own(
-    embedded_settings: Settings, s3: S3Client, bucket: str
+    embedded_settings: Settings, s3: S3Client, bucket: Bucket
 ) -> None:
     client = make_client(embedded_settings)
     answers = itertools.count()
@@ -341,25 +338,25 @@ def test_a_conditional_write_whose_answer_is_lost_is_its_own(
     client.meta.events.register("before-send.s3.PutObject", lose_the_first)
     now = datetime(2026, 11, 20, 14, 30, 0, tzinfo=UTC)
     claim = {"name": "metadata.json", "content": str.encode, "now": now}
-    assert store.claim_version(client, bucket, "models", **claim) == "v20261120_143000"
+    assert Bucket(client, bucket.name).claim_version("models", **claim) == "v20261120_143000"
     assert next(answers) == 2
-    assert store.claim_version(client, bucket, "models", **claim) == "v20261120_143001"
+    assert Bucket(client, bucket.name).claim_version("models", **claim) == "v20261120_143001"
 
 
 # --- versions
 
 
-def test_a_version_is_named_after_its_second_in_utc(s3: S3Client, bucket: str) -> None:
+def test_a_version_is_named_after_its_second_in_utc(s3: S3Client, bucket: Bucket) -> None:
     now = datetime(2026, 11, 20, 15, 30, 0, tzinfo=timezone(timedelta(hours=1)))
     claim = {"name": "metadata.json", "content": str.encode, "now": now}
-    assert store.claim_version(s3, bucket, "models/x", **claim) == "v20261120_143000"
-    assert store.claim_version(s3, bucket, "models/x/", **claim) == "v20261120_143001"
+    assert bucket.claim_version("models/x", **claim) == "v20261120_143000"
+    assert bucket.claim_version("models/x/", **claim) == "v20261120_143001"
     key = "models/x/v20261120_143001/metadata.json"
-    assert store.read_bytes(s3, bucket, key) == b"v20261120_143001"
+    assert bucket.read_bytes(key) == b"v20261120_143001"
 
 
 def test_sixteen_claims_at_once_get_sixteen_versions(
-    embedded_settings: Settings, bucket: str
+    embedded_settings: Settings, bucket: Bucket
 ) -> None:
     now = datetime(2026, 11, 20, 14, 30, 0, tzinfo=UTC)
     start = threading.Barrier(16)
@@ -368,10 +365,10 @@ def test_sixteen_claims_at_once_get_sixteen_versions(
         client = make_client(embedded_settings)
         start.wait()
         content = f"writer {writer}"
-        version = store.claim_version(
-            client, bucket, "m", name="a.json", content=lambda _: content.encode(), now=now
+        version = Bucket(client, bucket.name).claim_version(
+            "m", name="a.json", content=lambda _: content.encode(), now=now
         )
-        found = store.read_bytes(client, bucket, f"m/{version}/a.json").decode()
+        found = Bucket(client, bucket.name).read_bytes(f"m/{version}/a.json").decode()
         client.close()
         return version, found
 
@@ -382,17 +379,17 @@ def test_sixteen_claims_at_once_get_sixteen_versions(
 
 
 def test_claiming_gives_up_when_every_second_is_taken(
-    s3: S3Client, bucket: str, monkeypatch: pytest.MonkeyPatch
+    s3: S3Client, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_CLAIM_TRIES", 2)
     claim = {"name": "a", "content": lambda _: b"", "now": datetime(2026, 1, 1, tzinfo=UTC)}
     for _ in range(2):
-        store.claim_version(s3, bucket, "m", **claim)
+        bucket.claim_version("m", **claim)
     with pytest.raises(StoreError, match="the 2 seconds from 2026-01-01 00:00:00 UTC are all"):
-        store.claim_version(s3, bucket, "m", **claim)
+        bucket.claim_version("m", **claim)
 
 
-def test_only_folders_with_a_manifest_are_releases(s3: S3Client, bucket: str) -> None:
+def test_only_folders_with_a_manifest_are_releases(s3: S3Client, bucket: Bucket) -> None:
     for key in (
         "m/v3/manifest.json",
         "m/v1/manifest.json",
@@ -401,26 +398,28 @@ def test_only_folders_with_a_manifest_are_releases(s3: S3Client, bucket: str) ->
         "m/manifest.json",
         "mm/v5/manifest.json",
     ):
-        store.upload_bytes(s3, b"{}", bucket, key)
-    assert store.list_versions(s3, bucket, "m") == ("v1", "v3")
-    assert store.list_versions(s3, bucket, "m/") == ("v1", "v3")
-    assert store.list_versions(s3, bucket, "none") == ()
+        bucket.upload_bytes(b"{}", key)
+    assert bucket.list_versions("m") == ("v1", "v3")
+    assert bucket.list_versions("m/") == ("v1", "v3")
+    assert bucket.list_versions("none") == ()
 
 
-def test_a_page_of_versions_takes_as_many_requests_as_it_is_long(s3: S3Client, bucket: str) -> None:
+def test_a_page_of_versions_takes_as_many_requests_as_it_is_long(
+    s3: S3Client, bucket: Bucket
+) -> None:
     """However many releases, and reports of failed ones, come before and behind it."""
     days = [f"v202601{day:02}" for day in range(1, 31)]
     known = [f"{day}_{number:06}" for day in days for number in range(40)]
     put = [f"m/{version}/manifest.json" for version in known]
     put += [f"m/failed/{version}/report.html" for version in known]
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda key: s3.put_object(Bucket=bucket, Key=key), put))
+        list(threads.map(lambda key: s3.put_object(Bucket=bucket.name, Key=key), put))
     asked: list[str] = []
     s3.meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name), "count")
 
     def page(**options: Any) -> tuple[list[str], int]:
         asked.clear()
-        return list(store.list_versions(s3, bucket, "m", **options)), len(asked)
+        return list(bucket.list_versions("m", **options)), len(asked)
 
     try:
         assert page(limit=7) == (known[:7], 1)
@@ -437,35 +436,35 @@ def test_a_page_of_versions_takes_as_many_requests_as_it_is_long(s3: S3Client, b
 
 
 def test_a_download_is_checked_against_the_recorded_hash(
-    s3: S3Client, bucket: str, tmp_path: Path
+    s3: S3Client, bucket: Bucket, tmp_path: Path
 ) -> None:
-    store.upload_bytes(s3, b"content", bucket, "k")
+    bucket.upload_bytes(b"content", "k")
     (tmp_path / "k").write_text("older")
-    assert store.download_file(s3, bucket, "k", tmp_path / "k") == sha256(b"content")
+    assert bucket.download_file("k", tmp_path / "k") == sha256(b"content")
     assert (tmp_path / "k").read_bytes() == b"content"
     assert (tmp_path / "k").stat().st_mode & 0o444 == 0o444
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_damaged_download_leaves_nothing_behind(
-    s3: S3Client, bucket: str, tmp_path: Path, given: bool
+    s3: S3Client, bucket: Bucket, tmp_path: Path, given: bool
 ) -> None:
-    s3.put_object(Bucket=bucket, Key="k", Body=b"damaged", Metadata={"sha256": sha256(b"whole")})
+    s3.put_object(
+        Bucket=bucket.name, Key="k", Body=b"damaged", Metadata={"sha256": sha256(b"whole")}
+    )
     with pytest.raises(StoreError, match=f"expected SHA-256 {sha256(b'whole')}, found"):
-        store.download_file(
-            s3, bucket, "k", tmp_path / "k", sha256=sha256(b"whole") if given else None
-        )
+        bucket.download_file("k", tmp_path / "k", sha256=sha256(b"whole") if given else None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_download_that_breaks_off_is_a_store_error(
-    embedded_settings: Settings, s3: S3Client, bucket: str, large_file: Path, tmp_path: Path
+    embedded_settings: Settings, s3: S3Client, bucket: Bucket, large_file: Path, tmp_path: Path
 ) -> None:
-    store.upload_file(s3, large_file, bucket, "k")
+    bucket.upload_file(large_file, "k")
     with cutting_proxy(embedded_settings.s3_endpoint_url, after=1 << 20) as address:
         client = make_client(embedded_settings.model_copy(update={"s3_endpoint_url": address}))
-        with pytest.raises(StoreError, match=f"could not download s3://{bucket}/k at {address}"):
-            store.download_file(client, bucket, "k", tmp_path / "k")
+        with pytest.raises(StoreError, match=f"could not download {bucket.uri()}k at {address}"):
+            Bucket(client, bucket.name).download_file("k", tmp_path / "k")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -498,23 +497,23 @@ class cutting_proxy:
                     left -= len(data)
 
 
-def test_json_is_read_and_what_is_not_json_is_named(s3: S3Client, bucket: str) -> None:
-    store.upload_bytes(s3, b'{"a": [1]}', bucket, "good")
-    store.upload_bytes(s3, b"{", bucket, "bad")
-    assert store.read_json(s3, bucket, "good") == {"a": [1]}
-    with pytest.raises(StoreError, match=f"s3://{bucket}/bad is not JSON"):
-        store.read_json(s3, bucket, "bad")
+def test_json_is_read_and_what_is_not_json_is_named(s3: S3Client, bucket: Bucket) -> None:
+    bucket.upload_bytes(b'{"a": [1]}', "good")
+    bucket.upload_bytes(b"{", "bad")
+    assert bucket.read_json("good") == {"a": [1]}
+    with pytest.raises(StoreError, match=f"{bucket.uri()}bad is not JSON"):
+        bucket.read_json("bad")
 
 
 def test_transfers_hold_no_file_in_memory(
-    s3: S3Client, bucket: str, large_file: Path, tmp_path: Path
+    s3: S3Client, bucket: Bucket, large_file: Path, tmp_path: Path
 ) -> None:
     import tracemalloc
 
     tracemalloc.start()
     try:
-        store.upload_file(s3, large_file, bucket, "k")
-        store.download_file(s3, bucket, "k", tmp_path / "k")
+        bucket.upload_file(large_file, "k")
+        bucket.download_file("k", tmp_path / "k")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -525,38 +524,40 @@ def test_transfers_hold_no_file_in_memory(
 
 
 def test_a_copy_keeps_metadata_type_and_content(
-    s3: S3Client, bucket: str, large_file: Path
+    s3: S3Client, bucket: Bucket, large_file: Path
 ) -> None:
     for key, path in (("a", large_file), ("b", Path(__file__))):
-        original = store.upload_file(
-            s3, path, bucket, key, metadata={"model-type": "m"}, content_type="application/x-m"
+        original = bucket.upload_file(
+            path, key, metadata={"model-type": "m"}, content_type="application/x-m"
         )
-        copied = store.copy_object(s3, bucket, key, bucket, f"to/{key}")
+        copied = bucket.copy(key, f"to/{key}")
         assert (copied.key, copied.sha256) == (f"to/{key}", original.sha256)
-        response = s3.head_object(Bucket=bucket, Key=f"to/{key}")
+        response = s3.head_object(Bucket=bucket.name, Key=f"to/{key}")
         assert response["Metadata"] == {"model-type": "m", "sha256": original.sha256}
         assert response["ContentType"] == "application/x-m"
 
 
-def test_a_copy_of_a_damaged_object_is_refused(s3: S3Client, bucket: str) -> None:
-    s3.put_object(Bucket=bucket, Key="a", Body=b"damaged", Metadata={"sha256": sha256(b"whole")})
+def test_a_copy_of_a_damaged_object_is_refused(s3: S3Client, bucket: Bucket) -> None:
+    s3.put_object(
+        Bucket=bucket.name, Key="a", Body=b"damaged", Metadata={"sha256": sha256(b"whole")}
+    )
     with pytest.raises(StoreError, match="reads back differently"):
-        store.copy_object(s3, bucket, "a", bucket, "b")
-    assert store.list_keys(s3, bucket, "") == ("a",)
+        bucket.copy("a", "b")
+    assert bucket.list_keys("") == ("a",)
 
 
-def test_an_object_without_recorded_hash_is_copied_too(s3: S3Client, bucket: str) -> None:
-    s3.put_object(Bucket=bucket, Key="a", Body=b"plain")
-    assert store.copy_object(s3, bucket, "a", bucket, "b").sha256 == sha256(b"plain")
-    assert store.head(s3, bucket, "a").sha256 == ""
+def test_an_object_without_recorded_hash_is_copied_too(s3: S3Client, bucket: Bucket) -> None:
+    s3.put_object(Bucket=bucket.name, Key="a", Body=b"plain")
+    assert bucket.copy("a", "b").sha256 == sha256(b"plain")
+    assert bucket.head("a").sha256 == ""
 
 
-def test_what_is_named_is_deleted_and_nothing_else(s3: S3Client, bucket: str) -> None:
+def test_what_is_named_is_deleted_and_nothing_else(s3: S3Client, bucket: Bucket) -> None:
     for key in ("a/1", "a/2/3", "ab"):
-        store.upload_bytes(s3, b"x", bucket, key)
+        bucket.upload_bytes(b"x", key)
     for _ in range(2):
-        store.delete_objects(s3, bucket, ["a/1", "a/2/3"])
-        assert store.list_keys(s3, bucket, "") == ("ab",)
+        bucket.delete(["a/1", "a/2/3"])
+        assert bucket.list_keys("") == ("ab",)
 
 
 # --- reasons that no local store gives
@@ -599,6 +600,6 @@ def test_an_address_with_a_password_is_redacted_in_errors(unused_port: int) -> N
         region_name="us-east-1",
     )
     with pytest.raises(StoreError) as caught:
-        store.list_keys(client, "b" * 3, "")
+        Bucket(client, "b" * 3).list_keys("")
     assert "127.0.0.1" in str(caught.value)
     assert "hidden" not in "".join(traceback.format_exception(caught.value))

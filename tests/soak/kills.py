@@ -20,7 +20,7 @@ from tally import Tally
 
 from heimdall_onnx.release.publish import Journal
 from heimdall_onnx.services.connection import open_for_reading
-from heimdall_onnx.services.store import list_keys
+from heimdall_onnx.services.store import Bucket
 
 VICTIMS = (("runner",), ("kernel",), ("runner", "kernel"))
 ROUND = 10
@@ -137,7 +137,7 @@ def _remains(lane: Lane, running: RunningRelease) -> list[str]:
     if version is None:
         return []
     place, prefix = lane.place, f"{PREFIX}/{version}/"
-    keys = list_keys(open_for_reading(place.settings).client, place.bucket, prefix)
+    keys = Bucket(open_for_reading(place.settings).client, place.bucket).list_keys(prefix)
     own = [v for v in place.versions() if v.source == f"s3://{place.bucket}/{prefix[:-1]}"]
     return [f"not taken back: {what}" for what in (*keys, *own)]
 

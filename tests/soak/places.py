@@ -21,7 +21,7 @@ from releases import Inputs, changed_notebook, make_small_inputs
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.embedded import ensure_store, services_down
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import ensure_bucket
+from heimdall_onnx.services.store import Bucket
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def store_and_inputs(folder: Path) -> Iterator[tuple[Settings, Inputs, Path]]:
     bare = Settings(_env_file=None, HEIMDALL_HOME=folder / "home")
     try:
         settings = ensure_store(bare)
-        ensure_bucket(make_client(settings), "heimdall-mlflow")
+        Bucket(make_client(settings), "heimdall-mlflow").ensure()
         yield settings, make_small_inputs(folder), changed_notebook(folder)
     finally:
         services_down(bare)

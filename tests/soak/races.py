@@ -23,6 +23,7 @@ from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.promotion import promote_release, roll_back
 from heimdall_onnx.services.connection import open_for_reading
 from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.store import Bucket
 
 _TIMEOUT_S = 1800
 _REVIEWERS = 6
@@ -58,7 +59,9 @@ def release_together(
             found.append(f"not {count} different of {what}: {[r.get(what) for r in results]}")
     if len(place.releases()) != count or len(place.versions()) != count:
         found.append(f"{len(place.releases())} releases, {len(place.versions())} versions")
-    moves = read_log(open_for_reading(place.settings).client, place.bucket, place.name, place.alias)
+    moves = read_log(
+        Bucket(open_for_reading(place.settings).client, place.bucket), place.name, place.alias
+    )
     if sorted(m.release for m in moves) != place.releases():
         found.append(f"the log names {[m.release for m in moves]}")
     return found + violations(place, settled=True)
@@ -99,7 +102,9 @@ def move_together(place: Place, count: int, seed: int, alias: str = "production"
     tally.counts = Counter({w: n for w, n in outcomes.items() if not _bad(w)})
     tally.violations = [what for what in outcomes if _bad(what)]
     tally.violations += violations(place, settled=True)
-    moves = read_log(open_for_reading(place.settings).client, place.bucket, place.name, alias)
+    moves = read_log(
+        Bucket(open_for_reading(place.settings).client, place.bucket), place.name, alias
+    )
     if len(moves) != tally.survived:
         tally.violations.append(f"{tally.survived} moves done, {len(moves)} in the log")
     return tally

@@ -15,13 +15,7 @@ from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import HeimdallError, NotRegisteredError, VerificationError
 from heimdall_onnx.services.connection import Connection, open_for_reading
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import (
-    MANIFEST,
-    bucket_exists,
-    list_keys,
-    list_versions,
-    parse_uri,
-)
+from heimdall_onnx.services.store import MANIFEST, Bucket, parse_uri
 
 
 @dataclass(frozen=True)
@@ -43,9 +37,9 @@ class Place:
     def releases(self) -> list[str]:
         """Addresses of the folders that hold a manifest, oldest first."""
         client = open_for_reading(self.settings).client
-        if not bucket_exists(client, self.bucket):
+        if not Bucket(client, self.bucket).is_there():
             return []
-        found = list_versions(client, self.bucket, PREFIX)
+        found = Bucket(client, self.bucket).list_versions(PREFIX)
         return [f"s3://{self.bucket}/{PREFIX}/{version}" for version in found]
 
     def versions(self) -> list:
@@ -117,10 +111,10 @@ def _problems_of_loading(place: Place, number: str, complete: bool) -> Iterator[
 
 
 def _problems_of_log(connection: Connection, place: Place, settled: bool) -> Iterator[str]:
-    if not bucket_exists(connection.client, place.bucket):
+    if not connection.bucket(place.bucket).is_there():
         return
     try:
-        moves = read_log(connection.client, place.bucket, place.name, place.alias)
+        moves = read_log(connection.bucket(place.bucket), place.name, place.alias)
     except HeimdallError as error:
         yield f"the log of alias {place.alias} can't be read: {error}"
         return
@@ -132,5 +126,5 @@ def _problems_of_log(connection: Connection, place: Place, settled: bool) -> Ite
         if move.release is None:
             continue
         bucket, folder = parse_uri(move.release)
-        if not list_keys(connection.client, bucket, f"{folder}/{MANIFEST}"):
+        if not connection.bucket(bucket).list_keys(f"{folder}/{MANIFEST}"):
             yield f"the log of alias {place.alias} ends with {move.release}, which is no release"

@@ -30,7 +30,7 @@ from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.release.complete import complete_release, offer_release
 from heimdall_onnx.services.connection import Connection
-from heimdall_onnx.services.store import claim_version, ensure_bucket, head, upload_file
+from heimdall_onnx.services.store import Bucket
 
 SIGNATURE = Signature((TensorSpec("signal", "float32", ("batch", 2)),), (POSITIONS,))
 PREFIX = "models/localization"
@@ -76,9 +76,9 @@ class Factory:
         these ``cells``.
         """
         client, tracker = self.connection.client, self.connection.tracker
-        ensure_bucket(client, self.bucket)
-        version = claim_version(
-            client, self.bucket, PREFIX, name=METADATA, content=lambda _: b'{"mlflow_run_id": ""}'
+        Bucket(client, self.bucket).ensure()
+        version = Bucket(client, self.bucket).claim_version(
+            PREFIX, name=METADATA, content=lambda _: b'{"mlflow_run_id": ""}'
         )
         key, folder = f"{PREFIX}/{version}", self.folder / version
         write_mlmodel_folder(folder, SIGNATURE, model_size_bytes=0)
@@ -92,14 +92,14 @@ class Factory:
         (folder / "report.ipynb").write_text(make_notebook(record, cells))
         (folder / "report.html").write_text("<h1>report</h1>")
         objects = [
-            upload_file(client, path, self.bucket, f"{key}/{path.relative_to(folder)}")
+            Bucket(client, self.bucket).upload_file(path, f"{key}/{path.relative_to(folder)}")
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         ]
-        objects.append(head(client, self.bucket, f"{key}/{METADATA}"))
+        objects.append(Bucket(client, self.bucket).head(f"{key}/{METADATA}"))
         uri = f"s3://{self.bucket}/{key}"
         number = tracker.register_model(self.name, uri)
-        keep = partial(keep_content, client, self.bucket)
+        keep = partial(keep_content, Bucket(client, self.bucket))
         checkpoint, data = self.folder / "model.ckpt", self._evaluation_data(labelled)
         checkpoint.write_bytes(b"weights")
         manifest = {

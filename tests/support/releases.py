@@ -18,7 +18,7 @@ from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.report.notebook import notebook_path
 from heimdall_onnx.services.registry import MLflowTracker
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import list_keys
+from heimdall_onnx.services.store import Bucket
 
 PREFIX = "models/localization"
 
@@ -54,7 +54,7 @@ def smoke(inputs: Inputs, bucket: str, **changes: object) -> ReleaseParameters:
 
 
 def keys(s3, bucket: str) -> set[str]:
-    return set(list_keys(s3, bucket, ""))
+    return set(Bucket(s3, bucket).list_keys(""))
 
 
 def versions(settings: Settings, name: str = "test-model") -> list:

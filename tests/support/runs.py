@@ -22,7 +22,7 @@ from heimdall_onnx.archive.aliases import read_last
 from heimdall_onnx.release.publish import Journal
 from heimdall_onnx.services.connection import open_for_reading
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import MANIFEST, bucket_exists, list_keys
+from heimdall_onnx.services.store import MANIFEST, Bucket
 
 _MARK = "HEIMDALL_TEST_RUN"
 # What a release reaches, one after the other.
@@ -130,13 +130,15 @@ class RunningRelease:
         yield "notebook"
         client = open_for_reading(place.settings).client
         version = Journal(folder).read().get("version")
-        if version is None or not bucket_exists(client, place.bucket):
+        if version is None or not Bucket(client, place.bucket).is_there():
             return
         prefix = f"{PREFIX}/{version}"
-        keys = {k.removeprefix(f"{prefix}/") for k in list_keys(client, place.bucket, prefix)}
+        keys = {
+            k.removeprefix(f"{prefix}/") for k in Bucket(client, place.bucket).list_keys(prefix)
+        }
         source = f"s3://{place.bucket}/{prefix}"
         own = [v for v in place.versions() if v.source == source]
-        last = read_last(client, place.bucket, place.name, place.alias)
+        last = read_last(Bucket(client, place.bucket), place.name, place.alias)
         offered = place.aliases().get(place.alias)
         for step, there in (
             ("claim", "metadata.json" in keys),

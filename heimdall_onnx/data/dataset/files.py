@@ -19,6 +19,8 @@ from heimdall_onnx.common.errors import DataError
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+    from heimdall_onnx.services.store import Bucket
+
 _S3 = "s3://"
 # What lies this near together comes with one request, as long as it is no more than the most.
 _GAP_BYTES = 64 << 10
@@ -178,36 +180,35 @@ class _BucketFiles:
     """A dataset's files in the bucket.
 
     Attributes:
-        bucket: The bucket.
+        name: The bucket's name.
         folder: What their keys begin with, without a slash at its end.
         given: Client of the store; None for one of the environment's.
         listed: Length and entity tag of each file, as they were when it was opened.
     """
 
-    bucket: str
+    name: str
     folder: str
     given: S3Client | None = field(default=None, repr=False, compare=False)
     listed: dict[str, tuple[int, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A client does not go to another process.
-        return _BucketFiles, (self.bucket, self.folder, None, self.listed)
+        return _BucketFiles, (self.name, self.folder, None, self.listed)
 
     @property
     def address(self) -> str:
-        return f"{_S3}{self.bucket}/{self.folder}"
+        return f"{_S3}{self.name}/{self.folder}"
 
     @cached_property
-    def client(self) -> S3Client:
-        """A client of the store."""
-        if self.given is not None:
-            return self.given
+    def bucket(self) -> Bucket:
+        """The bucket."""
         # Imported here, as boto3 takes half a second that readers of folders do without.
         from heimdall_onnx.services.client import make_client
         from heimdall_onnx.services.embedded import ensure_store
         from heimdall_onnx.services.settings import Settings
+        from heimdall_onnx.services.store import Bucket
 
-        return make_client(ensure_store(Settings.load()))
+        return Bucket(self.given or make_client(ensure_store(Settings.load())), self.name)
 
     def content(self, name: str, limit: int) -> bytes:
         file = self.open(name)
@@ -224,7 +225,7 @@ class _BucketFiles:
         known = self._known()
         if name not in known:
             raise FileNotFoundError(2, "there is no such object", name)
-        return _StoredFile(self.client, self.bucket, self.key(name), *known[name])
+        return _StoredFile(self.bucket, self.key(name), *known[name])
 
     def key(self, name: str) -> str:
         """The key of a file."""
@@ -232,18 +233,16 @@ class _BucketFiles:
 
     def _known(self) -> dict[str, tuple[int, str]]:
         if not self.listed:
-            from heimdall_onnx.services.store import bucket_exists, list_tagged
-
             prefix, found = f"{self.folder}/", {}
-            if bucket_exists(self.client, self.bucket):
-                found = list_tagged(self.client, self.bucket, prefix)
+            if self.bucket.is_there():
+                found = self.bucket.list_tagged(prefix)
             self.listed.update({key.removeprefix(prefix): what for key, what in found.items()})
         return self.listed
 
 
 class _StoredFile:
-    def __init__(self, client: S3Client, bucket: str, key: str, size: int, tag: str) -> None:
-        self._client, self._bucket, self._key = client, bucket, key
+    def __init__(self, bucket: Bucket, key: str, size: int, tag: str) -> None:
+        self._bucket, self._key = bucket, key
         self.size, self._tag = size, tag
         self._expected: list[tuple[int, int]] = []
         self._start, self._held = 0, b""
@@ -268,13 +267,11 @@ class _StoredFile:
         self._held = b""
 
     def _fetch(self, offset: int, length: int) -> bytes:
-        from heimdall_onnx.services.store import read_range
-
         # A range behind the end is an error of HTTP's own.
         length = min(length, self.size - offset)
         if length <= 0:
             return b""
-        return read_range(self._client, self._bucket, self._key, offset, length, self._tag)
+        return self._bucket.read_range(self._key, offset, length, self._tag)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -45,20 +45,10 @@ from heimdall_onnx.report.notebook import kernel_environment
 from heimdall_onnx.report.warm_kernels import WarmKernels
 from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import (
-    MANIFEST,
-    download_file,
-    ensure_bucket,
-    exists,
-    parse_uri,
-    read_bytes,
-    read_json,
-    to_json,
-    upload_bytes,
-)
+from heimdall_onnx.services.store import MANIFEST, Bucket, parse_uri, to_json
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    pass
 
 log = get_logger(__name__)
 
@@ -192,13 +182,13 @@ class ItemRunner:
         self, item: FleetItem, fleet: str, outcome: ItemOutcome, scratch: Path, *, force: bool
     ) -> ItemOutcome:
         connection = connect(self._settings)
-        client, bucket = connection.client, item.parameters.bucket
-        parameters = _fetch_inputs(client, item, scratch)
+        bucket = connection.bucket(item.parameters.bucket)
+        parameters = _fetch_inputs(connection, item, scratch)
         if parameters.measure_latency:
             # Other items are measured on the same machine.
             parameters = parameters.model_copy(update={"exclusive_cores": True})
         outcome = replace(outcome, key=item_key(parameters))
-        ensure_bucket(client, bucket)
+        bucket.ensure()
         if not force and (kept := _find(connection, bucket, outcome.key)):
             return replace(
                 outcome,
@@ -208,13 +198,13 @@ class ItemRunner:
                 processors=kept.processors,
                 load=kept.load,
                 result=kept.result,
-                metrics=_read_metrics(client, kept.result),
+                metrics=_read_metrics(connection, kept.result),
             )
         tracker = connection.tracker
         run_id = tracker.create_run(f"fleet {fleet} item {item.number}")
         tracker.set_tags({FLEET_TAG: fleet, KEY_TAG: outcome.key}, run_id=run_id)
         record = _Record(fleet=fleet, run_id=run_id, model_name=parameters.name)
-        _write(client, bucket, outcome.key, record)
+        _write(bucket, outcome.key, record)
         status = "KILLED"
         try:
             result = release_checkpoint(
@@ -228,7 +218,7 @@ class ItemRunner:
         if result.success:
             folder = str(result.manifest_uri).rpartition("/")[0]
             done = {"release": folder, "result": result.to_dict(), **_where()}
-            _write(client, bucket, outcome.key, record.model_copy(update=done))
+            _write(bucket, outcome.key, record.model_copy(update=done))
         return replace(
             outcome,
             status="released" if result.success else "failed",
@@ -236,7 +226,7 @@ class ItemRunner:
             error=result.error or "",
             service_failed=result.exit_code == ServiceError.exit_code,
             result=result.to_dict(),
-            metrics=_read_metrics(client, result.to_dict()) if result.success else {},
+            metrics=_read_metrics(connection, result.to_dict()) if result.success else {},
         )
 
 
@@ -246,28 +236,28 @@ def _where() -> dict[str, Any]:
     return {"host": socket.gethostname(), "processors": processors, "load": os.getloadavg()[0]}
 
 
-def _find(connection: Connection, bucket: str, key: str) -> _Record | None:
+def _find(connection: Connection, bucket: Bucket, key: str) -> _Record | None:
     """The record of a key with its result; None if there is no valid release of it."""
-    client, place = connection.client, f"{RECORDS}/{key}.json"
-    if not exists(client, bucket, place):
+    place = f"{RECORDS}/{key}.json"
+    if not bucket.exists(place):
         return None
     try:
-        record = _Record.model_validate_json(read_bytes(client, bucket, place))
+        record = _Record.model_validate_json(bucket.read_bytes(place))
     except ValidationError:
         log.warning("record of an item can't be read; it is released anew", key=key)
         return None
     if record.release:
-        found = _valid(client, record.release)
+        found = _valid(connection, record.release)
         if found is None:
             return None
         return record.model_copy(update={"result": record.result or _of_manifest(found)})
     # Whoever began it may have finished it and had no time to say so.
     for version in connection.tracker.versions_of_run(record.run_id):
-        found = _valid(client, version.source) if version.name == record.model_name else None
+        found = _valid(connection, version.source) if version.name == record.model_name else None
         if found:
             done = {"release": found.uri, "result": _of_manifest(found)}
             record = record.model_copy(update=done)
-            _write(client, bucket, key, record)
+            _write(bucket, key, record)
             return record
     return None
 
@@ -308,7 +298,7 @@ def item_key(parameters: ReleaseParameters) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-def _fetch_inputs(client: S3Client, item: FleetItem, scratch: Path) -> ReleaseParameters:
+def _fetch_inputs(connection: Connection, item: FleetItem, scratch: Path) -> ReleaseParameters:
     """The parameters of the release, with what is in a bucket downloaded."""
     paths = {"checkpoint": item.checkpoint} | {
         name: getattr(item.parameters, name) for name in ("eval_data", "calibration_data")
@@ -317,31 +307,32 @@ def _fetch_inputs(client: S3Client, item: FleetItem, scratch: Path) -> ReleasePa
         # A dataset is read where it is.
         if not address.startswith("s3://") or (name == "eval_data" and is_dataset(address)):
             continue
-        bucket, key = parse_uri(address)
+        name_of_bucket, key = parse_uri(address)
+        bucket = connection.bucket(name_of_bucket)
         folder = scratch / name
         folder.mkdir()
         path = folder / PurePosixPath(key).name
-        download_file(client, bucket, key, path)
+        bucket.download_file(key, path)
         if name == "checkpoint":
             beside = str(PurePosixPath(key).with_name(signature_path(path).name))
-            if exists(client, bucket, beside):
-                download_file(client, bucket, beside, signature_path(path))
+            if bucket.exists(beside):
+                bucket.download_file(beside, signature_path(path))
         paths[name] = str(path)
     return item.parameters.model_copy(update=paths)
 
 
-def _valid(client: S3Client, folder_uri: str) -> Manifest | None:
+def _valid(connection: Connection, folder_uri: str) -> Manifest | None:
     """The manifest of a release; None where there is none that can be read."""
     try:
-        return read_manifest(client, folder_uri)
+        return read_manifest(connection.client, folder_uri)
     except (InputError, VerificationError):
         return None
 
 
-def _read_metrics(client: S3Client, result: Mapping[str, Any]) -> dict[str, float]:
+def _read_metrics(connection: Connection, result: Mapping[str, Any]) -> dict[str, float]:
     """The figures that the release's metadata name."""
     bucket, key = parse_uri(str(result["s3_uri"]))
-    described = read_json(client, bucket, f"{key.rpartition('/')[0]}/{METADATA}")
+    described = connection.bucket(bucket).read_json(f"{key.rpartition('/')[0]}/{METADATA}")
     found = {**described.get("inference_metrics", {}), **_size_of(described)}
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float)}
 
@@ -351,13 +342,9 @@ def _size_of(described: Mapping[str, Any]) -> dict[str, Any]:
     return {name: described[name]} if name in described else {}
 
 
-def _write(client: S3Client, bucket: str, key: str, record: _Record) -> None:
-    upload_bytes(
-        client,
-        to_json(record.model_dump()),
-        bucket,
-        f"{RECORDS}/{key}.json",
-        content_type="application/json",
+def _write(bucket: Bucket, key: str, record: _Record) -> None:
+    bucket.upload_bytes(
+        to_json(record.model_dump()), f"{RECORDS}/{key}.json", content_type="application/json"
     )
 
 

@@ -162,7 +162,7 @@ def read_plan(path: Path | str, list_objects: ListObjects | None = None) -> Flee
 
     Args:
         path: The file, YAML or JSON.
-        list_objects: Yields the keys of a bucket that begin with a prefix, as `store.list_keys`
+        list_objects: Yields the keys of a bucket that begin with a prefix, as `Bucket.list_keys`
             does for a client; called only if the plan names checkpoints in a bucket.
 
     Raises:

@@ -27,10 +27,10 @@ from heimdall_onnx.report.kernels import started_kernel
 from heimdall_onnx.report.notebook import notebook_path
 from heimdall_onnx.report.page import put_verdict_first
 from heimdall_onnx.report.rendering import render_html
-from heimdall_onnx.services.store import claim_version, content_type, ensure_bucket, upload_file
+from heimdall_onnx.services.store import Bucket, content_type
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    pass
 
 PLAN, CSV, PARQUET = "plan.json", "outcomes.csv", "outcomes.parquet"
 _PREFIX = "fleets"
@@ -132,13 +132,10 @@ def read_outcomes(path: Path | str) -> pd.DataFrame:
     return frame
 
 
-def store_report(
-    client: S3Client, bucket: str, plan: FleetPlan, result: FleetResult, home: Path
-) -> StoredFleet:
+def store_report(bucket: Bucket, plan: FleetPlan, result: FleetResult, home: Path) -> StoredFleet:
     """Execute the fleet's notebook and store it beside its plan and its outcomes.
 
     Args:
-        client: Client of the store.
         bucket: Where to; it is made if it is not there.
         plan: What was planned.
         result: What became of it.
@@ -154,7 +151,7 @@ def store_report(
     frame = outcomes_frame(result.outcomes, plan.items)
     frame.to_csv(folder / CSV, index=False)
     frame.to_parquet(folder / PARQUET, index=False)
-    _execute(folder, bucket, result)
+    _execute(folder, bucket.name, result)
     put_verdict_first(
         folder / REPORT,
         passed=result.exit_code == 0,
@@ -162,14 +159,14 @@ def store_report(
         facts=facts(frame, result.seconds, result.workers),
     )
     render_html(folder / REPORT, f"fleet {plan.name}")
-    ensure_bucket(client, bucket)
+    bucket.ensure()
     prefix = f"{_PREFIX}/{plan.name}"
     text = plan.text.encode()
-    version = claim_version(client, bucket, prefix, name=PLAN, content=lambda _: text)
+    version = bucket.claim_version(prefix, name=PLAN, content=lambda _: text)
     for name in (CSV, PARQUET, REPORT, REPORT_HTML):
         key = f"{prefix}/{version}/{name}"
-        upload_file(client, folder / name, bucket, key, content_type=content_type(name))
-    uri = f"s3://{bucket}/{prefix}/{version}"
+        bucket.upload_file(folder / name, key, content_type=content_type(name))
+    uri = bucket.uri(f"{prefix}/{version}")
     return StoredFleet(uri, f"{uri}/{REPORT_HTML}", folder / REPORT_HTML)
 
 

@@ -45,7 +45,6 @@ from heimdall_onnx.review.compare.comparison import (
 from heimdall_onnx.review.compare.gates import Limits, pair_gates
 from heimdall_onnx.review.reproduce.figures import Difference, Figure, environment_differences
 from heimdall_onnx.services.connection import open_for_reading
-from heimdall_onnx.services.store import download_file
 
 if TYPE_CHECKING:
     from heimdall_onnx.common.gates import NotMeasured
@@ -328,7 +327,7 @@ def _read_report(connection: Connection, who: str, manifest: Manifest, folder: P
     if entry is None:
         return _Recorded()
     path = folder / f"{who}.ipynb"
-    download_file(connection.client, manifest.bucket, entry.key, path, sha256=entry.sha256)
+    connection.bucket(manifest.bucket).download_file(entry.key, path, sha256=entry.sha256)
     where = f"the report of {who}, {manifest.uri}/{REPORT},"
     try:
         record = read_record(path)

@@ -22,17 +22,10 @@ from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.parameters import NAME
 from heimdall_onnx.common.text import count_of, distance, number, shown
 from heimdall_onnx.review.gallery.rows import Row, collect_rows
-from heimdall_onnx.services.store import (
-    GALLERY,
-    content_type,
-    exists,
-    format_uri,
-    head,
-    upload_bytes,
-)
+from heimdall_onnx.services.store import GALLERY, Bucket, content_type
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    pass
 
 PAGE = "index.html"
 _TEMPLATES = Path(__file__).parent
@@ -115,13 +108,10 @@ class Gallery:
         }
 
 
-def make_gallery(
-    client: S3Client, bucket: str, prefix: str, *, name: str = "", links: bool = True
-) -> Gallery:
+def make_gallery(bucket: Bucket, prefix: str, *, name: str = "", links: bool = True) -> Gallery:
     """The page of all releases and failed runs of a folder.
 
     Args:
-        client: Client of the store.
         bucket: Bucket of the releases, which must exist.
         prefix: Folder of the releases in it.
         name: Only those of this registered model; all by default.
@@ -135,8 +125,8 @@ def make_gallery(
     folder = prefix.strip("/")
     if not folder:
         raise ParameterError(
-            f"expected the folder of the releases in {bucket}, found an empty prefix; name one, "
-            "e.g. models/localization"
+            f"expected the folder of the releases in {bucket.name}, found an empty prefix; name "
+            "one, e.g. models/localization"
         )
     # It becomes a part of the page's key.
     if name and not re.fullmatch(NAME, name):
@@ -144,12 +134,12 @@ def make_gallery(
             "expected the name of a registered model, of letters, digits, '.', '_' and '-', the "
             f"first a letter or digit; found {shown(name)}"
         )
-    collected = collect_rows(client, bucket, prefix)
+    collected = collect_rows(bucket, prefix)
     rows = tuple(row for row in collected.rows if name in ("", row.facts.model_name))
     if name and not rows:
         there = sorted({row.facts.model_name for row in collected.rows} - {""})
         raise ParameterError(
-            f"there is no release of {shown(name)} in {format_uri(bucket, folder)}, found those of "
+            f"there is no release of {shown(name)} in {bucket.uri(folder)}, found those of "
             f"{', '.join(there[:20]) or 'none'}"
         )
     key = "/".join(filter(None, (folder, GALLERY, name, PAGE)))
@@ -157,13 +147,13 @@ def make_gallery(
     page = render_page(
         rows,
         title=f"Releases of {name}" if name else "Releases",
-        place=format_uri(bucket, folder),
+        place=bucket.uri(folder),
         above=above if links else None,
     )
     return Gallery(key, page, rows, collected.read)
 
 
-def store_gallery(client: S3Client, bucket: str, gallery: Gallery) -> bool:
+def store_gallery(bucket: Bucket, gallery: Gallery) -> bool:
     """Write the page into the bucket, unless the same is there already.
 
     Returns:
@@ -173,10 +163,10 @@ def store_gallery(client: S3Client, bucket: str, gallery: Gallery) -> bool:
         StoreError: If the store can't be reached or refuses.
     """
     digest = hashlib.sha256(gallery.page).hexdigest()
-    there = exists(client, bucket, gallery.key)
-    if there and head(client, bucket, gallery.key).sha256 == digest:
+    there = bucket.exists(gallery.key)
+    if there and bucket.head(gallery.key).sha256 == digest:
         return False
-    upload_bytes(client, gallery.page, bucket, gallery.key, content_type=content_type(REPORT_HTML))
+    bucket.upload_bytes(gallery.page, gallery.key, content_type=content_type(REPORT_HTML))
     return True
 
 

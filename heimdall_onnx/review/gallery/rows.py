@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -37,18 +37,7 @@ from heimdall_onnx.review.gallery.facts import (
     read_release,
     with_measured,
 )
-from heimdall_onnx.services.store import (
-    GALLERY,
-    MANIFEST,
-    exists,
-    format_uri,
-    list_tagged,
-    read_bytes,
-    upload_bytes,
-)
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+from heimdall_onnx.services.store import GALLERY, MANIFEST, Bucket
 
 log = get_logger(__name__)
 
@@ -152,20 +141,19 @@ class _Kept(Frozen):
     moves: dict[str, _Made[Move]] = Field(default_factory=dict)
 
 
-def collect_rows(client: S3Client, bucket: str, prefix: str) -> Collected:
+def collect_rows(bucket: Bucket, prefix: str) -> Collected:
     """Every release and failed run of a folder, with who decided on it.
 
     What is read is kept in ``PREFIX/gallery/rows.json``, where that may be written.
 
     Args:
-        client: Client of the store.
         bucket: Bucket of the releases, which must exist.
         prefix: Folder of the releases in it.
 
     Raises:
         StoreError: If the store can't be reached or refuses to be read.
     """
-    place = _Place(client, bucket, prefix.strip("/"))
+    place = _Place(bucket, prefix.strip("/"))
     kept = place.read_kept()
     facts = place.each("releases and failed runs", kept.facts, place.folders(), place.facts_of)
     reviews = place.each("review records", kept.reviews, place.reviews(), place.review_of)
@@ -206,7 +194,7 @@ def _rows(
                 )
             )
     for folder, found in facts.items():
-        release = format_uri(place.bucket, f"{place.prefix}/{folder}")
+        release = place.bucket.uri(f"{place.prefix}/{folder}")
         yield Row(
             facts=found,
             failed=folder.startswith(f"{FAILED}/"),
@@ -219,10 +207,10 @@ def _rows(
 class _Place:
     """A folder of releases, listed once; names of objects are relative to it."""
 
-    def __init__(self, client: S3Client, bucket: str, prefix: str) -> None:
-        self.client, self.bucket, self.prefix = client, bucket, prefix
+    def __init__(self, bucket: Bucket, prefix: str) -> None:
+        self.bucket, self.prefix = bucket, prefix
         self.read = 0
-        self._listed = list_tagged(client, bucket, f"{prefix}/")
+        self._listed = bucket.list_tagged(f"{prefix}/")
 
     def has(self, name: str) -> bool:
         """Whether there is such an object."""
@@ -254,7 +242,7 @@ class _Place:
 
     def log_entries(self, models: Collection[str]) -> dict[str, str]:
         """The entries of the logs of these models' aliases, by key."""
-        listed = list_tagged(self.client, self.bucket, f"{ALIASES}/")
+        listed = self.bucket.list_tagged(f"{ALIASES}/")
         pattern = re.compile(rf"{ALIASES}/([^/]+)/[^/]+/\d{{8}}\.json")
         return {
             key: tag
@@ -312,12 +300,12 @@ class _Place:
         if (size := self._size(f"{folder}/{MANIFEST}")) > MAX_MANIFEST_BYTES:
             raise VerificationError(f"expected at most {MAX_MANIFEST_BYTES} bytes, found {size}")
         try:
-            text = read_bytes(self.client, self.bucket, key)
+            text = self.bucket.read_bytes(key)
         except StoreError:
-            if exists(self.client, self.bucket, key):
+            if self.bucket.exists(key):
                 raise
             return None
-        return parse_manifest(text, format_uri(self.bucket, f"{self.prefix}/{folder}"))
+        return parse_manifest(text, self.bucket.uri(f"{self.prefix}/{folder}"))
 
     def _failed(self, folder: str, version: str) -> Facts:
         text = self._report(folder)
@@ -330,7 +318,7 @@ class _Place:
         name = f"{folder}/{REPORT}"
         if not self.has(name) or self._size(name) > _MAX_REPORT_BYTES:
             return None
-        return read_bytes(self.client, self.bucket, f"{self.prefix}/{name}")
+        return self.bucket.read_bytes(f"{self.prefix}/{name}")
 
     def review_of(self, name: str) -> _Review | None:
         """A review record; None if it can't be read."""
@@ -345,7 +333,7 @@ class _Place:
         return None
 
     def _parsed(self, model: type[_Model], key: str) -> _Model | None:
-        text = read_bytes(self.client, self.bucket, key, limit=_MAX_RECORD_BYTES)
+        text = self.bucket.read_bytes(key, limit=_MAX_RECORD_BYTES)
         try:
             return model.model_validate_json(text)
         except ValidationError as error:
@@ -357,7 +345,7 @@ class _Place:
         if not self.has(KEPT):
             return _Kept()
         try:
-            text = read_bytes(self.client, self.bucket, f"{self.prefix}/{KEPT}")
+            text = self.bucket.read_bytes(f"{self.prefix}/{KEPT}")
             return _Kept.model_validate_json(text)
         except ValidationError:
             return _Kept()
@@ -367,6 +355,6 @@ class _Place:
         text = kept.model_dump_json().encode()
         key = f"{self.prefix}/{KEPT}"
         try:
-            upload_bytes(self.client, text, self.bucket, key, content_type="application/json")
+            self.bucket.upload_bytes(text, key, content_type="application/json")
         except StoreError as error:
             log.warning("not kept, the next gallery reads all again", reason=str(error))

@@ -23,10 +23,10 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import visible_lines
 from heimdall_onnx.review.gallery.page import PAGE, Gallery
 from heimdall_onnx.review.gallery.rows import FAILED, VERSION
-from heimdall_onnx.services.store import content_type, exists, format_uri, read_bytes
+from heimdall_onnx.services.store import Bucket, content_type
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    pass
 
 log = get_logger(__name__)
 
@@ -51,8 +51,7 @@ _PAGE_POLICY = "frame-ancestors 'none'"
 class _Source:
     """Where the server takes from what it serves."""
 
-    client: S3Client
-    bucket: str
+    bucket: Bucket
     prefix: str
     gallery: Gallery
     token: str = field(repr=False)
@@ -70,12 +69,12 @@ class _Source:
             StoreError: If the store can't be reached or refuses.
         """
         key = f"{self.prefix}/{name}"
-        if not exists(self.client, self.bucket, key):
+        if not self.bucket.exists(key):
             return None
-        html = read_bytes(self.client, self.bucket, key)
+        html = self.bucket.read_bytes(key)
         if not name.startswith(f"{FAILED}/"):
             folder = key.rpartition("/")[0]
-            manifest = read_manifest(self.client, format_uri(self.bucket, folder))
+            manifest = read_manifest(self.bucket.client, self.bucket.uri(folder))
             entry = manifest.objects.get(REPORT_HTML)
             if entry is None or hashlib.sha256(html).hexdigest() != entry.sha256:
                 raise VerificationError(
@@ -94,13 +93,10 @@ class GalleryServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(
-        self, client: S3Client, bucket: str, prefix: str, gallery: Gallery, *, port: int = 0
-    ) -> None:
+    def __init__(self, bucket: Bucket, prefix: str, gallery: Gallery, *, port: int = 0) -> None:
         """Listen on loopback.
 
         Args:
-            client: Client of the store; its credentials read the reports.
             bucket: Bucket of the releases.
             prefix: Folder of the releases in it.
             gallery: The page, with links.
@@ -109,7 +105,7 @@ class GalleryServer(ThreadingHTTPServer):
         Raises:
             ParameterError: If nothing can listen on that port.
         """
-        self.source = _Source(client, bucket, prefix.strip("/"), gallery, secrets.token_urlsafe(16))
+        self.source = _Source(bucket, prefix.strip("/"), gallery, secrets.token_urlsafe(16))
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:

@@ -55,7 +55,7 @@ from heimdall_onnx.review.reproduce.figures import (
     compare_variants,
     environment_differences,
 )
-from heimdall_onnx.services.store import download_file
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -254,7 +254,7 @@ def _without_credentials(settings: Settings) -> dict[str, str]:
 
 
 def _fetch(client: S3Client, manifest: Manifest, entry: Entry, path: Path) -> Path:
-    download_file(client, manifest.bucket, entry.key, path, sha256=entry.sha256)
+    Bucket(client, manifest.bucket).download_file(entry.key, path, sha256=entry.sha256)
     return path
 
 
@@ -330,11 +330,11 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
                 "did not"
             )
         else:
-            updates[name] = str(fetch_content(client, manifest.bucket, content, inputs))
+            updates[name] = str(fetch_content(Bucket(client, manifest.bucket), content, inputs))
     declared = manifest.content_of("signature")
     if declared is not None and updates["checkpoint"]:
         # Found again where it was: beside the checkpoint.
-        fetched = fetch_content(client, manifest.bucket, declared, inputs)
+        fetched = fetch_content(Bucket(client, manifest.bucket), declared, inputs)
         fetched.rename(signature_path(updates["checkpoint"]))
     return check_parameters({**known.parameters, **updates})
 

@@ -44,7 +44,7 @@ from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import download_file
+from heimdall_onnx.services.store import Bucket
 from heimdall_onnx.training.demo import make_demo
 
 HERE = Path(__file__).resolve().parent
@@ -186,7 +186,7 @@ def own_release(task: Task, environment: dict[str, str]) -> Own:
     for name, entry in manifest.variant("recommended").files.items():
         target = task.folder / "own" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        download_file(client, manifest.bucket, entry.key, target, sha256=entry.sha256)
+        Bucket(client, manifest.bucket).download_file(entry.key, target, sha256=entry.sha256)
     return own
 
 

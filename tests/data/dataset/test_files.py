@@ -14,13 +14,6 @@ from heimdall_onnx.common.errors import DataError, StoreError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.data.dataset import files as dataset_files
 from heimdall_onnx.data.dataset.dataset import open_dataset
-from heimdall_onnx.services.store import (
-    delete_objects,
-    list_keys,
-    read_bytes,
-    upload_bytes,
-    upload_file,
-)
 
 pytestmark = pytest.mark.services
 
@@ -32,8 +25,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def stored(s3, bucket, dataset):
-    address = upload_dataset(s3, dataset, bucket, "sets/own")
-    assert address == f"s3://{bucket}/sets/own"
+    address = upload_dataset(bucket, dataset, "sets/own")
+    assert address == f"{bucket.uri()}sets/own"
     return open_dataset(address, client=s3)
 
 
@@ -65,8 +58,8 @@ def test_rows_are_those_of_the_folder(stored, dataset):
 
 def test_neighbouring_chunks_come_with_one_request(s3, bucket, tmp_path):
     own = write(tmp_path / "own", samples(3000))
-    upload_dataset(s3, own, bucket, "sets/own")
-    reader = open_dataset(f"s3://{bucket}/sets/own", labels=False, client=s3).readers["inputs/iq"]
+    upload_dataset(bucket, own, "sets/own")
+    reader = open_dataset(f"{bucket.uri()}sets/own", labels=False, client=s3).readers["inputs/iq"]
     assert len(reader.shards) == 1
     reader[:1]  # brings the shard's index
     seen = requests(s3, lambda: reader[:])
@@ -96,12 +89,12 @@ def test_object_that_is_replaced_while_it_is_read_is_refused(
     stored.rows([0])
     elsewhere = pickle.loads(pickle.dumps(stored))
     for name in stored.readers["inputs/iq"].shards[1:3]:
-        content = read_bytes(s3, bucket, f"sets/own/{name}")
-        upload_bytes(s3, content[:-1] + b"x", bucket, f"sets/own/{name}")
+        content = bucket.read_bytes(f"sets/own/{name}")
+        bucket.upload_bytes(content[:-1] + b"x", f"sets/own/{name}")
         for opened in (stored, elsewhere):
             with pytest.raises(DataError, match="was replaced or deleted while"):
                 opened.rows(range(opened.count))
-        upload_bytes(s3, content, bucket, f"sets/own/{name}")
+        bucket.upload_bytes(content, f"sets/own/{name}")
 
 
 def test_file_that_is_replaced_while_it_is_read_is_refused(tmp_path):
@@ -121,19 +114,19 @@ def test_file_that_is_replaced_while_it_is_read_is_refused(tmp_path):
 def test_damage_in_the_bucket_is_named(s3, bucket, stored, dataset):
     first, second = stored.readers["inputs/iq"].shards[:2]
     key = f"sets/own/{first}"
-    upload_bytes(s3, read_bytes(s3, bucket, f"sets/own/{second}"), bucket, key)
+    bucket.upload_bytes(bucket.read_bytes(f"sets/own/{second}"), key)
     with pytest.raises(DataError, match="inputs/iq: expected SHA-256"):
         open_dataset(stored.address, client=s3).verify()
     # Sent again, what differs is mended, and nothing else.
-    seen = requests(s3, lambda: upload_dataset(s3, dataset, bucket, "sets/own"))
+    seen = requests(s3, lambda: upload_dataset(bucket, dataset, "sets/own"))
     assert seen.count("PutObject") == 2  # and the header, which is dated anew
     # What claims to be right is read all the same.
     claimed = {"sha256": hash_file(dataset.path / first)}
     size = (dataset.path / first).stat().st_size
-    s3.put_object(Bucket=bucket, Key=key, Body=bytes(size), Metadata=claimed)
-    upload_dataset(s3, dataset, bucket, "sets/own")
+    s3.put_object(Bucket=bucket.name, Key=key, Body=bytes(size), Metadata=claimed)
+    upload_dataset(bucket, dataset, "sets/own")
     open_dataset(stored.address, client=s3).verify()
-    delete_objects(s3, bucket, [key])
+    bucket.delete([key])
     with pytest.raises(DataError, match=f"{first} is missing"):
         open_dataset(stored.address, client=s3)
 
@@ -141,7 +134,7 @@ def test_damage_in_the_bucket_is_named(s3, bucket, stored, dataset):
 def test_another_dataset_is_not_overwritten(s3, bucket, stored, tmp_path):
     other = write(tmp_path / "other", samples(6, seed=1))
     with pytest.raises(DataError, match="is another dataset: expected digest"):
-        upload_dataset(s3, other, bucket, "sets/own")
+        upload_dataset(bucket, other, "sets/own")
     open_dataset(stored.address, client=s3).verify()
 
 
@@ -157,16 +150,16 @@ def test_what_broke_off_is_no_dataset(s3, bucket, dataset, monkeypatch):
         own, "file_names", lambda: (break_off() if n == names[-1] else n for n in names)
     )
     with pytest.raises(StoreError, match="gone"):
-        upload_dataset(s3, own, bucket, "sets/half")
-    assert len(list_keys(s3, bucket, "sets/half/")) == len(names) - 1
+        upload_dataset(bucket, own, "sets/half")
+    assert len(bucket.list_keys("sets/half/")) == len(names) - 1
     with pytest.raises(DataError, match=r"zarr\.json can't be read \(there is no such object\)"):
-        open_dataset(f"s3://{bucket}/sets/half", client=s3)
+        open_dataset(f"{bucket.uri()}sets/half", client=s3)
 
 
 def test_dataset_of_a_folder_is_kept_and_comes_back(s3, bucket, dataset, tmp_path):
-    kept = keep_dataset(s3, bucket, dataset)
-    assert kept.address == f"s3://{bucket}/objects/datasets/{dataset.digest}"
-    assert keep_dataset(s3, bucket, open_kept(s3, kept)) == kept.model_copy(
+    kept = keep_dataset(bucket, dataset)
+    assert kept.address == f"{bucket.uri()}objects/datasets/{dataset.digest}"
+    assert keep_dataset(bucket, open_kept(s3, kept)) == kept.model_copy(
         update={"name": dataset.digest}
     )
     path = fetch_dataset(s3, kept, tmp_path)
@@ -182,12 +175,12 @@ def test_dataset_that_changed_since_it_was_opened_is_not_kept(s3, bucket, tmp_pa
     right = (own.path / name).read_bytes()
     (own.path / name).write_bytes((other.path / name).read_bytes())
     with pytest.raises(DataError, match="has changed since it was opened"):
-        keep_dataset(s3, bucket, own)
+        keep_dataset(bucket, own)
     (own.path / name).write_bytes(right)
     # What was left there under its digest is in nobody's way.
     shutil.copy(other.path / "zarr.json", tmp_path / "header")
-    upload_file(s3, tmp_path / "header", bucket, f"objects/datasets/{own.digest}/zarr.json")
-    kept = keep_dataset(s3, bucket, open_dataset(own.path))
+    bucket.upload_file(tmp_path / "header", f"objects/datasets/{own.digest}/zarr.json")
+    kept = keep_dataset(bucket, open_dataset(own.path))
     open_kept(s3, kept).verify()
 
 
@@ -198,11 +191,11 @@ def test_address_needs_a_folder(address):
 
 
 def test_command_uploads(s3, bucket, dataset, mlflow_environment):
-    address = f"s3://{bucket}/sets/by-command"
+    address = f"{bucket.uri()}sets/by-command"
     done = CliRunner().invoke(main, ["data", "upload", str(dataset.path), address])
     assert done.exit_code == 0, done.output
     assert f"{address}: 90 samples, digest {dataset.digest}" in done.output
     open_dataset(address, client=s3).verify()
-    done = CliRunner().invoke(main, ["data", "upload", str(dataset.path), f"s3://{bucket}"])
+    done = CliRunner().invoke(main, ["data", "upload", str(dataset.path), f"s3://{bucket.name}"])
     assert done.exit_code == 2
     assert "expected a folder of its own" in done.output

@@ -171,7 +171,7 @@ def test_workers_on_this_machine_say_what_one_process_says(model, onnx_path, alo
 def test_workers_of_a_scheduler_read_a_dataset_in_the_bucket(
     model, onnx_path, dataset, alone, s3, bucket, mlflow_environment
 ):
-    address = upload_dataset(s3, dataset, bucket, "sets/own")
+    address = upload_dataset(bucket, dataset, "sets/own")
     data = load_evaluation_data(address, model.signature, verify=False)
     with LocalCluster(
         n_workers=2,

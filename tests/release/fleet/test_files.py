@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from heimdall_onnx.common.errors import ParameterError, SettingsError
 from heimdall_onnx.release.fleet.files import Checkpoints, Exclusion, Glob, ItemParameters, absolute
-from heimdall_onnx.services.store import list_keys, upload_bytes
+from heimdall_onnx.services.store import Bucket
 
 FILES = ("models/a.ckpt", "models/b.ckpt", "runs/1/best.ckpt", "runs/2/best.ckpt", "best.ckpt")
 
@@ -143,9 +142,9 @@ def test_a_folder_that_can_not_be_read_is_said_not_passed_over(folder, checkpoin
 @pytest.mark.services
 def test_objects_are_found_by_pattern_and_missed_by_address(s3, bucket, folder):
     for key in ("07/a.ckpt", "07/b.txt", "07/deep/c.ckpt", "07/folder/", "08/a.ckpt"):
-        upload_bytes(s3, b"", bucket, key)
-    there = f"s3://{bucket}"
-    found = Checkpoints(folder, partial(list_keys, s3))
+        bucket.upload_bytes(b"", key)
+    there = f"s3://{bucket.name}"
+    found = Checkpoints(folder, lambda bucket, prefix: Bucket(s3, bucket).list_keys(prefix))
     assert found.matching(f"{there}/07/*.ckpt") == [f"{there}/07/a.ckpt"]
     assert found.matching(f"{there}/**/*.ckpt") == [
         f"{there}/{key}" for key in ("07/a.ckpt", "07/deep/c.ckpt", "08/a.ckpt")

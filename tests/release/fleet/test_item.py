@@ -16,7 +16,6 @@ from heimdall_onnx.model.signature_file import signature_path, write_signature_f
 from heimdall_onnx.release.fleet import item as fleet_item
 from heimdall_onnx.release.fleet.item import RECORDS, ItemRunner, item_key
 from heimdall_onnx.release.fleet.plan import FleetItem
-from heimdall_onnx.services.store import read_json, upload_bytes, upload_file
 
 
 @pytest.fixture
@@ -109,13 +108,13 @@ def item_of(folder: Path, bucket: str, **changes) -> FleetItem:
 
 @pytest.mark.services
 def test_an_item_is_released_once_however_it_ended(runner, files, s3, bucket, settings):
-    item = item_of(files, bucket)
+    item = item_of(files, bucket.name)
     first = runner.run(item, "july")
     assert (first.status, first.exit_code, first.error) == ("released", 0, "")
     assert first.result["verdict"] == "pass (smoke)"
     assert first.metrics["onnx_file_size_bytes"] > 0
     assert first.host
-    record = read_json(s3, bucket, f"{RECORDS}/{first.key}.json")
+    record = bucket.read_json(f"{RECORDS}/{first.key}.json")
     assert record["release"] == first.result["manifest_uri"].rpartition("/")[0]
 
     again = runner.run(item, "july")
@@ -129,15 +128,15 @@ def test_an_item_is_released_once_however_it_ended(runner, files, s3, bucket, se
     # Of a worker that was killed between its release and its record.
     begun = {**record, "release": "", "result": {}, "host": ""}
     place = f"{RECORDS}/{first.key}.json"
-    upload_bytes(s3, json.dumps(begun).encode(), bucket, place)
+    bucket.upload_bytes(json.dumps(begun).encode(), place)
     found = runner.run(item, "july")
     assert (found.status, found.host) == ("kept", "")
     assert found.result["manifest_uri"] == first.result["manifest_uri"]
-    assert read_json(s3, bucket, place)["release"] == record["release"]
+    assert bucket.read_json(place)["release"] == record["release"]
     assert len(versions(settings)) == 1
 
     # A release that is gone is none.
-    s3.delete_object(Bucket=bucket, Key=first.result["manifest_uri"].split("/", 3)[3])
+    s3.delete_object(Bucket=bucket.name, Key=first.result["manifest_uri"].split("/", 3)[3])
     anew = runner.run(item, "july")
     assert anew.status == "released"
     assert anew.result["manifest_uri"] != first.result["manifest_uri"]
@@ -148,28 +147,28 @@ def test_an_item_is_released_once_however_it_ended(runner, files, s3, bucket, se
 def test_checkpoint_and_signature_come_from_a_bucket(runner, files, s3, bucket):
     write_signature_file(SmallNet.signature, signature_path(files / "net.pt"))
     for name in ("net.pt", "eval.npz", signature_path("net.pt").name):
-        upload_file(s3, files / name, bucket, f"in/{name}")
-    item = item_of(files, bucket, eval_data=f"s3://{bucket}/in/eval.npz")
-    outcome = runner.run(replace(item, checkpoint=f"s3://{bucket}/in/net.pt"), "july")
+        bucket.upload_file(files / name, f"in/{name}")
+    item = item_of(files, bucket.name, eval_data=f"{bucket.uri()}in/eval.npz")
+    outcome = runner.run(replace(item, checkpoint=f"{bucket.uri()}in/net.pt"), "july")
     assert outcome.status == "released", outcome.error
     bucket_key = outcome.result["manifest_uri"].split("/", 3)[3]
-    manifest = read_json(s3, bucket, bucket_key)
+    manifest = bucket.read_json(bucket_key)
     assert manifest["model"]["signature_source"] == "the file net.signature.yaml"
 
 
 @pytest.mark.services
 def test_what_is_wrong_with_an_item_is_said_and_no_record_is_a_release(runner, files, s3, bucket):
     (files / "net.pt").write_bytes(b"no checkpoint")
-    outcome = runner.run(item_of(files, bucket), "july")
+    outcome = runner.run(item_of(files, bucket.name), "july")
     assert (outcome.status, outcome.exit_code, outcome.service_failed) == ("failed", 2, False)
     assert "net.pt" in outcome.error
-    assert read_json(s3, bucket, f"{RECORDS}/{outcome.key}.json")["release"] == ""
-    assert not any(key.endswith("manifest.json") for key in keys(s3, bucket))
+    assert bucket.read_json(f"{RECORDS}/{outcome.key}.json")["release"] == ""
+    assert not any(key.endswith("manifest.json") for key in keys(s3, bucket.name))
 
 
 @pytest.mark.services
 def test_an_outage_is_worth_another_attempt(settings, files, bucket):
     away = settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
     with ItemRunner(away) as runner:
-        outcome = runner.run(item_of(files, bucket), "july")
+        outcome = runner.run(item_of(files, bucket.name), "july")
     assert (outcome.status, outcome.exit_code, outcome.service_failed) == ("failed", 4, True)

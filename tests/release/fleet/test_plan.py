@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from heimdall_onnx.common.errors import ParameterError, SettingsError, StoreError
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.release.fleet.plan import plan_checkpoints, read_plan
-from heimdall_onnx.services.store import list_keys, upload_bytes
+from heimdall_onnx.services.store import Bucket
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def objects(s3, bucket):
 
     def put(*keys: str) -> str:
         for key in keys:
-            upload_bytes(s3, b"", bucket, key)
-        return bucket
+            bucket.upload_bytes(b"", key)
+        return bucket.name
 
     return put
 
@@ -404,7 +404,7 @@ def test_checkpoints_in_a_bucket(plan, s3, objects, folder):
 
     def list_objects(bucket: str, prefix: str) -> tuple[str, ...]:
         asked.append(prefix)
-        return list_keys(s3, bucket, prefix)
+        return Bucket(s3, bucket).list_keys(prefix)
 
     found = plan(
         f"""\
@@ -453,14 +453,17 @@ checkpoints:
 include:
   - {{checkpoint: s3://{bucket}/07/*.ckpt}}
 """,
-        partial(list_keys, s3),
+        lambda bucket, prefix: Bucket(s3, bucket).list_keys(prefix),
     ).splitlines()[1:]
     assert [line.partition(": ")[0].split(", ")[1] for line in said] == [
         *(f"checkpoints[{at}]" for at in (1, 2, 3, 4)),
         *("checkpoints[0]", "include[0].checkpoint"),
     ]
     with pytest.raises(StoreError, match="no-such-bucket"):
-        plan("checkpoints: [s3://no-such-bucket/a*]", partial(list_keys, s3))
+        plan(
+            "checkpoints: [s3://no-such-bucket/a*]",
+            lambda bucket, prefix: Bucket(s3, bucket).list_keys(prefix),
+        )
 
 
 def test_no_bucket_is_listed_that_no_checkpoint_is_in(plan):

@@ -37,7 +37,6 @@ from heimdall_onnx.release.fleet.tables import (
     ranked,
     ranking,
 )
-from heimdall_onnx.services.store import list_keys
 
 
 def released(number: int, error_m: float, ms: float = 2.0) -> ItemOutcome:
@@ -228,8 +227,8 @@ def test_another_table_is_refused(tmp_path):
 def test_report_is_stored_beside_plan_and_table(outcomes, s3, bucket, tmp_path):
     plan = FleetPlan("july", (), json.dumps({"name": "july"}))
     result = FleetResult("july", tuple(outcomes), 12.0, 2)
-    stored = store_report(s3, bucket, plan, result, tmp_path)
-    names = {key.rpartition("/")[2] for key in list_keys(s3, bucket, "fleets/july/")}
+    stored = store_report(bucket, plan, result, tmp_path)
+    names = {key.rpartition("/")[2] for key in bucket.list_keys("fleets/july/")}
     assert names == {PLAN, CSV, PARQUET, "report.ipynb", "report.html"}
     assert stored.report_html_uri == f"{stored.folder_uri}/report.html"
     page = stored.local_report.read_text()

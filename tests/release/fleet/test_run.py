@@ -67,7 +67,7 @@ def test_items_are_released_kept_and_failed_each_by_itself(settings, bucket, tmp
     (folder / "small-broken.pt").write_bytes(b"no checkpoint")
     plan = plan_checkpoints(
         [str(folder / "small-*.pt")],
-        values(bucket, model="models:SmallNet", eval_data=str(folder / "small.npz")),
+        values(bucket.name, model="models:SmallNet", eval_data=str(folder / "small.npz")),
         name="july",
         list_objects=None,
     )
@@ -96,7 +96,7 @@ def test_latency_is_measured_on_processors_of_the_workers_own(
     make_checkpoints(folder, 3)
     plan = plan_checkpoints(
         [str(folder / "small-*.pt")],
-        values(bucket, model="models:SmallNet", measure_latency=True),
+        values(bucket.name, model="models:SmallNet", measure_latency=True),
         name="july",
         list_objects=None,
     )
@@ -118,7 +118,7 @@ def test_an_item_that_no_worker_can_hold_is_refused_before_anything_starts(
     make_checkpoints(folder, 1)
     plan = plan_checkpoints(
         [str(folder / "*.pt")],
-        values(bucket, model="models:SmallNet"),
+        values(bucket.name, model="models:SmallNet"),
         name="july",
         list_objects=None,
         memory="900TB",
@@ -133,7 +133,7 @@ def test_a_scheduler_that_is_not_there_is_named(settings, bucket, tmp_path, monk
     make_checkpoints(folder, 1)
     plan = plan_checkpoints(
         [str(folder / "*.pt")],
-        values(bucket, model="models:SmallNet"),
+        values(bucket.name, model="models:SmallNet"),
         name="july",
         list_objects=None,
     )
@@ -150,13 +150,13 @@ def test_a_service_that_refuses_is_asked_again_and_other_failures_are_not(
     folder = tmp_path / "checkpoints"
     make_checkpoints(folder, 1)
     refused = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
-    refused["Resource"] = f"arn:aws:s3:::{bucket}/*"
+    refused["Resource"] = f"arn:aws:s3:::{bucket.name}/*"
     s3.put_bucket_policy(
-        Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [refused]})
+        Bucket=bucket.name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [refused]})
     )
     plan = plan_checkpoints(
         [str(folder / "*.pt")],
-        values(bucket, model="models:SmallNet"),
+        values(bucket.name, model="models:SmallNet"),
         name="july",
         list_objects=None,
     )
@@ -165,7 +165,7 @@ def test_a_service_that_refuses_is_asked_again_and_other_failures_are_not(
         assert (outcome.exit_code, outcome.attempts) == (4, fleet.ATTEMPTS), outcome.error
         assert "access is forbidden" in outcome.error
     finally:
-        s3.delete_bucket_policy(Bucket=bucket)
+        s3.delete_bucket_policy(Bucket=bucket.name)
     (folder / "small-00.pt").write_bytes(b"no checkpoint")
     (outcome,) = run_fleet(plan, settings, workers=1).outcomes
     assert (outcome.exit_code, outcome.attempts) == (2, 1), outcome.error

@@ -52,7 +52,7 @@ def plan(bucket, tmp_path):
     folder.mkdir()
     for number in range(2):
         torch.save(SmallNet().state_dict(), folder / f"net-{number}.pt")
-    values = {"profile": "smoke", "opset": 14, "bucket": bucket, "name": "net-{stem}"}
+    values = {"profile": "smoke", "opset": 14, "bucket": bucket.name, "name": "net-{stem}"}
     values |= {"model": "models:SmallNet", "measure_latency": False}
     return plan_checkpoints([f"{folder}/*.pt"], values, name="july", list_objects=None)
 

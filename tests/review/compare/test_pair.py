@@ -38,6 +38,7 @@ from heimdall_onnx.review.compare.tables import (
     releases_table,
 )
 from heimdall_onnx.services.connection import connect
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -263,7 +264,7 @@ def test_kept_or_given_dataset_is_read_row_by_row(opened, factory, releases, tmp
     signal = np.random.default_rng(0).uniform(45, 50, (40, 2)).astype(np.float32)
     rows = ({"signal": signal}, signal.astype(np.float64), [f"event {n}" for n in range(40)])
     dataset = datasets.write(tmp_path / "set.zarr", rows, receivers={})
-    kept = keep_dataset(s3, BUCKET, dataset).model_dump()
+    kept = keep_dataset(Bucket(s3, BUCKET), dataset).model_dump()
     newer = factory(error_degrees=0.04, described={"content": [], "datasets": [kept]})
     pairs = (
         opened(releases[0], newer),

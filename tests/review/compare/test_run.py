@@ -15,7 +15,7 @@ from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.cli.main import main
 from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.services.connection import connect
-from heimdall_onnx.services.store import list_keys, parse_uri, read_bytes
+from heimdall_onnx.services.store import Bucket, parse_uri
 
 pytestmark = pytest.mark.services
 
@@ -116,7 +116,7 @@ def test_stored_comparison_verifies_and_is_no_leftover(call, told, releases, s3)
     for address, local in (("report_uri", "report"), ("report_html_uri", "report_html")):
         bucket, key = parse_uri(told[address])
         assert key.startswith(f"{new.folder}/{COMPARISONS}/{releases[0].version}-")
-        assert read_bytes(s3, bucket, key) == Path(told[local]).read_bytes()
+        assert Bucket(s3, bucket).read_bytes(key) == Path(told[local]).read_bytes()
     verified = call("verify", new.version, "--json")
     findings = {f["what"]: f for f in json.loads(verified.stdout)["findings"]}
     assert verified.exit_code == 0, verified.output
@@ -146,7 +146,7 @@ def test_changed_missing_or_added_byte_of_a_comparison_is_named(
 ):
     connection = connect(settings)
     bucket, key = parse_uri(told["report_html_uri"])
-    before, other = read_bytes(s3, bucket, key), key.replace("report-", "report")
+    before, other = Bucket(s3, bucket).read_bytes(key), key.replace("report-", "report")
     try:
         if change == "taken away":
             s3.delete_object(Bucket=bucket, Key=key)
@@ -186,7 +186,7 @@ def test_release_that_does_not_verify_ends_with_3(call, settings, releases, tmp_
     assert f"B, {damaged.uri}, does not verify" in answer["error"]
     assert "model.onnx: expected" in answer["error"]
     assert "the notebook, as far as it came: " in refused.stderr
-    assert not list_keys(s3, BUCKET, f"{damaged.folder}/{COMPARISONS}/")
+    assert not Bucket(s3, BUCKET).list_keys(f"{damaged.folder}/{COMPARISONS}/")
 
 
 def test_models_of_other_inputs_end_with_3(call, settings, releases, tmp_path):

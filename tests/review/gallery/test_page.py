@@ -37,7 +37,7 @@ from heimdall_onnx.review.gallery.rows import KEPT, collect_rows
 from heimdall_onnx.review.gallery.server import GalleryServer
 from heimdall_onnx.review.promotion import promote_release
 from heimdall_onnx.services.connection import Connection, connect
-from heimdall_onnx.services.store import list_versions, read_bytes, upload_bytes
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -84,8 +84,8 @@ def keep_failed(
     notebook = json.loads(make_notebook(record, cells))
     notebook["metadata"]["papermill"] = {"parameters": {"name": name, **given}}
     folder = f"{PREFIX}/failed/{version}"
-    upload_bytes(client, json.dumps(notebook).encode(), bucket, f"{folder}/report.ipynb")
-    upload_bytes(client, b"<h1>failed</h1>", bucket, f"{folder}/report.html")
+    Bucket(client, bucket).upload_bytes(json.dumps(notebook).encode(), f"{folder}/report.ipynb")
+    Bucket(client, bucket).upload_bytes(b"<h1>failed</h1>", f"{folder}/report.html")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Place:
         return self.connection.client
 
     def gallery(self, **options):
-        return make_gallery(self.client, BUCKET, PREFIX, **options)
+        return make_gallery(Bucket(self.client, BUCKET), PREFIX, **options)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def counted(client) -> Iterator[Counter]:
 
 
 def test_every_release_and_failed_run_is_collected_newest_first(place):
-    rows = collect_rows(place.client, BUCKET, PREFIX).rows
+    rows = collect_rows(Bucket(place.client, BUCKET), PREFIX).rows
     names = {version: name for name, version in place.versions.items()}
     by_name = {names[row.facts.version]: row for row in rows}
     assert list(by_name) == ["other", "smoke", "second", "first", "failed"]
@@ -199,23 +199,23 @@ def test_every_release_and_failed_run_is_collected_newest_first(place):
     ids=["error", "dead kernel", "service"],
 )
 def test_failed_run_says_why(s3, bucket, cell, problem):
-    keep_failed(s3, bucket, "v20200101_000000", measured(1, 1), cell, profile="smoke")
-    (row,) = collect_rows(s3, bucket, PREFIX).rows
+    keep_failed(s3, bucket.name, "v20200101_000000", measured(1, 1), cell, profile="smoke")
+    (row,) = collect_rows(bucket, PREFIX).rows
     assert problem in row.facts.problem
     assert (row.facts.state, row.facts.smoke) == ("fail", True)
 
 
 def test_second_gallery_reads_only_what_is_new(place):
-    collect_rows(place.client, BUCKET, PREFIX)
+    collect_rows(Bucket(place.client, BUCKET), PREFIX)
     with counted(place.client) as calls:
-        again = collect_rows(place.client, BUCKET, PREFIX)
+        again = collect_rows(Bucket(place.client, BUCKET), PREFIX)
     assert again.read == 0
     # The list of the folder, that of the aliases' logs, and what was kept.
     assert calls == {"ListObjectsV2": 2, "GetObject": 1}
     keep_failed(place.client, BUCKET, "v20200101_000001", measured(1, 1))
     try:
         with counted(place.client) as calls:
-            more = collect_rows(place.client, BUCKET, PREFIX)
+            more = collect_rows(Bucket(place.client, BUCKET), PREFIX)
     finally:
         for name in ("report.ipynb", "report.html"):
             key = f"{PREFIX}/failed/v20200101_000001/{name}"
@@ -224,14 +224,14 @@ def test_second_gallery_reads_only_what_is_new(place):
     # Besides: the report, and what is kept now, which is read back.
     assert calls == {"ListObjectsV2": 2, "GetObject": 3, "PutObject": 1}
     assert len(more.rows) == len(again.rows) + 1
-    assert collect_rows(place.client, BUCKET, PREFIX).rows == again.rows
+    assert collect_rows(Bucket(place.client, BUCKET), PREFIX).rows == again.rows
 
 
 def test_what_was_kept_in_another_form_or_by_somebody_else_is_made_anew(place):
-    before = collect_rows(place.client, BUCKET, PREFIX).rows
+    before = collect_rows(Bucket(place.client, BUCKET), PREFIX).rows
     for kept in (b"not JSON", b'{"form": 99}', b'{"form": 1, "facts": {"v1": 3}}'):
         place.client.put_object(Bucket=BUCKET, Key=f"{PREFIX}/{KEPT}", Body=kept)
-        assert collect_rows(place.client, BUCKET, PREFIX).rows == before
+        assert collect_rows(Bucket(place.client, BUCKET), PREFIX).rows == before
 
 
 def test_review_without_a_move_has_decided_nothing(place):
@@ -255,7 +255,7 @@ def test_review_without_a_move_has_decided_nothing(place):
 def test_changed_report_or_manifest_is_shown_as_broken_and_costs_the_exit_code(place, call):
     keys = [f"{PREFIX}/{place.versions['other']}/{n}" for n in ("report.ipynb", "manifest.json")]
     for key, why in zip(keys, ("is not what was released", "is no manifest"), strict=True):
-        before = read_bytes(place.client, BUCKET, key)
+        before = Bucket(place.client, BUCKET).read_bytes(key)
         place.client.put_object(Bucket=BUCKET, Key=key, Body=before.replace(b'"', b"'", 1))
         try:
             done = call("--json")
@@ -272,7 +272,7 @@ def test_changed_report_or_manifest_is_shown_as_broken_and_costs_the_exit_code(p
 
 def test_gallery_is_no_release_and_nothing_left_over(place, call):
     assert call().exit_code == call("--name", "net").exit_code == 0
-    versions = list_versions(place.client, BUCKET, PREFIX)
+    versions = Bucket(place.client, BUCKET).list_versions(PREFIX)
     assert set(versions) == set(place.versions.values()) - {place.versions["failed"]}
     assert diagnose(place.connection, BUCKET, PREFIX, older_than=timedelta(0)) == ()
 
@@ -307,7 +307,7 @@ def test_figure_far_too_large_gives_no_thumbnail(size):
 )
 def test_manifest_that_is_none_is_shown_as_broken(place, change):
     key = f"{PREFIX}/{place.versions['other']}/manifest.json"
-    before = read_bytes(place.client, BUCKET, key)
+    before = Bucket(place.client, BUCKET).read_bytes(key)
     forged = json.dumps(json.loads(before) | change)
     place.client.put_object(Bucket=BUCKET, Key=key, Body=forged.encode())
     try:
@@ -322,8 +322,8 @@ def test_manifest_that_is_none_is_shown_as_broken(place, change):
     ids=["cut off", "deep", "forms", "null"],
 )
 def test_report_that_is_no_notebook_is_shown_as_broken(s3, bucket, notebook):
-    upload_bytes(s3, notebook, bucket, f"{PREFIX}/failed/v20200101_000000/report.ipynb")
-    (row,) = collect_rows(s3, bucket, PREFIX).rows
+    bucket.upload_bytes(notebook, f"{PREFIX}/failed/v20200101_000000/report.ipynb")
+    (row,) = collect_rows(bucket, PREFIX).rows
     assert (row.facts.state, row.facts.problem) == ("broken", "its report can't be read")
     assert row.report is None
 
@@ -363,7 +363,7 @@ def test_page_of_one_model_has_nothing_of_others(place, call):
     done = json.loads(call("--name", "other", "--json").stdout)
     assert done["gallery"] == f"s3://{BUCKET}/{PREFIX}/gallery/other/index.html"
     assert (done["releases"], done["failed"]) == (1, 0)
-    page = read_bytes(place.client, BUCKET, f"{PREFIX}/gallery/other/index.html").decode()
+    page = Bucket(place.client, BUCKET).read_bytes(f"{PREFIX}/gallery/other/index.html").decode()
     assert f'href="../../{place.versions["other"]}/report.html"' in page
     assert place.versions["first"] not in page
 
@@ -400,8 +400,8 @@ def test_without_a_bucket_or_releases_there_is_nothing_to_show(call, s3, bucket)
     missing = call("--bucket", "test-no-such-bucket")
     assert (missing.exit_code, missing.stdout) == (0, "")
     assert "there is no bucket" in missing.stderr
-    assert json.loads(call("--bucket", bucket, "--json").stdout)["releases"] == 0
-    page = read_bytes(s3, bucket, f"{PREFIX}/gallery/index.html").decode()
+    assert json.loads(call("--bucket", bucket.name, "--json").stdout)["releases"] == 0
+    page = bucket.read_bytes(f"{PREFIX}/gallery/index.html").decode()
     assert "There is no release here yet" in page
 
 
@@ -559,7 +559,7 @@ def test_hostile_text_stays_text(s3, settings, browser, tmp_path, mlflow_environ
         ("aliases/hostile/production/00000001.json", move),
     ):
         s3.put_object(Bucket=HOSTILE_BUCKET, Key=key, Body=json.dumps(body).encode())
-    gallery = make_gallery(s3, HOSTILE_BUCKET, PREFIX)
+    gallery = make_gallery(Bucket(s3, HOSTILE_BUCKET), PREFIX)
     facts = [row.facts for row in gallery.rows]
     # All of it is on the page.
     told = [facts[0].commit, facts[0].checkpoint, facts[0].thumbnail.alt]
@@ -583,7 +583,7 @@ def test_hostile_text_stays_text(s3, settings, browser, tmp_path, mlflow_environ
 
 @pytest.fixture
 def served(place) -> Iterator[GalleryServer]:
-    with GalleryServer(place.client, BUCKET, PREFIX, place.gallery()) as server:
+    with GalleryServer(Bucket(place.client, BUCKET), PREFIX, place.gallery()) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
@@ -633,7 +633,7 @@ def test_served_report_can_neither_load_nor_read_anything(place, served):
 
 def test_script_in_a_report_does_not_run(place, browser, served):
     key = f"{PREFIX}/failed/{place.versions['failed']}/report.html"
-    before = read_bytes(place.client, BUCKET, key)
+    before = Bucket(place.client, BUCKET).read_bytes(key)
     script = b"<title>before</title><script>document.title = 'ran'</script><h1>failed</h1>"
     place.client.put_object(Bucket=BUCKET, Key=key, Body=script)
     page = browser.new_page()
@@ -688,7 +688,7 @@ def test_only_who_was_given_the_address_is_answered(place, served):
 def test_changed_report_is_not_served(place, served):
     version = place.versions["other"]
     key = f"{PREFIX}/{version}/report.html"
-    before = read_bytes(place.client, BUCKET, key)
+    before = Bucket(place.client, BUCKET).read_bytes(key)
     place.client.put_object(Bucket=BUCKET, Key=key, Body=b"<script>alert(1)</script>")
     try:
         status, body, headers = get(served.url.removesuffix("gallery/") + f"{version}/report.html")
@@ -729,6 +729,6 @@ def test_port_that_is_taken_is_bad_input(call, served):
 
 def test_gallery_is_stored_with_what_it_was_read_from(place):
     made = place.gallery()
-    store_gallery(place.client, BUCKET, made)
-    assert store_gallery(place.client, BUCKET, made) is False
+    store_gallery(Bucket(place.client, BUCKET), made)
+    assert store_gallery(Bucket(place.client, BUCKET), made) is False
     assert Path(made.key).parent.name == "gallery"
