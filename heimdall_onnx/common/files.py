@@ -1,6 +1,6 @@
 """Files that are complete or absent, their hashes, and folders that don't outlive their use.
 
-Whoever is killed can't remove what it has downloaded. So a `Scratch` folder is locked for as long
+Whoever is killed can't remove what it has downloaded. So a `TemporaryFolder` is locked for as long
 as its process lives, and the next one that makes such a folder removes those whose lock nobody
 holds any more.
 """
@@ -59,7 +59,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 _LOCK = "lock"
 
 
-class Scratch:
+class TemporaryFolder:
     """A temporary folder of this process.
 
     Args:

@@ -23,7 +23,7 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-class Apart:
+class WorkerProcess:
     """Calls functions in another process, one after the other."""
 
     def __init__(self) -> None:
@@ -66,22 +66,22 @@ class Apart:
 
 
 @contextmanager
-def process_apart() -> Iterator[Apart]:
+def worker_process() -> Iterator[WorkerProcess]:
     """One process, started anew rather than forked, that ends with the block or with this one."""
-    apart = Apart()
+    worker = WorkerProcess()
     try:
-        yield apart
+        yield worker
     finally:
-        apart.end()
+        worker.end()
 
 
 def _begin(parent: int) -> None:
-    end_with(parent)
+    exit_with_process(parent)
     # What is done here is an event of the caller's, who knows where events go.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
-def end_with(pid: int) -> None:
+def exit_with_process(pid: int) -> None:
     """End this process, at once and without cleaning up, as soon as the process ``pid`` has ended.
 
     What a killed run has started must not go on publishing, measuring or waiting without it. A
@@ -94,7 +94,7 @@ def end_with(pid: int) -> None:
         os._exit(1)
     except OSError:
         return
-    threading.Thread(target=_wait_for_end, args=(watched,), name="end-with", daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(watched,), name="watcher", daemon=True).start()
 
 
 def _wait_for_end(watched: int) -> None:

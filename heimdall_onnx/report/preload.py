@@ -14,7 +14,7 @@ import importlib
 import os
 from collections.abc import Iterable
 
-from heimdall_onnx.common.processes import end_with, without_garbage_collection
+from heimdall_onnx.common.processes import exit_with_process, without_garbage_collection
 
 ROOMS = (
     "evidence.parity.compare",
@@ -36,7 +36,7 @@ ROOMS = (
 def load_ipython_extension(_: object) -> None:
     """Import the rooms; no name is put into the user's namespace."""
     if runner := os.environ.get("JPY_PARENT_PID"):
-        end_with(int(runner))
+        exit_with_process(int(runner))
     import_for_good(f"heimdall_onnx.{room}" for room in ROOMS)
 
 

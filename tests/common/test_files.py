@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from heimdall_onnx.common.errors import DataError
-from heimdall_onnx.common.files import Scratch, hash_file, replace_file
+from heimdall_onnx.common.files import TemporaryFolder, hash_file, replace_file
 
 
 def test_hash_is_that_of_the_content(tmp_path):
@@ -46,8 +46,8 @@ class TestReplaceFile:
 
 
 _HOLD = """
-from heimdall_onnx.common.files import Scratch
-made = Scratch("of-a-test-")
+from heimdall_onnx.common.files import TemporaryFolder
+made = TemporaryFolder("of-a-test-")
 (made.folder / "large").write_bytes(b"x")
 print(made.folder.name, flush=True)
 input()
@@ -66,7 +66,7 @@ def names(folder) -> set[str]:
 
 
 def test_it_goes_with_all_that_is_in_it(folder):
-    made = Scratch("of-a-test-")
+    made = TemporaryFolder("of-a-test-")
     (made.folder / "large").write_bytes(b"x")
     made.remove()
     assert names(folder) == set()
@@ -80,11 +80,11 @@ def test_what_a_killed_process_has_left_goes_with_the_next(folder):
         [sys.executable, "-c", _HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         name = process.stdout.readline().strip()
-        meanwhile = Scratch("of-a-test-")
+        meanwhile = TemporaryFolder("of-a-test-")
         assert names(folder) == {name, meanwhile.folder.name, *others}
         assert (folder / name / "large").is_file()
         process.kill()
-    after = Scratch("of-a-test-")
+    after = TemporaryFolder("of-a-test-")
     assert names(folder) == {meanwhile.folder.name, after.folder.name, *others}
     meanwhile.remove()
     after.remove()
@@ -92,7 +92,7 @@ def test_what_a_killed_process_has_left_goes_with_the_next(folder):
 
 def test_many_that_begin_at_once_keep_their_own(folder):
     with ThreadPoolExecutor(8) as pool:
-        made = [*pool.map(lambda _: Scratch("of-a-test-"), range(200))]
+        made = [*pool.map(lambda _: TemporaryFolder("of-a-test-"), range(200))]
     assert all((one.folder / "lock").is_file() for one in made)
     for one in made:
         one.remove()

@@ -8,9 +8,9 @@ import numpy as np
 import psutil
 import pytest
 
-from heimdall_onnx.common import processes as orphans
+from heimdall_onnx.common import processes
 from heimdall_onnx.common.errors import BenchmarkError, DataError, EvidenceError
-from heimdall_onnx.common.processes import process_apart
+from heimdall_onnx.common.processes import worker_process
 
 
 def double(values):
@@ -26,8 +26,9 @@ def die():
 
 
 def test_work_is_done_by_one_other_process():
-    with process_apart() as apart:
-        (first, values), (second, _) = apart(double, np.arange(3)), apart(double, values=np.ones(1))
+    with worker_process() as process:
+        first, values = process(double, np.arange(3))
+        second, _ = process(double, values=np.ones(1))
         assert values.tolist() == [0, 2, 4]
         assert first == second != os.getpid()
     with pytest.raises(ProcessLookupError):
@@ -35,34 +36,36 @@ def test_work_is_done_by_one_other_process():
 
 
 def test_its_errors_are_raised_here():
-    with process_apart() as apart:
+    with worker_process() as process:
         with pytest.raises(DataError, match="found nothing"):
-            apart(refuse, "found nothing")
-        assert apart(double, 1)[1] == 2
+            process(refuse, "found nothing")
+        assert process(double, 1)[1] == 2
 
 
 def test_a_process_that_dies_is_named_with_what_it_did():
-    with process_apart() as apart:
+    with worker_process() as process:
         with pytest.raises(BenchmarkError, match="process of die ended"):
-            apart(die)
+            process(die)
         # What comes next is not its fault.
-        assert apart(double, 1)[1] == 2
+        assert process(double, 1)[1] == 2
     assert issubclass(BenchmarkError, EvidenceError)
 
 
 def test_what_is_under_way_ends_with_the_block():
     started = time.monotonic()
-    with process_apart() as apart:
-        apart(double, 1)
-        apart._pool.submit(time.sleep, 60)
+    with worker_process() as process:
+        process(double, 1)
+        process._pool.submit(time.sleep, 60)
     assert time.monotonic() - started < 30
 
 
-CHILD = "import os, time; from heimdall_onnx.common.processes import end_with; "
+CHILD = "import os, time; from heimdall_onnx.common.processes import exit_with_process; "
 
 
 def test_child_ends_when_its_parent_is_killed():
-    child = f"{CHILD}end_with(os.getppid()); print(os.getpid(), flush=True); time.sleep(600)"
+    child = (
+        f"{CHILD}exit_with_process(os.getppid()); print(os.getpid(), flush=True); time.sleep(600)"
+    )
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     with subprocess.Popen(
         [sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True
@@ -77,7 +80,7 @@ def test_child_ends_when_its_parent_is_killed():
 def test_child_ends_when_its_parent_had_ended_before_it_looked():
     with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
         pass
-    code = f"{CHILD}end_with({ended.pid}); time.sleep(600)"
+    code = f"{CHILD}exit_with_process({ended.pid}); time.sleep(600)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 1
 
 
@@ -86,5 +89,5 @@ def test_nothing_is_watched_where_the_system_can_not(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "pidfd_open", refused)
-    monkeypatch.setattr(orphans.threading, "Thread", lambda **_: pytest.fail("a thread"))
-    orphans.end_with(os.getppid())
+    monkeypatch.setattr(processes.threading, "Thread", lambda **_: pytest.fail("a thread"))
+    processes.exit_with_process(os.getppid())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from heimdall_onnx.common.machine import peak_memory_bytes
-from heimdall_onnx.common.processes import end_with
+from heimdall_onnx.common.processes import exit_with_process
 
 
 def serve(job: Path, questions: TextIO, answers: TextIO) -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     # Ctrl-C is for the parent, which then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # It would hear of the pipe's end only after the call in hand, which may never come back.
-    end_with(os.getppid())
+    exit_with_process(os.getppid())
     # What a model prints must not mix with the answers.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)

@@ -20,7 +20,7 @@ from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER, AccuracyLimits
-from heimdall_onnx.common.processes import Apart, process_apart
+from heimdall_onnx.common.processes import WorkerProcess, worker_process
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import PYTORCH, PairLatency, measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant, default_threads, write_model
@@ -278,14 +278,14 @@ class _Search:
     ) -> list[JudgedVariant]:
         """Make every variant and hold it against the gates, in a process that gives back memory."""
         judged = []
-        with process_apart() as apart, tempfile.TemporaryDirectory(prefix="heimdall-") as cache:
-            self._reference = apart(
+        with worker_process() as worker, tempfile.TemporaryDirectory(prefix="heimdall-") as cache:
+            self._reference = worker(
                 _answers, self._onnx, self._signature, self._threads, self._inputs
             )
             for recipe in recipes:
                 progress(recipe.name)
                 try:
-                    judged.append(self._judge(recipe, apart, Path(cache)))
+                    judged.append(self._judge(recipe, worker, Path(cache)))
                 except (UnavailableError, EvidenceError) as error:
                     status = "unavailable" if isinstance(error, UnavailableError) else "failed"
                     judged.append(
@@ -301,18 +301,18 @@ class _Search:
             recipe.name, recipe.what, recipe.precision, "failed", settings=settings, file=file
         )
 
-    def _judge(self, recipe: Recipe, apart: Apart, cache: Path) -> JudgedVariant:
+    def _judge(self, recipe: Recipe, worker: WorkerProcess, cache: Path) -> JudgedVariant:
         variant = self._described(recipe)
         path = self._onnx if recipe.make is None else self._folder / recipe.name / MODEL
         if recipe.name == FP32:
             return _with_file(replace(variant, status="passed"), path)
         # Before minutes are spent on making what can't run here.
         require_runtime(variant.settings)
-        for attempt in self._attempts(recipe, path, apart, cache):
+        for attempt in self._attempts(recipe, path, worker, cache):
             if isinstance(attempt, NoiseProfile):
                 variant = replace(variant, noise=attempt)
                 continue
-            accuracy, gates = self._accuracy(recipe, path, variant.settings, apart)
+            accuracy, gates = self._accuracy(recipe, path, variant.settings, worker)
             variant = replace(variant, kept_in_float=attempt, accuracy=accuracy, gates=gates)
             if all(gate.passed for gate in gates):
                 break
@@ -321,9 +321,9 @@ class _Search:
         return _with_file(replace(variant, reason="; ".join(failed)), path)
 
     def _accuracy(
-        self, recipe: Recipe, path: Path, settings: SessionSettings, apart: Apart
+        self, recipe: Recipe, path: Path, settings: SessionSettings, worker: WorkerProcess
     ) -> tuple[Accuracy, tuple[Gate, ...]]:
-        found = apart(_answers, path, self._signature, settings, self._inputs)
+        found = worker(_answers, path, self._signature, settings, self._inputs)
         accuracy = judge_accuracy(self._reference, found, self._split.evaluation, self._signature)
         gates = accuracy_gates(accuracy, self._parameters.accuracy_limits)
         if recipe.lossy and self._split.evaluation.synthetic:
@@ -332,7 +332,7 @@ class _Search:
         return accuracy, gates
 
     def _attempts(
-        self, recipe: Recipe, path: Path, apart: Apart, cache: Path
+        self, recipe: Recipe, path: Path, worker: WorkerProcess, cache: Path
     ) -> Iterator[tuple[str, ...] | NoiseProfile]:
         """What is kept in float: nothing, then more and more; between, where that loses accuracy.
 
@@ -345,13 +345,13 @@ class _Search:
 
         def make(nodes: tuple[str, ...]) -> None:
             job = Job(self._onnx, path, self._split.inputs, nodes, cache)
-            apart(make_variant, recipe.name, job)
+            worker(make_variant, recipe.name, job)
 
         make(())
         if not recipe.selective:
             yield ()
             return
-        noise = apart(
+        noise = worker(
             noise_profile,
             recipe.name,
             self._onnx,
@@ -455,16 +455,18 @@ class _Search:
             )
             for purpose, size in sizes.items()
         ]
-        with process_apart() as apart:
+        with worker_process() as worker:
             # Another level of optimization runs other kernels, which have to be judged, too.
-            held = tuple(t for t in tunings if self._holds(variant, t.settings, apart))
+            held = tuple(t for t in tunings if self._holds(variant, t.settings, worker))
         return replace(variant, tunings=held)
 
-    def _holds(self, variant: JudgedVariant, settings: SessionSettings, apart: Apart) -> bool:
+    def _holds(
+        self, variant: JudgedVariant, settings: SessionSettings, worker: WorkerProcess
+    ) -> bool:
         assert variant.path is not None
         if settings == variant.settings:
             return True
-        _, gates = self._accuracy(RECIPES[variant.name], variant.path, settings, apart)
+        _, gates = self._accuracy(RECIPES[variant.name], variant.path, settings, worker)
         return all(gate.passed for gate in gates)
 
     def against_pytorch(self, variant: JudgedVariant) -> PairLatency:

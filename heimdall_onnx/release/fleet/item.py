@@ -32,7 +32,7 @@ from heimdall_onnx.common.errors import (
     SettingsError,
     VerificationError,
 )
-from heimdall_onnx.common.files import Scratch, hash_file
+from heimdall_onnx.common.files import TemporaryFolder, hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.data.dataset.dataset import open_dataset
@@ -140,7 +140,7 @@ class ItemRunner:
                 "same ones as every other; one of them is not set on this worker"
             )
         self._settings = settings
-        self._scratch = Scratch("heimdall-fleet-")
+        self._scratch = TemporaryFolder("heimdall-fleet-")
         # Begins to import what kernels need; nobody waits for it yet.
         self._kernels = WarmKernels(kernel_environment(settings))
 

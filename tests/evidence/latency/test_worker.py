@@ -117,7 +117,7 @@ def test_main_serves_over_the_standard_streams_and_keeps_noise_out(tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["worker", str(path)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(LOAD) + "\n"))
     watched = []
-    monkeypatch.setattr(worker, "end_with", watched.append)
+    monkeypatch.setattr(worker, "exit_with_process", watched.append)
     handler, output = signal.getsignal(signal.SIGINT), os.dup(1)
     try:
         with open(1, "w", closefd=False) as stdout:
