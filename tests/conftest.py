@@ -55,6 +55,8 @@ def pytest_configure() -> None:
         if name.startswith(("MLFLOW_", "AWS_")) or name == "HEIMDALL_HOME":
             del os.environ[name]
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    # The tests start a hundred processes, each of which would compile all that it imports.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # A kernel finds the tests' models as it would find a user's.
     os.environ["PYTHONPATH"] = str(Path(__file__).parent / "support")
     _CLEAN.update(os.environ)
@@ -79,10 +81,11 @@ def pytest_collection() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _untraced_exporter() -> Iterator[None]:
+def _quick_exporter() -> Iterator[None]:
     """Tracing for coverage adds half to the time of PyTorch's exporter, which runs no line of ours
-    but the models' own."""
+    but the models' own; a third of it goes into a table of operators, the same each time."""
     import torch
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     export = torch.onnx.export
 
@@ -97,6 +100,8 @@ def _untraced_exporter() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", untraced)
+        table = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(table))
         yield
 
 
