@@ -10,20 +10,26 @@ from contextlib import AbstractContextManager, contextmanager
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def interrupt_once() -> None:
+    """As `first_signal_interrupts`, to the end of the process, which must be the caller's own.
+
+    ``timeout`` signals a command and then its whole group, and people press Ctrl-C twice: the
+    second signal must not strike while Python takes the process apart.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if _is_heard(number):
+                signal.signal(number, _interrupt)
+
+
 def first_signal_interrupts() -> AbstractContextManager[None]:
     """Raise KeyboardInterrupt on SIGTERM too, so that a stopped pipeline cleans up behind itself.
 
     Only the first of both signals counts: a pipeline that is stopped sends SIGINT and then, soon
-    after, SIGTERM, while children are being ended and what was begun is taken back.
+    after, SIGTERM, while children are being ended and what was begun is taken back. Where this is
+    so already, by a block further out, the end of this one changes nothing.
     """
-
-    def interrupt(number: int, frame: object) -> None:
-        for each in _SIGNALS:
-            if signal.getsignal(each) is interrupt:
-                signal.signal(each, _go_on)
-        raise KeyboardInterrupt
-
-    return _on_signals(interrupt)
+    return _on_signals(_interrupt)
 
 
 def uninterrupted() -> AbstractContextManager[None]:
@@ -31,9 +37,29 @@ def uninterrupted() -> AbstractContextManager[None]:
     return _on_signals(_go_on)
 
 
+def was_interrupted(error: BaseException) -> bool:
+    """Whether a KeyboardInterrupt is behind an error, as where an extension's import is struck."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
+
+
+def _interrupt(number: int, frame: object) -> None:
+    for each in _SIGNALS:
+        if signal.getsignal(each) is _interrupt:
+            signal.signal(each, _go_on)
+    raise KeyboardInterrupt
+
+
 def _go_on(number: int, frame: object) -> None:
     # Not SIG_IGN, which processes that are started meanwhile would inherit.
     pass
+
+
+def _is_heard(number: int) -> bool:
+    # What is ignored stays so: a shell's background jobs are not meant to hear Ctrl-C.
+    return signal.getsignal(number) not in (signal.SIG_IGN, None)
 
 
 @contextmanager
@@ -42,13 +68,14 @@ def _on_signals(action: Callable[[int, object], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # What is ignored stays so: a shell's background jobs are not meant to hear Ctrl-C.
-    heard = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
-    for number in heard:
+    before = {number: signal.getsignal(number) for number in _SIGNALS if _is_heard(number)}
+    if action is _interrupt:
+        # An outer block's first signal is this one's too, and the only one.
+        before = {n: handler for n, handler in before.items() if handler not in (action, _go_on)}
+    for number in before:
         signal.signal(number, action)
     try:
         yield
     finally:
-        for number, handler in heard.items():
+        for number, handler in before.items():
             signal.signal(number, handler)

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from heimdall_onnx.common.errors import CheckpointError, HeimdallError
 from heimdall_onnx.common.files import replace_file
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.signals import was_interrupted
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.model.checkpoint import read_weights
 from heimdall_onnx.model.pickles import is_zip
@@ -173,7 +174,7 @@ def fit(
             raise KeyboardInterrupt from error
         except Exception as error:
             # PyTorch's writer of checkpoints, interrupted, reports that its file is incomplete.
-            if _was_interrupted(error):
+            if was_interrupted(error):
                 raise KeyboardInterrupt from error
             # With several devices the work is done by other processes, on copies of the module.
             restored = resume is None or module.started or devices > 1
@@ -183,13 +184,6 @@ def fit(
                 f"{resume} can't be gone on from: restoring it failed with "
                 f"{type(error).__name__}: {shown(str(error), 1000)}. {_START}"
             ) from error
-
-
-def _was_interrupted(error: BaseException) -> bool:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__ or cause.__context__
-    return cause is not None
 
 
 def precision_of(accelerator: str) -> str:

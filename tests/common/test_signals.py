@@ -83,3 +83,25 @@ def test_other_threads_do_without():
     thread.start()
     thread.join()
     assert failed == []
+
+
+def test_second_signal_is_lost_in_what_surrounds_the_interrupted_block():
+    steps = []
+
+    def work():
+        try:
+            with first_signal_interrupts():
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            steps.append("taken back")
+
+    with pytest.raises(KeyboardInterrupt), first_signal_interrupts():
+        work()
+    assert steps == ["taken back"]
+
+
+def test_nothing_interrupts_a_block_within_an_uninterrupted_one():
+    with uninterrupted(), first_signal_interrupts():
+        signal.raise_signal(signal.SIGTERM)
