@@ -224,13 +224,12 @@ def verify(
     wrong = [finding for finding in findings if not finding.holds]
     if as_json:
         _print_json({"holds": not wrong, "findings": [asdict(f) for f in findings]})
-    for finding in () if as_json else findings:
-        if finding.holds:
-            _say(f"holds    {finding.what}")
-            continue
-        _say(f"DIFFERS  {finding.what}")
-        _say(f"expected {finding.expected}", indent=9)
-        _say(f"found    {finding.found}", indent=9)
+    else:
+        for finding in findings:
+            _say(f"{'holds   ' if finding.holds else 'DIFFERS '} {finding.what}")
+            if not finding.holds:
+                _say(f"expected {finding.expected}", indent=9)
+                _say(f"found    {finding.found}", indent=9)
     if wrong:
         raise VerificationError(
             f"{len(wrong)} of {len(findings)} findings differ; don't use this release"
@@ -365,15 +364,16 @@ def history(name: str, bucket: str, as_json: bool) -> None:
                 for one in histories
             ]
         )
-    for one in () if as_json else histories:
-        _say(f"{name}@{one.alias}: version {one.points_at or 'none'}")
-        for move in one.moves:
-            note = f": {move.note}" if move.note else ""
-            _say(
-                f"{move.number:>4}  {move.time}  {move.action:<9}version {move.version or 'none'}"
-                f"  by {move.by}{note}",
-                indent=2,
-            )
+    else:
+        for one in histories:
+            _say(f"{name}@{one.alias}: version {one.points_at or 'none'}")
+            for move in one.moves:
+                version = f"version {move.version or 'none'}"
+                note = f": {move.note}" if move.note else ""
+                _say(
+                    f"{move.number:>4}  {move.time}  {move.action:<9}{version}  by {move.by}{note}",
+                    indent=2,
+                )
     if wrong := [f"{name}@{one.alias}: {one.problem}" for one in histories if one.problem]:
         raise VerificationError("; ".join(wrong))
 
@@ -521,10 +521,11 @@ def doctor(bucket: str, prefix: str, older_than: float, fix: bool, as_json: bool
         _print_json(
             [{"kind": f.kind, "what": f.what, "why": f.why, "remedy": f.remedy} for f in found]
         )
-    for leftover in () if as_json else found:
-        _say(f"{leftover.kind}: {leftover.what}")
-        _say(leftover.why, indent=4)
-        _say(leftover.remedy or "for a person to decide: nothing is done about it", indent=4)
+    else:
+        for leftover in found:
+            _say(f"{leftover.kind}: {leftover.what}")
+            _say(leftover.why, indent=4)
+            _say(leftover.remedy or "for a person to decide: nothing is done about it", indent=4)
     failed = mend_all(found) if fix else ()
     left = [leftover for leftover in found if not (fix and leftover.remedy)]
     if fix:
