@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from heimdall_onnx.archive.manifest import (
     Content,
+    ContentRole,
     KeptDataset,
     Manifest,
-    Role,
     content_key,
     dataset_folder,
 )
@@ -31,7 +31,7 @@ def keep_content(
     bucket: Bucket,
     path: Path,
     sha256: str,
-    role: Role,
+    role: ContentRole,
 ) -> Content:
     """Keep a file under its hash, unless it is there already.
 

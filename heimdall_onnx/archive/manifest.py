@@ -60,7 +60,7 @@ _OPTIONS = {
 _MAX_OPTIONS = 50
 _OPTION_VALUE = re.compile(r"[A-Za-z0-9_.:,-]{0,200}")
 
-Role = Literal["checkpoint", "evaluation_data", "calibration_data", "signature"]
+ContentRole = Literal["checkpoint", "evaluation_data", "calibration_data", "signature"]
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _VariantName = Annotated[str, Field(pattern="^[a-z0-9-]{1,64}$")]
@@ -92,7 +92,7 @@ class Content(Entry):
         name: Its file's name.
     """
 
-    role: Role
+    role: ContentRole
     name: str
 
 

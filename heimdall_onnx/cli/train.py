@@ -107,10 +107,10 @@ def _train(
     # Everything is checked before anything heavy is imported.
     from heimdall_onnx.common.parameters import check_parameters
     from heimdall_onnx.services.settings import Settings
-    from heimdall_onnx.training.parameters import NAMED, OWN, check_training
+    from heimdall_onnx.training.parameters import BY_TRAINING, NAMED, check_training
     from heimdall_onnx.training.train import train as run
 
-    if own := OWN & {name for name, _ in extra}:
+    if own := BY_TRAINING & {name for name, _ in extra}:
         raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the training sets it")
     given = {name: value for name, value in options.items() if value is not None}
     named = {name: given.pop(name) for name in NAMED if name in given}

@@ -13,6 +13,9 @@ import structlog
 from pydantic import SecretBytes, SecretStr
 from structlog.typing import EventDict, WrappedLogger
 
+# Called with the share that is done, from 0 to 1, and with what is being done.
+OnProgress = Callable[[float, str], None]
+
 _SECRET_WORDS = ("password", "secret", "token", "access_key", "credential")
 
 

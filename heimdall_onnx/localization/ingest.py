@@ -15,6 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.localization.events import align_recordings, group_recordings
 from heimdall_onnx.localization.features import (
@@ -30,9 +31,8 @@ from heimdall_onnx.localization.recordings import Recording, read_recording
 if TYPE_CHECKING:
     from heimdall_onnx.data.dataset.dataset import Dataset
 
-Group = tuple[Recording, ...]
+Recordings = tuple[Recording, ...]
 Position = tuple[float, float]
-Progress = Callable[[float, str], None]
 
 _COLUMNS = ("recording", "latitude", "longitude")
 _LARGEST_TABLE = 64 << 20
@@ -47,7 +47,7 @@ def ingest_recordings(
     positions: Path | str | None = None,
     receivers: Mapping[str, Position] | None = None,
     mixed_receivers: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Dataset:
     """Write a dataset of the windows of recordings, three receivers' of each event.
 
@@ -164,7 +164,7 @@ def _read_again(before: Recording) -> Recording:
 
 
 def _positions(
-    groups: Sequence[Group], position: Position | None, labels: Mapping[str, Position] | None
+    groups: Sequence[Recordings], position: Position | None, labels: Mapping[str, Position] | None
 ) -> list[Position | None]:
     if labels is None:
         return [position] * len(groups)
@@ -185,7 +185,7 @@ def _positions(
     return found
 
 
-def _in_one_order(groups: Sequence[Group], *, mixed: bool) -> list[Group]:
+def _in_one_order(groups: Sequence[Recordings], *, mixed: bool) -> list[Recordings]:
     """The recordings of each event, its receivers in the order of the first event of the same."""
     orders: dict[tuple[str, ...], list[str | None]] = {}
     ordered = []
@@ -206,7 +206,7 @@ def _in_one_order(groups: Sequence[Group], *, mixed: bool) -> list[Group]:
     return ordered
 
 
-def _event_names(groups: Sequence[Group]) -> list[str]:
+def _event_names(groups: Sequence[Recordings]) -> list[str]:
     """A name for each group, the same for groups that share a recording, at one remove or more."""
     repeated = Counter(tuple(sorted(r.sha256 for r in group)) for group in groups)
     if twice := [g for g in groups if repeated[tuple(sorted(r.sha256 for r in g))] > 1]:

@@ -34,6 +34,7 @@ from scipy import fft
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.files import replace_file
+from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.localization.mel import FeatureParameters, log_mel, mel_windows, normalize
 from heimdall_onnx.localization.modulation import MODULATIONS
@@ -50,7 +51,6 @@ from heimdall_onnx.localization.recordings import write_recording
 if TYPE_CHECKING:
     from heimdall_onnx.data.dataset.dataset import Dataset
 
-Progress = Callable[[float, str], None]
 
 # The sites of the KiwiSDR recordings of DCF77 of 2020-08-13, degrees latitude and longitude.
 RECEIVERS = {
@@ -221,7 +221,7 @@ def simulate_dataset(
     windows_per_event: int = 1,
     seed: int = 0,
     recordings: Path | str | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Dataset:
     """Write a dataset of simulated transmissions, each one event.
 

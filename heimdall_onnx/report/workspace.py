@@ -23,7 +23,7 @@ def new_run_folder(settings: Settings) -> Path:
     return settings.home / "runs" / f"{datetime.now(UTC):%Y%m%d_%H%M%S}-{uuid4().hex[:8]}"
 
 
-class Demo(Protocol):
+class StandIn(Protocol):
     """What stands in for a checkpoint where none is given."""
 
     @property
@@ -36,7 +36,7 @@ class Demo(Protocol):
 
 
 def prepare_run(
-    parameters: ReleaseParameters, settings: Settings, make_demo: Callable[[Path], Demo]
+    parameters: ReleaseParameters, settings: Settings, make_demo: Callable[[Path], StandIn]
 ) -> ReleaseParameters:
     """Complete the parameters of a notebook and make its folder.
 

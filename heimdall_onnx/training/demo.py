@@ -11,18 +11,16 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.common.files import hash_file, replace_file
-from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.logs import OnProgress, get_logger
 
 log = get_logger(__name__)
 
-Progress = Callable[[float, str], None]
 
 _VERSION = 2  # of simulation and training; another one makes an old demo be made anew
 _EVENTS_PER_SECOND = 15
@@ -66,7 +64,7 @@ def make_demo(
     seconds: float = 120.0,
     seed: int = 0,
     backbone_size: str = "atto",
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Demo:
     """Train the demo checkpoint, or take the one of the same seed that ``folder`` already holds.
 
@@ -103,7 +101,7 @@ def make_demo(
     return _make(folder, recipe, seconds, progress or (lambda share, what: None))
 
 
-def _make(folder: Path, recipe: dict[str, Any], seconds: float, progress: Progress) -> Demo:
+def _make(folder: Path, recipe: dict[str, Any], seconds: float, progress: OnProgress) -> Demo:
     from heimdall_onnx.localization.simulate import simulate_dataset
     from heimdall_onnx.training.parameters import TrainingParameters
     from heimdall_onnx.training.train import train

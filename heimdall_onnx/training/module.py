@@ -48,7 +48,7 @@ Batch = tuple[dict[str, Tensor], Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FitOptions:
     """How a model is fitted.
 
     Attributes:
@@ -69,7 +69,7 @@ class Recipe:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a training has come; plain values, kept in its checkpoints.
 
     Attributes:
@@ -96,7 +96,7 @@ class Objective:
     Args:
         model: The model.
         signature: Which output is what.
-        beta: See `Recipe`.
+        beta: See `FitOptions`.
 
     Raises:
         ParameterError: If the model answers no positions, or no spread of them.
@@ -201,9 +201,9 @@ class TrainingModule(LightningModule):
         self,
         model: nn.Module,
         objective: Objective,
-        recipe: Recipe,
+        recipe: FitOptions,
         hyper_parameters: Mapping[str, Any],
-        progress: Progress,
+        progress: TrainingProgress,
         positions: npt.NDArray[np.float64],
         began: float,
     ) -> None:
@@ -400,7 +400,7 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class Rows(TorchDataset[Any]):
+class TrainingRows(TorchDataset[Any]):
     """Rows of a dataset with their targets, a whole batch at a time.
 
     Args:
@@ -479,7 +479,7 @@ def as_it_is(batch: Any) -> Any:
 
 
 def make_loader(
-    rows: Rows,
+    rows: TrainingRows,
     module: TrainingModule,
     *,
     batch_size: int,

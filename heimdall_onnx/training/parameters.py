@@ -23,7 +23,7 @@ FIXED = (
     *("validation_split", "test_split", "split_seed", "seed", "patience", "devices"),
 )
 # Of a release that follows a training: what the training sets.
-OWN = frozenset(
+BY_TRAINING = frozenset(
     {"publish", "output_dir", "checkpoint", "eval_data", "model", "model_kwargs", "run_id"}
 )
 # Of a release: what has an option of its own; the others are given with -p.
@@ -194,7 +194,7 @@ def _options(parameters: TrainingParameters, names: Collection[str]) -> list[str
 def _release_options(release: ReleaseParameters | None) -> list[str]:
     words = []
     if release is not None:
-        for name, text in _changed(release, set(type(release).model_fields) - OWN).items():
+        for name, text in _changed(release, set(type(release).model_fields) - BY_TRAINING).items():
             words += [f"--{name}", text] if name in NAMED else ["-p", name, text]
     return words
 

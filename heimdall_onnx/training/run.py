@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from heimdall_onnx.common.errors import (
     ParameterError,
 )
 from heimdall_onnx.common.files import hash_file, replace_file
-from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.logs import OnProgress, get_logger
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.model.signature import signature_of
@@ -39,7 +39,6 @@ log = get_logger(__name__)
 
 # Rows below this are read once and kept; above it they are streamed.
 _CACHE_BYTES = 1 << 30
-Report = Callable[[float, str], None]
 
 
 class TrainingRun:
@@ -58,14 +57,14 @@ class TrainingRun:
         parameters: TrainingParameters,
         folder: Path,
         settings: Settings | None,
-        report: Report | None,
+        report: OnProgress | None,
         release: ReleaseParameters | None = None,
     ) -> None:
-        from heimdall_onnx.training.module import Progress
+        from heimdall_onnx.training.module import TrainingProgress
 
         self.parameters, self.settings, self.report = parameters, settings, report
         self.folder, self.release = folder, release
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.resume: Path | None = None
         self.tracker: MLflowTracker | None = None
         self.run_id = ""
@@ -258,10 +257,10 @@ class TrainingRun:
         import torch
 
         from heimdall_onnx.training.module import (
+            FitOptions,
             Objective,
-            Recipe,
-            Rows,
             TrainingModule,
+            TrainingRows,
             make_loader,
         )
         from heimdall_onnx.training.trainer import fastest_threads, fit, precision_of
@@ -272,7 +271,7 @@ class TrainingRun:
         objective = Objective(model, signature, chosen.beta)
         names = [spec.name for spec in signature.inputs]
         signature.check_inputs(dataset.rows(split.train[:2]), str(dataset.path))
-        recipe = Recipe(
+        recipe = FitOptions(
             learning_rate=chosen.learning_rate,
             weight_decay=chosen.weight_decay,
             warmup=chosen.warmup,
@@ -285,7 +284,7 @@ class TrainingRun:
         )
         cache = _row_bytes(dataset, names) * (dataset.count - len(split.test)) <= _CACHE_BYTES
         parts = [
-            Rows(dataset, rows, objective.targets(positions[rows]), names, cache=cache)
+            TrainingRows(dataset, rows, objective.targets(positions[rows]), names, cache=cache)
             for rows in (split.train, split.validation)
         ]
         loaders = [
@@ -361,7 +360,7 @@ class TrainingRun:
         from heimdall_onnx.evidence.parity.ground import difference_degrees
         from heimdall_onnx.localization.frame import calibration_advice, calibration_of
         from heimdall_onnx.model.checkpoint import load_checkpoint
-        from heimdall_onnx.training.module import Objective, Rows
+        from heimdall_onnx.training.module import Objective, TrainingRows
 
         given = self.parameters.model_kwargs
         model = load_checkpoint(best, model=self.parameters.model, model_kwargs=given).model
@@ -369,7 +368,7 @@ class TrainingRun:
         if objective.frame is None:
             return best
         rows, names = split.validation, [spec.name for spec in signature_of(model).inputs]
-        part = Rows(dataset, rows, objective.targets(positions[rows]), names, cache=False)
+        part = TrainingRows(dataset, rows, objective.targets(positions[rows]), names, cache=False)
         places = [range(at, min(at + 64, len(rows))) for at in range(0, len(rows), 64)]
         residuals, deviations, claims = [], [], []
         with torch.inference_mode():

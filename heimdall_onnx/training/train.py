@@ -17,7 +17,6 @@ CHECKPOINT_DIR/
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from heimdall_onnx.common.errors import ParameterError, UnavailableError
+from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.common.text import listed
 from heimdall_onnx.training.parameters import TrainingParameters as TrainingParameters
@@ -36,15 +36,13 @@ from heimdall_onnx.training.result import read_result as read_result
 if TYPE_CHECKING:
     from heimdall_onnx.services.settings import Settings
 
-Report = Callable[[float, str], None]
-
 
 def train(
     parameters: TrainingParameters,
     settings: Settings | None = None,
     *,
     release: ReleaseParameters | None = None,
-    report: Report | None = None,
+    report: OnProgress | None = None,
     progress: bool = False,
 ) -> TrainingResult:
     """Train a model, measure it on held-out events and, if asked for, release it.

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from heimdall_onnx.common.errors import CheckpointError, HeimdallError
 from heimdall_onnx.common.files import replace_file
-from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.logs import OnProgress, get_logger
 from heimdall_onnx.common.signals import was_interrupted
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.model.checkpoint import read_weights
@@ -35,12 +35,11 @@ from heimdall_onnx.training.result import LAST
 
 log = get_logger(__name__)
 
-KEPT = 3
+KEPT_CHECKPOINTS = 3
 _CLIP = 1.0
 _FOREIGN = "{} is a checkpoint, but not one that `heimdall-onnx train` can go on from:"
 _START = "Give it as --checkpoint without --resume-training to start from its weights"
 
-Report = Callable[[float, str], None]
 Sink = Callable[[list[dict[str, float]]], None]
 
 
@@ -108,7 +107,7 @@ def fit(
     devices: int,
     precision: str,
     resume: Path | None,
-    report: Report | None,
+    report: OnProgress | None,
     sink: Sink | None,
     callbacks: Sequence[Callback] = (),
 ) -> None:
@@ -303,7 +302,7 @@ class _Best(ModelCheckpoint):
             folder,
             "epoch-{epoch:04d}-loss-{val_loss:.4f}",
             monitor="val_loss",
-            save_top_k=KEPT,
+            save_top_k=KEPT_CHECKPOINTS,
             save_weights_only=True,
             auto_insert_metric_name=False,
             save_on_train_epoch_end=True,
@@ -330,7 +329,7 @@ class _Last(ModelCheckpoint):
 class _Watch(Callback):
     """Tells the callers how far it is."""
 
-    def __init__(self, report: Report | None, sink: Sink | None, *, speak: bool) -> None:
+    def __init__(self, report: OnProgress | None, sink: Sink | None, *, speak: bool) -> None:
         self._report, self._sink, self._speak = report, sink, speak
         self._spoken = -1.0
 

@@ -29,7 +29,13 @@ from heimdall_onnx.data.dataset.dataset import open_dataset
 from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.localization.frame import placement_of
 from heimdall_onnx.localization.network import LocalizationNet
-from heimdall_onnx.training.module import Objective, Progress, Recipe, Rows, TrainingModule
+from heimdall_onnx.training.module import (
+    FitOptions,
+    Objective,
+    TrainingModule,
+    TrainingProgress,
+    TrainingRows,
+)
 from heimdall_onnx.training.module import make_loader as our_loader
 from heimdall_onnx.training.trainer import fastest_threads, fit, quiet
 
@@ -93,17 +99,19 @@ class Bench:
             )
         return clock.rate
 
-    def module(self) -> tuple[TrainingModule, list[Rows]]:
+    def module(self) -> tuple[TrainingModule, list[TrainingRows]]:
         model = self.model()
         objective = Objective(model, model.signature, 0.5)
-        recipe = Recipe(learning_rate=RATE, weight_decay=DECAY)
+        recipe = FitOptions(learning_rate=RATE, weight_decay=DECAY)
         module = TrainingModule(
-            model, objective, recipe, {}, Progress(), self.positions, time.monotonic()
+            model, objective, recipe, {}, TrainingProgress(), self.positions, time.monotonic()
         )
         chosen = np.split(np.arange(TRAIN + VALIDATION), [TRAIN])
         targets = self.targets.numpy()
         names = ["mel_spectrogram"]
-        return module, [Rows(self.dataset, r, targets[r], names, cache=True) for r in chosen]
+        return module, [
+            TrainingRows(self.dataset, r, targets[r], names, cache=True) for r in chosen
+        ]
 
     def lightning(self) -> Rate:
         """Rates of a bare Lightning loop."""

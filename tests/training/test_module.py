@@ -13,7 +13,7 @@ from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.localization.frame import LocalFrame
 from heimdall_onnx.model.inference import run_pytorch
-from heimdall_onnx.training.module import Objective, Progress, Recipe, TrainingModule
+from heimdall_onnx.training.module import FitOptions, Objective, TrainingModule, TrainingProgress
 
 SIGNATURE = Signature(
     inputs=(
@@ -95,9 +95,11 @@ class PassedOn(SwappedFrame):
 
 
 def module_of(model, **changes):
-    recipe = Recipe(learning_rate=0.1, warmup=0.0, **changes)
+    recipe = FitOptions(learning_rate=0.1, warmup=0.0, **changes)
     objective = Objective(model, SIGNATURE, beta=0.0)
-    return TrainingModule(model, objective, recipe, {}, Progress(), np.zeros((3, 2)), began=0.0)
+    return TrainingModule(
+        model, objective, recipe, {}, TrainingProgress(), np.zeros((3, 2)), began=0.0
+    )
 
 
 @pytest.mark.parametrize("kind", [Swapped, KeywordOnly, Positional])

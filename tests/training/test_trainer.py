@@ -12,7 +12,7 @@ from heimdall_onnx import Signature, TensorSpec
 from heimdall_onnx.common.errors import CheckpointError
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.localization.frame import LocalFrame
-from heimdall_onnx.training.module import Objective, Progress, Recipe, TrainingModule
+from heimdall_onnx.training.module import FitOptions, Objective, TrainingModule, TrainingProgress
 from heimdall_onnx.training.trainer import PlainCheckpoints, fit, read_training
 
 COUNT = 16
@@ -45,7 +45,9 @@ def fitted(folder, *, epochs, resume=None, scale=1.0, batch=COUNT):
     torch.manual_seed(0)
     model = Framed()
     model.frame.deviation_scale.fill_(scale)
-    progress = Progress(about={"parameters": {}, "dataset_digest": "", "run_id": "", "threads": 1})
+    progress = TrainingProgress(
+        about={"parameters": {}, "dataset_digest": "", "run_id": "", "threads": 1}
+    )
     if resume is not None:
         progress.history = read_training(resume)["history"]
     x = torch.randn(COUNT, 2, generator=torch.Generator().manual_seed(1))
@@ -56,7 +58,7 @@ def fitted(folder, *, epochs, resume=None, scale=1.0, batch=COUNT):
         ({"x": x[i : i + batch]}, targets[i : i + batch], torch.arange(COUNT)[i : i + batch])
         for i in range(0, COUNT, batch)
     ]
-    recipe = Recipe(learning_rate=0.1)
+    recipe = FitOptions(learning_rate=0.1)
     module = TrainingModule(model, objective, recipe, {}, progress, positions, time.monotonic())
     fit(
         module,

@@ -34,17 +34,17 @@ from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.data.dataset.files import Files, files_at
 from heimdall_onnx.data.dataset.schema import (
+    DATASET_VERSION,
     EVENT,
     EVENT_NAMES,
     HEADER,
     INPUTS,
     POSITIONS,
-    SCHEMA_VERSION,
     GroupFile,
     header_problems,
     label_problems,
 )
-from heimdall_onnx.data.dataset.shards import ArrayReader, ArraySpec, import_zarr, read_json, refuse
+from heimdall_onnx.data.dataset.shards import ArrayReader, ArraySpec, import_zarr, read_zarr, refuse
 from heimdall_onnx.data.dataset.writer import DatasetWriter, create_dataset
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.data.evaluation_file import FeatureSet
 
 __all__ = [
-    "SCHEMA_VERSION",
+    "DATASET_VERSION",
     "Dataset",
     "DatasetWriter",
     "Split",
@@ -119,7 +119,7 @@ class Dataset:
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        header = read_json(files, HEADER, GroupFile, "dataset").attributes
+        header = read_zarr(files, HEADER, GroupFile, "dataset").attributes
         self.arrays: dict[str, ArraySpec] = dict(header.arrays)
         refuse(files.address, header_problems(header))
         self.meta, self.receivers = dict(header.meta), dict(header.receivers)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.dataset.shards import DTYPES, ArraySpec, Sha256, Strict
 
-SCHEMA_VERSION = 1
+DATASET_VERSION = 1
 HEADER = "zarr.json"
 INPUTS, POSITIONS, EVENT, EVENT_NAMES = "inputs/", "positions", "event", "event_names"
 

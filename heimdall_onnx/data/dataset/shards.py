@@ -212,7 +212,7 @@ class ArrayReader:
         self._files, self._name, self._root, self._spec = files, name, files.address, spec
         self.dtype, self.shape, self.ndim = np.dtype(spec.dtype), spec.shape, len(spec.shape)
         self._row = spec.shape[1:]
-        found = read_json(files, f"{name}/zarr.json", _ArrayFile, f"array {name}")
+        found = read_zarr(files, f"{name}/zarr.json", _ArrayFile, f"array {name}")
         inner = found.codecs[0].configuration.chunk_shape
         shard = found.chunk_grid.configuration.chunk_shape
         refuse(self._root, _array_problems(name, spec, found, inner, shard))
@@ -386,7 +386,7 @@ def refuse(address: Path | str, problems: Iterable[str]) -> None:
         raise DataError(f"dataset {address} can't be used:" + listed(found))
 
 
-def read_json(files: Files, name: str, kind: type[_File], what: str) -> _File:
+def read_zarr(files: Files, name: str, kind: type[_File], what: str) -> _File:
     """A ``zarr.json``, held against what it should be.
 
     Args:

@@ -16,11 +16,11 @@ from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed
 from heimdall_onnx.data.dataset.schema import (
+    DATASET_VERSION,
     EVENT,
     EVENT_NAMES,
     INPUTS,
     POSITIONS,
-    SCHEMA_VERSION,
     digest_of,
     sample_problems,
 )
@@ -140,7 +140,7 @@ class DatasetWriter:
         self._arrays[EVENT_NAMES] = ArrayWriter(self._root, EVENT_NAMES, names)
         self._arrays[EVENT_NAMES].append(names)
         header = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": DATASET_VERSION,
             "meta": self.meta,
             "receivers": {name: [float(v) for v in p] for name, p in self._receivers.items()},
             "arrays": {name: array.finish() for name, array in self._arrays.items()},

@@ -34,7 +34,7 @@ from heimdall_onnx.evidence.latency.contenders import (
     Worker,
     default_threads,
     describe_contender,
-    write_model,
+    pickle_model,
 )
 from heimdall_onnx.evidence.latency.cores import Cores, usable_cores
 from heimdall_onnx.evidence.latency.machine_state import MachineState, MachineWatch
@@ -182,7 +182,7 @@ def measure_latency(
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
         model_file = Path(folder) / "model.pkl"
-        write_model(model, model_file)
+        pickle_model(model, model_file)
         workers = [
             stack.enter_context(Worker(name, job, Path(folder), threads))
             for name, job in (

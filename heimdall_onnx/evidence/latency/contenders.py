@@ -99,7 +99,7 @@ class Contestant:
         return Worker(self.name, job, folder, self.settings.thread_count, place)
 
 
-def write_model(model: nn.Module, path: Path) -> None:
+def pickle_model(model: nn.Module, path: Path) -> None:
     """Write a model for a process of one's own to read.
 
     Raises:

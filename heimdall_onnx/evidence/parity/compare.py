@@ -21,7 +21,7 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import EvaluationWorkers
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.departure import Departure, first_departure
-from heimdall_onnx.evidence.parity.depth import DepthProfile, error_along_depth
+from heimdall_onnx.evidence.parity.depth import DepthProfile, depth_profile
 from heimdall_onnx.evidence.parity.invariance import (
     SAMPLES,
     Limit,
@@ -198,7 +198,7 @@ def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> Dept
     """The error along the network on the worst inputs; None where every parity gate holds."""
     if all(gate.passed for gate in report.gates()):
         return None
-    return error_along_depth(
+    return depth_profile(
         model,
         onnx_path,
         report.worst_inputs,

@@ -65,7 +65,7 @@ class DepthProfile:
     where: str
 
 
-def error_along_depth(
+def depth_profile(
     model: nn.Module,
     onnx_path: Path | str,
     inputs: Mapping[str, npt.NDArray[Any]],

@@ -88,7 +88,7 @@ class OperatorTimes:
     calls: int
 
 
-def operator_times(
+def measure_operator_times(
     path: Path,
     inputs: Arrays,
     signature: Signature,
@@ -151,7 +151,7 @@ def profile_variants(
     return tuple(
         (
             variant.name,
-            operator_times(
+            measure_operator_times(
                 variant.path,
                 inputs,
                 signature,

@@ -29,7 +29,7 @@ _BLOCK = 32
 
 
 @dataclass(frozen=True)
-class Job:
+class VariantJob:
     """What a recipe needs.
 
     Attributes:
@@ -66,13 +66,13 @@ class Recipe:
     what: str
     precision: str
     settings: SessionSettings = field(default_factory=SessionSettings)
-    make: Callable[[Job], None] | None = None
+    make: Callable[[VariantJob], None] | None = None
     lossy: bool = True
     selective: bool = False
     package: str = ""
 
 
-def make_variant(name: str, job: Job) -> None:
+def make_variant(name: str, job: VariantJob) -> None:
     """Write the file of a variant.
 
     Raises:
@@ -126,14 +126,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _optimize(job: Job) -> None:
+def _optimize(job: VariantJob) -> None:
     from heimdall_onnx.model.inference import open_session
 
     # "all" would write layouts that suit this very processor.
     open_session(job.source, level="extended", optimized=job.target)
 
 
-def _quantize_dynamic(job: Job) -> None:
+def _quantize_dynamic(job: VariantJob) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -149,8 +149,8 @@ def _quantize_dynamic(job: Job) -> None:
     )
 
 
-def _static(method: str) -> Callable[[Job], None]:
-    def make(job: Job) -> None:
+def _static(method: str) -> Callable[[VariantJob], None]:
+    def make(job: VariantJob) -> None:
         from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
 
         chosen = CalibrationMethod[method]
@@ -173,7 +173,7 @@ def _static(method: str) -> Callable[[Job], None]:
     return make
 
 
-def _calibrate(job: Job, method: Any, ranges: Path) -> None:
+def _calibrate(job: VariantJob, method: Any, ranges: Path) -> None:
     """Find ranges a few inputs at a time, so that memory does not grow with their number."""
     from onnxruntime.quantization import create_calibrator, save_tensors_data
 
@@ -206,7 +206,7 @@ def _batches(inputs: Arrays, size: int = _CALIBRATION_BATCH) -> Iterator[Arrays]
         yield {name: array[start : start + size] for name, array in inputs.items()}
 
 
-def _quantize_with_nncf(job: Job) -> None:
+def _quantize_with_nncf(job: VariantJob) -> None:
     # NNCF counts its users unless told that it is being tested.
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
@@ -231,8 +231,8 @@ def _quantize_with_nncf(job: Job) -> None:
     onnx.save(quantized, job.target)
 
 
-def _weights_only(bits: int) -> Callable[[Job], None]:
-    def make(job: Job) -> None:
+def _weights_only(bits: int) -> Callable[[VariantJob], None]:
+    def make(job: VariantJob) -> None:
         import onnx
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -251,7 +251,7 @@ def _weights_only(bits: int) -> Callable[[Job], None]:
     return make
 
 
-def _halve(job: Job) -> None:
+def _halve(job: VariantJob) -> None:
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel

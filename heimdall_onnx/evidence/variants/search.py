@@ -23,7 +23,7 @@ from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER, Accura
 from heimdall_onnx.common.processes import WorkerProcess, worker_process
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import PYTORCH, PairLatency, measure_pair
-from heimdall_onnx.evidence.latency.contenders import Contestant, default_threads, write_model
+from heimdall_onnx.evidence.latency.contenders import Contestant, default_threads, pickle_model
 from heimdall_onnx.evidence.variants.accuracy import (
     Accuracy,
     accuracy_gates,
@@ -33,8 +33,8 @@ from heimdall_onnx.evidence.variants.accuracy import (
 from heimdall_onnx.evidence.variants.calibration import CalibrationSplit, split_calibration
 from heimdall_onnx.evidence.variants.recipes import (
     RECIPES,
-    Job,
     Recipe,
+    VariantJob,
     chosen_recipes,
     make_variant,
 )
@@ -344,7 +344,7 @@ class _Search:
         path.parent.mkdir(parents=True, exist_ok=True)
 
         def make(nodes: tuple[str, ...]) -> None:
-            job = Job(self._onnx, path, self._split.inputs, nodes, cache)
+            job = VariantJob(self._onnx, path, self._split.inputs, nodes, cache)
             worker(make_variant, recipe.name, job)
 
         make(())
@@ -396,7 +396,7 @@ class _Search:
         settings = self._threads.model_copy(update={"runtime": "pytorch", "provider": device})
         with tempfile.TemporaryDirectory(prefix="heimdall-pytorch-") as folder:
             path = Path(folder) / "model.pkl"
-            write_model(self._model, path)
+            pickle_model(self._model, path)
             yield Contestant(PYTORCH, path, settings)
 
     def _measure(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PLAN, CSV, PARQUET = "plan.json", "outcomes.csv", "outcomes.parquet"
 _PREFIX = "fleets"
-OWN = (
+OUTCOME_COLUMNS = (
     "number",
     "label",
     "checkpoint",
@@ -105,7 +105,7 @@ def _text(value: object) -> str:
 
 
 def _row(outcome: ItemOutcome) -> Iterator[tuple[str, Any]]:
-    yield from ((name, getattr(outcome, name)) for name in OWN)
+    yield from ((name, getattr(outcome, name)) for name in OUTCOME_COLUMNS)
     yield "processors", " ".join(map(str, outcome.processors))
     yield from ((name, outcome.result.get(name) or "") for name in _OF_RESULT)
     failed = [g["name"] for g in outcome.result.get("gates", []) if not g["passed"]]
@@ -125,7 +125,7 @@ def read_outcomes(path: Path | str) -> pd.DataFrame:
         raise DataError(
             f"expected the outcomes of a fleet at {path}, an {PARQUET}: {error}"
         ) from error
-    if missing := {*OWN, *_OF_RESULT} - {*frame.columns}:
+    if missing := {*OUTCOME_COLUMNS, *_OF_RESULT} - {*frame.columns}:
         raise DataError(
             f"{path} is no table of a fleet's outcomes; it lacks {', '.join(sorted(missing))}"
         )

@@ -46,7 +46,7 @@ from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
 
-ATTEMPTS = 5
+ITEM_ATTEMPTS = 5
 _LONGEST_PAUSE_S = 60.0
 _LOOK_S = 1.0
 # Workers of a cluster come and go.
@@ -115,9 +115,9 @@ def run_fleet(
     settings = connect(settings).settings
     count = workers or _default_workers(plan)
     with _connected(settings, scheduler, count) as pool:
-        offered = pool.offered()
-        _require_places(plan, offered)
-        on_start(pool.client.dashboard_link or "", len(offered))
+        resources = pool.worker_resources()
+        _require_places(plan, resources)
+        on_start(pool.client.dashboard_link or "", len(resources))
         started = time.perf_counter()
         outcomes = {}
         for outcome in _outcomes(pool, plan, force=force):
@@ -126,7 +126,7 @@ def run_fleet(
             outcomes[outcome.number] = replace(outcome, result=kept)
         seconds = time.perf_counter() - started
     ordered = tuple(outcomes[item.number] for item in plan.items)
-    return FleetResult(plan.name, ordered, seconds, len(offered))
+    return FleetResult(plan.name, ordered, seconds, len(resources))
 
 
 def _default_workers(plan: FleetPlan) -> int:
@@ -166,7 +166,7 @@ class _Pool:
                 "needs the same version of this package as the client"
             ) from error
 
-    def offered(self) -> dict[str, dict[str, float]]:
+    def worker_resources(self) -> dict[str, dict[str, float]]:
         """The resources of each worker that takes releases.
 
         Raises:
@@ -238,13 +238,13 @@ def _needs(item: FleetItem) -> dict[str, float]:
     return needs
 
 
-def _require_places(plan: FleetPlan, offered: dict[str, dict[str, float]]) -> None:
+def _require_places(plan: FleetPlan, workers: dict[str, dict[str, float]]) -> None:
     """Refuse what would wait for ever."""
     for item in plan.items:
         needs = _needs(item)
-        if any(all(has.get(n, 0) >= v for n, v in needs.items()) for has in offered.values()):
+        if any(all(has.get(n, 0) >= v for n, v in needs.items()) for has in workers.values()):
             continue
-        largest = {n: max(has.get(n, 0) for has in offered.values()) for n in needs}
+        largest = {n: max(has.get(n, 0) for has in workers.values()) for n in needs}
         lacking = ", ".join(
             f"{n} {v:g} (the most that one has is {largest[n]:g})"
             for n, v in needs.items()
@@ -285,7 +285,7 @@ def _outcomes(pool: _Pool, plan: FleetPlan, *, force: bool) -> Iterator[ItemOutc
         for future in done:
             item, tried = running.pop(future)
             outcome = replace(_outcome_of(future, item), attempts=tried)
-            if outcome.service_failed and tried < ATTEMPTS:
+            if outcome.service_failed and tried < ITEM_ATTEMPTS:
                 pause = min(_LONGEST_PAUSE_S, 2.0**tried) * random.uniform(0.5, 1)
                 log.warning(
                     "item is tried again", item=item.label, seconds=pause, reason=outcome.error

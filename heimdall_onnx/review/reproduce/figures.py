@@ -26,7 +26,7 @@ _QUANTILES = ("p50", "p99", "p999", "ulp_p50", "ulp_p999")
 METRES_PER_DEGREE = 111_700.0
 
 Figure = float | int | str | bool | None
-Verdict = Literal["identical", "within", "differs", "flagged", "not judged"]
+Agreement = Literal["identical", "within", "differs", "flagged", "not judged"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Comparison:
     what: str
     recorded: Figure
     found: Figure
-    judgement: Verdict
+    judgement: Agreement
     rule: str
     recorded_interval: tuple[float, float] | None = None
     found_interval: tuple[float, float] | None = None
@@ -185,7 +185,7 @@ def compare_latency(
     return tuple(figures)
 
 
-def compare_variants(
+def compare_recorded_variants(
     recorded: Mapping[str, Any], found: Mapping[str, Any], *, exact: bool
 ) -> tuple[Comparison, ...]:
     """Hold the variants of a repetition against the recorded ones.
@@ -439,7 +439,7 @@ def _interval(what: str, old: _Interval | None, new: _Interval | None) -> Compar
     if new is None:
         return Comparison(what, old[0], None, "flagged", rule, old[1:])
     if old[0] == new[0]:
-        judgement: Verdict = "identical"
+        judgement: Agreement = "identical"
     elif old[1] <= new[0] <= old[2] or (new[1] <= old[2] and old[1] <= new[2]):
         judgement = "within"
     else:

@@ -52,7 +52,7 @@ from heimdall_onnx.review.reproduce.figures import (
     Figure,
     compare_accuracy,
     compare_latency,
-    compare_variants,
+    compare_recorded_variants,
     environment_differences,
 )
 from heimdall_onnx.services.store import Bucket
@@ -218,7 +218,7 @@ def reproduce_release(
             exact=exact,
             model=_compare_model(connection.client, manifest, parameters.onnx_path),
             accuracy=compare_accuracy(recorded, found, exact=exact),
-            variants=compare_variants(recorded, found, exact=exact),
+            variants=compare_recorded_variants(recorded, found, exact=exact),
             latency=compare_latency(recorded, found),
             environment=differences,
             report=folder / REPORT,

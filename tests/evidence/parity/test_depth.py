@@ -11,7 +11,7 @@ from torch import nn
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity import departure
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure, trace_depth
-from heimdall_onnx.evidence.parity.depth import error_along_depth
+from heimdall_onnx.evidence.parity.depth import depth_profile
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -68,7 +68,7 @@ def plant(source, target, layer):
 
 @BOTH
 def test_faithful_export_stays_below_the_limit_everywhere(chain, files, inputs, opset):
-    found = error_along_depth(chain, files[opset], inputs)
+    found = depth_profile(chain, files[opset], inputs)
     assert {m.scope for m in found.modules} >= {f"blocks.{i}.{j}" for i in range(5) for j in (0, 2)}
     assert all(m.excess < 1 for m in found.modules)
 
@@ -77,7 +77,7 @@ def test_faithful_export_stays_below_the_limit_everywhere(chain, files, inputs, 
 @pytest.mark.parametrize("layer", [0, 3, 9])
 def test_error_begins_at_the_planted_module(chain, files, inputs, tmp_path, opset, layer):
     path = plant(files[opset], tmp_path / "m.onnx", layer)
-    found = error_along_depth(chain, path, inputs)
+    found = depth_profile(chain, path, inputs)
     names = [m.scope for m in found.modules]
     at = names.index(f"blocks.{layer // 2}.{2 * (layer % 2)}")
     assert all(m.excess < 1 for m in found.modules[:at])
@@ -88,7 +88,7 @@ def test_error_begins_at_the_planted_module(chain, files, inputs, tmp_path, opse
 
 
 def test_modules_come_in_the_order_of_execution(chain, files, inputs):
-    found = [m.scope for m in error_along_depth(chain, files[20], inputs).modules]
+    found = [m.scope for m in depth_profile(chain, files[20], inputs).modules]
     assert found == sorted(found)
 
 
@@ -96,9 +96,9 @@ def test_modules_come_in_the_order_of_execution(chain, files, inputs):
 def test_result_does_not_depend_on_how_many_modules_are_looked_at_together(
     chain, files, inputs, monkeypatch, at_once
 ):
-    expected = error_along_depth(chain, files[20], inputs)
+    expected = depth_profile(chain, files[20], inputs)
     monkeypatch.setattr(departure, "_AT_ONCE", at_once)
-    assert error_along_depth(chain, files[20], inputs) == expected
+    assert depth_profile(chain, files[20], inputs) == expected
 
 
 def test_value_that_is_not_finite_on_one_side_is_infinitely_wrong(chain, files, inputs, tmp_path):
@@ -109,7 +109,7 @@ def test_value_that_is_not_finite_on_one_side_is_infinitely_wrong(chain, files, 
         numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), np.nan), weight.name)
     )
     onnx.save(model, tmp_path / "m.onnx")
-    found = {m.scope: m for m in error_along_depth(chain, tmp_path / "m.onnx", inputs).modules}
+    found = {m.scope: m for m in depth_profile(chain, tmp_path / "m.onnx", inputs).modules}
     assert np.isinf(found["blocks.2.0"].max_abs_error)
     assert found["blocks.1.2"].excess < 1
 
@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_depth(tmp_path):
     model = Chain(depth=40, width=256).eval()
     path = export_model(model, tmp_path / "m.onnx", opset=14).path
     inputs = {"x": np.random.default_rng(0).standard_normal((8192, 6)).astype(np.float32)}
-    error_along_depth(model, path, {"x": inputs["x"][:2]})
+    depth_profile(model, path, {"x": inputs["x"][:2]})
     process = psutil.Process()
     before, most = process.memory_info().rss, 0
     compare = departure.compare_values
@@ -133,7 +133,7 @@ def test_memory_does_not_grow_with_the_depth(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("heimdall_onnx.evidence.parity.depth.compare_values", watch)
-        found = error_along_depth(model, path, inputs)
+        found = depth_profile(model, path, inputs)
     assert len(found.modules) >= 80
     assert most - before < 600e6
 

@@ -12,7 +12,7 @@ from models import SmallNet
 from onnx import TensorProto, helper
 
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
-from heimdall_onnx.evidence.variants.operators import OperatorTimes, operator_times
+from heimdall_onnx.evidence.variants.operators import OperatorTimes, measure_operator_times
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -35,7 +35,7 @@ def path(model: SmallNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def times(model: SmallNet, path: Path) -> OperatorTimes:
     inputs = generic_inputs(model.signature, 16)
-    return operator_times(path, inputs, model.signature, threads=1, level="none", calls=7)
+    return measure_operator_times(path, inputs, model.signature, threads=1, level="none", calls=7)
 
 
 def test_every_node_of_the_file_is_counted_once(times, path) -> None:
@@ -66,21 +66,23 @@ def test_warm_up_is_left_out_and_no_record_left_behind(times, path, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     signature = SmallNet.signature
-    found = operator_times(path, generic_inputs(signature, 1), signature, threads=1, calls=2)
+    found = measure_operator_times(
+        path, generic_inputs(signature, 1), signature, threads=1, calls=2
+    )
     assert (times.calls, found.calls) == (7, 2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_runs_is_what_the_optimization_level_makes_of_the_file(model, path, times) -> None:
     inputs = generic_inputs(model.signature, 2)
-    fused = operator_times(path, inputs, model.signature, threads=1, calls=2)
+    fused = measure_operator_times(path, inputs, model.signature, threads=1, calls=2)
     assert sum(o.nodes for o in fused.operators) < sum(o.nodes for o in times.operators)
 
 
 def test_nodes_of_a_subgraph_count_for_the_node_that_runs_it(tmp_path) -> None:
     path, signature = loop(tmp_path / "loop.onnx")
     inputs = {"x": np.ones((2, 4), np.float32)}
-    found = operator_times(path, inputs, signature, threads=1, level="none", calls=3)
+    found = measure_operator_times(path, inputs, signature, threads=1, level="none", calls=3)
     assert [(o.name, o.nodes) for o in found.operators] == [("Loop", 1)]
     assert found.operators[0].ms <= found.total_ms
 
@@ -122,6 +124,8 @@ def test_broken_files_and_unfit_inputs_are_refused(model, path, tmp_path) -> Non
     broken.write_bytes(path.read_bytes()[:100])
     inputs = generic_inputs(model.signature, 1)
     with pytest.raises(InvalidModelError, match=r"broken\.onnx"):
-        operator_times(broken, inputs, model.signature)
+        measure_operator_times(broken, inputs, model.signature)
     with pytest.raises(EvidenceError, match="can't run the model on"):
-        operator_times(path, {"signal": np.zeros((1, 9, 8, 8), np.float32)}, model.signature)
+        measure_operator_times(
+            path, {"signal": np.zeros((1, 9, 8, 8), np.float32)}, model.signature
+        )

@@ -10,7 +10,12 @@ from heimdall_onnx.common.errors import EvidenceError, UnavailableError
 from heimdall_onnx.common.machine import multiplies_in_8_bits
 from heimdall_onnx.common.parameters import VARIANTS
 from heimdall_onnx.evidence.variants import recipes as optimize
-from heimdall_onnx.evidence.variants.recipes import RECIPES, Job, chosen_recipes, make_variant
+from heimdall_onnx.evidence.variants.recipes import (
+    RECIPES,
+    VariantJob,
+    chosen_recipes,
+    make_variant,
+)
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.onnx.validate import validate_model
@@ -28,7 +33,7 @@ def fp32(tmp_path_factory):
 
 def job(source, folder, keep=()):
     inputs = generic_inputs(BlockNet.signature, 10)
-    return Job(source, folder / "variant.onnx", inputs, keep, folder)
+    return VariantJob(source, folder / "variant.onnx", inputs, keep, folder)
 
 
 def operators(path):
@@ -94,7 +99,7 @@ def test_calibration_inputs_decide_on_the_ranges(fp32, tmp_path):
         folder.mkdir()
         made = job(fp32, folder)
         inputs = {name: array * np.float32(factor) for name, array in made.calibration.items()}
-        make_variant("int8-minmax", Job(made.source, made.target, inputs, (), folder))
+        make_variant("int8-minmax", VariantJob(made.source, made.target, inputs, (), folder))
         graph = onnx.load(made.target).graph
         values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         first = next(n for n in graph.node if n.op_type == "QuantizeLinear")

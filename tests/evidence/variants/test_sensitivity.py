@@ -3,7 +3,7 @@ import pytest
 from families import Triangulator
 from models import BlockNet
 
-from heimdall_onnx.evidence.variants.recipes import Job, make_variant
+from heimdall_onnx.evidence.variants.recipes import VariantJob, make_variant
 from heimdall_onnx.evidence.variants.sensitivity import (
     GroupNoise,
     NoiseProfile,
@@ -41,12 +41,12 @@ def test_groups_are_blocks_and_single_layers(fp32):
 
 def test_the_block_that_is_hard_to_round_is_found_and_spared(fp32, tmp_path):
     target = tmp_path / "int8.onnx"
-    make_variant("int8-minmax", Job(fp32, target, INPUTS, (), tmp_path))
+    make_variant("int8-minmax", VariantJob(fp32, target, INPUTS, (), tmp_path))
     profile = noise_profile("int8-minmax", fp32, target, MODULES, INPUTS)
     (worst,) = profile.most_sensitive(1)
     assert worst.scope == f"blocks.{BlockNet.hard}"
     assert worst.noise > 5 * worst.entering
-    make_variant("int8-minmax", Job(fp32, target, INPUTS, worst.nodes, tmp_path))
+    make_variant("int8-minmax", VariantJob(fp32, target, INPUTS, worst.nodes, tmp_path))
     spared = noise_profile("int8-minmax", fp32, target, MODULES, INPUTS)
     by_scope = {group.scope: group.noise for group in spared.groups}
     assert by_scope[worst.scope] < worst.noise / 5

@@ -162,7 +162,7 @@ def test_a_service_that_refuses_is_asked_again_and_other_failures_are_not(
     )
     try:
         (outcome,) = run_fleet(plan, settings, workers=1).outcomes
-        assert (outcome.exit_code, outcome.attempts) == (4, fleet.ATTEMPTS), outcome.error
+        assert (outcome.exit_code, outcome.attempts) == (4, fleet.ITEM_ATTEMPTS), outcome.error
         assert "access is forbidden" in outcome.error
     finally:
         s3.delete_bucket_policy(Bucket=bucket.name)

@@ -15,7 +15,7 @@ from heimdall_onnx.review.reproduce.figures import (
     METRES_PER_DEGREE,
     compare_accuracy,
     compare_latency,
-    compare_variants,
+    compare_recorded_variants,
 )
 
 
@@ -213,7 +213,7 @@ def varied(count: int = 24) -> dict:
 
 
 def different(recorded: dict, found: dict, *, exact: bool) -> dict[str, str]:
-    compared = compare_variants(recorded, found, exact=exact)
+    compared = compare_recorded_variants(recorded, found, exact=exact)
     assert len({c.what for c in compared}) == len(compared) > 15
     return {c.what: c.judgement for c in compared if c.judgement != "identical"}
 
@@ -221,8 +221,8 @@ def different(recorded: dict, found: dict, *, exact: bool) -> dict[str, str]:
 @pytest.mark.parametrize("exact", [True, False])
 def test_same_variants_are_identical_and_none_are_nothing(exact):
     assert different(varied(), varied(), exact=exact) == {}
-    assert compare_variants({"variants": None}, varied(), exact=exact) == ()
-    assert compare_variants({}, {}, exact=exact) == ()
+    assert compare_recorded_variants({"variants": None}, varied(), exact=exact) == ()
+    assert compare_recorded_variants({}, {}, exact=exact) == ()
 
 
 @pytest.mark.parametrize(
