@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 ALIASES = "aliases"
-STAGES: Mapping[str, str] = {"staging": "Staging", "production": "Production"}
+STAGE_OF_ALIAS: Mapping[str, str] = {"staging": "Staging", "production": "Production"}
 # As many writers at once would have to come first.
 _TRIES = 200
 
@@ -71,7 +71,7 @@ class Move(BaseModel):
 
 
 @dataclass(frozen=True)
-class Offer:
+class AliasTarget:
     """A version that an alias shall point at.
 
     Attributes:
@@ -174,7 +174,7 @@ def follow_log(bucket: Bucket, tracker: MLflowTracker, model_name: str, alias: s
         if last is None:
             return None
         there = tracker.alias_target(model_name, alias)
-        stage = STAGES.get(alias)
+        stage = STAGE_OF_ALIAS.get(alias)
         if there == last.version:
             # A move that failed between stage and alias, and was taken back.
             if there and stage and tracker.get_version(model_name, there).stage == "Archived":
@@ -194,13 +194,13 @@ def follow_log(bucket: Bucket, tracker: MLflowTracker, model_name: str, alias: s
     )
 
 
-def offer_version(bucket: Bucket, tracker: MLflowTracker, offer: Offer, by: str) -> None:
+def point_alias(bucket: Bucket, tracker: MLflowTracker, target: AliasTarget, by: str) -> None:
     """Point an alias at a new version, in its log and then in MLflow.
 
     Args:
         bucket: Bucket with the log.
         tracker: The registry.
-        offer: The alias and the version.
+        target: The alias and the version.
         by: The run that it came from.
 
     Raises:
@@ -209,18 +209,18 @@ def offer_version(bucket: Bucket, tracker: MLflowTracker, offer: Offer, by: str)
     """
     append_move(
         bucket,
-        model_name=offer.model_name,
-        alias=offer.alias,
+        model_name=target.model_name,
+        alias=target.alias,
         action="release",
-        version=offer.version,
-        release=offer.release,
-        previous=tracker.alias_target(offer.model_name, offer.alias),
+        version=target.version,
+        release=target.release,
+        previous=tracker.alias_target(target.model_name, target.alias),
         by=by,
     )
-    follow_log(bucket, tracker, offer.model_name, offer.alias)
+    follow_log(bucket, tracker, target.model_name, target.alias)
 
 
-def withdraw_version(bucket: Bucket, tracker: MLflowTracker, offer: Offer) -> None:
+def withdraw_alias(bucket: Bucket, tracker: MLflowTracker, target: AliasTarget) -> None:
     """Point an alias back at what it pointed at before, if it points at this version.
 
     Raises:
@@ -228,12 +228,12 @@ def withdraw_version(bucket: Bucket, tracker: MLflowTracker, offer: Offer) -> No
         VerificationError: If the last entry of the log can't be read.
         ServiceError: If a service can't be reached or refuses.
     """
-    last = read_last(bucket, offer.model_name, offer.alias)
-    if last is not None and (last.version, last.release) == (offer.version, offer.release):
+    last = read_last(bucket, target.model_name, target.alias)
+    if last is not None and (last.version, last.release) == (target.version, target.release):
         append_move(
             bucket,
-            model_name=offer.model_name,
-            alias=offer.alias,
+            model_name=target.model_name,
+            alias=target.alias,
             action="withdraw",
             version=last.previous,
             release=None,
@@ -242,7 +242,7 @@ def withdraw_version(bucket: Bucket, tracker: MLflowTracker, offer: Offer) -> No
             note="the release could not be completed",
             after=last.number,
         )
-    follow_log(bucket, tracker, offer.model_name, offer.alias)
+    follow_log(bucket, tracker, target.model_name, target.alias)
 
 
 def read_last(bucket: Bucket, model_name: str, alias: str) -> Move | None:

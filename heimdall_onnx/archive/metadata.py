@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.model.signature import Signature
 
 
-def describe_model(
+def release_metadata(
     model: nn.Module,
     signature: Signature,
     *,

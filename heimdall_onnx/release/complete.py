@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.archive.aliases import Offer, offer_version, withdraw_version
+from heimdall_onnx.archive.aliases import AliasTarget, point_alias, withdraw_alias
 from heimdall_onnx.archive.manifest import (
     BOM,
     RECOMMENDED,
@@ -208,28 +208,28 @@ def present_release(connection: Connection, manifest: Manifest, record: Mapping[
         tracker.describe_model(name, describe_model(name))
 
 
-def offer_release(connection: Connection, manifest: Manifest, alias: str, by: str) -> None:
+def assign_alias(connection: Connection, manifest: Manifest, alias: str, by: str) -> None:
     """Point the alias at a complete release.
 
     Raises:
         ServiceError: If a service can't be reached or refuses.
     """
-    offer = _offer(manifest, alias)
-    offer_version(connection.bucket(manifest.bucket), connection.tracker, offer, by)
+    target = _alias_target(manifest, alias)
+    point_alias(connection.bucket(manifest.bucket), connection.tracker, target, by)
 
 
-def withdraw_offer(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
+def unassign_alias(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
     """Point the alias back at what it pointed at before, if it points at this release.
 
     Yields:
         What could not be done, in words.
     """
-    offer = _offer(manifest, alias)
+    target = _alias_target(manifest, alias)
     try:
-        withdraw_version(connection.bucket(manifest.bucket), connection.tracker, offer)
+        withdraw_alias(connection.bucket(manifest.bucket), connection.tracker, target)
     except HeimdallError as error:
         yield f"alias {alias} of {manifest.model_name}: {error}"
 
 
-def _offer(manifest: Manifest, alias: str) -> Offer:
-    return Offer(manifest.model_name, alias, manifest.model_version, manifest.uri)
+def _alias_target(manifest: Manifest, alias: str) -> AliasTarget:
+    return AliasTarget(manifest.model_name, alias, manifest.model_version, manifest.uri)

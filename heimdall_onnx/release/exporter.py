@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from heimdall_onnx.archive.aliases import STAGES as ALIASES_WITH_STAGE
-from heimdall_onnx.archive.aliases import Offer, offer_version, withdraw_version
-from heimdall_onnx.archive.metadata import METADATA, describe_model, object_metadata, version_tags
+from heimdall_onnx.archive.aliases import STAGE_OF_ALIAS, AliasTarget, point_alias, withdraw_alias
+from heimdall_onnx.archive.metadata import METADATA, object_metadata, release_metadata, version_tags
 from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
 from heimdall_onnx.common.errors import (
     HeimdallError,
@@ -192,7 +191,7 @@ class ONNXExporter:
     ) -> dict[str, Any]:
         """Describe the model and its file, JSON-serialisable."""
         path = Path(onnx_path)
-        return describe_model(
+        return release_metadata(
             pytorch_model,
             signature_of(pytorch_model),
             size_bytes=path.stat().st_size,
@@ -245,17 +244,17 @@ class ONNXExporter:
         )
         alias = stage.lower()
         bucket = Bucket(self.s3_client, parse_uri(source)[0])
-        offer = Offer(model_name, alias, version, source)
+        target = AliasTarget(model_name, alias, version, source)
         try:
-            if alias in ALIASES_WITH_STAGE:
-                offer_version(bucket, self.mlflow_tracker, offer, by=run_id)
+            if alias in STAGE_OF_ALIAS:
+                point_alias(bucket, self.mlflow_tracker, target, by=run_id)
             else:
                 self.mlflow_tracker.transition_model_stage(model_name, version, stage)
         except HeimdallError:
             # The registry may have moved the alias and failed to say so; with the version it would
             # vanish.
-            if alias in ALIASES_WITH_STAGE:
-                withdraw_version(bucket, self.mlflow_tracker, offer)
+            if alias in STAGE_OF_ALIAS:
+                withdraw_alias(bucket, self.mlflow_tracker, target)
             self.mlflow_tracker.delete_version(model_name, version)
             raise
         return {

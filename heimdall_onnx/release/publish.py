@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.archive.content import keep_content, keep_dataset
-from heimdall_onnx.archive.metadata import METADATA, describe_model, object_metadata, version_tags
+from heimdall_onnx.archive.metadata import METADATA, object_metadata, release_metadata, version_tags
 from heimdall_onnx.archive.record import RegisteredRelease, Skipped, UploadedRelease
 from heimdall_onnx.common.errors import HeimdallError, ServiceError
 from heimdall_onnx.common.logs import get_logger
@@ -99,7 +99,7 @@ def upload_release(
             run_id = tracker.create_run("release")
             undo.callback(close_own_run, tracker, run_id, "FAILED")
         undo.callback(withdraw, connection, exported.path.parent)
-        described = describe_model(
+        described = release_metadata(
             loaded.model,
             loaded.signature,
             size_bytes=exported.size_bytes,

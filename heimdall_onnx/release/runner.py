@@ -40,11 +40,11 @@ from heimdall_onnx.data.evaluation import is_dataset
 from heimdall_onnx.evidence.costs import CostWatch
 from heimdall_onnx.release.complete import (
     add_bom,
+    assign_alias,
     complete_release,
     describe_manifest,
-    offer_release,
     present_release,
-    withdraw_offer,
+    unassign_alias,
 )
 from heimdall_onnx.release.publish import close_own_run, withdraw
 from heimdall_onnx.release.result import ReleaseResult
@@ -133,7 +133,7 @@ class _Run:
         self.settings = settings
         self.result = ReleaseResult(success=False, exit_code=1, verdict="fail")
         self._judgement: Judgement | None = None
-        self._offered = False
+        self._alias_moved = False
         self._signer: Signer | None = None
         self._protection: Protection | None = None
         self._manifest: Manifest | None = None
@@ -315,7 +315,7 @@ class _Run:
                 self._log_to_run(connection, done)
                 objects |= {o.key: asdict(o) for o in reports.result()}
         self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
-        self._offer(connection, judgement, objects, folder_uri)
+        self._publish_manifest(connection, judgement, objects, folder_uri)
         return replace(
             self.result,
             success=True,
@@ -343,7 +343,7 @@ class _Run:
             for name in (REPORT, REPORT_HTML)
         ]
 
-    def _offer(
+    def _publish_manifest(
         self,
         connection: Connection,
         judgement: Judgement,
@@ -365,8 +365,8 @@ class _Run:
         self._manifest = complete_release(connection, folder_uri, described, self._signer)
         present_release(connection, self._manifest, record)
         with uninterrupted():
-            offer_release(connection, self._manifest, parameters.alias, f"run {parameters.run_id}")
-            self._offered = True
+            assign_alias(connection, self._manifest, parameters.alias, f"run {parameters.run_id}")
+            self._alias_moved = True
 
     def _keep_failed(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
         """Keep the report of a run that failed, since that is the one to be understood."""
@@ -388,7 +388,7 @@ class _Run:
 
     def _mark_failed(self, connection: Connection, reason: str, *, upload: bool) -> None:
         """Make the report of a passed notebook say that its release failed all the same."""
-        if self._offered or self._judgement is None or not self._judgement.passed:
+        if self._alias_moved or self._judgement is None or not self._judgement.passed:
             return
         judgement = replace(self._judgement, problem="the release was not completed")
         try:
@@ -462,19 +462,19 @@ class _Run:
 
     def _take_back(self, connection: Connection) -> tuple[str, ...]:
         """Withdraw what this run has claimed, unless it is offered already; say what is left."""
-        if self._offered:
+        if self._alias_moved:
             return ()
         self._taken_back = True
         # What the alias may still point at has to stay whole.
-        left = tuple(self._withdraw_offer(connection)) or withdraw(connection, self.folder)
+        left = tuple(self._unassign_alias(connection)) or withdraw(connection, self.folder)
         if left:
             log.error("could not be taken back", left=left)
         return left
 
-    def _withdraw_offer(self, connection: Connection) -> Iterator[str]:
+    def _unassign_alias(self, connection: Connection) -> Iterator[str]:
         """Move the alias back if it was moved and the registry failed to say so."""
         if self._manifest is not None:
-            yield from withdraw_offer(connection, self._manifest, self.parameters.alias)
+            yield from unassign_alias(connection, self._manifest, self.parameters.alias)
 
     def _verdict(self, *, passed: bool) -> str:
         word = "pass" if passed else "fail"

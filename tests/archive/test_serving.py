@@ -40,7 +40,7 @@ from heimdall_onnx.localization.simulate import simulate_captures
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE, Signature, TensorSpec
-from heimdall_onnx.release.complete import offer_release
+from heimdall_onnx.release.complete import assign_alias
 from heimdall_onnx.review.promotion import roll_back
 from heimdall_onnx.services.connection import connect
 
@@ -220,7 +220,7 @@ def test_no_request_is_lost_while_the_alias_moves(settings, connection, factory,
         threads = [threading.Thread(target=ask, args=(seen,)) for seen in answers]
         for thread in threads:
             thread.start()
-        offer_release(connection, second, "production", "a run")
+        assign_alias(connection, second, "production", "a run")
         assert wait_for(lambda: all(seen and seen[-1][0] == "2" for seen in answers), 60)
         ended.set()
         for thread in threads:
@@ -265,7 +265,7 @@ def test_version_that_does_not_verify_is_refused_until_it_does(
     restore = tamper(s3, second)
     with ServedModel(uri, settings=settings, refresh_seconds=0.1) as model:
         with capture_logs() as logs:
-            offer_release(connection, second, "production", "a run")
+            assign_alias(connection, second, "production", "a run")
             assert wait_for(lambda: (r := model.status.refused) and r.tries > 1, 30)
         status = model.status
         assert (status.model_version, status.refused.model_version) == ("1", "2")

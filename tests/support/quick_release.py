@@ -28,7 +28,7 @@ from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.evidence.variants.search import JudgedVariant
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
-from heimdall_onnx.release.complete import complete_release, offer_release
+from heimdall_onnx.release.complete import assign_alias, complete_release
 from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.store import Bucket
 
@@ -120,7 +120,7 @@ class Factory:
         }
         released = complete_release(self.connection, uri, manifest, signer)
         if alias:
-            offer_release(self.connection, released, alias, "a run")
+            assign_alias(self.connection, released, alias, "a run")
         return released
 
     def _evaluation_data(self, labelled: bool) -> Path:
