@@ -13,7 +13,6 @@ import numpy.typing as npt
 from scipy import fft
 
 Complex = npt.NDArray[np.complex64]
-Floats = npt.NDArray[np.floating]
 
 _ROLL_OFF = 0.35
 _RAMP_S = 0.005  # rise and fall of a keyed carrier

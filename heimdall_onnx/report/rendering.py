@@ -34,7 +34,7 @@ _SHOWN = frozenset({"image/png", "text/html", "text/markdown", "text/plain"})
 
 
 @dataclass(frozen=True)
-class Decision:
+class PageDecision:
     """What a person has decided about a release, as its page shows it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Decision:
     time: datetime
 
 
-def render_html(path: Path, title: str, decisions: Sequence[Decision] = ()) -> Path:
+def render_html(path: Path, title: str, decisions: Sequence[PageDecision] = ()) -> Path:
     """Render an executed notebook beside itself as one HTML file that needs no network.
 
     Args:

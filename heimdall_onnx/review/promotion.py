@@ -42,7 +42,7 @@ from heimdall_onnx.common.errors import (
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import FP32, check_parameters
 from heimdall_onnx.common.signals import uninterrupted
-from heimdall_onnx.report.rendering import Decision, render_html
+from heimdall_onnx.report.rendering import PageDecision, render_html
 from heimdall_onnx.review.compare.answers import shared_signature
 from heimdall_onnx.review.compare.gates import Limits, verdict_reasons
 from heimdall_onnx.review.compare.head_to_head import HeadToHead, compare_models
@@ -462,7 +462,7 @@ def _page(connection: Connection, manifest: Manifest) -> bytes:
         if move.release == manifest.uri and move.action in ("promote", "rollback")
     ]
     decisions = [
-        Decision(move.action, move.alias, move.by, move.note, datetime.fromisoformat(move.time))
+        PageDecision(move.action, move.alias, move.by, move.note, datetime.fromisoformat(move.time))
         for move in sorted(moves, key=lambda move: move.time)
     ]
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:

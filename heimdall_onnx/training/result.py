@@ -15,7 +15,7 @@ from heimdall_onnx.common.text import shown
 if TYPE_CHECKING:
     from heimdall_onnx.release.result import ReleaseResult
 
-BEST, LAST, EVAL_DATA, RECORD = "best.ckpt", "last.ckpt", "eval.npz", "training.json"
+BEST, LAST, EVAL_DATA, TRAINING_RECORD = "best.ckpt", "last.ckpt", "eval.npz", "training.json"
 DIVERGED = "diverged"
 
 
@@ -85,7 +85,7 @@ def read_result(folder: Path, checkpoint: str = "") -> TrainingResult:
         CheckpointError: If there is no finished training, a file of it was changed, or the
             checkpoint is none of it.
     """
-    record = folder / RECORD
+    record = folder / TRAINING_RECORD
     try:
         content = json.loads(record.read_bytes())
         paths = {n: folder / Path(content[n]).name for n in ("best", "last", "eval_data")}

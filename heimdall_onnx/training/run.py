@@ -23,7 +23,14 @@ from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.model.signature import signature_of
 from heimdall_onnx.training.parameters import FIXED, TrainingParameters, command_of
-from heimdall_onnx.training.result import BEST, DIVERGED, EVAL_DATA, LAST, RECORD, TrainingResult
+from heimdall_onnx.training.result import (
+    BEST,
+    DIVERGED,
+    EVAL_DATA,
+    LAST,
+    TRAINING_RECORD,
+    TrainingResult,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -237,7 +244,7 @@ class TrainingRun:
         best = self._calibrated(dataset, dataset.positions, split, best)
         result = self._evaluate(dataset, split, done, best)
         content = result.to_dict()
-        _write_json(self.folder / RECORD, content)
+        _write_json(self.folder / TRAINING_RECORD, content)
         if self.tracker is not None:
             self._log_result(result, done["history"])
         return result
@@ -470,7 +477,7 @@ class TrainingRun:
         self.tracker.log_metrics(finite, len(history), run_id=self.run_id)
         environment = self.folder / "environment.json"
         _write_json(environment, capture_environment().to_dict())
-        for name in (*result.sha256, RECORD, environment.name):
+        for name in (*result.sha256, TRAINING_RECORD, environment.name):
             kind = "checkpoints" if name.endswith(".ckpt") else "training"
             self.tracker.log_artifact(self.folder / name, kind, run_id=self.run_id)
 

@@ -22,7 +22,7 @@ from nbformat.v4 import (
 from PIL import Image
 
 from heimdall_onnx.report.page import VERDICT, put_verdict_first
-from heimdall_onnx.report.rendering import Decision, arrange, render_html
+from heimdall_onnx.report.rendering import PageDecision, arrange, render_html
 
 GATE = {"name": "mean absolute error", "limit": "≤ 1e-05", "measured": 1e-7, "detail": ""}
 WIDE = "| " + " | ".join(f"a quite long heading {n}" for n in range(20)) + " |\n|" + "---|" * 20
@@ -238,7 +238,7 @@ def test_words_of_the_verdict_are_inert(tmp_path, text):
 def test_who_decided_stands_at_the_head_as_inert_text(tmp_path):
     text = "<b>bold</b> [a](http://evil)"
     when = datetime(2026, 11, 20, 14, 30, tzinfo=UTC)
-    decided = Decision("promote", "production", text, f"looked at, {text}", when)
+    decided = PageDecision("promote", "production", text, f"looked at, {text}", when)
     page = soup(render_html(write(tmp_path, *CELLS, verdict=PASSED), "t", [decided]))
     found = page.find(class_="decisions").get_text()
     assert found.strip() == (

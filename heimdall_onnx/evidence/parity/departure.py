@@ -104,7 +104,7 @@ def first_departure(
 
 
 @dataclass(frozen=True)
-class Difference:
+class LargestError:
     """The largest difference between two arrays of one shape."""
 
     error: float
@@ -130,7 +130,7 @@ class _Match:
 
     healed: frozenset[str]
     departing: frozenset[str]
-    worst: Difference | None
+    worst: LargestError | None
     compared: bool
 
 
@@ -202,14 +202,14 @@ class _Search:
             self._healed |= matches[child].healed
         return matches
 
-    def _input_difference(self, scope: str, start: float) -> Difference | None:
+    def _input_difference(self, scope: str, start: float) -> LargestError | None:
         """How what enters the module differs already: then the fault lies before it."""
         tensors = record_tensors(self._model, self._inputs, [scope], before=True).get(scope, [])
         values = self._graph.compute(self._graph.entering(scope, int(start)), self._inputs)
         match = _match(tensors, values, self._tolerance)
         return match.worst if any(map(self._matters, match.departing)) else None
 
-    def _departure(self, scope: str, difference: Difference) -> Departure:
+    def _departure(self, scope: str, difference: LargestError) -> Departure:
         return Departure(
             scope=scope or ROOT,
             module_type=type(self._model.get_submodule(scope)).__name__,
@@ -322,15 +322,15 @@ def _match(tensors: list[_Array], values: Mapping[str, _Array], tolerance: float
     )
 
 
-def _larger(one: Difference | None, other: Difference) -> Difference:
+def _larger(one: LargestError | None, other: LargestError) -> LargestError:
     return other if one is None or other.error > one.error else one
 
 
-def compare_values(reference: _Array, value: _Array, tolerance: float) -> Difference:
+def compare_values(reference: _Array, value: _Array, tolerance: float) -> LargestError:
     """The largest difference between two arrays; infinite where they can't be compared."""
     if reference.shape != value.shape:
         magnitude = float(np.abs(reference).max(initial=0))
-        return Difference(np.inf, magnitude, tolerance, float("nan"), float("nan"))
+        return LargestError(np.inf, magnitude, tolerance, float("nan"), float("nan"))
     a, b = reference.astype(np.float64).ravel(), value.astype(np.float64).ravel()
     finite = np.isfinite(a) & np.isfinite(b)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
@@ -339,6 +339,6 @@ def compare_values(reference: _Array, value: _Array, tolerance: float) -> Differ
     magnitude = float(np.abs(a[np.isfinite(a)]).max(initial=0))
     limit = _FACTOR * tolerance * max(1.0, magnitude)
     if a.size == 0:
-        return Difference(0.0, magnitude, limit, float("nan"), float("nan"))
+        return LargestError(0.0, magnitude, limit, float("nan"), float("nan"))
     worst = int(error.argmax())
-    return Difference(float(error[worst]), magnitude, limit, float(a[worst]), float(b[worst]))
+    return LargestError(float(error[worst]), magnitude, limit, float(a[worst]), float(b[worst]))

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.evidence.parity.departure import Difference, compare_values, values_of
+from heimdall_onnx.evidence.parity.departure import LargestError, compare_values, values_of
 from heimdall_onnx.model.onnx.graph import ScopedGraph
 
 if TYPE_CHECKING:
@@ -113,13 +113,13 @@ def depth_profile(
 
 def _largest(
     tensors: list[npt.NDArray[Any]], values: Mapping[str, npt.NDArray[Any]], tolerance: float
-) -> Difference | None:
+) -> LargestError | None:
     """The largest difference between tensors and values that belong together.
 
     A module may return more tensors than the graph has values, or the other way round; of each
     shape only as many pairs count as there can be, the closest.
     """
-    worst: Difference | None = None
+    worst: LargestError | None = None
     for shape in {value.shape for value in values.values()}:
         alike = [tensor for tensor in tensors if tensor.shape == shape]
         pairs = [

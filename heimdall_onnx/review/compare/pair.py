@@ -57,7 +57,7 @@ log = get_logger(__name__)
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
-RECORD = "comparison"
+COMPARISON_RECORD = "comparison"
 INPUTS = "inputs"
 # Where a run kept its files, and what it was called: they differ from run to run.
 _OWN_TO_A_RUN = ("output_dir", "run_id")
@@ -457,4 +457,4 @@ def record_comparison(found: ReleaseComparison) -> None:
     """Keep the comparison in the running notebook, for the process that judges it from outside."""
     import scrapbook
 
-    scrapbook.glue(RECORD, found.to_dict(), encoder="json")
+    scrapbook.glue(COMPARISON_RECORD, found.to_dict(), encoder="json")

@@ -34,8 +34,8 @@ from heimdall_onnx.report.page import put_verdict_first
 from heimdall_onnx.report.rendering import render_html
 from heimdall_onnx.report.workspace import new_run_folder
 from heimdall_onnx.review.compare.pair import (
+    COMPARISON_RECORD,
     INPUTS,
-    RECORD,
     ComparisonParameters,
     find_pair,
     newer_of,
@@ -138,7 +138,7 @@ def compare_releases(
                 folder / REPORT,
                 given,
                 kernel,
-                record=RECORD,
+                record=COMPARISON_RECORD,
                 cell_timeout=cell_timeout,
                 progress=progress,
             )
