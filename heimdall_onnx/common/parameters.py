@@ -369,10 +369,11 @@ def _parsed(source: str) -> list[ast.stmt]:
 
 
 def _explained(kind: type[BaseModel], error: ValidationError) -> list[str]:
-    return [_explain(kind, entry) for entry in error.errors(include_url=False)]
+    return [explain(kind, entry) for entry in error.errors(include_url=False)]
 
 
-def _explain(kind: type[BaseModel], entry: Any) -> str:
+def explain(kind: type[BaseModel], entry: Any) -> str:
+    """What is wrong with a parameter of a ``kind``, from pydantic's entry of it."""
     name = shown(".".join(map(str, entry["loc"])))
     if entry["type"] != "extra_forbidden":
         return f"{name} = {_shown_value(entry['input'])}: {shown(entry['msg'], 300)}"

@@ -1,39 +1,25 @@
-"""What the entries of a fleet's plan stand for: its checkpoints, and the parameters of each.
+"""The files and objects that the entries of a fleet's plan stand for.
 
 Checkpoints and data are named by paths, or by addresses of objects in the bucket; what patterns
-and ``{stem}`` and ``{parent}`` in names mean, `release.fleet.plan` says.
+mean, `release.fleet.plan` says.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from heimdall_onnx.common.errors import ParameterError, SettingsError
-from heimdall_onnx.common.parameters import ReleaseParameters, check_parameters, parameter_problems
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.services.store import format_uri, parse_uri
 
 # Yields the keys of a bucket that begin with a prefix.
 ListObjects = Callable[[str, str], Iterable[str]]
 
-# Parameters, or None and what is wrong with them.
-Made = tuple[ReleaseParameters | None, list[str]]
-# Makes them for a checkpoint.
-Resolve = Callable[[str], Made]
-
-# Parameters of a release that differ from item to item in the fleet's own way.
-_OWN = ("checkpoint", "publish", "output_dir", "run_id")
-_DATA = ("eval_data", "calibration_data")
-_NAMES = ("name", "prefix")
-_FILLED = re.compile(r"\{(stem|parent)\}")
 _WILDCARD = re.compile(r"[*?[]")
 _S3 = "s3://"
 
@@ -147,7 +133,7 @@ class Glob:
 class Checkpoints:
     """Finds the checkpoints that a plan names, on disk and in the bucket."""
 
-    def __init__(self, folder: Path, list_objects: ListObjects | None) -> None:
+    def __init__(self, folder: Path, list_objects: ListObjects | None = None) -> None:
         self._folder, self._list_objects = folder, list_objects
 
     def matching(self, text: str) -> list[str]:
@@ -184,16 +170,12 @@ class Checkpoints:
         Raises:
             ParameterError: As `matching`.
         """
-        if text.startswith(_S3):
-            if not _is_object(text):
-                raise ParameterError(
-                    f"expected s3://bucket/key, found {shown(repr(text))}; "
-                    "what is in a folder is s3://bucket/folder/*"
-                )
-            return text
-        path = absolute(self._folder, text)
-        if (found := kind_of(path)) != "a file":
-            raise ParameterError(f"expected a file, found {found} at {shown(path)}")
+        if text.startswith(_S3) and not _is_object(text):
+            raise ParameterError(
+                f"expected s3://bucket/key, found {shown(repr(text))}; "
+                "what is in a folder is s3://bucket/folder/*"
+            )
+        path = require_data(self._folder, text)
         _require_text(path)
         return path
 
@@ -220,148 +202,25 @@ class Checkpoints:
         return sorted(k for k in self._list_objects(bucket, prefix) if not k.endswith("/"))
 
 
-class ItemParameters:
-    """Makes the parameters of items: once for equal values, one object for equal parameters."""
+def require_data(folder: Path, text: str, kinds: Sequence[str] = ("a file",)) -> str:
+    """The absolute path of a file that is there, or the address of an object as it is.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._problems: dict[str, list[str]] = {}
-        # Without names: by the values as they are given, and by what comes out.
-        self._by_values: dict[str, ReleaseParameters] = {}
-        self._by_result: dict[str, ReleaseParameters] = {}
-        self._by_name: dict[tuple[int, str, str], ReleaseParameters] = {}
+    Args:
+        folder: What a path is relative to.
+        text: Path or address.
+        kinds: What may be at a path, as `kind_of` says it.
 
-    def problems(self, values: Mapping[str, Any]) -> list[str]:
-        """What is wrong with parameters as they are written in a plan."""
-        try:
-            key = _key(values)
-        except (TypeError, ValueError, RecursionError) as error:
-            return [f"can't be written as JSON: {shown(str(error))}"]
-        if key not in self._problems:
-            self._problems[key] = list(self._problems_of(values))
-        return self._problems[key]
-
-    def resolver(self, values: Mapping[str, Any]) -> Resolve:
-        """The parameters of values without problems, by checkpoint.
-
-        Raises:
-            ParameterError: If values that are right by themselves can't be together.
-        """
-        given = dict(values)
-        for name, text in _data(values):
-            given[name] = absolute(self._folder, text)
-        templates = {name: given[name] for name in _NAMES if _FILLED.search(given.get(name, ""))}
-        if not templates:
-            parameters = self._made(given)
-            return lambda checkpoint: (parameters, [])
-
-        def resolve(checkpoint: str) -> Made:
-            path = PurePosixPath(checkpoint)
-            words = {
-                what: re.sub("[^A-Za-z0-9._-]", "-", name)
-                for what, name in (("stem", path.stem), ("parent", path.parent.name))
-            }
-            filled = dict(given)
-            for name, template in templates.items():
-                filled[name] = _FILLED.sub(lambda match: words[match[1]], template)
-            try:
-                return self._made(filled), []
-            except ParameterError:
-                return None, parameter_problems(filled)
-
-        return resolve
-
-    def _made(self, values: dict[str, Any]) -> ReleaseParameters:
-        # Names may be others for each of thousands of checkpoints, so they are checked apart.
-        rest = {name: value for name, value in values.items() if name not in _NAMES}
-        if (key := _key(rest)) not in self._by_values:
-            made = check_parameters(rest)
-            self._by_values[key] = self._by_result.setdefault(_key(written(made)), made)
-        base = self._by_values[key]
-        checked = check_parameters({name: values[name] for name in _NAMES if name in values})
-        names = {name: getattr(checked, name) for name in _NAMES}
-        named = (id(base), *names.values())
-        if named not in self._by_name:
-            self._by_name[named] = base.model_copy(update=names)
-        return self._by_name[named]
-
-    def _problems_of(self, values: Mapping[str, Any]) -> Iterator[str]:
-        given = dict(values)
-        for name in _OWN:
-            if name in given:
-                del given[name]
-                yield f"{name} can't be set here; the fleet sets it for each item"
-        for name in _NAMES:
-            if isinstance(given.get(name), str):
-                text, given[name] = given[name], _FILLED.sub("x", given[name])
-                if "{" in given[name] or "}" in given[name]:
-                    del given[name]
-                    yield (
-                        f"{name} = {shown(repr(text))}: only {{stem}} and {{parent}} can be "
-                        "filled in"
-                    )
-        yield from parameter_problems(given)
-        if given.get("eval_scheduler"):
-            yield (
-                "eval_scheduler can't be set for items, which would wait on the workers that they "
-                "hold; eval_workers starts some for each"
-            )
-        for name, text in _data(given):
-            if text.startswith(_S3):
-                if not _is_object(text):
-                    yield f"{name}: expected s3://bucket/key, found {shown(repr(text))}"
-                continue
-            path = absolute(self._folder, text)
-            # A dataset is a folder.
-            expected = ("a file", "a folder") if name == "eval_data" else ("a file",)
-            if (found := kind_of(path)) not in expected:
-                yield f"{name}: expected a file, found {found} at {shown(path)}"
-
-
-@dataclass
-class Exclusion:
-    """Which items are left out.
-
-    Attributes:
-        glob: What their checkpoints fit; None for any.
-        names: Parameters that they have in common.
-        resolve: Makes those parameters.
-        used: Whether there was any; for the caller to note.
+    Raises:
+        ParameterError: If it is none of them, or no address of an object.
     """
-
-    glob: Glob | None
-    names: tuple[str, ...]
-    resolve: Resolve
-    used: bool = False
-
-    def fits(self, checkpoint: str, parameters: ReleaseParameters | None) -> bool:
-        """Whether an item is one of them; its parameters are None if they can't be made."""
-        if self.glob is not None and not self.glob.fits(checkpoint):
-            return False
-        if not self.names:
-            return True
-        # A name that can't be made is no item's.
-        wanted, _ = self.resolve(checkpoint)
-        if wanted is None or parameters is None:
-            return False
-        return all(getattr(parameters, name) == getattr(wanted, name) for name in self.names)
-
-
-def written(parameters: ReleaseParameters) -> dict[str, Any]:
-    """The parameters as a plan has them."""
-    names = (name for name in ReleaseParameters.model_fields if name not in _OWN)
-    return {name: getattr(parameters, name) for name in names}
-
-
-def _data(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The data that ``values`` name, by the parameters' names."""
-    for name in _DATA:
-        if isinstance(text := values.get(name), str) and text:
-            yield name, text
-
-
-def _key(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, default=repr)
+    if text.startswith(_S3):
+        if not _is_object(text):
+            raise ParameterError(f"expected s3://bucket/key, found {shown(repr(text))}")
+        return text
+    path = absolute(folder, text)
+    if (found := kind_of(path)) not in kinds:
+        raise ParameterError(f"expected a file, found {found} at {shown(path)}")
+    return path
 
 
 def _is_pattern(text: str) -> bool:

@@ -27,33 +27,42 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.common.parameters import ReleaseParameters, parameter_problems
+from heimdall_onnx.common.parameters import (
+    ReleaseParameters,
+    check_parameters,
+    explain,
+    parameter_problems,
+)
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
 from heimdall_onnx.release.fleet.files import (
     Checkpoints,
-    Exclusion,
     Glob,
-    ItemParameters,
     ListObjects,
-    Made,
     absolute,
-    written,
+    require_data,
 )
-
-_T = TypeVar("_T")
-_Place = Sequence[str | int]
 
 # Some ten times what 10,000 items take, and what a small matrix of many values makes at once.
 _MAX_BYTES = 64 << 20
@@ -62,44 +71,121 @@ _MOST_ITEMS = 100_000
 _MAX_YAML_BYTES = 1 << 20
 # Less is a forgotten unit.
 _LEAST_MEMORY = 1 << 20
-
-_LISTS = ("checkpoints", "include", "exclude")
+_Place = tuple[str | int, ...]
+# Parameters of a release that differ from item to item in the fleet's own way.
+_OWN = ("checkpoint", "publish", "output_dir", "run_id")
+_FILLED = re.compile(r"\{(stem|parent)\}")
+# How deep in a plan the names of parameters are.
+_DEPTH = {"parameters": 1, "matrix": 3, "include": 2, "exclude": 2}
 
 
 def _size(value: object) -> object:
-    if isinstance(value, str):
-        pattern = r"\d+(\.\d+)?\s*([KMGT]i?)?B?"
-        usable = re.fullmatch(pattern, value.strip(), re.ASCII | re.IGNORECASE) is not None
-    else:
-        usable = isinstance(value, int) and not isinstance(value, bool)
-    if not usable:
-        raise ValueError("no size")
+    # Pydantic takes bits too, and passes over what follows.
+    pattern = r"\d+(\.\d+)?\s*([KMGT]i?)?B?"
+    if re.fullmatch(pattern, str(value).strip(), re.ASCII | re.IGNORECASE) is None:
+        raise PydanticCustomError("size", "no size")
     return value
 
 
-_Path = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+_Path = Annotated[str, Field(strict=True, min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 _Memory = Annotated[ByteSize, BeforeValidator(_size), Field(ge=_LEAST_MEMORY, lt=1 << 60)]
 
 
-# What else is in an entry are parameters, which are checked as such.
-class _Include(BaseModel, strict=True, frozen=True, extra="allow"):
+def _folder(info: ValidationInfo) -> Path:
+    """That of the plan."""
+    assert isinstance(info.context, Path)
+    return info.context
+
+
+class _Values(ReleaseParameters):
+    """Some parameters of a release, as a plan gives them: with data as absolute paths."""
+
+    @field_validator(*_OWN, mode="before")
+    @classmethod
+    def _is_not_set(cls, value: object, info: ValidationInfo) -> object:
+        # Items and exclusions have a checkpoint of their own.
+        if info.field_name == "checkpoint" and cls is not _Values:
+            return value
+        raise ValueError("can't be set here; the fleet sets it for each item")
+
+    @field_validator("eval_scheduler")
+    @classmethod
+    def _has_no_scheduler(cls, value: str) -> str:
+        if value:
+            raise ValueError(
+                "can't be set for items, which would wait on the workers that they hold; "
+                "eval_workers starts some for each"
+            )
+        return value
+
+    @field_validator("name", "prefix", mode="wrap")
+    @classmethod
+    def _can_be_filled(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
+        if not isinstance(value, str):
+            return check(value)
+        if {"{", "}"} & set(filled := _FILLED.sub("x", value)):
+            raise ValueError("only {stem} and {parent} can be filled in")
+        check(filled)
+        return value
+
+    @field_validator("eval_data", "calibration_data")
+    @classmethod
+    def _is_there(cls, value: str, info: ValidationInfo) -> str:
+        # A dataset is a folder.
+        kinds = ("a file", "a folder") if info.field_name == "eval_data" else ("a file",)
+        return value and require_data(_folder(info), value, kinds)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the plan has set."""
+        names = self.model_fields_set & ReleaseParameters.model_fields.keys() - {*_OWN}
+        return {name: getattr(self, name) for name in names}
+
+
+class _Include(_Values):
     checkpoint: _Path
     memory: _Memory | None = None
 
+    @field_validator("checkpoint")
+    @classmethod
+    def _is_file(cls, value: str, info: ValidationInfo) -> str:
+        return Checkpoints(_folder(info)).single(value)
 
-class _Exclude(BaseModel, strict=True, frozen=True, extra="allow"):
-    checkpoint: _Path | None = None
+
+class _Exclude(_Values):
+    checkpoint: _Path = ""
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _is_pattern(cls, value: str, info: ValidationInfo) -> str:
+        Glob(value, _folder(info))
+        return value
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError("expected a checkpoint or parameters, found neither")
+        return self
 
 
 class _Plan(BaseModel, strict=True, frozen=True, extra="forbid"):
     name: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    # What is None in a list was wrong and is said already.
-    checkpoints: list[_Path | None] = Field(default_factory=list)
-    matrix: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    include: list[_Include | None] = Field(default_factory=list)
-    exclude: list[_Exclude | None] = Field(default_factory=list)
+    parameters: _Values = Field(default_factory=_Values)
+    checkpoints: list[_Path] = Field(default_factory=list)
+    matrix: dict[str, Annotated[list[_Values], Field(min_length=1)]] = Field(default_factory=dict)
+    include: list[_Include] = Field(default_factory=list)
+    exclude: list[_Exclude] = Field(default_factory=list)
     memory: _Memory | None = None
+
+    @field_validator("matrix", mode="before")
+    @classmethod
+    def _by_name(cls, matrix: object) -> object:
+        if not isinstance(matrix, dict):
+            return matrix
+        return {
+            name: [{name: value} for value in values] if isinstance(values, list) else values
+            for name, values in matrix.items()
+        }
 
 
 _EXPECTED = {
@@ -251,9 +337,9 @@ class _Planner:
     ) -> None:
         self._what, self._folder, self._node = what, folder, node
         self._checkpoints = Checkpoints(folder, list_objects)
-        self._parameters = ItemParameters(folder)
         self._problems: list[str] = []
         # Equal parameters are one object, so that the key tells equal items.
+        self._parameters: dict[str, ReleaseParameters] = {}
         self._items: dict[tuple[str, int], FleetItem] = {}
 
     def plan(self, data: Any, default_name: str) -> FleetPlan:
@@ -263,27 +349,32 @@ class _Planner:
                 f"{self._what} can't be used: expected `checkpoints` or `include`, and what else "
                 f"belongs to a plan; found {found}"
             )
-        form = self._read(data)
-        for path, values in _sections(data):
-            for said in self._parameters.problems(values):
-                name = re.split(r"\W", said)[0]
-                self._refuse(path, said, within=[name] if name in values else [])
-        if form.matrix and not data.get("checkpoints"):
-            self._refuse(["matrix"], "there are no `checkpoints` to combine it with")
-        globs = self._globs(form)
-        name = self._named(form, default_name)
-        checkpoints, included = self._find(form)
+        form, refused = _Plan(), set[_Place]()
+        try:
+            form = _Plan.model_validate(data, context=self._folder)
+        except ValidationError as error:
+            refused = {self._refuse_entry(entry) for entry in error.errors(include_url=False)}
+        if data.get("matrix") and not data.get("checkpoints"):
+            self._refuse(("matrix",), "there are no `checkpoints` to combine it with")
+        name = self._named(data.get("name"), default_name)
+        texts = data["checkpoints"] if isinstance(data.get("checkpoints"), list) else []
+        places: dict[_Place, str] = {("checkpoints", at): text for at, text in enumerate(texts)}
+        usable = {path: text for path, text in places.items() if path not in refused}
+        checkpoints = self._find(usable, form.include)
         combinations = math.prod(map(len, form.matrix.values()))
-        if (count := len(checkpoints) * combinations + len(included)) > _MOST_ITEMS:
-            self._refuse([], f"expected at most {_MOST_ITEMS:,} items, found {count:,}")
+        if (count := len(checkpoints) * combinations + len(form.include)) > _MOST_ITEMS:
+            self._refuse((), f"expected at most {_MOST_ITEMS:,} items, found {count:,}")
         # Items are made only of what is there and of values that can be used.
         self._require_no_problem()
         try:
-            self._combine(form, checkpoints, globs)
-            self._include(form, included)
+            self._combine(form, checkpoints)
+            for at, entry in enumerate(form.include):
+                memory = form.memory if entry.memory is None else entry.memory
+                made = self._made(form.parameters.given | entry.given, entry.checkpoint)
+                self._add(("include", at), entry.checkpoint, made, memory)
             items = tuple(self._items.values())
             if not items and not self._problems:
-                self._refuse([], "there is nothing to release")
+                self._refuse((), "there is nothing to release")
             self._require_no_problem()
             return FleetPlan(name, items, _text(name, items))
         except RecursionError as error:
@@ -294,8 +385,7 @@ class _Planner:
 
     def _refuse(self, path: _Place, said: str, *, within: _Place = ()) -> None:
         if path:
-            at = [*path, *within]
-            line = f"line {line_of(self._node, at)}, " if self._node is not None else ""
+            line = f"line {line_of(self._node, path + within)}, " if self._node is not None else ""
             said = f"{line}{place_of(path)}: {said}"
         self._problems.append(said)
 
@@ -303,165 +393,141 @@ class _Planner:
         if self._problems:
             raise ParameterError(f"{self._what} can't be used:{listed(self._problems)}")
 
-    def _read(self, data: dict[str, Any]) -> _Plan:
-        """The plan as it is written; what can't be used of it is said and left out."""
-        lists = {name: data[name] for name in _LISTS if isinstance(data.get(name), list)}
-        for name, entries in lists.items():
-            for at, entry in enumerate(entries):
-                if entry is None:
-                    self._refuse([name, at], f"expected {_EXPECTED[name]}, found nothing")
-        try:
-            return _Plan.model_validate(data)
-        except ValidationError as error:
-            problems = error.errors(include_url=False)
-        left: dict[str, Any] = {**data, **{name: [*entries] for name, entries in lists.items()}}
-        for entry in problems:
-            if not entry["loc"]:
-                self._refuse([], f"one of its keys is no text: {shown(entry['input'])}")
-                self._require_no_problem()
-            self._refuse(entry["loc"], _said(entry))
-            section, *within = entry["loc"]
-            if section in lists and within:
-                left[str(section)][within[0]] = None
-            else:
-                left.pop(str(section), None)
-        return _Plan.model_validate(left)
+    def _refuse_entry(self, entry: Any) -> _Place:
+        """Say one of pydantic's problems; returns the place of what it leaves out."""
+        path, said = entry["loc"], entry["msg"].removeprefix("Value error, ")
+        found = "nothing" if entry["input"] is None else shown(entry["input"])
+        if not path:
+            self._refuse((), f"one of its keys is no text: {found}")
+            return ()
+        section, name = path[0], next(n for n in reversed(path) if isinstance(n, str))
+        depth = _DEPTH.get(section, len(path))
+        if path[depth:] and path[depth] not in ("checkpoint", "memory"):
+            said = explain(ReleaseParameters, {**entry, "loc": path[depth:], "msg": said})
+            self._refuse(path[:depth], said, within=path[depth:])
+        elif entry["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, _Plan.model_fields, n=1, cutoff=0.5)
+            known = f"known are {', '.join(_Plan.model_fields)}"
+            self._refuse(
+                path, f"is not known here; {f'did you mean {near[0]}?' if near else known}"
+            )
+        elif entry["type"] in ("missing", "value_error"):
+            self._refuse(path, "is missing" if entry["type"] == "missing" else said)
+        else:
+            expected = _EXPECTED.get(name, "a list of values")
+            self._refuse(path, f"expected {expected}, found {found}")
+        return tuple(path[:2])
 
-    def _named(self, form: _Plan, default: str) -> str:
-        name = default if form.name is None else form.name
-        hint = "; the name of the file can't be the fleet's, so give one"
+    def _named(self, given: object, default: str) -> str:
+        name = given if isinstance(given, str) else default
         for said in parameter_problems({"name": name}):
-            self._refuse(["name"], said + hint if form.name is None else said)
+            hint = "the name of the file can't be the fleet's, so give one"
+            self._refuse(("name",), said if given is not None else f"{said}; {hint}")
         return name
 
-    def _find(self, form: _Plan) -> tuple[list[str], list[str]]:
-        """The checkpoints to combine with the matrix, and those of the included items."""
+    def _find(self, texts: Mapping[_Place, str], include: Sequence[_Include]) -> list[str]:
+        """The checkpoints to combine with the matrix."""
         found: dict[str, str] = {}
-        named: list[tuple[_Place, str]] = []
-        for at, text in _present(form.checkpoints):
-            path: _Place = ["checkpoints", at]
-            with self._refused(path):
+        named: dict[_Place, str] = {}
+        for path, text in texts.items():
+            try:
                 here = self._checkpoints.matching(text)
-                if again := [checkpoint for checkpoint in here if checkpoint in found]:
-                    more = f" and {len(again) - 1:,} more" if again[1:] else ""
-                    before = shown(repr(found[again[0]]))
-                    self._refuse(path, f"{shown(again[0])}{more}: there already, by {before}")
-                found |= dict.fromkeys(here, text)
-                named += [(path, text)] if here == [text] else []
-        included = []
-        for at, entry in _present(form.include):
-            path = ["include", at, "checkpoint"]
-            with self._refused(path):
-                included.append(self._checkpoints.single(entry.checkpoint))
-                named.append((path, included[-1]))
-        missing = self._checkpoints.missing(address for _, address in named)
-        for path, address in named:
+            except ParameterError as error:
+                self._refuse(path, str(error))
+                continue
+            if again := [checkpoint for checkpoint in here if checkpoint in found]:
+                more = f" and {len(again) - 1:,} more" if again[1:] else ""
+                before = shown(repr(found[again[0]]))
+                self._refuse(path, f"{shown(again[0])}{more}: there already, by {before}")
+            found |= dict.fromkeys(here, text)
+            if here == [text]:
+                named[path] = text
+        named |= {("include", at, "checkpoint"): e.checkpoint for at, e in enumerate(include)}
+        missing = self._checkpoints.missing(named.values())
+        for path, address in named.items():
             if address in missing:
                 self._refuse(path, f"expected an object, found none at {shown(address)}")
-        return list(found), included
+        return list(found)
 
-    @contextmanager
-    def _refused(self, path: _Place) -> Iterator[None]:
-        try:
-            yield
-        except ParameterError as error:
-            self._refuse(path, str(error))
-
-    def _globs(self, form: _Plan) -> dict[int, Glob]:
-        """The patterns of the exclusions that have one."""
-        globs: dict[int, Glob] = {}
-        for at, entry in _present(form.exclude):
-            if entry.checkpoint is not None:
-                with self._refused(["exclude", at, "checkpoint"]):
-                    globs[at] = Glob(entry.checkpoint, self._folder)
-            elif not _extra(entry):
-                self._refuse(["exclude", at], "expected a checkpoint or parameters, found neither")
-        return globs
-
-    def _combine(self, form: _Plan, checkpoints: Iterable[str], globs: Mapping[int, Glob]) -> None:
+    def _combine(self, form: _Plan, checkpoints: Iterable[str]) -> None:
         """Add each checkpoint with each combination of the matrix, but for what is left out."""
-        resolvers = [
-            self._parameters.resolver(form.parameters | dict(zip(form.matrix, chosen, strict=True)))
+        combinations = [
+            form.parameters.given | {n: v for one in chosen for n, v in one.given.items()}
             for chosen in itertools.product(*form.matrix.values())
         ]
-        exclusions = [
-            Exclusion(globs.get(at), tuple(given), self._parameters.resolver(given))
-            for at, given in ((at, _extra(entry)) for at, entry in _present(form.exclude))
+        excluded = [
+            (entry.given, Glob(entry.checkpoint, self._folder) if entry.checkpoint else None)
+            for entry in form.exclude
         ]
-        place = ["matrix" if form.matrix else "checkpoints"]
-        for checkpoint, resolve in itertools.product(checkpoints, resolvers):
-            made = resolve(checkpoint)
-            fitting = [one for one in exclusions if one.fits(checkpoint, made[0])]
-            for one in fitting:
-                one.used = True
+        used: set[int] = set()
+        for checkpoint, values in itertools.product(checkpoints, combinations):
+            made = self._made(values, checkpoint)
+            fitting = {
+                at
+                for at, (given, glob) in enumerate(excluded)
+                if (glob is None or glob.fits(checkpoint))
+                # What can't be made is left out by its checkpoint only.
+                and all(
+                    isinstance(made, ReleaseParameters) and getattr(made, name) == value
+                    for name, value in _filled(given, checkpoint).items()
+                )
+            }
+            used |= fitting
             if not fitting:
+                place = ("matrix" if form.matrix else "checkpoints",)
                 self._add(place, checkpoint, made, form.memory)
-        for at, one in enumerate(exclusions):
-            if not one.used:
-                self._refuse(["exclude", at], "there is nothing like this that it could leave out")
+        for at in sorted({*range(len(excluded))} - used):
+            self._refuse(("exclude", at), "there is nothing like this that it could leave out")
 
-    def _include(self, form: _Plan, included: Iterable[str]) -> None:
-        """Add the included items."""
-        for checkpoint, (at, entry) in zip(included, _present(form.include), strict=True):
-            made = self._parameters.resolver(form.parameters | _extra(entry))(checkpoint)
-            memory = form.memory if entry.memory is None else entry.memory
-            self._add(["include", at], checkpoint, made, memory)
+    def _made(self, values: Mapping[str, Any], checkpoint: str) -> ReleaseParameters | list[str]:
+        """The parameters of an item, or what is wrong with them."""
+        filled = _filled(values, checkpoint)
+        try:
+            made = check_parameters(filled)
+        except ParameterError:
+            return parameter_problems(filled)
+        return self._parameters.setdefault(json.dumps(_written(made)), made)
 
-    def _add(self, place: _Place, checkpoint: str, made: Made, memory: int | None) -> None:
-        parameters, problems = made
-        if parameters is None:
-            for said in problems:
+    def _add(
+        self,
+        place: _Place,
+        checkpoint: str,
+        made: ReleaseParameters | list[str],
+        memory: int | None,
+    ) -> None:
+        if isinstance(made, list):
+            for said in made:
                 self._refuse(place, f"{shown(checkpoint)}: {said}")
-        elif same := self._items.get((checkpoint, id(parameters))):
+        elif same := self._items.get((checkpoint, id(made))):
             self._refuse(place, f"{shown(checkpoint)} is there twice as in {same.label}")
         else:
             limit = None if memory is None else int(memory)
-            item = FleetItem(len(self._items) + 1, checkpoint, parameters, limit)
-            self._items[checkpoint, id(parameters)] = item
+            item = FleetItem(len(self._items) + 1, checkpoint, made, limit)
+            self._items[checkpoint, id(made)] = item
 
 
-def _present(entries: Iterable[_T | None]) -> list[tuple[int, _T]]:
-    """The entries that can be used, with their places."""
-    return [(at, entry) for at, entry in enumerate(entries) if entry is not None]
+def _filled(values: Mapping[str, Any], checkpoint: str) -> dict[str, Any]:
+    """The values, with the checkpoint's own names in theirs."""
+    path = PurePosixPath(checkpoint)
+    words = {"stem": path.stem, "parent": path.parent.name}
+    own = {what: re.sub("[^A-Za-z0-9._-]", "-", word) for what, word in words.items()}
+    names = {
+        name: _FILLED.sub(lambda match: own[match[1]], values[name])
+        for name in ("name", "prefix")
+        if name in values
+    }
+    return {**values, **names}
 
 
-def _sections(data: Mapping[str, Any]) -> Iterator[tuple[list[str | int], dict[str, Any]]]:
-    """Parameters wherever a plan has some, with their place; what is none is passed over."""
-    if isinstance(given := data.get("parameters"), dict):
-        yield ["parameters"], given
-    if isinstance(matrix := data.get("matrix"), dict):
-        for name, values in matrix.items():
-            for at, value in enumerate(values if isinstance(values, list) else []):
-                yield ["matrix", name, at], {name: value}
-    for section, form in (("include", _Include), ("exclude", _Exclude)):
-        entries = data.get(section)
-        for at, entry in enumerate(entries if isinstance(entries, list) else []):
-            if isinstance(entry, dict):
-                own = form.model_fields
-                yield [section, at], {k: v for k, v in entry.items() if k not in own}
-
-
-def _said(entry: Any) -> str:
-    kind, path = entry["type"], entry["loc"]
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), _Plan.model_fields, n=1, cutoff=0.5)
-        known = f"known are {', '.join(_Plan.model_fields)}"
-        return f"is not known here; {f'did you mean {near[0]}?' if near else known}"
-    if kind == "missing":
-        return "is missing"
-    if path[0] == "matrix" and len(path) > 1:
-        return f"expected a list of values, found {shown(entry['input'])}"
-    name = next(part for part in reversed(path) if isinstance(part, str))
-    return f"expected {_EXPECTED.get(name) or shown(entry['msg'])}, found {shown(entry['input'])}"
-
-
-def _extra(entry: _Include | _Exclude) -> dict[str, Any]:
-    return entry.model_extra or {}
+def _written(parameters: ReleaseParameters) -> dict[str, Any]:
+    """The parameters as a plan has them."""
+    names = (name for name in ReleaseParameters.model_fields if name not in _OWN)
+    return {name: getattr(parameters, name) for name in names}
 
 
 def _text(name: str, items: Sequence[FleetItem]) -> str:
     """The plan as `FleetPlan.text` has it."""
-    distinct = {id(item.parameters): written(item.parameters) for item in items}
+    distinct = {id(item.parameters): _written(item.parameters) for item in items}
     first, memory = items[0], {item.memory_bytes for item in items}
     # Compared as text, which tells 1 from true.
     common = {

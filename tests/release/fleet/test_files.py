@@ -1,4 +1,4 @@
-"""Which files and objects a fleet's plan means, and which parameters it makes for them."""
+"""Which files and objects a fleet's plan means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from heimdall_onnx.common.errors import ParameterError, SettingsError
-from heimdall_onnx.release.fleet.files import Checkpoints, Exclusion, Glob, ItemParameters, absolute
+from heimdall_onnx.release.fleet.files import Checkpoints, Glob, absolute, require_data
 from heimdall_onnx.services.store import Bucket
 
 FILES = ("models/a.ckpt", "models/b.ckpt", "runs/1/best.ckpt", "runs/2/best.ckpt", "best.ckpt")
@@ -177,67 +177,17 @@ def test_without_a_store_only_files_can_be_found(checkpoints):
             find()
 
 
-# Parameters
+# Data
 
 
-def test_parameters_are_made_once_and_names_are_filled(folder):
-    parameters = ItemParameters(folder)
-    values = {"opset": "14", "eval_data": "e.npz", "calibration_data": "s3://b/c.npz"}
-    made, problems = parameters.resolver(values)("/x/y.ckpt")
-    assert problems == []
-    assert made.opset == 14
-    assert (made.eval_data, made.calibration_data) == (f"{folder}/e.npz", "s3://b/c.npz")
-    assert parameters.resolver({**values, "opset": 14})("/other.ckpt")[0] is made
-    resolve = parameters.resolver({**values, "name": "{parent}-{stem}"})
-    assert resolve("/x/März 1.y.ckpt")[0].name == "x-M-rz-1.y"
-    assert resolve("s3://some/a.ckpt")[0].name == "some-a"
-    assert resolve("s3://some/a.ckpt")[0] is resolve("s3://some/a.pt")[0]
-    made, problems = parameters.resolver({"name": "{stem}"})("/x/_.ckpt")
-    assert made is None
-    assert [said.partition(":")[0] for said in problems] == ["name = '_'"]
-
-
-def test_every_problem_of_parameters_is_said(folder):
-    parameters = ItemParameters(folder)
-    (folder / "data").mkdir()
-    said = parameters.problems(
-        {
-            "publish": True,
-            "name": "{stem}-{epoch}",
-            "tolerence": 1,
-            "eval_data": "none.npz",
-            "calibration_data": "s3://b",
-        }
-    )
-    assert said == [
-        "publish can't be set here; the fleet sets it for each item",
-        "name = '{stem}-{epoch}': only {stem} and {parent} can be filled in",
-        "tolerence is not a parameter; did you mean tolerance?",
-        f"eval_data: expected a file, found none at {folder}/none.npz",
-        "calibration_data: expected s3://bucket/key, found 's3://b'",
-    ]
-    # A dataset is a folder.
-    assert parameters.problems({"eval_data": "data", "calibration_data": "best.ckpt"}) == []
-    circle: dict[str, object] = {}
-    circle["model_kwargs"] = circle
-    assert "can't be written as JSON" in parameters.problems(circle)[0]
-
-
-def test_an_exclusion_is_of_checkpoints_and_of_parameters(folder):
-    parameters = ItemParameters(folder)
-    glob = Glob("models/*", folder)
-    wanted = {"opset": 14, "name": "net-{stem}"}
-    made = {
-        opset: parameters.resolver({"opset": opset, "name": "net-a"})("/a")[0] for opset in (14, 20)
-    }
-    by_both = Exclusion(glob, tuple(wanted), parameters.resolver(wanted))
-    path = f"{folder}/models/a.ckpt"
-    assert by_both.fits(path, made[14])
-    assert not by_both.fits(path, made[20])
-    assert not by_both.fits(f"{folder}/models/b.ckpt", made[14])
-    assert not by_both.fits(f"{folder}/best.ckpt", made[14])
-    # What can't be made is left out by its checkpoint only.
-    assert not by_both.fits(path, None)
-    assert Exclusion(glob, (), parameters.resolver({})).fits(path, None)
-    by_name = Exclusion(None, ("name",), parameters.resolver({"name": "{stem}"}))
-    assert not by_name.fits("/_.ckpt", made[14])
+def test_data_are_a_file_a_folder_where_one_may_be_or_an_object(folder):
+    assert require_data(folder, "best.ckpt") == f"{folder}/best.ckpt"
+    assert require_data(folder, "models", ("a file", "a folder")) == f"{folder}/models"
+    assert require_data(folder, "s3://b/c.npz") == "s3://b/c.npz"
+    for text, words in {
+        "models": "expected a file, found a folder at",
+        "none.npz": "expected a file, found none at",
+        "s3://b": "expected s3://bucket/key, found 's3://b'",
+    }.items():
+        with pytest.raises(ParameterError, match=words):
+            require_data(folder, text)

@@ -152,6 +152,32 @@ include: [{checkpoint: runs/2/best.ckpt, name: "{parent}"}]
     ]
 
 
+def test_what_is_left_out_may_be_told_by_the_checkpoints_own_name(plan, refused):
+    text = "parameters: {name: 'net-{stem}'}\ncheckpoints: ['models/*']\n"
+    found = plan(
+        text + "matrix: {opset: [9, 14]}\nexclude: [{checkpoint: '**/b*', name: 'net-{stem}'}]"
+    )
+    assert [item.parameters.name for item in found.items] == ["net-a", "net-a"]
+    assert "there is nothing to release" in refused(text + "exclude: [{name: 'net-{stem}'}]")
+
+
+def test_values_that_do_not_fit_each_other_are_said_with_their_checkpoint(plan, refused, folder):
+    text = "checkpoints: [models/a.ckpt]\nparameters: {variants: all}\n"
+    text += "matrix: {measure_latency: [true, false]}\n"
+    said = refused(text)
+    assert f"line 3, matrix: {folder}/models/a.ckpt: variants = 'all': " in said
+    assert said.count("\n") == 1
+    left = plan(text.replace("variants: all", "variants: none"))
+    assert [item.parameters.measure_latency for item in left.items] == [True, False]
+
+
+def test_data_of_an_evaluation_may_be_a_folder_others_not(plan, refused, folder):
+    found = plan("include: [{checkpoint: models/a.ckpt, eval_data: runs}]").items[0]
+    assert found.parameters.eval_data == str(folder / "runs")
+    said = refused("include: [{checkpoint: models/a.ckpt, calibration_data: runs}]")
+    assert "expected a file, found a folder" in said
+
+
 def test_a_name_that_can_not_be_made_is_said_with_its_checkpoint(refused, plan, folder):
     (folder / "models/_.ckpt").touch()
     text = 'parameters: {name: "{stem}"}\ncheckpoints: [models/*]\n'
@@ -239,14 +265,15 @@ memory: lots
     said = {line.removeprefix("  - ").partition(": ")[0]: line for line in lines[1:]}
     for place, words in {
         "line 2, parameters": "tolerence is not a parameter; did you mean tolerance?",
-        "line 3, parameters": "publish can't be set here; the fleet sets it for each item",
-        "line 4, parameters": f"eval_data: expected a file, found none at {folder}/nothing.npz",
+        "line 3, parameters": "publish = True: can't be set here; the fleet sets it for each item",
+        "line 4, parameters": f"eval_data = 'nothing.npz': expected a file, found none at {folder}",
         "line 5, parameters": "only {stem} and {parent} can be filled in",
         "line 6, parameters": "prefix = '{': only",
         "line 8, matrix.opset[1]": "opset = 99: Input should be less than or equal to 23",
-        "line 9, matrix.run_id[0]": "run_id can't be set here",
+        "line 9, matrix.run_id[0]": "run_id = 'a': can't be set here",
         "line 10, matrix.threads": "expected a list of values, found 3",
         "line 12, include[0].memory": "expected bytes, or a size as 4GiB, from 1MiB, found 4",
+        "line 12, include[0].checkpoint": f"expected a file, found none at {folder}/models/c.ckpt",
         "line 13, include[1].checkpoint": "is missing",
         "line 14, include[2]": "checkpont is not a parameter; did you mean checkpoint?",
         "line 15, include[3].checkpoint": f"expected a file, found none at {folder}/models/c.ckpt",
@@ -298,10 +325,16 @@ memory: lots
         ("checkpoints: [models/a.ckpt, ./models/a.ckpt]", "there already, by 'models/a.ckpt'"),
         ("checkpoints: ['models/*', '*/?.ckpt']", "a.ckpt and 1 more: there already"),
         ("include: [{checkpoint: 'models/*'}]", "expected a file, found none"),
-        ("include: [{checkpoint: models/a.ckpt, eval_data: x}]", "eval_data: expected a file"),
-        ("include: [{checkpoint: models/a.ckpt, calibration_data: x}]", "calibration_data: exp"),
+        (
+            "include: [{checkpoint: models/a.ckpt, eval_data: x}]",
+            "eval_data = 'x': expected a file",
+        ),
+        (
+            "include: [{checkpoint: models/a.ckpt, calibration_data: x}]",
+            "calibration_data = 'x': exp",
+        ),
         ("include: [{checkpoint: models/a.ckpt, eval_data: 's3://b'}]", "expected s3://bucket/key"),
-        ("include: [{checkpoint: models/a.ckpt, output_dir: x}]", "output_dir can't be set"),
+        ("include: [{checkpoint: models/a.ckpt, output_dir: x}]", "output_dir = 'x': can't be set"),
         ("include: [{checkpoint: models/a.ckpt, memory: true}]", "include[0].memory: expected"),
         ("include: [{checkpoint: models/a.ckpt, memory: 4 GiB!}]", "include[0].memory: expected"),
         ("include: [{checkpoint: models/a.ckpt, memory: 4 Gbit}]", "include[0].memory: expected"),
