@@ -37,6 +37,7 @@ from heimdall_onnx.evidence.parity.ground import error_m
 from heimdall_onnx.localization.frame import LocalFrame
 from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs
 from heimdall_onnx.model.signature import Signature, TensorSpec
+from heimdall_onnx.training.parameters import TrainingParameters
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # What an optimizer's decay is for: weights that are multiplied with inputs.
@@ -45,27 +46,6 @@ _DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttenti
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 Batch = tuple[dict[str, Tensor], Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How a model is fitted.
-
-    Attributes:
-        learning_rate: At the end of the warm-up.
-        weight_decay: AdamW's, on weights of linear and convolutional layers only.
-        warmup: Share of the training over which the learning rate rises.
-        beta: Power of the variance that weights the loss; 0 is the plain likelihood.
-        seed: Of order, dropout and whatever else is drawn.
-        max_seconds: Wall-clock time of the training; None for no limit.
-    """
-
-    learning_rate: float
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    beta: float = 0.5
-    seed: int = 0
-    max_seconds: float | None = None
 
 
 @dataclass
@@ -96,7 +76,7 @@ class Objective:
     Args:
         model: The model.
         signature: Which output is what.
-        beta: See `FitOptions`.
+        beta: See `TrainingParameters`.
 
     Raises:
         ParameterError: If the model answers no positions, or no spread of them.
@@ -186,7 +166,7 @@ class TrainingModule(LightningModule):
     Args:
         model: The model.
         objective: Its loss.
-        recipe: How it is fitted.
+        chosen: How it is fitted.
         hyper_parameters: Arguments of the model's constructor, for the checkpoint; plain values.
         progress: Is brought up to date, and kept in the checkpoints.
         positions: True positions (N, 2) in degrees of all rows of the dataset.
@@ -201,7 +181,7 @@ class TrainingModule(LightningModule):
         self,
         model: nn.Module,
         objective: Objective,
-        recipe: FitOptions,
+        chosen: TrainingParameters,
         hyper_parameters: Mapping[str, Any],
         progress: TrainingProgress,
         positions: npt.NDArray[np.float64],
@@ -212,7 +192,7 @@ class TrainingModule(LightningModule):
         self.started = False
         self.model = model
         self.objective = objective
-        self.recipe = recipe
+        self.chosen = chosen
         self.progress = progress
         self.positions = positions
         self._hyper_parameters = dict(hyper_parameters)
@@ -242,8 +222,8 @@ class TrainingModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW, and a learning rate that follows steps or time, whichever is further gone."""
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.recipe.weight_decay),
-            lr=self.recipe.learning_rate,
+            parameter_groups(self.model, self.chosen.weight_decay),
+            lr=self.chosen.learning_rate,
             fused=self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda"),
         )
         # Lightning's own estimate would start the workers before it knows the epoch to go on from.
@@ -252,7 +232,7 @@ class TrainingModule(LightningModule):
 
         def factor(step: int) -> float:
             # The middle of the step: both the first and the last one learn something.
-            return rate_factor(self.share(step + 0.5), self.recipe.warmup)
+            return rate_factor(self.share(step + 0.5), self.chosen.warmup)
 
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
@@ -266,7 +246,7 @@ class TrainingModule(LightningModule):
         if batch_idx == 0:
             self._epoch_began = time.monotonic()
             self._sums["train"] = torch.zeros(2, dtype=torch.float64, device=self.device)
-            torch.manual_seed(seed_of(self.recipe.seed, self.epoch, self.global_rank))
+            torch.manual_seed(seed_of(self.chosen.seed, self.epoch, self.global_rank))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -281,7 +261,7 @@ class TrainingModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the training when its time is over."""
-        limit = self.recipe.max_seconds
+        limit = self.chosen.max_time
         if limit is not None and self.seconds + self._validated_in >= limit:
             self.progress.stopped = "time"
             self.trainer.should_stop = True
@@ -339,7 +319,7 @@ class TrainingModule(LightningModule):
 
     def share(self, step: float) -> float:
         """Share of the training that is over after ``step`` steps: of steps or of time, 0 to 1."""
-        limit = self.recipe.max_seconds
+        limit = self.chosen.max_time
         timed = 0.0 if limit is None else self.seconds / max(limit - self._validated_in, 1e-9)
         return min(1.0, max(step / self._steps, timed))
 
@@ -482,9 +462,7 @@ def make_loader(
     rows: TrainingRows,
     module: TrainingModule,
     *,
-    batch_size: int,
     workers: int,
-    devices: int,
     shuffled: bool,
 ) -> DataLoader[Any]:
     """A loader of batches; in training a last, incomplete one is left out.
@@ -492,7 +470,7 @@ def make_loader(
     Workers are forked from a clean server process, not from this one, whose threads would not
     come along, and stay over the epochs.
     """
-    size = min(batch_size, max(1, len(rows) // devices))
+    size = min(module.chosen.batch_size, max(1, len(rows) // module.chosen.devices))
     processes: dict[str, Any] = {}
     if workers:
         processes = {
@@ -503,11 +481,11 @@ def make_loader(
     return DataLoader(
         rows,
         batch_size=size,
-        sampler=EpochOrder(len(rows), module.recipe.seed, module, shuffled=shuffled),
+        sampler=EpochOrder(len(rows), module.chosen.seed, module, shuffled=shuffled),
         drop_last=shuffled,
         collate_fn=as_it_is,
         pin_memory=torch.cuda.is_available(),
         # Of its own: the draws of a loader must not move those of the epoch.
-        generator=torch.Generator().manual_seed(module.recipe.seed),
+        generator=torch.Generator().manual_seed(module.chosen.seed),
         **processes,
     )

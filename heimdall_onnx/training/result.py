@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field, field_serializer
 
 from heimdall_onnx.common.errors import CheckpointError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.text import shown
-
-if TYPE_CHECKING:
-    from heimdall_onnx.release.result import ReleaseResult
+from heimdall_onnx.release.result import ReleaseResult
 
 BEST, LAST, EVAL_DATA, TRAINING_RECORD = "best.ckpt", "last.ckpt", "eval.npz", "training.json"
 DIVERGED = "diverged"
 
+# JSON has no NaN.
+_Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
-@dataclass(frozen=True)
-class TrainingResult:
+
+class TrainingResult(BaseModel, frozen=True):
     """How a training ended; `to_dict` is JSON-serialisable.
 
     What was measured of the best checkpoint is NaN, empty or None where another one is chosen.
@@ -54,13 +55,13 @@ class TrainingResult:
     best: Path
     last: Path
     eval_data: Path
-    history: tuple[dict[str, float], ...] = field(repr=False)
+    history: tuple[dict[str, _Number], ...] = Field(repr=False)
     best_epoch: int
     stopped: str | None
     seconds: float
     samples: dict[str, int]
-    median_error_m: float
-    p95_error_m: float
+    median_error_m: _Number
+    p95_error_m: _Number
     baseline_median_error_m: float
     coverage: dict[str, float]
     nll: float | None
@@ -71,11 +72,11 @@ class TrainingResult:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy; a number that is not finite is None."""
-        shallow = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        paths = {n: str(v) for n, v in shallow.items() if isinstance(v, Path)}
-        release = None if self.release is None else self.release.to_dict()
-        given = {**shallow, **paths, "history": list(self.history), "release": release}
-        return {name: _finite_or_none(value) for name, value in given.items()}
+        return dict(json.loads(self.model_dump_json()))
+
+    @field_serializer("release")
+    def _as_it_is_printed(self, release: ReleaseResult | None) -> dict[str, Any] | None:
+        return None if release is None else release.to_dict()
 
 
 def read_result(folder: Path, checkpoint: str = "") -> TrainingResult:
@@ -87,32 +88,21 @@ def read_result(folder: Path, checkpoint: str = "") -> TrainingResult:
     """
     record = folder / TRAINING_RECORD
     try:
-        content = json.loads(record.read_bytes())
-        paths = {n: folder / Path(content[n]).name for n in ("best", "last", "eval_data")}
-        names = set(TrainingResult.__dataclass_fields__)
-        values = {n: v for n, v in content.items() if n in names} | paths
-        epochs = [dict(entry) for entry in content["history"]]
-        history = tuple({n: _nan_for_none(v) for n, v in entry.items()} for entry in epochs)
-        values |= {"folder": folder, "history": history, "release": None}
-        values |= {n: _nan_for_none(content[n]) for n in ("median_error_m", "p95_error_m")}
-        result = TrainingResult(**values)
-        sha256 = dict(result.sha256)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = TrainingResult.model_validate_json(record.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} holds no finished training: {record} can't be read "
             f"({shown(str(error))}). Train first, or go on with --resume-training"
         ) from error
-    if checkpoint and (chosen := Path(checkpoint)).name != result.best.name:
-        result = replace(
-            result,
-            best=chosen,
-            median_error_m=math.nan,
-            p95_error_m=math.nan,
-            coverage={},
-            nll=None,
-        )
-    elif checkpoint:
-        result = replace(result, best=Path(checkpoint))
+    # Where the folder has been moved, its files have moved with it.
+    here = {name: folder / getattr(found, name).name for name in ("best", "last", "eval_data")}
+    update: dict[str, Any] = {**here, "folder": folder, "release": None}
+    if checkpoint:
+        update["best"] = Path(checkpoint)
+        if update["best"].name != found.best.name:
+            unknown = dict.fromkeys(("median_error_m", "p95_error_m"), math.nan)
+            update |= {**unknown, "coverage": {}, "nll": None}
+    result, sha256 = found.model_copy(update=update), found.sha256
     for path in (result.best, result.eval_data):
         known = sha256.get(path.name)
         if known is None or path.resolve().parent != folder.resolve():
@@ -125,16 +115,3 @@ def read_result(folder: Path, checkpoint: str = "") -> TrainingResult:
             state = "was changed since" if path.is_file() else "is missing, which was there when"
             raise CheckpointError(f"{path} {state} the training ended")
     return result
-
-
-def _finite_or_none(value: Any) -> Any:
-    """The value with None for each number that JSON can't write."""
-    if isinstance(value, dict):
-        return {name: _finite_or_none(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_none(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _nan_for_none(value: Any) -> Any:
-    return math.nan if value is None else value

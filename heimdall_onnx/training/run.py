@@ -156,22 +156,12 @@ class TrainingRun:
         self.progress.about = {**about, "run_id": self.run_id, "threads": self._threads}
 
     def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        old, new = before.get("parameters", {}), now["parameters"]
+        old, new = ({**about, **about.get("parameters", {})} for about in (before, now))
         differ = [
             f"{name}: {shown(repr(old.get(name)))} then, {shown(repr(new[name]))} now"
-            for name in FIXED
+            for name in (*FIXED, "device", "precision", "dataset_digest")
             if old.get(name) != new[name]
         ]
-        differ += [
-            f"{name}: {shown(repr(before.get(name)))} then, {shown(repr(now[name]))} now"
-            for name in ("device", "precision")
-            if before.get(name) != now[name]
-        ]
-        if before.get("dataset_digest") != now["dataset_digest"]:
-            differ.append(
-                f"dataset: SHA-256 {shown(str(before.get('dataset_digest')))} then, "
-                f"{now['dataset_digest']} now"
-            )
         if differ:
             raise ParameterError(
                 "a training can only go on as it began; start another one, or give the same "
@@ -264,7 +254,6 @@ class TrainingRun:
         import torch
 
         from heimdall_onnx.training.module import (
-            FitOptions,
             Objective,
             TrainingModule,
             TrainingRows,
@@ -278,16 +267,8 @@ class TrainingRun:
         objective = Objective(model, signature, chosen.beta)
         names = [spec.name for spec in signature.inputs]
         signature.check_inputs(dataset.rows(split.train[:2]), str(dataset.path))
-        recipe = FitOptions(
-            learning_rate=chosen.learning_rate,
-            weight_decay=chosen.weight_decay,
-            warmup=chosen.warmup,
-            beta=chosen.beta,
-            seed=chosen.seed,
-            max_seconds=chosen.max_time,
-        )
         module = TrainingModule(
-            model, objective, recipe, kwargs, self.progress, positions, self._began
+            model, objective, chosen, kwargs, self.progress, positions, self._began
         )
         cache = _row_bytes(dataset, names) * (dataset.count - len(split.test)) <= _CACHE_BYTES
         parts = [
@@ -298,9 +279,7 @@ class TrainingRun:
             make_loader(
                 rows,
                 module,
-                batch_size=chosen.batch_size,
                 workers=0 if cache else _workers(chosen.num_workers),
-                devices=chosen.devices,
                 shuffled=shuffled,
             )
             for rows, shuffled in zip(parts, (True, False), strict=True)
@@ -319,10 +298,6 @@ class TrainingRun:
             module,
             *loaders,
             folder=self.folder,
-            epochs=chosen.epochs,
-            patience=chosen.patience,
-            accelerator=chosen.accelerator,
-            devices=chosen.devices,
             precision=precision,
             resume=self.resume,
             report=self.report,

@@ -17,7 +17,6 @@ CHECKPOINT_DIR/
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,4 +130,5 @@ def _released(
     if parameters.experiment_name:
         name = parameters.experiment_name
         settings = settings.model_copy(update={"experiment_name": name})
-    return replace(result, release=release_checkpoint(chosen, settings, progress=progress))
+    done = release_checkpoint(chosen, settings, progress=progress)
+    return result.model_copy(update={"release": done})

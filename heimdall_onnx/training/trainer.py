@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -101,10 +101,6 @@ def fit(
     validation: DataLoader[Any],
     *,
     folder: Path,
-    epochs: int,
-    patience: int,
-    accelerator: str,
-    devices: int,
     precision: str,
     resume: Path | None,
     report: OnProgress | None,
@@ -118,10 +114,6 @@ def fit(
         train: Batches to train on.
         validation: Batches to choose checkpoints by.
         folder: Gets ``last.ckpt`` and the best three.
-        epochs: At most.
-        patience: Epochs without a better validation loss before it ends.
-        accelerator: Lightning's name of it.
-        devices: Number of devices.
         precision: Lightning's name of it.
         resume: A ``last.ckpt`` to go on from.
         report: Called with the share of the work done and what is being done.
@@ -133,24 +125,24 @@ def fit(
         CheckpointError: If ``resume`` can't be gone on from.
         DataError: If a checkpoint can't be written.
     """
-    module.batches = train
+    module.batches, chosen = train, module.chosen
     interactive = report is None and sys.stderr.isatty()
     own: list[Callback] = [
         *callbacks,
-        EarlyStopping("val_loss", patience=patience, mode="min", check_finite=True),
+        EarlyStopping("val_loss", patience=chosen.patience, mode="min", check_finite=True),
         _Best(folder),
         _Last(folder),
         _Watch(report, sink, speak=report is None and not interactive),
     ]
     if interactive:
         own.append(_Bar())
-    with quiet(), _sharing_by_name(devices > 1):
+    with quiet(), _sharing_by_name(chosen.devices > 1):
         trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            strategy="auto" if devices == 1 else "ddp_spawn",
+            accelerator=chosen.accelerator,
+            devices=chosen.devices,
+            strategy="auto" if chosen.devices == 1 else "ddp_spawn",
             precision=precision,  # type: ignore[arg-type]
-            max_epochs=epochs,
+            max_epochs=chosen.epochs,
             callbacks=own,
             plugins=[PlainCheckpoints(), LightningEnvironment()],
             gradient_clip_val=_CLIP,
@@ -176,7 +168,7 @@ def fit(
             if was_interrupted(error):
                 raise KeyboardInterrupt from error
             # With several devices the work is done by other processes, on copies of the module.
-            restored = resume is None or module.started or devices > 1
+            restored = resume is None or module.started or chosen.devices > 1
             if restored or isinstance(error, HeimdallError):
                 raise
             raise CheckpointError(
@@ -364,27 +356,18 @@ class _Bar(TQDMProgressBar):
     """Lightning's bar on standard error, with the losses of the last epoch."""
 
     def init_train_tqdm(self) -> Tqdm:
-        return self._bar(self.train_description, 0, leave=True)
+        # Standard output belongs to the result.
+        with redirect_stdout(sys.stderr):
+            return super().init_train_tqdm()
 
     def init_validation_tqdm(self) -> Tqdm:
-        return self._bar(self.validation_description, 1, leave=False)
+        with redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, TrainingModule)
         history = pl_module.progress.history
         return _readable(history[-1], "train_loss", "val_loss", "km") if history else {}
-
-    def _bar(self, what: str, row: int, *, leave: bool) -> Tqdm:
-        return Tqdm(
-            desc=what,
-            position=row,
-            leave=leave,
-            disable=self.is_disabled,
-            dynamic_ncols=True,
-            file=sys.stderr,
-            smoothing=0,
-            bar_format=self.BAR_FORMAT,
-        )
 
 
 def _readable(epoch: Mapping[str, float], *names: str) -> dict[str, Any]:

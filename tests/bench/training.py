@@ -29,14 +29,9 @@ from heimdall_onnx.data.dataset.dataset import open_dataset
 from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.localization.frame import placement_of
 from heimdall_onnx.localization.network import LocalizationNet
-from heimdall_onnx.training.module import (
-    FitOptions,
-    Objective,
-    TrainingModule,
-    TrainingProgress,
-    TrainingRows,
-)
+from heimdall_onnx.training.module import Objective, TrainingModule, TrainingProgress, TrainingRows
 from heimdall_onnx.training.module import make_loader as our_loader
+from heimdall_onnx.training.parameters import TrainingParameters
 from heimdall_onnx.training.trainer import fastest_threads, fit, quiet
 
 BATCH, TRAIN, VALIDATION, EPOCHS, ROUNDS = 32, 768, 64, 1, 6
@@ -78,7 +73,7 @@ class Bench:
         """Rates of the training entry."""
         module, parts = self.module()
         loaders = [
-            our_loader(rows, module, batch_size=BATCH, workers=0, devices=1, shuffled=shuffled)
+            our_loader(rows, module, workers=0, shuffled=shuffled)
             for rows, shuffled in zip(parts, (True, False), strict=True)
         ]
         clock = Clock()
@@ -87,10 +82,6 @@ class Bench:
                 module,
                 *loaders,
                 folder=Path(folder),
-                epochs=EPOCHS,
-                patience=EPOCHS,
-                accelerator="cpu",
-                devices=1,
                 precision="32-true",
                 resume=None,
                 report=lambda share, what: None,
@@ -102,9 +93,16 @@ class Bench:
     def module(self) -> tuple[TrainingModule, list[TrainingRows]]:
         model = self.model()
         objective = Objective(model, model.signature, 0.5)
-        recipe = FitOptions(learning_rate=RATE, weight_decay=DECAY)
+        parameters = TrainingParameters(
+            learning_rate=RATE,
+            weight_decay=DECAY,
+            batch_size=BATCH,
+            epochs=EPOCHS,
+            patience=EPOCHS,
+            accelerator="cpu",
+        )
         module = TrainingModule(
-            model, objective, recipe, {}, TrainingProgress(), self.positions, time.monotonic()
+            model, objective, parameters, {}, TrainingProgress(), self.positions, time.monotonic()
         )
         chosen = np.split(np.arange(TRAIN + VALIDATION), [TRAIN])
         targets = self.targets.numpy()

@@ -13,7 +13,8 @@ from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.localization.frame import LocalFrame
 from heimdall_onnx.model.inference import run_pytorch
-from heimdall_onnx.training.module import FitOptions, Objective, TrainingModule, TrainingProgress
+from heimdall_onnx.training.module import Objective, TrainingModule, TrainingProgress
+from heimdall_onnx.training.parameters import TrainingParameters
 
 SIGNATURE = Signature(
     inputs=(
@@ -95,10 +96,10 @@ class PassedOn(SwappedFrame):
 
 
 def module_of(model, **changes):
-    recipe = FitOptions(learning_rate=0.1, warmup=0.0, **changes)
+    chosen = TrainingParameters(learning_rate=0.1, warmup=0.0, **changes)
     objective = Objective(model, SIGNATURE, beta=0.0)
     return TrainingModule(
-        model, objective, recipe, {}, TrainingProgress(), np.zeros((3, 2)), began=0.0
+        model, objective, chosen, {}, TrainingProgress(), np.zeros((3, 2)), began=0.0
     )
 
 

@@ -382,7 +382,7 @@ def test_a_training_goes_on_only_as_it_began(result, data, tmp_path, monkeypatch
     with pytest.raises(ParameterError) as error:
         train(changed)
     for word in (
-        *("batch_size: 32 then, 16 now", "seed: 0 then, 3 now", "dataset: SHA-256"),
+        *("batch_size: 32 then, 16 now", "seed: 0 then, 3 now", "dataset_digest: '"),
         *("patience: 10 then, 2 now", "devices: 1 then, 2 now", "split_seed: 0 then, 7 now"),
         "precision: '32-true' then, 'bf16-mixed' now",
     ):

@@ -12,7 +12,8 @@ from heimdall_onnx import Signature, TensorSpec
 from heimdall_onnx.common.errors import CheckpointError
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.localization.frame import LocalFrame
-from heimdall_onnx.training.module import FitOptions, Objective, TrainingModule, TrainingProgress
+from heimdall_onnx.training.module import Objective, TrainingModule, TrainingProgress
+from heimdall_onnx.training.parameters import TrainingParameters
 from heimdall_onnx.training.trainer import PlainCheckpoints, fit, read_training
 
 COUNT = 16
@@ -58,16 +59,12 @@ def fitted(folder, *, epochs, resume=None, scale=1.0, batch=COUNT):
         ({"x": x[i : i + batch]}, targets[i : i + batch], torch.arange(COUNT)[i : i + batch])
         for i in range(0, COUNT, batch)
     ]
-    recipe = FitOptions(learning_rate=0.1)
-    module = TrainingModule(model, objective, recipe, {}, progress, positions, time.monotonic())
+    chosen = TrainingParameters(learning_rate=0.1, epochs=epochs, patience=100, accelerator="cpu")
+    module = TrainingModule(model, objective, chosen, {}, progress, positions, time.monotonic())
     fit(
         module,
         *(DataLoader(batches, batch_size=None) for _ in range(2)),
         folder=folder,
-        epochs=epochs,
-        patience=100,
-        accelerator="cpu",
-        devices=1,
         precision="32-true",
         resume=resume,
         report=lambda share, what: None,
