@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def write_features(
     parameters = parameters or FeatureParameters()
     sites = dict(receivers or {})
     check_positions(position, sites)
-    read = _read_all(recordings)
+    read = read_all(recordings)
     check_receivers(sites, read)
     events, windows = [], []
     for event in _events(read, parameters):
@@ -78,13 +78,31 @@ def write_features(
     return write_feature_file(Path(output), arrays, meta)
 
 
-def _read_all(paths: Sequence[Path | str]) -> list[Recording]:
+def read_all(
+    paths: Sequence[Path | str],
+    *,
+    samples: bool = True,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[Recording]:
+    """All recordings, with or without their samples.
+
+    Args:
+        paths: The files.
+        samples: Whether to keep the samples.
+        progress: Called with the share of the files read.
+
+    Raises:
+        DataError: With every file that can't be used.
+    """
     read, problems = [], []
-    for path in paths:
+    for number, path in enumerate(paths):
+        progress(number / len(paths))
         try:
-            read.append(read_recording(path))
+            recording = read_recording(path)
         except DataError as error:
             problems.append(str(error))
+            continue
+        read.append(recording if samples else replace(recording, iq=recording.iq[:0].copy()))
     if problems:
         raise DataError("\n".join(problems))
     return read

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from heimdall_onnx.localization.features import (
     check_positions,
     check_receivers,
     event_provenance,
+    read_all,
     too_short,
 )
 from heimdall_onnx.localization.mel import FeatureParameters, mel_windows
@@ -84,7 +85,9 @@ def ingest_recordings(
     say = progress or (lambda share, what: None)
     check_positions(position, sites)
     labels = None if positions is None else read_positions(positions)
-    found = _look_through(recordings, lambda share: say(share / 2, "reading recordings"))
+    found = read_all(
+        recordings, samples=False, progress=lambda share: say(share / 2, "reading recordings")
+    )
     check_receivers(sites, found)
     groups = _in_one_order(group_recordings(found, size=CHANNELS), mixed=mixed_receivers)
     truth = _positions(groups, position, labels)
@@ -136,24 +139,6 @@ def read_positions(path: Path | str) -> dict[str, Position]:
     if problems:
         raise DataError(f"positions {path}: expected lines of {expected}; found" + listed(problems))
     return positions
-
-
-def _look_through(
-    paths: Sequence[Path | str], progress: Callable[[float], None]
-) -> list[Recording]:
-    """All recordings without their samples but one, which tells the type."""
-    found, problems = [], []
-    for number, path in enumerate(paths):
-        progress(number / len(paths))
-        try:
-            recording = read_recording(path)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        found.append(replace(recording, iq=recording.iq[:0].copy()))
-    if problems:
-        raise DataError("\n".join(problems))
-    return found
 
 
 def _read_again(before: Recording) -> Recording:

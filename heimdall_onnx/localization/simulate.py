@@ -36,7 +36,7 @@ from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.files import replace_file
 from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.machine import usable_processors
-from heimdall_onnx.localization.mel import FeatureParameters, log_mel, mel_windows, normalize
+from heimdall_onnx.localization.mel import FeatureParameters, mel_windows
 from heimdall_onnx.localization.modulation import MODULATIONS
 from heimdall_onnx.localization.propagation import (
     CONDITIONS,
@@ -188,30 +188,10 @@ def simulate_event(
     )
 
 
-def simulate_captures(
-    rng: np.random.Generator, count: int
-) -> tuple[npt.NDArray[np.float32], Floats]:
-    """Features and true positions of simulated transmissions, a window of each.
-
-    Args:
-        rng: Source of all randomness.
-        count: Number of captures, at least 1.
-
-    Returns:
-        Features (count, 3, 128, 32) and positions (count, 2) in degrees latitude and longitude.
-    """
-    features, positions = [], []
-    for _ in range(count):
-        event = simulate_event(rng)
-        features.append(normalize(log_mel(event.iq, SAMPLE_RATE_HZ, PARAMETERS)))
-        positions.append(event.position)
-    return np.stack(features), np.array(positions)
-
-
-def simulate_events(count: int, *, windows: int, seed: int) -> Iterator[SimulatedEvent]:
-    """Events 0 to ``count`` - 1 of a seed; each depends on the seed and its own number alone."""
-    for number in range(count):
-        yield _numbered(seed, number, windows)
+def simulate_numbered(seed: int, number: int, windows: int) -> SimulatedEvent:
+    """An event of a seed, which depends on these alone; see `simulate_event`."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
+    return simulate_event(rng, windows=windows, start=_FIRST_START + number * _BETWEEN_EVENTS)
 
 
 def simulate_dataset(
@@ -266,7 +246,7 @@ def simulate_dataset(
     }
 
     def make(number: int) -> tuple[npt.NDArray[np.float32], tuple[float, float], list[Path]]:
-        event = _numbered(seed, number, windows_per_event)
+        event = simulate_numbered(seed, number, windows_per_event)
         files = [] if recordings is None else write_recordings(event, recordings)
         return mel_windows(event.iq, SAMPLE_RATE_HZ, PARAMETERS), event.position, files
 
@@ -334,11 +314,6 @@ def level_db(position: npt.ArrayLike, sites: Floats) -> Floats:
         CHANNEL["snr_db_at_300_km"]
         - loss_db(metres, exponent=CHANNEL["path_loss_exponent"], reference_m=300e3)
     )
-
-
-def _numbered(seed: int, number: int, windows: int) -> SimulatedEvent:
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
-    return simulate_event(rng, windows=windows, start=_FIRST_START + number * _BETWEEN_EVENTS)
 
 
 def _draw_position(rng: np.random.Generator, sites: Floats) -> Floats:

@@ -20,6 +20,7 @@ import pytest
 import quick_release
 import servers
 import torch
+from captures import simulate_captures
 from proxy import Fault, proxied, wait_for
 from pydantic import SecretStr
 from quick_release import Factory
@@ -36,7 +37,6 @@ from heimdall_onnx.common.errors import (
 )
 from heimdall_onnx.localization.features import write_features
 from heimdall_onnx.localization.network import LocalizationNet
-from heimdall_onnx.localization.simulate import simulate_captures
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE, Signature, TensorSpec

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from captures import simulate_captures, simulate_events
 
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.data.dataset.dataset import open_dataset
@@ -19,10 +20,8 @@ from heimdall_onnx.localization.simulate import (
     RECEIVERS,
     SAMPLE_RATE_HZ,
     level_db,
-    simulate_captures,
     simulate_dataset,
     simulate_event,
-    simulate_events,
     write_recordings,
 )
 
