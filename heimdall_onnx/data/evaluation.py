@@ -18,7 +18,7 @@ from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
-from heimdall_onnx.data.dataset.schema import INPUTS, POSITIONS
+from heimdall_onnx.data.dataset.schema import INPUTS, POSITIONS, beyond_globe
 from heimdall_onnx.data.npz import read_npz
 from heimdall_onnx.model.examples import examples_of
 from heimdall_onnx.model.signature import Signature
@@ -145,11 +145,10 @@ def load_evaluation_data(
         meta = {"provenance": made_by} if examples.own else {}
         synthetic = examples.valid(SYNTHETIC_SAMPLES)
         return EvaluationData(synthetic, None, meta, "synthetic inputs", None, {})
-    if isinstance(path, Dataset):
-        return _of_dataset(path, signature, verify=verify)
-    if is_dataset(path):
+    if isinstance(path, Dataset) or is_dataset(path):
         # Labels are read as the inputs are, since there may be more than memory holds.
-        return _of_dataset(open_dataset(path, labels=False), signature, verify=verify)
+        dataset = path if isinstance(path, Dataset) else open_dataset(path, labels=False)
+        return _of_dataset(dataset, signature, verify=verify)
     if str(path).startswith("s3://"):
         raise DataError(
             f"expected evaluation data in a file, found {path}; only datasets are read from a "
@@ -157,10 +156,8 @@ def load_evaluation_data(
         )
     path = Path(path)
     arrays, sha256 = _read_npz(path)
-    wanted = [spec.name for spec in signature.inputs]
-    inputs = {name: arrays[name] for name in wanted if name in arrays}
     problems: list[str] = []
-    count = _checked_inputs(inputs or arrays, signature, path, problems)
+    inputs, count = _checked_inputs(arrays, signature, path, problems)
     positions = _read_positions(arrays, count, problems)
     meta = _read_meta(arrays, problems)
     receivers = _read_receivers(meta, problems)
@@ -177,15 +174,12 @@ def is_dataset(path: Path | str) -> bool:
 
 
 def _of_dataset(dataset: Dataset, signature: Signature, *, verify: bool) -> EvaluationData:
-    path = dataset.address
+    path, problems = dataset.address, list[str]()
     arrays = {name.removeprefix(INPUTS): reader for name, reader in dataset.readers.items()}
-    wanted = [spec.name for spec in signature.inputs]
-    inputs = {name: arrays[name] for name in wanted if name in arrays}
-    problems: list[str] = []
-    count = _checked_inputs(inputs or arrays, signature, path, problems)
+    inputs, count = _checked_inputs(arrays, signature, path, problems)
     positions = arrays.get(POSITIONS)
     if positions is not None:
-        problems += _beyond_globe(positions)
+        problems += beyond_globe(positions)
     _check_centre(dataset.meta, problems)
     _require_none(problems, path)
     if verify:
@@ -203,15 +197,18 @@ def _of_dataset(dataset: Dataset, signature: Signature, *, verify: bool) -> Eval
 
 
 def _checked_inputs(
-    inputs: Mapping[str, Rows], signature: Signature, path: Path | str, problems: list[str]
-) -> int | None:
+    arrays: Mapping[str, Rows], signature: Signature, path: Path | str, problems: list[str]
+) -> tuple[dict[str, Rows], int | None]:
+    """The model's inputs among the arrays, and their number where they fit."""
+    wanted = [spec.name for spec in signature.inputs]
+    inputs = {name: arrays[name] for name in wanted if name in arrays}
     try:
-        count = signature.check_inputs(inputs, str(path))
+        count = signature.check_inputs(inputs or arrays, str(path))
     except DataError as error:
         problems.append(str(error))
-        return None
+        return inputs, None
     problems += unknown_ids(inputs, signature)
-    return count
+    return inputs, count
 
 
 def _require_none(problems: list[str], path: Path | str) -> None:
@@ -295,23 +292,8 @@ def _read_positions(
         )
         return None
     degrees = positions.astype(np.float64)
-    problems += _beyond_globe(degrees)
+    problems += beyond_globe(degrees)
     return degrees
-
-
-def _beyond_globe(positions: Rows) -> Iterator[str]:
-    elsewhere = np.concatenate(
-        [
-            start + np.flatnonzero(~(np.abs(part) <= (90.0, 180.0)).all(axis=1))
-            for start, part in parts(positions)
-        ]
-        or [np.empty(0, np.intp)]
-    )
-    if elsewhere.size:
-        yield (
-            "`positions` must be latitudes in [-90, 90] and longitudes in [-180, 180]; they are "
-            f"not in {elsewhere.size} samples, first in sample {elsewhere[0]}"
-        )
 
 
 def _read_receivers(meta: dict[str, Any], problems: list[str]) -> dict[str, tuple[float, float]]:

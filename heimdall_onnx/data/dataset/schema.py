@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from heimdall_onnx.common.arrays import Rows, parts
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.dataset.shards import DTYPES, ArraySpec, Sha256, Strict
 
@@ -135,13 +136,19 @@ def _position_problems(positions: npt.NDArray[Any] | None) -> list[str]:
         return []
     if positions.ndim != 2 or positions.shape[1] != 2:
         return [f"positions must have shape (N, 2), found {positions.shape}"]
-    off = np.flatnonzero(~(np.abs(positions) <= (90.0, 180.0)).all(axis=1))
-    if not off.size:
-        return []
-    return [
-        "positions must be latitudes in [-90, 90] and longitudes in [-180, 180]; they are not in "
-        f"{off.size} samples, first in sample {off[0]}"
-    ]
+    return list(beyond_globe(positions))
+
+
+def beyond_globe(positions: Rows) -> Iterator[str]:
+    """What is wrong with positions that are no latitudes and longitudes, in words."""
+    off = [np.empty(0, np.intp)]
+    for start, part in parts(positions):
+        off.append(start + np.flatnonzero(~(np.abs(part) <= (90.0, 180.0)).all(axis=1)))
+    if (elsewhere := np.concatenate(off)).size:
+        yield (
+            "positions must be latitudes in [-90, 90] and longitudes in [-180, 180]; they are not "
+            f"in {elsewhere.size} samples, first in sample {elsewhere[0]}"
+        )
 
 
 def _bad_names(names: set[str]) -> Iterator[str]:
