@@ -2,7 +2,7 @@
 
 The documented gate (mean absolute error) hides single bad elements, so it never stands alone:
 elements, non-finite values, the noise floor of float32 and batch independence are gated as well,
-and where the signature promises more, that promise.
+and where the signature declares more, that too.
 """
 
 from __future__ import annotations
@@ -116,14 +116,14 @@ def compare_outputs(
         for kind, inputs, valid in further_kinds(data, examples, size):
             cells.append(run.compare(kind, inputs, size, valid=valid))
     independence = _batch_independence(run, data)
-    promised = (
+    declared = (
         {"PyTorch": run.pytorch, "ONNX": run.onnx},
         signature,
         examples,
         data.rows(np.arange(SAMPLES)),
         Limit(tolerance, RTOL),
     )
-    masks, orders = check_masks(*promised), check_orders(*promised)
+    masks, orders = check_masks(*declared), check_orders(*declared)
     del run.session
     report = ParityReport(
         signature=signature,

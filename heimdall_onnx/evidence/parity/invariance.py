@@ -1,4 +1,4 @@
-"""What a signature promises of a model, held against PyTorch and ONNX each by itself.
+"""What a signature declares of a model, held against PyTorch and ONNX each by itself.
 
 Two models that make the same mistake agree, so parity finds none of these: a mask that hides what
 it should show, one that hides a part only, a mean that counts the padding, an order that should be

@@ -182,7 +182,7 @@ class ParityReport:
                 f"{self.independence.neighbour}: {self.independence.largest_error:.3g}",
             ),
             *self._range_gates(),
-            *self._promise_gates(),
+            *self._declared_gates(),
         )
 
     def _mean_gate(self, cells: list[ParityCell]) -> Gate:
@@ -221,7 +221,7 @@ class ParityReport:
             ),
         )
 
-    def _promise_gates(self) -> Iterator[Gate]:
+    def _declared_gates(self) -> Iterator[Gate]:
         # NaN in the same places is a faithful export, and where nothing says which inputs are
         # valid, as of a bare floating-point input, an answer to zeros need not exist.
         if self.valid_inputs:
