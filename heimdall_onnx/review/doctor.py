@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,10 +70,10 @@ class _Object:
 
 
 class _Place:
-    """What is in a bucket, looked at once."""
+    """What is in a bucket, looked at once, and the registry beside it."""
 
-    def __init__(self, bucket: Bucket, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, prefix.strip("/")
+    def __init__(self, bucket: Bucket, tracker: MLflowTracker, prefix: str) -> None:
+        self.bucket, self.tracker, self.prefix = bucket, tracker, prefix.strip("/")
         self.exists = bucket.is_there()
         self.objects = tuple(_list(bucket)) if self.exists else ()
         self.now = _now(bucket) if self.exists else datetime.now(UTC)
@@ -87,6 +87,12 @@ class _Place:
             except VerificationError as error:
                 self.broken[folder] = str(error)
 
+    @cached_property
+    def versions(self) -> dict[tuple[str, str], RegisteredVersion]:
+        """The registered versions whose source is in this bucket, by name and number."""
+        every = (v for name in self.tracker.model_names() for v in self.tracker.versions(name))
+        return {(v.name, v.version): v for v in every if v.source.startswith(self.bucket.uri())}
+
     def folders(self) -> dict[str, list[_Object]]:
         """Objects by release folder; what others keep below the prefix is none."""
         found: dict[str, list[_Object]] = defaultdict(list)
@@ -94,6 +100,22 @@ class _Place:
             if folder := self.folder_of(stored.key):
                 found[folder].append(stored)
         return found
+
+    def shared(self) -> dict[str, list[_Object]]:
+        """Objects of what releases share: content by its key, a dataset by its folder."""
+        found: dict[str, list[_Object]] = defaultdict(list)
+        for stored in self.objects:
+            if stored.key.startswith((f"{CONTENT}/", f"{DATASETS}/")):
+                found["/".join(stored.key.split("/")[:3])].append(stored)
+        return found
+
+    def named(self) -> set[str]:
+        """The addresses of content and datasets that manifests name."""
+        kept = self.manifests.values()
+        return {
+            *(self.bucket.uri(entry.key) for manifest in kept for entry in manifest.content),
+            *(manifest.dataset.address for manifest in kept if manifest.dataset is not None),
+        }
 
     def folder_of(self, key: str) -> str | None:
         """The release folder that a key or an address without its bucket is in, by its name."""
@@ -122,19 +144,15 @@ def diagnose(
     Raises:
         ServiceError: If a service can't be reached or refuses.
     """
-    there = _Place(connection.bucket(bucket), prefix)
-    before = there.now - older_than
     tracker = connection.tracker
-    versions = [v for name in tracker.model_names() for v in tracker.versions(name)]
-    ours = [v for v in versions if v.source.startswith(there.bucket.uri())]
-    wanted = _wanted(there, tracker, ours)
+    there = _Place(connection.bucket(bucket), tracker, prefix)
+    before = there.now - older_than
     return (
         *_broken_manifests(there),
-        *_aliases(there, tracker, ours),
-        *_unfinished_folders(there, ours, wanted, before),
-        *_versions(there, tracker, ours, before),
-        *_unreferenced_content(there, before),
-        *_unreferenced_datasets(there, before),
+        *_aliases(there),
+        *_unfinished_folders(there, before),
+        *_versions(there, before),
+        *_unreferenced(there, before),
         *_uploads(there, before),
         *_open_runs(tracker, before),
         *_local_models(connection.settings.home, datetime.now(UTC) - older_than),
@@ -146,29 +164,22 @@ def _broken_manifests(there: _Place) -> Iterator[Leftover]:
         yield Leftover("unreadable manifest", there.bucket.uri(folder), problem)
 
 
-def _wanted(
-    there: _Place, tracker: MLflowTracker, versions: list[RegisteredVersion]
-) -> set[str | None]:
+def _wanted(there: _Place) -> set[str | None]:
     """Folders that somebody counts on: a manifest that is missing there is a loss, not a leftover.
 
     An alias points at them, or they have been reviewed.
     """
     held = {
         (name, number)
-        for name in {v.name for v in versions}
-        for number in tracker.aliases(name).values()
+        for name in {name for name, _ in there.versions}
+        for number in there.tracker.aliases(name).values()
     }
     reviewed = {there.folder_of(key) for key in there.keys if f"/{REVIEWS}/" in key}
-    return reviewed | {there.of(v) for v in versions if (v.name, v.version) in held}
+    return reviewed | {there.of(v) for key, v in there.versions.items() if key in held}
 
 
-def _unfinished_folders(
-    there: _Place,
-    versions: list[RegisteredVersion],
-    wanted: set[str | None],
-    before: datetime,
-) -> Iterator[Leftover]:
-    sources = {there.of(v): v for v in versions}
+def _unfinished_folders(there: _Place, before: datetime) -> Iterator[Leftover]:
+    sources, wanted = {there.of(v): v for v in there.versions.values()}, _wanted(there)
     for folder, objects in sorted(there.folders().items()):
         uri = there.bucket.uri(folder)
         keys = [o.key for o in objects]
@@ -187,18 +198,15 @@ def _unfinished_folders(
         )
 
 
-def _versions(
-    there: _Place, tracker: MLflowTracker, versions: list[RegisteredVersion], before: datetime
-) -> Iterator[Leftover]:
-    registered = {(v.name, v.version) for v in versions}
+def _versions(there: _Place, before: datetime) -> Iterator[Leftover]:
     for folder, manifest in there.manifests.items():
-        if (manifest.model_name, manifest.model_version) not in registered:
+        if (manifest.model_name, manifest.model_version) not in there.versions:
             yield Leftover(
                 "release without a version",
                 there.bucket.uri(folder),
                 f"{manifest.model_name} version {manifest.model_version} is not registered",
             )
-    for version in versions:
+    for version in there.versions.values():
         place = there.of(version)
         created = datetime.fromtimestamp(version.created_ms / 1000, UTC)
         if place is None or place in there.manifests or place in there.broken:
@@ -210,18 +218,15 @@ def _versions(
             f"{version.name} version {version.version}",
             f"there is no {version.source.rstrip('/')}/{MANIFEST}",
             "delete the version",
-            partial(_delete_version, there, tracker, version),
+            partial(_delete_version, there, version),
         )
 
 
-def _aliases(
-    there: _Place, tracker: MLflowTracker, versions: list[RegisteredVersion]
-) -> Iterator[Leftover]:
-    by_number = {(v.name, v.version): v for v in versions}
-    for name in sorted({v.name for v in versions}):
-        aliases = tracker.aliases(name)
+def _aliases(there: _Place) -> Iterator[Leftover]:
+    for name in sorted({name for name, _ in there.versions}):
+        aliases = there.tracker.aliases(name)
         for alias, number in sorted(aliases.items()):
-            version = by_number.get((name, number))
+            version = there.versions.get((name, number))
             if version is None or there.of(version) in there.manifests:
                 continue
             yield Leftover(
@@ -231,17 +236,10 @@ def _aliases(
                 + ("was registered without a release" if _is_single(version) else "is no release"),
             )
         for alias in logged_aliases(there.bucket, name):
-            yield from _log(there, tracker, by_number, name, alias, aliases.get(alias))
+            yield from _log(there, name, alias, aliases.get(alias))
 
 
-def _log(
-    there: _Place,
-    tracker: MLflowTracker,
-    versions: dict[tuple[str, str], RegisteredVersion],
-    name: str,
-    alias: str,
-    points_at: str | None,
-) -> Iterator[Leftover]:
+def _log(there: _Place, name: str, alias: str, points_at: str | None) -> Iterator[Leftover]:
     try:
         moves = read_log(there.bucket, name, alias)
     except VerificationError as error:
@@ -254,14 +252,14 @@ def _log(
     if points_at is not None and points_at not in {move.version for move in moves}:
         # Somebody has moved it without a log, or with one in another bucket.
         yield Leftover("alias beside its log", f"{name}@{alias}", why)
-    elif last.version is not None and (name, last.version) not in versions:
+    elif last.version is not None and (name, last.version) not in there.versions:
         # The release was taken back, and its runner died before it could say so.
         yield Leftover(
             "alias beside its log",
             f"{name}@{alias}",
             f"{why}, and version {last.version} is gone",
             f"note that it was taken back, and point the alias at {points_at or 'none'}",
-            partial(_note_withdrawal, there, tracker, last, points_at),
+            partial(_note_withdrawal, there, last, points_at),
         )
     else:
         yield Leftover(
@@ -269,63 +267,25 @@ def _log(
             f"{name}@{alias}",
             why,
             f"point the alias at {f'version {last.version}' if last.version else 'none'}",
-            lambda: follow_log(there.bucket, tracker, name, alias),
+            partial(follow_log, there.bucket, there.tracker, name, alias),
         )
 
 
-def _unreferenced_content(there: _Place, before: datetime) -> Iterator[Leftover]:
+def _unreferenced(there: _Place, before: datetime) -> Iterator[Leftover]:
     # A manifest that can't be read may name any of it.
-    if there.broken:
-        return
-    named = {entry.key for manifest in there.manifests.values() for entry in manifest.content}
-    for stored in there.objects:
-        unnamed = stored.key.startswith(f"{CONTENT}/") and stored.key not in named
-        if unnamed and stored.modified <= before:
+    shared, named = ({}, set()) if there.broken else (there.shared(), there.named())
+    for key, objects in sorted(shared.items()):
+        uri, latest = there.bucket.uri(key), max(stored.modified for stored in objects)
+        if uri not in named and latest <= before:
+            content = key.startswith(f"{CONTENT}/")
             yield Leftover(
-                "unreferenced content",
-                there.bucket.uri(stored.key),
-                "no manifest of the bucket names it",
-                "delete it",
-                partial(_delete_content, there, stored),
-            )
-
-
-def _unreferenced_datasets(there: _Place, before: datetime) -> Iterator[Leftover]:
-    if there.broken:
-        return
-    named = _named_datasets(there)
-    folders: dict[str, list[datetime]] = defaultdict(list)
-    for stored in there.objects:
-        if stored.key.startswith(f"{DATASETS}/"):
-            folders["/".join(stored.key.split("/")[:3])].append(stored.modified)
-    for folder, modified in sorted(folders.items()):
-        uri = there.bucket.uri(folder)
-        if uri not in named and max(modified) <= before:
-            yield Leftover(
-                "unreferenced dataset",
+                f"unreferenced {'content' if content else 'dataset'}",
                 uri,
-                f"{len(modified)} objects, and no manifest of the bucket names it",
+                ("" if content else f"{len(objects)} objects, and ")
+                + "no manifest of the bucket names it",
                 "delete it",
-                partial(_delete_dataset, there, folder, max(modified)),
+                partial(_delete_shared, there, key, latest),
             )
-
-
-def _named_datasets(there: _Place) -> set[str]:
-    kept = (manifest.dataset for manifest in there.manifests.values())
-    return {dataset.address for dataset in kept if dataset is not None}
-
-
-def _delete_dataset(there: _Place, folder: str, modified: datetime) -> None:
-    # As for content: it may be used again by now.
-    again = _Place(there.bucket, there.prefix)
-    now = [o for o in again.objects if o.key.startswith(f"{folder}/")]
-    used = there.bucket.uri(folder) in _named_datasets(again) or again.broken
-    if used or any(stored.modified > modified for stored in now):
-        raise VerificationError(f"{there.bucket.uri(folder)} is used again")
-    # The header first: without it the rest is no dataset.
-    keys = sorted((o.key for o in now), key=lambda key: (key != f"{folder}/{HEADER}", key))
-    there.bucket.delete(keys[:1])
-    there.bucket.delete(keys[1:])
 
 
 def _uploads(there: _Place, before: datetime) -> Iterator[Leftover]:
@@ -392,12 +352,10 @@ def _is_single(version: RegisteredVersion) -> bool:
     return "sha256" in version.tags and "manifest_sha256" not in version.tags
 
 
-def _note_withdrawal(
-    there: _Place, tracker: MLflowTracker, last: Move, points_at: str | None
-) -> None:
+def _note_withdrawal(there: _Place, last: Move, points_at: str | None) -> None:
     # A release that has come since it was looked at is not gone.
     with contextlib.suppress(NotRegisteredError):
-        tracker.get_version(last.model_name, str(last.version))
+        there.tracker.get_version(last.model_name, str(last.version))
         raise VerificationError(f"version {last.version} of {last.model_name} is there after all")
     append_move(
         there.bucket,
@@ -413,18 +371,17 @@ def _note_withdrawal(
     )
 
 
-def _delete_content(there: _Place, stored: _Object) -> None:
+def _delete_shared(there: _Place, key: str, latest: datetime) -> None:
     # A release that uses it again dates it anew, and may have been completed meanwhile.
-    now = {o.key: o for o in _list(there.bucket)}
-    again = _Place(there.bucket, there.prefix)
-    named = {entry.key for manifest in again.manifests.values() for entry in manifest.content}
-    if (
-        stored.key in named
-        or again.broken
-        or now.get(stored.key, stored).modified > stored.modified
-    ):
-        raise VerificationError(f"{there.bucket.uri(stored.key)} is used again")
-    there.bucket.delete([stored.key])
+    again = _Place(there.bucket, there.tracker, there.prefix)
+    objects, uri = again.shared().get(key, []), there.bucket.uri(key)
+    renewed = any(stored.modified > latest for stored in objects)
+    if again.broken or renewed or uri in again.named():
+        raise VerificationError(f"{uri} is used again")
+    # The header of a dataset first: without it the rest is none.
+    keys = sorted((o.key for o in objects), key=lambda one: (one != f"{key}/{HEADER}", one))
+    there.bucket.delete(keys[:1])
+    there.bucket.delete(keys[1:])
 
 
 def _delete_unless_complete(there: _Place, folder: str) -> None:
@@ -435,8 +392,8 @@ def _delete_unless_complete(there: _Place, folder: str) -> None:
     there.bucket.delete(keys)
 
 
-def _delete_version(there: _Place, tracker: MLflowTracker, version: RegisteredVersion) -> None:
-    folder = there.of(version)
+def _delete_version(there: _Place, version: RegisteredVersion) -> None:
+    folder, tracker = there.of(version), there.tracker
     if there.bucket.exists(f"{folder}/{MANIFEST}"):
         raise VerificationError(f"{version.source} has become a release")
     if version.version in tracker.aliases(version.name).values():
