@@ -284,6 +284,7 @@ def make_rows(row: Row, count: int) -> tuple[Row, ...]:
         decision = Decision(
             action="promote",
             alias="production",
+            release="",
             reviewer=f"reviewer {number % 5}",
             note="no worse than the one before on the evaluation data, and smaller",
             time="2026-11-20T14:30:00+00:00",

@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Generic, Literal, TypeVar
+from functools import partial
+from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from heimdall_onnx.archive.aliases import ALIASES, Move
 from heimdall_onnx.archive.manifest import (
@@ -49,27 +50,33 @@ KEPT = f"{GALLERY}/rows.json"
 _READERS = 8
 _MAX_REPORT_BYTES = 64 << 20
 _MAX_RECORD_BYTES = 4 << 20
+_LONGEST_NOTE = 300
 
 T = TypeVar("T")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
+_Text = Annotated[str, AfterValidator(shown)]
+
+
 class Decision(Frozen):
-    """That a reviewer has pointed an alias at a release.
+    """That a reviewer has pointed an alias at a release, as the review record says.
 
     Attributes:
         action: How.
         alias: The alias.
+        release: The release's folder, ``s3://bucket/prefix/version``.
         reviewer: Who.
         note: Why.
         time: When (UTC, ISO 8601).
     """
 
     action: Literal["promote", "rollback"]
-    alias: str
-    reviewer: str
-    note: str
-    time: str
+    alias: _Text
+    release: str
+    reviewer: _Text
+    note: Annotated[str, AfterValidator(partial(shown, limit=_LONGEST_NOTE))]
+    time: _Text
 
 
 @dataclass(frozen=True)
@@ -114,17 +121,6 @@ class Collected:
     read: int
 
 
-class _Review(Frozen):
-    """What is relied on in a review record."""
-
-    action: Literal["promote", "rollback"]
-    alias: str
-    release: str
-    reviewer: str
-    note: str
-    time: str
-
-
 class _Made(Frozen, Generic[T]):
     """What was made of objects that had these entity tags."""
 
@@ -137,7 +133,7 @@ class _Kept(Frozen):
 
     form: Literal[1] = 1
     facts: dict[str, _Made[Facts]] = Field(default_factory=dict)
-    reviews: dict[str, _Made[_Review]] = Field(default_factory=dict)
+    reviews: dict[str, _Made[Decision]] = Field(default_factory=dict)
     moves: dict[str, _Made[Move]] = Field(default_factory=dict)
 
 
@@ -174,25 +170,20 @@ def collect_rows(bucket: Bucket, prefix: str) -> Collected:
 
 
 def _rows(
-    place: _Place, facts: Mapping[str, Facts], reviews: Iterable[_Review], moves: Sequence[Move]
+    place: _Place, facts: Mapping[str, Facts], reviews: Iterable[Decision], moves: Sequence[Move]
 ) -> Iterator[Row]:
     pointed: dict[str | None, list[str]] = {}
     for (_, alias), move in sorted({(m.model_name, m.alias): m for m in moves}.items()):
         pointed.setdefault(move.release, []).append(shown(alias))
     # Of two reviewers who decide at once only one has decided: the one whose move is in the log.
-    completed = {(m.release, m.action, m.alias, m.by, m.note) for m in moves}
+    completed = {
+        (m.release, m.action, shown(m.alias), shown(m.by), shown(m.note, _LONGEST_NOTE))
+        for m in moves
+    }
     decided: dict[str, list[Decision]] = {}
-    for one in reviews:
+    for one in sorted(reviews, key=lambda one: one.time):
         if (one.release, one.action, one.alias, one.reviewer, one.note) in completed:
-            decided.setdefault(one.release, []).append(
-                Decision(
-                    action=one.action,
-                    alias=shown(one.alias),
-                    reviewer=shown(one.reviewer),
-                    note=shown(one.note, 300),
-                    time=shown(one.time, 40),
-                )
-            )
+            decided.setdefault(one.release, []).append(one)
     for folder, found in facts.items():
         release = place.bucket.uri(f"{place.prefix}/{folder}")
         yield Row(
@@ -200,7 +191,7 @@ def _rows(
             failed=folder.startswith(f"{FAILED}/"),
             report=f"{folder}/{REPORT_HTML}" if place.has(f"{folder}/{REPORT_HTML}") else None,
             aliases=tuple(pointed.get(release, ())),
-            decisions=tuple(sorted(decided.get(release, ()), key=lambda one: one.time)),
+            decisions=tuple(decided.get(release, ())),
         )
 
 
@@ -320,9 +311,9 @@ class _Place:
             return None
         return self.bucket.read_bytes(f"{self.prefix}/{name}")
 
-    def review_of(self, name: str) -> _Review | None:
+    def review_of(self, name: str) -> Decision | None:
         """A review record; None if it can't be read."""
-        return self._parsed(_Review, f"{self.prefix}/{name}")
+        return self._parsed(Decision, f"{self.prefix}/{name}")
 
     def move_of(self, key: str) -> Move | None:
         """An entry of an alias's log; None if it can't be read or belongs elsewhere."""

@@ -12,10 +12,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
 
 from heimdall_onnx.archive.manifest import REPORT_HTML, read_manifest
 from heimdall_onnx.common.errors import HeimdallError, ParameterError, VerificationError
@@ -24,9 +22,6 @@ from heimdall_onnx.common.text import visible_lines
 from heimdall_onnx.review.gallery.page import PAGE, Gallery
 from heimdall_onnx.review.gallery.rows import FAILED, VERSION
 from heimdall_onnx.services.store import Bucket, content_type
-
-if TYPE_CHECKING:
-    pass
 
 log = get_logger(__name__)
 
@@ -47,19 +42,41 @@ _REPORT_POLICY = (
 _PAGE_POLICY = "frame-ancestors 'none'"
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the server takes from what it serves."""
+class GalleryServer(ThreadingHTTPServer):
+    """Serves a gallery until it is shut down.
 
-    bucket: Bucket
-    prefix: str
-    gallery: Gallery
-    token: str = field(repr=False)
+    Attributes:
+        url: The page's address; a secret, since it is all that is needed to read the reports.
+    """
 
-    @property
-    def page(self) -> str:
-        """The page's path, which is as deep as in the bucket, so that its links work."""
-        return f"/{self.token}/{self.gallery.key.removeprefix(f'{self.prefix}/')}"
+    daemon_threads = True
+
+    def __init__(self, bucket: Bucket, prefix: str, gallery: Gallery, *, port: int = 0) -> None:
+        """Listen on loopback.
+
+        Args:
+            bucket: Bucket of the releases.
+            prefix: Folder of the releases in it.
+            gallery: The page, with links.
+            port: Port; a free one by default.
+
+        Raises:
+            ParameterError: If nothing can listen on that port.
+        """
+        self.bucket, self.prefix, self.gallery = bucket, prefix.strip("/"), gallery
+        self.root = f"/{secrets.token_urlsafe(16)}/"
+        # As deep as in the bucket, so that the page's links work.
+        self.page = self.root + gallery.key.removeprefix(f"{self.prefix}/")
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            raise ParameterError(
+                f"can't listen on port {port} of 127.0.0.1: {error.strerror}; leave --port out to "
+                "take a free one"
+            ) from error
+        # A page elsewhere can have its own name point here; it can't have this one.
+        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
+        self.url = f"http://127.0.0.1:{self.server_port}{self.page.removesuffix(PAGE)}"
 
     def report(self, name: str) -> bytes | None:
         """A rendered report; None if there is none.
@@ -84,40 +101,6 @@ class _Source:
         return html
 
 
-class GalleryServer(ThreadingHTTPServer):
-    """Serves a gallery until it is shut down.
-
-    Attributes:
-        url: The page's address; a secret, since it is all that is needed to read the reports.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, bucket: Bucket, prefix: str, gallery: Gallery, *, port: int = 0) -> None:
-        """Listen on loopback.
-
-        Args:
-            bucket: Bucket of the releases.
-            prefix: Folder of the releases in it.
-            gallery: The page, with links.
-            port: Port; a free one by default.
-
-        Raises:
-            ParameterError: If nothing can listen on that port.
-        """
-        self.source = _Source(bucket, prefix.strip("/"), gallery, secrets.token_urlsafe(16))
-        try:
-            super().__init__(("127.0.0.1", port), _Handler)
-        except OSError as error:
-            raise ParameterError(
-                f"can't listen on port {port} of 127.0.0.1: {error.strerror}; leave --port out to "
-                "take a free one"
-            ) from error
-        # A page elsewhere can have its own name point here; it can't have this one.
-        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
-        self.url = f"http://127.0.0.1:{self.server_port}{self.source.page.removesuffix(PAGE)}"
-
-
 class _Handler(BaseHTTPRequestHandler):
     server: GalleryServer
     timeout = 30
@@ -125,20 +108,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer with the page or a report."""
-        source = self.server.source
-        if self.headers.get("Host") not in self.server.hosts:
+        server = self.server
+        if self.headers.get("Host") not in server.hosts:
             self._answer_in_words(HTTPStatus.MISDIRECTED_REQUEST, "this is another host's name")
             return
         # Not decoded: no name that is served needs it, and what is spelt otherwise is not there.
-        if self.path in (source.page, source.page.removesuffix(PAGE)):
-            self._answer(HTTPStatus.OK, source.gallery.page, content_type(PAGE), _PAGE_POLICY)
+        if self.path in (server.page, server.page.removesuffix(PAGE)):
+            self._answer(HTTPStatus.OK, server.gallery.page, content_type(PAGE), _PAGE_POLICY)
             return
-        name = self.path.removeprefix(f"/{source.token}/")
+        name = self.path.removeprefix(server.root)
         if name == self.path or not _REPORT.fullmatch(name):
             self._answer_in_words(HTTPStatus.NOT_FOUND, "there is nothing at this address")
             return
         try:
-            html = source.report(name)
+            html = server.report(name)
         except HeimdallError as error:
             log.warning("report not served", name=name, reason=str(error))
             self._answer_in_words(HTTPStatus.BAD_GATEWAY, str(error))
