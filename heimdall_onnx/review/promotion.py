@@ -11,10 +11,10 @@ import hashlib
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from heimdall_onnx.archive.aliases import Move, append_move, follow_log, logged_aliases, read_log
 from heimdall_onnx.archive.content import fetch_evaluation_data
@@ -85,9 +85,9 @@ class Review:
     previous: str | None
     reviewer: str
     note: str
-    record_uri: str
-    page_uri: str | None
-    findings: tuple[Finding, ...] = field(repr=False)
+    record_uri: str = ""
+    page_uri: str | None = None
+    findings: tuple[Finding, ...] = field(default=(), repr=False)
     comparison: HeadToHead | None = None
 
 
@@ -143,19 +143,21 @@ def promote_release(
         raise PromotionError(
             f"{manifest.uri} is not promoted to {alias}:\n  - " + "\n  - ".join(reasons)
         )
-    return _move(
-        connection,
-        manifest,
+    review = Review(
         action="promote",
+        model_name=name,
         alias=alias,
+        version=version,
+        release=manifest.uri,
         previous=holder,
         reviewer=reviewer,
         note=note,
         findings=findings,
         comparison=comparison,
-        limits=limits,
-        after=number,
     )
+    # A signal waits for the end: a decision that is half written is none.
+    with uninterrupted():
+        return _decide(connection, manifest, review, limits, after=number)
 
 
 def roll_back(
@@ -230,19 +232,19 @@ def roll_back(
             f"{model_name} version {version} can't be gone back to, it does not verify:\n  - "
             + "\n  - ".join(reasons)
         )
-    return _move(
-        connection,
-        manifest,
+    review = Review(
         action="rollback",
+        model_name=model_name,
         alias=alias,
+        version=version,
+        release=manifest.uri,
         previous=holder,
         reviewer=reviewer,
         note=note,
         findings=findings,
-        comparison=None,
-        limits=None,
-        after=moves[-1].number,
     )
+    with uninterrupted():
+        return _decide(connection, manifest, review, None, after=moves[-1].number)
 
 
 @dataclass(frozen=True)
@@ -336,99 +338,87 @@ def _compare(
         return compare_models(candidate, other, data, signature, limits, version=holder)
 
 
-def _move(connection: Connection, manifest: Manifest, **decision: Any) -> Review:
-    """A signal waits for the end: a decision that is half written is none."""
-    with uninterrupted():
-        return _write_down(connection, manifest, **decision)
-
-
-def _write_down(
-    connection: Connection,
-    manifest: Manifest,
-    *,
-    action: Literal["promote", "rollback"],
-    alias: str,
-    previous: str | None,
-    reviewer: str,
-    note: str,
-    findings: tuple[Finding, ...],
-    comparison: HeadToHead | None,
-    limits: Limits | None,
-    after: int,
+def _decide(
+    connection: Connection, manifest: Manifest, review: Review, limits: Limits | None, *, after: int
 ) -> Review:
     """Review record, entry of the log, alias: each only after the one before."""
-    name, version, now = manifest.model_name, manifest.model_version, datetime.now(UTC)
+    tracker, bucket = connection.tracker, connection.bucket(manifest.bucket)
+    name, version, now = review.model_name, review.version, datetime.now(UTC)
+    stamp = f"{now:%Y%m%d_%H%M%S}_{review.action}"
     record = to_json(
         {
             "schema_version": 1,
             # Two who decide the same in one second have decided twice.
             "id": secrets.token_hex(8),
-            "action": action,
+            "action": review.action,
             "model_name": name,
             "model_version": version,
-            "release": manifest.uri,
+            "release": review.release,
             "manifest_sha256": manifest.sha256,
-            "alias": alias,
-            "previous": previous,
-            "reviewer": reviewer,
-            "note": note,
+            "alias": review.alias,
+            "previous": review.previous,
+            "reviewer": review.reviewer,
+            "note": review.note,
             "time": now.isoformat(timespec="seconds"),
-            "verified": [finding.what for finding in findings],
-            "comparison": comparison and comparison.to_dict(),
+            "verified": [finding.what for finding in review.findings],
+            "comparison": review.comparison and asdict(review.comparison),
             "limits": limits and vars(limits),
             "environment": capture_environment().to_dict(),
         }
     )
-    digest, stamp = hashlib.sha256(record).hexdigest(), f"{now:%Y%m%d_%H%M%S}_{action}"
-    key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.json"
-    tag = f"{REVIEW_TAG}{stamp}_{digest[:12]}"
-    connection.bucket(manifest.bucket).upload_bytes(
-        record, key, content_type=content_type("review.json")
-    )
-    connection.tracker.set_version_tags(name, version, {tag: digest})
+    key, tag = _keep(connection, manifest, stamp, record, "json")
     try:
         append_move(
-            connection.bucket(manifest.bucket),
+            bucket,
             model_name=name,
-            alias=alias,
-            action=action,
+            alias=review.alias,
+            action=review.action,
             version=version,
-            release=manifest.uri,
-            previous=previous,
-            by=reviewer,
-            note=note,
+            release=review.release,
+            previous=review.previous,
+            by=review.reviewer,
+            note=review.note,
             after=after,
         )
     except PromotionError:
         # Of two who decide at once only one has decided. Where a reviewer may not delete, the
         # record stays as one that was not completed.
-        connection.tracker.delete_version_tag(name, version, tag)
+        tracker.delete_version_tag(name, version, tag)
         with contextlib.suppress(StoreError):
-            connection.bucket(manifest.bucket).delete([key])
+            bucket.delete([key])
         raise
-    follow_log(connection.bucket(manifest.bucket), connection.tracker, name, alias)
-    log.info("alias moved", alias=alias, model_name=name, version=version, previous=previous)
-    line = review_line(action, alias, reviewer=reviewer, note=note, at=now, previous=previous)
+    follow_log(bucket, tracker, name, review.alias)
+    log.info("alias moved", alias=review.alias, model_name=name, version=version)
+    line = review_line(
+        review.action,
+        review.alias,
+        reviewer=review.reviewer,
+        note=review.note,
+        at=now,
+        previous=review.previous,
+    )
     try:
-        described = connection.tracker.get_version(name, version).description
-        connection.tracker.describe_version(name, version, add_review(described, line))
+        described = tracker.get_version(name, version).description
+        tracker.describe_version(name, version, add_review(described, line))
     except RegistryError as error:
         # The decision is made and recorded; this is only where MLflow shows it.
         log.warning("review not shown in MLflow", model_name=name, reason=str(error))
-    return Review(
-        action=action,
-        model_name=name,
-        alias=alias,
-        version=version,
-        release=manifest.uri,
-        previous=previous,
-        reviewer=reviewer,
-        note=note,
-        record_uri=format_uri(manifest.bucket, key),
-        page_uri=_store_page(connection, manifest, stamp),
-        findings=findings,
-        comparison=comparison,
-    )
+    page = _store_page(connection, manifest, stamp)
+    return replace(review, record_uri=bucket.uri(key), page_uri=page)
+
+
+def _keep(
+    connection: Connection, manifest: Manifest, stamp: str, content: bytes, suffix: str
+) -> tuple[str, str]:
+    """Store what was decided beside the release; gives its key, and the tag that has its hash."""
+    digest = hashlib.sha256(content).hexdigest()
+    key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.{suffix}"
+    tag = f"{REVIEW_TAG}{stamp}_{digest[:12]}"
+    kind = content_type(f"review.{suffix}")
+    connection.bucket(manifest.bucket).upload_bytes(content, key, content_type=kind)
+    tracker = connection.tracker
+    tracker.set_version_tags(manifest.model_name, manifest.model_version, {tag: digest})
+    return key, tag
 
 
 def _store_page(connection: Connection, manifest: Manifest, stamp: str) -> str | None:
@@ -437,13 +427,7 @@ def _store_page(connection: Connection, manifest: Manifest, stamp: str) -> str |
     The decision is made and recorded: that its page can't be made changes nothing of it.
     """
     try:
-        page = _page(connection, manifest)
-        digest = hashlib.sha256(page).hexdigest()
-        key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.html"
-        kind = content_type("review.html")
-        connection.bucket(manifest.bucket).upload_bytes(page, key, content_type=kind)
-        tags = {f"{REVIEW_TAG}{stamp}_{digest[:12]}": digest}
-        connection.tracker.set_version_tags(manifest.model_name, manifest.model_version, tags)
+        key, _ = _keep(connection, manifest, stamp, _page(connection, manifest), "html")
     except (ServiceError, VerificationError) as error:
         log.warning("page of the decision not kept", release=manifest.uri, reason=str(error))
         return None

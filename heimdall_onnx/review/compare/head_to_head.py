@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from heimdall_onnx.data.dataset.dataset import Dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
@@ -41,10 +40,6 @@ class HeadToHead:
     def worse(self) -> tuple[str, ...]:
         """In what the candidate is worse than the limits allow, in words; empty if in nothing."""
         return (*(str(ratio) for ratio in self.ratios if not ratio.holds), *self.lost)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy."""
-        return asdict(self)
 
 
 def compare_models(
