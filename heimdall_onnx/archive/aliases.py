@@ -144,7 +144,6 @@ def append_move(
             bucket.upload_bytes(
                 move.model_dump_json(indent=2).encode(),
                 _key(model_name, alias, move.number),
-                content_type="application/json",
                 if_absent=True,
             )
         except ObjectExistsError:

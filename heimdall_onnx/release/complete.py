@@ -25,7 +25,7 @@ from heimdall_onnx.archive.mlflow_page import describe_model, describe_version
 from heimdall_onnx.common.errors import HeimdallError, StoreError
 from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.retention import Protection, retain
-from heimdall_onnx.services.store import MANIFEST, content_type, parse_uri, to_json
+from heimdall_onnx.services.store import MANIFEST, parse_uri, to_json
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -109,9 +109,8 @@ def add_bom(
     from heimdall_onnx.release.bom import describe_release
 
     name, folder = parse_uri(folder_uri)
-    stored = connection.bucket(name).upload_bytes(
-        describe_release(described, record), f"{folder}/{BOM}", content_type=content_type(BOM)
-    )
+    content = describe_release(described, record)
+    stored = connection.bucket(name).upload_bytes(content, f"{folder}/{BOM}")
     entry = {"key": stored.key, "size": stored.size_bytes, "sha256": stored.sha256}
     objects = sorted([*described["objects"], entry], key=lambda o: str(o["key"]))
     return {**described, "objects": objects}
@@ -143,11 +142,8 @@ def complete_release(
         tags[RECOMMENDED] = manifest.recommended
     if signer is not None:
         digests = {name: entry.sha256 for name, entry in manifest.objects.items()}
-        signature = bucket.upload_bytes(
-            signer.sign(manifest.version, {**digests, MANIFEST: manifest.sha256}),
-            f"{manifest.folder}/{SIGNATURE}",
-            content_type=content_type(SIGNATURE),
-        )
+        signed = signer.sign(manifest.version, {**digests, MANIFEST: manifest.sha256})
+        signature = bucket.upload_bytes(signed, f"{manifest.folder}/{SIGNATURE}")
         tags["signature_sha256"] = signature.sha256
     # The model's hash last: a version that has it, and names no manifest, is opened without one.
     tags["sha256"] = manifest.model.sha256
@@ -166,7 +162,6 @@ def complete_release(
     bucket.upload_bytes(
         manifest.text,
         manifest.key,
-        content_type=content_type(MANIFEST),
         if_absent=True,
         lock_until=protection.until,
     )

@@ -24,7 +24,7 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.metrics import run_metrics
 from heimdall_onnx.services.connection import Connection, connect, connect_beside
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import CONTENT_TYPES, MANIFEST, Bucket, StoredObject, to_json
+from heimdall_onnx.services.store import MANIFEST, Bucket, StoredObject, to_json
 
 if TYPE_CHECKING:
     from heimdall_onnx.common.gates import Verdict
@@ -190,7 +190,6 @@ def _upload(
         f"{folder}/model.onnx",
         sha256=exported.sha256,
         metadata=object_metadata(described),
-        content_type=CONTENT_TYPES[".onnx"],
     )
     connection.tracker.check_run(run_id)
     objects = (
@@ -238,12 +237,7 @@ def _upload_variants(
     """The files of the variants that passed and are not the model run in another way."""
     for one in variants.judged if variants else ():
         if one.passed and one.has_own_file and one.path is not None:
-            yield bucket.upload_file(
-                one.path,
-                f"{folder}/{one.file}",
-                sha256=one.sha256,
-                content_type=CONTENT_TYPES[".onnx"],
-            )
+            yield bucket.upload_file(one.path, f"{folder}/{one.file}", sha256=one.sha256)
 
 
 def register_release(

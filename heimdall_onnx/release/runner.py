@@ -64,7 +64,7 @@ from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.retention import Protection, prepare_bucket
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import MANIFEST, StoredObject, content_type
+from heimdall_onnx.services.store import MANIFEST, StoredObject
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
@@ -334,12 +334,10 @@ class _Run:
         )
 
     def _upload_reports(self, connection: Connection, version: str) -> list[StoredObject]:
+        folder = f"{self.parameters.prefix}/{version}"
+        bucket = connection.bucket(self.parameters.bucket)
         return [
-            connection.bucket(self.parameters.bucket).upload_file(
-                self.folder / name,
-                f"{self.parameters.prefix}/{version}/{name}",
-                content_type=content_type(name),
-            )
+            bucket.upload_file(self.folder / name, f"{folder}/{name}")
             for name in (REPORT, REPORT_HTML)
         ]
 
@@ -416,11 +414,7 @@ class _Run:
         bucket.ensure()
         report = (self.folder / REPORT).read_bytes()
         version = bucket.claim_version(prefix, name=REPORT, content=lambda _: report)
-        bucket.upload_file(
-            self.folder / REPORT_HTML,
-            f"{prefix}/{version}/{REPORT_HTML}",
-            content_type=content_type(REPORT_HTML),
-        )
+        bucket.upload_file(self.folder / REPORT_HTML, f"{prefix}/{version}/{REPORT_HTML}")
         address = bucket.uri(f"{prefix}/{version}")
         self.result = replace(
             self.result,

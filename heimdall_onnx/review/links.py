@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from heimdall_onnx.archive.manifest import BOM, REPORT, REPORT_HTML, Manifest, read_manifest
 from heimdall_onnx.common.errors import ParameterError, VerificationError
 from heimdall_onnx.services.client import store_errors
-from heimdall_onnx.services.store import MANIFEST, Bucket, content_type
+from heimdall_onnx.services.store import MANIFEST, Bucket, media_type
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -86,7 +86,7 @@ def _sign(client: S3Client, manifest: Manifest, name: str, expires_s: int) -> Se
     parameters: dict[str, Any] = {
         "Bucket": manifest.bucket,
         "Key": f"{manifest.folder}/{name}",
-        "ResponseContentType": content_type(name),
+        "ResponseContentType": media_type(name),
         "ResponseContentDisposition": f'{shown}; filename="{name}"',
         "ResponseCacheControl": "private, no-store",
     }

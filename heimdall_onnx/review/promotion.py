@@ -46,7 +46,7 @@ from heimdall_onnx.report.rendering import PageDecision, render_html
 from heimdall_onnx.review.compare.answers import shared_signature
 from heimdall_onnx.review.compare.gates import Limits, verdict_reasons
 from heimdall_onnx.review.compare.head_to_head import HeadToHead, compare_models
-from heimdall_onnx.services.store import Bucket, content_type, format_uri, to_json
+from heimdall_onnx.services.store import Bucket, format_uri, to_json
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.signing import Trust
@@ -414,8 +414,7 @@ def _keep(
     digest = hashlib.sha256(content).hexdigest()
     key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.{suffix}"
     tag = f"{REVIEW_TAG}{stamp}_{digest[:12]}"
-    kind = content_type(f"review.{suffix}")
-    connection.bucket(manifest.bucket).upload_bytes(content, key, content_type=kind)
+    connection.bucket(manifest.bucket).upload_bytes(content, key)
     tracker = connection.tracker
     tracker.set_version_tags(manifest.model_name, manifest.model_version, {tag: digest})
     return key, tag

@@ -165,7 +165,7 @@ class Bucket:
             sha256: SHA-256 that the file must have, which what is read back is held against; it is
                 computed where it isn't given.
             metadata: Object metadata; ``sha256`` is always added.
-            content_type: MIME type.
+            content_type: MIME type; what the key's suffix says by default.
             progress: Called from transfer threads with the number of bytes sent since its last
                 call; by default every tenth of a large file is logged.
             delete_damaged: Delete the object if something else is read back.
@@ -176,7 +176,7 @@ class Bucket:
             StoreError: If the store fails, or returns something else than was sent.
         """
         expected = sha256 or hash_file(path)
-        extra = _extra_args(expected, metadata, content_type)
+        extra = _extra_args(expected, metadata, content_type or media_type(key))
         with self.errors(f"upload {path} to {self.uri(key)}"):
             self.client.upload_file(
                 str(path),
@@ -202,7 +202,6 @@ class Bucket:
         key: str,
         *,
         metadata: Mapping[str, str] | None = None,
-        content_type: str | None = None,
         if_absent: bool = False,
         lock_until: datetime | None = None,
     ) -> StoredObject:
@@ -212,7 +211,6 @@ class Bucket:
             data: Content.
             key: Key of the object.
             metadata: Object metadata; ``sha256`` is always added.
-            content_type: MIME type.
             if_absent: Refuse to replace an existing object, atomically.
             lock_until: Until when the store shall refuse to delete it (Object Lock, governance
                 mode).
@@ -224,7 +222,7 @@ class Bucket:
                 deleted then).
         """
         sha256, write_id = hashlib.sha256(data).hexdigest(), secrets.token_hex(16)
-        extra: dict[str, Any] = _extra_args(sha256, metadata, content_type)
+        extra: dict[str, Any] = _extra_args(sha256, metadata, media_type(key))
         if lock_until is not None:
             extra |= {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": lock_until}
         if if_absent:
@@ -273,7 +271,6 @@ class Bucket:
                 self.upload_bytes(
                     content(version),
                     f"{prefix.strip('/')}/{version}/{name}",
-                    content_type="application/json" if name.endswith(".json") else None,
                     if_absent=True,
                 )
             except ObjectExistsError:
@@ -577,7 +574,7 @@ def _logged(path: Path) -> Callable[[int], None]:
 
 
 def _extra_args(
-    sha256: str, metadata: Mapping[str, str] | None, content_type: str | None
+    sha256: str, metadata: Mapping[str, str] | None, content_type: str
 ) -> dict[str, Any]:
     entries = {**(metadata or {}), "sha256": sha256}
     problems = [
@@ -590,11 +587,10 @@ def _extra_args(
             "object metadata must have keys of a-z, 0-9 and '-' and values of printable ASCII, "
             f"since stores rewrite others; found {', '.join(problems)}"
         )
-    return {"Metadata": entries} | ({"ContentType": content_type} if content_type else {})
+    return {"Metadata": entries, "ContentType": content_type}
 
 
-CONTENT_TYPES = {
-    ".onnx": "application/octet-stream",
+_MEDIA_TYPES = {
     ".json": "application/json",
     ".html": "text/html; charset=utf-8",
     ".ipynb": "application/x-ipynb+json",
@@ -607,6 +603,6 @@ def to_json(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def content_type(name: str) -> str:
+def media_type(name: str) -> str:
     """Media type by suffix."""
-    return CONTENT_TYPES.get(Path(name).suffix, "application/octet-stream")
+    return _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")

@@ -173,21 +173,14 @@ def test_a_small_file_arrives_with_metadata_type_and_hash(
 ) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"{}")
-    stored = bucket.upload_file(
-        path,
-        "f/a.json",
-        metadata={"export-date": "2026-11-20T14:30:00Z"},
-        content_type="application/json",
-    )
+    described = {"export-date": "2026-11-20T14:30:00Z"}
+    stored = bucket.upload_file(path, "f/a.json", metadata=described)
     assert stored == store.StoredObject(
         f"{bucket.uri()}f/a.json", bucket.name, "f/a.json", 2, sha256(b"{}")
     )
     response = s3.head_object(Bucket=bucket.name, Key="f/a.json", ChecksumMode="ENABLED")
     assert response["ContentType"] == "application/json"
-    assert response["Metadata"] == {
-        "export-date": "2026-11-20T14:30:00Z",
-        "sha256": sha256(b"{}"),
-    }
+    assert response["Metadata"] == {**described, "sha256": sha256(b"{}")}
     assert response["ChecksumSHA256"]
     assert bucket.head("f/a.json") == stored
 

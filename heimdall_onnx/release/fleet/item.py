@@ -343,9 +343,7 @@ def _size_of(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(bucket: Bucket, key: str, record: _Record) -> None:
-    bucket.upload_bytes(
-        to_json(record.model_dump()), f"{RECORDS}/{key}.json", content_type="application/json"
-    )
+    bucket.upload_bytes(to_json(record.model_dump()), f"{RECORDS}/{key}.json")
 
 
 def _of_manifest(manifest: Manifest) -> dict[str, Any]:

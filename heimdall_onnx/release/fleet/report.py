@@ -27,7 +27,7 @@ from heimdall_onnx.report.kernels import started_kernel
 from heimdall_onnx.report.notebook import notebook_path
 from heimdall_onnx.report.page import put_verdict_first
 from heimdall_onnx.report.rendering import render_html
-from heimdall_onnx.services.store import Bucket, content_type
+from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     pass
@@ -165,7 +165,7 @@ def store_report(bucket: Bucket, plan: FleetPlan, result: FleetResult, home: Pat
     version = bucket.claim_version(prefix, name=PLAN, content=lambda _: text)
     for name in (CSV, PARQUET, REPORT, REPORT_HTML):
         key = f"{prefix}/{version}/{name}"
-        bucket.upload_file(folder / name, key, content_type=content_type(name))
+        bucket.upload_file(folder / name, key)
     uri = bucket.uri(f"{prefix}/{version}")
     return StoredFleet(uri, f"{uri}/{REPORT_HTML}", folder / REPORT_HTML)
 

@@ -42,7 +42,7 @@ from heimdall_onnx.review.compare.pair import (
 )
 from heimdall_onnx.review.compare.words import ratio_words
 from heimdall_onnx.services.connection import Connection, open_for_reading
-from heimdall_onnx.services.store import content_type, format_uri
+from heimdall_onnx.services.store import format_uri
 
 if TYPE_CHECKING:
     from heimdall_onnx.services.settings import Settings
@@ -271,9 +271,7 @@ def store_comparison(
             content, suffix = (folder / name).read_bytes(), Path(name).suffix
             digest = hashlib.sha256(content).hexdigest()
             key = f"{newer.folder}/{COMPARISONS}/{called}/report-{digest}{suffix}"
-            connection.bucket(newer.bucket).upload_bytes(
-                content, key, content_type=content_type(name), if_absent=True
-            )
+            connection.bucket(newer.bucket).upload_bytes(content, key, if_absent=True)
             tags[f"{COMPARISON_TAG}{called}.{digest[:12]}{suffix}"] = digest
             stored[name] = format_uri(newer.bucket, key)
         connection.tracker.set_version_tags(newer.model_name, newer.model_version, tags)

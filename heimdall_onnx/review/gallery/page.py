@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.archive.manifest import REPORT_HTML
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.parameters import NAME
 from heimdall_onnx.common.text import count_of, distance, number, shown
 from heimdall_onnx.review.gallery.rows import Row, collect_rows
-from heimdall_onnx.services.store import GALLERY, Bucket, content_type
+from heimdall_onnx.services.store import GALLERY, Bucket
 
 if TYPE_CHECKING:
     pass
@@ -166,7 +165,7 @@ def store_gallery(bucket: Bucket, gallery: Gallery) -> bool:
     there = bucket.exists(gallery.key)
     if there and bucket.head(gallery.key).sha256 == digest:
         return False
-    bucket.upload_bytes(gallery.page, gallery.key, content_type=content_type(REPORT_HTML))
+    bucket.upload_bytes(gallery.page, gallery.key)
     return True
 
 

@@ -346,6 +346,6 @@ class _Place:
         text = kept.model_dump_json().encode()
         key = f"{self.prefix}/{KEPT}"
         try:
-            self.bucket.upload_bytes(text, key, content_type="application/json")
+            self.bucket.upload_bytes(text, key)
         except StoreError as error:
             log.warning("not kept, the next gallery reads all again", reason=str(error))

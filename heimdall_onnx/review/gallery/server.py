@@ -21,7 +21,7 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import visible_lines
 from heimdall_onnx.review.gallery.page import PAGE, Gallery
 from heimdall_onnx.review.gallery.rows import FAILED, VERSION
-from heimdall_onnx.services.store import Bucket, content_type
+from heimdall_onnx.services.store import Bucket, media_type
 
 log = get_logger(__name__)
 
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         # Not decoded: no name that is served needs it, and what is spelt otherwise is not there.
         if self.path in (server.page, server.page.removesuffix(PAGE)):
-            self._answer(HTTPStatus.OK, server.gallery.page, content_type(PAGE), _PAGE_POLICY)
+            self._answer(HTTPStatus.OK, server.gallery.page, media_type(PAGE), _PAGE_POLICY)
             return
         name = self.path.removeprefix(server.root)
         if name == self.path or not _REPORT.fullmatch(name):
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         if html is None:
             self._answer_in_words(HTTPStatus.NOT_FOUND, "this report is not there any more")
             return
-        self._answer(HTTPStatus.OK, html, content_type(REPORT_HTML), _REPORT_POLICY)
+        self._answer(HTTPStatus.OK, html, media_type(REPORT_HTML), _REPORT_POLICY)
 
     def do_HEAD(self) -> None:
         """Answer as to GET, without the body."""
