@@ -49,7 +49,7 @@ echo '{"argv": ["/bin/false"], "display_name": "another", "language": "python"}'
   >home/.local/share/jupyter/kernels/python3/kernel.json
 
 found=$(clean environment/bin/python -c '
-from heimdall_onnx.release import notebook_path
+from heimdall_onnx.report.notebook import notebook_path
 print(notebook_path().resolve(strict=True))')
 case $found in
   "$(realpath environment)"/lib/*/heimdall_onnx/notebooks/release.ipynb) ;;

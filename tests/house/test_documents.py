@@ -77,7 +77,10 @@ def defines(module: Path, word: str) -> bool:
 def test_modules_that_are_named_are_there():
     wrong = {}
     for file in (*PAGES, ROOT / "Makefile", ROOT / "pyproject.toml", *FILES):
-        named = re.findall(r"\bheimdall_onnx(?:\.[A-Za-z_]\w*)+", file.read_text())
+        text = file.read_text()
+        named = re.findall(r"\bheimdall_onnx(?:\.[A-Za-z_]\w*)+", text)
+        for module, names in re.findall(r"from (heimdall_onnx[\w.]*) import (\w+(?:, \w+)*)", text):
+            named += [f"{module}.{each}" for each in names.split(", ")]
         if missing := sorted({each for each in named if not is_there(each)} - ELSEWHERE):
             wrong[name(file)] = missing
     assert wrong == {}

@@ -3,7 +3,7 @@
 A figure answers one question and its title is the answer. Each function returns a `Chart`, or
 None where the question does not arise, or what it was given if that says why nothing was measured:
 
-    from heimdall_onnx import plot
+    from heimdall_onnx.report import plot
     plot.parity_scatter(report).save("parity.png")
 """
 
