@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -46,9 +46,6 @@ from heimdall_onnx.report.warm_kernels import WarmKernels
 from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.settings import Settings
 from heimdall_onnx.services.store import MANIFEST, Bucket, parse_uri, to_json
-
-if TYPE_CHECKING:
-    pass
 
 log = get_logger(__name__)
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -28,9 +28,6 @@ from heimdall_onnx.report.notebook import notebook_path
 from heimdall_onnx.report.page import put_verdict_first
 from heimdall_onnx.report.rendering import render_html
 from heimdall_onnx.services.store import Bucket
-
-if TYPE_CHECKING:
-    pass
 
 PLAN, CSV, PARQUET = "plan.json", "outcomes.csv", "outcomes.parquet"
 _PREFIX = "fleets"

@@ -15,16 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.parameters import NAME
 from heimdall_onnx.common.text import count_of, distance, number, shown
 from heimdall_onnx.review.gallery.rows import Row, collect_rows
 from heimdall_onnx.services.store import GALLERY, Bucket
-
-if TYPE_CHECKING:
-    pass
 
 PAGE = "index.html"
 _TEMPLATES = Path(__file__).parent
