@@ -17,13 +17,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from heimdall_onnx.archive.manifest import REVIEWS, SIGNATURE
 from heimdall_onnx.common.errors import SettingsError, VerificationError
-
-if TYPE_CHECKING:
-    from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.settings import Settings
 
 # Written when the release is complete, or after it.
 _BESIDE = (SIGNATURE, REVIEWS)

@@ -11,7 +11,6 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 from botocore.exceptions import ClientError
@@ -25,11 +24,9 @@ from heimdall_onnx.common.parameters import VARIANTS_FOLDER
 from heimdall_onnx.data.dataset.schema import HEADER
 from heimdall_onnx.report.workspace import RUNNER
 from heimdall_onnx.services.client import error_code
+from heimdall_onnx.services.connection import Connection
+from heimdall_onnx.services.registry import MLflowTracker, RegisteredVersion
 from heimdall_onnx.services.store import MANIFEST, Bucket
-
-if TYPE_CHECKING:
-    from heimdall_onnx.services.connection import Connection
-    from heimdall_onnx.services.registry import MLflowTracker, RegisteredVersion
 
 log = get_logger(__name__)
 

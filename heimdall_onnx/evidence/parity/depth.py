@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.parity.departure import LargestError, compare_values, values_of
 from heimdall_onnx.model.onnx.graph import ScopedGraph
-
-if TYPE_CHECKING:
-    from torch import nn
 
 log = get_logger(__name__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from heimdall_onnx.common.arrays import Arrays, Floats, whole
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import count_of, listed
+from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant
 from heimdall_onnx.evidence.parity.ground import distance_m, error_m
@@ -23,12 +25,6 @@ from heimdall_onnx.model.inference import open_session, run_onnx
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.review.compare.gates import Limits
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from heimdall_onnx.data.evaluation import EvaluationData
-
 
 A, B = "A", "B"
 MOST_SAMPLES = 10_000

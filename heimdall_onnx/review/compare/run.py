@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from heimdall_onnx.archive.manifest import COMPARISONS, REPORT, REPORT_HTML, Manifest
 from heimdall_onnx.archive.verify import COMPARISON_TAG
@@ -42,10 +42,8 @@ from heimdall_onnx.review.compare.pair import (
 )
 from heimdall_onnx.review.compare.words import ratio_words
 from heimdall_onnx.services.connection import Connection, open_for_reading
+from heimdall_onnx.services.settings import Settings
 from heimdall_onnx.services.store import format_uri
-
-if TYPE_CHECKING:
-    from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
 
