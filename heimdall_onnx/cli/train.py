@@ -15,7 +15,6 @@ from heimdall_onnx.cli.help import Command, ParameterOption
 from heimdall_onnx.cli.release import parameter_options, show_result
 from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError
 from heimdall_onnx.common.text import visible_lines
-from heimdall_onnx.training.result import DIVERGED
 
 if TYPE_CHECKING:
     from heimdall_onnx.common.parameters import ReleaseParameters
@@ -67,6 +66,8 @@ _option = partial(
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(extra: Sequence[tuple[str, str]], as_json: bool, **options: Any) -> None:
     """Train a model on a dataset, measure it on held-out events, and release it."""
+    from heimdall_onnx.training.result import DIVERGED
+
     try:
         result, parameters, chosen = _train(options, extra, as_json=as_json)
     except (HeimdallError, KeyboardInterrupt) as error:
@@ -131,6 +132,7 @@ def summary(
 ) -> str:
     """What a person wants to know of a training, and what to do next."""
     from heimdall_onnx.training.parameters import command_of, export_command_of
+    from heimdall_onnx.training.result import DIVERGED
 
     best = next(e for e in result.history if int(e["epoch"]) == result.best_epoch)
     why = {
