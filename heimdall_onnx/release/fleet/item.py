@@ -53,6 +53,7 @@ RECORDS = "fleets/items"
 FLEET_TAG = "heimdall.fleet"
 KEY_TAG = "heimdall.fleet.item"
 Status = Literal["released", "kept", "failed"]
+_SIZE = "onnx_file_size_bytes"
 
 # Where things are, and what a run is given: no part of what is released.
 _NO_PART = {
@@ -99,6 +100,21 @@ class ItemOutcome:
     seconds: float = 0.0
     result: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_failure(cls, item: FleetItem, error: str, exit_code: int) -> ItemOutcome:
+        """That of an item that could not be begun, or broke off; without its inputs' key."""
+        again = exit_code == ServiceError.exit_code
+        return cls(
+            item.number,
+            item.label,
+            item.checkpoint,
+            "",
+            "failed",
+            exit_code,
+            error=error,
+            service_failed=again,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy."""
@@ -161,7 +177,7 @@ class ItemRunner:
             force: Release it anew even if it is done.
         """
         started = time.perf_counter()
-        outcome = ItemOutcome(item.number, item.label, item.checkpoint, "", "failed", 1)
+        outcome = ItemOutcome.of_failure(item, "", HeimdallError.exit_code)
         with tempfile.TemporaryDirectory(dir=self._scratch.folder) as scratch:
             try:
                 outcome = self._run(item, fleet, outcome, Path(scratch), force=force)
@@ -244,10 +260,7 @@ def _find(connection: Connection, bucket: Bucket, key: str) -> _Record | None:
         log.warning("record of an item can't be read; it is released anew", key=key)
         return None
     if record.release:
-        found = _valid(connection, record.release)
-        if found is None:
-            return None
-        return record.model_copy(update={"result": record.result or _of_manifest(found)})
+        return record if _valid(connection, record.release) else None
     # Whoever began it may have finished it and had no time to say so.
     for version in connection.tracker.versions_of_run(record.run_id):
         found = _valid(connection, version.source) if version.name == record.model_name else None
@@ -330,13 +343,9 @@ def _read_metrics(connection: Connection, result: Mapping[str, Any]) -> dict[str
     """The figures that the release's metadata name."""
     bucket, key = parse_uri(str(result["s3_uri"]))
     described = connection.bucket(bucket).read_json(f"{key.rpartition('/')[0]}/{METADATA}")
-    found = {**described.get("inference_metrics", {}), **_size_of(described)}
+    size = {_SIZE: described.get(_SIZE)}
+    found = {**described.get("inference_metrics", {}), **size}
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float)}
-
-
-def _size_of(described: Mapping[str, Any]) -> dict[str, Any]:
-    name = "onnx_file_size_bytes"
-    return {name: described[name]} if name in described else {}
 
 
 def _write(bucket: Bucket, key: str, record: _Record) -> None:

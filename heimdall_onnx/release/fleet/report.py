@@ -80,21 +80,11 @@ def outcomes_frame(
         outcomes: What became of the items.
         items: The items; parameters in which they differ become columns ``parameter_NAME``.
     """
-    told = dict(_different(items))
-    frame = pd.DataFrame([{**dict(_row(o)), **told.get(o.number, {})} for o in outcomes])
-    return frame.sort_values("number", ignore_index=True)
-
-
-def _different(items: Sequence[FleetItem]) -> Iterator[tuple[int, dict[str, str]]]:
-    written = {id(item.parameters): item.parameters.model_dump(mode="json") for item in items}
-    texts = {
-        key: {f"parameter_{name}": _text(value) for name, value in values.items()}
-        for key, values in written.items()
-    }
-    names = sorted({name for values in texts.values() for name in values})
-    names = [n for n in names if len({values[n] for values in texts.values()}) > 1]
-    for item in items:
-        yield item.number, {name: texts[id(item.parameters)][name] for name in names}
+    frame = pd.DataFrame([dict(_row(o)) for o in outcomes]).sort_values("number", ignore_index=True)
+    written = {id(i.parameters): i.parameters.model_dump(mode="json") for i in items}
+    given = pd.DataFrame([written[id(i.parameters)] for i in items], [i.number for i in items])
+    texts = given.map(_text).sort_index(axis=1).add_prefix("parameter_")
+    return frame.join(texts.loc[:, texts.nunique() > 1], on="number")
 
 
 def _text(value: object) -> str:

@@ -324,13 +324,4 @@ def _outcome_of(future: Future, item: FleetItem) -> ItemOutcome:
     except Exception as error:  # a fault of ours, or of Dask's, in one item of many
         log.exception("item broke off", item=item.label)
         problem = f"it broke off with {type(error).__name__}: {error}"
-    return ItemOutcome(
-        item.number,
-        item.label,
-        item.checkpoint,
-        "",
-        "failed",
-        exit_code,
-        error=problem,
-        service_failed=exit_code == SchedulerError.exit_code,
-    )
+    return ItemOutcome.of_failure(item, problem, exit_code)

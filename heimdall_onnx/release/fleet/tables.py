@@ -143,20 +143,20 @@ def outliers(frame: pd.DataFrame) -> pd.DataFrame:
 
     The deviations' median is the scale; their mean where most items have the same figure.
     """
-    found = []
     done = frame[frame.status != "failed"]
-    for column in done.select_dtypes("number").columns.difference(_NO_FIGURES):
-        values = done[column].dropna()
-        deviation = (values - values.median()).abs()
-        scale = deviation.median() / _MEDIAN_DEVIATION or deviation.mean() / _MEAN_DEVIATION
-        if scale > 0:
-            score = deviation / scale
-            found += [
-                (row, done.label[row], column, values[row], values.median(), score[row])
-                for row in score.index[score > _FAR]
-            ]
+    figures = done[done.select_dtypes("number").columns.difference(_NO_FIGURES)]
+    medians = figures.median()
+    deviations = (figures - medians).abs()
+    scales = deviations.median() / _MEDIAN_DEVIATION
+    scales = scales.where(scales > 0, deviations.mean() / _MEAN_DEVIATION)
+    scores = (deviations / scales.where(scales > 0)).stack()
+    far = scores[scores > _FAR].sort_values(ascending=False)
     columns = ["row", "label", "figure", "value", "median", "score"]
-    return pd.DataFrame(found, columns=columns).sort_values("score", ascending=False)
+    rows = (
+        (row, done.label[row], name, figures.loc[row, name], medians[name], score)
+        for (row, name), score in far.items()
+    )
+    return pd.DataFrame(rows, columns=columns)
 
 
 def outliers_table(frame: pd.DataFrame, bucket: str = "") -> Markdown:

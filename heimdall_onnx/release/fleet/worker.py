@@ -73,13 +73,5 @@ def run_item(item: FleetItem, fleet: str, force: bool) -> ItemOutcome:
     # It would take every item and fail it at once, while the others are busy.
     sync(worker.loop, worker.set_resources, **{RELEASE: 0})
     reason = plugin.problem if plugin is not None else "it has not been prepared for this fleet"
-    return ItemOutcome(
-        item.number,
-        item.label,
-        item.checkpoint,
-        "",
-        "failed",
-        SchedulerError.exit_code,
-        error=f"the worker {worker.address} takes no more releases: {reason}",
-        service_failed=True,
-    )
+    problem = f"the worker {worker.address} takes no more releases: {reason}"
+    return ItemOutcome.of_failure(item, problem, SchedulerError.exit_code)
