@@ -8,7 +8,7 @@ in a folder, in each process that the dataset is sent to: none is read half old,
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,37 +22,10 @@ if TYPE_CHECKING:
     from heimdall_onnx.services.store import Bucket
 
 _S3 = "s3://"
+Span = tuple[int, int]  # offset and length
 # What lies this near together comes with one request, as long as it is no more than the most.
 _GAP_BYTES = 64 << 10
 _MOST_RANGE_BYTES = 8 << 20
-
-
-class OpenFile(Protocol):
-    """A file that is being read.
-
-    Attributes:
-        size: Its length in bytes.
-    """
-
-    size: int
-
-    def expect(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Say which spans (offset, length) will be read next, in ascending order."""
-        ...
-
-    def read(self, offset: int, length: int) -> bytes:
-        """The bytes of a span; fewer at the end of the file.
-
-        Raises:
-            DataError: If the file was replaced.
-            OSError: If they can't be read.
-            StoreError: If the store fails.
-        """
-        ...
-
-    def close(self) -> None:
-        """Read no more of it."""
-        ...
 
 
 class Files(Protocol):
@@ -80,11 +53,15 @@ class Files(Protocol):
         """Those of ``names`` that are not there; the others are the ones to be read from now on."""
         ...
 
-    def open(self, name: str) -> OpenFile:
-        """Open a file.
+    def size(self, name: str) -> int:
+        """Length in bytes of a file that `missing` has seen."""
+        ...
+
+    def read(self, name: str, spans: Sequence[Span]) -> Generator[bytes]:
+        """The bytes of some spans of a file, one after the other.
 
         Raises:
-            DataError: If it is not the one that `missing` has seen.
+            DataError: If it is not the file that `missing` has seen.
             OSError: If there is none, or it can't be read.
             StoreError: If the store fails.
         """
@@ -143,36 +120,23 @@ class _FolderFiles:
                 self.stamps.setdefault(name, (status.st_size, status.st_mtime_ns))
         return lost
 
-    def open(self, name: str) -> OpenFile:
-        file = _LocalFile(self._path(name))
-        if file.stamp != self.stamps.setdefault(name, file.stamp):
-            file.close()
-            raise DataError(
-                f"{self.address}/{name} is not the file that was there when the dataset was "
-                "opened: let nothing write there, and where several machines read it, let them see "
-                "one folder or read it from the bucket"
-            )
-        return file
+    def size(self, name: str) -> int:
+        return self.stamps[name][0]
+
+    def read(self, name: str, spans: Sequence[Span]) -> Generator[bytes]:
+        with self._path(name).open("rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if self.stamps[name] != (status.st_size, status.st_mtime_ns):
+                raise DataError(
+                    f"{self.address}/{name} is not the file that was there when the dataset was "
+                    "opened: let nothing write there, and where several machines read it, let them "
+                    "see one folder or read it from the bucket"
+                )
+            for offset, length in spans:
+                yield os.pread(file.fileno(), length, offset)
 
     def _path(self, name: str) -> Path:
         return Path(self.address, name)
-
-
-class _LocalFile:
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        status = os.fstat(self._file.fileno())
-        self.size = status.st_size
-        self.stamp = (status.st_size, status.st_mtime_ns)
-
-    def expect(self, spans: Sequence[tuple[int, int]]) -> None:
-        pass  # the system reads ahead
-
-    def read(self, offset: int, length: int) -> bytes:
-        return os.pread(self._file.fileno(), length, offset)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -211,8 +175,9 @@ class _BucketFiles:
         return Bucket(self.given or make_client(ensure_store(Settings.load())), self.name)
 
     def content(self, name: str, limit: int) -> bytes:
-        file = self.open(name)
-        return file.read(0, min(limit, file.size))
+        if name not in self._known():
+            raise FileNotFoundError(2, "there is no such object", name)
+        return next(self.read(name, [(0, min(limit, self.size(name)))]))
 
     def sizes(self) -> dict[str, int]:
         return {name: size for name, (size, _) in self._known().items()}
@@ -221,11 +186,18 @@ class _BucketFiles:
         known = self._known()
         return [name for name in names if name not in known]
 
-    def open(self, name: str) -> OpenFile:
-        known = self._known()
-        if name not in known:
-            raise FileNotFoundError(2, "there is no such object", name)
-        return _StoredFile(self.bucket, self.key(name), *known[name])
+    def size(self, name: str) -> int:
+        return self._known()[name][0]
+
+    def read(self, name: str, spans: Sequence[Span]) -> Generator[bytes]:
+        _, tag = self._known()[name]
+        ranges, start, held = list(_joined(spans)), 0, b""
+        for offset, length in spans:
+            if not start <= offset <= offset + length <= start + len(held):
+                start, size = next(r for r in ranges if r[0] <= offset <= r[0] + r[1] - length)
+                # HTTP knows no empty range.
+                held = self.bucket.read_range(self.key(name), start, size, tag) if size else b""
+            yield held[offset - start : offset - start + length]
 
     def key(self, name: str) -> str:
         """The key of a file."""
@@ -238,40 +210,6 @@ class _BucketFiles:
                 found = self.bucket.list_tagged(prefix)
             self.listed.update({key.removeprefix(prefix): what for key, what in found.items()})
         return self.listed
-
-
-class _StoredFile:
-    def __init__(self, bucket: Bucket, key: str, size: int, tag: str) -> None:
-        self._bucket, self._key = bucket, key
-        self.size, self._tag = size, tag
-        self._expected: list[tuple[int, int]] = []
-        self._start, self._held = 0, b""
-
-    def expect(self, spans: Sequence[tuple[int, int]]) -> None:
-        self._expected = list(_joined(spans))
-
-    def read(self, offset: int, length: int) -> bytes:
-        if not self._start <= offset <= offset + length <= self._start + len(self._held):
-            start, size = next(
-                (
-                    (start, size)
-                    for start, size in self._expected
-                    if start <= offset and offset + length <= start + size
-                ),
-                (offset, length),
-            )
-            self._start, self._held = start, self._fetch(start, size)
-        return self._held[offset - self._start : offset - self._start + length]
-
-    def close(self) -> None:
-        self._held = b""
-
-    def _fetch(self, offset: int, length: int) -> bytes:
-        # A range behind the end is an error of HTTP's own.
-        length = min(length, self.size - offset)
-        if length <= 0:
-            return b""
-        return self._bucket.read_range(self._key, offset, length, self._tag)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from heimdall_onnx.common.arrays import parts
 from heimdall_onnx.common.errors import DataError, HeimdallError, UnavailableError
 from heimdall_onnx.common.text import listed, shown
-from heimdall_onnx.data.dataset.files import Files, OpenFile
+from heimdall_onnx.data.dataset.files import Files, Span
 
 _SHARD_BYTES = 64 << 20  # before compression; also what is kept in memory of each array
 _CHUNK_BYTES = 64 << 10
@@ -293,11 +293,11 @@ class ArrayReader:
     ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """The chunks of a shard at ``numbers``, each with its place among them."""
         try:
-            with contextlib.closing(self._files.open(self.shards[shard])) as file:
-                spans = [self._span(file, shard, number) for number in numbers]
-                file.expect([span for span in spans if span is not None])
+            spans = [self._span(shard, number) for number in numbers]
+            filled = [span for span in spans if span is not None]
+            with contextlib.closing(self._files.read(self.shards[shard], filled)) as contents:
                 for place, span in enumerate(spans):
-                    yield place, self._decoded(file, span)
+                    yield place, self._decoded(None if span is None else next(contents))
         except HeimdallError:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # numcodecs raises the latter two
@@ -306,35 +306,35 @@ class ArrayReader:
                 f"{shown(str(error))}"
             ) from error
 
-    def _span(self, file: OpenFile, shard: int, number: int) -> tuple[int, int] | None:
+    def _span(self, shard: int, number: int) -> Span | None:
         """Where a chunk is, offset and length; None for one that holds nothing but zeros."""
         if shard not in self._indices:
             if len(self._indices) == _MOST_INDICES:
                 del self._indices[next(iter(self._indices))]
-            self._indices[shard] = self._read_index(file)
+            self._indices[shard] = self._read_index(self.shards[shard])
         offset, length = map(int, self._indices[shard][number])
         if offset == length == _ABSENT:
             return None
-        if offset + length > file.size:
-            raise ValueError(f"chunk {number} ends at byte {offset + length} of {file.size}")
+        if offset + length > (size := self._files.size(self.shards[shard])):
+            raise ValueError(f"chunk {number} ends at byte {offset + length} of {size}")
         return offset, length
 
-    def _read_index(self, file: OpenFile) -> npt.NDArray[np.uint64]:
+    def _read_index(self, name: str) -> npt.NDArray[np.uint64]:
         """Offset and length of each chunk of a shard (chunks, 2)."""
-        length = 16 * self._chunks + 4
-        if file.size < length:
+        size, length = self._files.size(name), 16 * self._chunks + 4
+        if size < length:
             raise ValueError(f"it is shorter than its index of {length} bytes")
-        content = file.read(file.size - length, length)
+        (content,) = self._files.read(name, [(size - length, length)])
         # The codec raises where the checksum at the end does not fit.
         return np.frombuffer(self._checksum(location="end").decode(content), "<u8").reshape(-1, 2)
 
-    def _decoded(self, file: OpenFile, span: tuple[int, int] | None) -> npt.NDArray[Any]:
+    def _decoded(self, content: bytes | None) -> npt.NDArray[Any]:
         values = np.zeros((self._chunk_rows, *self._row), self.dtype.newbyteorder("<"))
-        if span is None:
+        if content is None:
             return values
         # Given where to write, the decoder refuses what is longer, whatever the frame claims.
         flat = values.reshape(-1).view(np.uint8)
-        self._zstd.decompress(file.read(*span), flat)
+        self._zstd.decompress(content, flat)
         if values.dtype == np.bool_:
             np.not_equal(flat, 0, out=values.reshape(-1))
         return values
