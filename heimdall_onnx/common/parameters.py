@@ -134,10 +134,33 @@ def _json_text(value: object) -> object:
 ModelKwargs = Annotated[dict[str, Any], BeforeValidator(_json_text)]
 
 
-class ReleaseParameters(BaseModel):
-    """What a release is made of; the fields are the notebook's parameters, in its order."""
+class Parameters(BaseModel):
+    """Parameters that are given by their names: none is unknown, and each can be recorded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: object, info: ValidationInfo) -> object:
+        # Pydantic would take True for 1, which as a tolerance gates nothing.
+        number = cls.model_fields[str(info.field_name)].annotation in (int, float)
+        if number and isinstance(value, bool):
+            raise ValueError("expected a number, found a truth value")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_written(cls, value: object) -> object:
+        # Into notebook, manifest and registry. A path that is no UTF-8 arrives with surrogates.
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"can't be written as JSON in UTF-8: {shown(str(error))}") from error
+        return value
+
+
+class ReleaseParameters(Parameters):
+    """What a release is made of; the fields are the notebook's parameters, in its order."""
 
     checkpoint: str = ""
     model: str = "heimdall_onnx:LocalizationNet"
@@ -170,38 +193,6 @@ class ReleaseParameters(BaseModel):
     run_id: str = Field("", pattern=r"^([0-9a-zA-Z][0-9a-zA-Z_-]{0,255})?$")
     output_dir: str = ""
     publish: bool = False
-
-    @field_validator(
-        "tolerance",
-        "opset",
-        "batch_size",
-        "latency_batch_size",
-        "threads",
-        "eval_workers",
-        "seed",
-        "max_error_growth",
-        "max_nll_growth",
-        "max_displacement_sigma",
-        "max_output_noise",
-        "min_coverage",
-        mode="before",
-    )
-    @classmethod
-    def _no_truth_value(cls, value: object) -> object:
-        # Pydantic would take True for 1, which as a tolerance gates nothing.
-        if isinstance(value, bool):
-            raise ValueError("expected a number, found a truth value")
-        return value
-
-    @field_validator("*")
-    @classmethod
-    def _can_be_written(cls, value: object) -> object:
-        # Into notebook, manifest and registry. A path that is no UTF-8 arrives with surrogates.
-        try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"can't be written as JSON in UTF-8: {shown(str(error))}") from error
-        return value
 
     @field_validator("alias")
     @classmethod

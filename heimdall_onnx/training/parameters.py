@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.common.parameters import ModelKwargs
+from heimdall_onnx.common.parameters import ModelKwargs, Parameters, check_as
 from heimdall_onnx.common.text import listed, shown
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ NAMED = ("name", "profile", "alias", "bucket", "prefix", "tolerance", "variants"
 _PROGRAM = ("heimdall-onnx", "train")
 
 
-class TrainingParameters(BaseModel):
+class TrainingParameters(Parameters):
     """What is trained, on what, and how.
 
     Attributes:
@@ -67,8 +67,6 @@ class TrainingParameters(BaseModel):
         release: Whether to release the best checkpoint in the end.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     data_dir: str = ""
     epochs: int = Field(100, ge=1, le=1_000_000)
     batch_size: int = Field(32, ge=2, le=65536)
@@ -98,11 +96,7 @@ class TrainingParameters(BaseModel):
 
     @field_validator("model_kwargs")
     @classmethod
-    def _can_be_written(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"can't be written as JSON: {error}") from error
+    def _names_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         if unfit := [name for name in value if not name.isidentifier()]:
             raise ValueError(f"no names of arguments: {shown(', '.join(map(repr, unfit)))}")
         return value
@@ -146,14 +140,7 @@ def check_training(values: Mapping[str, Any]) -> TrainingParameters:
     Raises:
         ParameterError: Naming everything that can't be used, at once.
     """
-    try:
-        parameters = TrainingParameters.model_validate(dict(values))
-    except ValidationError as error:
-        problems = [
-            f"{shown('.'.join(map(str, e['loc'])))} = {shown(repr(e['input']))}: {shown(e['msg'])}"
-            for e in error.errors(include_url=False)
-        ]
-        raise ParameterError(f"these parameters can't be used:{listed(problems)}") from None
+    parameters = check_as(TrainingParameters, values)
     if found := parameters.problems():
         raise ParameterError(f"these parameters can't be used:{listed(found)}")
     return parameters

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,10 @@ from heimdall_onnx.services.store import Bucket
 
 PLAN, CSV, PARQUET = "plan.json", "outcomes.csv", "outcomes.parquet"
 _PREFIX = "fleets"
-OUTCOME_COLUMNS = (
-    "number",
-    "label",
-    "checkpoint",
-    "key",
-    "status",
-    "exit_code",
-    "error",
-    "attempts",
-    "host",
-    "load",
-    "seconds",
+OUTCOME_COLUMNS = tuple(
+    field.name
+    for field in fields(ItemOutcome)
+    if field.name not in ("service_failed", "processors", "result", "metrics")
 )
 _OF_RESULT = (
     "verdict",

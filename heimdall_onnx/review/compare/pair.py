@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from heimdall_onnx.archive.content import fetch_evaluation_data
 from heimdall_onnx.archive.find import fetch_model, find_release, released_signature
@@ -22,7 +22,7 @@ from heimdall_onnx.archive.verify import require_verified, verify_release
 from heimdall_onnx.common.errors import ParameterError, VerificationError
 from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.logs import configure_logs, get_logger
-from heimdall_onnx.common.parameters import BUCKET, FP32, PREFIX
+from heimdall_onnx.common.parameters import BUCKET, FP32, PREFIX, Parameters
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.evaluation import EvaluationData, is_dataset, load_evaluation_data
 from heimdall_onnx.model.signature import Signature
@@ -64,10 +64,8 @@ _OWN_TO_A_RUN = ("output_dir", "run_id")
 _MOST = 10_000
 
 
-class ComparisonParameters(BaseModel):
+class ComparisonParameters(Parameters):
     """What is compared; the fields are the notebook's parameters, in its order."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     a: str = Field("", max_length=2000)
     b: str = Field("", max_length=2000)
@@ -78,13 +76,6 @@ class ComparisonParameters(BaseModel):
     calls: int = Field(200, ge=12, le=1_000_000)
     seed: int = Field(0, ge=0)
     output_dir: str = ""
-
-    @field_validator("calls", "seed", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError("expected a number, found a truth value")
-        return value
 
 
 # Numbers that JSON has no form for are text in a record.
