@@ -58,7 +58,7 @@ def judge_cells(
     Args:
         cells: Code cells that aren't empty, as nbformat gives them.
         found: What the notebook recorded.
-        record: What it calls its record.
+        record: What it calls its record; empty if it keeps none.
     """
     verdict = recorded_verdict(found) if record == RECORD else None
     for number, cell in enumerate(cells, start=1):
@@ -78,7 +78,7 @@ def judge_cells(
         return Judgement("the code cells ran out of order", "", "", found, verdict)
     if verdict is None and record == RECORD:
         return Judgement("the notebook recorded no gates", "", "", found, verdict)
-    if not found:
+    if record and not found:
         return Judgement(f"the notebook recorded no {record}", "", "", found, verdict)
     return Judgement("", "", "", found, verdict)
 

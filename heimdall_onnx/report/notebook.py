@@ -42,7 +42,7 @@ def execute_notebook(
         report: Where the executed notebook goes.
         parameters: Its parameters.
         kernel: A running kernel, which is ended.
-        record: What it calls its record.
+        record: What it calls its record; empty if it keeps none.
         cell_timeout: Seconds that one cell may take; six hours by default.
         progress: Show a progress bar by cell on standard error.
 

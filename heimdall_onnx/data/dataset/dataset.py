@@ -196,12 +196,6 @@ class Dataset:
         wanted = np.asarray(indices, np.int64).reshape(-1)
         return {n.removeprefix(INPUTS): self.readers[n].rows(wanted) for n in self._input_names()}
 
-    def batches(self, size: int) -> Iterator[tuple[slice, Arrays]]:
-        """All samples in order, at most ``size`` at a time."""
-        for start in range(0, self.count, size):
-            part = slice(start, min(start + size, self.count))
-            yield part, self.rows(np.arange(part.start, part.stop))
-
     def split(self, *, validation: float, test: float = 0.1, seed: int = 0) -> Split:
         """Divide the samples by event.
 

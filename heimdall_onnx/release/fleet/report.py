@@ -19,12 +19,13 @@ import pandas as pd
 
 from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
 from heimdall_onnx.common.errors import DataError, NotebookError
+from heimdall_onnx.common.parameters import Parameters
 from heimdall_onnx.release.fleet.item import ItemOutcome
 from heimdall_onnx.release.fleet.plan import FleetItem, FleetPlan
 from heimdall_onnx.release.fleet.run import FleetResult
 from heimdall_onnx.release.fleet.tables import facts
 from heimdall_onnx.report.kernels import started_kernel
-from heimdall_onnx.report.notebook import notebook_path
+from heimdall_onnx.report.notebook import error_of, execute_notebook, notebook_path
 from heimdall_onnx.report.page import put_verdict_first
 from heimdall_onnx.report.rendering import render_html
 from heimdall_onnx.services.store import Bucket
@@ -61,6 +62,12 @@ class StoredFleet:
     folder_uri: str
     report_html_uri: str
     local_report: Path
+
+
+class _ReportParameters(Parameters):
+    outcomes: str = ""
+    name: str = ""
+    bucket: str = ""
 
 
 def outcomes_frame(
@@ -150,28 +157,13 @@ def store_report(bucket: Bucket, plan: FleetPlan, result: FleetResult, home: Pat
 
 
 def _execute(folder: Path, bucket: str, result: FleetResult) -> None:
-    import papermill
-    from papermill.exceptions import PapermillException
-
-    from heimdall_onnx.report.engine import ENGINE
-
-    report = folder / REPORT
+    outcomes = str(folder / PARQUET)
+    given = _ReportParameters(outcomes=outcomes, name=result.name, bucket=bucket)
     with started_kernel(os.environ) as kernel:
-        try:
-            papermill.execute_notebook(
-                str(notebook_path("fleet")),
-                str(report),
-                parameters={
-                    "outcomes": str(folder / PARQUET),
-                    "name": result.name,
-                    "bucket": bucket,
-                },
-                engine_name=ENGINE,
-                kernel_name="python3",
-                kernel=kernel,
-                progress_bar=False,
-            )
-        except (PapermillException, RuntimeError) as error:
-            raise NotebookError(
-                f"the fleet's report could not be made: {error}; its table is {folder / CSV}"
-            ) from error
+        path = notebook_path("fleet")
+        judgement = execute_notebook(path, folder / REPORT, given, kernel, record="")
+    if judgement.problem:
+        raise NotebookError(
+            f"the fleet's report could not be made: {error_of(judgement)}; its table is "
+            f"{folder / CSV}"
+        )

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from heimdall_onnx.cli.main import main
-from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.common.errors import DataError, NotebookError
 from heimdall_onnx.common.parameters import ReleaseParameters
+from heimdall_onnx.release.fleet import report as fleet_report
 from heimdall_onnx.release.fleet.item import ItemOutcome
 from heimdall_onnx.release.fleet.plan import FleetItem, FleetPlan
 from heimdall_onnx.release.fleet.plots import pareto
@@ -221,6 +223,18 @@ def test_another_table_is_refused(tmp_path):
     pd.DataFrame({"number": [1]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(DataError, match=r"it lacks .*checkpoint"):
         read_outcomes(tmp_path / "other.parquet")
+
+
+def test_a_report_that_can_not_be_made_says_where_its_table_is(outcomes, tmp_path, monkeypatch):
+    cells = [nbformat.v4.new_code_cell("raise ValueError('no such figure')")]
+    broken = tmp_path / "broken.ipynb"
+    language = {"kernelspec": {"name": "python3", "language": "python", "display_name": "p"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=language), broken)
+    monkeypatch.setattr(fleet_report, "notebook_path", lambda name: broken)
+    plan = FleetPlan("july", (), json.dumps({"name": "july"}))
+    result = FleetResult("july", tuple(outcomes), 12.0, 2)
+    with pytest.raises(NotebookError, match=r"no such figure; its table is .*/outcomes\.csv"):
+        store_report(SimpleNamespace(name="models"), plan, result, tmp_path)
 
 
 @pytest.mark.services
