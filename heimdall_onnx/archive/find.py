@@ -12,8 +12,6 @@ from heimdall_onnx.archive.manifest import Manifest, Variant, read_manifest
 from heimdall_onnx.common.errors import ParameterError, VerificationError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.parameters import MODEL
-from heimdall_onnx.common.text import shown
-from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
@@ -52,22 +50,6 @@ def find_release(connection: Connection, address: str, *, bucket: str, prefix: s
         uri = f"s3://{bucket}/{prefix.strip('/')}/{address}"
     found = find_registered(lambda: connection.tracker, uri)
     return manifest_of(connection.client, found, uri)
-
-
-def released_signature(manifest: Manifest) -> Signature:
-    """What a released model takes and gives, as its manifest says.
-
-    Raises:
-        VerificationError: If it says nothing that can be read.
-    """
-    try:
-        return Signature.from_dict(manifest.data["model"]["signature"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise VerificationError(
-            f"{manifest.uri} names no signature that can be read "
-            f"({type(error).__name__}: {shown(str(error))}); it was made by another version of "
-            "this program, or changed"
-        ) from error
 
 
 def fetch_model(

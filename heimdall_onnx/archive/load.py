@@ -120,7 +120,7 @@ def load_model(
 
 def _warn_of_processor(manifest: Manifest, variant: Variant, uri: str) -> None:
     """8-bit weights that were made for a processor with products of them saturate on others."""
-    made_on = (manifest.data.get("environment") or {}).get("instruction_sets") or []
+    made_on = manifest.said.environment.instruction_sets
     if (
         variant.name.startswith("int8")
         and multiplies_in_8_bits(made_on)

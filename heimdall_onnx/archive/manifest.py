@@ -8,20 +8,26 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
+from heimdall_onnx.common.environment import DISTRIBUTION, Environment
 from heimdall_onnx.common.errors import ParameterError, VerificationError
+from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER
 from heimdall_onnx.common.text import shown
+from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.model.runtimes import CPU, CUDA, TENSORRT, SessionSettings
+from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.services.store import MANIFEST, Bucket, parse_uri
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-SCHEMA_VERSION = 3
+# Of manifests and of the record in a notebook: what 0.1 wrote has less, or none.
+SCHEMA_VERSION: Literal[4] = 4
 REPORT, REPORT_HTML = "report.ipynb", "report.html"
 BOM, SIGNATURE, REVIEWS = "bom.cdx.json", "model.sig", "reviews"
 # Below the reviews, which come after the signature too: who may review a release may add to them.
@@ -125,7 +131,76 @@ class SignatureEntry(_Strict):
     signer_sha256: _Sha256
 
 
+class CheckpointFile(_Strict):
+    """A checkpoint's file.
+
+    Attributes:
+        file: Its name.
+        sha256: SHA-256 of its content.
+    """
+
+    file: str
+    sha256: _Sha256
+
+
+class Checkpoint(CheckpointFile):
+    """What was exported.
+
+    Attributes:
+        members: The checkpoints that an ensemble's was made of, as it records them.
+    """
+
+    members: tuple[CheckpointFile, ...] = ()
+
+
+class ReleasedModel(_Strict):
+    """What was made of the checkpoint.
+
+    Attributes:
+        spec: Import string of the model's class.
+        signature: What it takes and gives.
+        signature_source: Where that comes from, in words.
+    """
+
+    spec: str
+    signature: Signature
+    signature_source: str
+
+
+class InputArray(_Strict):
+    """The evaluation data of one input.
+
+    Attributes:
+        dtype: NumPy's name of the element type.
+        shape: Of one sample.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class EvaluationInputs(_Strict):
+    """What both models were compared on.
+
+    Attributes:
+        source: Its name.
+        provenance: Where it comes from, in words.
+        sha256: SHA-256 of the file, or the digest of the dataset; None for synthetic inputs.
+        samples: How many there are.
+        labelled: Whether the true positions are known.
+        inputs: Of each input.
+    """
+
+    source: str
+    provenance: str
+    sha256: _Sha256 | None
+    samples: int
+    labelled: bool
+    inputs: Annotated[dict[str, InputArray], Field(max_length=1000)]
+
+
 class _Registered(_Strict):
+    run_id: str
     model_name: str
     model_version: Annotated[str, Field(pattern="^[0-9]+$")]
 
@@ -226,16 +301,44 @@ class Variant:
     sessions: Sessions | None = None
 
 
-class _Known(_Strict):
-    """What is relied on in a manifest; the rest is for its readers."""
+class Said(_Strict):
+    """What is relied on in a manifest; `Record` says of the parts that it holds what they are.
 
+    Attributes:
+        schema_version: Of records and manifests.
+        created: When it was released.
+        verdict: As it was judged from outside the notebook.
+        gates: Every gate, evaluated.
+        objects: Everything in the release's folder.
+        content: What it was made of, kept under its hash.
+        datasets: Of what it was made of, what is a dataset.
+        signature: Where the signature is; None for an unsigned release.
+        parameters: Of the release.
+        model: What was made of the checkpoint.
+        variants: What became of each variant; None where none were asked for.
+        checkpoint: What was exported.
+        evaluation_data: What both models were compared on.
+        environment: Where it was made.
+        costs: What each step took.
+        mlflow: Its run and its version in the registry.
+    """
+
+    schema_version: Literal[4]
+    created: datetime
     verdict: str
+    gates: Annotated[tuple[Gate, ...], *_Few]
     objects: Annotated[list[Entry], *_Few]
+    content: Annotated[list[Content], *_Few]
+    datasets: Annotated[list[KeptDataset], *_Few]
+    signature: SignatureEntry | None
+    parameters: Annotated[dict[str, Any], Field(max_length=1000)]
+    model: ReleasedModel
+    variants: Variants | None
+    checkpoint: Checkpoint
+    evaluation_data: EvaluationInputs
+    environment: Environment
+    costs: Annotated[tuple[StepCost, ...], *_Few]
     mlflow: _Registered
-    content: Annotated[list[Content], *_Few] = Field(default_factory=list)
-    datasets: Annotated[list[KeptDataset], *_Few] = Field(default_factory=list)
-    signature: SignatureEntry | None = None
-    variants: Variants | None = None
 
 
 @dataclass(frozen=True)
@@ -246,14 +349,13 @@ class Manifest:
         bucket: Bucket of the release.
         folder: Its folder in the bucket, without a slash at its end.
         text: The manifest's bytes.
-        data: All of it.
+        said: What it says.
     """
 
     bucket: str
     folder: str
     text: bytes = field(repr=False)
-    data: dict[str, Any] = field(repr=False)
-    _known: _Known = field(repr=False)
+    said: Said = field(repr=False)
 
     @property
     def version(self) -> str:
@@ -276,14 +378,20 @@ class Manifest:
         return hashlib.sha256(self.text).hexdigest()
 
     @property
+    def data(self) -> dict[str, Any]:
+        """All of it, what nothing relies on included."""
+        data: dict[str, Any] = json.loads(self.text)
+        return data
+
+    @property
     def verdict(self) -> str:
         """What was judged."""
-        return self._known.verdict
+        return self.said.verdict
 
     @property
     def objects(self) -> dict[str, Entry]:
         """The release's objects by their name within its folder."""
-        return {entry.key.removeprefix(f"{self.folder}/"): entry for entry in self._known.objects}
+        return {entry.key.removeprefix(f"{self.folder}/"): entry for entry in self.said.objects}
 
     @property
     def model(self) -> Entry:
@@ -298,7 +406,7 @@ class Manifest:
     @property
     def variants(self) -> Variants | None:
         """The variants and what became of them; None where none were asked for."""
-        return self._known.variants
+        return self.said.variants
 
     @property
     def files_of_variants(self) -> set[str]:
@@ -354,27 +462,27 @@ class Manifest:
     @property
     def content(self) -> tuple[Content, ...]:
         """Checkpoint, declared signature and data, as far as they were files of their own."""
-        return tuple(self._known.content)
+        return tuple(self.said.content)
 
     @property
     def signature(self) -> SignatureEntry | None:
         """Where the signature is; None for an unsigned release."""
-        return self._known.signature
+        return self.said.signature
 
     @property
     def model_name(self) -> str:
         """The registered model."""
-        return self._known.mlflow.model_name
+        return self.said.mlflow.model_name
 
     @property
     def model_version(self) -> str:
         """Its version in the registry."""
-        return self._known.mlflow.model_version
+        return self.said.mlflow.model_version
 
     @property
     def dataset(self) -> KeptDataset | None:
         """The dataset that both models were compared on; None for a file or synthetic inputs."""
-        return next(iter(self._known.datasets), None)
+        return next(iter(self.said.datasets), None)
 
     def content_of(self, role: str) -> Content | None:
         """The content of a role, or None."""
@@ -427,32 +535,58 @@ def parse_manifest(text: bytes, folder_uri: str) -> Manifest:
     """
     bucket, folder = parse_uri(folder_uri)
     folder = folder.rstrip("/")
+    where = f"{folder_uri}/{MANIFEST}"
     try:
-        known = _Known.model_validate_json(text)
-        data = json.loads(text)
+        require_schema(_Version.model_validate_json(text).schema_version, where)
+        known = Said.model_validate_json(text)
     except ValidationError as error:
-        # Names and values that should not be there are quoted in both.
-        problems = "; ".join(
-            f"{shown('.'.join(map(str, e['loc']))) or 'content'}: {shown(e['msg'])}"
-            for e in error.errors(include_url=False, include_input=False)[:20]
-        )
         raise VerificationError(
-            f"{folder_uri}/{MANIFEST} is no manifest of a release: {problems}"
+            f"{where} is no manifest of a release: {describe_problems(error)}"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(
-            f"{folder_uri}/{MANIFEST} is no manifest of a release: {shown(str(error))}"
-        ) from error
-    manifest = Manifest(bucket, folder, text, data, known)
+    manifest = Manifest(bucket, folder, text, known)
     problems_found = [*_misplaced(known, folder), *_wrong_variants(manifest)]
     if problems := "; ".join(problems_found[:100]):
-        raise VerificationError(f"{folder_uri}/{MANIFEST} is no manifest of a release: {problems}")
+        raise VerificationError(f"{where} is no manifest of a release: {problems}")
     if MODEL not in manifest.objects:
-        raise VerificationError(f"{folder_uri}/{MANIFEST} names no {folder}/{MODEL}")
+        raise VerificationError(f"{where} names no {folder}/{MODEL}")
     return manifest
 
 
-def _misplaced(known: _Known, folder: str) -> list[str]:
+class _Version(_Strict):
+    schema_version: int
+
+
+def require_schema(found: object, where: str) -> None:
+    """Return if a manifest or a record is of this version.
+
+    Args:
+        found: Its schema version.
+        where: Where it was found, for the message.
+
+    Raises:
+        VerificationError: If another version of this program made it.
+    """
+    if isinstance(found, int) and found < SCHEMA_VERSION:
+        raise VerificationError(
+            f"{where} was made by {DISTRIBUTION} 0.1: reproduce it with that version"
+        )
+    if isinstance(found, int) and found > SCHEMA_VERSION:
+        raise VerificationError(
+            f"{where} was made by a later {DISTRIBUTION}: expected schema version "
+            f"{SCHEMA_VERSION}, found {found}; read it with that version"
+        )
+
+
+def describe_problems(error: ValidationError) -> str:
+    """What pydantic found wrong with what anybody may have written, the first of it."""
+    # Names and values that should not be there are quoted in both.
+    return "; ".join(
+        f"{shown('.'.join(map(str, e['loc']))) or 'content'}: {shown(e['msg'])}"
+        for e in error.errors(include_url=False, include_input=False)[:20]
+    )
+
+
+def _misplaced(known: Said, folder: str) -> list[str]:
     """Keys that point anywhere but where a release keeps its objects."""
     keys = [entry.key for entry in known.objects]
     signature = [known.signature.key] if known.signature else []

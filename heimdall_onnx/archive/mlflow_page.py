@@ -11,13 +11,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
 from heimdall_onnx.common.parameters import MODEL
 from heimdall_onnx.common.text import count_of, distance, escape_markdown, name, number, shown
 from heimdall_onnx.services.registry import NamedData
 from heimdall_onnx.services.store import MANIFEST, format_uri
+
+if TYPE_CHECKING:
+    from heimdall_onnx.archive.manifest import Manifest
+    from heimdall_onnx.archive.record import Record, UploadedRelease
 
 # What MLflow's database takes, and what is left of it for reviews.
 MOST_CHARACTERS, _MOST_OF_RELEASE = 5_000, 4_000
@@ -27,37 +31,35 @@ _REVIEWS = "\n\n#### Reviews\n\n"
 _OLDEST_REVIEW = re.compile(re.escape(_REVIEWS) + r"- .*\n(?=- )")
 
 
-def name_data(record: Mapping[str, Any], bucket: str, given: str) -> NamedData | None:
-    """The evaluation data of a run; None where it came to none.
+def name_data(record: Record, bucket: str, given: str) -> NamedData:
+    """The evaluation data of a run.
 
     Args:
         record: What the notebook has recorded.
         bucket: Bucket of the release.
         given: The parameter ``eval_data``.
     """
-    data = record.get("evaluation_data")
-    if data is None:
-        return None
+    data = record.evaluation_data
     columns = tuple(
-        {"name": input_name, "type": f"{spec['dtype']} {tuple(spec['shape'])}"}
-        for input_name, spec in data["inputs"].items()
+        {"name": input_name, "type": f"{spec.dtype} {spec.shape}"}
+        for input_name, spec in data.inputs.items()
     )
     profile = {
-        "samples": data["samples"],
-        "true positions": "yes" if data["labelled"] else "no",
-        "provenance": shown(data["provenance"], 300),
+        "samples": data.samples,
+        "true positions": "yes" if data.labelled else "no",
+        "provenance": shown(data.provenance, 300),
     }
-    digest, kind = data["sha256"], "local"
+    digest, kind = data.sha256, "local"
     source: Mapping[str, Any] = {"uri": given}
     if digest is None:
         kind, source = "code", {"tags": {"made by": "heimdall_onnx.model.examples"}}
         digest = hashlib.sha256(json.dumps([columns, profile]).encode()).hexdigest()
-    elif kept := _kept_at(record.get("uploaded") or {}, bucket):
+    elif kept := _kept_at(record.uploaded, bucket):
         kind, source = "s3", {"uri": kept}
     elif given.startswith("s3://"):
         kind = "s3"
     return NamedData(
-        name=shown(data["source"]),
+        name=shown(data.source),
         digest=digest[:_DIGEST_CHARACTERS],
         source_type=kind,
         source=source,
@@ -66,12 +68,14 @@ def name_data(record: Mapping[str, Any], bucket: str, given: str) -> NamedData |
     )
 
 
-def _kept_at(uploaded: Mapping[str, Any], bucket: str) -> str | None:
-    kept = [entry["address"] for entry in uploaded.get("datasets", ())]
+def _kept_at(uploaded: UploadedRelease | None, bucket: str) -> str | None:
+    if uploaded is None:
+        return None
+    kept = [dataset.address for dataset in uploaded.datasets]
     kept += [
-        format_uri(bucket, entry["key"])
-        for entry in uploaded.get("content", ())
-        if entry["role"] == "evaluation_data"
+        format_uri(bucket, entry.key)
+        for entry in uploaded.content
+        if entry.role == "evaluation_data"
     ]
     return kept[0] if kept else None
 
@@ -85,27 +89,23 @@ def describe_model(model_name: str) -> str:
     )
 
 
-def describe_version(
-    record: Mapping[str, Any], folder_uri: str, run: Mapping[str, Any], *, verdict: str
-) -> str:
+def describe_version(record: Record, manifest: Manifest, run: Mapping[str, Any]) -> str:
     """What a version's page says, in Markdown; text from outside stands in it as such.
 
     Args:
         record: What the notebook has recorded.
-        folder_uri: The release's folder.
+        manifest: Of the release.
         run: Its MLflow run, as `MLflowTracker.get_run_info` describes it.
-        verdict: As it was judged from outside.
     """
-    registered = record["registered"]
-    model = f"models:/{registered['model_name']}/{registered['model_version']}"
+    model, verdict = f"models:/{manifest.model_name}/{manifest.model_version}", manifest.verdict
     # MLflow's list of versions shows how it begins, as it is written.
-    facts = [escape_markdown(verdict.upper()), f"{count_of(len(record['gates']), 'gate')} held"]
-    if (speedup := record["speedup"]) is not None:
+    facts = [escape_markdown(verdict.upper()), f"{count_of(len(record.gates), 'gate')} held"]
+    if (speedup := record.speedup) is not None:
         facts.insert(1, f"speedup {speedup:.2f}×")
     if "smoke" in verdict:
         facts.append("a test run, not evidence")
     load = f'`heimdall_onnx.load_model("{model}")` opens it if it verifies.'
-    for rows in (_rows(record, folder_uri, run), _rows(record, folder_uri, run, brief=True)):
+    for rows in (_rows(record, manifest.uri, run), _rows(record, manifest.uri, run, brief=True)):
         # MLflow draws tables without any space between their columns.
         lines = [f"| {what}&emsp; | {found} |" for what, found in rows]
         text = "\n".join([f"{', '.join(facts)}. {load}", "", "| | |", "|---|---|", *lines])
@@ -115,46 +115,44 @@ def describe_version(
 
 
 def _rows(
-    record: Mapping[str, Any], folder_uri: str, run: Mapping[str, Any], *, brief: bool = False
+    record: Record, folder_uri: str, run: Mapping[str, Any], *, brief: bool = False
 ) -> Iterator[tuple[str, str]]:
     """The facts; in brief without those whose length others decide on."""
     artifacts = f"#/experiments/{run['experiment_id']}/runs/{run['run_id']}/artifacts/report"
-    yield "speedup", escape_markdown(record["speedup_text"])
-    if variants := record.get("variants"):
-        yield "recommended variant", escape_markdown(variants["recommended"])
+    yield "speedup", escape_markdown(record.speedup_text)
+    if record.variants is not None:
+        yield "recommended variant", escape_markdown(record.variants.recommended)
     if not brief:
         yield from _accuracy(record)
     yield "report", f"[open]({artifacts}/{REPORT_HTML}) · `{folder_uri}/{REPORT_HTML}`"
     yield "notebook", f"[open]({artifacts}/{REPORT}) · `{folder_uri}/{REPORT}`"
     yield "manifest", f"`{folder_uri}/{MANIFEST}`"
     yield "model", f"`{folder_uri}/{MODEL}`"
-    checkpoint, data = record["checkpoint"], record["evaluation_data"]
-    yield "checkpoint", f"{_outside(checkpoint['file'])} · SHA-256 `{checkpoint['sha256']}`"
-    digest = f" · SHA-256 `{data['sha256']}`" if data["sha256"] else ""
-    said = "" if brief else f" · {_outside(data['provenance'], 200)}"
-    samples = count_of(data["samples"], "sample")
-    yield "evaluation data", f"{_outside(data['source'])} · {samples}{said}{digest}"
-    environment = record["environment"]
-    if commit := environment["git_commit"]:
-        changed = ", with changes that are not committed" if environment["git_dirty"] else ""
+    checkpoint, data = record.checkpoint, record.evaluation_data
+    yield "checkpoint", f"{_outside(checkpoint.file)} · SHA-256 `{checkpoint.sha256}`"
+    digest = f" · SHA-256 `{data.sha256}`" if data.sha256 else ""
+    said = "" if brief else f" · {_outside(data.provenance, 200)}"
+    samples = count_of(data.samples, "sample")
+    yield "evaluation data", f"{_outside(data.source)} · {samples}{said}{digest}"
+    if commit := record.environment.git_commit:
+        changed = ", with changes that are not committed" if record.environment.git_dirty else ""
         yield "code", f"commit `{commit}`{changed}"
 
 
-def _accuracy(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    metrics, outputs = record["metrics"], record["model"]["signature"]["outputs"]
+def _accuracy(record: Record) -> Iterator[tuple[str, str]]:
+    metrics, outputs = record.metrics, record.model.signature.outputs
     for output in outputs[:_MOST_OUTPUTS]:
-        called = output["name"]
+        called = output.name
         if (mean := metrics.get(f"{called}_mae")) is not None:
-            unit = f" {_outside(output['unit'])}" if output.get("unit") else ""
+            unit = f" {_outside(output.unit)}" if output.unit else ""
             largest = metrics[f"{called}_max_abs_error"]
             found = f"mean error {number(mean)}, largest {number(largest)}{unit}"
             yield f"parity of {_outside(called)}", found
     if (more := len(outputs) - _MOST_OUTPUTS) > 0:
         yield "parity", f"{count_of(more, 'output')} more in the report"
-    errors = [metrics.get(f"error_{who}_median_m") for who in ("onnx", "pytorch")]
-    if None not in errors:
-        here, there = map(distance, errors)
-        yield "localization error", f"median {here}, of PyTorch {there}"
+    here, there = (metrics.get(f"error_{who}_median_m") for who in ("onnx", "pytorch"))
+    if here is not None and there is not None:
+        yield "localization error", f"median {distance(here)}, of PyTorch {distance(there)}"
 
 
 def _outside(text: str, limit: int = 60) -> str:

@@ -1,215 +1,65 @@
-"""The executed notebook as a report: recording, judging from outside, the verdict as first cell."""
+"""What a release's notebook has measured and done: one record, kept in the executed notebook.
+
+The notebook writes it with `record_results`, and everybody who looks at a release later reads the
+same model with `read_record`. Its statistics are those of `evidence`, without arrays and curves;
+numbers that JSON has no form for, NaN and Inf, are text in the file.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from heimdall_onnx.common.environment import capture_environment, installed_distributions
-from heimdall_onnx.common.gates import NotMeasured, Verdict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from heimdall_onnx.archive.manifest import (
+    SCHEMA_VERSION,
+    Checkpoint,
+    CheckpointFile,
+    Content,
+    EvaluationInputs,
+    InputArray,
+    KeptDataset,
+    ReleasedModel,
+    describe_problems,
+    require_schema,
+)
+from heimdall_onnx.common.environment import (
+    DISTRIBUTION,
+    Environment,
+    capture_environment,
+    installed_distributions,
+)
+from heimdall_onnx.common.errors import VerificationError
+from heimdall_onnx.common.gates import Gate, NotMeasured, Verdict
 from heimdall_onnx.common.text import count_of
+from heimdall_onnx.evidence.costs import StepCost
+from heimdall_onnx.evidence.latency.figures import LatencyFigures, MemberFigures
 from heimdall_onnx.evidence.metrics import summarize_metrics
+from heimdall_onnx.evidence.parity.report import ParityFigures
+from heimdall_onnx.evidence.parity.uncertainty import UncertaintyReport
+from heimdall_onnx.evidence.variants.figures import VariantsFigures
+from heimdall_onnx.evidence.variants.operators import OperatorTimes
+from heimdall_onnx.evidence.variants.roofline import Roofline
 from heimdall_onnx.services.store import StoredObject
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
     from heimdall_onnx.data.evaluation import EvaluationData
-    from heimdall_onnx.evidence.costs import StepCost
     from heimdall_onnx.evidence.latency.benchmark import LatencyReport
     from heimdall_onnx.evidence.latency.members import MemberComparison
     from heimdall_onnx.evidence.parity.departure import Departure
     from heimdall_onnx.evidence.parity.report import ParityReport
-    from heimdall_onnx.evidence.parity.uncertainty import UncertaintyReport
-    from heimdall_onnx.evidence.variants.operators import OperatorTimes
-    from heimdall_onnx.evidence.variants.roofline import Roofline
     from heimdall_onnx.evidence.variants.search import VariantsReport
     from heimdall_onnx.model.checkpoint import LoadedModel
 
 _Found = TypeVar("_Found")
 
 RECORD = "release"
-
-
-def record_results(
-    *,
-    loaded: LoadedModel,
-    data: EvaluationData,
-    parity: ParityReport,
-    departure: Departure | None,
-    latency: LatencyReport | NotMeasured,
-    verdict: Verdict,
-    uploaded: UploadedRelease | Skipped,
-    registered: RegisteredRelease | Skipped,
-    variants: VariantsReport | NotMeasured | None = None,
-    roofline: Roofline | NotMeasured | None = None,
-    member: MemberComparison | NotMeasured | None = None,
-    members: Sequence[UncertaintyReport] | None = None,
-    profiles: Sequence[tuple[str, OperatorTimes]] | NotMeasured | None = (),
-    costs: Sequence[StepCost] = (),
-) -> None:
-    """Keep in the running notebook what the runner must know of it, as JSON.
-
-    Beside what the runner needs these are all statistics of parity and latency, without which a
-    repetition could not be held against this run: ``parity`` with the grid of kinds of input and
-    batch sizes (its first cell is the whole evaluation data), noise floor, batch independence and
-    errors in metres; ``latency`` with the percentiles of both contenders and their intervals, host
-    and cores; and the version of every installed distribution. Numbers that JSON has no form for,
-    NaN and Inf, are text in them. What was not measured is None, and ``latency_not_measured`` says
-    why.
-    """
-    import scrapbook
-
-    timed = {"variants": _or_none(variants), "member": _or_none(member)}
-    machine = _or_none(roofline)
-    results = {
-        "profile": verdict.profile,
-        "gates": [gate.to_dict() for gate in verdict.gates],
-        "checkpoint": _describe_checkpoint(loaded),
-        "model": {
-            "class": loaded.model_spec,
-            "signature": loaded.signature.to_dict(),
-            "signature_source": loaded.signature_source,
-        },
-        "evaluation_data": {
-            "source": data.source,
-            "provenance": data.provenance,
-            "sha256": data.sha256,
-            "samples": data.count,
-            "labelled": data.positions is not None,
-            "inputs": {
-                name: {"dtype": str(array.dtype), "shape": list(array.shape[1:])}
-                for name, array in data.inputs.items()
-            },
-        },
-        "metrics": summarize_metrics(parity, latency),
-        "parity": describe_parity(parity),
-        **_describe_speed(latency),
-        **{what: found and as_json(found.to_dict()) for what, found in timed.items()},
-        "roofline": machine and as_json(asdict(machine)),
-        "members": [as_json(each.to_dict()) for each in members or ()],
-        "operator_times": {
-            name: as_json(asdict(times)) for name, times in _or_none(profiles) or ()
-        },
-        "costs": [cost.to_dict() for cost in costs],
-        "departure": None if departure is None else departure.scope,
-        "environment": capture_environment().to_dict(),
-        "distributions": installed_distributions(),
-        "uploaded": None if isinstance(uploaded, Skipped) else asdict(uploaded),
-        "registered": None if isinstance(registered, Skipped) else asdict(registered),
-    }
-    scrapbook.glue(RECORD, results, encoder="json")
-
-
-def _or_none(found: _Found | NotMeasured) -> _Found | None:
-    return None if isinstance(found, NotMeasured) else found
-
-
-def _describe_speed(latency: LatencyReport | NotMeasured) -> dict[str, Any]:
-    if isinstance(latency, NotMeasured):
-        return {
-            "latency": None,
-            "latency_not_measured": latency.reason,
-            "speedup": None,
-            "speedup_text": str(latency),
-            "threads": None,
-        }
-    speedup = latency.speedup
-    return {
-        "latency": describe_latency(latency),
-        "latency_not_measured": None,
-        "speedup": speedup.ratio,
-        "speedup_text": f"{speedup.ratio:.2f}× ({speedup.low:.2f} to {speedup.high:.2f}) at batch "
-        f"{latency.batch_size} on {count_of(latency.threads, 'thread')}",
-        "threads": latency.threads,
-    }
-
-
-def _describe_checkpoint(loaded: LoadedModel) -> dict[str, Any]:
-    described: dict[str, Any] = {"file": loaded.path.name, "sha256": loaded.sha256}
-    if loaded.members:
-        described["members"] = [member.model_dump() for member in loaded.members]
-    return described
-
-
-def describe_parity(parity: ParityReport) -> dict[str, Any]:
-    """The statistics of a parity report as JSON, without its arrays and curves."""
-    described: dict[str, Any] = as_json(
-        {
-            "samples": parity.samples,
-            "evaluated_by": parity.evaluated_by,
-            "tolerance": parity.tolerance,
-            "rtol": parity.rtol,
-            "cells": [
-                {
-                    "kind": cell.kind,
-                    "batch_size": cell.batch_size,
-                    "samples": cell.samples,
-                    **({"valid": True} if cell.valid else {}),
-                    "outputs": [output.summary() for output in cell.outputs],
-                }
-                for cell in parity.cells
-            ],
-            "noise_floor": [asdict(floor) for floor in parity.noise_floor],
-            "independence": asdict(parity.independence),
-            "ground": None if parity.ground is None else asdict(parity.ground),
-            "uncertainty": [found.to_dict() for found in parity.uncertainty],
-        }
-    )
-    return described
-
-
-def describe_latency(latency: LatencyReport) -> dict[str, Any]:
-    """The statistics of a latency report as JSON, without the single calls."""
-    # It imports PyTorch, which the runner does without.
-    from heimdall_onnx.evidence.latency.contenders import describe_contender
-
-    described: dict[str, Any] = as_json(
-        {
-            "batch_size": latency.batch_size,
-            "threads": latency.threads,
-            "confidence": latency.confidence,
-            "speedup": asdict(latency.speedup),
-            "machine": latency.machine and latency.machine.to_dict(),
-            "cores": latency.cores and latency.cores.to_dict(),
-            "contenders": [
-                describe_contender(c, latency.batch_size) for c in (latency.pytorch, latency.onnx)
-            ],
-        }
-    )
-    return described
-
-
-def as_json(value: Any) -> Any:
-    """A copy for JSON: NaN and Inf, which it has no form for, as text."""
-    if isinstance(value, Mapping):
-        return {key: as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_record(path: Path, record: str = RECORD) -> dict[str, Any]:
-    """What `record_results` kept in an executed notebook; empty if it never got that far.
-
-    Args:
-        path: The notebook.
-        record: What it calls its record; that of a comparison has a name of its own.
-    """
-    import scrapbook
-
-    scraps = scrapbook.read_notebook(str(path)).scraps
-    return dict(scraps[record].data) if record in scraps else {}
-
-
-def read_notebook(path: Path) -> NotebookNode:
-    """Read a notebook file."""
-    import nbformat
-
-    return nbformat.read(path, as_version=4)
 
 
 @dataclass(frozen=True)
@@ -239,8 +89,8 @@ class UploadedRelease:
         metadata: Content of ``metadata.json``.
         objects: Everything in the folder.
         content: Checkpoint, declared signature, evaluation and calibration data, kept under their
-            hashes; see `Content`.
-        datasets: Evaluation data that are a dataset; see `KeptDataset`.
+            hashes.
+        datasets: Evaluation data that are a dataset.
     """
 
     version: str
@@ -250,8 +100,8 @@ class UploadedRelease:
     run_id: str
     metadata: dict[str, Any] = field(repr=False)
     objects: tuple[StoredObject, ...] = field(repr=False)
-    content: tuple[dict[str, Any], ...] = field(repr=False)
-    datasets: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    content: tuple[Content, ...] = field(repr=False)
+    datasets: tuple[KeptDataset, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -267,3 +117,259 @@ class RegisteredRelease:
     model_name: str
     model_version: str
     source: str
+
+
+class Record(BaseModel):
+    """What a release's notebook has measured and done.
+
+    Attributes:
+        schema_version: Of records and manifests.
+        profile: How much was measured.
+        gates: Every gate, evaluated.
+        checkpoint: What was exported.
+        model: What was made of it.
+        evaluation_data: What both models were compared on.
+        metrics: The figures that are logged as metrics.
+        parity: Agreement of both models; its first cell is the whole evaluation data.
+        latency: How long both take; None where it was not measured.
+        latency_not_measured: Why it was not; None where it was.
+        variants: Every variant that was asked for; None where none were.
+        roofline: How near the runs come to what the machine allows; None where that was not
+            measured.
+        member: What an ensemble costs beside one of its members; None for any other model.
+        members: Localization error and calibration of each member of an ensemble.
+        operator_times: Where the time of a call goes, by variant.
+        costs: What each step took.
+        departure: The first module whose output differs; None where it was not determined.
+        environment: Where it ran.
+        distributions: Version of every distribution that was installed.
+        uploaded: The release's folder; None where nothing was uploaded.
+        registered: Its version in the registry; None where nothing was registered.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    schema_version: Literal[4] = SCHEMA_VERSION
+    profile: str
+    gates: tuple[Gate, ...]
+    checkpoint: Checkpoint
+    model: ReleasedModel
+    evaluation_data: EvaluationInputs
+    metrics: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+    parity: ParityFigures
+    latency: LatencyFigures | None
+    latency_not_measured: str | None
+    variants: VariantsFigures | None
+    roofline: Roofline | None
+    member: MemberFigures | None
+    members: tuple[UncertaintyReport, ...]
+    operator_times: dict[str, OperatorTimes]
+    costs: tuple[StepCost, ...]
+    departure: str | None
+    environment: Environment
+    distributions: dict[str, str]
+    uploaded: UploadedRelease | None
+    registered: RegisteredRelease | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """All gates together."""
+        return Verdict(self.gates, self.profile)
+
+    @property
+    def speedup(self) -> float | None:
+        """PyTorch's latency over ONNX Runtime's; None if it was not measured."""
+        return None if self.latency is None else self.latency.speedup.ratio
+
+    @property
+    def speedup_text(self) -> str:
+        """The speedup with its interval, or why there is none."""
+        if self.latency is None:
+            return str(NotMeasured(self.latency_not_measured or ""))
+        found = self.latency.speedup
+        return (
+            f"{found.ratio:.2f}× ({found.low:.2f} to {found.high:.2f}) at batch "
+            f"{self.latency.batch_size} on {count_of(self.latency.threads, 'thread')}"
+        )
+
+    @property
+    def threads(self) -> int | None:
+        """Intra-op threads of each contender; None where latency was not measured."""
+        return None if self.latency is None else self.latency.threads
+
+    @property
+    def code(self) -> str:
+        """Version and commit of the code that ran, and whether that was all of it."""
+        environment = self.environment
+        found = f"{DISTRIBUTION} {environment.packages[DISTRIBUTION]}"
+        if environment.git_commit is not None:
+            found += f", commit {environment.git_commit[:12]}"
+        return found + (" with uncommitted changes" if environment.git_dirty else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """A copy as JSON has it."""
+        written: dict[str, Any] = json.loads(self.model_dump_json())
+        return written
+
+
+def record_results(
+    *,
+    loaded: LoadedModel,
+    data: EvaluationData,
+    parity: ParityReport,
+    departure: Departure | None,
+    latency: LatencyReport | NotMeasured,
+    verdict: Verdict,
+    uploaded: UploadedRelease | Skipped,
+    registered: RegisteredRelease | Skipped,
+    variants: VariantsReport | NotMeasured | None = None,
+    roofline: Roofline | NotMeasured | None = None,
+    member: MemberComparison | NotMeasured | None = None,
+    members: Sequence[UncertaintyReport] | None = None,
+    profiles: Sequence[tuple[str, OperatorTimes]] | NotMeasured | None = (),
+    costs: Sequence[StepCost] = (),
+) -> None:
+    """Keep in the running notebook what it has found and done, as a `Record`.
+
+    Beside what the runner needs these are all statistics of parity and latency and the version of
+    every installed distribution, without which a repetition could not be held against this run.
+    """
+    import scrapbook
+
+    timed, compared, paired = _or_none(latency), _or_none(variants), _or_none(member)
+    record = Record(
+        profile=verdict.profile,
+        gates=verdict.gates,
+        checkpoint=Checkpoint(
+            file=loaded.path.name,
+            sha256=loaded.sha256,
+            members=tuple(CheckpointFile(file=m.file, sha256=m.sha256) for m in loaded.members),
+        ),
+        model=ReleasedModel(
+            spec=loaded.model_spec,
+            signature=loaded.signature,
+            signature_source=loaded.signature_source,
+        ),
+        evaluation_data=EvaluationInputs(
+            source=data.source,
+            provenance=data.provenance,
+            sha256=data.sha256,
+            samples=data.count,
+            labelled=data.positions is not None,
+            inputs={
+                name: InputArray(dtype=str(array.dtype), shape=array.shape[1:])
+                for name, array in data.inputs.items()
+            },
+        ),
+        metrics=summarize_metrics(parity, latency),
+        parity=parity,
+        latency=timed and timed.figures(),
+        latency_not_measured=latency.reason if isinstance(latency, NotMeasured) else None,
+        variants=compared and compared.figures(),
+        roofline=_or_none(roofline),
+        member=paired and paired.figures(),
+        members=tuple(members or ()),
+        operator_times=dict(_or_none(profiles) or ()),
+        costs=tuple(costs),
+        departure=None if departure is None else departure.scope,
+        environment=capture_environment(),
+        distributions=installed_distributions(),
+        uploaded=None if isinstance(uploaded, Skipped) else uploaded,
+        registered=None if isinstance(registered, Skipped) else registered,
+    )
+    scrapbook.glue(RECORD, record.to_json(), encoder="json")
+
+
+def _or_none(found: _Found | NotMeasured | None) -> _Found | None:
+    return None if isinstance(found, NotMeasured) else found
+
+
+def read_record(path: Path) -> Record | None:
+    """What `record_results` kept in an executed notebook; None if it never got that far.
+
+    Raises:
+        VerificationError: If it can't be read, or what is there is no record of this version.
+    """
+    return record_in(path.read_bytes(), path.name)
+
+
+def record_in(notebook: bytes, where: str) -> Record | None:
+    """The record in the bytes of an executed notebook; None if there is none.
+
+    Args:
+        notebook: The bytes; nothing about them is taken for granted.
+        where: Where they were found, for messages.
+
+    Raises:
+        VerificationError: If they can't be read, or what is there is no record of this version.
+    """
+    found = scrap_in(notebook, RECORD, where)
+    return None if found is None else parse_record(found, where)
+
+
+def require_record(notebook: bytes, where: str) -> Record:
+    """The record in the bytes of an executed notebook, as `record_in`, which must be there."""
+    if (record := record_in(notebook, where)) is None:
+        raise VerificationError(
+            f"{where} holds no record of a release: its notebook does not call record_results as "
+            "the release notebook does"
+        )
+    return record
+
+
+def parse_record(found: object, where: str) -> Record:
+    """Read a record as JSON has it; nothing about it is taken for granted.
+
+    Raises:
+        VerificationError: If it is no record of this version.
+    """
+    # That of 0.1 had no number yet.
+    require_schema(found.get("schema_version", 0) if isinstance(found, dict) else None, where)
+    try:
+        # As text, in which lists are as good as tuples.
+        return Record.model_validate_json(json.dumps(found))
+    except ValidationError as error:
+        raise VerificationError(
+            f"{where} holds no record of a release: {describe_problems(error)}"
+        ) from error
+
+
+class _Output(BaseModel):
+    data: dict[str, Any] = {}
+
+
+class _Cell(BaseModel):
+    outputs: list[_Output] = []
+
+
+class _Notebook(BaseModel):
+    cells: list[_Cell] = []
+
+
+def scrap_in(notebook: bytes, name: str, where: str) -> Any:
+    """What the bytes of an executed notebook keep under a name; None if there is nothing.
+
+    Raises:
+        VerificationError: If they can't be read.
+    """
+    try:
+        cells = _Notebook.model_validate_json(notebook).cells
+    except ValidationError as error:
+        raise VerificationError(
+            f"{where} is no executed notebook that can be read: {describe_problems(error)}"
+        ) from error
+    return scrap_of((output.data for cell in cells for output in cell.outputs), name)
+
+
+def scrap_of(outputs: Iterable[Mapping[str, Any]], name: str) -> Any:
+    """What the outputs of a notebook's cells keep under a name; None if there is nothing."""
+    scraps = (data.get("application/scrapbook.scrap.json+json") for data in outputs)
+    found = [s for s in scraps if isinstance(s, dict) and s.get("name") == name]
+    return found[-1].get("data") if found else None
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """Read a notebook file."""
+    import nbformat
+
+    return nbformat.read(path, as_version=4)

@@ -41,7 +41,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.archive.find import released_signature
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.manifest import RECOMMENDED, Manifest, read_manifest
 from heimdall_onnx.common.arrays import Arrays
@@ -406,7 +405,7 @@ class ServedModel:
                     f"{found.name}: expected a manifest with SHA-256 {recorded}, found "
                     f"{manifest.sha256}"
                 )
-            signature = released_signature(manifest)
+            signature = manifest.said.model.signature
             if first is not None:
                 _require_compatible(first, signature)  # before anything large is fetched
             session = load_model(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heimdall_onnx.archive.manifest import (
@@ -203,19 +201,17 @@ def _recorded(report: bytes) -> tuple[dict[str, str], str]:
 
     That of the model is named after its file, those of the variants that passed by their names.
     """
-    from heimdall_onnx.archive.record import read_record
+    from heimdall_onnx.archive.record import record_in
 
-    with tempfile.NamedTemporaryFile(prefix="heimdall-report-", suffix=".ipynb") as file:
-        file.write(report)
-        file.flush()
-        try:
-            record = read_record(Path(file.name))
-            judged = record["variants"]["judged"] if record.get("variants") else ()
-            passed = {str(v["name"]): str(v["sha256"]) for v in judged if v["status"] == "passed"}
-            return {**passed, MODEL: str(record["uploaded"]["sha256"])}, "none"
-        except Exception as error:
-            # Anybody may have written it, and its parsers raise whatever they meet.
-            return {}, f"none that can be read ({type(error).__name__})"
+    try:
+        record = record_in(report, REPORT)
+    except VerificationError as error:
+        return {}, f"none that can be read: {error}"
+    if record is None or record.uploaded is None:
+        return {}, "none"
+    judged = record.variants.judged if record.variants else ()
+    passed = {one.name: one.sha256 for one in judged if one.passed}
+    return {**passed, MODEL: record.uploaded.sha256}, "none"
 
 
 def _check_registry(

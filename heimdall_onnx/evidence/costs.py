@@ -26,7 +26,6 @@ STEPS = {
     "locate_departure": "departure",
     "trace_depth": "departure",
     "benchmark_model": "latency",
-    "measure_latency": "latency",  # of older notebooks
     "compare_member": "members",
     "assess_members": "members",
     "compare_variants": "variants",

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
 
 from cyclonedx.model import (
@@ -29,11 +28,30 @@ from cyclonedx.output import make_outputter
 from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
 
-from heimdall_onnx.archive.manifest import REPORT_HTML
-from heimdall_onnx.common.environment import DISTRIBUTION
+from heimdall_onnx.archive.manifest import (
+    REPORT_HTML,
+    Checkpoint,
+    ContentRole,
+    Entry,
+    EvaluationInputs,
+    Manifest,
+)
+from heimdall_onnx.common.environment import DISTRIBUTION, Environment
 from heimdall_onnx.common.parameters import FP32, MODEL
 from heimdall_onnx.common.text import DEGREES
-from heimdall_onnx.model.signature import Signature, TensorSpec
+from heimdall_onnx.model.signature import TensorSpec
+from heimdall_onnx.services.store import format_uri
+
+if TYPE_CHECKING:
+    from heimdall_onnx.archive.record import Record
+    from heimdall_onnx.evidence.latency.figures import (
+        ContenderFigures,
+        LatencyFigures,
+        PairFigures,
+    )
+    from heimdall_onnx.evidence.latency.statistics import Speedup
+    from heimdall_onnx.evidence.parity.report import ParityFigures
+    from heimdall_onnx.evidence.variants.figures import VariantFigures, VariantsFigures
 
 # Namespace of the serial numbers; drawn once.
 _NAMESPACE = UUID("6f0c1a52-7c0e-4f0e-9a3c-3d5b8c1e7a94")
@@ -42,14 +60,14 @@ _PATHS = {"checkpoint", "eval_data", "calibration_data", "output_dir"}
 _MODEL, _CHECKPOINT, _EVALUATION_DATA = "model", "checkpoint", "evaluation-data"
 
 
-def describe_release(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> bytes:
+def describe_release(manifest: Manifest, record: Record) -> bytes:
     """The bill of materials of a release; the same for the same arguments.
 
     Whatever text the arguments hold stays text: the result is ASCII, with everything else escaped.
 
     Args:
         manifest: The release's manifest, as far as it is written before this one.
-        record: What `archive.record.record_results` kept in the notebook.
+        record: What its notebook kept.
 
     Returns:
         JSON of CycloneDX 1.6.
@@ -57,25 +75,29 @@ def describe_release(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> 
     bom = _bill(manifest, record)
     written = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
     described: dict[str, Any] = json.loads(written)
-    described["metadata"]["component"]["modelCard"] = _model_card(manifest, record)
+    described["metadata"]["component"]["modelCard"] = _model_card(record)
     for component in described["components"]:
         if component["bom-ref"] == _EVALUATION_DATA:
-            component["data"] = [_data_set(manifest["evaluation_data"])]
+            component["data"] = [_data_set(record.evaluation_data)]
     return (json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _bill(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Bom:
+def _bill(manifest: Manifest, record: Record) -> Bom:
     model = _model(manifest, record)
-    inputs = (_checkpoint(manifest), _evaluation_data(manifest), *_signature_file(manifest))
-    packages = {name: _package(name, v) for name, v in record["distributions"].items()}
+    inputs = (
+        _checkpoint(manifest, record.checkpoint),
+        _evaluation_data(manifest, record.evaluation_data),
+        *_signature_file(manifest),
+    )
+    packages = {name: _package(name, v) for name, v in record.distributions.items()}
     ours = packages[DISTRIBUTION]
-    environment = manifest["environment"]
+    environment = record.environment
     bom = Bom(
         components=(*inputs, *packages.values(), *_platform(environment)),
-        serial_number=uuid5(_NAMESPACE, f"{_entry(manifest)['sha256']} {manifest['version']}"),
+        serial_number=uuid5(_NAMESPACE, f"{manifest.model.sha256} {manifest.version}"),
         metadata=BomMetaData(
             component=model,
-            timestamp=datetime.fromisoformat(manifest["created"]),
+            timestamp=manifest.said.created,
             tools=ToolRepository(
                 components=[
                     Component(type=ComponentType.APPLICATION, name=ours.name, version=ours.version)
@@ -83,173 +105,169 @@ def _bill(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Bom:
             ),
             properties=_properties(
                 {
-                    "git:commit": manifest["git"]["commit"],
-                    "git:dirty": manifest["git"]["dirty"],
-                    "threads": manifest["threads"],
-                    "processors": environment["processors"],
-                    **_parameters(manifest["parameters"]),
+                    "git:commit": environment.git_commit,
+                    "git:dirty": environment.git_dirty,
+                    "threads": record.threads,
+                    "processors": environment.processors,
+                    **_parameters(manifest.said.parameters),
                 }
             ),
         ),
     )
     bom.register_dependency(model, [*inputs, ours])
-    named = (packages[name] for name in environment["packages"] if name != DISTRIBUTION)
+    named = (packages[name] for name in environment.packages if name != DISTRIBUTION)
     bom.register_dependency(ours, named)
     return bom
 
 
-def _model(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Component:
-    entry, version = _entry(manifest), manifest["version"]
-    name, run = manifest["parameters"]["name"], manifest["mlflow"]
-    folder = entry["key"].removesuffix(f"/{MODEL}")
-    report = next(o for o in manifest["objects"] if o["key"] == f"{folder}/{REPORT_HTML}")
-    described = record["uploaded"]["metadata"]
+def _model(manifest: Manifest, record: Record) -> Component:
+    entry, version, said = manifest.model, manifest.version, manifest.said
+    name, described = said.parameters["name"], _metadata(record)
     return Component(
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=_MODEL,
         name=name,
         version=version,
-        description=f"{described['model_type']} as an ONNX model, opset "
-        f"{manifest['parameters']['opset']}",
+        description=f"{described['model_type']} as an ONNX model, opset {said.parameters['opset']}",
         purl=PackageURL(
             "generic",
             name=name,
             version=version,
             qualifiers={
-                "checksum": f"sha256:{entry['sha256']}",
-                "download_url": _address(manifest, entry["key"]),
+                "checksum": f"sha256:{entry.sha256}",
+                "download_url": _address(manifest, entry),
             },
         ),
-        hashes=_hashes(entry["sha256"]),
+        hashes=_hashes(entry.sha256),
         external_references=[
             _reference(manifest, entry, ExternalReferenceType.DISTRIBUTION),
-            _reference(manifest, report, ExternalReferenceType.EVIDENCE),
+            _reference(manifest, manifest.objects[REPORT_HTML], ExternalReferenceType.EVIDENCE),
         ],
         properties=_properties(
             {
-                "verdict": manifest["verdict"],
-                "profile": manifest["parameters"]["profile"],
-                "size": entry["size"],
+                "verdict": manifest.verdict,
+                "profile": record.profile,
+                "size": entry.size,
                 "trained_parameters": described["pytorch_params"]["total"],
-                "mlflow:run_id": run["run_id"],
-                "mlflow:model_version": run["model_version"],
-                **dict(_describe_variants(manifest)),
+                "mlflow:run_id": said.mlflow.run_id,
+                "mlflow:model_version": manifest.model_version,
+                **dict(_describe_variants(record.variants)),
             }
         ),
-        components=(*_weights(manifest, folder), *_variant_files(manifest, folder)),
+        components=(*_weights(manifest), *_variant_files(manifest, record)),
     )
 
 
-def _weights(manifest: Mapping[str, Any], folder: str) -> Iterator[Component]:
+def _metadata(record: Record) -> dict[str, Any]:
+    assert record.uploaded is not None  # else there is no release
+    return record.uploaded.metadata
+
+
+def _weights(manifest: Manifest) -> Iterator[Component]:
     """The files beside the model that hold its weights, where it is too large for one file."""
-    for entry in manifest["objects"]:
-        name = entry["key"].removeprefix(f"{folder}/")
-        if name.startswith(f"{MODEL}."):
+    for name, entry in manifest.model_files.items():
+        if name != MODEL:
             yield Component(
                 type=ComponentType.FILE,
                 bom_ref=name,
                 name=name,
-                hashes=_hashes(entry["sha256"]),
+                hashes=_hashes(entry.sha256),
             )
 
 
-def _judged(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _judged(record: Record) -> list[VariantFigures]:
     """Every variant that was asked for, the model itself left out."""
-    judged = (manifest.get("variants") or {"judged": []})["judged"]
-    return [one for one in judged if one["name"] != FP32]
+    judged = record.variants.judged if record.variants else ()
+    return [one for one in judged if one.name != FP32]
 
 
-def _describe_variants(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _describe_variants(variants: VariantsFigures | None) -> Iterator[tuple[str, Any]]:
     """Properties: which variant is recommended, and what became of each."""
-    variants = manifest.get("variants")
-    if not variants:
+    if variants is None:
         return
-    yield "variants:recommended", variants["recommended"]
-    for name, value in (variants.get("calibration") or {}).items():
-        if name != "rows":
-            yield f"variants:calibration:{name}", value
-    for one in _judged(manifest):
-        said = ["status", "reason", "precision", "ran_on"]
-        if one["status"] == "passed":
-            said.append("file")
-        yield f"variant:{one['name']}", {name: one[name] for name in said if one[name]}
+    yield "variants:recommended", variants.recommended
+    calibration = variants.calibration
+    for what in ("source", "samples", "sha256", "left_out"):
+        yield f"variants:calibration:{what}", getattr(calibration, what)
+    for one in variants.judged:
+        said = ["status", "reason", "precision", "ran_on", *(["file"] if one.passed else [])]
+        if one.name != FP32:
+            found = {what: getattr(one, what) for what in said}
+            yield f"variant:{one.name}", {what: value for what, value in found.items() if value}
 
 
-def _variant_files(manifest: Mapping[str, Any], folder: str) -> Iterator[Component]:
+def _variant_files(manifest: Manifest, record: Record) -> Iterator[Component]:
     """The variants that are published in a file of their own."""
-    objects = {o["key"]: o for o in manifest["objects"]}
-    name, version = manifest["parameters"]["name"], manifest["version"]
-    for one in _judged(manifest):
-        if one["status"] != "passed" or one["file"] == MODEL:
+    for one in _judged(record):
+        if not one.passed or one.file == MODEL:
             continue
-        entry = objects[f"{folder}/{one['file']}"]
+        entry = manifest.objects[one.file]
         yield Component(
             type=ComponentType.MACHINE_LEARNING_MODEL,
-            bom_ref=f"variant-{one['name']}",
-            name=f"{name} {one['name']}",
-            version=version,
-            description=f"Variant of the model: {one['what']}",
-            hashes=_hashes(entry["sha256"]),
+            bom_ref=f"variant-{one.name}",
+            name=f"{manifest.said.parameters['name']} {one.name}",
+            version=manifest.version,
+            description=f"Variant of the model: {one.what}",
+            hashes=_hashes(entry.sha256),
             external_references=[_reference(manifest, entry, ExternalReferenceType.DISTRIBUTION)],
             properties=_properties(
                 {
-                    "size": entry["size"],
-                    "precision": one["precision"],
-                    "ran_on": one["ran_on"],
-                    "kept_in_float": one["kept_in_float"],
-                    "session:latency": one["sessions"]["latency"],
-                    "session:throughput": one["sessions"]["throughput"],
+                    "size": entry.size,
+                    "precision": one.precision,
+                    "ran_on": one.ran_on,
+                    "kept_in_float": one.kept_in_float,
+                    **{
+                        f"session:{purpose}": settings.to_dict()
+                        for purpose, settings in one.sessions.items()
+                    },
                 }
             ),
         )
 
 
-def _checkpoint(manifest: Mapping[str, Any]) -> Component:
-    checkpoint = manifest["checkpoint"]
+def _checkpoint(manifest: Manifest, checkpoint: Checkpoint) -> Component:
     return Component(
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=_CHECKPOINT,
-        name=checkpoint["file"],
+        name=checkpoint.file,
         description="The trained weights that were exported",
-        hashes=_hashes(checkpoint["sha256"]),
+        hashes=_hashes(checkpoint.sha256),
         external_references=_content_references(manifest, "checkpoint"),
         components=[
             Component(
                 type=ComponentType.MACHINE_LEARNING_MODEL,
                 bom_ref=f"member-{number}",
-                name=member["file"],
+                name=member.file,
                 description="The trained weights of one member, as the checkpoint records it",
-                hashes=_hashes(member["sha256"]),
+                hashes=_hashes(member.sha256),
             )
-            for number, member in enumerate(checkpoint.get("members", ()), 1)
+            for number, member in enumerate(checkpoint.members, 1)
         ],
     )
 
 
-def _signature_file(manifest: Mapping[str, Any]) -> Iterator[Component]:
+def _signature_file(manifest: Manifest) -> Iterator[Component]:
     """The file that declares inputs and outputs, where the model's class does not."""
-    for entry in manifest.get("content", []):
-        if entry["role"] == "signature":
-            yield Component(
-                type=ComponentType.FILE,
-                bom_ref="signature",
-                name=entry["name"],
-                description="The declared inputs and outputs of the model",
-                hashes=_hashes(entry["sha256"]),
-                external_references=_content_references(manifest, "signature"),
-            )
+    if (entry := manifest.content_of("signature")) is not None:
+        yield Component(
+            type=ComponentType.FILE,
+            bom_ref="signature",
+            name=entry.name,
+            description="The declared inputs and outputs of the model",
+            hashes=_hashes(entry.sha256),
+            external_references=_content_references(manifest, "signature"),
+        )
 
 
-def _evaluation_data(manifest: Mapping[str, Any]) -> Component:
-    data = manifest["evaluation_data"]
+def _evaluation_data(manifest: Manifest, data: EvaluationInputs) -> Component:
     return Component(
         type=ComponentType.DATA,
         bom_ref=_EVALUATION_DATA,
-        name=data["source"],
-        description=f"The inputs on which both models were compared: {data['provenance']}",
-        hashes=_hashes(data["sha256"]),
+        name=data.source,
+        description=f"The inputs on which both models were compared: {data.provenance}",
+        hashes=_hashes(data.sha256),
         external_references=_content_references(manifest, "evaluation_data"),
-        properties=_properties({"samples": data["samples"]}),
+        properties=_properties({"samples": data.samples}),
     )
 
 
@@ -266,11 +284,11 @@ def _package(name: str, version: str) -> Component:
     )
 
 
-def _platform(environment: Mapping[str, Any]) -> Iterator[Component]:
+def _platform(environment: Environment) -> Iterator[Component]:
     for kind, reference, name, version in (
-        (ComponentType.PLATFORM, "python", "Python", environment["python"]),
-        (ComponentType.OPERATING_SYSTEM, "system", environment["system"], None),
-        (ComponentType.DEVICE, "processor", environment["cpu"], None),
+        (ComponentType.PLATFORM, "python", "Python", environment.python),
+        (ComponentType.OPERATING_SYSTEM, "system", environment.system, None),
+        (ComponentType.DEVICE, "processor", environment.cpu, None),
     ):
         yield Component(
             type=kind,
@@ -281,43 +299,33 @@ def _platform(environment: Mapping[str, Any]) -> Iterator[Component]:
         )
 
 
-def _entry(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own entry."""
-    entry: dict[str, Any] = next(
-        o for o in manifest["objects"] if o["key"].endswith(f"/{manifest['version']}/{MODEL}")
-    )
-    return entry
-
-
 def _hashes(sha256: str | None) -> list[HashType]:
     return [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
 
 
-def _address(manifest: Mapping[str, Any], key: str) -> str:
-    return f"s3://{manifest['parameters']['bucket']}/{key}"
+def _address(manifest: Manifest, entry: Entry) -> str:
+    return format_uri(manifest.bucket, entry.key)
 
 
-def _reference(
-    manifest: Mapping[str, Any], entry: Mapping[str, Any], kind: ExternalReferenceType
-) -> ExternalReference:
+def _reference(manifest: Manifest, entry: Entry, kind: ExternalReferenceType) -> ExternalReference:
     return ExternalReference(
-        type=kind, url=XsUri(_address(manifest, entry["key"])), hashes=_hashes(entry["sha256"])
+        type=kind, url=XsUri(_address(manifest, entry)), hashes=_hashes(entry.sha256)
     )
 
 
-def _content_references(manifest: Mapping[str, Any], role: str) -> list[ExternalReference]:
+def _content_references(manifest: Manifest, role: ContentRole) -> list[ExternalReference]:
     return [
         _reference(manifest, entry, ExternalReferenceType.DISTRIBUTION)
-        for entry in manifest.get("content", [])
-        if entry["role"] == role
+        for entry in manifest.content
+        if entry.role == role
     ] + [
         ExternalReference(
             type=ExternalReferenceType.DISTRIBUTION,
-            url=XsUri(entry["address"]),
+            url=XsUri(dataset.address),
             comment="a dataset of many files; its digest is the component's hash",
         )
-        for entry in manifest.get("datasets", [])
-        if entry["role"] == role
+        for dataset in manifest.said.datasets
+        if dataset.role == role
     ]
 
 
@@ -336,13 +344,12 @@ def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {f"parameter:{name}": v for name, v in parameters.items() if name not in _PATHS}
 
 
-def _data_set(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "dataset", "name": data["source"], "description": data["provenance"]}
+def _data_set(data: EvaluationInputs) -> dict[str, Any]:
+    return {"type": "dataset", "name": data.source, "description": data.provenance}
 
 
-def _model_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    signature = Signature.from_dict(record["model"]["signature"])
-    backbone = record["uploaded"]["metadata"]["backbone"]
+def _model_card(record: Record) -> dict[str, Any]:
+    signature, backbone = record.model.signature, _metadata(record)["backbone"]
     position = signature.position_output
     task = {"task": f"regression of {position.name} in {DEGREES}"} if position else {}
     family = {"architectureFamily": backbone.partition("-")[0]} if backbone else {}
@@ -350,17 +357,17 @@ def _model_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[
         "modelParameters": {
             **task,
             **family,
-            "modelArchitecture": " ".join(filter(None, (record["model"]["class"], backbone))),
+            "modelArchitecture": " ".join(filter(None, (record.model.spec, backbone))),
             "datasets": [{"ref": _EVALUATION_DATA}],
             "inputs": [{"format": _format(spec)} for spec in signature.inputs],
             "outputs": [{"format": _format(spec)} for spec in signature.outputs],
         },
         "quantitativeAnalysis": {
             "performanceMetrics": [
-                *_latency_metrics(record["latency"]),
-                *_parity_metrics(record["parity"]),
-                *_ground_metrics(record["parity"]),
-                *_variant_metrics(manifest),
+                *_latency_metrics(record.latency),
+                *_parity_metrics(record.parity),
+                *_ground_metrics(record.parity),
+                *_variant_metrics(record),
             ]
         },
         "considerations": {
@@ -368,7 +375,7 @@ def _model_card(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> dict[
                 "Whoever runs this model instead of the PyTorch model that it was exported from, "
                 "and whoever must know how far the two agree"
             ],
-            "technicalLimitations": list(_limitations(manifest, record)),
+            "technicalLimitations": list(_limitations(record)),
         },
     }
 
@@ -389,117 +396,107 @@ def _metric(
     return metric
 
 
-def _latency_metrics(latency: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _latency_metrics(latency: LatencyFigures | None) -> Iterator[dict[str, Any]]:
     if latency is None:
         return
     where = (
-        f"batch {latency['batch_size']}, {latency['threads']} threads, "
-        f"{latency['confidence']:.0%} interval"
+        f"batch {latency.batch_size}, {latency.threads} threads, {latency.confidence:.0%} interval"
     )
-    speedup = latency["speedup"]
-    yield _metric(
-        "speedup",
-        speedup["ratio"],
-        f"PyTorch over ONNX Runtime, {where}",
-        (speedup["low"], speedup["high"]),
-    )
-    for contender in latency["contenders"]:
+    yield _ratio_metric(latency.speedup, f"PyTorch over ONNX Runtime, {where}")
+    for contender in latency.contenders:
         yield from _percentile_metrics(contender, where)
 
 
-def _percentile_metrics(contender: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    for found in contender["percentiles"]:
+def _ratio_metric(speedup: Speedup, where: str) -> dict[str, Any]:
+    return _metric("speedup", speedup.ratio, where, (speedup.low, speedup.high))
+
+
+def _percentile_metrics(contender: ContenderFigures, where: str) -> Iterator[dict[str, Any]]:
+    for found in contender.percentiles:
         yield _metric(
-            f"latency p{found['percentile']:g} (ms)",
-            found["value_ms"],
-            f"{contender['name']}, {where}",
-            (found["low_ms"], found["high_ms"]),
+            f"latency p{found.percentile:g} (ms)",
+            found.value_ms,
+            f"{contender.name}, {where}",
+            (found.low_ms, found.high_ms),
         )
 
 
-def _parity_metrics(parity: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    cell = parity["cells"][0]
-    for output in cell["outputs"]:
-        unit = f" ({output['unit']})" if output["unit"] else ""
+def _parity_metrics(parity: ParityFigures) -> Iterator[dict[str, Any]]:
+    cell = parity.cells[0]
+    for output in cell.outputs:
+        unit = f" ({output.unit})" if output.unit else ""
         where = (
-            f"{output['output']}, ONNX beside PyTorch, {cell['samples']} evaluation samples, "
-            f"batch {cell['batch_size']}"
+            f"{output.output}, ONNX beside PyTorch, {cell.samples} evaluation samples, "
+            f"batch {cell.batch_size}"
         )
-        for kind, name in (
-            ("mean absolute error", "mean"),
-            ("maximum absolute error", "maximum"),
-            ("p99 absolute error", "p99"),
-        ):
-            yield _metric(kind + unit, output[name], where)
+        yield _metric(f"mean absolute error{unit}", output.mean, where)
+        yield _metric(f"maximum absolute error{unit}", output.maximum, where)
+        yield _metric(f"p99 absolute error{unit}", output.p99, where)
 
 
-def _ground_metrics(parity: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for task in (parity["ground"] or {"task": []})["task"]:
-        where = f"{task['who']}, {parity['samples']} evaluation samples with true positions"
-        yield _metric("localization error, median (m)", task["median_m"], where)
-        yield _metric("localization error, p95 (m)", task["p95_m"], where)
-    for found in parity.get("uncertainty", ()):
-        calibration = found["calibration"]
+def _ground_metrics(parity: ParityFigures) -> Iterator[dict[str, Any]]:
+    for task in parity.ground.task if parity.ground else ():
+        where = f"{task.who}, {parity.samples} evaluation samples with true positions"
+        yield _metric("localization error, median (m)", task.median_m, where)
+        yield _metric("localization error, p95 (m)", task.p95_m, where)
+    for found in parity.uncertainty:
+        calibration = found.calibration
         if calibration is None:
             continue
-        where = f"{found['who']}, {found['samples']} evaluation samples with true positions"
-        for coverage in calibration["coverage"]:
+        where = f"{found.who}, {found.samples} evaluation samples with true positions"
+        for coverage in calibration.coverage:
             yield _metric(
-                f"coverage of the {coverage['nominal']:.0%} ellipse",
-                coverage["observed"],
+                f"coverage of the {coverage.nominal:.0%} ellipse",
+                coverage.observed,
                 f"{where}, 95% interval",
-                (coverage["low"], coverage["high"]),
+                (coverage.low, coverage.high),
             )
-        yield _metric("calibration error, mean absolute", calibration["calibration_error"], where)
-        yield _metric("negative log-likelihood (nats)", calibration["nll"], where)
-        yield _metric("median radius of the 90% ellipse (m)", calibration["radius_p50_m"], where)
+        yield _metric("calibration error, mean absolute", calibration.calibration_error, where)
+        yield _metric("negative log-likelihood (nats)", calibration.nll, where)
+        yield _metric("median radius of the 90% ellipse (m)", calibration.radius_p50_m, where)
 
 
-def _variant_metrics(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _variant_metrics(record: Record) -> Iterator[dict[str, Any]]:
     """What the gates of each variant measured, broken ones too, and how fast it is."""
-    for one in _judged(manifest):
-        for gate in one["gates"]:
-            kept = "held" if gate["passed"] else "broken"
-            where = f"variant {one['name']}, limit {gate['limit']} {kept}"
-            yield _metric(gate["name"], gate["measured"], where)
-        if one["latency"] is not None:
-            yield from _pair_metrics(one["latency"], f"on {one['ran_on']}")
-    if against := (manifest.get("variants") or {}).get("against_pytorch"):
-        yield from _pair_metrics(against, "as recommended")
+    for one in _judged(record):
+        for gate in one.gates:
+            kept = "held" if gate.passed else "broken"
+            yield _metric(
+                gate.name, gate.measured, f"variant {one.name}, limit {gate.limit} {kept}"
+            )
+        if one.latency is not None:
+            yield from _pair_metrics(one.latency, f"on {one.ran_on}")
+    if record.variants is not None:
+        yield from _pair_metrics(record.variants.against_pytorch, "as recommended")
 
 
-def _pair_metrics(pair: Mapping[str, Any], how: str) -> Iterator[dict[str, Any]]:
-    first, second = pair["contenders"]
-    ratio, where = pair["speedup"], f"batch {pair['batch_size']} {how}"
-    yield _metric(
-        "speedup",
-        ratio["ratio"],
-        f"{first['name']} over {second['name']}, {where}",
-        (ratio["low"], ratio["high"]),
-    )
+def _pair_metrics(pair: PairFigures, how: str) -> Iterator[dict[str, Any]]:
+    first, second = pair.contenders
+    where = f"batch {pair.batch_size} {how}"
+    yield _ratio_metric(pair.speedup, f"{first.name} over {second.name}, {where}")
     yield from _percentile_metrics(second, where)
 
 
-def _limitations(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
-    data, environment = manifest["evaluation_data"], manifest["environment"]
+def _limitations(record: Record) -> Iterator[str]:
+    data = record.evaluation_data
     yield (
-        f"Agreement with the PyTorch model was checked on {data['samples']} samples "
-        f"({data['source']}: {data['provenance']}) and on adversarial inputs made from them; "
+        f"Agreement with the PyTorch model was checked on {data.samples} samples "
+        f"({data.source}: {data.provenance}) and on adversarial inputs made from them; "
         "elsewhere it is not known."
     )
-    if data["sha256"] is None:
+    if data.sha256 is None:
         yield "Those samples are random numbers, which say little about recordings."
-    if not (record["parity"]["ground"] or {}).get("task"):
+    if record.parity.ground is None or not record.parity.ground.task:
         yield "How far the model's answers are from the truth was not measured."
-    if manifest["parameters"]["profile"] == "smoke":
+    if record.profile == "smoke":
         yield "It was measured with the profile smoke, which is for tests: this is no evidence."
     yield (
-        f"Latency was {record['speedup_text']}."
-        if record["latency"] is None
-        else f"Latency was measured on {environment['cpu']} with {manifest['threads']} threads and "
+        f"Latency was {record.speedup_text}."
+        if record.latency is None
+        else f"Latency was measured on {record.environment.cpu} with {record.threads} threads and "
         "holds for that processor."
     )
-    if _judged(manifest):
+    if _judged(record):
         yield (
             "Figures of variants other than fp32 hold for that processor: another one may compute "
             "8-bit and 16-bit products in other steps, with other results."

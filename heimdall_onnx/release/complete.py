@@ -7,7 +7,7 @@ manifest is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +30,20 @@ from heimdall_onnx.services.store import MANIFEST, parse_uri, to_json
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+    from heimdall_onnx.archive.record import Record, RegisteredRelease, UploadedRelease
     from heimdall_onnx.archive.signing import Signer
     from heimdall_onnx.common.parameters import ReleaseParameters
+    from heimdall_onnx.services.store import StoredObject
 
 _FEW_VERSIONS = 100
 
 
 def describe_manifest(
-    record: Mapping[str, Any],
+    record: Record,
+    uploaded: UploadedRelease,
+    registered: RegisteredRelease,
     parameters: ReleaseParameters,
-    objects: Mapping[str, Mapping[str, Any]],
+    reports: Iterable[StoredObject],
     *,
     verdict: str,
     costs: list[dict[str, Any]],
@@ -50,47 +54,47 @@ def describe_manifest(
 
     Args:
         record: What the notebook has recorded.
+        uploaded: What it has uploaded.
+        registered: What it has registered.
         parameters: Of the release.
-        objects: Every object of it by its key, with size and hash.
+        reports: What was uploaded since.
         verdict: As it was judged from outside.
         costs: Seconds and memory by step.
         signer: Who signs the release, if anybody.
         protection: How the store keeps it.
     """
-    environment, uploaded = record["environment"], record["uploaded"]
-    signature = None
+    recorded, signature = record.to_json(), None
     if signer is not None:
-        folder = f"{parameters.prefix}/{uploaded['version']}"
+        folder = f"{parameters.prefix}/{uploaded.version}"
         signature = {"key": f"{folder}/{SIGNATURE}", "signer_sha256": signer.sha256}
     return {
         "schema_version": SCHEMA_VERSION,
-        "version": uploaded["version"],
+        "version": uploaded.version,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "verdict": verdict,
-        "gates": record["gates"],
+        "gates": recorded["gates"],
         "objects": [
-            {"key": o["key"], "size": o["size_bytes"], "sha256": o["sha256"]}
-            for o in sorted(objects.values(), key=lambda o: str(o["key"]))
+            {"key": o.key, "size": o.size_bytes, "sha256": o.sha256}
+            for o in sorted((*uploaded.objects, *reports), key=lambda o: o.key)
         ],
-        "content": list(uploaded["content"]),
-        # Releases of notebooks that know none have none.
-        "datasets": list(uploaded.get("datasets", ())),
+        "content": [entry.model_dump() for entry in uploaded.content],
+        "datasets": [dataset.model_dump() for dataset in uploaded.datasets],
         "signature": signature,
         "protection": protection.to_dict(),
         "parameters": parameters.model_dump(mode="json"),
-        "model": record["model"],
-        # Releases of notebooks without that step have none.
-        "variants": record.get("variants"),
-        "checkpoint": record["checkpoint"],
-        "evaluation_data": record["evaluation_data"],
-        "git": {"commit": environment["git_commit"], "dirty": environment["git_dirty"]},
-        "environment": environment,
-        "threads": record["threads"],
+        **{what: recorded[what] for what in ("model", "variants", "checkpoint")},
+        "evaluation_data": recorded["evaluation_data"],
+        "git": {
+            "commit": record.environment.git_commit,
+            "dirty": record.environment.git_dirty,
+        },
+        "environment": recorded["environment"],
+        "threads": record.threads,
         "costs": costs,
         "mlflow": {
             "run_id": parameters.run_id,
-            "model_name": record["registered"]["model_name"],
-            "model_version": record["registered"]["model_version"],
+            "model_name": registered.model_name,
+            "model_version": registered.model_version,
         },
     }
 
@@ -99,7 +103,7 @@ def add_bom(
     connection: Connection,
     folder_uri: str,
     described: Mapping[str, Any],
-    record: Mapping[str, Any],
+    record: Record,
 ) -> dict[str, Any]:
     """Upload the bill of materials, and name it in what the manifest says.
 
@@ -109,7 +113,7 @@ def add_bom(
     from heimdall_onnx.release.bom import describe_release
 
     name, folder = parse_uri(folder_uri)
-    content = describe_release(described, record)
+    content = describe_release(parse_manifest(to_json(described), folder_uri), record)
     stored = connection.bucket(name).upload_bytes(content, f"{folder}/{BOM}")
     entry = {"key": stored.key, "size": stored.size_bytes, "sha256": stored.sha256}
     objects = sorted([*described["objects"], entry], key=lambda o: str(o["key"]))
@@ -183,7 +187,7 @@ def _own_dataset(client: S3Client, manifest: Manifest) -> list[str]:
     return [f"{folder}/{name}" for name in dataset.file_names()] if own else []
 
 
-def present_release(connection: Connection, manifest: Manifest, record: Mapping[str, Any]) -> None:
+def present_release(connection: Connection, manifest: Manifest, record: Record) -> None:
     """Say on MLflow's own pages what a complete release is.
 
     Args:
@@ -195,8 +199,7 @@ def present_release(connection: Connection, manifest: Manifest, record: Mapping[
         RegistryError: If MLflow can't be reached or refuses.
     """
     tracker, name, version = connection.tracker, manifest.model_name, manifest.model_version
-    run = tracker.get_run_info(record["uploaded"]["run_id"])
-    text = describe_version(record, manifest.uri, run, verdict=manifest.verdict)
+    text = describe_version(record, manifest, tracker.get_run_info(manifest.said.mlflow.run_id))
     tracker.describe_version(name, version, text)
     # To say anything of a model, MLflow reads all its versions.
     if int(version) <= _FEW_VERSIONS:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.archive.content import keep_content, keep_dataset
+from heimdall_onnx.archive.manifest import Content, KeptDataset
 from heimdall_onnx.archive.metadata import METADATA, object_metadata, release_metadata, version_tags
 from heimdall_onnx.archive.record import RegisteredRelease, Skipped, UploadedRelease
 from heimdall_onnx.common.errors import HeimdallError, ServiceError
@@ -110,9 +111,7 @@ def upload_release(
         bucket = connection.bucket(parameters.bucket)
         bucket.ensure()
         content = _keep_content(bucket, parameters, loaded, data, variants)
-        datasets = [
-            keep_dataset(bucket, dataset).model_dump() for dataset in filter(None, [data.dataset])
-        ]
+        datasets = [keep_dataset(bucket, dataset) for dataset in filter(None, [data.dataset])]
         uploaded = _upload(
             connection,
             parameters,
@@ -134,7 +133,7 @@ def _keep_content(
     loaded: LoadedModel,
     data: EvaluationData,
     variants: VariantsReport | None,
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[Content, ...]:
     # It is shared between releases, so that it stays when this one is taken back.
     path = parameters.eval_data_path
     kept = [keep_content(bucket, loaded.path, loaded.sha256, "checkpoint")]
@@ -146,7 +145,7 @@ def _keep_content(
         path, digest = Path(parameters.calibration_data), variants.calibration.file_sha256
         assert digest is not None  # it was read from a file
         kept.append(keep_content(bucket, path, digest, "calibration_data"))
-    return tuple(entry.model_dump() for entry in kept)
+    return tuple(kept)
 
 
 def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:
@@ -165,8 +164,8 @@ def _upload(
     exported: ExportResult,
     signature: Signature,
     *,
-    content: tuple[dict[str, Any], ...],
-    datasets: tuple[dict[str, Any], ...],
+    content: tuple[Content, ...],
+    datasets: tuple[KeptDataset, ...],
     variants: VariantsReport | None,
 ) -> UploadedRelease:
     bucket, prefix = connection.bucket(parameters.bucket), parameters.prefix

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ from heimdall_onnx.services.store import MANIFEST, StoredObject
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
 
+    from heimdall_onnx.archive.record import Record
     from heimdall_onnx.services.registry import MLflowTracker
 
 log = get_logger(__name__)
@@ -199,8 +200,8 @@ class _Run:
         status = "KILLED"
         try:
             judgement = run_notebook()
-            if judgement.passed:
-                result = self._finish(connection, judgement)
+            if judgement.passed and judgement.record is not None:
+                result = self._finish(connection, judgement, judgement.record)
                 status = "FINISHED"
             else:
                 status = "FAILED"
@@ -284,53 +285,67 @@ class _Run:
 
     def _add_notebook_costs(self, judgement: Judgement, seconds: float) -> None:
         """The notebook's own steps, and what its execution took beyond them."""
-        steps = judgement.record.get("costs", [])
-        beyond = seconds - sum(cost["seconds"] for cost in steps)
+        steps = judgement.record.costs if judgement.record else ()
+        beyond = seconds - sum(cost.seconds for cost in steps)
         self._costs.add("kernel start and end", beyond)
         for cost in steps:
-            self._costs.add(cost["step"], cost["seconds"], cost.get("peak_memory_bytes"))
+            self._costs.add(cost.step, cost.seconds, cost.peak_memory_bytes)
 
-    def _finish(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
+    def _finish(
+        self, connection: Connection, judgement: Judgement, record: Record
+    ) -> ReleaseResult:
         """Report, manifest and alias of a release whose model is uploaded and registered."""
-        done = judgement.record
-        uploaded, registered = done.get("uploaded"), done.get("registered")
-        if not (uploaded and registered):
+        uploaded, registered = record.uploaded, record.registered
+        if uploaded is None or registered is None:
             raise NotebookError(
                 "the notebook passed but has recorded no upload and no registration; it must call "
                 "upload_release, register_release and record_results as the release notebook does"
             )
-        version, folder_uri = uploaded["version"], uploaded["folder_uri"]
-        self.result = replace(
-            self.result,
-            speedup=done["speedup"],
-            gates=done["gates"],
-            recommended=(done.get("variants") or {}).get("recommended"),
-        )
+        version, folder_uri = uploaded.version, uploaded.folder_uri
+        self._add_recorded(record)
         with self._costs.step("report"):
             self._write_report(judgement, version, passed=True)
-            objects = {o["key"]: o for o in uploaded["objects"]}
             with ThreadPoolExecutor(1) as beside:
                 upload = partial(self._upload_reports, connection, version)
                 reports = beside.submit(copy_context().run, upload)
-                self._log_to_run(connection, done)
-                objects |= {o.key: asdict(o) for o in reports.result()}
+                self._log_to_run(connection, record)
+                written = reports.result()
         self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
-        self._publish_manifest(connection, judgement, objects, folder_uri)
+        described = describe_manifest(
+            record,
+            uploaded,
+            registered,
+            self.parameters,
+            written,
+            verdict=self._verdict(passed=True),
+            costs=self.result.costs,
+            signer=self._signer,
+            protection=self._protection or _protect(connection, self.parameters.bucket),
+        )
+        self._publish_manifest(connection, record, described, folder_uri)
         return replace(
             self.result,
             success=True,
             exit_code=0,
             verdict=self._verdict(passed=True),
             version=version,
-            model_version=registered["model_version"],
+            recommended=record.variants.recommended if record.variants else None,
+            model_version=registered.model_version,
             alias=self.parameters.alias,
             signer_sha256=self._signer.sha256 if self._signer else None,
             retained_until=self._protection.retained_until if self._protection else None,
-            s3_uri=uploaded["s3_uri"],
+            s3_uri=uploaded.s3_uri,
             report_uri=f"{folder_uri}/{REPORT}",
             report_html_uri=f"{folder_uri}/{REPORT_HTML}",
             manifest_uri=f"{folder_uri}/{MANIFEST}",
             local_report=str(self.folder / REPORT_HTML),
+        )
+
+    def _add_recorded(self, record: Record) -> None:
+        self.result = replace(
+            self.result,
+            speedup=record.speedup,
+            gates=[gate.to_dict() for gate in record.gates],
         )
 
     def _upload_reports(self, connection: Connection, version: str) -> list[StoredObject]:
@@ -344,21 +359,12 @@ class _Run:
     def _publish_manifest(
         self,
         connection: Connection,
-        judgement: Judgement,
-        objects: dict[str, dict[str, Any]],
+        record: Record,
+        described: dict[str, Any],
         folder_uri: str,
     ) -> None:
         """Complete the release, and only then move the alias."""
-        record, parameters = judgement.record, self.parameters
-        described = describe_manifest(
-            record,
-            parameters,
-            objects,
-            verdict=self._verdict(passed=True),
-            costs=self.result.costs,
-            signer=self._signer,
-            protection=self._protection or _protect(connection, parameters.bucket),
-        )
+        parameters = self.parameters
         described = add_bom(connection, folder_uri, described, record)
         self._manifest = complete_release(connection, folder_uri, described, self._signer)
         present_release(connection, self._manifest, record)
@@ -369,11 +375,8 @@ class _Run:
     def _keep_failed(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
         """Keep the report of a run that failed, since that is the one to be understood."""
         error = error_of(judgement)
-        self.result = replace(
-            self.result,
-            gates=judgement.record.get("gates", []),
-            speedup=judgement.record.get("speedup"),
-        )
+        if judgement.record is not None:
+            self._add_recorded(judgement.record)
         left = self._take_back(connection)
         if left:
             error = _with_left(error, left)
@@ -436,15 +439,16 @@ class _Run:
             passed=passed,
             title=title,
             facts=facts,
+            gates=judgement.verdict,
             sentences=three_sentences(done, alias),
             problem=error,
         )
         render_html(report, f"{self.parameters.name} {title}")
 
-    def _log_to_run(self, connection: Connection, record: dict[str, Any]) -> None:
+    def _log_to_run(self, connection: Connection, record: Record | None) -> None:
         tracker, run_id = connection.tracker, self.parameters.run_id
-        data = name_data(record, self.parameters.bucket, self.parameters.eval_data)
-        if data is not None:
+        if record is not None:
+            data = name_data(record, self.parameters.bucket, self.parameters.eval_data)
             tracker.log_dataset(data, run_id=run_id)
         for name in (REPORT, REPORT_HTML):
             tracker.log_artifact(self.folder / name, "report", run_id=run_id)

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from heimdall_onnx.archive.record import RECORD, read_notebook, read_record
-from heimdall_onnx.common.gates import Gate, Verdict
+from heimdall_onnx.archive.record import (
+    RECORD,
+    Record,
+    parse_record,
+    read_notebook,
+    scrap_of,
+)
+from heimdall_onnx.common.errors import VerificationError
+from heimdall_onnx.common.gates import Verdict
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -23,15 +30,18 @@ class Judgement:
         problem: Why the notebook did not run to its end; empty if it did.
         error_name: Class of the error that stopped it; empty if none.
         error_message: That error's message.
-        record: What the notebook recorded.
-        verdict: The recorded gates; None if the notebook never got that far.
+        record: What the notebook of a release recorded; None if it never got that far.
     """
 
     problem: str
     error_name: str
     error_message: str
-    record: dict[str, Any] = field(repr=False)
-    verdict: Verdict | None
+    record: Record | None = field(repr=False)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The recorded gates; None if the notebook never got that far."""
+        return None if self.record is None else self.record.verdict
 
     @property
     def passed(self) -> bool:
@@ -46,41 +56,50 @@ def judge_notebook(path: Path, record: str = RECORD) -> Judgement:
     success, so neither its status nor its return is believed: each code cell must have been
     executed, in order, without an error output, and the record must be there. That of a release
     holds its gates.
+
+    Args:
+        path: The notebook.
+        record: What it calls its record, of which that of a release is read; empty if it keeps
+            none.
     """
-    return judge_cells(_code_cells(path), read_record(path, record), record)
+    cells, found, missing = _code_cells(path), None, ""
+    kept = scrap_of((o.get("data", {}) for cell in cells for o in cell.outputs), record)
+    if kept is None and record:
+        missing = f"the notebook recorded no {'gates' if record == RECORD else record}"
+    elif record == RECORD:
+        try:
+            found = parse_record(kept, path.name)
+        except VerificationError as error:
+            missing = str(error)
+    return judge_cells(cells, found, missing)
 
 
 def judge_cells(
-    cells: Sequence[NotebookNode], found: dict[str, Any], record: str = RECORD
+    cells: Sequence[NotebookNode], found: Record | None, missing: str = ""
 ) -> Judgement:
     """Judge the code cells of an executed notebook that is read already, as `judge_notebook`.
 
     Args:
         cells: Code cells that aren't empty, as nbformat gives them.
-        found: What the notebook recorded.
-        record: What it calls its record; empty if it keeps none.
+        found: What the notebook of a release recorded.
+        missing: Why that is not there; empty if it is.
     """
-    verdict = recorded_verdict(found) if record == RECORD else None
     for number, cell in enumerate(cells, start=1):
         error = next((o for o in cell.outputs if o.output_type == "error"), None)
         where = _where(number, cells)
         if error is not None:
             problem = f"{where} raised {error.ename}"
-            return Judgement(problem, error.ename, error.evalue, found, verdict)
+            return Judgement(problem, error.ename, error.evalue, found)
         if cell.execution_count is None:
             problem = (
                 f"{where} never finished: the kernel died, the cell ran out of time, or an "
                 "earlier cell ended the kernel"
             )
-            return Judgement(problem, "", "", found, verdict)
+            return Judgement(problem, "", "", found)
     counts = [cell.execution_count for cell in cells]
     if counts != sorted(counts):
-        return Judgement("the code cells ran out of order", "", "", found, verdict)
-    if verdict is None and record == RECORD:
-        return Judgement("the notebook recorded no gates", "", "", found, verdict)
-    if record and not found:
-        return Judgement(f"the notebook recorded no {record}", "", "", found, verdict)
-    return Judgement("", "", "", found, verdict)
+        return Judgement("the code cells ran out of order", "", "", found)
+    return Judgement(missing, "", "", found)
 
 
 def last_started(path: Path) -> str:
@@ -97,10 +116,3 @@ def _code_cells(path: Path) -> list[NotebookNode]:
 def _where(number: int, cells: Sequence[NotebookNode]) -> str:
     first_line = cells[number - 1].source.strip().splitlines()[0]
     return f"code cell {number} of {len(cells)} ({first_line!r})"
-
-
-def recorded_verdict(record: dict[str, Any]) -> Verdict | None:
-    """The gates that a record holds; None if the notebook never got that far."""
-    if "gates" not in record:
-        return None
-    return Verdict(tuple(Gate(**gate) for gate in record["gates"]), record["profile"])

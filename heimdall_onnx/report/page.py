@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.archive.record import read_notebook, read_record
+from heimdall_onnx.archive.record import read_notebook
 from heimdall_onnx.common.text import escape_markdown
-from heimdall_onnx.report.judge import recorded_verdict
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+
+    from heimdall_onnx.common.gates import Verdict
 VERDICT = "verdict"
 
 
@@ -22,6 +23,7 @@ def put_verdict_first(
     passed: bool,
     title: str,
     facts: Mapping[str, str],
+    gates: Verdict | None = None,
     sentences: Sequence[str] = (),
     problem: str = "",
 ) -> None:
@@ -34,13 +36,13 @@ def put_verdict_first(
         passed: The verdict.
         title: What it is about, e.g. the release version.
         facts: What a reviewer may look for: label to value.
+        gates: What was judged; None if the notebook never got that far.
         sentences: What a reviewer must know at once.
         problem: What went wrong, in words; empty if nothing did.
     """
     import nbformat
 
     notebook = read_notebook(path)
-    gates = recorded_verdict(read_record(path))
     found = {
         "passed": passed,
         "title": title,

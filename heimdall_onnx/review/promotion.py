@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from heimdall_onnx.archive.aliases import Move, append_move, follow_log, logged_aliases, read_log
 from heimdall_onnx.archive.content import fetch_evaluation_data
-from heimdall_onnx.archive.find import fetch_model, released_signature
+from heimdall_onnx.archive.find import fetch_model
 from heimdall_onnx.archive.manifest import REPORT, REVIEWS, Manifest, read_manifest
 from heimdall_onnx.archive.mlflow_page import add_review, review_line
 from heimdall_onnx.archive.verify import (
@@ -321,11 +321,11 @@ def _compare(
         )
         # What does not verify is not run, and is no measure for anything.
         require_verified(verify_release(connection, theirs, content=False), theirs.uri)
-        before = released_signature(theirs)
+        before = theirs.said.model.signature
     except (VerificationError, NotRegisteredError) as error:
         return HeadToHead(holder, "", (), (f"version {holder} does not verify: {error}",))
     try:
-        signature, _ = shared_signature(before, released_signature(manifest))
+        signature, _ = shared_signature(before, manifest.said.model.signature)
     except InvalidModelError as error:
         note = f"version {holder} does not take the candidate's inputs: {error}"
         return HeadToHead(holder, "", (), (note,))

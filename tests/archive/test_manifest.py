@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import records
 
 from heimdall_onnx.archive.manifest import parse_manifest
 from heimdall_onnx.common.errors import ParameterError, VerificationError
@@ -14,10 +15,9 @@ HASH = "a" * 64
 
 
 def manifest(**changes) -> bytes:
-    data = {
-        "verdict": "pass",
-        "objects": [{"key": f"{FOLDER}/model.onnx", "size": 1, "sha256": HASH}],
-        "content": [
+    data = records.manifest_json(
+        objects=[{"key": f"{FOLDER}/model.onnx", "size": 1, "sha256": HASH}],
+        content=[
             {
                 "role": "checkpoint",
                 "key": f"objects/sha256/{HASH}",
@@ -26,9 +26,8 @@ def manifest(**changes) -> bytes:
                 "name": "model.ckpt",
             }
         ],
-        "signature": {"key": f"{FOLDER}/model.sig", "signer_sha256": HASH},
-        "mlflow": {"model_name": "net", "model_version": "3"},
-    }
+        signature={"key": f"{FOLDER}/model.sig", "signer_sha256": HASH},
+    )
     return json.dumps({**data, **changes}).encode()
 
 
@@ -41,11 +40,34 @@ def test_what_is_relied_on():
     assert read.signature.signer_sha256 == HASH
 
 
-def test_manifest_of_an_older_release_is_read_as_unsigned_and_without_content():
+def test_what_records_say_is_read_as_they_say_it():
+    said, record = parse_manifest(manifest(), URI).said, records.record()
+    for name in ("gates", "checkpoint", "model", "evaluation_data", "environment"):
+        assert getattr(said, name) == getattr(record, name)
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3])
+def test_manifest_of_0_1_is_refused_in_one_sentence(schema):
+    # Whatever else it says, or lacks.
+    for text in (manifest(schema_version=schema), f'{{"schema_version": {schema}}}'.encode()):
+        with pytest.raises(VerificationError) as raised:
+            parse_manifest(text, URI)
+        assert str(raised.value) == (
+            f"{URI}/manifest.json was made by heimdall-onnx 0.1: reproduce it with that version"
+        )
+
+
+def test_manifest_of_a_later_version_is_refused():
+    with pytest.raises(VerificationError, match="was made by a later heimdall-onnx: expected"):
+        parse_manifest(manifest(schema_version=5), URI)
+
+
+@pytest.mark.parametrize("missing", ["created", "gates", "content", "model", "mlflow"])
+def test_manifest_without_a_part_of_it_is_refused(missing):
     data = json.loads(manifest())
-    del data["content"], data["signature"]
-    read = parse_manifest(json.dumps(data).encode(), URI)
-    assert (read.content, read.signature) == ((), None)
+    del data[missing]
+    with pytest.raises(VerificationError, match=f"no manifest of a release: {missing}: Field req"):
+        parse_manifest(json.dumps(data).encode(), URI)
 
 
 def entry(key: str) -> dict:
@@ -71,7 +93,7 @@ MODEL = entry(f"{FOLDER}/model.onnx")
         ({"signature": {"key": "elsewhere", "signer_sha256": HASH}}, "expected the signature at"),
         ({"content": [{**entry("x"), "role": "checkpoint", "name": "x"}]}, "expected content at"),
         ({"content": [{**entry("x"), "role": "other", "name": "x"}]}, "role"),
-        ({"mlflow": {"model_name": "net", "model_version": "3; --"}}, "pattern"),
+        ({"mlflow": {"run_id": "", "model_name": "net", "model_version": "3; --"}}, "pattern"),
     ],
 )
 def test_what_points_elsewhere_or_is_not_what_it_should_be_is_refused(changes, problem):
@@ -124,7 +146,6 @@ def with_variants(where: str = "", **changes) -> bytes:
     data = {
         "objects": [MODEL, {**entry(OWN), "sha256": OTHER_HASH}],
         "variants": variants,
-        "schema_version": 3,
     }
     parts = {
         "manifest": data,
@@ -161,13 +182,12 @@ def test_variant_that_is_the_model_has_its_weights_too():
 
 
 def test_manifest_without_variants_has_its_model_alone():
-    for changes in ({"schema_version": 2}, {"schema_version": 3, "variants": None}):
-        read = parse_manifest(manifest(**changes), URI)
-        assert read.variants is None
-        assert read.recommended == "fp32"
-        for name in ("fp32", "recommended"):
-            assert (read.variant(name).name, read.variant(name).sessions) == ("fp32", None)
-            assert list(read.variant(name).files) == ["model.onnx"]
+    read = parse_manifest(manifest(variants=None), URI)
+    assert read.variants is None
+    assert read.recommended == "fp32"
+    for name in ("fp32", "recommended"):
+        assert (read.variant(name).name, read.variant(name).sessions) == ("fp32", None)
+        assert list(read.variant(name).files) == ["model.onnx"]
 
 
 @pytest.mark.parametrize(

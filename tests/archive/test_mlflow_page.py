@@ -1,9 +1,13 @@
 """What MLflow's pages are told, short of MLflow itself."""
 
+import json
 from datetime import UTC, datetime
 
 import pytest
+import records
+from records import SHA256
 
+from heimdall_onnx.archive.manifest import parse_manifest
 from heimdall_onnx.archive.mlflow_page import (
     MOST_CHARACTERS,
     add_review,
@@ -12,44 +16,42 @@ from heimdall_onnx.archive.mlflow_page import (
     name_data,
     review_line,
 )
+from heimdall_onnx.archive.record import parse_record
 from heimdall_onnx.evidence.metrics import run_metrics
 
-SHA256 = "5" * 40 + "a" * 24
 AT = datetime(2026, 11, 20, 14, 30, tzinfo=UTC)
 RUN = {"experiment_id": "7", "run_id": "0123abc"}
 FOLDER = "s3://models/models/net/v20261120_143000"
 HOSTILE = "| <b>x</b> [y](http://z.example) `" + "|" * 500
 
 
+METRICS = {
+    "positions_mae": 2.5e-8,
+    "positions_max_abs_error": 1e-6,
+    "score_mae": 0.0,
+    "score_max_abs_error": 0.0,
+    "error_onnx_median_m": 900.0,
+    "error_pytorch_median_m": 901.0,
+}
+
+
+def outputs(*pairs):
+    return [{"name": n, "dtype": "float32", "shape": ["batch", 2], "unit": u} for n, u in pairs]
+
+
 def record(**changes):
-    outputs = [{"name": "positions", "unit": "degrees"}, {"name": "score", "unit": None}]
-    found = {
-        "gates": [{}, {}],
-        "speedup": 2.5,
-        "speedup_text": "2.50× (2.40 to 2.60) at batch 1",
-        "metrics": {
-            "positions_mae": 2.5e-8,
-            "positions_max_abs_error": 1e-6,
-            "score_mae": 0.0,
-            "score_max_abs_error": 0.0,
-            "error_onnx_median_m": 900.0,
-            "error_pytorch_median_m": 901.0,
-        },
-        "model": {"signature": {"outputs": outputs}},
-        "checkpoint": {"file": "best.ckpt", "sha256": SHA256},
-        "evaluation_data": {
-            "source": "eval.npz",
-            "provenance": "simulated",
-            "sha256": SHA256,
-            "samples": 64,
-            "labelled": True,
-            "inputs": {"signal": {"dtype": "float32", "shape": [2, 8]}},
-        },
-        "environment": {"git_commit": "c0ffee", "git_dirty": False},
-        "registered": {"model_name": "net", "model_version": "3"},
-        "uploaded": {"content": [], "datasets": []},
-    }
-    return {**found, **changes}
+    signature = {"outputs": outputs(("positions", "degrees"), ("score", None))}
+    given = records.record_json(
+        gates=[records.GATE] * 2, metrics=METRICS, model={"signature": signature}
+    )
+    return parse_record(records.changed(given, changes), "a test")
+
+
+def manifest(folder=FOLDER, verdict="pass"):
+    key = f"{folder.removeprefix('s3://').partition('/')[2]}/model.onnx"
+    model = {"key": key, "size": 1, "sha256": SHA256}
+    said = records.manifest_json(objects=[model], verdict=verdict)
+    return parse_manifest(json.dumps(said).encode(), folder)
 
 
 def rows(text):
@@ -58,11 +60,11 @@ def rows(text):
 
 
 def test_description_says_what_was_measured_and_where_it_is():
-    text = describe_version(record(), FOLDER, RUN, verdict="pass")
-    assert text.startswith("PASS, speedup 2.50×, 2 gates held. ")
+    text = describe_version(record(), manifest(), RUN)
+    assert text.startswith("PASS, speedup 2.00×, 2 gates held. ")
     assert '`heimdall_onnx.load_model("models:/net/3")`' in text
     found = rows(text)
-    assert found["speedup"] == "2.50× (2.40 to 2.60) at batch 1"
+    assert found["speedup"] == "2.00× (1.90 to 2.10) at batch 1 on 1 thread"
     assert found["parity of positions"] == "mean error 2.5e-8, largest 1e-6 degrees"
     assert found["parity of score"] == "mean error 0, largest 0"
     assert found["localization error"] == "median 900 m, of PyTorch 901 m"
@@ -71,31 +73,36 @@ def test_description_says_what_was_measured_and_where_it_is():
     assert found["model"] == f"`{FOLDER}/model.onnx`"
     assert found["checkpoint"] == f"best.ckpt · SHA-256 `{SHA256}`"
     assert found["evaluation data"] == f"eval.npz · 64 samples · simulated · SHA-256 `{SHA256}`"
-    assert found["code"] == "commit `c0ffee`"
+    assert found["code"] == f"commit `{'c' * 40}`"
 
 
 def test_description_leaves_out_what_was_not_measured():
-    bare = record(speedup=None, speedup_text="not measured", metrics={})
-    bare["evaluation_data"] |= {"sha256": None, "source": "synthetic inputs"}
-    bare["environment"] = {"git_commit": None, "git_dirty": None}
-    text = describe_version(bare, FOLDER, RUN, verdict="pass (smoke)")
+    bare = records.record(
+        gates=[records.GATE] * 2,
+        latency=None,
+        latency_not_measured="left out",
+        evaluation_data={"sha256": None, "source": "synthetic inputs"},
+        environment={"git_commit": None, "git_dirty": None},
+    )
+    text = describe_version(bare, manifest(verdict="pass (smoke)"), RUN)
     assert text.startswith("PASS (SMOKE), 2 gates held, a test run, not evidence. ")
     found = rows(text)
-    assert found["speedup"] == "not measured"
+    assert found["speedup"] == "not measured: left out"
     assert found["evaluation data"] == "synthetic inputs · 64 samples · simulated"
     assert found.keys().isdisjoint({"code", "parity of positions", "localization error"})
 
 
 def test_text_from_outside_is_inert_and_fits_the_database():
-    hostile = record(checkpoint={"file": HOSTILE, "sha256": SHA256})
-    hostile["evaluation_data"] |= {"source": HOSTILE, "provenance": HOSTILE}
-    outputs = [{"name": f"{n}{HOSTILE}", "unit": HOSTILE} for n in range(9)]
-    hostile["model"] = {"signature": {"outputs": outputs}}
-    hostile["metrics"] = {f"{o['name']}_mae": 1.0 for o in outputs}
-    hostile["metrics"] |= {f"{o['name']}_max_abs_error": 1.0 for o in outputs}
+    names = [f"{n}{HOSTILE}" for n in range(9)]
+    hostile = record(
+        checkpoint={"file": HOSTILE},
+        evaluation_data={"source": HOSTILE, "provenance": HOSTILE},
+        model={"signature": {"outputs": outputs(*((name, HOSTILE) for name in names))}},
+        metrics={f"{name}_{what}": 1.0 for name in names for what in ("mae", "max_abs_error")},
+    )
     long = "s3://" + "b" * 63 + "/" + "p" * 500 + "/v20261120_143000"
     for folder in (FOLDER, long):
-        text = describe_version(hostile, folder, RUN, verdict="pass")
+        text = describe_version(hostile, manifest(folder), RUN)
         for _ in range(200):
             line = review_line(
                 "promote", "staging", reviewer=HOSTILE, note=HOSTILE, at=AT, previous=None
@@ -140,18 +147,17 @@ def test_what_a_person_wrote_is_not_cut_for_a_review():
 
 
 def test_data_are_named_by_hash_and_address():
-    found = record()
-    found["uploaded"]["content"] = [
-        {"role": "checkpoint", "key": "objects/sha256/1"},
-        {"role": "evaluation_data", "key": f"objects/sha256/{SHA256}"},
-    ]
+    kept = {"key": f"objects/sha256/{SHA256}", "size": 1, "sha256": SHA256, "name": "x"}
+    roles = ("checkpoint", "evaluation_data")
+    found = record(uploaded={"content": [{**kept, "role": role} for role in roles]})
     named = name_data(found, "models", "/data/eval.npz")
     assert (named.name, named.digest) == ("eval.npz", SHA256[:36])
     assert named.source_type == "s3"
     assert named.source == {"uri": f"s3://models/objects/sha256/{SHA256}"}
-    assert named.columns == ({"name": "signal", "type": "float32 (2, 8)"},)
+    assert named.columns == ({"name": "signal", "type": "float32 (2,)"},)
     assert named.profile["samples"] == 64
-    found["uploaded"] = {"content": [], "datasets": [{"address": "s3://data/captures.zarr"}]}
+    dataset = {"role": "evaluation_data", "name": "x", "address": "s3://data/captures.zarr"}
+    found = record(uploaded={"datasets": [{**dataset, "digest": SHA256}]})
     assert name_data(found, "models", "x").source == {"uri": "s3://data/captures.zarr"}
 
 
@@ -160,17 +166,15 @@ def test_data_that_were_not_kept_are_named_as_they_were_given():
     named = name_data(failed, "models", "/data/eval.npz")
     assert (named.source_type, named.source) == ("local", {"uri": "/data/eval.npz"})
     assert name_data(failed, "models", "s3://data/captures.zarr").source_type == "s3"
-    assert name_data({}, "models", "/data/eval.npz") is None
 
 
 def test_synthetic_inputs_say_so():
-    found = record()
-    found["evaluation_data"] |= {"sha256": None, "source": "synthetic inputs"}
-    named = name_data(found, "models", "")
+    data = {"sha256": None, "source": "synthetic inputs"}
+    named = name_data(record(evaluation_data=data), "models", "")
     assert (named.name, named.source_type) == ("synthetic inputs", "code")
     assert len(named.digest) == 36
-    found["evaluation_data"]["samples"] = 65
-    assert name_data(found, "models", "").digest != named.digest
+    more = record(evaluation_data={**data, "samples": 65})
+    assert name_data(more, "models", "").digest != named.digest
 
 
 def test_metrics_have_the_same_paths_whatever_was_released():

@@ -2,29 +2,34 @@
 
 import contextlib
 import json
+import math
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+import records
 from models import NaNNet
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.exceptions import PapermillException
 
-from heimdall_onnx.archive.record import describe_parity
+from heimdall_onnx.archive.record import parse_record, read_record, require_record
+from heimdall_onnx.common.errors import VerificationError
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.report.judge import judge_notebook
 from heimdall_onnx.report.page import figures, put_verdict_first
 
-RECORDED = """
+RECORDED = f"""
+import json
 import scrapbook
-scrapbook.glue("release", {"profile": "quick", "gates": [
-    {"name": "mean absolute error", "limit": "≤ 1e-05", "measured": 1e-7, "passed": True,
-     "detail": ""}]}, encoder="json")
+scrapbook.glue("release", json.loads({json.dumps(records.record_json())!r}), encoder="json")
 """
 PICTURE = """
 from IPython.display import Image
@@ -59,7 +64,7 @@ def test_complete_notebook_passes(complete):
     judgement = judge_notebook(complete)
     assert judgement.passed
     assert judgement.problem == ""
-    assert judgement.verdict.gates[0].name == "mean absolute error"
+    assert judgement.verdict.gates[0].name == "opset"
 
 
 def test_cell_with_an_error_is_named_with_its_error(tmp_path):
@@ -91,7 +96,7 @@ def test_notebook_without_a_record_never_passes(tmp_path):
 
 
 def test_failed_gate_never_passes(tmp_path):
-    failing = RECORDED.replace("True", "False")
+    failing = RECORDED.replace('"passed": true', '"passed": false')
     judgement = judge_notebook(execute(tmp_path, failing))
     assert judgement.problem == ""
     assert not judgement.passed
@@ -119,21 +124,91 @@ def test_recorded_statistics_hold_all_figures_as_json(tmp_path):
     parity = compare_outputs(
         model, onnx, load_evaluation_data(None, model.signature), model.signature, batch_size=2
     )
-    found = json.loads(json.dumps(describe_parity(parity), allow_nan=False))
-    cells = {(c["kind"], c["batch_size"]): c for c in found["cells"]}
-    assert len(cells) == len(parity.cells) > 10
-    assert found["cells"][0]["outputs"] == [parity.evaluation[0].summary()]
-    zeros = cells["zeros", 2]["outputs"][0]  # its logarithm is -Inf, and nothing finite is left
-    assert (zeros["mean"], zeros["lowest"], zeros["count"]) == ("nan", "inf", 6)
-    assert found["noise_floor"][0]["pytorch_error"] == parity.noise_floor[0].pytorch_error
+    record = records.record().model_copy(update={"parity": parity})
+    text = json.dumps(record.to_json(), allow_nan=False)
+    assert "error_cdf" not in text
+    found = parse_record(json.loads(text), "a test").parity
+    assert len(found.cells) == len(parity.cells) > 10
+    shown = replace(parity.evaluation[0], worst=(), error_edges=(), error_cdf=())
+    assert repr(found.evaluation[0]) == repr(shown)
+    cells = {(c.kind, c.batch_size): c for c in found.cells}
+    zeros = cells["zeros", 2].outputs[0]  # its logarithm is -Inf, and nothing finite is left
+    assert math.isnan(zeros.mean)
+    assert (zeros.lowest, zeros.count) == (math.inf, 6)
+    assert found.noise_floor == parity.noise_floor
+
+
+def test_record_is_read_as_it_was_written():
+    judged = [
+        records.variant("fp32"),
+        records.variant("int8", latency=records.pair("fp32", "int8", 2.0)),
+    ]
+    record = records.record(variants=records.variants("int8", *judged))
+    assert parse_record(json.loads(json.dumps(record.to_json())), "a test") == record
+
+
+def test_record_is_read_without_what_runs_models():
+    code = (
+        "import sys, heimdall_onnx.archive.record; print({'torch', 'onnxruntime'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_record_of_0_1_is_refused_in_one_sentence():
+    old = records.record_json()
+    del old["schema_version"]
+    with pytest.raises(VerificationError) as raised:
+        parse_record(old, "report.ipynb")
+    assert str(raised.value) == (
+        "report.ipynb was made by heimdall-onnx 0.1: reproduce it with that version"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"gates": [{"name": "opset"}]}, r"gates\.0\.limit: Field required"),
+        ({"parity": {"cells": 1}}, r"parity\.cells: "),
+        ({"distributions": {"torch": [1]}}, r"distributions\.torch: "),
+        ({"latency": {"speedup": {"ratio": "fast"}}}, r"latency\.speedup\.ratio: "),
+        ({"more\x1b[2J": 1}, r"more\\x1b\[2J: Extra inputs"),
+    ],
+)
+def test_what_is_no_record_is_refused_with_its_place(changes, problem):
+    with pytest.raises(VerificationError, match=f"report.ipynb holds no record.*{problem}"):
+        parse_record(records.record_json(**changes), "report.ipynb")
+
+
+@pytest.mark.parametrize("found", [None, 1, [], "text"])
+def test_what_is_no_object_is_no_record(found):
+    with pytest.raises(VerificationError, match="holds no record of a release"):
+        parse_record(found, "report.ipynb")
+
+
+def test_notebook_that_recorded_nothing_has_no_record(tmp_path):
+    path = write(tmp_path / "empty.ipynb", "1")
+    assert read_record(path) is None
+    with pytest.raises(VerificationError, match="does not call record_results"):
+        require_record(path.read_bytes(), "report.ipynb")
+    with pytest.raises(VerificationError, match="no executed notebook that can be read"):
+        require_record(b"{", "report.ipynb")
+
+
+def test_record_that_can_not_be_read_never_passes(tmp_path):
+    broken = RECORDED.replace('"gates"', '"other"')
+    judgement = judge_notebook(execute(tmp_path, broken))
+    assert not judgement.passed
+    assert "report.ipynb holds no record of a release" in judgement.problem
 
 
 def test_verdict_is_the_first_cell_with_failed_gates_first(complete, tmp_path):
     path = Path(shutil.copy(complete, tmp_path))
-    put_verdict_first(path, passed=True, title="v1", facts={"model": "m"})
+    gates = judge_notebook(path).verdict
+    put_verdict_first(path, passed=True, title="v1", facts={"model": "m"}, gates=gates)
     first = nbformat.read(path, 4).cells[0]
     assert first.source.startswith("# ✔ PASS — v1")
-    assert "mean absolute error" in first.source
+    assert "opset" in first.source
 
 
 def test_putting_the_verdict_twice_leaves_one(complete, tmp_path):

@@ -135,11 +135,12 @@ def test_notebook_that_recorded_another_model_is_found_out(connection, folder, t
     manifest = read_manifest(connection.client, folder)
     report = s3.get_object(Bucket=BUCKET, Key=manifest.objects["report.ipynb"].key)["Body"].read()
     forged = report.replace(manifest.model.sha256.encode(), b"0" * 64)
-    for entry in manifest.data["objects"]:
+    data = manifest.data
+    for entry in data["objects"]:
         if entry["key"].endswith("/report.ipynb"):
             entry |= {"size": len(forged), "sha256": hashlib.sha256(forged).hexdigest()}
     tampered("report.ipynb", forged)
-    tampered("manifest.json", json.dumps(manifest.data).encode())
+    tampered("manifest.json", json.dumps(data).encode())
     assert {"report.ipynb, its record of model.onnx"} < differing(connection, folder)
 
 

@@ -427,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(row, flush=True)
     finally:
         shutil.rmtree(work)
-    result = {"machine": machine.to_dict(), "rows": [{**asdict(r), "holds": r.holds} for r in rows]}
+    result = {"machine": asdict(machine), "rows": [{**asdict(r), "holds": r.holds} for r in rows]}
     (output / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
     missed = [row.name for row in rows if row.holds is False]
     print(f"\n{len(missed)} of {len(rows)} rows miss their target: {'; '.join(missed) or 'none'}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from processes import PSS_EVERY_S, Run
 
 from heimdall_onnx.archive.record import read_record
+from heimdall_onnx.evidence.variants.figures import VariantFigures
+from heimdall_onnx.evidence.variants.roofline import Machine
 
 # Least speedup over PyTorch eager, largest file in MB; of the recommended variant.
 TARGETS = {"tiny": (5.5, None), "large": (8.0, 230.0)}
@@ -27,21 +28,22 @@ def rows_of(size: str, done: Run) -> Iterator[Found]:
     """
     result = json.loads(done.output.splitlines()[-1])
     record = read_record(Path(result["local_report"]).with_suffix(".ipynb"))
-    variants, shown = record["variants"], size.capitalize()
-    judged = {variant["name"]: variant for variant in variants["judged"]}
-    best = judged[variants["recommended"]]
+    assert record is not None
+    assert record.variants is not None
+    assert record.roofline is not None
+    variants, shown = record.variants, size.capitalize()
+    judged = {variant.name: variant for variant in variants.judged}
+    best = judged[variants.recommended]
     least, largest = TARGETS[size]
-    against = variants["against_pytorch"]
-    speedup = against["speedup"]
-    machine = record["environment"]
+    speedup = variants.against_pytorch.speedup
     yield (
-        f"{shown}: {best['name']} (recommended) / PyTorch eager, batch 1",
+        f"{shown}: {best.name} (recommended) / PyTorch eager, batch 1",
         least,
         True,
         "×",
-        (speedup["ratio"],),
-        f"95% {speedup['low']:.2f} to {speedup['high']:.2f}, {speedup['pairs']} pairs of blocks, "
-        f"processes of their own in turns; {', '.join(machine['instruction_sets'])}; "
+        (speedup.ratio,),
+        f"95% {speedup.low:.2f} to {speedup.high:.2f}, {speedup.pairs} pairs of blocks, "
+        f"processes of their own in turns; {', '.join(record.environment.instruction_sets)}; "
         f"{_said(judged)}",
     )
     yield (
@@ -49,20 +51,19 @@ def rows_of(size: str, done: Run) -> Iterator[Found]:
         largest,
         False,
         "MB",
-        (best["size_bytes"] / 1e6,),
-        f"fp32: {judged['fp32']['size_bytes'] / 1e6:.1f}",
+        (best.size_bytes / 1e6,),
+        f"fp32: {judged['fp32'].size_bytes / 1e6:.1f}",
     )
-    for row in record["roofline"]["rows"]:
-        if row["name"] in {"fp32", best["name"]} and row["floor"] is not None:
-            floor = max(row["floor"]["compute_ms"], row["floor"]["memory_ms"])
+    for row in record.roofline.rows:
+        if row.name in {"fp32", best.name} and row.floor is not None:
             yield (
-                f"{shown}: {row['name']} / its floor, batch {row['batch_size']}",
+                f"{shown}: {row.name} / its floor, batch {row.batch_size}",
                 None,
                 False,
                 "×",
-                (row["measured_ms"] / floor,),
-                f"{row['measured_ms']:.1f} ms of {floor:.1f}; peaks as measured in this run: "
-                f"{_peaks(record['roofline']['machine'])}",
+                (row.measured_ms / row.floor.ms,),
+                f"{row.measured_ms:.1f} ms of {row.floor.ms:.1f}; peaks as measured in this run: "
+                f"{_peaks(record.roofline.machine)}",
             )
     seconds = sum(c["seconds"] for c in result["costs"] if c["step"] == "variants")
     yield (
@@ -82,29 +83,29 @@ def rows_of(size: str, done: Run) -> Iterator[Found]:
         (done.peak_bytes / 1e9,),
         f"proportional set sizes of all its processes, read every {PSS_EVERY_S} s at most",
     )
-    for name, times in record["operator_times"].items():
-        longest = times["operators"][:4]
+    for name, times in record.operator_times.items():
+        longest = times.operators[:4]
         yield (
             f"{shown}: a call of {name} under ONNX Runtime's profiler",
             None,
             False,
             "ms",
-            (times["total_ms"],),
-            ", ".join(f"{o['name']} {o['ms']:.2f} ({o['share']:.0%})" for o in longest),
+            (times.total_ms,),
+            ", ".join(f"{o.name} {o.ms:.2f} ({o.share:.0%})" for o in longest),
         )
 
 
-def _said(judged: dict[str, Any]) -> str:
+def _said(judged: dict[str, VariantFigures]) -> str:
     """Ratios with fp32 of what passed, and what did not."""
     ratios = [
-        f"{name} {variant['latency']['speedup']['ratio']:.2f}"
+        f"{name} {variant.latency.speedup.ratio:.2f}"
         for name, variant in judged.items()
-        if variant["status"] == "passed" and name != "fp32"
+        if variant.passed and variant.latency is not None and name != "fp32"
     ]
-    others = [f"{name} {v['status']}" for name, v in judged.items() if v["status"] != "passed"]
+    others = [f"{name} {v.status}" for name, v in judged.items() if not v.passed]
     return f"× fp32: {', '.join(ratios) or 'none'}; {', '.join(others)}"
 
 
-def _peaks(machine: dict[str, Any]) -> str:
-    rates = (f"{precision} {rate:.0f}·10⁹/s" for precision, rate in machine["peaks"].items())
-    return f"{machine['bandwidth_gb_s']:.1f} GB/s, {', '.join(rates)}"
+def _peaks(machine: Machine) -> str:
+    rates = (f"{precision} {rate:.0f}·10⁹/s" for precision, rate in machine.peaks.items())
+    return f"{machine.bandwidth_gb_s:.1f} GB/s, {', '.join(rates)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import records
 
 from heimdall_onnx.release.fleet.worker import run_item
 
@@ -81,32 +82,32 @@ def test_rows_of_a_search_come_from_the_record_of_its_release(bench, monkeypatch
     search = bench("search")
 
     def judged(name, status, ratio, size):
-        latency = {"speedup": {"ratio": ratio}}
-        return {"name": name, "status": status, "size_bytes": size, "latency": latency}
+        timed = records.pair("fp32", name, ratio)
+        return records.variant(name, status, size_bytes=size, latency=timed)
 
     def run(name, batch, ms, compute, memory):
         floor = {"compute_ms": compute, "memory_ms": memory}
-        return {"name": name, "batch_size": batch, "measured_ms": ms, "floor": floor}
+        found = {"name": name, "batch_size": batch, "measured_ms": ms, "floor": floor}
+        return {**found, "precision": "f32", "size_bytes": 1}
 
-    record = {
-        "variants": {
-            "recommended": "int8-minmax",
-            "against_pytorch": {"speedup": {"ratio": 9.0, "low": 8.5, "high": 9.5, "pairs": 20}},
-            "judged": [
-                judged("fp32", "passed", 3.0, 800_000_000),
-                judged("int8-minmax", "passed", 2.5, 210_000_000),
-                judged("int4-weights", "failed", 4.0, 120_000_000),
-            ],
-        },
-        "roofline": {
-            "machine": {"bandwidth_gb_s": 20.0, "peaks": {"f32": 180.0}},
+    machine = {"bandwidth_gb_s": 20.0, "peaks": {"f32": 180.0}, "threads": 1}
+    matmul = {"name": "MatMul", "nodes": 1, "ms": 20.0, "share": 0.6}
+    times = {"total_ms": 30.0, "operators": [matmul], "slowest": [], "between_ms": 0, "calls": 9}
+    record = records.record(
+        variants=records.variants(
+            "int8-minmax",
+            judged("fp32", "passed", 3.0, 800_000_000),
+            judged("int8-minmax", "passed", 2.5, 210_000_000),
+            judged("int4-weights", "failed", 4.0, 120_000_000),
+            against_pytorch=records.pair("PyTorch", "int8-minmax", 9.0),
+        ),
+        roofline={
+            "machine": {**machine, "cache_bytes": 0, "instruction_sets": []},
+            "work": {"flops": 1.0, "parameters": 1},
             "rows": [run("int8-minmax", 1, 12.0, 3.0, 6.0), run("int4-weights", 1, 9.0, 1.0, 1.0)],
         },
-        "environment": {"instruction_sets": ["avx2"]},
-        "operator_times": {
-            "fp32": {"total_ms": 30.0, "operators": [{"name": "MatMul", "ms": 20.0, "share": 0.6}]}
-        },
-    }
+        operator_times={"fp32": times},
+    )
     monkeypatch.setattr(search, "read_record", lambda path: record)
     costs = [{"step": "variants", "seconds": 300.0}, {"step": "export", "seconds": 20.0}]
     output = json.dumps({"local_report": "runs/a/report.html", "costs": costs})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import records
 
 from heimdall_onnx.archive.manifest import parse_manifest
 from heimdall_onnx.common.parameters import AccuracyLimits
@@ -221,22 +222,20 @@ def test_own_row_is_read_from_manifest_and_costs(main, tmp_path):
         },
         {"name": "int8-minmax", "status": "failed", "reason": "p95"},
     ]
-    manifest = {
-        "verdict": "passed",
-        "objects": [
+    manifest = records.manifest_json(
+        objects=[
             {"key": f"{folder}/{name}", "size": 5, "sha256": "1" * 64}
             for name in (
                 *("model.onnx", "report.ipynb", "report.html", "metadata.json", file),
                 *("MLmodel", "bom.cdx.json"),
             )
         ],
-        "mlflow": {"model_name": "name", "model_version": "1"},
-        "variants": {
+        variants={
             "recommended": "int8-dynamic",
             "judged": judged,
             "calibration": {"rows": [0, 5, 9]},
         },
-    }
+    )
     costs = [{"step": "variants", "seconds": 90.5}, {"step": "export", "seconds": 9.0}]
     own = main.own_of(
         parse_manifest(json.dumps(manifest).encode(), f"s3://bucket/{folder}"),

@@ -10,7 +10,7 @@ import pytest
 from holder import holder
 from releases import PREFIX, changed_notebook, nothing_is_offered, smoke
 
-from heimdall_onnx.archive.record import read_notebook, read_record
+from heimdall_onnx.archive.record import Record, read_notebook, read_record
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.evidence.latency.cores import lock_folder
 from heimdall_onnx.evidence.latency.timed import EXCLUSIVE_CORES
@@ -51,7 +51,7 @@ def untimed(make_settings, s3, small) -> Released:
     return Released(result, settings, bucket)
 
 
-def record_of(result: ReleaseResult) -> dict:
+def record_of(result: ReleaseResult) -> Record:
     return read_record(Path(result.local_report).with_name("report.ipynb"))
 
 
@@ -93,10 +93,10 @@ def test_other_steps_are_as_ever(untimed):
 
 def test_record_and_metrics_have_no_figure_of_speed(untimed):
     record = record_of(untimed.result)
-    assert record["latency"] is record["speedup"] is record["threads"] is None
-    assert record["speedup_text"] == REASON
-    assert record["latency_not_measured"] == REASON.removeprefix("not measured: ")
-    assert not [name for name in record["metrics"] if name.startswith(("speedup", "inference_"))]
+    assert record.latency is record.speedup is record.threads is None
+    assert record.speedup_text == REASON
+    assert record.latency_not_measured == REASON.removeprefix("not measured: ")
+    assert not [name for name in record.metrics if name.startswith(("speedup", "inference_"))]
     tracking = untimed.settings.tracking_uri.get_secret_value()
     run = mlflow.MlflowClient(tracking).get_run(untimed.result.run_id)
     assert "speedup" not in run.data.metrics
@@ -134,8 +134,8 @@ def test_cores_that_another_measurement_holds_fail_their_gate_and_no_other(
         result.error
     )
     record = record_of(result)
-    assert record["latency"] is None
-    assert where in record["speedup_text"]
+    assert record.latency is None
+    assert where in record.speedup_text
     assert "Not measured:** another measurement holds" in outputs_of(result, "measure")
     nothing_is_offered(s3, settings, bucket.name)
 

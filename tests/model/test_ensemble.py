@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -644,7 +644,7 @@ def test_ensemble_is_measured_beside_its_first_member(ensemble, tmp_path):
     assert [side.name for side in found.sides] == ["Ensemble", "Single member"]
     assert found.latency.speedup.low <= found.latency.speedup.ratio <= found.latency.speedup.high
     assert found.size_bytes == path.stat().st_size > 2 * found.member_size_bytes > 0
-    json.dumps(found.to_dict())
+    json.dumps(asdict(found.figures()))
     text = member_table(found).data
     assert f"{found.latency.speedup.ratio:.2f} (" in text
     assert "| networks | 3 | 1 |" in text

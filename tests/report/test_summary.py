@@ -3,40 +3,27 @@
 from typing import Any
 
 import pytest
+import records
 
+from heimdall_onnx.archive.record import Record
 from heimdall_onnx.report.summary import release_facts, three_sentences
 
-STEADY = {"name": "ONNX", "median_ms": 2.0, "stationarity": {"holds": True}}
+OUTPUTS = [
+    records.output("y", maximum=0.5, excess=0.9),
+    records.output("z", unit="m", maximum=100.0, excess=0.3),
+]
+GATES = [{**records.GATE, "name": name} for name in ("opset", "elements")]
 
 
-def record(**changes: Any) -> dict[str, Any]:
-    outputs = [
-        {"output": "y", "unit": None, "maximum": 0.5, "excess": 0.9},
-        {"output": "z", "unit": "m", "maximum": 100.0, "excess": 0.3},
-    ]
-    return {
-        "gates": [{"name": "opset", "passed": True}, {"name": "elements", "passed": True}],
-        "parity": {"samples": 8, "cells": [{"outputs": outputs}], "ground": None},
-        "evaluation_data": {"source": "eval.npz"},
-        "latency": latency(1.9, 2.1),
+def record(**changes: Any) -> Record:
+    cell = {"kind": "evaluation data", "batch_size": 8, "samples": 8, "outputs": OUTPUTS}
+    given = {
+        "gates": GATES,
+        "parity": {"samples": 8, "cells": [cell]},
         "checkpoint": {"file": "net.pt", "sha256": "ab" * 32},
-        "environment": {
-            "packages": {"heimdall-onnx": "0.1.0"},
-            "git_commit": "c" * 40,
-            "git_dirty": True,
-        },
-        **changes,
+        "environment": {"git_dirty": True},
     }
-
-
-def latency(low: float, high: float) -> dict[str, Any]:
-    return {
-        "speedup": {"ratio": (low + high) / 2, "low": low, "high": high, "pairs": 12},
-        "contenders": [{**STEADY, "name": "PyTorch", "median_ms": 4.0}, STEADY],
-        "confidence": 0.95,
-        "batch_size": 1,
-        "threads": 2,
-    }
+    return records.record(**{**given, **changes})
 
 
 def test_faithful_model_is_told_by_the_output_nearest_to_its_limit():
@@ -46,7 +33,7 @@ def test_faithful_model_is_told_by_the_output_nearest_to_its_limit():
 
 
 def test_failed_gate_is_named_and_no_faithfulness_is_claimed():
-    gates = [{"name": "exclusive cores", "passed": False}, {"name": "opset", "passed": True}]
+    gates = [{**records.GATE, "name": "exclusive cores", "passed": False}, records.GATE]
     said = three_sentences(record(gates=gates), None)[0]
     assert said.startswith("1 of 2 gates fail: exclusive cores;")
     assert "answers as" not in said
@@ -61,7 +48,8 @@ def test_failed_gate_is_named_and_no_faithfulness_is_claimed():
     ],
 )
 def test_speed_is_claimed_only_where_the_whole_interval_says_so(low, high, words):
-    said = three_sentences(record(latency=latency(low, high)), "staging")[1]
+    speedup = records.speedup((low + high) / 2, low, high)
+    said = three_sentences(record(latency={"speedup": speedup}), "staging")[1]
     assert said.startswith(words)
 
 
@@ -83,7 +71,7 @@ def test_origin_names_checkpoint_commit_and_who_offered_it():
 def test_run_that_recorded_nothing_has_no_sentences_but_its_parameters():
     from heimdall_onnx.common.parameters import ReleaseParameters
 
-    assert three_sentences({}, None) == ()
-    facts = release_facts({}, ReleaseParameters(checkpoint="a.pt", profile="smoke"), None, None)
+    assert three_sentences(None, None) == ()
+    facts = release_facts(None, ReleaseParameters(checkpoint="a.pt", profile="smoke"), None, None)
     assert facts["checkpoint"] == "a.pt"
     assert facts["profile"] == "smoke (a test run, not evidence)"

@@ -16,15 +16,18 @@ from typing import Any
 import nbformat
 import numpy as np
 import onnx
+import records
 from models import POSITIONS
 from onnx import TensorProto, helper, numpy_helper
+from pydantic import TypeAdapter
 
 from heimdall_onnx.archive.content import keep_content
-from heimdall_onnx.archive.manifest import SCHEMA_VERSION, Manifest
+from heimdall_onnx.archive.manifest import Manifest
 from heimdall_onnx.archive.metadata import METADATA
 from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
 from heimdall_onnx.archive.signing import Signer
 from heimdall_onnx.common.files import hash_file
+from heimdall_onnx.evidence.variants.figures import VariantFigures
 from heimdall_onnx.evidence.variants.search import JudgedVariant
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -72,8 +75,8 @@ class Factory:
     ) -> Manifest:
         """Make a release; with a name of one that is ``recommended`` it has all `VARIANTS`.
 
-        What is ``described`` is in its manifest too, what is ``recorded`` in its notebook, after
-        these ``cells``.
+        What is ``described`` changes its manifest, and its notebook's record where that says it
+        too; what is ``recorded`` changes the record alone, which comes after these ``cells``.
         """
         client, tracker = self.connection.client, self.connection.tracker
         Bucket(client, self.bucket).ensure()
@@ -86,9 +89,15 @@ class Factory:
         sha256 = hash_file(folder / "model.onnx")
         variants = None
         if recommended:
-            judged = [variant.to_dict() for variant in _judge(folder)]
-            variants = {"recommended": recommended, "judged": judged}
-        record = {"uploaded": {"sha256": sha256}, "variants": variants, **(recorded or {})}
+            variants = records.variants(recommended, *map(_written, _judge(folder)))
+        told = {
+            "model": {"signature": (signature or SIGNATURE).to_dict()},
+            "variants": variants,
+            **(described or {}),
+        }
+        shared = {name: told[name] for name in told.keys() & records.described().keys()}
+        record = records.record_json(**shared, uploaded={"sha256": sha256})
+        record = records.changed(record, recorded or {})
         (folder / "report.ipynb").write_text(make_notebook(record, cells))
         (folder / "report.html").write_text("<h1>report</h1>")
         objects = [
@@ -102,22 +111,19 @@ class Factory:
         keep = partial(keep_content, Bucket(client, self.bucket))
         checkpoint, data = self.folder / "model.ckpt", self._evaluation_data(labelled)
         checkpoint.write_bytes(b"weights")
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "version": version,
-            "verdict": verdict,
-            "objects": [{"key": o.key, "size": o.size_bytes, "sha256": o.sha256} for o in objects],
-            "content": [
-                keep(checkpoint, hash_file(checkpoint), "checkpoint").model_dump(),
-                keep(data, hash_file(data), "evaluation_data").model_dump(),
-            ],
-            "signature": signer and {"key": f"{key}/model.sig", "signer_sha256": signer.sha256},
-            "protection": {"versioning": False, "retained_until": None, "note": ""},
-            "model": {"class": "none", "signature": (signature or SIGNATURE).to_dict()},
-            "variants": variants,
-            "mlflow": {"model_name": self.name, "model_version": number},
-            **(described or {}),
-        }
+        content = [
+            keep(checkpoint, hash_file(checkpoint), "checkpoint").model_dump(),
+            keep(data, hash_file(data), "evaluation_data").model_dump(),
+        ]
+        manifest = records.manifest_json(
+            version=version,
+            verdict=verdict,
+            objects=[{"key": o.key, "size": o.size_bytes, "sha256": o.sha256} for o in objects],
+            content=content,
+            signature=signer and {"key": f"{key}/model.sig", "signer_sha256": signer.sha256},
+            mlflow={"model_name": self.name, "model_version": number},
+        )
+        manifest = records.changed(manifest, told)
         released = complete_release(self.connection, uri, manifest, signer)
         if alias:
             assign_alias(self.connection, released, alias, "a run")
@@ -129,6 +135,10 @@ class Factory:
         path = self.folder / f"eval-{labelled}.npz"
         np.savez(path, signal=signal, **labels)
         return path
+
+
+def _written(variant: JudgedVariant) -> dict[str, Any]:
+    return TypeAdapter(VariantFigures).dump_python(variant.figures(), mode="json")
 
 
 def _judge(folder: Path) -> Iterator[JudgedVariant]:

@@ -18,13 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import nn
 
 from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.logs import get_logger
@@ -33,10 +32,10 @@ from heimdall_onnx.evidence.latency.contenders import (
     Contestant,
     Worker,
     default_threads,
-    describe_contender,
     pickle_model,
 )
 from heimdall_onnx.evidence.latency.cores import Cores, usable_cores
+from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures
 from heimdall_onnx.evidence.latency.machine_state import MachineState, MachineWatch
 from heimdall_onnx.evidence.latency.statistics import (
     Speedup,
@@ -49,6 +48,8 @@ from heimdall_onnx.model.inference import load_onnx, load_pytorch
 from heimdall_onnx.model.signature import Signature
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from heimdall_onnx.common.parameters import ReleaseParameters
     from heimdall_onnx.data.evaluation import EvaluationData
 
@@ -104,6 +105,18 @@ class LatencyReport:
     confidence: float = CONFIDENCE
     cores: Cores | None = None
 
+    def figures(self) -> LatencyFigures:
+        """What is recorded of it, without the single calls."""
+        return LatencyFigures(
+            speedup=self.speedup,
+            batch_size=self.batch_size,
+            contenders=(self.pytorch.figures(self.batch_size), self.onnx.figures(self.batch_size)),
+            machine=self.machine,
+            threads=self.threads,
+            confidence=self.confidence,
+            cores=self.cores,
+        )
+
 
 @dataclass(frozen=True)
 class PairLatency:
@@ -130,18 +143,16 @@ class PairLatency:
     throughput: tuple[Throughput, ...] = ()
     on_device_ms: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON, without the single calls."""
-        return {
-            "speedup": asdict(self.speedup),
-            "batch_size": self.batch_size,
-            "contenders": [
-                describe_contender(side, self.batch_size) for side in (self.first, self.second)
-            ],
-            "throughput": [asdict(found) for found in self.throughput],
-            "on_device_ms": self.on_device_ms,
-            "machine": self.machine.to_dict(),
-        }
+    def figures(self) -> PairFigures:
+        """What is recorded of it, without the single calls."""
+        return PairFigures(
+            speedup=self.speedup,
+            batch_size=self.batch_size,
+            contenders=(self.first.figures(self.batch_size), self.second.figures(self.batch_size)),
+            machine=self.machine,
+            throughput=self.throughput,
+            on_device_ms=self.on_device_ms,
+        )
 
 
 def measure_latency(

@@ -10,21 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
 from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.errors import BenchmarkError
 from heimdall_onnx.common.machine import usable_processors
+from heimdall_onnx.evidence.latency.figures import ContenderFigures
 from heimdall_onnx.evidence.latency.statistics import (
     Percentile,
     check_stationarity,
@@ -34,6 +33,9 @@ from heimdall_onnx.evidence.latency.statistics import (
 )
 from heimdall_onnx.model.runtimes import SessionSettings, load_runner
 from heimdall_onnx.model.signature import Signature
+
+if TYPE_CHECKING:
+    from torch import nn
 
 WARMUP_CALLS = 5
 _WORKER_TIMEOUT_S = 600.0
@@ -78,6 +80,22 @@ class ContenderLatency:
         """The percentile ``wanted``, or None where too few samples stand behind it."""
         return next((p for p in self.percentiles if p.percentile == wanted), None)
 
+    def figures(self, batch_size: int) -> ContenderFigures:
+        """What is recorded of it, without its single calls."""
+        return ContenderFigures(
+            name=self.name,
+            calls=self.samples_ms.size,
+            percentiles=self.percentiles,
+            single_stream=early_stopping_estimate(self.samples_ms),
+            throughput=offline_throughput(self.samples_ms, batch_size),
+            stationarity=check_stationarity(self.samples_ms, self.blocks),
+            median_ms=self.median_ms,
+            mean_ms=self.mean_ms,
+            load_ms=self.load_ms,
+            first_call_ms=self.first_call_ms,
+            peak_memory_bytes=self.peak_memory_bytes,
+        )
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -105,6 +123,8 @@ def pickle_model(model: nn.Module, path: Path) -> None:
     Raises:
         BenchmarkError: If it can't be pickled.
     """
+    import torch
+
     try:
         with path.open("wb") as file:
             torch.save(model, file, pickle_module=cloudpickle)
@@ -117,27 +137,9 @@ def pickle_model(model: nn.Module, path: Path) -> None:
 
 def default_threads() -> int:
     """As many threads as PyTorch takes (``OMP_NUM_THREADS``, else cores), if a quota allows it."""
+    import torch
+
     return min(torch.get_num_threads(), usable_processors())
-
-
-def describe_contender(contender: ContenderLatency, batch_size: int) -> dict[str, Any]:
-    """The figures of a contender as JSON, without its single calls."""
-    single_stream = early_stopping_estimate(contender.samples_ms)
-    steady = check_stationarity(contender.samples_ms, contender.blocks)
-    return {
-        "name": contender.name,
-        "calls": contender.samples_ms.size,
-        "percentiles": [asdict(percentile) for percentile in contender.percentiles],
-        "single_stream": single_stream
-        and {**asdict(single_stream), "discarded": single_stream.discarded},
-        "throughput": asdict(offline_throughput(contender.samples_ms, batch_size)),
-        "stationarity": steady and {**asdict(steady), "holds": steady.holds},
-        "median_ms": contender.median_ms,
-        "mean_ms": contender.mean_ms,
-        "load_ms": contender.load_ms,
-        "first_call_ms": contender.first_call_ms,
-        "peak_memory_bytes": contender.peak_memory_bytes,
-    }
 
 
 class Worker:

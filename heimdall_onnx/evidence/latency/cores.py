@@ -17,10 +17,10 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import filelock
 
@@ -54,10 +54,6 @@ class Cores:
 
     def __str__(self) -> str:
         return f"{_in_words(self.numbers)} of {self.host}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy."""
-        return {**asdict(self), "numbers": list(self.numbers)}
 
 
 def usable_cores() -> Cores:

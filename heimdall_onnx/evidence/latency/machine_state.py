@@ -14,10 +14,9 @@ import shutil
 import subprocess
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import psutil
@@ -92,10 +91,6 @@ class MachineState:
         if self.user_share is None or self.system_share is None:
             return None
         return self.user_share + self.system_share
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy."""
-        return {**asdict(self), "busy_share": self.busy_share}
 
 
 class MachineWatch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency, Contestant, default_threads
+from heimdall_onnx.evidence.latency.figures import MemberFigures
 from heimdall_onnx.model.ensemble import Ensemble
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.runtimes import SessionSettings
@@ -45,14 +45,10 @@ class MemberComparison:
         """The ensemble and the single member."""
         return self.latency.first, self.latency.second
 
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON, without the single calls."""
-        return {
-            "members": self.members,
-            "latency": self.latency.to_dict(),
-            "size_bytes": self.size_bytes,
-            "member_size_bytes": self.member_size_bytes,
-        }
+    def figures(self) -> MemberFigures:
+        """What is recorded of it, without the single calls."""
+        latency = self.latency.figures()
+        return MemberFigures(self.members, latency, self.size_bytes, self.member_size_bytes)
 
 
 def compare_member(

@@ -15,10 +15,9 @@ beside that, such as a run of 600 seconds, is not asked for here: these are no M
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -354,11 +353,3 @@ def paired_speedup(slow: Sequence[Floats], fast: Sequence[Floats]) -> Speedup:
         for end, bound in ((interval.low, ratios.min()), (interval.high, ratios.max()))
     )
     return Speedup(float(np.median(ratios)), low, high, ratios.size)
-
-
-def unsteady(contenders: Sequence[Mapping[str, Any]]) -> str:
-    """What must be said beside recorded latencies of a machine that was not steady, else empty."""
-    # Blocks next to each other share what lasts, and not what comes and goes.
-    if all(one["stationarity"] is None or one["stationarity"]["holds"] for one in contenders):
-        return ""
-    return "the machine was not steady meanwhile, so measure again before you rely on it"

@@ -99,13 +99,11 @@ class BatchIndependence:
     comparisons: int
 
 
-@dataclass(frozen=True)
-class ParityReport:
-    """Everything that `compare_outputs` found.
+@dataclass(frozen=True, kw_only=True)
+class ParityFigures:
+    """The statistics of a comparison, as a release records them.
 
     Attributes:
-        signature: The model's signature.
-        source: The evaluation data's name.
         samples: Evaluation samples compared.
         tolerance: The documented limit of the mean absolute error, and atol of the elements.
         rtol: Relative part of the element tolerance.
@@ -114,24 +112,11 @@ class ParityReport:
         noise_floor: Per floating-point output.
         independence: Batch independence of the ONNX model.
         ground: Positions in metres; None where no output holds positions.
-        pytorch: The PyTorch model's outputs on some evaluation samples, for figures.
-        onnx: The ONNX model's outputs on the same samples.
-        worst_inputs: The batch in which an element exceeded its tolerance most.
-        worst_where: Kind and batch size of that batch, in words.
-        worst_factor: What the tolerance was multiplied by there.
-        evaluated_by: Who took the models over the evaluation data, in words.
-        plotted: Index of each sample of ``pytorch`` and ``onnx`` in the evaluation data; None for
-            its first ones.
-        masks: Each mask of the signature, for both models.
-        orders: Each permutable axis of the signature, for both models.
-        valid_inputs: Whether signature or model say which inputs are valid, so that each of those
-            compared must be answered with a number.
         uncertainty: Localization error and calibration of the PyTorch and of the ONNX model; empty
             without labels or positions.
+        evaluated_by: Who took the models over the evaluation data, in words.
     """
 
-    signature: Signature
-    source: str
     samples: int
     tolerance: float
     rtol: float
@@ -139,6 +124,37 @@ class ParityReport:
     noise_floor: tuple[NoiseFloor, ...]
     independence: BatchIndependence
     ground: GroundReport | None
+    uncertainty: tuple[UncertaintyReport, ...] = ()
+    evaluated_by: str = THIS_PROCESS
+
+    @property
+    def evaluation(self) -> tuple[ErrorStatistics, ...]:
+        """Statistics per output over the whole evaluation data."""
+        return self.cells[0].outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport(ParityFigures):
+    """Everything that `compare_outputs` found: the figures, and what is drawn or judged beside.
+
+    Attributes:
+        signature: The model's signature.
+        source: The evaluation data's name.
+        pytorch: The PyTorch model's outputs on some evaluation samples, for figures.
+        onnx: The ONNX model's outputs on the same samples.
+        worst_inputs: The batch in which an element exceeded its tolerance most.
+        worst_where: Kind and batch size of that batch, in words.
+        worst_factor: What the tolerance was multiplied by there.
+        plotted: Index of each sample of ``pytorch`` and ``onnx`` in the evaluation data; None for
+            its first ones.
+        masks: Each mask of the signature, for both models.
+        orders: Each permutable axis of the signature, for both models.
+        valid_inputs: Whether signature or model say which inputs are valid, so that each of those
+            compared must be answered with a number.
+    """
+
+    signature: Signature
+    source: str
     pytorch: Arrays = field(repr=False)
     onnx: Arrays = field(repr=False)
     worst_inputs: Arrays = field(repr=False)
@@ -146,15 +162,8 @@ class ParityReport:
     masks: tuple[MaskCheck, ...] = ()
     orders: tuple[OrderCheck, ...] = ()
     valid_inputs: bool = False
-    uncertainty: tuple[UncertaintyReport, ...] = ()
     worst_factor: float = 1.0
-    evaluated_by: str = THIS_PROCESS
     plotted: npt.NDArray[np.int64] | None = field(default=None, repr=False)
-
-    @property
-    def evaluation(self) -> tuple[ErrorStatistics, ...]:
-        """Statistics per output over the whole evaluation data."""
-        return self.cells[0].outputs
 
     def place_of(self, sample: int) -> int | None:
         """Where a sample's outputs are in ``pytorch`` and ``onnx``; None if they were not kept."""

@@ -23,15 +23,19 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from datasketches import req_floats_sketch
+from pydantic import Field
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import InputError
 from heimdall_onnx.model.signature import TensorSpec
+
+_T = TypeVar("_T")
+_NotRecorded = Annotated[_T, Field(exclude=True)]
 
 _SKETCH_K = 64
 WORST_SAMPLES = 8
@@ -257,6 +261,8 @@ class ErrorStatistics:
         worst: The samples that differ most in units of what is allowed, the worst first.
         error_edges: Ascending absolute errors at which ``error_cdf`` is given.
         error_cdf: Fraction of elements with an error at or below each edge.
+
+    A record holds the single figures alone; read from one, the last three are empty.
     """
 
     output: str
@@ -276,14 +282,9 @@ class ErrorStatistics:
     lowest: float
     highest: float
     nonfinite: int
-    worst: tuple[WorstSample, ...]
-    error_edges: tuple[float, ...]
-    error_cdf: tuple[float, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """The scalar statistics, JSON-serialisable."""
-        skipped = {"worst", "error_edges", "error_cdf"}
-        return {k: v for k, v in vars(self).items() if k not in skipped}
+    worst: _NotRecorded[tuple[WorstSample, ...]] = ()
+    error_edges: _NotRecorded[tuple[float, ...]] = ()
+    error_cdf: _NotRecorded[tuple[float, ...]] = ()
 
 
 def element_errors(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,10 +131,6 @@ class UncertaintyReport:
     p95_m: float
     error_quantiles_m: tuple[float, ...] = field(repr=False)
     calibration: Calibration | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures, JSON-serialisable; those that are infinite are so here too."""
-        return asdict(self)
 
 
 def negative_log_likelihood(residual: Floats, deviations: Floats) -> Floats:

@@ -47,8 +47,8 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """A variant's answers beside those of the fp32 model.
+class AccuracyFigures:
+    """A variant's answers beside those of the fp32 model, as a release records them.
 
     Attributes:
         samples: Samples compared.
@@ -63,9 +63,6 @@ class Accuracy:
             deviations, the larger one of the two axes; None where none are predicted.
         task: The variant's score; None without labels.
         reference: The fp32 model's score.
-        broken: Outputs with NaN, Inf or values out of their range where the reference has none.
-        errors_m: Localization error of the variant per sample; empty without labels.
-        reference_errors_m: The same of the fp32 model.
     """
 
     samples: int
@@ -77,23 +74,21 @@ class Accuracy:
     displacement_sigma_p99: float | None
     task: TaskScore | None
     reference: TaskScore | None
+
+
+@dataclass(frozen=True)
+class Accuracy(AccuracyFigures):
+    """A variant's answers beside those of the fp32 model, sample by sample too.
+
+    Attributes:
+        broken: Outputs with NaN, Inf or values out of their range where the reference has none.
+        errors_m: Localization error of the variant per sample; empty without labels.
+        reference_errors_m: The same of the fp32 model.
+    """
+
     broken: tuple[str, ...]
     errors_m: Floats = field(repr=False)
     reference_errors_m: Floats = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures, JSON-serialisable."""
-        return {
-            "samples": self.samples,
-            "outputs": [output.summary() for output in self.outputs],
-            "noise": list(self.noise),
-            "displacement_p50_m": self.displacement_p50_m,
-            "displacement_p99_m": self.displacement_p99_m,
-            "displacement_max_m": self.displacement_max_m,
-            "displacement_sigma_p99": self.displacement_sigma_p99,
-            "task": None if self.task is None else vars(self.task),
-            "reference": None if self.reference is None else vars(self.reference),
-        }
 
 
 def answers_of(run: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:

@@ -14,26 +14,20 @@ from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.data.evaluation import EvaluationData
 
 
-@dataclass(frozen=True)
-class CalibrationSplit:
-    """Evaluation data in two parts without a common input.
+@dataclass(frozen=True, kw_only=True)
+class CalibrationFigures:
+    """What ranges were calibrated on, as a release records it.
 
     Attributes:
-        inputs: What ranges are calibrated on, one array per input.
-        evaluation: What variants are judged on.
         source: Where the calibration inputs come from.
         rows: Their rows in that source, ascending.
         sha256: SHA-256 over the calibration inputs' bytes, in the order of their names.
-        file_sha256: SHA-256 of the file that they come from, as it was read; None for none.
         left_out: Evaluation samples that equal a calibration input and therefore do not judge.
     """
 
-    inputs: Arrays = field(repr=False)
-    evaluation: EvaluationData = field(repr=False)
     source: str
     rows: tuple[int, ...] = field(repr=False)
     sha256: str
-    file_sha256: str | None
     left_out: int
 
     @property
@@ -41,15 +35,20 @@ class CalibrationSplit:
         """Calibration inputs."""
         return len(self.rows)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable description, without the inputs themselves."""
-        return {
-            "source": self.source,
-            "samples": self.samples,
-            "rows": list(self.rows),
-            "sha256": self.sha256,
-            "left_out": self.left_out,
-        }
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSplit(CalibrationFigures):
+    """Evaluation data in two parts without a common input.
+
+    Attributes:
+        inputs: What ranges are calibrated on, one array per input.
+        evaluation: What variants are judged on.
+        file_sha256: SHA-256 of the file that they come from, as it was read; None for none.
+    """
+
+    inputs: Arrays = field(repr=False)
+    evaluation: EvaluationData = field(repr=False)
+    file_sha256: str | None
 
 
 def split_calibration(
@@ -102,13 +101,13 @@ def split_calibration(
         positions=None if data.positions is None else data.positions[kept],
     )
     return CalibrationSplit(
-        inputs,
-        evaluation,
-        source.source,
-        tuple(map(int, chosen)),
-        _digest(inputs),
-        source.sha256,
-        int((~fresh).sum()),
+        inputs=inputs,
+        evaluation=evaluation,
+        source=source.source,
+        rows=tuple(map(int, chosen)),
+        sha256=_digest(inputs),
+        file_sha256=source.sha256,
+        left_out=int((~fresh).sum()),
     )
 
 

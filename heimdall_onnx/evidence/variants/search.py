@@ -11,9 +11,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from heimdall_onnx.common.errors import BenchmarkError, EvidenceError, UnavailableError
 from heimdall_onnx.common.files import hash_file
@@ -31,6 +31,7 @@ from heimdall_onnx.evidence.variants.accuracy import (
     judge_accuracy,
 )
 from heimdall_onnx.evidence.variants.calibration import CalibrationSplit, split_calibration
+from heimdall_onnx.evidence.variants.figures import VariantFigures, VariantsFigures
 from heimdall_onnx.evidence.variants.recipes import (
     RECIPES,
     Recipe,
@@ -124,28 +125,25 @@ class JudgedVariant:
         tuned = (tuning.settings for tuning in self.tunings if tuning.purpose == purpose)
         return next(tuned, self.settings)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy of what a release records."""
-        return {
-            "name": self.name,
-            "what": self.what,
-            "precision": self.precision,
-            "status": self.status,
-            "reason": self.reason,
-            "file": self.file,
-            "sha256": self.sha256,
-            "size_bytes": self.size_bytes,
-            "ran_on": "" if self.latency is None else self.latency.second.ran_on,
-            "sessions": {p: self.settings_for(p).to_dict() for p in (LATENCY, THROUGHPUT)},
-            "kept_in_float": list(self.kept_in_float),
-            "gates": [gate.to_dict() for gate in self.gates],
-            "latency": None if self.latency is None else self.latency.to_dict(),
-            "accuracy": None if self.accuracy is None else self.accuracy.to_dict(),
-            "tuning": {
-                tuning.purpose: [asdict(trial) for trial in tuning.trials]
-                for tuning in self.tunings
-            },
-        }
+    def figures(self) -> VariantFigures:
+        """What is recorded of it."""
+        return VariantFigures(
+            name=self.name,
+            what=self.what,
+            precision=self.precision,
+            status=self.status,
+            reason=self.reason,
+            file=self.file,
+            sha256=self.sha256,
+            size_bytes=self.size_bytes,
+            ran_on="" if self.latency is None else self.latency.second.ran_on,
+            sessions={purpose: self.settings_for(purpose) for purpose in (LATENCY, THROUGHPUT)},
+            kept_in_float=self.kept_in_float,
+            gates=self.gates,
+            latency=None if self.latency is None else self.latency.figures(),
+            accuracy=self.accuracy,
+            tuning={tuning.purpose: tuning.trials for tuning in self.tunings},
+        )
 
 
 @dataclass(frozen=True)
@@ -177,15 +175,15 @@ class VariantsReport:
         """The recommended variant."""
         return self.variant(self.recommended)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy of what a release records."""
-        return {
-            "recommended": self.recommended,
-            "calibration": self.calibration.to_dict(),
-            "limits": asdict(self.limits),
-            "against_pytorch": self.against_pytorch.to_dict(),
-            "judged": [variant.to_dict() for variant in self.judged],
-        }
+    def figures(self) -> VariantsFigures:
+        """What is recorded of them."""
+        return VariantsFigures(
+            recommended=self.recommended,
+            calibration=self.calibration,
+            limits=self.limits,
+            against_pytorch=self.against_pytorch.figures(),
+            judged=tuple(variant.figures() for variant in self.judged),
+        )
 
 
 def compare_variants(

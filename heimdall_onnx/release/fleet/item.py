@@ -354,7 +354,6 @@ def _write(bucket: Bucket, key: str, record: _Record) -> None:
 
 def _of_manifest(manifest: Manifest) -> dict[str, Any]:
     """What `ReleaseResult` would have said of a release that is there."""
-    registered = manifest.data["mlflow"]
     return {
         "success": True,
         "exit_code": 0,
@@ -364,8 +363,8 @@ def _of_manifest(manifest: Manifest) -> dict[str, Any]:
         "report_uri": f"{manifest.uri}/{REPORT}",
         "report_html_uri": f"{manifest.uri}/{REPORT_HTML}",
         "manifest_uri": f"{manifest.uri}/{MANIFEST}",
-        "model_name": registered["model_name"],
-        "model_version": registered["model_version"],
-        "gates": manifest.data.get("gates", []),
-        "costs": manifest.data.get("costs", []),
+        "model_name": manifest.model_name,
+        "model_version": manifest.model_version,
+        "gates": [gate.to_dict() for gate in manifest.said.gates],
+        "costs": [cost.to_dict() for cost in manifest.said.costs],
     }

@@ -121,13 +121,9 @@ def member_table(found: MemberComparison | None) -> Markdown | None:
 
 
 @unless_not_measured
-def machine_table(report: LatencyReport | PairLatency | MachineState | None) -> Markdown:
-    """Which machine it was, and what it did while latency was measured on it.
-
-    Notebooks of older versions give the state alone.
-    """
-    state = report.machine if isinstance(report, LatencyReport | PairLatency) else report
-    rows = [*_machine_rows(state)]
+def machine_table(report: LatencyReport | PairLatency) -> Markdown:
+    """Which machine it was, and what it did while latency was measured on it."""
+    rows = [*_machine_rows(report.machine)]
     if isinstance(report, LatencyReport):
         rows = [*_core_rows(report.cores), *rows]
     if not rows:

@@ -8,14 +8,17 @@ a latency by blocks of calls in turns.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from heimdall_onnx.archive.record import as_json
+from pydantic import TypeAdapter
+from pydantic_core import to_json
+
 from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import name
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
-from heimdall_onnx.evidence.latency.statistics import unsteady
+from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.review.compare.answers import Answers, latency_ratio
 from heimdall_onnx.review.compare.gates import GatePair, Limits, verdict_reasons
@@ -30,39 +33,25 @@ from heimdall_onnx.review.reproduce.figures import Difference
 
 
 @dataclass(frozen=True)
-class RecordedErrors:
-    """How far a release's ONNX model is from its own PyTorch model, as its report records.
-
-    Attributes:
-        mean: Mean absolute error, as the others in the output's unit.
-        p50: Median.
-        p99: 99th percentile.
-        p999: 99.9th percentile.
-        maximum: Largest.
-    """
-
-    mean: float
-    p50: float
-    p99: float
-    p999: float
-    maximum: float
-
-
-@dataclass(frozen=True)
 class RecordedParity:
     """One output's parity in both releases, each on the evaluation data of its own release.
 
     Attributes:
         output: Name of the output.
         unit: Its unit.
-        a: Of A; None where its report records none.
+        a: Of A; None where that is not compared there.
         b: Of B.
     """
 
     output: str
     unit: str | None
-    a: RecordedErrors | None
-    b: RecordedErrors | None
+    a: ErrorStatistics | None
+    b: ErrorStatistics | None
+
+
+# Without what is not recorded.
+_OUTPUTS = TypeAdapter(tuple[ErrorStatistics, ...])
+_PARITY = TypeAdapter(tuple[RecordedParity, ...])
 
 
 @dataclass(frozen=True)
@@ -105,25 +94,22 @@ class ReleaseComparison:
         b: The one that would take its place.
         answers: What both say of the same inputs.
         latency: How long both take, B over A.
-        gates: Their gates side by side; None where a release records none.
+        gates: Their gates side by side.
         parity: Each one's own parity with PyTorch.
-        parameters: In what their parameters differ; None where a release records none.
-        environment: In what the environments differ that they were made in; None where a release
-            records none.
+        parameters: In what their parameters differ.
+        environment: In what the environments differ that they were made in.
         limits: How much worse B may be.
-        packages_recorded: Whether both record which packages were installed.
     """
 
     a: ComparedRelease
     b: ComparedRelease
     answers: Answers
     latency: PairLatency | NotMeasured
-    gates: tuple[GatePair, ...] | None
+    gates: tuple[GatePair, ...]
     parity: tuple[RecordedParity, ...]
-    parameters: tuple[Difference, ...] | None
-    environment: tuple[Difference, ...] | None
+    parameters: tuple[Difference, ...]
+    environment: tuple[Difference, ...]
     limits: Limits
-    packages_recorded: bool = True
 
     @property
     def latency_ratio(self) -> Ratio | None:
@@ -139,7 +125,7 @@ class ReleaseComparison:
     @property
     def changed_gates(self) -> tuple[GatePair, ...]:
         """The gates whose outcome changes."""
-        return tuple(gate for gate in self.gates or () if gate.change)
+        return tuple(gate for gate in self.gates if gate.change)
 
     @property
     def worse(self) -> tuple[str, ...]:
@@ -151,7 +137,7 @@ class ReleaseComparison:
                 if not ratio.holds
             ),
             *(f"B: {reason}" for reason in verdict_reasons(self.b.verdict, self.limits)),
-            *(f"gate {name(g.name, 60)} {g.change}" for g in self.gates or () if g.worse),
+            *(f"gate {name(g.name, 60)} {g.change}" for g in self.gates if g.worse),
             *self.answers.lost,
         )
 
@@ -167,14 +153,7 @@ class ReleaseComparison:
             found.append(f"localization error ({why})")
         elif answers.errors.ratio is None:
             found.append("localization error (fewer than two samples are finite in both)")
-        if self.gates is None:
-            found.append("gates (one of the releases records none)")
         return tuple(found)
-
-    @property
-    def judged(self) -> bool:
-        """Whether latency, localization error or gates could be compared."""
-        return bool(self.ratios) or self.gates is not None
 
     @property
     def sentence(self) -> str:
@@ -185,32 +164,29 @@ class ReleaseComparison:
             *([moved] if (moved := self._unsteady()) else ()),
             *(error_words(errors) if errors else ["localization error was not compared"]),
             *([moved_words(self.answers)]),
-            gate_words(self.gates, self.changed_gates),
+            gate_words(self.changed_gates),
         ]
         text = ", ".join(parts)
         return text[0].upper() + text[1:]
 
     def _unsteady(self) -> str:
         measured = self.latency
-        return (
-            "" if isinstance(measured, NotMeasured) else unsteady(measured.to_dict()["contenders"])
-        )
+        return "" if isinstance(measured, NotMeasured) else measured.figures().unsteady
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON without arrays; NaN and Inf as text, as JSON has neither."""
         answers, latency = self.answers, self.latency
         moved, errors, ratio = answers.displacement, answers.errors, self.latency_ratio
-        found: dict[str, Any] = as_json(
+        text = to_json(
             {
                 "sentence": self.sentence,
                 "worse": list(self.worse),
                 "not_judged": list(self.not_judged),
-                "judged": self.judged,
                 "a": asdict(self.a),
                 "b": asdict(self.b),
                 "evaluation_data": answers.source,
                 "samples": answers.samples,
-                "outputs": [output.summary() for output in answers.outputs],
+                "outputs": _OUTPUTS.dump_python(answers.outputs),
                 "given_by_one_alone": list(answers.alone),
                 "displacement_m": moved
                 and {"p50": moved.p50_m, "p99": moved.p99_m, "max": moved.max_m},
@@ -223,13 +199,15 @@ class ReleaseComparison:
                 },
                 "latency": None
                 if isinstance(latency, NotMeasured)
-                else {"ratio": ratio and _ratio_dict(ratio), **latency.to_dict()},
+                else {
+                    "ratio": ratio and _ratio_dict(ratio),
+                    "unsteady": self._unsteady(),
+                    **asdict(latency.figures()),
+                },
                 "latency_not_measured": latency.reason
                 if isinstance(latency, NotMeasured)
                 else None,
-                "gates": None
-                if self.gates is None
-                else [
+                "gates": [
                     {
                         "name": gate.name,
                         "a": gate.a and gate.a.to_dict(),
@@ -238,18 +216,14 @@ class ReleaseComparison:
                     }
                     for gate in self.gates
                 ],
-                "parity": [asdict(one) for one in self.parity],
-                **{
-                    what: None if found is None else [asdict(one) for one in found]
-                    for what, found in (
-                        ("parameters", self.parameters),
-                        ("environment", self.environment),
-                    )
-                },
-                "packages_recorded": self.packages_recorded,
+                "parity": _PARITY.dump_python(self.parity),
+                "parameters": [asdict(one) for one in self.parameters],
+                "environment": [asdict(one) for one in self.environment],
                 "limits": asdict(self.limits),
-            }
+            },
+            inf_nan_mode="strings",
         )
+        found: dict[str, Any] = json.loads(text)
         return found
 
 

@@ -7,20 +7,19 @@ released them wrote; so what is read from them is checked before it is believed 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import Field
 
 from heimdall_onnx.archive.content import fetch_evaluation_data
-from heimdall_onnx.archive.find import fetch_model, find_release, released_signature
+from heimdall_onnx.archive.find import fetch_model, find_release
 from heimdall_onnx.archive.manifest import REPORT, Manifest
-from heimdall_onnx.archive.record import read_record
+from heimdall_onnx.archive.record import Record, require_record
 from heimdall_onnx.archive.verify import require_verified, verify_release
 from heimdall_onnx.common.errors import ParameterError, VerificationError
-from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.logs import configure_logs, get_logger
 from heimdall_onnx.common.parameters import BUCKET, FP32, PREFIX, Parameters
 from heimdall_onnx.common.text import shown
@@ -38,7 +37,6 @@ from heimdall_onnx.review.compare.answers import (
 )
 from heimdall_onnx.review.compare.comparison import (
     ComparedRelease,
-    RecordedErrors,
     RecordedParity,
     ReleaseComparison,
 )
@@ -55,13 +53,10 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-_Kind = TypeVar("_Kind", bound=BaseModel)
-
 COMPARISON_RECORD = "comparison"
 INPUTS = "inputs"
 # Where a run kept its files, and what it was called: they differ from run to run.
 _OWN_TO_A_RUN = ("output_dir", "run_id")
-_MOST = 10_000
 
 
 class ComparisonParameters(Parameters):
@@ -78,68 +73,6 @@ class ComparisonParameters(Parameters):
     output_dir: str = ""
 
 
-# Numbers that JSON has no form for are text in a record.
-_Number = Annotated[float, BeforeValidator(lambda v: v if isinstance(v, int | float | str) else "")]
-
-
-class _Gate(BaseModel):
-    name: str
-    limit: str
-    measured: float | int | str
-    passed: bool
-    detail: str = ""
-
-
-class _Output(BaseModel):
-    output: str
-    unit: str | None = None
-    mean: _Number
-    p50: _Number
-    p99: _Number
-    p999: _Number
-    maximum: _Number
-
-    def errors(self) -> RecordedErrors:
-        return RecordedErrors(self.mean, self.p50, self.p99, self.p999, self.maximum)
-
-
-class _Cell(BaseModel):
-    outputs: Annotated[list[_Output], Field(max_length=1000)]
-
-
-class _Parity(BaseModel):
-    cells: Annotated[list[_Cell], Field(max_length=_MOST)]
-    evaluated_by: str = "this process"
-
-
-class _Environment(BaseModel):
-    python: str | None = None
-    cpu: str | None = None
-    processors: int | None = None
-    system: str | None = None
-    git_commit: str | None = None
-    git_dirty: bool | None = None
-
-
-class _Recorded(BaseModel):
-    """What is read from the record of a release's report; older ones lack parts of it."""
-
-    parity: _Parity | None = None
-    environment: _Environment | None = None
-    distributions: Annotated[dict[str, str], Field(max_length=_MOST)] | None = None
-    threads: int | None = None
-
-
-class _Said(BaseModel):
-    """What is read from a manifest beyond what a `Manifest` checks."""
-
-    created: str = "not recorded"
-    gates: Annotated[list[_Gate], Field(max_length=_MOST)] | None = None
-    parameters: Annotated[dict[str, Any], Field(max_length=_MOST)] | None = None
-    checkpoint: dict[str, Any] = Field(default_factory=dict)
-    evaluation_data: dict[str, Any] = Field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class VerifiedRelease:
     """A release that verifies, with its model on this machine.
@@ -149,16 +82,14 @@ class VerifiedRelease:
         manifest: Its manifest.
         model: Its ONNX file.
         signature: What it takes and gives.
-        said: What its manifest says beside that.
-        recorded: What its report records.
+        record: What its notebook has recorded.
     """
 
     facts: ComparedRelease
     manifest: Manifest = field(repr=False)
     model: Path
     signature: Signature = field(repr=False)
-    said: _Said = field(repr=False)
-    recorded: _Recorded = field(repr=False)
+    record: Record = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -294,8 +225,6 @@ def _open(
     require_verified(findings, f"{who}, {manifest.uri},")
     cache = connection.settings.home / "models"
     path, _ = fetch_model(connection.client, manifest, manifest.variant(FP32), cache)
-    signature = released_signature(manifest)
-    said = _read(_Said, manifest.data, f"the manifest of {who}, {manifest.uri}")
     facts = ComparedRelease(
         who,
         manifest.uri,
@@ -303,45 +232,23 @@ def _open(
         manifest.model_name,
         manifest.model_version,
         manifest.verdict,
-        said.created,
+        manifest.said.created.isoformat(),
         manifest.sha256,
         manifest.model.sha256,
         manifest.model.size,
         len(findings),
     )
-    recorded = _read_report(connection, who, manifest, folder)
-    return VerifiedRelease(facts, manifest, path, signature, said, recorded)
+    record = _fetch_record(connection, who, manifest, folder)
+    return VerifiedRelease(facts, manifest, path, manifest.said.model.signature, record)
 
 
-def _read_report(connection: Connection, who: str, manifest: Manifest, folder: Path) -> _Recorded:
-    entry = manifest.objects.get(REPORT)
-    if entry is None:
-        return _Recorded()
+def _fetch_record(connection: Connection, who: str, manifest: Manifest, folder: Path) -> Record:
+    where = f"the report of {who}, {manifest.uri}/{REPORT},"
+    if (entry := manifest.objects.get(REPORT)) is None:
+        raise VerificationError(f"{where} is not there")
     path = folder / f"{who}.ipynb"
     connection.bucket(manifest.bucket).download_file(entry.key, path, sha256=entry.sha256)
-    where = f"the report of {who}, {manifest.uri}/{REPORT},"
-    try:
-        record = read_record(path)
-    except Exception as error:
-        # Anybody may have written it, and its parsers raise whatever they meet.
-        raise VerificationError(
-            f"{where} is no executed notebook that can be read ({type(error).__name__})"
-        ) from error
-    return _read(_Recorded, record, where)
-
-
-def _read(kind: type[_Kind], data: Mapping[str, Any], where: str) -> _Kind:
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{shown('.'.join(map(str, e['loc'])))}: {shown(e['msg'])}"
-            for e in error.errors(include_url=False, include_input=False)[:20]
-        )
-        raise VerificationError(
-            f"{where} says what can't be read: {problems}; it was made by another version of this "
-            "program, or not by this program"
-        ) from error
+    return require_record(path.read_bytes(), where)
 
 
 def compare_pair(pair: Pair, data: EvaluationData) -> Answers:
@@ -366,20 +273,15 @@ def time_pair(
 
 def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -> ReleaseComparison:
     """All of it together, with what the two releases record of themselves."""
-    gates = [
-        None if one.said.gates is None else [Gate(**g.model_dump()) for g in one.said.gates]
-        for one in pair.sides
-    ]
     found = ReleaseComparison(
         a=pair.a.facts,
         b=pair.b.facts,
         answers=answers,
         latency=latency,
-        gates=None if gates[0] is None or gates[1] is None else pair_gates(gates[0], gates[1]),
+        gates=pair_gates(*(one.record.gates for one in pair.sides)),
         parity=recorded_parity(pair),
         parameters=_parameter_differences(pair),
-        environment=_environment_differences(pair),
-        packages_recorded=_packages_recorded(pair),
+        environment=environment_differences(*(one.record for one in pair.sides)),
         limits=Limits(),
     )
     log.info("compared", a=pair.a.facts.uri, b=pair.b.facts.uri, sentence=found.sentence)
@@ -388,22 +290,15 @@ def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -
 
 def recorded_parity(pair: Pair) -> tuple[RecordedParity, ...]:
     """The parity that each release records of the outputs that both give."""
-    found: list[dict[str, _Output]] = []
-    for one in pair.sides:
-        parity = one.recorded.parity
-        # The first cell is the whole evaluation data.
-        outputs = parity.cells[0].outputs if parity and parity.cells else []
-        found.append({output.output: output for output in outputs})
+    a, b = ({o.output: o for o in one.record.parity.evaluation} for one in pair.sides)
     return tuple(
-        RecordedParity(spec.name, spec.unit, *(o.errors() if o else None for o in both))
+        RecordedParity(spec.name, spec.unit, a.get(spec.name), b.get(spec.name))
         for spec in pair.signature.outputs
-        if any(both := [side.get(spec.name) for side in found])
+        if spec.name in a.keys() | b.keys()
     )
 
 
-def _parameter_differences(pair: Pair) -> tuple[Difference, ...] | None:
-    if any(one.said.parameters is None for one in pair.sides):
-        return None
+def _parameter_differences(pair: Pair) -> tuple[Difference, ...]:
     was, has = (dict(_made_of(one)) for one in pair.sides)
     return tuple(
         Difference(what, _figure(was.get(what)), _figure(has.get(what)), numerical=True)
@@ -414,10 +309,11 @@ def _parameter_differences(pair: Pair) -> tuple[Difference, ...] | None:
 
 def _made_of(one: VerifiedRelease) -> Iterator[tuple[str, object]]:
     """What a release was made of, and with which parameters."""
-    yield "checkpoint, SHA-256", one.said.checkpoint.get("sha256")
-    yield "evaluation data, SHA-256", one.said.evaluation_data.get("sha256")
-    yield "evaluation samples", one.said.evaluation_data.get("samples")
-    for what, value in (one.said.parameters or {}).items():
+    said = one.manifest.said
+    yield "checkpoint, SHA-256", said.checkpoint.sha256
+    yield "evaluation data, SHA-256", said.evaluation_data.sha256
+    yield "evaluation samples", said.evaluation_data.samples
+    for what, value in said.parameters.items():
         if what not in _OWN_TO_A_RUN:
             yield what, value
 
@@ -429,19 +325,6 @@ def _figure(value: object) -> Figure:
 def _written(value: object) -> str:
     """All of a value: abbreviated, two that differ may look the same."""
     return json.dumps(value, sort_keys=True)
-
-
-def _environment_differences(pair: Pair) -> tuple[Difference, ...] | None:
-    if any(one.recorded.environment is None for one in pair.sides):
-        return None
-    was, has = (one.recorded.model_dump() for one in pair.sides)
-    if not _packages_recorded(pair):
-        was, has = ({**record, "distributions": {}} for record in (was, has))
-    return environment_differences(was, has)
-
-
-def _packages_recorded(pair: Pair) -> bool:
-    return all(one.recorded.distributions is not None for one in pair.sides)
 
 
 def record_comparison(found: ReleaseComparison) -> None:

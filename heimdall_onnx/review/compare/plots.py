@@ -36,7 +36,7 @@ from heimdall_onnx.report.plot.chart import (
 )
 from heimdall_onnx.report.plot.positions import coordinates, draw_lines, draw_places
 from heimdall_onnx.review.compare.answers import A, Answers, B, Displacement
-from heimdall_onnx.review.compare.comparison import RecordedErrors, RecordedParity
+from heimdall_onnx.review.compare.comparison import RecordedParity
 from heimdall_onnx.review.compare.words import most_changed, ratio_words
 
 _MAPPED = 60  # with the lines between them, more can't be read
@@ -362,7 +362,7 @@ def _draw_parity(axes: Axes, one: RecordedParity) -> None:
     axes.set_xlabel(plain(f"error ({unit})" if unit else "error"))
 
 
-def _draw_percentiles(axes: Axes, side: RecordedErrors, index: int, zero: float) -> None:
+def _draw_percentiles(axes: Axes, side: ErrorStatistics, index: int, zero: float) -> None:
     found = [getattr(side, what) for _, what in _PERCENTILES]
     axes.plot(
         [max(value, zero) if math.isfinite(value) else math.nan for value in found],

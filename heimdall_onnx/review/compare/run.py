@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from heimdall_onnx.archive.manifest import COMPARISONS, REPORT, REPORT_HTML, Manifest
+from heimdall_onnx.archive.record import scrap_in
 from heimdall_onnx.archive.verify import COMPARISON_TAG
 from heimdall_onnx.common.errors import ParameterError, SettingsError, VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
-from heimdall_onnx.evidence.latency.statistics import unsteady
 from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.report.kernels import started_kernel
 from heimdall_onnx.report.notebook import (
@@ -145,12 +145,12 @@ def compare_releases(
     if judgement.problem:
         error = error_of(judgement)
         raise type(error)(f"{error}\nthe notebook, as far as it came: {folder / REPORT}")
-    figures = judgement.record
+    figures = scrap_in((folder / REPORT).read_bytes(), COMPARISON_RECORD, REPORT)
     _require_same(figures, manifests)
     versions = " and ".join(manifest.version for manifest in manifests)
     put_verdict_first(
         folder / REPORT,
-        passed=not figures["worse"] and figures["judged"],
+        passed=not figures["worse"],
         title=figures["sentence"],
         facts=_facts(figures),
     )
@@ -227,8 +227,7 @@ def _facts(figures: dict[str, Any]) -> dict[str, str]:
         **sides,
         "evaluation data": f"{figures['samples']:,} samples, {figures['evaluation_data']}",
         "latency of B over A": _latency_fact(figures),
-        "B is worse in": "; ".join(figures["worse"])
-        or ("nothing that was judged" if figures["judged"] else "not known, nothing was judged"),
+        "B is worse in": "; ".join(figures["worse"]) or "nothing that was judged",
         **({"not judged": "; ".join(missing)} if (missing := figures["not_judged"]) else {}),
         "PASS allows": f"that B is worse: {allowed}",
     }
@@ -239,8 +238,7 @@ def _latency_fact(figures: dict[str, Any]) -> str:
     if measured is None:
         return f"not measured: {figures['latency_not_measured']}"
     text = ratio_words(Ratio("latency", **{k: measured["ratio"][k] for k in _RATIO}))
-    moved = unsteady(measured["contenders"])
-    return f"{text}; {moved}" if moved else text
+    return "; ".join(filter(None, (text, measured["unsteady"])))
 
 
 def store_comparison(

@@ -104,8 +104,6 @@ def errors_table(answers: Answers) -> Markdown:
 
 def gates_table(comparison: ReleaseComparison) -> Markdown:
     """The gates of both side by side, those that change first."""
-    if comparison.gates is None:
-        return Markdown("One of the releases records no gates, so there is nothing to compare.")
     rows = sorted(comparison.gates, key=lambda gate: (not gate.worse, not gate.change))
     return table(
         ("gate", "changes", "A", "B", "limit"),
@@ -142,18 +140,10 @@ def parameters_table(comparison: ReleaseComparison) -> Markdown:
 
 def environment_table(comparison: ReleaseComparison) -> Markdown:
     """Where the two releases were made, as far as that differs."""
-    found = _differences(comparison.environment, "environment", "The environments")
-    if comparison.environment is None or comparison.packages_recorded:
-        return found
-    return Markdown(
-        f"{found.data}\n\nInstalled packages can't be compared: one of the releases does not "
-        "record them."
-    )
+    return _differences(comparison.environment, "environment", "The environments")
 
 
-def _differences(found: Sequence[Difference] | None, head: str, what: str) -> Markdown:
-    if found is None:
-        return Markdown(f"{what} can't be compared: one of the releases does not record them.")
+def _differences(found: Sequence[Difference], head: str, what: str) -> Markdown:
     if not found:
         return Markdown(f"{what} are the same.")
     return table(
@@ -184,8 +174,6 @@ def conclusion(comparison: ReleaseComparison) -> Markdown:
     if comparison.worse:
         lines += ["In what B is worse than a promotion allows:"]
         lines.append("\n".join(f"- {escape_markdown(reason)}" for reason in comparison.worse))
-    elif not comparison.judged:
-        lines.append("Whether B is worse is not known.")
     else:
         lines.append(
             "B is in nothing that was judged worse than a promotion allows: latency by "

@@ -120,10 +120,8 @@ def _output_words(answers: Answers) -> str:
     return f"{called} changes {several}by {number(most.p99)}{unit} at p99"
 
 
-def gate_words(gates: Sequence[GatePair] | None, changed: Sequence[GatePair]) -> str:
+def gate_words(changed: Sequence[GatePair]) -> str:
     """How many gates change, and which."""
-    if gates is None:
-        return "gates are not recorded in both"
     if not changed:
         return "no gate changes"
     told = "; ".join(f"{name(gate.name, 40)} {gate.change}" for gate in changed[:3])

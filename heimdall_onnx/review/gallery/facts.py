@@ -12,22 +12,20 @@ import math
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from heimdall_onnx.archive.manifest import Manifest
-from heimdall_onnx.archive.record import RECORD
+from heimdall_onnx.archive.manifest import REPORT, Manifest
+from heimdall_onnx.archive.record import RECORD, Record, parse_record, scrap_of
 from heimdall_onnx.common.errors import VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.report.judge import judge_cells
-from heimdall_onnx.services.store import MANIFEST
 
 log = get_logger(__name__)
 
 # The cell of the release notebook whose figure stands for the whole parity.
 PARITY_CELL = "parity-scatter"
 
-_SCRAP = "application/scrapbook.scrap.json+json"
 _MAX_PIXELS = 40_000_000
 # Twice what the page shows, for screens with small pixels.
 _THUMBNAIL_WIDTH, _THUMBNAIL_QUALITY = 232, 40
@@ -122,18 +120,7 @@ class Facts(Frozen):
 
 
 def read_release(manifest: Manifest) -> Facts:
-    """What the manifest of a release says; what was measured is not in it.
-
-    Raises:
-        VerificationError: If it can't be read.
-    """
-    try:
-        told = _Told.model_validate(manifest.data)
-    except ValidationError as error:
-        raise VerificationError(
-            f"{manifest.uri}/{MANIFEST} is no manifest of a release: {error.error_count()} of the "
-            "fields about commit and checkpoint are wrong"
-        ) from error
+    """What the manifest of a release says; what was measured is not in it."""
     variants = manifest.variants
     smoke = "smoke" in manifest.verdict
     passed = manifest.verdict.startswith("pass")
@@ -144,8 +131,8 @@ def read_release(manifest: Manifest) -> Facts:
         smoke=smoke,
         model_name=shown(manifest.model_name),
         model_version=shown(manifest.model_version),
-        commit=shown(told.git.commit or "", 40),
-        checkpoint=shown(told.checkpoint.file),
+        commit=shown(manifest.said.environment.git_commit or "", 40),
+        checkpoint=shown(manifest.said.checkpoint.file),
         size_bytes=min(_MAX_BYTES, sum(entry.size for entry in manifest.model_files.values())),
         recommended=best.name if best else "",
         recommended_bytes=min(_MAX_BYTES, best.size_bytes) if best else None,
@@ -182,72 +169,38 @@ def with_measured(facts: Facts, report: bytes) -> Facts:
 
 def _with_measured(facts: Facts, notebook: _Notebook) -> Facts:
     record = notebook.record
-    cell = next(iter(record.parity.cells), None) if record.parity else None
-    outputs = cell.outputs if cell else []
-    tolerance = record.parity.tolerance if record.parity else math.nan
+    if record is None:
+        return facts.model_copy(update={"thumbnail": notebook.thumbnail()})
+    outputs = record.parity.cells[0].outputs if record.parity.cells else ()
+    tolerance = max(record.parity.tolerance, 0.0) or math.nan
     return facts.model_copy(
         update={
-            "speedup": record.latency and record.latency.speedup,
-            "mean_error": max((one.mean / tolerance for one in outputs), default=None),
-            "max_error": max((one.excess for one in outputs), default=None),
+            "speedup": _speedup(record),
+            "mean_error": max((_far(one.mean / tolerance) for one in outputs), default=None),
+            "max_error": max((_far(one.excess) for one in outputs), default=None),
             "median_error_m": record.metrics.get("error_onnx_median_m"),
             "thumbnail": notebook.thumbnail(),
         }
     )
 
 
-# What is relied on of both.
+def _speedup(record: Record) -> Interval | None:
+    if record.latency is None:
+        return None
+    found = record.latency.speedup
+    try:
+        return Interval(ratio=found.ratio, low=found.low, high=found.high)
+    except ValidationError as error:
+        log.warning("a speedup can't be", problems=error.error_count())
+        return None
 
 
-class _Git(Frozen):
-    commit: str | None = None
+def _far(error: float) -> float:
+    """What can't be compared is as far away as can be."""
+    return error if error >= 0 else math.inf
 
 
-class _Checkpoint(Frozen):
-    file: str = ""
-
-
-class _Told(Frozen):
-    git: _Git = _Git()
-    checkpoint: _Checkpoint = _Checkpoint()
-
-
-# What can't be compared is as far away as can be.
-_Error = Annotated[float, AfterValidator(lambda value: value if value >= 0 else math.inf)]
-
-
-class _Output(Frozen):
-    mean: _Error
-    excess: _Error
-
-
-class _Cell(Frozen):
-    outputs: list[_Output] = []
-
-
-class _Parity(Frozen):
-    tolerance: Annotated[float, Field(gt=0)]
-    cells: list[_Cell] = []
-
-
-class _Latency(Frozen):
-    speedup: Interval
-
-
-class _Gate(Frozen):
-    name: str
-    limit: str
-    measured: float | int | str
-    passed: bool
-    detail: str = ""
-
-
-class _Record(Frozen):
-    profile: str = ""
-    gates: list[_Gate] = []
-    metrics: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
-    parity: _Parity | None = None
-    latency: _Latency | None = None
+# What is relied on of an executed notebook.
 
 
 class _CellOutput(Frozen):
@@ -292,21 +245,25 @@ class _Notebook(Frozen):
     metadata: _Metadata = _Metadata()
 
     @cached_property
-    def record(self) -> _Record:
-        """What `report.record_results` kept in it; nothing if that can't be read."""
-        scraps = (o.data.get(_SCRAP) for cell in self.cells for o in cell.outputs)
-        found = [s for s in scraps if isinstance(s, dict) and s.get("name") == RECORD]
+    def record(self) -> Record | None:
+        """What `report.record_results` kept in it; None if there is none that can be read."""
         try:
-            return _Record.model_validate(found[-1].get("data", {}) if found else {})
-        except ValidationError as error:
-            log.warning("a record can't be read", problems=error.error_count())
-            return _Record()
+            return self._parsed()
+        except VerificationError as error:
+            log.warning("a record can't be read", reason=str(error))
+            return None
+
+    def _parsed(self) -> Record | None:
+        found = scrap_of((o.data for cell in self.cells for o in cell.outputs), RECORD)
+        return None if found is None else parse_record(found, REPORT)
 
     def problem(self) -> str:
         """Why it failed, in words."""
         code = [c for c in self.cells if c.cell_type == "code" and c.source.strip()]
-        recorded = self.record.model_dump(include={"gates", "profile"}) if self.record.gates else {}
-        judged = judge_cells(code, recorded)
+        try:
+            judged = judge_cells(code, self._parsed())
+        except VerificationError as error:
+            return str(error)
         if judged.verdict is not None and not judged.verdict.passed:
             return judged.verdict.summary()
         if not judged.problem:

@@ -131,7 +131,7 @@ class _Made(Frozen, Generic[T]):
 class _Kept(Frozen):
     """What is kept for the next call; releases and failed runs by folder, the rest by key."""
 
-    form: Literal[1] = 1
+    form: Literal[2] = 2
     facts: dict[str, _Made[Facts]] = Field(default_factory=dict)
     reviews: dict[str, _Made[Decision]] = Field(default_factory=dict)
     moves: dict[str, _Made[Move]] = Field(default_factory=dict)

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal
 
 from heimdall_onnx.common.environment import NUMERICAL
 from heimdall_onnx.evidence.latency.timed import EXCLUSIVE_CORES
-from heimdall_onnx.evidence.parity.report import NOISE_FLOOR_FACTOR, THIS_PROCESS, tolerance_factor
-from heimdall_onnx.model.signature import Signature
+
+if TYPE_CHECKING:
+    from heimdall_onnx.archive.record import Record
+    from heimdall_onnx.evidence.latency.statistics import Speedup
+    from heimdall_onnx.evidence.parity.report import ParityFigures
+    from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 
 # Fewer values are kept as they are.
 SKETCHED = 384
 # Of the value; three standard errors of a sketch's rank are a tenth of this for a smooth quantity.
 ESTIMATE = 0.05
 _QUANTILES = ("p50", "p99", "p999", "ulp_p50", "ulp_p999")
+_NO_FIGURES = ("output", "unit", "worst", "error_edges", "error_cdf")
 # One degree of a meridian at the poles, where it is longest (WGS84).
 METRES_PER_DEGREE = 111_700.0
 
@@ -70,32 +76,23 @@ class Comparison:
     found_interval: tuple[float, float] | None = None
 
 
-def environment_differences(
-    recorded: Mapping[str, Any], found: Mapping[str, Any]
-) -> tuple[Difference, ...]:
-    """In what the environments of two records differ.
-
-    Args:
-        recorded: What `archive.record.record_results` kept of a release.
-        found: What it kept of another run.
-    """
-    old, new = ({**r["environment"], "threads": r["threads"]} for r in (recorded, found))
-    by = [(r["parity"] or {}).get("evaluated_by", THIS_PROCESS) for r in (recorded, found)]
-    was, has = recorded["distributions"], found["distributions"]
+def environment_differences(recorded: Record, found: Record) -> tuple[Difference, ...]:
+    """In what the environments of two records differ."""
+    was, has = recorded.distributions, found.distributions
     compared = (
         *(
-            (what, old.get(name), new.get(name), numerical)
+            (what, *map(attrgetter(name), (recorded, found)), numerical)
             for what, name, numerical in (
-                ("Python", "python", True),
-                ("processor", "cpu", True),
-                ("processors in use", "processors", True),
+                ("Python", "environment.python", True),
+                ("processor", "environment.cpu", True),
+                ("processors in use", "environment.processors", True),
                 ("threads", "threads", True),
-                ("system", "system", False),
-                ("git commit", "git_commit", False),
-                ("uncommitted changes", "git_dirty", False),
+                ("system", "environment.system", False),
+                ("git commit", "environment.git_commit", False),
+                ("uncommitted changes", "environment.git_dirty", False),
+                ("evaluated by", "parity.evaluated_by", True),
             )
         ),
-        ("evaluated by", *by, True),
         *(
             (f"package {name}", was.get(name), has.get(name), name in NUMERICAL)
             for name in sorted(was.keys() | has.keys())
@@ -121,72 +118,72 @@ class _Rule:
     binding: bool = False
 
 
-def compare_accuracy(
-    recorded: Mapping[str, Any], found: Mapping[str, Any], *, exact: bool
-) -> tuple[Comparison, ...]:
+_SAME, _SHOWN = _Rule(), _Rule(None)
+# Never judged, not even here: what is tuned owes something to chance.
+_OPTIONS = _Rule(None)
+_ELEMENTS = "the tolerance of the elements"
+_UNITS = _Rule(1.0, f"{_ELEMENTS}, which is its unit")
+# Each figure of one record: what it is, its value, and what another one may differ by.
+_Figures = Iterator[tuple[str, Figure, _Rule]]
+_Interval = tuple[float, float, float]
+
+
+def compare_accuracy(recorded: Record, found: Record, *, exact: bool) -> tuple[Comparison, ...]:
     """Hold parity, localization errors and gates of a repetition against the recorded ones.
 
     Args:
-        recorded: What `archive.record.record_results` kept of the release.
-        found: What it kept of the repetition.
+        recorded: Of the release.
+        found: Of the repetition.
         exact: Whether the figures must be the same, as in the same environment. Elsewhere they may
             differ by the tolerances of the gates: errors by that of the mean absolute error (ten
             times that on adversarial inputs), outputs by that of the elements, errors against
             float64 by the noise floor, metres by what the elements' tolerance is on the ground.
     """
-    old, new = recorded["parity"], found["parity"]
-    return tuple(
-        _hold(what, before, after, rule, exact)
-        for what, before, after, rule in (
-            *_gates(recorded["gates"], found["gates"], exact),
-            ("evaluation samples", old["samples"], new["samples"], _Rule()),
-            *_cells(old, new),
-            *_noise_floor(old["noise_floor"], new["noise_floor"]),
-            *_independence(old, new["independence"]),
-            *_ground(recorded, new["ground"] or {}),
-            *_uncertainty(old, new),
-        )
-    )
+
+    def figures(record: Record) -> _Figures:
+        yield from _gates(record, exact)
+        yield "evaluation samples", record.parity.samples, _SAME
+        yield from _cells(record.parity)
+        yield from _noise_floor(record.parity)
+        yield from _independence(record.parity)
+        yield from _ground(record)
+        yield from _uncertainty(record.parity)
+
+    return tuple(_held(figures(recorded), figures(found), exact=exact))
 
 
-def compare_latency(
-    recorded: Mapping[str, Any], found: Mapping[str, Any]
-) -> tuple[Comparison, ...]:
+def compare_latency(recorded: Record, found: Record) -> tuple[Comparison, ...]:
     """Hold latency and speedup of a repetition against the recorded ones, with their intervals.
 
     Empty where the release has not measured latency; then its repetition does not either.
     """
-    old, new = recorded["latency"], found["latency"]
-    if old is None:
-        return ()
-    figures = [_interval("speedup", _ends(old["speedup"], "ratio"), _ends(new["speedup"], "ratio"))]
-    others = {contender["name"]: contender for contender in new["contenders"]}
-    for before in old["contenders"]:
-        name, after = before["name"], others.get(before["name"], {})
-        again = {p["percentile"]: p for p in after.get("percentiles", [])}
-        figures += [
-            _interval(
-                f"{name}, p{p['percentile']:g} (ms)",
-                _ends(p, "value_ms"),
-                _ends(again.get(p["percentile"], {}), "value_ms"),
-            )
-            for p in before["percentiles"]
-        ]
-        figures += [
-            _hold(f"{name}, {what}", before[key], after.get(key), _Rule(None), exact=False)
-            for what, key in (
-                ("counted calls", "calls"),
-                ("mean (ms)", "mean_ms"),
-                ("loading the model (ms)", "load_ms"),
-                ("first call (ms)", "first_call_ms"),
-                ("peak memory of the process (bytes)", "peak_memory_bytes"),
-            )
-        ]
-    return tuple(figures)
+    again = dict(_intervals(found))
+    return (
+        *(_interval(what, ends, again.get(what)) for what, ends in _intervals(recorded)),
+        *_held(_contenders(recorded), _contenders(found), exact=False),
+    )
+
+
+def _intervals(record: Record) -> Iterator[tuple[str, _Interval]]:
+    if record.latency is None:
+        return
+    yield "speedup", _ends(record.latency.speedup)
+    for one in record.latency.contenders:
+        for p in one.percentiles:
+            yield f"{one.name}, p{p.percentile:g} (ms)", (p.value_ms, p.low_ms, p.high_ms)
+
+
+def _contenders(record: Record) -> _Figures:
+    for one in record.latency.contenders if record.latency else ():
+        yield f"{one.name}, counted calls", one.calls, _SHOWN
+        yield f"{one.name}, mean (ms)", one.mean_ms, _SHOWN
+        yield f"{one.name}, loading the model (ms)", one.load_ms, _SHOWN
+        yield f"{one.name}, first call (ms)", one.first_call_ms, _SHOWN
+        yield f"{one.name}, peak memory of the process (bytes)", one.peak_memory_bytes, _SHOWN
 
 
 def compare_recorded_variants(
-    recorded: Mapping[str, Any], found: Mapping[str, Any], *, exact: bool
+    recorded: Record, found: Record, *, exact: bool
 ) -> tuple[Comparison, ...]:
     """Hold the variants of a repetition against the recorded ones.
 
@@ -196,58 +193,47 @@ def compare_recorded_variants(
     flagged. So is anywhere that another one is recommended, since latency decides on that.
 
     Args:
-        recorded: What `archive.record.record_results` kept of the release.
-        found: What it kept of the repetition.
+        recorded: Of the release.
+        found: Of the repetition.
         exact: Whether the environment is the same.
     """
-    old, new = recorded.get("variants"), found.get("variants") or {}
-    if not old:
+    old, new = recorded.variants, found.variants
+    if old is None:
         return ()
-    was, has = (side.get("calibration", {}).get("sha256") for side in (old, new))
-    compared = [
-        _flag("recommended variant", old["recommended"], new.get("recommended")),
-        _hold("calibration inputs, SHA-256", was, has, _Rule(), exact),
-    ]
-    again = {one["name"]: one for one in new.get("judged", [])}
-    for one in old["judged"]:
-        name, other = one["name"], again.get(one["name"], {})
-        status = f"variant {name}, status"
-        now = other.get("status")
-        compared.append(
-            _hold(status, one["status"], now, _Rule(), exact)
-            if exact
-            else _flag(status, one["status"], now)
-        )
-        figures = {what: value for what, value, _ in _figures_of_variant(other)}
-        compared += [
-            _hold(f"variant {name}, {what}", value, figures.get(what), rule, exact)
-            for what, value, rule in _figures_of_variant(one)
-        ]
-        if one.get("latency"):
-            timed, timed_again = one["latency"], other.get("latency") or {}
-            ends = _ends(timed["speedup"], "ratio"), _ends(timed_again.get("speedup", {}), "ratio")
-            compared.append(_interval(f"variant {name}, speedup", *ends))
-        before, after = (json.dumps(side.get("sessions"), sort_keys=True) for side in (one, other))
-        options = f"variant {name}, session options"
-        compared.append(_hold(options, before, after, _Rule(None), exact=False))
-    return tuple(compared)
+    again = {one.name: one for one in new.judged} if new else {}
+    compared = [_flag("recommended variant", old.recommended, new.recommended if new else None)]
+    for one in old.judged:
+        what, other = f"variant {one.name}", again.get(one.name)
+        status = f"{what}, status", one.status, other.status if other else None
+        compared.append(_hold(*status, _SAME, exact) if exact else _flag(*status))
+        if one.latency is not None:
+            timed = _ends(other.latency.speedup) if other and other.latency else None
+            compared.append(_interval(f"{what}, speedup", _ends(one.latency.speedup), timed))
+    return (*compared, *_held(_variants(recorded), _variants(found), exact=exact))
 
 
-def _figures_of_variant(
-    variant: Mapping[str, Any],
-) -> Iterator[tuple[str, Figure, _Rule]]:
-    """What a variant is and how good its answers are, figure by figure."""
-    accuracy = dict(variant.get("accuracy") or {})
-    for output in accuracy.pop("outputs", ()):
-        estimated = output["count"] >= SKETCHED
-        for name, value in output.items():
-            if name not in ("output", "unit"):
+def _variants(record: Record) -> _Figures:
+    if (variants := record.variants) is None:
+        return
+    yield "calibration inputs, SHA-256", variants.calibration.sha256, _SAME
+    for one in variants.judged:
+        what = f"variant {one.name}"
+        for output in one.accuracy.outputs if one.accuracy else ():
+            estimated = output.count >= SKETCHED
+            for name, value in _figures_of(output):
                 rule = _Rule(None, estimated=estimated and name in _QUANTILES)
-                yield f"{output['output']}, {name}", value, rule
-    kept = ", ".join(variant.get("kept_in_float", ()))
-    made = {"sha256": variant.get("sha256"), "modules kept in float": kept}
-    for name, value in _flattened({**made, **accuracy}):
-        yield name, value, _Rule(None)
+                yield f"{what}, {output.output}, {name}", value, rule
+        yield f"{what}, sha256", one.sha256, _SHOWN
+        yield f"{what}, modules kept in float", ", ".join(one.kept_in_float), _SHOWN
+        accuracy = asdict(replace(one.accuracy, outputs=())) if one.accuracy else {}
+        for name, value in _flattened(accuracy):
+            yield f"{what}, {name}", value, _SHOWN
+        sessions = {purpose: settings.to_dict() for purpose, settings in one.sessions.items()}
+        yield f"{what}, session options", json.dumps(sessions, sort_keys=True), _OPTIONS
+
+
+def _figures_of(output: ErrorStatistics) -> Iterator[tuple[str, Figure]]:
+    return ((name, value) for name, value in vars(output).items() if name not in _NO_FIGURES)
 
 
 def _flag(what: str, old: Figure, new: Figure) -> Comparison:
@@ -259,7 +245,7 @@ def _flag(what: str, old: Figure, new: Figure) -> Comparison:
 
 def _flattened(value: Any, name: str = "") -> Iterator[tuple[str, Figure]]:
     """Every single value in a nested one, called after where it is."""
-    if isinstance(value, Mapping | list):
+    if isinstance(value, Mapping | tuple):
         entries = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, inner in entries:
             yield from _flattened(inner, f"{name} {key}".strip())
@@ -267,13 +253,17 @@ def _flattened(value: Any, name: str = "") -> Iterator[tuple[str, Figure]]:
         yield name, value
 
 
-_Ruled = tuple[str, Figure, Figure, _Rule]
+def _held(recorded: _Figures, found: _Figures, *, exact: bool) -> Iterator[Comparison]:
+    again = {what: value for what, value, _ in found}
+    for what, value, rule in recorded:
+        yield _hold(what, value, again.get(what), rule, exact)
 
 
-def _hold(what: str, old: Figure, new: Figure, rule: _Rule, exact: bool) -> Comparison:
+def _hold(what: str, before: Figure, after: Figure, rule: _Rule, exact: bool) -> Comparison:
+    old, new = _written(before), _written(after)
     if old == new:
         return Comparison(what, old, new, "identical", "as recorded")
-    if rule.limit is None and not exact:
+    if rule.limit is None and (rule is _OPTIONS or not exact):
         return Comparison(what, old, new, "not judged", "shown only")
     limit = 0.0 if exact or rule.limit is None else rule.limit
     words = [f"{limit:.3g}, {rule.source}"] if limit else []
@@ -287,150 +277,109 @@ def _hold(what: str, old: Figure, new: Figure, rule: _Rule, exact: bool) -> Comp
     return Comparison(what, old, new, "flagged" if flagged else "differs", allowed)
 
 
+def _written(value: Figure) -> Figure:
+    """NaN and Inf as text: so they can be written, and each is what it is."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _number(value: Figure) -> float:
     """Of text and of what is missing NaN, which is within nothing."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _gates(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], exact: bool
-) -> Iterator[_Ruled]:
-    again = {gate["name"]: gate for gate in new}
-    for gate in old:
-        if gate["name"] == EXCLUSIVE_CORES:
+def _gates(record: Record, exact: bool) -> _Figures:
+    for gate in record.gates:
+        if gate.name == EXCLUSIVE_CORES:
             continue  # it says nothing of the model, and a repetition does not demand it
-        other = again.get(gate["name"], {"passed": None, "measured": None})
-        yield f"gate {gate['name']}, passed", gate["passed"], other["passed"], _Rule()
+        yield f"gate {gate.name}, passed", gate.passed, _SAME
         if exact:
             # Elsewhere its figure stands below, with a tolerance.
-            yield f"gate {gate['name']}, measured", gate["measured"], other["measured"], _Rule()
+            yield f"gate {gate.name}, measured", gate.measured, _SAME
 
 
-def _cells(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
-    again = {
-        (cell["kind"], cell["batch_size"], output["output"]): output
-        for cell in new["cells"]
-        for output in cell["outputs"]
-    }
-    for index, cell in enumerate(old["cells"]):
-        kind, size = cell["kind"], cell["batch_size"]
+def _cells(parity: ParityFigures) -> _Figures:
+    for index, cell in enumerate(parity.cells):
         # The first is the whole evaluation data, the others of that kind some samples of it.
-        where = f"{kind if index else f'all {kind}'}, batch {size}"
-        # What older versions did not write was judged as adversarial.
-        factor = tolerance_factor(kind, cell.get("valid", False))
-        for output in cell["outputs"]:
-            other = again.get((kind, size, output["output"]), {})
-            for name, value in output.items():
-                if name not in ("output", "unit"):
-                    rule = _cell_rule(name, output, factor * old["tolerance"], factor * old["rtol"])
-                    what = f"{output['output']}, {name} ({where})"
-                    yield what, value, other.get(name), rule
+        where = f"{cell.kind if index else f'all {cell.kind}'}, batch {cell.batch_size}"
+        atol, rtol = cell.factor * parity.tolerance, cell.factor * parity.rtol
+        for output in cell.outputs:
+            rules = _rules_of(output, atol, rtol)
+            for name, value in _figures_of(output):
+                # Others are counts: of elements, of those beyond tolerance, of NaN or Inf.
+                yield f"{output.output}, {name} ({where})", value, rules.get(name, _SAME)
 
 
-def _cell_rule(name: str, output: Mapping[str, Any], atol: float, rtol: float) -> _Rule:
-    estimated = output["count"] >= SKETCHED
-    elements = "the tolerance of the elements"
-    rules = {
+def _rules_of(output: ErrorStatistics, atol: float, rtol: float) -> dict[str, _Rule]:
+    estimated = output.count >= SKETCHED
+    return {
         "mean": _Rule(atol, "the tolerance of the mean absolute error"),
-        "maximum": _Rule(atol, elements),
-        "excess": _Rule(1.0, f"{elements}, which is its unit"),
-        "cosine": _Rule(rtol, f"the relative part of {elements}"),
-        **{p: _Rule(atol, elements, estimated=estimated) for p in _QUANTILES[:3]},
+        "maximum": _Rule(atol, _ELEMENTS),
+        "excess": _UNITS,
+        "cosine": _Rule(rtol, f"the relative part of {_ELEMENTS}"),
+        **{p: _Rule(atol, _ELEMENTS, estimated=estimated) for p in _QUANTILES[:3]},
         **{p: _Rule(None, estimated=estimated) for p in _QUANTILES[3:]},
-        **{
-            end: _Rule(atol + rtol * abs(_number(output[end])), elements)
-            for end in ("lowest", "highest")
-        },
+        "lowest": _Rule(atol + rtol * abs(output.lowest), _ELEMENTS),
+        "highest": _Rule(atol + rtol * abs(output.highest), _ELEMENTS),
     }
-    # Counts: of elements, of those beyond tolerance, of those that are NaN or Inf.
-    return rules.get(name, _Rule())
 
 
-def _noise_floor(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
-) -> Iterator[_Ruled]:
-    again = {floor["output"]: floor for floor in new}
-    for floor in old:
-        other = again.get(floor["output"], {})
-        limit = NOISE_FLOOR_FACTOR * _number(floor["pytorch_error"]) + _number(floor["ulp"])
-        rule = _Rule(limit, "the limit of the noise floor")
-        for what, key in (("ONNX", "onnx_error"), ("PyTorch", "pytorch_error")):
-            named = f"{floor['output']}, mean error of {what} against float64"
-            yield named, floor[key], other.get(key), rule
+def _noise_floor(parity: ParityFigures) -> _Figures:
+    for floor in parity.noise_floor:
+        rule = _Rule(floor.limit, "the limit of the noise floor")
+        for who, value in (("ONNX", floor.onnx_error), ("PyTorch", floor.pytorch_error)):
+            yield f"{floor.output}, mean error of {who} against float64", value, rule
 
 
-def _independence(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
-    recorded, elements = old["independence"], "the tolerance of the elements"
-    for what, key, rule in (
-        ("largest change of a row's answer", "largest_error", _Rule(old["tolerance"], elements)),
-        ("in units of the tolerance", "excess", _Rule(1.0, f"{elements}, which is its unit")),
-        ("comparisons", "comparisons", _Rule()),
-    ):
-        yield f"batch independence, {what}", recorded[key], new.get(key), rule
+def _independence(parity: ParityFigures) -> _Figures:
+    what, found = "batch independence", parity.independence
+    changed = _Rule(parity.tolerance, _ELEMENTS)
+    yield f"{what}, largest change of a row's answer", found.largest_error, changed
+    yield f"{what}, in units of the tolerance", found.excess, _UNITS
+    yield f"{what}, comparisons", found.comparisons, _SAME
 
 
-def _uncertainty(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
-    again = {report["who"]: report["calibration"] or {} for report in new.get("uncertainty", ())}
-    for report in old.get("uncertainty", ()):
-        who, before = report["who"], report["calibration"] or {}
-        after = again.get(who, {})
-        shares = {c["nominal"]: c["observed"] for c in after.get("coverage", ())}
+def _uncertainty(parity: ParityFigures) -> _Figures:
+    for report in parity.uncertainty:
+        who, found = report.who, report.calibration
+        if found is None:
+            continue
         # Rounding can move a position over the edge of an ellipse, a few of them at most.
-        rule = _Rule(3 / max(report["samples"], 1), "three samples")
-        for c in before.get("coverage", ()):
-            what = f"coverage of the {c['nominal']:.0%} ellipse, {who}"
-            yield what, c["observed"], shares.get(c["nominal"]), rule
-        for what, key in (
-            ("negative log-likelihood", "nll"),
-            ("calibration error", "calibration_error"),
-        ):
-            if key in before:
-                yield f"{what}, {who}", before[key], after.get(key), _Rule(None)
+        rule = _Rule(3 / max(report.samples, 1), "three samples")
+        for c in found.coverage:
+            yield f"coverage of the {c.nominal:.0%} ellipse, {who}", c.observed, rule
+        yield f"negative log-likelihood, {who}", found.nll, _SHOWN
+        yield f"calibration error, {who}", found.calibration_error, _SHOWN
 
 
-def _ground(recorded: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[_Ruled]:
-    parity = recorded["parity"]
-    if parity["ground"] is None:
+def _ground(record: Record) -> _Figures:
+    if (ground := record.parity.ground) is None:
         return
-    metres = _metres(recorded)
-    source = "the tolerance of the elements on the ground"
-    estimated = parity["samples"] >= SKETCHED
-    for what, key, quantile in (
-        ("median displacement (m)", "displacement_p50_m", True),
-        ("p99 displacement (m)", "displacement_p99_m", True),
-        ("largest displacement (m)", "displacement_max_m", False),
-    ):
-        rule = _Rule(metres, source, estimated=estimated and quantile)
-        yield what, parity["ground"][key], new.get(key), rule
-    again = {task["who"]: task for task in new.get("task", [])}
-    rule = _Rule(metres, source, estimated=estimated, binding=True)
-    for task in parity["ground"]["task"]:
-        other = again.get(task["who"], {})
-        for what, key in (("median", "median_m"), ("p95", "p95_m")):
-            name = f"localization error of {task['who']}, {what} (m)"
-            yield name, task[key], other.get(key), rule
+    metres, source = _metres(record), f"{_ELEMENTS} on the ground"
+    estimated = record.parity.samples >= SKETCHED
+    quantile = _Rule(metres, source, estimated=estimated)
+    yield "median displacement (m)", ground.displacement_p50_m, quantile
+    yield "p99 displacement (m)", ground.displacement_p99_m, quantile
+    yield "largest displacement (m)", ground.displacement_max_m, _Rule(metres, source)
+    rule = replace(quantile, binding=True)
+    for task in ground.task:
+        yield f"localization error of {task.who}, median (m)", task.median_m, rule
+        yield f"localization error of {task.who}, p95 (m)", task.p95_m, rule
 
 
-def _metres(recorded: Mapping[str, Any]) -> float:
+def _metres(record: Record) -> float:
     """The elements' tolerance at the largest recorded coordinate, in metres."""
-    parity = recorded["parity"]
-    position = Signature.from_dict(recorded["model"]["signature"]).position_output
+    parity, position = record.parity, record.model.signature.position_output
     largest = max(
-        abs(_number(output[end]))
-        for output in parity["cells"][0]["outputs"]
-        if position is not None and output["output"] == position.name
-        for end in ("lowest", "highest")
+        abs(end)
+        for output in parity.evaluation
+        if position is not None and output.output == position.name
+        for end in (output.lowest, output.highest)
     )
-    return float(METRES_PER_DEGREE * (parity["tolerance"] + parity["rtol"] * largest))
+    return METRES_PER_DEGREE * (parity.tolerance + parity.rtol * largest)
 
 
-_Interval = tuple[float, float, float]
-
-
-def _ends(figure: Mapping[str, Any], value: str) -> _Interval | None:
-    """Value, lower and upper end; None where there is no such figure."""
-    unit = value.removeprefix("value").removeprefix("ratio")
-    return (figure[value], figure[f"low{unit}"], figure[f"high{unit}"]) if figure else None
+def _ends(found: Speedup) -> _Interval:
+    return found.ratio, found.low, found.high
 
 
 def _interval(what: str, old: _Interval | None, new: _Interval | None) -> Comparison:

@@ -17,11 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
-
 from heimdall_onnx.archive.content import fetch_content, fetch_dataset
 from heimdall_onnx.archive.manifest import REPORT, Entry, Manifest, read_manifest
-from heimdall_onnx.archive.record import read_notebook, read_record
+from heimdall_onnx.archive.record import Record, read_notebook, require_record
 from heimdall_onnx.archive.verify import require_verified, verify_release
 from heimdall_onnx.common.errors import (
     GateError,
@@ -71,18 +69,6 @@ _CREDENTIALS = ("AWS_", "HEIMDALL_SIGNING_", "MLFLOW_S3_", "MLFLOW_TRACKING_")
 # What is shown even where it is as recorded, and how many failures an error names.
 _MAIN = (", mean (all ", ", maximum (all ", "localization error", "speedup", ", status")
 _SHOWN = 12
-
-
-class _Input(BaseModel):
-    sha256: str | None
-
-
-class _Known(BaseModel):
-    """What a repetition relies on in a manifest."""
-
-    checkpoint: _Input
-    evaluation_data: _Input
-    parameters: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -209,8 +195,10 @@ def reproduce_release(
         # A gate that fails here is one of the figures.
         if judgement.problem and judgement.error_name != GateError.__name__:
             raise _not_repeated(manifest, error_of(judgement))
-        found = judgement.record
-        _require_figures(found, f"the repetition of {manifest.uri}")
+        if (found := judgement.record) is None:
+            raise VerificationError(
+                f"the repetition of {manifest.uri} has recorded nothing to hold against it"
+            )
         differences = environment_differences(recorded, found)
         exact = not any(difference.numerical for difference in differences)
         result = Reproduction(
@@ -258,7 +246,7 @@ def _fetch(client: S3Client, manifest: Manifest, entry: Entry, path: Path) -> Pa
     return path
 
 
-def _fetch_notebook(client: S3Client, manifest: Manifest, folder: Path) -> dict[str, Any]:
+def _fetch_notebook(client: S3Client, manifest: Manifest, folder: Path) -> Record:
     """Write the notebook as it was before it ran, and return what it recorded."""
     import nbformat
 
@@ -266,8 +254,7 @@ def _fetch_notebook(client: S3Client, manifest: Manifest, folder: Path) -> dict[
     if entry is None:
         raise VerificationError(f"{manifest.uri} has no {REPORT}, so there is nothing to run again")
     path = _fetch(client, manifest, entry, folder / _NOTEBOOK)
-    record = read_record(path)
-    _require_figures(record, f"{manifest.uri}/{REPORT}")
+    record = require_record(path.read_bytes(), f"{manifest.uri}/{REPORT}")
     notebook = read_notebook(path)
     notebook.cells = [cell for cell in notebook.cells if not _is_added(cell)]
     notebook.metadata.pop("papermill", None)
@@ -285,20 +272,10 @@ def _is_added(cell: Mapping[str, Any]) -> bool:
     return cell.get("id") == VERDICT or "injected-parameters" in cell["metadata"].get("tags", [])
 
 
-def _require_figures(record: Mapping[str, Any], where: str) -> None:
-    wanted = ("gates", "parity", "latency", "model", "environment", "distributions", "threads")
-    if missing := [name for name in wanted if name not in record]:
-        raise VerificationError(
-            f"{where} records no {', '.join(missing)}, which a repetition is held against: it was "
-            "made by an older version, or its notebook does not call record_results as the release "
-            "notebook does"
-        )
-
-
 def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> ReleaseParameters:
     """Bring the data that it was made of back, and name them in the release's parameters."""
     inputs = folder / _RECORDED
-    known = _known(manifest)
+    known = manifest.said
     updates: dict[str, Any] = {"publish": False, "run_id": "", "output_dir": str(folder)}
     # Nothing is judged by its latency, which would be no reason to end here.
     updates["exclusive_cores"] = False
@@ -326,8 +303,7 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
         elif content is None or content.sha256 != sha256:
             raise VerificationError(
                 f"{manifest.uri} can't be made again: the store has not kept its "
-                f"{role.replace('_', ' ')} with SHA-256 {sha256}, as releases of older versions "
-                "did not"
+                f"{role.replace('_', ' ')} with SHA-256 {sha256}"
             )
         else:
             updates[name] = str(fetch_content(Bucket(client, manifest.bucket), content, inputs))
@@ -337,16 +313,6 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
         fetched = fetch_content(Bucket(client, manifest.bucket), declared, inputs)
         fetched.rename(signature_path(updates["checkpoint"]))
     return check_parameters({**known.parameters, **updates})
-
-
-def _known(manifest: Manifest) -> _Known:
-    try:
-        return _Known.model_validate(manifest.data)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise VerificationError(
-            f"the manifest of {manifest.uri} does not say what it was made of: {problems}"
-        ) from error
 
 
 def _not_repeated(manifest: Manifest, error: HeimdallError) -> HeimdallError:

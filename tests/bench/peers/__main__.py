@@ -408,7 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             own, rows = compare(task, peers, {**environment, **QUIET, **threads})
     finally:
         shutil.rmtree(work)
-    found = {"machine": machine.to_dict(), "own": asdict(own), "peers": [asdict(r) for r in rows]}
+    found = {"machine": asdict(machine), "own": asdict(own), "peers": [asdict(r) for r in rows]}
     (output / "peers.json").write_text(json.dumps(found, indent=2) + "\n")
     print(f"\n{chosen.threads} threads, batch 1, {chosen.calls} calls of each side of a pair\n")
     print(render(own, rows), flush=True)

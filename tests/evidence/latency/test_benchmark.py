@@ -20,10 +20,10 @@ import jobs
 import numpy as np
 import psutil
 import pytest
+import records
 import torch
 from models import SmallNet
 
-from heimdall_onnx.archive.record import describe_latency
 from heimdall_onnx.common.errors import BenchmarkError
 from heimdall_onnx.common.parameters import PROFILES, ReleaseParameters
 from heimdall_onnx.data.evaluation import EvaluationData
@@ -455,20 +455,19 @@ def test_report_says_where_it_was_measured_and_who_else_could(onnx_path, tmp_pat
     assert [b.batch_size for b in report.batches] == [1, 2, 4]
     cores = tuple(sorted(os.sched_getaffinity(0)))
     assert report.cores == Cores(platform.node(), cores, exclusive=True)
-    found = json.loads(json.dumps(describe_latency(report), allow_nan=False))
+    record = records.record().model_copy(update={"latency": report.figures()})
+    found = json.loads(json.dumps(record.to_json(), allow_nan=False))["latency"]
     assert found["cores"] == {"host": platform.node(), "numbers": [*cores], "exclusive": True}
-    assert found["machine"].keys() >= {"busy_share", "load_before", "load_after"}
+    assert found["machine"].keys() >= {"user_share", "load_before", "load_after"}
+    assert [one["calls"] for one in found["contenders"]] == [report.onnx.samples_ms.size] * 2
     shared = replace(report, cores=replace(report.cores, exclusive=False))
     for shown, words in ((report, "yes, held against"), (shared, "not held: other measurements")):
         text = html.unescape(tables.machine_table(shown).data)
         assert f"| measured on | {report.cores} |" in text
         assert f"| exclusively ours | {words}" in text
         assert "processors busy" in text
-    alone = tables.machine_table(report.machine).data  # as older notebooks give it
-    assert "processors busy" in alone
-    assert "measured on" not in alone
-    for unwatched in (replace(report, cores=None, machine=None), None):
-        assert tables.machine_table(unwatched).data == "The machine was not watched."
+    unwatched = replace(report, cores=None, machine=None)
+    assert tables.machine_table(unwatched).data == "The machine was not watched."
 
 
 def test_model_of_a_script_is_measured(onnx_path, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -61,7 +62,7 @@ def test_real_machine():
     # At the start, at the end and meanwhile.
     assert 3 <= state.samples <= 3 + state.seconds / 0.1
     assert state.watch_seconds < 0.05 * state.seconds
-    json.dumps(state.to_dict())
+    json.dumps(asdict(state))
 
 
 def test_looks_at_start_and_end_of_a_short_measurement():
@@ -240,7 +241,7 @@ def test_gpus_at_start_and_end(nvidia_smi):
         GpuState(0, (345.0, 1980.0), (71.42, 612.3)),
         GpuState(1, (300.0, 310.0), (None, None)),
     )
-    json.dumps(watch.state.to_dict())
+    json.dumps(asdict(watch.state))
 
 
 def test_no_gpus_without_the_program(nvidia_smi):

@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import records
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import POSITIONS, SIGNAL, SPREAD, SmallNet
 from parts import partings, read_in_parts
+from pydantic_core import to_json
 from scipy import stats
 from torch import nn
 
-from heimdall_onnx.archive.record import describe_parity
 from heimdall_onnx.common.errors import InputError
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.common.text import DEGREES
@@ -23,7 +24,6 @@ from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.metrics import summarize_metrics
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.ground import distance_m
-from heimdall_onnx.evidence.parity.report import BatchIndependence
 from heimdall_onnx.evidence.parity.uncertainty import (
     NOMINAL,
     UncertaintyAccumulator,
@@ -159,18 +159,7 @@ def test_a_position_that_is_no_place_is_infinitely_wrong(value):
 
 def describe_json(found):
     """As the record keeps it."""
-    parity = SimpleNamespace(
-        samples=1,
-        evaluated_by="this process",
-        tolerance=1e-5,
-        rtol=0,
-        cells=(),
-        noise_floor=(),
-        independence=BatchIndependence(0.0, 0.0, "none", "positions", 0),
-        ground=None,
-        uncertainty=(found,),
-    )
-    return describe_parity(parity)
+    return json.loads(to_json(found, inf_nan_mode="strings"))
 
 
 def test_deviations_next_to_nothing_are_wrong_and_raise_no_alarm():
@@ -430,8 +419,9 @@ def test_release_demands_coverage_and_records_it(parity):
     (failed,) = demanded.failed_gates
     assert failed.name == "coverage of the 90% ellipse"
     assert decide(ReleaseParameters(), info, parity).passed
-    recorded = describe_parity(parity)["uncertainty"]
-    assert recorded[1]["calibration"]["coverage"][1]["observed"] == failed.measured
+    recorded = records.record().model_copy(update={"parity": parity}).to_json()
+    (_, onnx) = recorded["parity"]["uncertainty"]
+    assert onnx["calibration"]["coverage"][1]["observed"] == failed.measured
     json.dumps(recorded, allow_nan=False)
     side = SimpleNamespace(median_ms=1.0, peak_memory_bytes=1)
     speedup = SimpleNamespace(ratio=1.0, low=1.0, high=1.0)

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import records
 from models import BlockNet
 
 from heimdall_onnx.common.errors import DataError
@@ -164,8 +165,9 @@ def test_the_files_are_what_was_judged(report):
 
 
 def test_the_report_is_json(report):
-    text = json.dumps(report.to_dict(), allow_nan=False)
-    found = {entry["name"]: entry for entry in json.loads(text)["judged"]}
+    record = records.record().model_copy(update={"variants": report.figures()})
+    found = json.loads(json.dumps(record.to_json(), allow_nan=False))
+    found = {entry["name"]: entry for entry in found["variants"]["judged"]}
     assert found["int8-minmax"]["file"] == "variants/int8-minmax/model.onnx"
     assert found["fp32-openvino"]["file"] == "model.onnx"
     assert found["fp32-openvino"]["sha256"] == found["fp32"]["sha256"]

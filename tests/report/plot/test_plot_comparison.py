@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import records
 from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
@@ -16,14 +17,14 @@ from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import paired_speedup
 from heimdall_onnx.evidence.parity.ground import error_m
-from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
+from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.evidence.ratios import error_ratio
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report import plot
 from heimdall_onnx.report.plot.chart import Color
 from heimdall_onnx.review.compare.answers import Answers, Displacement
 from heimdall_onnx.review.compare.answers import LocalizationErrors as Errors
-from heimdall_onnx.review.compare.comparison import RecordedErrors, RecordedParity
+from heimdall_onnx.review.compare.comparison import RecordedParity
 from heimdall_onnx.review.compare.plots import (
     localization_errors,
     output_changes,
@@ -36,8 +37,8 @@ PARITY = (
     RecordedParity(
         "positions",
         DEGREES,
-        RecordedErrors(1e-7, 0.0, 1e-6, 2e-6, 3e-6),
-        RecordedErrors(2e-7, 1e-8, 2e-6, 3e-6, 4e-6),
+        ErrorStatistics(**records.output(mean=1e-7, p50=0.0, p99=1e-6, p999=2e-6, maximum=3e-6)),
+        ErrorStatistics(**records.output(mean=2e-7, p50=1e-8, p99=2e-6, p999=3e-6, maximum=4e-6)),
     ),
 )
 

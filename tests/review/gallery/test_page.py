@@ -23,6 +23,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import records
 from browser import DESKTOP, NARROW, chromium, violations
 from click.testing import CliRunner, Result
 from hostile import EVERYTHING, HOST, MARK
@@ -48,16 +49,14 @@ NOTE = "held against recordings of a whole week"
 
 def measured(speedup: float, excess: float, median_m: float | None = None) -> dict:
     """What a notebook would have recorded of one output."""
-    gate = {"name": "elements", "limit": "0 beyond", "measured": 0, "passed": True, "detail": ""}
-    output = {"output": "positions", "mean": excess * 1e-6, "excess": excess}
+    gate = {**records.GATE, "name": "elements", "limit": "0 beyond", "measured": 0}
+    output = records.output(mean=excess * 1e-6, excess=excess)
+    cell = {"kind": "evaluation data", "batch_size": 8, "samples": 64, "outputs": [output]}
     return {
-        "profile": "quick",
         "gates": [gate],
         "metrics": {} if median_m is None else {"error_onnx_median_m": median_m},
-        "parity": {"tolerance": 1e-5, "cells": [{"outputs": [output]}]},
-        "latency": {
-            "speedup": {"ratio": speedup, "low": speedup - 0.1, "high": speedup + 0.1, "pairs": 9}
-        },
+        "parity": {"cells": [cell]},
+        "latency": {"speedup": records.speedup(speedup)},
     }
 
 
@@ -81,7 +80,7 @@ def keep_failed(
     client, bucket: str, version: str, record: dict, *cells, name: str = "net", **given
 ) -> None:
     """A failed run's folder, as the runner leaves it."""
-    notebook = json.loads(make_notebook(record, cells))
+    notebook = json.loads(make_notebook(records.record_json(**record), cells))
     notebook["metadata"]["papermill"] = {"parameters": {"name": name, **given}}
     folder = f"{PREFIX}/failed/{version}"
     Bucket(client, bucket).upload_bytes(json.dumps(notebook).encode(), f"{folder}/report.ipynb")
@@ -205,6 +204,18 @@ def test_failed_run_says_why(s3, bucket, cell, problem):
     assert (row.facts.state, row.facts.smoke) == ("fail", True)
 
 
+def test_what_0_1_made_is_listed_as_such(s3, settings, tmp_path, bucket, mlflow_environment):
+    release = Factory(connect(settings), bucket, tmp_path)(alias=None)
+    old = json.dumps({**release.data, "schema_version": 3}).encode()
+    s3.put_object(Bucket=bucket, Key=release.key, Body=old)
+    keep_failed(s3, bucket, "v20200101_000000", {"schema_version": 0}, name="net")
+    made, failed = collect_rows(s3, bucket, PREFIX).rows
+    assert (made.facts.state, failed.facts.state) == ("broken", "fail")
+    for row in (made, failed):
+        said = "was made by heimdall-onnx 0.1: reproduce it with that version"
+        assert row.facts.problem.endswith(said)
+
+
 def test_second_gallery_reads_only_what_is_new(place):
     collect_rows(Bucket(place.client, BUCKET), PREFIX)
     with counted(place.client) as calls:
@@ -298,12 +309,12 @@ def test_figure_far_too_large_gives_no_thumbnail(size):
 @pytest.mark.parametrize(
     "change",
     [
-        {"git": 3},
+        {"environment": 3},
         {"checkpoint": {"file": ["a"]}},
         {"objects": [{"key": "a", "size": 10**400, "sha256": "0" * 64}]},
         {"verdict": None},
     ],
-    ids=["git", "checkpoint", "objects", "verdict"],
+    ids=["environment", "checkpoint", "objects", "verdict"],
 )
 def test_manifest_that_is_none_is_shown_as_broken(place, change):
     key = f"{PREFIX}/{place.versions['other']}/manifest.json"
@@ -533,10 +544,8 @@ def test_page_is_usable_without_mouse_or_sight(browser, file_url, size, scheme):
 def test_hostile_text_stays_text(s3, settings, browser, tmp_path, mlflow_environment):
     factory = Factory(connect(settings), HOSTILE_BUCKET, tmp_path, name="hostile")
     release = factory(recorded=measured(2, 0.5), cells=[figure(EVERYTHING)])
-    forged = json.loads(release.text) | {
-        "git": {"commit": EVERYTHING},
-        "checkpoint": {"file": EVERYTHING},
-    }
+    said = {"environment": {"git_commit": EVERYTHING}, "checkpoint": {"file": EVERYTHING}}
+    forged = records.changed(release.data, said)
     error = nbformat.v4.new_output("error", ename=EVERYTHING, evalue=EVERYTHING)
     cell = nbformat.v4.new_code_cell(EVERYTHING, execution_count=1, outputs=[error])
     failed = {"name": EVERYTHING, "checkpoint": EVERYTHING, "profile": EVERYTHING}

@@ -4,9 +4,10 @@ import copy
 
 import numpy as np
 import pytest
+import records
 from models import SmallNet
 
-from heimdall_onnx.archive.record import describe_parity
+from heimdall_onnx.archive.record import Record, parse_record
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.report import EVALUATION
@@ -18,6 +19,8 @@ from heimdall_onnx.review.reproduce.figures import (
     compare_recorded_variants,
 )
 
+MOVED = ("p50_m", "p99_m", "max_m", "sigma_p99")
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> dict:
@@ -28,30 +31,17 @@ def measured(tmp_path_factory) -> dict:
     positions = rng.uniform((46, 4), (51, 11), (12, 2))
     data = EvaluationData(signal, positions, {}, "test", "ab", {})
     parity = compare_outputs(model, onnx, data, model.signature)
-    return {
-        "gates": [gate.to_dict() for gate in parity.gates()],
-        "parity": describe_parity(parity),
-        "model": {"class": "models:SmallNet", "signature": model.signature.to_dict()},
-        "latency": latency(10.0, 5.0),
-    }
-
-
-def latency(pytorch: float, onnx: float) -> dict:
-    def contender(name: str, median: float) -> dict:
-        p50 = {"percentile": 50.0, "value_ms": median, "low_ms": median - 1, "high_ms": median + 1}
-        beside = {"load_ms": 1.0, "first_call_ms": 1.0, "peak_memory_bytes": 1, "calls": 30}
-        return {"name": name, "percentiles": [p50], "mean_ms": median, **beside}
-
-    ratio = pytorch / onnx
-    return {
-        "speedup": {"ratio": ratio, "low": ratio - 0.1, "high": ratio + 0.1, "pairs": 6},
-        "contenders": [contender("PyTorch", pytorch), contender("ONNX Runtime", onnx)],
-    }
+    found = records.record(model={"signature": model.signature.to_dict()})
+    return found.model_copy(update={"parity": parity, "gates": parity.gates()}).to_json()
 
 
 @pytest.fixture
 def repeated(measured) -> dict:
     return copy.deepcopy(measured)
+
+
+def read(record: dict) -> Record:
+    return parse_record(record, "a test")
 
 
 def statistics(record: dict, kind: str = EVALUATION) -> dict:
@@ -61,7 +51,7 @@ def statistics(record: dict, kind: str = EVALUATION) -> dict:
 
 def judged(recorded: dict, found: dict, *, exact: bool) -> dict[str, str]:
     """What is not identical, and how it was judged."""
-    compared = compare_accuracy(recorded, found, exact=exact)
+    compared = compare_accuracy(read(recorded), read(found), exact=exact)
     assert len({c.what for c in compared}) == len(compared) > 400
     return {c.what: c.judgement for c in compared if c.judgement != "identical"}
 
@@ -171,7 +161,12 @@ def test_what_is_missing_or_not_a_number_differs(measured, repeated):
     [(5.0, "identical"), (5.9, "within"), (6.9, "within"), (7.1, "flagged"), (2.9, "flagged")],
 )
 def test_latency_outside_the_recorded_interval_is_flagged(measured, onnx, judgement):
-    found = {c.what: c for c in compare_latency(measured, {"latency": latency(10.0, onnx)})}
+    found = {
+        c.what: c
+        for c in compare_latency(
+            read(measured), records.record(latency=records.latency(10.0, onnx))
+        )
+    }
     p50 = found["ONNX Runtime, p50 (ms)"]
     assert (p50.recorded, p50.found, p50.judgement) == (5.0, onnx, judgement)
     assert p50.recorded_interval == (4.0, 6.0)
@@ -182,38 +177,33 @@ def test_latency_outside_the_recorded_interval_is_flagged(measured, onnx, judgem
 
 
 def test_percentile_with_too_few_calls_behind_it_is_flagged(measured):
-    fewer = latency(10.0, 5.0)
+    fewer = records.latency()
     fewer["contenders"][1]["percentiles"] = []
-    found = {c.what: c for c in compare_latency(measured, {"latency": fewer})}
+    again = records.record(latency=fewer)
+    found = {c.what: c for c in compare_latency(read(measured), again)}
     assert found["ONNX Runtime, p50 (ms)"].found is None
     assert found["ONNX Runtime, p50 (ms)"].judgement == "flagged"
 
 
 def varied(count: int = 24) -> dict:
-    """What a notebook records of variants, as far as a repetition looks at it."""
-
-    def one(name: str, status: str, **further) -> dict:
-        sessions = {"latency": {"threads": 0}, "throughput": {"threads": 0}}
-        made = {"sha256": f"{name}-hash", "kept_in_float": [], "sessions": sessions}
-        beside = {"accuracy": None, "latency": None}
-        return {"name": name, "status": status, **made, **beside, **further}
-
-    output = {"output": "positions", "unit": "m", "count": count, "mean": 0.1, "p99": 0.2}
+    """What a notebook records of variants."""
     accuracy = {
         "samples": 12,
-        "outputs": [output],
+        "outputs": [records.output(count=count, mean=0.1, p99=0.2)],
         "noise": [0.01],
-        "task": {"median_m": 5000.0, "p95_m": 9000.0},
+        **dict.fromkeys(f"displacement_{what}" for what in MOVED),
+        "task": {"median_m": 5000.0, "p95_m": 9000.0, "nll": None},
         "reference": None,
     }
-    speedup = {"speedup": {"ratio": 2.0, "low": 1.9, "high": 2.1}}
-    int8 = one("int8", "passed", accuracy=accuracy, latency=speedup, kept_in_float=["head"])
-    judged = [one("fp32", "passed"), int8, one("cuda", "unavailable", sha256="")]
-    return {"variants": {"recommended": "int8", "calibration": {"sha256": "ab"}, "judged": judged}}
+    timed = records.pair("fp32", "int8", 2.0)
+    int8 = records.variant("int8", accuracy=accuracy, latency=timed, kept_in_float=["head"])
+    cuda = records.variant("cuda", "unavailable", sha256="")
+    made = records.variants("int8", records.variant("fp32"), int8, cuda)
+    return records.record_json(variants=made)
 
 
 def different(recorded: dict, found: dict, *, exact: bool) -> dict[str, str]:
-    compared = compare_recorded_variants(recorded, found, exact=exact)
+    compared = compare_recorded_variants(read(recorded), read(found), exact=exact)
     assert len({c.what for c in compared}) == len(compared) > 15
     return {c.what: c.judgement for c in compared if c.judgement != "identical"}
 
@@ -221,8 +211,7 @@ def different(recorded: dict, found: dict, *, exact: bool) -> dict[str, str]:
 @pytest.mark.parametrize("exact", [True, False])
 def test_same_variants_are_identical_and_none_are_nothing(exact):
     assert different(varied(), varied(), exact=exact) == {}
-    assert compare_recorded_variants({"variants": None}, varied(), exact=exact) == ()
-    assert compare_recorded_variants({}, {}, exact=exact) == ()
+    assert compare_recorded_variants(records.record(), read(varied()), exact=exact) == ()
 
 
 @pytest.mark.parametrize(
@@ -277,7 +266,8 @@ def test_estimated_quantiles_of_variants_may_move_a_little():
 
 def test_other_recommendation_is_flagged_and_other_calibration_differs():
     found = varied()
-    found["variants"] |= {"recommended": "fp32", "calibration": {"sha256": "cd"}}
+    found["variants"]["recommended"] = "fp32"
+    found["variants"]["calibration"]["sha256"] = "cd"
     for exact in (True, False):
         assert different(varied(), found, exact=exact) == {
             "recommended variant": "flagged",
@@ -286,17 +276,15 @@ def test_other_recommendation_is_flagged_and_other_calibration_differs():
 
 
 def test_variants_that_were_not_made_again_are_missed():
-    found = different(varied(), {"variants": None}, exact=True)
+    found = different(varied(), records.record_json(), exact=True)
     assert found["variant int8, status"] == found["variant fp32, sha256"] == "differs"
 
 
-@pytest.mark.parametrize(("valid", "allowed"), [(True, 1e-5), (False, 1e-4), (None, 1e-4)])
+@pytest.mark.parametrize(("valid", "allowed"), [(True, 1e-5), (False, 1e-4)])
 def test_other_lengths_have_the_tolerance_they_were_judged_with(measured, valid, allowed):
-    """What older versions recorded does not say."""
     recorded = copy.deepcopy(measured)
-    cell = copy.deepcopy(recorded["parity"]["cells"][0]) | {"kind": "time = 3"}
-    cell.pop("valid", None)
-    recorded["parity"]["cells"].append(cell if valid is None else cell | {"valid": valid})
+    cell = copy.deepcopy(recorded["parity"]["cells"][0]) | {"kind": "time = 3", "valid": valid}
+    recorded["parity"]["cells"].append(cell)
     for share, judgement in ((0.9, "within"), (1.1, "differs")):
         found = copy.deepcopy(recorded)
         statistics(found, "time = 3")["mean"] += share * allowed
