@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -70,242 +70,239 @@ class Move(BaseModel):
     follows: str | None
 
 
-@dataclass(frozen=True)
-class AliasTarget:
-    """A version that an alias shall point at.
-
-    Attributes:
-        model_name: Registered model.
-        alias: The alias.
-        version: The version.
-        release: Its folder, ``s3://bucket/…``.
-    """
-
-    model_name: str
-    alias: str
-    version: str
-    release: str
-
-
-def append_move(
-    bucket: Bucket,
-    *,
-    model_name: str,
-    alias: str,
-    action: Literal["release", "promote", "rollback", "withdraw"],
-    version: str | None,
-    release: str | None,
-    previous: str | None,
-    by: str,
-    note: str = "",
-    after: int | None = None,
-) -> Move:
-    """Write the next entry of an alias's log; `follow_log` then makes MLflow follow it.
+class AliasLog:
+    """The log of an alias of a registered model; each entry of it is read once.
 
     Args:
         bucket: Bucket of the releases.
         model_name: Registered model.
         alias: The alias.
-        action: What moves it.
-        version: The version that it shall point at.
-        release: That version's release folder.
-        previous: The version that it points at now, where the log does not know it yet.
-        by: Who moves it.
-        note: Why.
-        after: Number of the entry that this one must follow; whichever is the last by default.
-
-    Raises:
-        PromotionError: If another entry came after ``after``.
-        VerificationError: If the last entry can't be read.
-        StoreError: If the store fails.
+        keys: The keys in its folder, where they have been listed already.
     """
-    for _ in range(_TRIES):
-        last, follows = _last_entry(bucket, model_name, alias)
-        number = last.number if last else 0
-        if after is not None and number != after:
-            raise PromotionError(
-                f"the alias {alias} of {model_name} was moved meanwhile, by {last and last.by}; "
-                "look at `heimdall-onnx history` and decide again"
+
+    def __init__(
+        self, bucket: Bucket, model_name: str, alias: str, keys: Iterable[str] | None = None
+    ) -> None:
+        self.model_name, self.alias = model_name, alias
+        self._bucket, self._folder = bucket, f"{ALIASES}/{model_name}/{alias}/"
+        # Entries never change: the move that each one says, and the SHA-256 of its text.
+        self._entries: dict[str, tuple[Move, str]] = {}
+        self._keys = None if keys is None else _entries(keys)
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Every move, oldest first.
+
+        Raises:
+            VerificationError: If an entry can't be read, is missing, or was changed afterwards.
+            StoreError: If the store fails.
+        """
+        moves: list[Move] = []
+        follows = None
+        for key in self._listed():
+            move, digest = self._entry(key)
+            number = len(moves) + 1
+            if (move.number, move.follows, key) != (number, follows, self._key(number)):
+                raise VerificationError(
+                    f"{self._bucket.uri(key)} does not follow the entry before it: one was "
+                    f"changed, added or deleted; expected number {number} after "
+                    f"{follows or 'none'}, found number {move.number} after "
+                    f"{move.follows or 'none'}"
+                )
+            moves.append(move)
+            follows = digest
+        return tuple(moves)
+
+    @property
+    def last(self) -> Move | None:
+        """The last move, or None.
+
+        Raises:
+            VerificationError: If it can't be read.
+            StoreError: If the store fails.
+        """
+        return self._last()[0]
+
+    def append(
+        self,
+        *,
+        action: Literal["release", "promote", "rollback", "withdraw"],
+        version: str | None,
+        release: str | None,
+        previous: str | None,
+        by: str,
+        note: str = "",
+        after: int | None = None,
+    ) -> Move:
+        """Write the next entry; `follow` then makes MLflow follow it.
+
+        Args:
+            action: What moves the alias.
+            version: The version that it shall point at.
+            release: That version's release folder.
+            previous: The version that it points at now, where the log does not know it yet.
+            by: Who moves it.
+            note: Why.
+            after: Number of the entry that this one must follow; whichever is the last by default.
+
+        Raises:
+            PromotionError: If another entry came after ``after``.
+            VerificationError: If the last entry can't be read.
+            StoreError: If the store fails.
+        """
+        for _ in range(_TRIES):
+            last, follows = self._last()
+            number = last.number if last else 0
+            if after is not None and number != after:
+                raise PromotionError(
+                    f"the alias {self.alias} of {self.model_name} was moved meanwhile, by "
+                    f"{last and last.by}; look at `heimdall-onnx history` and decide again"
+                )
+            move = Move(
+                number=number + 1,
+                model_name=self.model_name,
+                alias=self.alias,
+                action=action,
+                version=version,
+                release=release,
+                previous=last.version if last else previous,
+                by=by,
+                note=note,
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                follows=follows,
             )
-        move = Move(
-            number=number + 1,
-            model_name=model_name,
-            alias=alias,
-            action=action,
-            version=version,
-            release=release,
-            previous=last.version if last else previous,
-            by=by,
-            note=note,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-            follows=follows,
+            text, key = move.model_dump_json(indent=2).encode(), self._key(move.number)
+            try:
+                stored = self._bucket.upload_bytes(text, key, if_absent=True)
+            except ObjectExistsError:
+                self._keys = None
+                continue
+            self._entries[key] = (move, stored.sha256)
+            self._listed().append(key)
+            log.info("alias move written", alias=self.alias, number=move.number, version=version)
+            return move
+        raise StoreError(
+            f"could not move the alias {self.alias} of {self.model_name}: {_TRIES} others came "
+            "first"
         )
-        try:
-            bucket.upload_bytes(
-                move.model_dump_json(indent=2).encode(),
-                _key(model_name, alias, move.number),
-                if_absent=True,
+
+    def follow(self, tracker: MLflowTracker) -> str | None:
+        """Make MLflow's alias point at what the last entry says.
+
+        The stage of the same name goes along while the server has stages; the version that had it
+        is archived.
+
+        Returns:
+            The version that the alias points at; None if the log is empty or its last entry names
+            none.
+
+        Raises:
+            VerificationError: If the last entry can't be read.
+            ServiceError: If a service can't be reached or refuses.
+        """
+        name, alias, stage = self.model_name, self.alias, STAGE_OF_ALIAS.get(self.alias)
+        for _ in range(_TRIES):
+            # Whoever has written meanwhile may have moved the alias before.
+            self._keys = None
+            last = self.last
+            if last is None:
+                return None
+            there = tracker.alias_target(name, alias)
+            if there == last.version:
+                # A move that failed between stage and alias, and was taken back.
+                if there and stage and tracker.get_version(name, there).stage == "Archived":
+                    tracker.transition_model_stage(name, there, stage)
+                return there
+            if last.version is None:
+                tracker.delete_alias(name, alias)
+            else:
+                if stage:
+                    tracker.transition_model_stage(name, last.version, stage)
+                    if there is not None and tracker.get_version(name, there).stage == stage:
+                        tracker.transition_model_stage(name, there, "Archived")
+                tracker.set_alias(name, last.version, alias)
+        raise RegistryError(
+            f"the alias {alias} of {name} does not stay where its log says; does another program "
+            "move it?"
+        )
+
+    def point(self, tracker: MLflowTracker, version: str, release: str, by: str) -> None:
+        """Point the alias at a new version, in its log and then in MLflow.
+
+        Args:
+            tracker: The registry.
+            version: The version.
+            release: Its folder, ``s3://bucket/…``.
+            by: The run that it came from.
+
+        Raises:
+            VerificationError: If the last entry of the log can't be read.
+            ServiceError: If a service can't be reached or refuses.
+        """
+        previous = None if self.last else tracker.alias_target(self.model_name, self.alias)
+        self.append(action="release", version=version, release=release, previous=previous, by=by)
+        self.follow(tracker)
+
+    def withdraw(self, tracker: MLflowTracker, version: str, release: str) -> None:
+        """Point the alias back at what it pointed at before, if it points at this version.
+
+        Raises:
+            PromotionError: If somebody moved it at the same moment.
+            VerificationError: If the last entry of the log can't be read.
+            ServiceError: If a service can't be reached or refuses.
+        """
+        last = self.last
+        if last is not None and (last.version, last.release) == (version, release):
+            self.append(
+                action="withdraw",
+                version=last.previous,
+                release=None,
+                previous=None,
+                by=last.by,
+                note="the release could not be completed",
+                after=last.number,
             )
-        except ObjectExistsError:
-            continue
-        log.info("alias move written", alias=alias, number=move.number, version=version)
-        return move
-    raise StoreError(
-        f"could not move the alias {alias} of {model_name}: {_TRIES} others came first"
-    )
+        self.follow(tracker)
 
+    def _listed(self) -> list[str]:
+        if self._keys is None:
+            self._keys = _entries(self._bucket.list_keys(self._folder))
+        return self._keys
 
-def follow_log(bucket: Bucket, tracker: MLflowTracker, model_name: str, alias: str) -> str | None:
-    """Make MLflow's alias point at what the last entry of its log says.
-
-    The stage of the same name goes along while the server has stages; the version that had it is
-    archived.
-
-    Returns:
-        The version that the alias points at; None if the log is empty or its last entry names none.
-
-    Raises:
-        VerificationError: If the last entry can't be read.
-        ServiceError: If a service can't be reached or refuses.
-    """
-    for _ in range(_TRIES):
-        last = read_last(bucket, model_name, alias)
-        if last is None:
-            return None
-        there = tracker.alias_target(model_name, alias)
-        stage = STAGE_OF_ALIAS.get(alias)
-        if there == last.version:
-            # A move that failed between stage and alias, and was taken back.
-            if there and stage and tracker.get_version(model_name, there).stage == "Archived":
-                tracker.transition_model_stage(model_name, there, stage)
-            return there
-        if last.version is None:
-            tracker.delete_alias(model_name, alias)
-            continue
-        if stage:
-            tracker.transition_model_stage(model_name, last.version, stage)
-            if there is not None and tracker.get_version(model_name, there).stage == stage:
-                tracker.transition_model_stage(model_name, there, "Archived")
-        tracker.set_alias(model_name, last.version, alias)
-    raise RegistryError(
-        f"the alias {alias} of {model_name} does not stay where its log says; does another "
-        "program move it?"
-    )
-
-
-def point_alias(bucket: Bucket, tracker: MLflowTracker, target: AliasTarget, by: str) -> None:
-    """Point an alias at a new version, in its log and then in MLflow.
-
-    Args:
-        bucket: Bucket with the log.
-        tracker: The registry.
-        target: The alias and the version.
-        by: The run that it came from.
-
-    Raises:
-        VerificationError: If the last entry of the log can't be read.
-        ServiceError: If a service can't be reached or refuses.
-    """
-    append_move(
-        bucket,
-        model_name=target.model_name,
-        alias=target.alias,
-        action="release",
-        version=target.version,
-        release=target.release,
-        previous=tracker.alias_target(target.model_name, target.alias),
-        by=by,
-    )
-    follow_log(bucket, tracker, target.model_name, target.alias)
-
-
-def withdraw_alias(bucket: Bucket, tracker: MLflowTracker, target: AliasTarget) -> None:
-    """Point an alias back at what it pointed at before, if it points at this version.
-
-    Raises:
-        PromotionError: If somebody moved it at the same moment.
-        VerificationError: If the last entry of the log can't be read.
-        ServiceError: If a service can't be reached or refuses.
-    """
-    last = read_last(bucket, target.model_name, target.alias)
-    if last is not None and (last.version, last.release) == (target.version, target.release):
-        append_move(
-            bucket,
-            model_name=target.model_name,
-            alias=target.alias,
-            action="withdraw",
-            version=last.previous,
-            release=None,
-            previous=None,
-            by=last.by,
-            note="the release could not be completed",
-            after=last.number,
-        )
-    follow_log(bucket, tracker, target.model_name, target.alias)
-
-
-def read_last(bucket: Bucket, model_name: str, alias: str) -> Move | None:
-    """The last move of an alias, or None.
-
-    Raises:
-        VerificationError: If it can't be read.
-        StoreError: If the store fails.
-    """
-    return _last_entry(bucket, model_name, alias)[0]
-
-
-def read_log(bucket: Bucket, model_name: str, alias: str) -> tuple[Move, ...]:
-    """Every move of an alias, oldest first.
-
-    Raises:
-        VerificationError: If an entry can't be read, is missing, or was changed afterwards.
-        StoreError: If the store fails.
-    """
-    moves: list[Move] = []
-    follows = None
-    for key in _keys(bucket, model_name, alias):
-        text = bucket.read_bytes(key)
-        move = _parse(text, bucket.uri(key))
-        number = len(moves) + 1
-        if (move.number, move.follows, key) != (number, follows, _key(model_name, alias, number)):
+    def _last(self) -> tuple[Move | None, str | None]:
+        """The last move, and what the next one follows."""
+        if not (keys := self._listed()):
+            return None, None
+        last, digest = self._entry(keys[-1])
+        if self._key(last.number) != keys[-1]:
             raise VerificationError(
-                f"{bucket.uri(key)} does not follow the entry before it: one was changed, "
-                f"added or deleted; expected number {number} after {follows or 'none'}, found "
-                f"number {move.number} after {move.follows or 'none'}"
+                f"{self._bucket.uri(keys[-1])} is entry {last.number} of another place; look who "
+                "wrote it, and delete it"
             )
-        moves.append(move)
-        follows = hashlib.sha256(text).hexdigest()
-    return tuple(moves)
+        return last, digest
+
+    def _entry(self, key: str) -> tuple[Move, str]:
+        if key not in self._entries:
+            text = self._bucket.read_bytes(key)
+            move = _parse(text, self._bucket.uri(key))
+            self._entries[key] = (move, hashlib.sha256(text).hexdigest())
+        return self._entries[key]
+
+    def _key(self, number: int) -> str:
+        return f"{self._folder}{number:08d}.json"
 
 
-def logged_aliases(bucket: Bucket, model_name: str) -> tuple[str, ...]:
-    """The aliases of a model that have a log."""
+def alias_logs(bucket: Bucket, model_name: str) -> dict[str, AliasLog]:
+    """The logs of a model's aliases, by alias."""
     folder = f"{ALIASES}/{model_name}/"
-    keys = bucket.list_keys(folder)
-    return tuple(sorted({key.removeprefix(folder).split("/")[0] for key in keys}))
+    keys = defaultdict(list)
+    for key in bucket.list_keys(folder):
+        keys[key.removeprefix(folder).split("/")[0]].append(key)
+    return {alias: AliasLog(bucket, model_name, alias, own) for alias, own in keys.items()}
 
 
-def _last_entry(bucket: Bucket, model_name: str, alias: str) -> tuple[Move | None, str | None]:
-    keys = _keys(bucket, model_name, alias)
-    if not keys:
-        return None, None
-    text = bucket.read_bytes(keys[-1])
-    last = _parse(text, bucket.uri(keys[-1]))
-    if _key(model_name, alias, last.number) != keys[-1]:
-        raise VerificationError(
-            f"{bucket.uri(keys[-1])} is entry {last.number} of another place; look who "
-            "wrote it, and delete it"
-        )
-    return last, hashlib.sha256(text).hexdigest()
-
-
-def _keys(bucket: Bucket, model_name: str, alias: str) -> tuple[str, ...]:
-    found = bucket.list_keys(f"{ALIASES}/{model_name}/{alias}/")
-    return tuple(key for key in found if re.fullmatch(r"\d{8}\.json", key.rpartition("/")[2]))
-
-
-def _key(model_name: str, alias: str, number: int) -> str:
-    return f"{ALIASES}/{model_name}/{alias}/{number:08d}.json"
+def _entries(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if re.fullmatch(r"\d{8}\.json", key.rpartition("/")[2])]
 
 
 def _parse(text: bytes, where: str) -> Move:

@@ -9,20 +9,21 @@ from heimdall_onnx.archive.manifest import (
     Content,
     ContentRole,
     KeptDataset,
-    Manifest,
     content_key,
     dataset_folder,
 )
-from heimdall_onnx.common.errors import DataError, StoreError
+from heimdall_onnx.common.errors import DataError, MissingObjectError, StoreError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
 from heimdall_onnx.data.dataset.schema import HEADER
-from heimdall_onnx.services.store import Bucket, parse_uri
+from heimdall_onnx.services.store import Bucket, locate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.archive.release import Release
 
 log = get_logger(__name__)
 
@@ -164,11 +165,11 @@ def fetch_dataset(client: S3Client, kept: KeptDataset, folder: Path) -> Path:
         StoreError: If the store fails.
     """
     dataset = open_kept(client, kept)
-    bucket, prefix = parse_uri(kept.address)
+    bucket, prefix = locate(client, kept.address)
     path = folder / f"{kept.role}.zarr"
     for name in dataset.file_names():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        Bucket(client, bucket).download_file(f"{prefix}/{name}", path / name)
+        bucket.download_file(f"{prefix}/{name}", path / name)
     return path
 
 
@@ -184,27 +185,24 @@ def fetch_content(bucket: Bucket, content: Content, folder: Path) -> Path:
     suffix = Path(content.name).suffix
     # The name comes from a manifest; only its end matters to whoever reads the file.
     path = folder / f"{content.role}{suffix if suffix.isascii() else ''}"
-    if not bucket.exists(content.key):
+    try:
+        bucket.download_file(content.key, path, sha256=content.sha256)
+    except MissingObjectError as error:
         raise StoreError(
             f"{bucket.uri(content.key)} is gone: the {content.role.replace('_', ' ')} of "
             "the release can't be fetched"
-        )
-    bucket.download_file(content.key, path, sha256=content.sha256)
+        ) from error
     return path
 
 
-def fetch_evaluation_data(
-    client: S3Client, manifest: Manifest, folder: Path
-) -> Path | Dataset | None:
+def fetch_evaluation_data(release: Release, folder: Path) -> Path | Dataset | None:
     """The evaluation data of a release, a file brought into ``folder``; None for synthetic ones.
 
     Raises:
         DataError: If the dataset is gone, or another one.
         StoreError: If the store fails, or the content is not what its hash says.
     """
-    if manifest.dataset is not None:
-        return open_kept(client, manifest.dataset)
-    content = manifest.content_of("evaluation_data")
-    if content is None:
-        return None
-    return fetch_content(Bucket(client, manifest.bucket), content, folder)
+    if release.manifest.dataset is not None:
+        return open_kept(release.bucket.client, release.manifest.dataset)
+    content = release.manifest.content_of("evaluation_data")
+    return None if content is None else fetch_content(release.bucket, content, folder)

@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.archive.find import fetch_files, fetch_model, find_registered, manifest_of
+from heimdall_onnx.archive.find import find_registered, release_of
 from heimdall_onnx.archive.manifest import RECOMMENDED, Manifest, Variant
+from heimdall_onnx.archive.release import Release, fetch_files
 from heimdall_onnx.archive.signing import Trust
 from heimdall_onnx.archive.verify import require_verified, verify_release
 from heimdall_onnx.common.errors import ParameterError, VerificationError
@@ -16,16 +17,13 @@ from heimdall_onnx.common.machine import multiplies_in_8_bits, usable_processors
 from heimdall_onnx.common.parameters import FP32, MODEL
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.runtimes import OpenVINOSession, open_onnxruntime
-from heimdall_onnx.services.client import make_client
-from heimdall_onnx.services.embedded import ensure_store
-from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import Bucket, parse_uri
+from heimdall_onnx.services.connection import open_for_reading
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
     from onnxruntime import InferenceSession
 
-    from heimdall_onnx.services.registry import MLflowTracker, RegisteredVersion
+    from heimdall_onnx.services.registry import RegisteredVersion
+    from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
 
@@ -79,9 +77,9 @@ def load_model(
     Example:
         >>> session = load_model("models:/heimdall-localization-onnx@staging")  # doctest: +SKIP
     """
-    settings = ensure_store(settings or Settings.load())
-    client, cache = make_client(settings), settings.home / "models"
-    found = _registered(settings, uri)
+    connection = open_for_reading(settings)
+    settings, cache = connection.settings, connection.settings.home / "models"
+    found = find_registered(connection, uri)
     bare = _bare_model(found, uri)
     if trust is None:
         trust = Trust(settings.public_key, settings.trusted_certificates)
@@ -96,13 +94,14 @@ def load_model(
                 f"{uri} was uploaded or registered without a release around it, so it has no "
                 f"variant {variant!r}; it has {FP32} alone"
             )
-        bucket, key, expected = bare
-        path = fetch_files(Bucket(client, bucket), {MODEL: key}, expected, cache)
+        address, expected = bare
+        bucket, key = connection.locate(address)
+        path = fetch_files(bucket, {MODEL: key}, expected, cache)
         return open_session(path, threads=threads)
     try:
-        manifest = manifest_of(client, found, uri)
-        chosen = manifest.variant(variant)
-        path = _verified_model(client, settings, manifest, chosen, cache, trust)
+        release = release_of(connection, found, uri)
+        chosen = release.manifest.variant(variant)
+        path = _verified_model(release, chosen, cache, trust)
     except VerificationError as error:
         if verify:
             raise
@@ -113,8 +112,8 @@ def load_model(
             ) from error
         log.warning("opened although it does not verify", uri=uri, reason=str(error))
         source = found.source if found else uri.removesuffix(f"/{MODEL}")
-        return _open_unverified(client, source.rstrip("/"), threads)
-    _warn_of_processor(manifest, chosen, uri)
+        return _open_unverified(Release.at(connection, source), threads)
+    _warn_of_processor(release.manifest, chosen, uri)
     return _open(path, chosen, threads)
 
 
@@ -148,67 +147,40 @@ def _open(path: Path, variant: Variant, threads: int | None) -> InferenceSession
     return open_onnxruntime(path, settings)
 
 
-def _verified_model(
-    client: S3Client,
-    settings: Settings,
-    manifest: Manifest,
-    variant: Variant,
-    cache: Path,
-    trust: Trust,
-) -> Path:
-    from heimdall_onnx.services.connection import Connection
-    from heimdall_onnx.services.registry import open_registry
+def _verified_model(release: Release, variant: Variant, cache: Path, trust: Trust) -> Path:
     from heimdall_onnx.services.registry_errors import missing_database
 
-    path, hashes = fetch_model(client, manifest, variant, cache)
-    missing = missing_database(settings.tracking_uri.get_secret_value())
+    path, hashes = release.fetch_model(variant, cache)
+    missing = missing_database(release.connection.settings.tracking_uri.get_secret_value())
     if missing:
         # An address in the store is enough for who has no registry; a signature takes its place.
-        log.warning("not held against a registry", uri=manifest.uri, missing=str(missing))
-    connection = Connection(settings, client, lambda: open_registry(settings))
+        log.warning("not held against a registry", uri=release.uri, missing=str(missing))
     findings = verify_release(
-        connection,
-        manifest,
+        release,
         trust=trust,
         hashed=hashes,
-        unread=manifest.files_of_variants - hashes.keys(),
+        unread=release.manifest.files_of_variants - hashes.keys(),
         registry=missing is None,
         content=False,
     )
-    require_verified(findings, manifest.uri)
+    require_verified(findings, release.uri)
     return path
 
 
-def _open_unverified(client: S3Client, source: str, threads: int | None) -> InferenceSession:
-    bucket, folder = parse_uri(source)
+def _open_unverified(release: Release, threads: int | None) -> InferenceSession:
     with tempfile.TemporaryDirectory(prefix="heimdall-unverified-") as scratch:
-        for key in Bucket(client, bucket).list_keys(f"{folder}/{MODEL}"):
-            Bucket(client, bucket).download_file(key, Path(scratch) / Path(key).name)
+        for key in release.bucket.list_keys(f"{release.folder}/{MODEL}"):
+            release.bucket.download_file(key, Path(scratch) / Path(key).name)
         return open_session(Path(scratch) / MODEL, threads=threads)
 
 
-def _registered(settings: Settings, uri: str) -> RegisteredVersion | None:
-    """The registered version that ``uri`` names; None if it is no address of the registry."""
-
-    def open_tracker() -> MLflowTracker:
-        from heimdall_onnx.services.registry import open_registry
-
-        return open_registry(settings)
-
-    return find_registered(open_tracker, uri)
-
-
-def _bare_model(
-    found: RegisteredVersion | None, uri: str
-) -> tuple[str, str, dict[str, str]] | None:
-    """Bucket, key and recorded hash of a model without a manifest; None for a release."""
+def _bare_model(found: RegisteredVersion | None, uri: str) -> tuple[str, dict[str, str]] | None:
+    """Address and recorded hash of a model without a manifest; None for a release."""
     if found is not None:
         if "manifest_sha256" in found.tags or "sha256" not in found.tags:
             return None
         # Registered step by step, without a release around it.
-        bucket, folder = parse_uri(found.source)
-        return bucket, f"{folder.rstrip('/')}/model.onnx", {"model.onnx": found.tags["sha256"]}
-    if uri.startswith("s3://") and uri.endswith(".onnx") and not uri.endswith("/model.onnx"):
-        bucket, key = parse_uri(uri)
-        return bucket, key, {}
+        return f"{found.source.rstrip('/')}/{MODEL}", {MODEL: found.tags["sha256"]}
+    if uri.startswith("s3://") and uri.endswith(".onnx") and not uri.endswith(f"/{MODEL}"):
+        return uri, {}
     return None

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from heimdall_onnx.common.environment import DISTRIBUTION, Environment
-from heimdall_onnx.common.errors import ParameterError, VerificationError
+from heimdall_onnx.common.errors import MissingObjectError, ParameterError, VerificationError
 from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER
 from heimdall_onnx.common.text import shown
@@ -22,9 +22,6 @@ from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.model.runtimes import CPU, CUDA, TENSORRT, SessionSettings
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.services.store import MANIFEST, Bucket, parse_uri
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
 
 # Of manifests and of the record in a notebook: what 0.1 wrote has less, or none.
 SCHEMA_VERSION: Literal[4] = 4
@@ -499,28 +496,28 @@ def content_key(sha256: str) -> str:
     return f"{CONTENT}/{sha256}"
 
 
-def read_manifest(client: S3Client, folder_uri: str) -> Manifest:
+def read_manifest(bucket: Bucket, folder: str) -> Manifest:
     """The manifest of a release.
 
     Raises:
         VerificationError: If there is none, or it is not one of a release with a model.
         StoreError: If the store can't be reached or refuses.
     """
-    bucket, folder = parse_uri(folder_uri)
-    key = f"{folder.rstrip('/')}/{MANIFEST}"
-    if not Bucket(client, bucket).exists(key):
+    uri = bucket.uri(folder.rstrip("/"))
+    try:
+        # One byte more tells one that is too large.
+        text = bucket.read_start(f"{folder.rstrip('/')}/{MANIFEST}", MAX_MANIFEST_BYTES + 1)
+    except MissingObjectError as error:
         raise VerificationError(
-            f"{folder_uri} has no {MANIFEST}, so it is not a release; `heimdall-onnx list` "
-            "shows those that are"
-        )
-    if (size := Bucket(client, bucket).head(key).size_bytes) > MAX_MANIFEST_BYTES:
+            f"{uri} has no {MANIFEST}, so it is not a release; `heimdall-onnx list` shows those "
+            "that are"
+        ) from error
+    if len(text) > MAX_MANIFEST_BYTES:
         raise VerificationError(
-            f"{folder_uri}/{MANIFEST} is no manifest of a release: expected at most "
-            f"{MAX_MANIFEST_BYTES} bytes, found {size}"
+            f"{uri}/{MANIFEST} is no manifest of a release: expected at most "
+            f"{MAX_MANIFEST_BYTES} bytes, found more"
         )
-    return parse_manifest(
-        Bucket(client, bucket).read_bytes(key, limit=MAX_MANIFEST_BYTES), folder_uri
-    )
+    return parse_manifest(text, uri)
 
 
 def parse_manifest(text: bytes, folder_uri: str) -> Manifest:

@@ -42,7 +42,8 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.archive.load import load_model
-from heimdall_onnx.archive.manifest import RECOMMENDED, Manifest, read_manifest
+from heimdall_onnx.archive.manifest import RECOMMENDED, Manifest
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import (
     DataError,
@@ -57,9 +58,7 @@ from heimdall_onnx.data.evaluation import unknown_ids
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import run_onnx
 from heimdall_onnx.model.signature import Signature, TensorSpec
-from heimdall_onnx.services.client import make_client
-from heimdall_onnx.services.embedded import ensure_store
-from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.services.connection import open_for_reading
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -67,6 +66,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.archive.signing import Trust
     from heimdall_onnx.model.runtimes import OpenVINOSession
     from heimdall_onnx.services.registry import RegisteredVersion
+    from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
 
@@ -219,8 +219,7 @@ class ServedModel:
         self.uri, self._refresh_s = uri, float(refresh_seconds)
         self._variant, self._warm_up = variant, tuple(warm_up)
         self._trust, self._threads = trust, threads
-        self._settings = ensure_store(settings or Settings.load())
-        self._client = make_client(self._settings)
+        self._connection = open_for_reading(settings)
         self._scratch = tempfile.TemporaryDirectory(
             prefix="heimdall-serving-", ignore_cleanup_errors=True
         )
@@ -392,12 +391,14 @@ class ServedModel:
         from heimdall_onnx.services.registry import open_registry
 
         # Opened each time: that finds out within seconds whether anything is there.
-        return open_registry(self._settings).version_by_alias(self._name, self._alias)
+        return open_registry(self._connection.settings).version_by_alias(self._name, self._alias)
 
     def _open(self, found: RegisteredVersion, first: Signature | None = None) -> _Version:
         folder = Path(tempfile.mkdtemp(prefix=f"{found.version}-", dir=self._scratch.name))
+        settings = self._connection.settings
         try:
-            manifest = read_manifest(self._client, found.source)
+            release = Release.at(self._connection, found.source)
+            manifest = release.manifest
             recorded = found.tags.get("manifest_sha256", "none")
             if manifest.sha256 != recorded:
                 raise VerificationError(
@@ -413,9 +414,9 @@ class ServedModel:
                 f"models:/{found.name}/{found.version}",
                 variant=self._variant,
                 trust=self._trust,
-                settings=self._settings.model_copy(
+                settings=settings.model_copy(
                     # The registry's address may be that of a file below the real home.
-                    update={"home": folder, "mlflow_tracking_uri": self._settings.tracking_uri}
+                    update={"home": folder, "mlflow_tracking_uri": settings.tracking_uri}
                 ),
                 threads=self._threads,
             )
@@ -431,7 +432,7 @@ class ServedModel:
 
     def _clean_up(self) -> None:
         self._scratch.cleanup()
-        self._client.close()
+        self._connection.client.close()
 
 
 def _checked(uri: str, refresh_seconds: object, warm_up: Sequence[int]) -> tuple[str, str]:

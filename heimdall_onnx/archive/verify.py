@@ -16,17 +16,19 @@ from heimdall_onnx.archive.manifest import (
     SIGNATURE,
     Entry,
     Manifest,
-    read_manifest,
 )
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.signing import MAX_SIGNATURE_BYTES, Trust, check_signature
-from heimdall_onnx.common.errors import DataError, NotRegisteredError, StoreError, VerificationError
+from heimdall_onnx.common.errors import (
+    DataError,
+    MissingObjectError,
+    NotRegisteredError,
+    VerificationError,
+)
 from heimdall_onnx.common.parameters import MODEL
-from heimdall_onnx.services.store import MANIFEST, Bucket
+from heimdall_onnx.services.store import MANIFEST
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
-    from heimdall_onnx.services.connection import Connection
     from heimdall_onnx.services.registry import MLflowTracker
 
 
@@ -55,8 +57,7 @@ class Finding:
 
 
 def verify_release(
-    connection: Connection,
-    release: str | Manifest,
+    release: Release,
     *,
     trust: Trust | None = None,
     hashed: Mapping[str, str] | None = None,
@@ -70,9 +71,7 @@ def verify_release(
     the checkpoint and evaluation data that it was made of.
 
     Args:
-        connection: Store and registry.
-        release: ``s3://bucket/prefix/version``, or a manifest that has been read, so that what is
-            done with it afterwards is about the same one.
+        release: The release; what is done with it afterwards is about the same manifest.
         trust: Whose signature it must have; what the settings name by default. If they name
             nobody, a signature is only held against the hash that the registry has of it.
         hashed: SHA-256 by name of objects that have been read already.
@@ -88,23 +87,23 @@ def verify_release(
         VerificationError: If there is no manifest, so that it is no release.
         ServiceError: If a service can't be reached or refuses.
     """
-    client, settings = connection.client, connection.settings
+    manifest = release.manifest
     if trust is None:
+        settings = release.connection.settings
         trust = Trust(settings.public_key, settings.trusted_certificates)
-    manifest = release if isinstance(release, Manifest) else read_manifest(client, release)
     known = {name: entry.sha256 for name, entry in manifest.objects.items() if name in unread}
-    found, findings = _check_objects(client, manifest, {**known, **(hashed or {})})
+    found, findings = _check_objects(release, {**known, **(hashed or {})})
     tags: Mapping[str, str] | None = None
     registry_findings: list[Finding] = []
     if registry:
-        tags, registry_findings = _check_registry(connection.tracker, manifest)
+        tags, registry_findings = _check_registry(release.connection.tracker, manifest)
     return (
         *findings,
-        *(_check_content(client, manifest) if content else ()),
-        *_check_notebook(client, manifest, found),
+        *(_check_content(release) if content else ()),
+        *_check_notebook(release, found),
         *registry_findings,
-        *_check_reviews(client, manifest, tags, content),
-        *_check_signature(client, manifest, found, tags, trust),
+        *_check_reviews(release, tags, content),
+        *_check_signature(release, found, tags, trust),
     )
 
 
@@ -126,12 +125,12 @@ def require_verified(findings: Iterable[Finding], folder_uri: str) -> None:
 
 
 def _check_objects(
-    client: S3Client, manifest: Manifest, hashed: Mapping[str, str]
+    release: Release, hashed: Mapping[str, str]
 ) -> tuple[dict[str, str], list[Finding]]:
     """The hashes by name that were found, and how they compare."""
-    folder = f"{manifest.folder}/"
+    manifest, folder = release.manifest, f"{release.folder}/"
     beside = {MANIFEST} | ({SIGNATURE} if manifest.signature else set())
-    there = {key.removeprefix(folder) for key in Bucket(client, manifest.bucket).list_keys(folder)}
+    there = {key.removeprefix(folder) for key in release.bucket.list_keys(folder)}
     there = {name for name in there if name not in beside and not _is_review(name)}
     found, findings = {MANIFEST: manifest.sha256}, []
     for name in sorted(manifest.objects.keys() | there):
@@ -144,7 +143,7 @@ def _check_objects(
         elif hashed.get(name) == entry.sha256:
             found[name] = entry.sha256
         else:
-            finding = _compare(Bucket(client, manifest.bucket), entry)
+            finding = _compare(release, entry)
             found[name] = finding.found.partition(",")[0]
             findings.append(finding)
     return found, findings
@@ -154,39 +153,43 @@ def _same(what: str, expected: str, found: str) -> Finding:
     return Finding(what, expected == found, expected, found)
 
 
-def _compare(bucket: Bucket, entry: Entry) -> Finding:
-    digest, size = bucket.hash_object(entry.key)
+def _compare(release: Release, entry: Entry) -> Finding:
+    if entry.key == f"{release.folder}/{REPORT}":
+        # Kept, since what it says is looked at too.
+        report = release.stored_report
+        digest, size = hashlib.sha256(report).hexdigest(), len(report)
+    else:
+        digest, size = release.bucket.hash_object(entry.key)
     return _same(entry.key, f"{entry.sha256}, {entry.size} bytes", f"{digest}, {size} bytes")
 
 
-def _check_content(client: S3Client, manifest: Manifest) -> Iterator[Finding]:
-    for entry in manifest.content:
-        if Bucket(client, manifest.bucket).exists(entry.key):
-            yield _compare(Bucket(client, manifest.bucket), entry)
-        else:
+def _check_content(release: Release) -> Iterator[Finding]:
+    for entry in release.manifest.content:
+        try:
+            yield _compare(release, entry)
+        except MissingObjectError:
             yield Finding(entry.key, False, f"the {entry.role.replace('_', ' ')}", "nothing")
-    if (kept := manifest.dataset) is not None:
+    if (kept := release.manifest.dataset) is not None:
         # Who verifies a model that was compared on a file does without what reads datasets.
         from heimdall_onnx.archive.content import open_kept
 
         expected = f"a dataset with digest {kept.digest}"
         try:
-            open_kept(client, kept).verify()
+            open_kept(release.bucket.client, kept).verify()
         except DataError as error:
             yield Finding(kept.address, False, expected, str(error))
         else:
             yield Finding(kept.address, True, expected, expected)
 
 
-def _check_notebook(
-    client: S3Client, manifest: Manifest, found: Mapping[str, str]
-) -> Iterator[Finding]:
+def _check_notebook(release: Release, found: Mapping[str, str]) -> Iterator[Finding]:
     """What the executed notebook says of the model and the variants that it has made."""
+    manifest = release.manifest
     report = manifest.objects.get(REPORT)
     # Not read a second time where it is a finding already.
     if report is None or found.get(REPORT) != report.sha256:
         return
-    recorded, missing = _recorded(Bucket(client, manifest.bucket).read_bytes(report.key))
+    recorded, missing = _recorded(release.stored_report)
     passed = manifest.variants.passed if manifest.variants else {}
     for name, what, expected in (
         (MODEL, MODEL, manifest.model.sha256),
@@ -239,27 +242,25 @@ def _check_registry(
 
 
 def _check_reviews(
-    client: S3Client, manifest: Manifest, tags: Mapping[str, str] | None, content: bool
+    release: Release, tags: Mapping[str, str] | None, content: bool
 ) -> Iterator[Finding]:
     """Reviews and comparisons have their hash in their name, and the registry has all hashes."""
-    folder = f"{manifest.folder}/"
+    folder = f"{release.folder}/"
     kept = {
         REVIEW_TAG: (f"{REVIEWS}/…-{{}}", "a review record or its page"),
         COMPARISON_TAG: (f"{COMPARISONS}/…-{{}}", "a stored comparison"),
     }
     expected = {v: kept[t] for k, v in (tags or {}).items() for t in kept if k.startswith(t)}
     seen = set()
-    for key in Bucket(client, manifest.bucket).list_keys(f"{folder}{REVIEWS}/"):
+    for key in release.bucket.list_keys(f"{folder}{REVIEWS}/"):
         name = key.removeprefix(folder)
         match = _REVIEW.fullmatch(name) or _COMPARISON.fullmatch(name)
         named = match[1] if match else "none"
         try:
             unread = match and match[2] != "json" and not content
-            digest = named if unread else Bucket(client, manifest.bucket).hash_object(key)[0]
-        except StoreError:
+            digest = named if unread else release.bucket.hash_object(key)[0]
+        except MissingObjectError:
             # Who lost a race has taken it away since it was listed.
-            if Bucket(client, manifest.bucket).exists(key):
-                raise
             continue
         seen.add(digest)
         # One that is being written, or never was to its end: nothing of the release is wrong.
@@ -272,26 +273,26 @@ def _check_reviews(
 
 
 def _check_signature(
-    client: S3Client,
-    manifest: Manifest,
+    release: Release,
     found: Mapping[str, str],
     tags: Mapping[str, str] | None,
     trust: Trust,
 ) -> Iterator[Finding]:
-    key, entry = f"{manifest.folder}/{SIGNATURE}", manifest.signature
+    key, entry = f"{release.folder}/{SIGNATURE}", release.manifest.signature
     if entry is None:
         if trust:
             yield Finding(key, False, "a signature", "none: the release is unsigned")
         else:
             yield _same(f"{key}: the release is unsigned", "none", "none")
         return
-    if not Bucket(client, manifest.bucket).exists(key):
+    try:
+        signature = release.bucket.read_start(key, MAX_SIGNATURE_BYTES + 1)
+    except MissingObjectError:
         yield Finding(key, False, "a signature", "nothing")
         return
-    if (size := Bucket(client, manifest.bucket).head(key).size_bytes) > MAX_SIGNATURE_BYTES:
-        yield Finding(key, False, f"at most {MAX_SIGNATURE_BYTES} bytes", f"{size} bytes")
+    if len(signature) > MAX_SIGNATURE_BYTES:
+        yield Finding(key, False, f"at most {MAX_SIGNATURE_BYTES} bytes", "more")
         return
-    signature = Bucket(client, manifest.bucket).read_bytes(key, limit=MAX_SIGNATURE_BYTES)
     if tags is not None:
         digest = hashlib.sha256(signature).hexdigest()
         recorded = tags.get("signature_sha256", "none")
@@ -301,7 +302,7 @@ def _check_signature(
         yield _same(f"{key}, not checked: no public key was given", signer, signer)
         return
     try:
-        check_signature(trust, manifest.version, found, signature)
+        check_signature(trust, release.manifest.version, found, signature)
         yield _same(key, signer, signer)
     except VerificationError as error:
         yield Finding(key, False, f"{signer} for what is here", str(error))

@@ -176,16 +176,14 @@ def upload(dataset: Path, address: str, as_json: bool) -> None:
     from heimdall_onnx.archive.content import upload_dataset
     from heimdall_onnx.common.errors import ParameterError
     from heimdall_onnx.data.dataset.dataset import open_dataset
-    from heimdall_onnx.services.client import make_client
-    from heimdall_onnx.services.embedded import ensure_store
-    from heimdall_onnx.services.settings import Settings
-    from heimdall_onnx.services.store import Bucket, parse_uri
+    from heimdall_onnx.services.connection import open_for_reading
+    from heimdall_onnx.services.store import parse_uri
 
     name, folder = parse_uri(address)
     if not (folder := folder.strip("/")):
         raise ParameterError(f"expected a folder of its own, s3://{name}/folder, found {address}")
     opened = open_dataset(dataset)
-    bucket = Bucket(make_client(ensure_store(Settings.load())), name)
+    bucket = open_for_reading().bucket(name)
     bucket.ensure()
     stored = upload_dataset(bucket, opened, folder)
     if as_json:

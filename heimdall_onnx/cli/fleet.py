@@ -126,11 +126,9 @@ def _plan(
 
     def list_objects(bucket: str, prefix: str) -> Sequence[str]:
         # Only a plan with checkpoints in a bucket needs the store before it is valid.
-        from heimdall_onnx.services.client import make_client
-        from heimdall_onnx.services.embedded import ensure_store
-        from heimdall_onnx.services.store import Bucket
+        from heimdall_onnx.services.connection import open_for_reading
 
-        return Bucket(make_client(ensure_store(settings)), bucket).list_keys(prefix)
+        return open_for_reading(settings).bucket(bucket).list_keys(prefix)
 
     if plan is not None:
         return read_plan(plan, list_objects)

@@ -52,12 +52,9 @@ def gallery(
 
     from heimdall_onnx.common.files import replace_file
     from heimdall_onnx.review.gallery.page import make_gallery, store_gallery, summary
-    from heimdall_onnx.services.client import make_client
-    from heimdall_onnx.services.embedded import ensure_store
-    from heimdall_onnx.services.settings import Settings
-    from heimdall_onnx.services.store import Bucket
+    from heimdall_onnx.services.connection import open_for_reading
 
-    place = Bucket(make_client(ensure_store(Settings.load())), bucket)
+    place = open_for_reading().bucket(bucket)
     if not place.is_there():
         click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
         return

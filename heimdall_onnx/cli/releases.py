@@ -17,9 +17,8 @@ from heimdall_onnx.cli.help import Command
 from heimdall_onnx.common.errors import HeimdallError, VerificationError
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
     from heimdall_onnx.archive.manifest import Variants
+    from heimdall_onnx.archive.release import Release
     from heimdall_onnx.review.promotion import Review
     from heimdall_onnx.services.connection import Connection
     from heimdall_onnx.services.settings import Settings
@@ -67,25 +66,12 @@ def _name_argument(command: _Command) -> _Command:
     return click.argument("name", default="heimdall-localization-onnx")(command)
 
 
-def _store() -> S3Client:
-    from heimdall_onnx.services.client import make_client
-    from heimdall_onnx.services.embedded import ensure_store
-    from heimdall_onnx.services.settings import Settings
-
-    return make_client(ensure_store(Settings.load()))
-
-
 def _connect(
     public_key: Path | None = None, trusted_certificates: Path | None = None
 ) -> Connection:
-    from heimdall_onnx.common.processes import without_garbage_collection
+    from heimdall_onnx.services.connection import open_for_reading
 
-    settings = _settings(public_key, trusted_certificates)
-    # To import it, and MLflow as it is opened, is nearly all of a command's time.
-    with without_garbage_collection():
-        from heimdall_onnx.services.connection import open_for_reading
-
-        return open_for_reading(settings)
+    return open_for_reading(_settings(public_key, trusted_certificates))
 
 
 def _settings(public_key: Path | None, trusted_certificates: Path | None) -> Settings:
@@ -97,15 +83,18 @@ def _settings(public_key: Path | None, trusted_certificates: Path | None) -> Set
     return Settings.load().model_copy(update=update)
 
 
-def _folder(version: str, bucket: str, prefix: str) -> str:
-    """The folder of a release: of a version, an address, or NAME@ALIAS and NAME/NUMBER."""
-    if version.startswith("s3://"):
-        return version
-    if "@" not in version and "/" not in version:
-        return f"s3://{bucket}/{prefix.strip('/')}/{version}"
+def _release(
+    version: str,
+    bucket: str,
+    prefix: str,
+    public_key: Path | None = None,
+    trusted_certificates: Path | None = None,
+) -> Release:
+    """A release: of a version, an address, or NAME@ALIAS and NAME/NUMBER."""
     from heimdall_onnx.archive.find import find_release
 
-    return find_release(_connect(), version, bucket=bucket, prefix=prefix).uri
+    connection = _connect(public_key, trusted_certificates)
+    return find_release(connection, version, bucket=bucket, prefix=prefix)
 
 
 def _say(text: str, indent: int = 0, err: bool = False) -> None:
@@ -135,10 +124,8 @@ def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
     With --limit or --after no more is read than what is shown, however many there are.
     """
     from heimdall_onnx.archive.manifest import read_manifest
-    from heimdall_onnx.services.store import Bucket
 
-    client = _store()
-    place = Bucket(client, bucket)
+    place = _connect().bucket(bucket)
     if not place.is_there():
         click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
         return
@@ -146,7 +133,7 @@ def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
     found = place.list_versions(prefix, after=after, limit=limit and limit + 1)
     for version in found[:limit]:
         try:
-            manifest = read_manifest(client, _folder(version, bucket, prefix))
+            manifest = read_manifest(place, f"{prefix.strip('/')}/{version}")
         except VerificationError as error:
             unreadable.append(version)
             _say(f"{version}  {error}")
@@ -173,9 +160,7 @@ def show(version: str, bucket: str, prefix: str, as_json: bool) -> None:
     Below it, on standard error, come the variants: what became of each, the size of its file, and
     which one is recommended.
     """
-    from heimdall_onnx.archive.manifest import read_manifest
-
-    manifest = read_manifest(_store(), _folder(version, bucket, prefix))
+    manifest = _release(version, bucket, prefix).manifest
     click.echo(json.dumps(manifest.data, indent=None if as_json else 2))
     if manifest.variants is not None and not as_json:
         for line in _describe_variants(manifest.variants):
@@ -218,9 +203,8 @@ def verify(
 
     from heimdall_onnx.archive.verify import verify_release
 
-    connection = _connect(public_key, trusted_certificates)
-    folder = _folder(version, bucket, prefix)
-    findings = verify_release(connection, folder, content=not no_content)
+    release = _release(version, bucket, prefix, public_key, trusted_certificates)
+    findings = verify_release(release, content=not no_content)
     wrong = [finding for finding in findings if not finding.holds]
     if as_json:
         _print_json({"holds": not wrong, "findings": [asdict(f) for f in findings]})
@@ -273,8 +257,7 @@ def promote(
 
     given = {"error_growth": max_error_growth, "slowdown": max_slowdown, **limits}
     review = promote_release(
-        _connect(public_key, trusted_certificates),
-        _folder(version, bucket, prefix),
+        _release(version, bucket, prefix, public_key, trusted_certificates),
         alias=alias,
         reviewer=reviewer,
         note=note,
@@ -399,8 +382,7 @@ def reproduce(
     from heimdall_onnx.review.reproduce.run import reproduce_release
 
     reproduction = reproduce_release(
-        _connect(public_key, trusted_certificates),
-        _folder(version, bucket, prefix),
+        _release(version, bucket, prefix, public_key, trusted_certificates),
         cell_timeout=cell_timeout,
         progress=sys.stderr.isatty() or not as_json,
     )
@@ -555,8 +537,8 @@ def link(version: str, bucket: str, prefix: str, hours: float) -> None:
     """Print links that open the report of VERSION without credentials, for a while."""
     from heimdall_onnx.review.links import share_release
 
-    folder = _folder(version, bucket, prefix)
-    for one in share_release(_store(), folder, expires_s=max(1, int(hours * 3600))):
+    release = _release(version, bucket, prefix)
+    for one in share_release(release, expires_s=max(1, int(hours * 3600))):
         click.echo(f"{one.name:<14}{one.url.get_secret_value()}")
 
 

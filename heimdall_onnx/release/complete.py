@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.archive.aliases import AliasTarget, point_alias, withdraw_alias
+from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.manifest import (
     BOM,
     RECOMMENDED,
@@ -112,9 +112,9 @@ def add_bom(
     """
     from heimdall_onnx.release.bom import describe_release
 
-    name, folder = parse_uri(folder_uri)
+    bucket, folder = connection.locate(folder_uri)
     content = describe_release(parse_manifest(to_json(described), folder_uri), record)
-    stored = connection.bucket(name).upload_bytes(content, f"{folder}/{BOM}")
+    stored = bucket.upload_bytes(content, f"{folder}/{BOM}")
     entry = {"key": stored.key, "size": stored.size_bytes, "sha256": stored.sha256}
     objects = sorted([*described["objects"], entry], key=lambda o: str(o["key"]))
     return {**described, "objects": objects}
@@ -212,8 +212,8 @@ def assign_alias(connection: Connection, manifest: Manifest, alias: str, by: str
     Raises:
         ServiceError: If a service can't be reached or refuses.
     """
-    target = _alias_target(manifest, alias)
-    point_alias(connection.bucket(manifest.bucket), connection.tracker, target, by)
+    log = AliasLog(connection.bucket(manifest.bucket), manifest.model_name, alias)
+    log.point(connection.tracker, manifest.model_version, manifest.uri, by)
 
 
 def unassign_alias(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
@@ -222,12 +222,8 @@ def unassign_alias(connection: Connection, manifest: Manifest, alias: str) -> It
     Yields:
         What could not be done, in words.
     """
-    target = _alias_target(manifest, alias)
+    log = AliasLog(connection.bucket(manifest.bucket), manifest.model_name, alias)
     try:
-        withdraw_alias(connection.bucket(manifest.bucket), connection.tracker, target)
+        log.withdraw(connection.tracker, manifest.model_version, manifest.uri)
     except HeimdallError as error:
         yield f"alias {alias} of {manifest.model_name}: {error}"
-
-
-def _alias_target(manifest: Manifest, alias: str) -> AliasTarget:
-    return AliasTarget(manifest.model_name, alias, manifest.model_version, manifest.uri)

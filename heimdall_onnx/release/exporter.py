@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from heimdall_onnx.archive.aliases import STAGE_OF_ALIAS, AliasTarget, point_alias, withdraw_alias
+from heimdall_onnx.archive.aliases import STAGE_OF_ALIAS, AliasLog
 from heimdall_onnx.archive.metadata import METADATA, object_metadata, release_metadata, version_tags
 from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
 from heimdall_onnx.common.errors import (
@@ -31,7 +31,7 @@ from heimdall_onnx.model.onnx.export import eval_mode, export_model
 from heimdall_onnx.model.onnx.validate import validate_model
 from heimdall_onnx.model.signature import signature_of
 from heimdall_onnx.services.registry import STAGES, MLflowTracker
-from heimdall_onnx.services.store import Bucket, parse_uri, to_json
+from heimdall_onnx.services.store import Bucket, locate, to_json
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -243,18 +243,17 @@ class ONNXExporter:
             model_name, source, run_id=run_id, tags=version_tags(metadata)
         )
         alias = stage.lower()
-        bucket = Bucket(self.s3_client, parse_uri(source)[0])
-        target = AliasTarget(model_name, alias, version, source)
+        log_of_alias = AliasLog(locate(self.s3_client, source)[0], model_name, alias)
         try:
             if alias in STAGE_OF_ALIAS:
-                point_alias(bucket, self.mlflow_tracker, target, by=run_id)
+                log_of_alias.point(self.mlflow_tracker, version, source, by=run_id)
             else:
                 self.mlflow_tracker.transition_model_stage(model_name, version, stage)
         except HeimdallError:
             # The registry may have moved the alias and failed to say so; with the version it would
             # vanish.
             if alias in STAGE_OF_ALIAS:
-                withdraw_alias(bucket, self.mlflow_tracker, target)
+                log_of_alias.withdraw(self.mlflow_tracker, version, source)
             self.mlflow_tracker.delete_version(model_name, version)
             raise
         return {
@@ -265,8 +264,7 @@ class ONNXExporter:
         }
 
     def _loadable_folder(self, s3_uri: str, metadata: Mapping[str, Any]) -> str:
-        name, key = parse_uri(s3_uri)
-        bucket = Bucket(self.s3_client, name)
+        bucket, key = locate(self.s3_client, s3_uri)
         folder = str(PurePosixPath(key).with_suffix(""))
         if PurePosixPath(key).name == "model.onnx":
             folder = str(PurePosixPath(key).parent)

@@ -23,7 +23,7 @@ from heimdall_onnx.archive.record import RegisteredRelease, Skipped, UploadedRel
 from heimdall_onnx.common.errors import HeimdallError, ServiceError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.metrics import run_metrics
-from heimdall_onnx.services.connection import Connection, connect, connect_beside
+from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.settings import Settings
 from heimdall_onnx.services.store import MANIFEST, Bucket, StoredObject, to_json
 
@@ -91,7 +91,7 @@ def upload_release(
     if not verdict.passed:
         return Skipped(f"{len(verdict.failed_gates)} gates failed")
     with ThreadPoolExecutor(1) as beside, ExitStack() as undo:
-        connection = connect_beside(settings, beside)
+        connection = connect(settings, beside)
         journal = Journal(exported.path.parent)
         journal.clear()
         run_id = parameters.run_id

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from botocore.exceptions import ClientError
 
-from heimdall_onnx.archive.aliases import Move, append_move, follow_log, logged_aliases, read_log
+from heimdall_onnx.archive.aliases import AliasLog, Move, alias_logs
 from heimdall_onnx.archive.manifest import CONTENT, DATASETS, REVIEWS, Manifest, read_manifest
 from heimdall_onnx.archive.metadata import METADATA
 from heimdall_onnx.common.errors import HeimdallError, NotRegisteredError, VerificationError
@@ -80,7 +80,7 @@ class _Place:
         for key in sorted(key for key in self.keys if key.endswith(f"/{MANIFEST}")):
             folder = key.removesuffix(f"/{MANIFEST}")
             try:
-                self.manifests[folder] = read_manifest(bucket.client, bucket.uri(folder))
+                self.manifests[folder] = read_manifest(bucket, folder)
             except VerificationError as error:
                 self.broken[folder] = str(error)
 
@@ -232,13 +232,14 @@ def _aliases(there: _Place) -> Iterator[Leftover]:
                 f"it points at version {number}, which "
                 + ("was registered without a release" if _is_single(version) else "is no release"),
             )
-        for alias in logged_aliases(there.bucket, name):
-            yield from _log(there, name, alias, aliases.get(alias))
+        for alias, alias_log in alias_logs(there.bucket, name).items():
+            yield from _log(there, alias_log, aliases.get(alias))
 
 
-def _log(there: _Place, name: str, alias: str, points_at: str | None) -> Iterator[Leftover]:
+def _log(there: _Place, alias_log: AliasLog, points_at: str | None) -> Iterator[Leftover]:
+    name, alias = alias_log.model_name, alias_log.alias
     try:
-        moves = read_log(there.bucket, name, alias)
+        moves = alias_log.moves
     except VerificationError as error:
         yield Leftover("unreadable log", f"{name}@{alias}", str(error))
         return
@@ -256,7 +257,7 @@ def _log(there: _Place, name: str, alias: str, points_at: str | None) -> Iterato
             f"{name}@{alias}",
             f"{why}, and version {last.version} is gone",
             f"note that it was taken back, and point the alias at {points_at or 'none'}",
-            partial(_note_withdrawal, there, last, points_at),
+            partial(_note_withdrawal, there.tracker, alias_log, last, points_at),
         )
     else:
         yield Leftover(
@@ -264,7 +265,7 @@ def _log(there: _Place, name: str, alias: str, points_at: str | None) -> Iterato
             f"{name}@{alias}",
             why,
             f"point the alias at {f'version {last.version}' if last.version else 'none'}",
-            partial(follow_log, there.bucket, there.tracker, name, alias),
+            partial(alias_log.follow, there.tracker),
         )
 
 
@@ -349,15 +350,14 @@ def _is_single(version: RegisteredVersion) -> bool:
     return "sha256" in version.tags and "manifest_sha256" not in version.tags
 
 
-def _note_withdrawal(there: _Place, last: Move, points_at: str | None) -> None:
+def _note_withdrawal(
+    tracker: MLflowTracker, alias_log: AliasLog, last: Move, points_at: str | None
+) -> None:
     # A release that has come since it was looked at is not gone.
     with contextlib.suppress(NotRegisteredError):
-        there.tracker.get_version(last.model_name, str(last.version))
+        tracker.get_version(last.model_name, str(last.version))
         raise VerificationError(f"version {last.version} of {last.model_name} is there after all")
-    append_move(
-        there.bucket,
-        model_name=last.model_name,
-        alias=last.alias,
+    alias_log.append(
         action="withdraw",
         version=points_at,
         release=None,

@@ -13,17 +13,14 @@ there is nothing to win, since S3 knows no cookies and a page can't list or sign
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import SecretStr
 
-from heimdall_onnx.archive.manifest import BOM, REPORT, REPORT_HTML, Manifest, read_manifest
+from heimdall_onnx.archive.manifest import BOM, REPORT, REPORT_HTML
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.common.errors import ParameterError, VerificationError
-from heimdall_onnx.services.client import store_errors
-from heimdall_onnx.services.store import MANIFEST, Bucket, media_type
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+from heimdall_onnx.services.store import MANIFEST, media_type
 
 # The longest that a signature of version 4 can hold.
 LONGEST_S = 7 * 24 * 3600
@@ -45,14 +42,13 @@ class Link:
     expires_s: int
 
 
-def share_release(client: S3Client, folder_uri: str, *, expires_s: int) -> tuple[Link, ...]:
+def share_release(release: Release, *, expires_s: int) -> tuple[Link, ...]:
     """Links to what a reviewer reads of a release: report, notebook, manifest, bill of materials.
 
     Nothing else of the release can be read with them, and nothing can be written.
 
     Args:
-        client: Client of the store; its credentials sign the links and must allow reading.
-        folder_uri: ``s3://bucket/prefix/version``.
+        release: The release; its connection's credentials sign the links and must allow reading.
         expires_s: Seconds for which the links work, 1 to 604,800 (7 days).
 
     Raises:
@@ -64,32 +60,31 @@ def share_release(client: S3Client, folder_uri: str, *, expires_s: int) -> tuple
         raise ParameterError(
             f"links can work for 1 to {LONGEST_S} seconds (7 days), found {expires_s!r}"
         )
-    manifest = read_manifest(client, folder_uri)
-    names = [name for name in _SHARED if name == MANIFEST or name in manifest.objects]
+    objects = release.manifest.objects
+    names = [name for name in _SHARED if name == MANIFEST or name in objects]
     # What is handed on under our name is what was released.
     for name in names:
-        entry = manifest.objects.get(name)
-        if entry and Bucket(client, manifest.bucket).hash_object(entry.key)[0] != entry.sha256:
+        entry = objects.get(name)
+        if entry and release.bucket.hash_object(entry.key)[0] != entry.sha256:
             raise VerificationError(
-                f"{manifest.uri}/{name} is not what was released, so no link is made; see "
+                f"{release.uri}/{name} is not what was released, so no link is made; see "
                 "`heimdall-onnx verify`"
             )
-    with store_errors(client, f"sign links to {folder_uri}"):
-        return tuple(
-            Link(name, _sign(client, manifest, name, expires_s), expires_s) for name in names
-        )
+    with release.bucket.errors(f"sign links to {release.uri}"):
+        return tuple(Link(name, _sign(release, name, expires_s), expires_s) for name in names)
 
 
-def _sign(client: S3Client, manifest: Manifest, name: str, expires_s: int) -> SecretStr:
+def _sign(release: Release, name: str, expires_s: int) -> SecretStr:
     # Only the report is for the browser. What it is shown as must not depend on how it was stored.
     shown = "inline" if name == REPORT_HTML else "attachment"
     parameters: dict[str, Any] = {
-        "Bucket": manifest.bucket,
-        "Key": f"{manifest.folder}/{name}",
+        "Bucket": release.bucket.name,
+        "Key": f"{release.folder}/{name}",
         "ResponseContentType": media_type(name),
         "ResponseContentDisposition": f'{shown}; filename="{name}"',
         "ResponseCacheControl": "private, no-store",
     }
+    client = release.bucket.client
     return SecretStr(
         client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires_s)
     )

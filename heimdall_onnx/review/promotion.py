@@ -16,11 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from heimdall_onnx.archive.aliases import Move, append_move, follow_log, logged_aliases, read_log
+from heimdall_onnx.archive.aliases import AliasLog, Move, alias_logs
 from heimdall_onnx.archive.content import fetch_evaluation_data
-from heimdall_onnx.archive.find import fetch_model
-from heimdall_onnx.archive.manifest import REPORT, REVIEWS, Manifest, read_manifest
+from heimdall_onnx.archive.find import release_of
+from heimdall_onnx.archive.manifest import REPORT, REVIEWS
 from heimdall_onnx.archive.mlflow_page import add_review, review_line
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import (
     REVIEW_TAG,
     Finding,
@@ -46,7 +47,7 @@ from heimdall_onnx.report.rendering import PageDecision, render_html
 from heimdall_onnx.review.compare.answers import shared_signature
 from heimdall_onnx.review.compare.gates import Limits, verdict_reasons
 from heimdall_onnx.review.compare.head_to_head import HeadToHead, compare_models
-from heimdall_onnx.services.store import Bucket, format_uri, to_json
+from heimdall_onnx.services.store import to_json
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.signing import Trust
@@ -92,8 +93,7 @@ class Review:
 
 
 def promote_release(
-    connection: Connection,
-    folder_uri: str,
+    release: Release,
     *,
     alias: str,
     reviewer: str,
@@ -105,8 +105,7 @@ def promote_release(
     """Verify a release again, compare it with the version that holds the alias, and move the alias.
 
     Args:
-        connection: Store and registry.
-        folder_uri: ``s3://bucket/prefix/version``.
+        release: The release.
         alias: The alias, e.g. ``"production"``.
         reviewer: Who decides.
         note: Why.
@@ -123,32 +122,32 @@ def promote_release(
     _check_words(reviewer, note)
     check_parameters({"alias": alias})
     limits = limits or Limits()
-    manifest = read_manifest(connection.client, folder_uri)
-    name, version = manifest.model_name, manifest.model_version
+    name, version = release.manifest.model_name, release.manifest.model_version
     # Before anything is looked at: a move that comes after this look is somebody else's.
-    number = _last_number(connection, manifest.bucket, name, alias)
-    holder = connection.tracker.alias_target(name, alias)
-    findings = verify_release(connection, manifest, trust=trust)
+    alias_log = AliasLog(release.bucket, name, alias)
+    moves = alias_log.moves
+    holder = release.connection.tracker.alias_target(name, alias)
+    findings = verify_release(release, trust=trust)
     reasons = differences(findings)
     verified = not reasons
-    reasons += verdict_reasons(manifest.verdict, limits)
+    reasons += verdict_reasons(release.manifest.verdict, limits)
     if holder == version:
         reasons.append(f"version {version} holds the alias {alias} already")
     comparison = None
     # What does not verify is not run.
     if compare and verified and holder != version:
-        comparison = _compare(connection, manifest, holder, limits)
+        comparison = _compare(release, holder, limits)
         reasons += comparison.worse
     if reasons:
         raise PromotionError(
-            f"{manifest.uri} is not promoted to {alias}:\n  - " + "\n  - ".join(reasons)
+            f"{release.uri} is not promoted to {alias}:\n  - " + "\n  - ".join(reasons)
         )
     review = Review(
         action="promote",
         model_name=name,
         alias=alias,
         version=version,
-        release=manifest.uri,
+        release=release.uri,
         previous=holder,
         reviewer=reviewer,
         note=note,
@@ -157,7 +156,8 @@ def promote_release(
     )
     # A signal waits for the end: a decision that is half written is none.
     with uninterrupted():
-        return _decide(connection, manifest, review, limits, after=number)
+        after = moves[-1].number if moves else 0
+        return _decide(release, alias_log, review, limits, after=after)
 
 
 def roll_back(
@@ -191,14 +191,15 @@ def roll_back(
         ServiceError: If a service can't be reached or refuses.
     """
     _check_words(reviewer, note)
-    moves = read_log(connection.bucket(bucket), model_name, alias)
+    alias_log = AliasLog(connection.bucket(bucket), model_name, alias)
+    moves = alias_log.moves
     holder = connection.tracker.alias_target(model_name, alias)
     if moves and moves[-1].version != holder:
         raise PromotionError(
             f"the alias {alias} of {model_name} points at version {holder or 'none'}, its log says "
             f"{moves[-1].version or 'none'}; run `heimdall-onnx doctor` first"
         )
-    there = {one.version for one in connection.tracker.versions(model_name)}
+    there = {one.version: one for one in connection.tracker.versions(model_name)}
     if version is None:
         earlier = [one for one in _held(moves)[:-1] if one in there]
         if not earlier:
@@ -216,13 +217,8 @@ def roll_back(
                 f"it has at {', '.join(known) or 'none'} (use promote for another one)"
             )
     try:
-        source = connection.tracker.get_version(model_name, version).source
-        manifest = read_manifest(connection.client, source)
-        if (manifest.model_name, manifest.model_version) != (model_name, version):
-            raise VerificationError(
-                f"{source} is a release of {manifest.model_name} version {manifest.model_version}"
-            )
-        findings = verify_release(connection, manifest, trust=trust)
+        release = release_of(connection, there[version], there[version].source)
+        findings = verify_release(release, trust=trust)
     except (VerificationError, NotRegisteredError) as error:
         raise PromotionError(
             f"{model_name} version {version} can't be gone back to: {error}"
@@ -237,14 +233,14 @@ def roll_back(
         model_name=model_name,
         alias=alias,
         version=version,
-        release=manifest.uri,
+        release=release.uri,
         previous=holder,
         reviewer=reviewer,
         note=note,
         findings=findings,
     )
     with uninterrupted():
-        return _decide(connection, manifest, review, None, after=moves[-1].number)
+        return _decide(release, alias_log, review, None, after=moves[-1].number)
 
 
 @dataclass(frozen=True)
@@ -272,18 +268,15 @@ def alias_history(connection: Connection, bucket: str, model_name: str) -> tuple
         ServiceError: If a service can't be reached or refuses.
     """
     there = connection.tracker.aliases(model_name)
-    logged = logged_aliases(connection.bucket(bucket), model_name)
+    logs = alias_logs(connection.bucket(bucket), model_name)
     return tuple(
-        _history(connection, bucket, model_name, alias, there.get(alias))
-        for alias in sorted({*logged, *there})
+        _history(logs.get(alias), alias, there.get(alias)) for alias in sorted({*logs, *there})
     )
 
 
-def _history(
-    connection: Connection, bucket: str, model_name: str, alias: str, points_at: str | None
-) -> AliasHistory:
+def _history(alias_log: AliasLog | None, alias: str, points_at: str | None) -> AliasHistory:
     try:
-        moves = read_log(connection.bucket(bucket), model_name, alias)
+        moves = alias_log.moves if alias_log else ()
     except VerificationError as error:
         return AliasHistory(alias, (), points_at, str(error))
     expected = moves[-1].version if moves else None
@@ -309,40 +302,36 @@ def _held(moves: Sequence[Move]) -> list[str]:
     return held
 
 
-def _compare(
-    connection: Connection, manifest: Manifest, holder: str | None, limits: Limits
-) -> HeadToHead:
+def _compare(release: Release, holder: str | None, limits: Limits) -> HeadToHead:
     if holder is None:
         return HeadToHead(None, "", (), ("nothing holds the alias yet",))
-    client = connection.client
+    connection, name = release.connection, release.manifest.model_name
     try:
-        theirs = read_manifest(
-            client, connection.tracker.get_version(manifest.model_name, holder).source
-        )
+        theirs = Release.at(connection, connection.tracker.get_version(name, holder).source)
         # What does not verify is not run, and is no measure for anything.
-        require_verified(verify_release(connection, theirs, content=False), theirs.uri)
-        before = theirs.said.model.signature
+        require_verified(verify_release(theirs, content=False), theirs.uri)
+        before = theirs.manifest.said.model.signature
     except (VerificationError, NotRegisteredError) as error:
         return HeadToHead(holder, "", (), (f"version {holder} does not verify: {error}",))
     try:
-        signature, _ = shared_signature(before, manifest.said.model.signature)
+        signature, _ = shared_signature(before, release.manifest.said.model.signature)
     except InvalidModelError as error:
         note = f"version {holder} does not take the candidate's inputs: {error}"
         return HeadToHead(holder, "", (), (note,))
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
         candidate, other = (
-            fetch_model(client, one, one.variant(FP32), Path(folder))[0]
-            for one in (manifest, theirs)
+            one.fetch_model(one.manifest.variant(FP32), Path(folder))[0]
+            for one in (release, theirs)
         )
-        data = fetch_evaluation_data(client, manifest, Path(folder))
+        data = fetch_evaluation_data(release, Path(folder))
         return compare_models(candidate, other, data, signature, limits, version=holder)
 
 
 def _decide(
-    connection: Connection, manifest: Manifest, review: Review, limits: Limits | None, *, after: int
+    release: Release, alias_log: AliasLog, review: Review, limits: Limits | None, *, after: int
 ) -> Review:
     """Review record, entry of the log, alias: each only after the one before."""
-    tracker, bucket = connection.tracker, connection.bucket(manifest.bucket)
+    tracker, bucket = release.connection.tracker, release.bucket
     name, version, now = review.model_name, review.version, datetime.now(UTC)
     stamp = f"{now:%Y%m%d_%H%M%S}_{review.action}"
     record = to_json(
@@ -354,7 +343,7 @@ def _decide(
             "model_name": name,
             "model_version": version,
             "release": review.release,
-            "manifest_sha256": manifest.sha256,
+            "manifest_sha256": release.manifest.sha256,
             "alias": review.alias,
             "previous": review.previous,
             "reviewer": review.reviewer,
@@ -366,12 +355,9 @@ def _decide(
             "environment": capture_environment().to_dict(),
         }
     )
-    key, tag = _keep(connection, manifest, stamp, record, "json")
+    key, tag = _keep(release, stamp, record, "json")
     try:
-        append_move(
-            bucket,
-            model_name=name,
-            alias=review.alias,
+        alias_log.append(
             action=review.action,
             version=version,
             release=review.release,
@@ -387,7 +373,7 @@ def _decide(
         with contextlib.suppress(StoreError):
             bucket.delete([key])
         raise
-    follow_log(bucket, tracker, name, review.alias)
+    alias_log.follow(tracker)
     log.info("alias moved", alias=review.alias, model_name=name, version=version)
     line = review_line(
         review.action,
@@ -403,46 +389,43 @@ def _decide(
     except RegistryError as error:
         # The decision is made and recorded; this is only where MLflow shows it.
         log.warning("review not shown in MLflow", model_name=name, reason=str(error))
-    page = _store_page(connection, manifest, stamp)
+    page = _store_page(release, alias_log, stamp)
     return replace(review, record_uri=bucket.uri(key), page_uri=page)
 
 
-def _keep(
-    connection: Connection, manifest: Manifest, stamp: str, content: bytes, suffix: str
-) -> tuple[str, str]:
+def _keep(release: Release, stamp: str, content: bytes, suffix: str) -> tuple[str, str]:
     """Store what was decided beside the release; gives its key, and the tag that has its hash."""
     digest = hashlib.sha256(content).hexdigest()
-    key = f"{manifest.folder}/{REVIEWS}/{stamp}-{digest}.{suffix}"
+    key = f"{release.folder}/{REVIEWS}/{stamp}-{digest}.{suffix}"
     tag = f"{REVIEW_TAG}{stamp}_{digest[:12]}"
-    connection.bucket(manifest.bucket).upload_bytes(content, key)
-    tracker = connection.tracker
+    release.bucket.upload_bytes(content, key)
+    manifest, tracker = release.manifest, release.connection.tracker
     tracker.set_version_tags(manifest.model_name, manifest.model_version, {tag: digest})
     return key, tag
 
 
-def _store_page(connection: Connection, manifest: Manifest, stamp: str) -> str | None:
+def _store_page(release: Release, alias_log: AliasLog, stamp: str) -> str | None:
     """Store the report with who has decided about it at its head, so that it alone says so.
 
     The decision is made and recorded: that its page can't be made changes nothing of it.
     """
     try:
-        key, _ = _keep(connection, manifest, stamp, _page(connection, manifest), "html")
+        key, _ = _keep(release, stamp, _page(release, alias_log), "html")
     except (ServiceError, VerificationError) as error:
-        log.warning("page of the decision not kept", release=manifest.uri, reason=str(error))
+        log.warning("page of the decision not kept", release=release.uri, reason=str(error))
         return None
-    return format_uri(manifest.bucket, key)
+    return release.bucket.uri(key)
 
 
-def _page(connection: Connection, manifest: Manifest) -> bytes:
-    client, bucket, entry = connection.client, manifest.bucket, manifest.objects.get(REPORT)
-    if entry is None:
-        raise VerificationError(f"{manifest.uri} has no {REPORT}")
+def _page(release: Release, alias_log: AliasLog) -> bytes:
+    name, version = release.manifest.model_name, release.manifest.version
+    logs = {**alias_logs(release.bucket, name), alias_log.alias: alias_log}
     # What the logs do not have was not decided.
     moves = [
         move
-        for alias in logged_aliases(Bucket(client, bucket), manifest.model_name)
-        for move in read_log(Bucket(client, bucket), manifest.model_name, alias)
-        if move.release == manifest.uri and move.action in ("promote", "rollback")
+        for one in logs.values()
+        for move in one.moves
+        if move.release == release.uri and move.action in ("promote", "rollback")
     ]
     decisions = [
         PageDecision(move.action, move.alias, move.by, move.note, datetime.fromisoformat(move.time))
@@ -450,14 +433,8 @@ def _page(connection: Connection, manifest: Manifest) -> bytes:
     ]
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
         path = Path(folder) / REPORT
-        Bucket(client, bucket).download_file(entry.key, path, sha256=entry.sha256)
-        title = f"{manifest.model_name} {manifest.version}"
-        return render_html(path, title, decisions).read_bytes()
-
-
-def _last_number(connection: Connection, bucket: str, name: str, alias: str) -> int:
-    moves = read_log(connection.bucket(bucket), name, alias)
-    return moves[-1].number if moves else 0
+        path.write_bytes(release.report)
+        return render_html(path, f"{name} {version}", decisions).read_bytes()
 
 
 def _check_words(reviewer: str, note: str) -> None:

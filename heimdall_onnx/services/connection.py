@@ -6,12 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
+from heimdall_onnx.common.processes import without_garbage_collection
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import Bucket
+from heimdall_onnx.services.store import Bucket, locate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -47,22 +49,21 @@ class Connection:
         """A bucket of the store."""
         return Bucket(self.client, name)
 
+    def locate(self, uri: str) -> tuple[Bucket, str]:
+        """The bucket and the key of an address ``s3://bucket/key``."""
+        return locate(self.client, uri)
 
-def connect(settings: Settings) -> Connection:
+
+def connect(settings: Settings, beside: ThreadPoolExecutor | None = None) -> Connection:
     """Start the embedded store if it is the one in use, and reach store and MLflow.
+
+    Args:
+        settings: Where they are.
+        beside: Reaches MLflow while the caller goes on: its import takes seconds.
 
     Raises:
         ServiceError: If one of them can't be reached or refuses.
     """
-    from heimdall_onnx.services.registry import initialize_mlflow
-
-    settings = ensure_store(settings)
-    client, tracker = make_client(settings), initialize_mlflow(settings)
-    return Connection(settings, client, lambda: tracker)
-
-
-def connect_beside(settings: Settings, beside: ThreadPoolExecutor) -> Connection:
-    """The store at once, and MLflow while the model is on its way: its import takes seconds."""
 
     def open_tracker() -> MLflowTracker:
         from heimdall_onnx.services.registry import initialize_mlflow
@@ -71,18 +72,29 @@ def connect_beside(settings: Settings, beside: ThreadPoolExecutor) -> Connection
 
     settings = ensure_store(settings)
     client = make_client(settings)
-    opened = beside.submit(copy_context().run, open_tracker)
-    return Connection(settings, client, opened.result)
+    if beside is not None:
+        return Connection(settings, client, beside.submit(copy_context().run, open_tracker).result)
+    tracker = open_tracker()
+    return Connection(settings, client, lambda: tracker)
 
 
-def open_for_reading(settings: Settings) -> Connection:
-    """Reach store and registry without making anything in them.
+def open_for_reading(settings: Settings | None = None) -> Connection:
+    """Reach the store, and the registry once it is asked for, without making anything in them.
+
+    Args:
+        settings: Where they are; from the environment by default.
 
     Raises:
-        ServiceError: If one of them can't be reached or refuses.
+        ServiceError: If the store can't be started.
     """
-    from heimdall_onnx.services.registry import open_registry
 
-    settings = ensure_store(settings)
-    client, tracker = make_client(settings), open_registry(settings)
-    return Connection(settings, client, lambda: tracker)
+    @cache
+    def open_tracker() -> MLflowTracker:
+        # To import MLflow, and to open it, is nearly all of a command's time.
+        with without_garbage_collection():
+            from heimdall_onnx.services.registry import open_registry
+
+            return open_registry(there)
+
+    there = ensure_store(settings or Settings.load())
+    return Connection(there, make_client(there), open_tracker)

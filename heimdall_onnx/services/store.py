@@ -326,21 +326,31 @@ class Bucket:
         """The content of a small object.
 
         Raises:
+            MissingObjectError: If there is no such object.
             StoreError: If the store fails, or the object is larger than ``limit`` bytes.
         """
-
-        def read(answer: GetObjectOutputTypeDef) -> bytes:
-            body = answer["Body"]
-            # The second read finds the end, where botocore compares the checksum.
-            return body.read(limit + 1) + body.read(1)
-
-        with self.errors(f"read {self.uri(key)}"):
-            content = read_object(self.client, self.name, key, read)
+        content = self.read_start(key, limit + 1)
         if len(content) > limit:
             raise StoreError(
                 f"{self.uri(key)} is not what it should be: expected at most {limit} bytes"
             )
         return content
+
+    def read_start(self, key: str, most: int) -> bytes:
+        """The first ``most`` bytes of an object, or all of one that is shorter.
+
+        Raises:
+            MissingObjectError: If there is no such object.
+            StoreError: If the store fails.
+        """
+
+        def read(answer: GetObjectOutputTypeDef) -> bytes:
+            body = answer["Body"]
+            # The second read finds the end, where botocore compares the checksum.
+            return body.read(most) + body.read(1)
+
+        with self.errors(f"read {self.uri(key)}"):
+            return read_object(self.client, self.name, key, read)[:most]
 
     def read_range(self, key: str, offset: int, length: int, tag: str) -> bytes:
         """Some bytes of an object.

@@ -6,11 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from heimdall_onnx.archive.aliases import (
-    append_move,
-    follow_log,
-    logged_aliases,
-    read_last,
-    read_log,
+    AliasLog,
+    alias_logs,
 )
 from heimdall_onnx.common.errors import PromotionError, RegistryError, VerificationError
 from heimdall_onnx.services.store import Bucket
@@ -18,39 +15,37 @@ from heimdall_onnx.services.store import Bucket
 pytestmark = pytest.mark.services
 
 
-def move(s3, bucket, version="1", **changes):
+def move(s3, bucket, version="1", alias="staging", **changes):
     entry = {
-        "model_name": "net",
-        "alias": "staging",
         "action": "release",
         "version": version,
         "release": f"s3://{bucket}/models/v{version}",
         "previous": None,
         "by": "a run",
     }
-    return append_move(Bucket(s3, bucket), **{**entry, **changes})
+    return AliasLog(Bucket(s3, bucket), "net", alias).append(**{**entry, **changes})
 
 
 def test_log_begins_empty(s3, bucket):
-    assert read_log(bucket, "net", "staging") == ()
-    assert read_last(bucket, "net", "staging") is None
-    assert logged_aliases(bucket, "net") == ()
+    assert AliasLog(bucket, "net", "staging").moves == ()
+    assert AliasLog(bucket, "net", "staging").last is None
+    assert tuple(alias_logs(bucket, "net")) == ()
 
 
 def test_each_move_follows_the_one_before(s3, bucket):
     first, second = move(s3, bucket.name, "1", previous="0"), move(s3, bucket.name, "2")
     assert (first.number, first.previous, first.follows) == (1, "0", None)
     assert (second.number, second.previous) == (2, "1")
-    assert read_log(bucket, "net", "staging") == (first, second)
-    assert read_last(bucket, "net", "staging") == second
+    assert AliasLog(bucket, "net", "staging").moves == (first, second)
+    assert AliasLog(bucket, "net", "staging").last == second
     move(s3, bucket.name, alias="production")
-    assert logged_aliases(bucket, "net") == ("production", "staging")
+    assert tuple(alias_logs(bucket, "net")) == ("production", "staging")
 
 
 def test_of_many_at_once_each_gets_a_number_of_its_own(s3, bucket):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: move(s3, bucket.name, str(n)), range(16)))
-    moves = read_log(bucket, "net", "staging")
+    moves = AliasLog(bucket, "net", "staging").moves
     assert [one.number for one in moves] == list(range(1, 17))
     assert {one.version for one in moves} == {str(n) for n in range(16)}
     assert [one.previous for one in moves[1:]] == [one.version for one in moves[:-1]]
@@ -81,7 +76,7 @@ def test_log_that_was_tampered_with_is_not_believed(s3, bucket, tampering):
     else:
         s3.put_object(Bucket=bucket.name, Key=keys[1], Body=b"{}")
     with pytest.raises(VerificationError, match=r"0000000\d\.json"):
-        read_log(bucket, "net", "staging")
+        _ = AliasLog(bucket, "net", "staging").moves
 
 
 @pytest.fixture
@@ -91,13 +86,13 @@ def versions(sqlite_tracker, s3, bucket):
 
 
 def test_mlflow_follows_the_last_entry(s3, bucket, sqlite_tracker, versions):
-    assert follow_log(bucket, sqlite_tracker, "net", "staging") is None
+    assert AliasLog(bucket, "net", "staging").follow(sqlite_tracker) is None
     for version in versions:
         move(s3, bucket.name, version)
-    assert follow_log(bucket, sqlite_tracker, "net", "staging") == "3"
+    assert AliasLog(bucket, "net", "staging").follow(sqlite_tracker) == "3"
     assert sqlite_tracker.alias_target("net", "staging") == "3"
     move(s3, bucket.name, "1", action="rollback")
-    assert follow_log(bucket, sqlite_tracker, "net", "staging") == "1"
+    assert AliasLog(bucket, "net", "staging").follow(sqlite_tracker) == "1"
     stages = [sqlite_tracker.get_version("net", version).stage for version in versions]
     assert stages == ["Staging", "None", "Archived"]
 
@@ -106,14 +101,14 @@ def test_failed_move_that_is_taken_back_leaves_the_stage_as_it_was(
     s3, bucket, sqlite_tracker, versions, monkeypatch
 ):
     move(s3, bucket.name, "1")
-    follow_log(bucket, sqlite_tracker, "net", "staging")
+    AliasLog(bucket, "net", "staging").follow(sqlite_tracker)
     move(s3, bucket.name, "2")
     with monkeypatch.context() as patch:
         patch.setattr(sqlite_tracker, "set_alias", refuse)
         with pytest.raises(RegistryError):
-            follow_log(bucket, sqlite_tracker, "net", "staging")
+            AliasLog(bucket, "net", "staging").follow(sqlite_tracker)
     move(s3, bucket.name, "1", action="withdraw")
-    assert follow_log(bucket, sqlite_tracker, "net", "staging") == "1"
+    assert AliasLog(bucket, "net", "staging").follow(sqlite_tracker) == "1"
     assert sqlite_tracker.get_version("net", "1").stage == "Staging"
 
 
@@ -123,9 +118,9 @@ def refuse(*_):
 
 def test_alias_whose_log_ends_with_none_is_taken_away(s3, bucket, sqlite_tracker, versions):
     move(s3, bucket.name, "1")
-    follow_log(bucket, sqlite_tracker, "net", "staging")
+    AliasLog(bucket, "net", "staging").follow(sqlite_tracker)
     move(s3, bucket.name, None, action="withdraw", release=None)
-    assert follow_log(bucket, sqlite_tracker, "net", "staging") is None
+    assert AliasLog(bucket, "net", "staging").follow(sqlite_tracker) is None
     assert sqlite_tracker.alias_target("net", "staging") is None
 
 
@@ -136,7 +131,7 @@ def test_objects_of_others_in_a_log_are_no_entries(s3, bucket):
     s3.put_object(
         Bucket=bucket.name,
         Key="aliases/net/staging/99999999.json",
-        Body=read_last(bucket, "net", "staging").model_dump_json().encode(),
+        Body=AliasLog(bucket, "net", "staging").last.model_dump_json().encode(),
     )
     with pytest.raises(VerificationError, match="entry 2 of another place"):
         move(s3, bucket.name, "3")
@@ -144,7 +139,7 @@ def test_objects_of_others_in_a_log_are_no_entries(s3, bucket):
 
 def test_alias_without_a_stage_moves_alone(s3, bucket, sqlite_tracker, versions):
     move(s3, bucket.name, "2", alias="candidate")
-    follow_log(bucket, sqlite_tracker, "net", "candidate")
+    AliasLog(bucket, "net", "candidate").follow(sqlite_tracker)
     assert sqlite_tracker.alias_target("net", "candidate") == "2"
     assert sqlite_tracker.get_version("net", "2").stage == "None"
 
@@ -152,10 +147,10 @@ def test_alias_without_a_stage_moves_alone(s3, bucket, sqlite_tracker, versions)
 def test_racing_writers_end_where_the_log_ends(s3, bucket, sqlite_tracker, versions):
     def write_and_follow(version):
         move(s3, bucket.name, version)
-        follow_log(bucket, sqlite_tracker, "net", "staging")
+        AliasLog(bucket, "net", "staging").follow(sqlite_tracker)
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(write_and_follow, versions * 3))
-    last = read_last(bucket, "net", "staging")
+    last = AliasLog(bucket, "net", "staging").last
     assert last.number == 9
     assert sqlite_tracker.alias_target("net", "staging") == last.version

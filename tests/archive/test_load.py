@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from heimdall_onnx.archive import load as loading
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.manifest import Entry, Sessions, Variant
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.signing import open_signer
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, UnavailableError, VerificationError
@@ -171,7 +172,9 @@ def test_only_the_file_that_is_opened_is_fetched(
 def test_changed_variant_is_named_and_not_opened(settings, released, put, s3):
     name = "variants/int8-nncf/model.onnx"
     put(name, flipped(s3, released, name))
-    wrong = [f.what for f in verify_release(connect(settings), released.uri) if not f.holds]
+    wrong = [
+        f.what for f in verify_release(Release.at(connect(settings), released.uri)) if not f.holds
+    ]
     assert wrong == [f"{released.folder}/{name}"]
     for kept in (settings.home / "models").glob("*/model.onnx"):
         kept.unlink()

@@ -17,13 +17,14 @@ from structlog.testing import capture_logs
 
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.manifest import read_manifest
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.signing import Trust
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, RegistryError, StoreError, VerificationError
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.services.connection import connect
-from heimdall_onnx.services.store import Bucket
+from heimdall_onnx.services.store import Bucket, locate
 
 pytestmark = pytest.mark.services
 
@@ -83,7 +84,11 @@ def tampered(s3, folder):
 
 
 def differing(connection, folder: str) -> set[str]:
-    return {f.what.rsplit("/", 1)[-1] for f in verify_release(connection, folder) if not f.holds}
+    return {
+        f.what.rsplit("/", 1)[-1]
+        for f in verify_release(Release.at(connection, folder))
+        if not f.holds
+    }
 
 
 def test_untouched_release_holds(connection, folder):
@@ -92,12 +97,14 @@ def test_untouched_release_holds(connection, folder):
 
 def test_signature_holds_with_the_signers_key_alone(connection, folder, keys, tmp_path):
     for key, holds in ((keys, True), (make_key(tmp_path), False)):
-        findings = verify_release(connection, folder, trust=Trust(key.public))
+        findings = verify_release(Release.at(connection, folder), trust=Trust(key.public))
         wrong = [finding for finding in findings if not finding.holds]
         assert [finding.what.rsplit("/", 1)[-1] for finding in wrong] == (
             [] if holds else ["model.sig"]
         )
-    assert any("no public key was given" in f.what for f in verify_release(connection, folder))
+    assert any(
+        "no public key was given" in f.what for f in verify_release(Release.at(connection, folder))
+    )
 
 
 def test_every_object_is_checked_and_any_byte_of_it(connection, folder, s3, tampered, keys):
@@ -111,7 +118,7 @@ def test_every_object_is_checked_and_any_byte_of_it(connection, folder, s3, tamp
         before = s3.get_object(Bucket=BUCKET, Key=prefix + name)["Body"].read()
         tampered(name, bytes(body))
         with contextlib.suppress(VerificationError if name == "manifest.json" else ()):
-            findings = verify_release(connection, folder, trust=trust)
+            findings = verify_release(Release.at(connection, folder), trust=trust)
             # Of the manifest it is the registry that knows, if it can be read at all.
             named = {f.what for f in findings if not f.holds}
             wanted = "manifest_sha256" if name == "manifest.json" else f"/{name}"
@@ -121,7 +128,7 @@ def test_every_object_is_checked_and_any_byte_of_it(connection, folder, s3, tamp
 
 
 def test_content_that_was_changed_or_is_gone_is_named(connection, folder, s3):
-    for entry in read_manifest(connection.client, folder).content:
+    for entry in read_manifest(*locate(connection.client, folder)).content:
         before = s3.get_object(Bucket=BUCKET, Key=entry.key)["Body"].read()
         s3.put_object(Bucket=BUCKET, Key=entry.key, Body=b"x" + before[1:])
         assert differing(connection, folder) == {entry.sha256}
@@ -132,7 +139,7 @@ def test_content_that_was_changed_or_is_gone_is_named(connection, folder, s3):
 
 def test_notebook_that_recorded_another_model_is_found_out(connection, folder, tampered, s3):
     # Rewritten consistently, by somebody who can write into the bucket.
-    manifest = read_manifest(connection.client, folder)
+    manifest = read_manifest(*locate(connection.client, folder))
     report = s3.get_object(Bucket=BUCKET, Key=manifest.objects["report.ipynb"].key)["Body"].read()
     forged = report.replace(manifest.model.sha256.encode(), b"0" * 64)
     data = manifest.data
@@ -145,11 +152,13 @@ def test_notebook_that_recorded_another_model_is_found_out(connection, folder, t
 
 
 def test_release_stripped_of_its_signature_is_found_out(connection, folder, tampered, keys):
-    manifest = read_manifest(connection.client, folder).data
+    manifest = read_manifest(*locate(connection.client, folder)).data
     tampered("model.sig", None)
     assert differing(connection, folder) == {"model.sig"}
     tampered("manifest.json", json.dumps({**manifest, "signature": None}).encode())
-    findings = verify_release(connection, folder, trust=Trust(keys.public), registry=False)
+    findings = verify_release(
+        Release.at(connection, folder), trust=Trust(keys.public), registry=False
+    )
     (wrong,) = [finding for finding in findings if not finding.holds]
     assert "unsigned" in wrong.found
 
@@ -163,9 +172,11 @@ def test_reviews_are_held_against_their_names_and_the_registry(
     name = f"reviews/20260101_000000_promote-{digest}.json"
     tampered(name, body)
     assert differing(connection, folder) == set()
-    assert any("not completed" in f.what for f in verify_release(connection, folder))
+    assert any("not completed" in f.what for f in verify_release(Release.at(connection, folder)))
     tags("test-model", released.model_version, {"review.1": digest})
-    assert not any("not completed" in f.what for f in verify_release(connection, folder))
+    assert not any(
+        "not completed" in f.what for f in verify_release(Release.at(connection, folder))
+    )
     tampered(name, b"changed")
     assert any(digest in what for what in differing(connection, folder))
     tampered(name, None)
@@ -204,13 +215,13 @@ def test_added_object_is_named(connection, folder, tampered):
 
 
 def test_rewritten_manifest_does_not_match_the_registry(connection, folder, tampered):
-    manifest = read_manifest(connection.client, folder).data
+    manifest = read_manifest(*locate(connection.client, folder)).data
     tampered("manifest.json", json.dumps(manifest).encode())
     assert any("manifest_sha256" in what for what in differing(connection, folder))
 
 
 def test_version_that_is_not_registered_is_a_finding(connection, folder, tampered):
-    manifest = read_manifest(connection.client, folder).data
+    manifest = read_manifest(*locate(connection.client, folder)).data
     manifest["mlflow"]["model_version"] = "999"
     tampered("manifest.json", json.dumps(manifest).encode())
     assert differing(connection, folder) == {"test-model version 999"}
@@ -219,7 +230,7 @@ def test_version_that_is_not_registered_is_a_finding(connection, folder, tampere
 def test_folder_without_manifest_is_no_release(connection, folder, tampered):
     tampered("manifest.json", None)
     with pytest.raises(VerificationError, match="is not a release"):
-        verify_release(connection, folder)
+        verify_release(Release.at(connection, folder))
 
 
 @pytest.mark.parametrize(
@@ -233,11 +244,11 @@ def test_folder_without_manifest_is_no_release(connection, folder, tampered):
     ids=["no hash", "size as text", "version in words", "no model"],
 )
 def test_manifest_of_another_shape_is_refused(connection, folder, tampered, change, problem):
-    manifest = read_manifest(connection.client, folder).data
+    manifest = read_manifest(*locate(connection.client, folder)).data
     change(manifest)
     tampered("manifest.json", json.dumps(manifest).encode())
     with pytest.raises(VerificationError, match=problem):
-        verify_release(connection, folder)
+        verify_release(Release.at(connection, folder))
 
 
 def test_address_in_the_store_needs_no_registry_but_is_said_to_have_none(
@@ -274,7 +285,9 @@ def test_changed_model_is_not_opened(settings, folder, released, tampered):
 def test_rewritten_manifest_is_not_believed_through_the_registry(
     settings, connection, folder, tampered
 ):
-    tampered("manifest.json", json.dumps(read_manifest(connection.client, folder).data).encode())
+    tampered(
+        "manifest.json", json.dumps(read_manifest(*locate(connection.client, folder)).data).encode()
+    )
     with pytest.raises(VerificationError, match="tag manifest_sha256: expected"):
         load_model("models:/test-model@staging", settings=settings)
 
@@ -326,13 +339,17 @@ def test_any_byte_of_any_variant_is_checked(connection, varied, s3):
         body = bytearray(before)
         body[rng.integers(len(body))] ^= 1
         s3.put_object(Bucket=varied.bucket, Key=key, Body=bytes(body))
-        wrong = [f for f in verify_release(connection, varied.uri) if not f.holds]
+        wrong = [f for f in verify_release(Release.at(connection, varied.uri)) if not f.holds]
         assert [f.what for f in wrong] == [key]
         assert varied.objects[name].sha256 in wrong[0].expected
-        unread = verify_release(connection, varied.uri, unread={name})
+        unread = verify_release(Release.at(connection, varied.uri), unread={name})
         assert all(finding.holds for finding in unread)
         s3.delete_object(Bucket=varied.bucket, Key=key)
-        gone = [f for f in verify_release(connection, varied.uri, unread={name}) if not f.holds]
+        gone = [
+            f
+            for f in verify_release(Release.at(connection, varied.uri), unread={name})
+            if not f.holds
+        ]
         assert [(f.what, f.found) for f in gone] == [(key, "nothing")]
         s3.put_object(Bucket=varied.bucket, Key=key, Body=before)
     assert differing(connection, varied.uri) == set()
@@ -357,7 +374,7 @@ def test_notebook_and_registry_must_know_the_variants(connection, varied, s3):
         "report.ipynb, its record of variant int8-nncf",
         f"net version {varied.model_version}, tag recommended",
     } < differing(connection, varied.uri)
-    findings = verify_release(connection, varied.uri)
+    findings = verify_release(Release.at(connection, varied.uri))
     assert "report.ipynb, its record of variant int8-minmax" in {
         f.what.rsplit("/", 1)[-1] for f in findings if f.holds
     }

@@ -23,7 +23,7 @@ from families import (
 from releases import PREFIX, Inputs, changed_notebook, smoke
 
 from heimdall_onnx.archive.load import load_model
-from heimdall_onnx.archive.manifest import Manifest, read_manifest
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.data.evaluation import load_evaluation_data
@@ -287,7 +287,7 @@ def test_mlflow_takes_five_inputs_by_name(multi_modal):
 @pytest.mark.parametrize("which", EACH)
 def test_releases_verify(which, request):
     released = request.getfixturevalue(which)
-    findings = verify_release(released.connection, read_manifest_of(released))
+    findings = verify_release(Release.at(released.connection, released.uri))
     assert [f for f in findings if not f.holds] == []
 
 
@@ -312,7 +312,7 @@ def test_signature_file_is_kept_and_named_in_everything(undeclared, s3, tmp_path
 @pytest.mark.thorough
 def test_releases_reproduce_without_what_the_releasing_machine_had(which, request):
     released = request.getfixturevalue(which)
-    found = reproduce_release(released.connection, released.uri)
+    found = reproduce_release(Release.at(released.connection, released.uri))
     assert found.failures == ()
     assert found.exact
     assert found.model.identical
@@ -325,11 +325,7 @@ def test_changed_signature_file_is_found(undeclared, s3):
     before = s3.get_object(Bucket=undeclared.bucket, Key=kept["key"])["Body"].read()
     try:
         s3.put_object(Bucket=undeclared.bucket, Key=kept["key"], Body=before + b"# more\n")
-        findings = verify_release(undeclared.connection, read_manifest_of(undeclared))
+        findings = verify_release(Release.at(undeclared.connection, undeclared.uri))
         assert [f.what for f in findings if not f.holds] == [kept["key"]]
     finally:
         s3.put_object(Bucket=undeclared.bucket, Key=kept["key"], Body=before)
-
-
-def read_manifest_of(released: Released) -> Manifest:
-    return read_manifest(released.connection.client, released.uri)

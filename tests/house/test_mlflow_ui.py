@@ -13,6 +13,7 @@ from browser import DESKTOP, chromium
 from playwright.sync_api import Locator, Page, expect
 from releases import Inputs, changed_notebook, make_small_inputs, smoke
 
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.evidence.metrics import run_metrics
 from heimdall_onnx.release.result import ReleaseResult
@@ -63,8 +64,7 @@ def shown(settings, tmp_path_factory) -> Shown:
     assert result.error is None
     connection = connect(settings)
     promote_release(
-        connection,
-        str(result.manifest_uri).removesuffix("/manifest.json"),
+        Release.at(connection, str(result.manifest_uri).removesuffix("/manifest.json")),
         alias="production",
         reviewer=HOSTILE,
         note=HOSTILE,

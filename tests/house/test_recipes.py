@@ -25,7 +25,7 @@ from heimdall_onnx.archive.manifest import read_manifest
 from heimdall_onnx.common.parameters import check_parameters
 from heimdall_onnx.localization.network import LocalizationNet
 from heimdall_onnx.report.notebook import kernel_environment, notebook_path
-from heimdall_onnx.services.store import Bucket
+from heimdall_onnx.services.store import Bucket, locate
 
 ROOT = Path(__file__).parents[2]
 COMMAND_LINE = (ROOT / "heimdall_onnx" / "cli" / "README.md").read_text()
@@ -155,7 +155,7 @@ def test_gitlab_releases_and_reports_its_gates(runner, s3):
         k for k in Bucket(s3, runner.bucket).list_keys("") if k.endswith("manifest.json")
     ]
     folder = f"s3://{runner.bucket}/{manifest.removesuffix('/manifest.json')}"
-    assert read_manifest(s3, folder).verdict == "pass (smoke)"
+    assert read_manifest(*locate(s3, folder)).verdict == "pass (smoke)"
     suite = runner.gates()
     assert (suite.get("failures"), suite.get("errors")) == ("0", "0")
     assert f"{manifest.split('/')[-2]} |" in runner.summary()

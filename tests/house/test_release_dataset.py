@@ -8,6 +8,7 @@ import pytest
 from releases import PREFIX, make_small_inputs, smoke, versions
 
 from heimdall_onnx.archive.manifest import read_manifest
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.common.parameters import check_parameters
@@ -22,7 +23,7 @@ from heimdall_onnx.review.doctor import diagnose
 from heimdall_onnx.review.promotion import promote_release
 from heimdall_onnx.review.reproduce.run import reproduce_release
 from heimdall_onnx.services.connection import connect
-from heimdall_onnx.services.store import Bucket
+from heimdall_onnx.services.store import Bucket, locate
 
 pytestmark = pytest.mark.services
 
@@ -68,7 +69,7 @@ def released(settings, s3, inputs, dataset):
     )
     result = release_checkpoint(parameters, settings)
     assert result.success, result.error
-    manifest = read_manifest(s3, f"s3://{BUCKET}/{PREFIX}/{result.version}")
+    manifest = read_manifest(*locate(s3, f"s3://{BUCKET}/{PREFIX}/{result.version}"))
     # Whoever reads it later has only the bucket.
     shutil.rmtree(dataset.path)
     return manifest
@@ -99,26 +100,28 @@ def test_manifest_report_and_bill_of_materials_say_which_dataset(released, datas
 
 def test_verification_reads_every_value(released, connection, s3):
     address = released.dataset.address
-    findings = {f.what: f for f in verify_release(connection, released.uri)}
+    findings = {f.what: f for f in verify_release(Release.at(connection, released.uri))}
     assert findings[address].holds
     assert all(f.holds for f in findings.values())
     key = f"objects/datasets/{released.dataset.digest}/positions/c/0/0"
     content = Bucket(s3, BUCKET).read_bytes(key)
     try:
         Bucket(s3, BUCKET).upload_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:], key)
-        (broken,) = (f for f in verify_release(connection, released.uri) if not f.holds)
+        (broken,) = (f for f in verify_release(Release.at(connection, released.uri)) if not f.holds)
         assert broken.what == address
         assert "positions" in broken.found
         Bucket(s3, BUCKET).delete([key])
-        (broken,) = (f for f in verify_release(connection, released.uri) if not f.holds)
+        (broken,) = (f for f in verify_release(Release.at(connection, released.uri)) if not f.holds)
         assert "positions/c/0/0 is missing" in broken.found
-        assert all(f.holds for f in verify_release(connection, released.uri, content=False))
+        assert all(
+            f.holds for f in verify_release(Release.at(connection, released.uri), content=False)
+        )
     finally:
         Bucket(s3, BUCKET).upload_bytes(content, key)
 
 
 def test_repetition_fetches_the_dataset_and_finds_the_same(released, connection):
-    repeated = reproduce_release(connection, released.uri)
+    repeated = reproduce_release(Release.at(connection, released.uri))
     assert repeated.reproduced, repeated.failures
     assert repeated.exact
     assert repeated.model.identical
@@ -126,7 +129,7 @@ def test_repetition_fetches_the_dataset_and_finds_the_same(released, connection)
 
 def test_candidate_is_promoted_on_its_dataset(released, connection, s3, tmp_path):
     decision = {"reviewer": "reviewer", "note": "good", "limits": Limits(calls=60)}
-    review = promote_release(connection, released.uri, alias="production", **decision)
+    review = promote_release(Release.at(connection, released.uri), alias="production", **decision)
     assert review.comparison.notes == ("nothing holds the alias yet",)
     model = tmp_path / "model.onnx"
     Bucket(s3, BUCKET).download_file(f"{released.folder}/model.onnx", model)

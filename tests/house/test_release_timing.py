@@ -11,6 +11,7 @@ from holder import holder
 from releases import PREFIX, changed_notebook, nothing_is_offered, smoke
 
 from heimdall_onnx.archive.record import Record, read_notebook, read_record
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.evidence.latency.cores import lock_folder
 from heimdall_onnx.evidence.latency.timed import EXCLUSIVE_CORES
@@ -105,8 +106,8 @@ def test_record_and_metrics_have_no_figure_of_speed(untimed):
 
 def test_release_without_latency_verifies_and_reproduces(untimed):
     connection = connect(untimed.settings)
-    assert [f for f in verify_release(connection, untimed.uri) if not f.holds] == []
-    repeated = reproduce_release(connection, untimed.uri)
+    assert [f for f in verify_release(Release.at(connection, untimed.uri)) if not f.holds] == []
+    repeated = reproduce_release(Release.at(connection, untimed.uri))
     assert repeated.failures == ()
     assert repeated.exact
     assert repeated.latency == ()
@@ -157,6 +158,6 @@ def test_cores_of_its_own_are_named_where_the_latency_is(
     # A repetition judges nothing by its latency, so it needs no cores of its own.
     connection, uri = connect(settings), f"{bucket.uri()}{PREFIX}/{result.version}"
     with holder(lock_folder()):
-        repeated = reproduce_release(connection, uri)
+        repeated = reproduce_release(Release.at(connection, uri))
     assert repeated.failures == ()
     assert repeated.latency

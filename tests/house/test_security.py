@@ -35,6 +35,7 @@ from releases import PREFIX, changed_notebook, keys, smoke
 from structlog.testing import capture_logs
 
 from heimdall_onnx.archive.load import load_model
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import (
     CheckpointError,
@@ -166,7 +167,7 @@ def test_hostile_text_gets_into_no_key_tag_or_metric(released, failed, s3, setti
 @pytest.mark.slow
 def test_hostile_release_verifies_and_opens(released, settings, reset_mlflow):
     folder = released.s3_uri.removesuffix("/model.onnx")
-    findings = verify_release(connect(settings), folder)
+    findings = verify_release(Release.at(connect(settings), folder))
     assert [finding for finding in findings if not finding.holds] == []
     assert load_model("models:/test-model@staging", settings=settings).get_inputs()
 

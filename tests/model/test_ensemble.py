@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from releases import PREFIX, changed_notebook
 from torch import Tensor, nn
 
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.cli.main import main
 from heimdall_onnx.common.errors import CheckpointError, ParameterError
@@ -773,7 +774,7 @@ def test_ensemble_is_released_verified_and_made_again(make_settings, s3, paths, 
     report = Path(result["local_report"]).with_suffix(".ipynb").read_text()
     assert all(m["sha256"] in report for m in members)
     uri, connection = f"s3://{bucket}/{folder}", connect(settings)
-    assert [f for f in verify_release(connection, uri) if not f.holds] == []
-    again = reproduce_release(connection, uri)
+    assert [f for f in verify_release(Release.at(connection, uri)) if not f.holds] == []
+    again = reproduce_release(Release.at(connection, uri))
     assert again.failures == ()
     assert again.model.identical

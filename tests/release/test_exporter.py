@@ -14,8 +14,7 @@ from pydantic import SecretStr
 from releases import lose_the_answer_of_set_alias
 
 from heimdall_onnx import LocalizationNet, ONNXExporter, export_and_register_model, load_model
-from heimdall_onnx.archive import aliases
-from heimdall_onnx.archive.aliases import read_log
+from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.common.errors import (
     ExportError,
     InvalidModelError,
@@ -203,7 +202,7 @@ class TestONNXExporter:
         assert exporter.mlflow_tracker.alias_target("kept", "staging") == "1"
         with pytest.raises(NotRegisteredError):
             exporter.mlflow_tracker.get_version("kept", "2")
-        moves = read_log(Bucket(exporter.s3_client, bucket.name), "kept", "staging")
+        moves = AliasLog(Bucket(exporter.s3_client, bucket.name), "kept", "staging").moves
         assert [(move.action, move.version, move.by) for move in moves] == [
             ("release", "1", run_id),
             ("release", "2", run_id),
@@ -217,15 +216,15 @@ class TestONNXExporter:
         uri = exporter.upload_to_minio(path, bucket.name, object_name="net.onnx")
         metadata = exporter.get_model_metadata(path, SmallLocalizationNet(), run_id)
         exporter.register_with_mlflow("kept", uri, metadata)
-        follow_log, calls = aliases.follow_log, []
+        follow, calls = AliasLog.follow, []
 
         def moved_and_then_out_of_reach(*arguments):
             calls.append(arguments)
             if len(calls) == 1:
-                follow_log(*arguments)
+                follow(*arguments)
             raise RegistryError(f"failure {len(calls)}")
 
-        monkeypatch.setattr(aliases, "follow_log", moved_and_then_out_of_reach)
+        monkeypatch.setattr(AliasLog, "follow", moved_and_then_out_of_reach)
         with pytest.raises(RegistryError, match="failure 2"):
             exporter.register_with_mlflow("kept", uri, metadata)
         assert exporter.mlflow_tracker.version_by_alias("kept", "staging").version == "2"

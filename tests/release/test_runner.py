@@ -30,6 +30,7 @@ from releases import (
 )
 
 import heimdall_onnx
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.environment import DISTRIBUTION
 from heimdall_onnx.common.files import hash_file
@@ -327,7 +328,7 @@ def test_report_is_readable_without_mouse_and_sight(released, size):
 
 def test_release_verifies(released, mlflow_environment):
     findings = verify_release(
-        connect(released.settings), f"s3://{released.bucket}/{released.folder}"
+        Release.at(connect(released.settings), f"s3://{released.bucket}/{released.folder}")
     )
     assert len(findings) > 8
     assert [f for f in findings if not f.holds] == []

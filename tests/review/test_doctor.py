@@ -7,8 +7,9 @@ from datetime import timedelta
 import pytest
 from quick_release import PREFIX, Factory
 
-from heimdall_onnx.archive.aliases import append_move
+from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.content import keep_content
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.review.doctor import diagnose, mend_all
@@ -46,7 +47,7 @@ def kinds(connection, bucket) -> list[str]:
 
 def mended(connection, complete) -> bool:
     assert mend_all(found(connection, complete.bucket)) == ()
-    whole = all(finding.holds for finding in verify_release(connection, complete.uri))
+    whole = all(finding.holds for finding in verify_release(Release.at(connection, complete.uri)))
     return whole and found(connection, complete.bucket) == ()
 
 
@@ -197,14 +198,17 @@ def test_alias_that_points_at_no_release_is_for_a_person_to_decide(connection, c
     assert connection.tracker.alias_target("net", "staging") == "1"
 
 
+def log_of(connection, bucket) -> AliasLog:
+    return AliasLog(connection.bucket(bucket.name), "net", "staging")
+
+
 def test_alias_that_stayed_behind_its_log_follows(connection, complete, release, bucket):
     second = release(alias=None)
-    move = {"model_name": "net", "alias": "staging", "action": "release", "previous": None}
-    append_move(
-        connection.bucket(bucket.name),
-        **move,
+    log_of(connection, bucket).append(
+        action="release",
         version="2",
         release=second.uri,
+        previous=None,
         by="a run that died",
     )
     (leftover,) = found(connection, bucket.name)
@@ -214,9 +218,8 @@ def test_alias_that_stayed_behind_its_log_follows(connection, complete, release,
 
 
 def test_log_that_ends_at_a_version_that_is_gone_is_set_right(connection, complete, bucket):
-    move = {"model_name": "net", "alias": "staging", "action": "release", "previous": None}
-    append_move(
-        connection.bucket(bucket.name), **move, version="7", release=None, by="a run that died"
+    log_of(connection, bucket).append(
+        action="release", version="7", release=None, previous=None, by="a run that died"
     )
     (leftover,) = found(connection, bucket.name)
     assert "version 7 is gone" in leftover.why

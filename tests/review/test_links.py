@@ -13,10 +13,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.common.errors import ParameterError, StoreError, VerificationError
 from heimdall_onnx.common.logs import configure_logs, get_logger
-from heimdall_onnx.review.links import LONGEST_S, share_release
+from heimdall_onnx.review.links import LONGEST_S, Link, share_release
 from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.connection import Connection
+from heimdall_onnx.services.settings import Settings
 
 FOLDER = "models/localization/v20261120_143000"
 PAGE = b"<!doctype html><title>report</title>"
@@ -43,6 +46,11 @@ def folder_uri(s3, bucket) -> str:
     return f"{bucket.uri()}{FOLDER}"
 
 
+def share(client, folder_uri: str, *, expires_s: int) -> tuple[Link, ...]:
+    connection = Connection(Settings(_env_file=None), client, lambda: None)
+    return share_release(Release.at(connection, folder_uri), expires_s=expires_s)
+
+
 def ask(url: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
     request = urllib.request.Request(url, method=method, data=b"x" if method == "PUT" else None)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -56,7 +64,7 @@ def ask(url: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
 
 @pytest.mark.services
 def test_links_open_the_report_as_a_page_and_the_rest_as_files(s3, folder_uri):
-    links = {link.name: link for link in share_release(s3, folder_uri, expires_s=60)}
+    links = {link.name: link for link in share(s3, folder_uri, expires_s=60)}
     assert links.keys() == {"report.html", "report.ipynb", "manifest.json"}
     for name, link in links.items():
         status, headers, body = ask(link.url.get_secret_value())
@@ -70,7 +78,7 @@ def test_links_open_the_report_as_a_page_and_the_rest_as_files(s3, folder_uri):
 
 @pytest.mark.services
 def test_a_link_stops_working(s3, folder_uri):
-    link = share_release(s3, folder_uri, expires_s=1)[0]
+    link = share(s3, folder_uri, expires_s=1)[0]
     url = link.url.get_secret_value()
     assert ask(url)[0] == 200
     time.sleep(2.1)
@@ -93,7 +101,7 @@ def test_a_link_stops_working(s3, folder_uri):
     ids=["model", "other object", "longer", "other way", "other type", "unsigned"],
 )
 def test_a_changed_link_is_refused(s3, folder_uri, change):
-    url = share_release(s3, folder_uri, expires_s=60)[0].url.get_secret_value()
+    url = share(s3, folder_uri, expires_s=60)[0].url.get_secret_value()
     assert change(url) != url
     status, _, body = ask(change(url))
     assert status == 403
@@ -103,7 +111,7 @@ def test_a_changed_link_is_refused(s3, folder_uri, change):
 @pytest.mark.services
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "POST", "HEAD"])
 def test_a_link_is_for_reading_only(s3, bucket, folder_uri, method):
-    url = share_release(s3, folder_uri, expires_s=60)[0].url.get_secret_value()
+    url = share(s3, folder_uri, expires_s=60)[0].url.get_secret_value()
     assert ask(url, method)[0] in {403, 405}
     key = urlsplit(url).path.removeprefix(f"/{bucket.name}/")
     assert s3.get_object(Bucket=bucket.name, Key=key)["Body"].read() == PAGE
@@ -114,7 +122,7 @@ def test_a_link_is_shown_by_nothing_that_shows_it(s3, folder_uri, caplog):
     log = io.StringIO()
     configure_logs(stream=log)
     with caplog.at_level(logging.INFO):
-        links = share_release(s3, folder_uri, expires_s=60)
+        links = share(s3, folder_uri, expires_s=60)
         get_logger("test").info("shared", link=links[0], links=links, url=links[0].url)
     signature = links[0].url.get_secret_value().partition("X-Amz-Signature=")[2]
     assert len(signature) == 64
@@ -126,10 +134,10 @@ def test_a_link_is_shown_by_nothing_that_shows_it(s3, folder_uri, caplog):
 @pytest.mark.services
 def test_only_a_release_can_be_shared(s3, bucket, folder_uri):
     with pytest.raises(VerificationError, match="is not a release"):
-        share_release(s3, f"{bucket.uri()}models/localization/v1", expires_s=60)
+        share(s3, f"{bucket.uri()}models/localization/v1", expires_s=60)
     s3.delete_object(Bucket=bucket.name, Key=f"{FOLDER}/manifest.json")
     with pytest.raises(VerificationError, match="is not a release"):
-        share_release(s3, folder_uri, expires_s=60)
+        share(s3, folder_uri, expires_s=60)
 
 
 @pytest.mark.services
@@ -140,10 +148,10 @@ def test_a_link_needs_credentials(embedded_settings, folder_uri, monkeypatch, tm
     nobody = {"s3_access_key_id": None, "s3_secret_access_key": None}
     client = make_client(embedded_settings.model_copy(update=nobody))
     with pytest.raises(StoreError, match="there are no credentials"):
-        share_release(client, folder_uri, expires_s=60)
+        share(client, folder_uri, expires_s=60)
 
 
 @pytest.mark.parametrize("expires_s", [0, -1, LONGEST_S + 1, True])
 def test_the_time_is_limited(expires_s):
     with pytest.raises(ParameterError, match=r"1 to 604800 seconds \(7 days\)"):
-        share_release(None, "s3://b/v1", expires_s=expires_s)
+        share(None, "s3://b/v1", expires_s=expires_s)

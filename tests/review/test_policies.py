@@ -18,6 +18,7 @@ from releases import PREFIX, changed_notebook, keys, smoke
 
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.metadata import METADATA
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, StoreError
 from heimdall_onnx.release.publish import Journal, withdraw
@@ -274,7 +275,9 @@ def folder(roles, small, tmp_path_factory) -> str:
 
 @pytest.mark.services
 def test_a_reviewer_verifies_what_a_releaser_released(roles, folder):
-    findings = verify_release(open_for_reading(roles.settings_of("reviewer-identity")), folder)
+    findings = verify_release(
+        Release.at(open_for_reading(roles.settings_of("reviewer-identity")), folder)
+    )
     assert len(findings) > 8
     assert [finding for finding in findings if not finding.holds] == []
 
@@ -283,8 +286,7 @@ def test_a_reviewer_verifies_what_a_releaser_released(roles, folder):
 def test_a_reviewer_promotes_it(roles, folder, reset_mlflow):
     connection = open_for_reading(roles.settings_of("reviewer-identity"))
     review = promote_release(
-        connection,
-        folder,
+        Release.at(connection, folder),
         alias="production",
         reviewer="reviewer",
         note=EVERYTHING.replace("\x1b", "").replace("\0", "").encode("ascii", "ignore").decode(),
@@ -295,7 +297,7 @@ def test_a_reviewer_promotes_it(roles, folder, reset_mlflow):
     assert review.record_uri.startswith(f"{folder}/reviews/")
     written = keys(make_client(roles.settings), BY_IDENTITY.bucket)
     assert "aliases/test-model/production/00000001.json" in written
-    assert [f for f in verify_release(connection, folder) if not f.holds] == []
+    assert [f for f in verify_release(Release.at(connection, folder)) if not f.holds] == []
 
 
 @pytest.mark.services

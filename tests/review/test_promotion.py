@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from bs4 import BeautifulSoup
 from keys import make_key
 from quick_release import SIGNATURE, Factory
 
-from heimdall_onnx.archive.aliases import read_log
+from heimdall_onnx.archive.aliases import AliasLog
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.signing import Trust
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, PromotionError, RegistryError, StoreError
@@ -38,7 +40,7 @@ def release(connection, bucket, tmp_path) -> Factory:
 
 def promote(connection, manifest, **changes):
     given = {"alias": "production", "reviewer": "reviewer", "note": "looks right", "limits": QUICK}
-    return promote_release(connection, manifest.uri, **{**given, **changes})
+    return promote_release(Release.at(connection, manifest.uri), **{**given, **changes})
 
 
 def go_back(connection, manifest, **changes):
@@ -56,7 +58,7 @@ def read(connection, address) -> bytes:
 
 
 def holds(connection, manifest) -> bool:
-    return all(finding.holds for finding in verify_release(connection, manifest.uri))
+    return all(finding.holds for finding in verify_release(Release.at(connection, manifest.uri)))
 
 
 def test_promotion_moves_alias_and_stage_and_leaves_a_record(connection, release):
@@ -105,6 +107,25 @@ def test_changed_page_of_a_decision_is_found_out(connection, release):
     assert not holds(connection, first)
 
 
+def test_manifest_record_and_log_are_read_once(connection, release):
+    promote(connection, release(), compare=False)
+    candidate, read = release(), Counter()
+    events = connection.client.meta.events
+
+    def count(params, **_):
+        read[params["Key"].removeprefix(f"{candidate.folder}/")] += 1
+
+    events.register("before-parameter-build.s3.GetObject", count)
+    try:
+        promote(connection, candidate)
+    finally:
+        events.unregister("before-parameter-build.s3.GetObject", count)
+    entries = {key: n for key, n in read.items() if key.startswith("aliases/")}
+    # Both releases and both promotions; that of its own is read back when it is written.
+    assert list(entries.values()) == [1, 1, 1, 1]
+    assert (read["manifest.json"], read["report.ipynb"]) == (1, 1)
+
+
 def test_decision_stands_where_its_page_can_not_be_kept(connection, release, monkeypatch):
     first = release()
     upload = Bucket.upload_bytes
@@ -127,7 +148,7 @@ def test_page_names_no_decision_that_the_log_does_not_have(connection, release, 
         raise StoreError("the answer was lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr("heimdall_onnx.review.promotion.append_move", lost)
+        patch.setattr(AliasLog, "append", lost)
         with pytest.raises(StoreError):
             promote(connection, first, compare=False, reviewer="nobody")
     review = promote(connection, first, compare=False)
@@ -236,7 +257,7 @@ def test_hostile_words_stay_what_they_are(connection, release):
     review = promote(connection, release(), reviewer="<b>reviewer</b>", note=note)
     record = json.loads(read(connection, review.record_uri))
     assert (record["reviewer"], record["note"]) == ("<b>reviewer</b>", note)
-    (move,) = read_log(connection.bucket(release.bucket), "net", "production")
+    (move,) = AliasLog(connection.bucket(release.bucket), "net", "production").moves
     assert (move.by, move.note) == ("<b>reviewer</b>", note)
     said = connection.tracker.get_version("net", review.version).description
     assert "&#60;b&#62;reviewer&#60;/b&#62;: &#60;script&#62;" in said

@@ -17,7 +17,8 @@ from releases import Inputs
 from runs import short, start_release
 from tally import Tally
 
-from heimdall_onnx.archive.aliases import read_log
+from heimdall_onnx.archive.aliases import AliasLog
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.common.errors import PromotionError
 from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.promotion import promote_release, roll_back
@@ -59,9 +60,9 @@ def release_together(
             found.append(f"not {count} different of {what}: {[r.get(what) for r in results]}")
     if len(place.releases()) != count or len(place.versions()) != count:
         found.append(f"{len(place.releases())} releases, {len(place.versions())} versions")
-    moves = read_log(
+    moves = AliasLog(
         Bucket(open_for_reading(place.settings).client, place.bucket), place.name, place.alias
-    )
+    ).moves
     if sorted(m.release for m in moves) != place.releases():
         found.append(f"the log names {[m.release for m in moves]}")
     return found + violations(place, settled=True)
@@ -82,7 +83,10 @@ def move_together(place: Place, count: int, seed: int, alias: str = "production"
         try:
             if what == "promote":
                 promote_release(
-                    connection, folder, limits=Limits(allow_smoke=True), compare=False, **said
+                    Release.at(connection, folder),
+                    limits=Limits(allow_smoke=True),
+                    compare=False,
+                    **said,
                 )
             else:
                 roll_back(connection, place.bucket, place.name, **said)
@@ -102,9 +106,9 @@ def move_together(place: Place, count: int, seed: int, alias: str = "production"
     tally.counts = Counter({w: n for w, n in outcomes.items() if not _bad(w)})
     tally.violations = [what for what in outcomes if _bad(what)]
     tally.violations += violations(place, settled=True)
-    moves = read_log(
+    moves = AliasLog(
         Bucket(open_for_reading(place.settings).client, place.bucket), place.name, alias
-    )
+    ).moves
     if len(moves) != tally.survived:
         tally.violations.append(f"{tally.survived} moves done, {len(moves)} in the log")
     return tally

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import mlflow
 from releases import PREFIX
 
-from heimdall_onnx.archive.aliases import read_log
+from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.manifest import read_manifest
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import HeimdallError, NotRegisteredError, VerificationError
 from heimdall_onnx.services.connection import Connection, open_for_reading
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import MANIFEST, Bucket, parse_uri
+from heimdall_onnx.services.store import MANIFEST, Bucket, locate, parse_uri
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def _violations(place: Place, settled: bool) -> Iterator[str]:
 
 def _problems_of_release(connection: Connection, folder: str, versions: list) -> Iterator[str]:
     try:
-        findings = verify_release(connection, folder)
-        own = read_manifest(connection.client, folder).model_version
+        findings = verify_release(Release.at(connection, folder))
+        own = read_manifest(*locate(connection.client, folder)).model_version
     except HeimdallError as error:
         yield f"{folder} has a manifest and does not verify: {error}"
         return
@@ -114,7 +115,7 @@ def _problems_of_log(connection: Connection, place: Place, settled: bool) -> Ite
     if not connection.bucket(place.bucket).is_there():
         return
     try:
-        moves = read_log(connection.bucket(place.bucket), place.name, place.alias)
+        moves = AliasLog(connection.bucket(place.bucket), place.name, place.alias).moves
     except HeimdallError as error:
         yield f"the log of alias {place.alias} can't be read: {error}"
         return

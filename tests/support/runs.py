@@ -18,7 +18,7 @@ import psutil
 from invariants import Place
 from releases import PREFIX, Inputs
 
-from heimdall_onnx.archive.aliases import read_last
+from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.release.publish import Journal
 from heimdall_onnx.services.connection import open_for_reading
 from heimdall_onnx.services.settings import Settings
@@ -138,7 +138,7 @@ class RunningRelease:
         }
         source = f"s3://{place.bucket}/{prefix}"
         own = [v for v in place.versions() if v.source == source]
-        last = read_last(Bucket(client, place.bucket), place.name, place.alias)
+        last = AliasLog(Bucket(client, place.bucket), place.name, place.alias).last
         offered = place.aliases().get(place.alias)
         for step, there in (
             ("claim", "metadata.json" in keys),

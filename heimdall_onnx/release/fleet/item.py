@@ -16,6 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from heimdall_onnx.common.environment import capture_environment, hash_of_module
 from heimdall_onnx.common.errors import (
     HeimdallError,
     InputError,
+    MissingObjectError,
     ServiceError,
     SettingsError,
     VerificationError,
@@ -45,7 +47,7 @@ from heimdall_onnx.report.notebook import kernel_environment
 from heimdall_onnx.report.warm_kernels import WarmKernels
 from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import MANIFEST, Bucket, parse_uri, to_json
+from heimdall_onnx.services.store import MANIFEST, Bucket, to_json
 
 log = get_logger(__name__)
 
@@ -252,10 +254,10 @@ def _where() -> dict[str, Any]:
 def _find(connection: Connection, bucket: Bucket, key: str) -> _Record | None:
     """The record of a key with its result; None if there is no valid release of it."""
     place = f"{RECORDS}/{key}.json"
-    if not bucket.exists(place):
-        return None
     try:
         record = _Record.model_validate_json(bucket.read_bytes(place))
+    except MissingObjectError:
+        return None
     except ValidationError:
         log.warning("record of an item can't be read; it is released anew", key=key)
         return None
@@ -317,15 +319,14 @@ def _fetch_inputs(connection: Connection, item: FleetItem, scratch: Path) -> Rel
         # A dataset is read where it is.
         if not address.startswith("s3://") or (name == "eval_data" and is_dataset(address)):
             continue
-        name_of_bucket, key = parse_uri(address)
-        bucket = connection.bucket(name_of_bucket)
+        bucket, key = connection.locate(address)
         folder = scratch / name
         folder.mkdir()
         path = folder / PurePosixPath(key).name
         bucket.download_file(key, path)
         if name == "checkpoint":
             beside = str(PurePosixPath(key).with_name(signature_path(path).name))
-            if bucket.exists(beside):
+            with suppress(MissingObjectError):
                 bucket.download_file(beside, signature_path(path))
         paths[name] = str(path)
     return item.parameters.model_copy(update=paths)
@@ -334,15 +335,15 @@ def _fetch_inputs(connection: Connection, item: FleetItem, scratch: Path) -> Rel
 def _valid(connection: Connection, folder_uri: str) -> Manifest | None:
     """The manifest of a release; None where there is none that can be read."""
     try:
-        return read_manifest(connection.client, folder_uri)
+        return read_manifest(*connection.locate(folder_uri))
     except (InputError, VerificationError):
         return None
 
 
 def _read_metrics(connection: Connection, result: Mapping[str, Any]) -> dict[str, float]:
     """The figures that the release's metadata name."""
-    bucket, key = parse_uri(str(result["s3_uri"]))
-    described = connection.bucket(bucket).read_json(f"{key.rpartition('/')[0]}/{METADATA}")
+    bucket, key = connection.locate(str(result["s3_uri"]))
+    described = bucket.read_json(f"{key.rpartition('/')[0]}/{METADATA}")
     size = {_SIZE: described.get(_SIZE)}
     found = {**described.get("inference_metrics", {}), **size}
     return {k: float(v) for k, v in found.items() if isinstance(v, int | float)}

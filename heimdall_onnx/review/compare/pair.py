@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from heimdall_onnx.archive.content import fetch_evaluation_data
-from heimdall_onnx.archive.find import fetch_model, find_release
-from heimdall_onnx.archive.manifest import REPORT, Manifest
-from heimdall_onnx.archive.record import Record, require_record
+from heimdall_onnx.archive.find import find_release
+from heimdall_onnx.archive.manifest import Manifest
+from heimdall_onnx.archive.record import Record
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import require_verified, verify_release
-from heimdall_onnx.common.errors import ParameterError, VerificationError
+from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.logs import configure_logs, get_logger
 from heimdall_onnx.common.parameters import BUCKET, FP32, PREFIX, Parameters
 from heimdall_onnx.common.text import shown
@@ -115,8 +116,7 @@ class Pair:
     @property
     def newer(self) -> VerifiedRelease:
         """Whichever was released later; B of two of one second."""
-        newer = newer_of(self.a.manifest, self.b.manifest)
-        return self.a if newer is self.a.manifest else self.b
+        return self.a if self.a.facts.version > self.b.facts.version else self.b
 
     @property
     def sides(self) -> tuple[VerifiedRelease, VerifiedRelease]:
@@ -134,9 +134,9 @@ class Pair:
         return data.spread(MOST_SAMPLES)
 
 
-def newer_of(a: Manifest, b: Manifest) -> Manifest:
+def newer_of(a: Release, b: Release) -> Release:
     """Whichever was released later; B of two of one second."""
-    return a if a.version > b.version else b
+    return a if a.manifest.version > b.manifest.version else b
 
 
 def prepare(parameters: ComparisonParameters, settings: Settings) -> ComparisonParameters:
@@ -156,10 +156,8 @@ def prepare(parameters: ComparisonParameters, settings: Settings) -> ComparisonP
     return parameters.model_copy(update={"output_dir": str(folder)})
 
 
-def find_pair(
-    connection: Connection, parameters: ComparisonParameters
-) -> tuple[Manifest, Manifest]:
-    """The manifests of A and B, neither of them verified.
+def find_pair(connection: Connection, parameters: ComparisonParameters) -> tuple[Release, Release]:
+    """Releases A and B, neither of them verified.
 
     Raises:
         ParameterError: If both are one release, or one is not named.
@@ -192,20 +190,20 @@ def open_pair(parameters: ComparisonParameters, settings: Settings) -> Pair:
         ServiceError: If a service can't be reached or refuses.
     """
     connection = open_for_reading(settings)
-    manifests = find_pair(connection, parameters)
+    releases = find_pair(connection, parameters)
     folder = Path(parameters.output_dir) / INPUTS
     folder.mkdir(parents=True, exist_ok=True)
-    newer = newer_of(*manifests)
+    newer = newer_of(*releases)
     a, b = (
         # Of what it was made of only the evaluation data that are used have to be right.
-        _open(connection, who, one, folder, content=one is newer and not parameters.eval_data)
-        for who, one in zip((A, B), manifests, strict=True)
+        _open(who, one, folder, content=one is newer and not parameters.eval_data)
+        for who, one in zip((A, B), releases, strict=True)
     )
     signature, alone = shared_signature(a.signature, b.signature)
     if parameters.eval_data:
         data: Path | str | Dataset | None = _given(parameters.eval_data)
     else:
-        data = fetch_evaluation_data(connection.client, newer, folder)
+        data = fetch_evaluation_data(newer, folder)
     return Pair(a, b, signature, alone, data, verify_data=bool(parameters.eval_data))
 
 
@@ -217,14 +215,12 @@ def _given(path: str) -> Path | str:
     return Path(path)
 
 
-def _open(
-    connection: Connection, who: str, manifest: Manifest, folder: Path, *, content: bool
-) -> VerifiedRelease:
+def _open(who: str, release: Release, folder: Path, *, content: bool) -> VerifiedRelease:
     # In the store, whatever may be here already of an earlier look.
-    findings = verify_release(connection, manifest, content=content)
-    require_verified(findings, f"{who}, {manifest.uri},")
-    cache = connection.settings.home / "models"
-    path, _ = fetch_model(connection.client, manifest, manifest.variant(FP32), cache)
+    findings = verify_release(release, content=content)
+    require_verified(findings, f"{who}, {release.uri},")
+    manifest, cache = release.manifest, release.connection.settings.home / "models"
+    path, _ = release.fetch_model(manifest.variant(FP32), cache)
     facts = ComparedRelease(
         who,
         manifest.uri,
@@ -238,17 +234,7 @@ def _open(
         manifest.model.size,
         len(findings),
     )
-    record = _fetch_record(connection, who, manifest, folder)
-    return VerifiedRelease(facts, manifest, path, manifest.said.model.signature, record)
-
-
-def _fetch_record(connection: Connection, who: str, manifest: Manifest, folder: Path) -> Record:
-    where = f"the report of {who}, {manifest.uri}/{REPORT},"
-    if (entry := manifest.objects.get(REPORT)) is None:
-        raise VerificationError(f"{where} is not there")
-    path = folder / f"{who}.ipynb"
-    connection.bucket(manifest.bucket).download_file(entry.key, path, sha256=entry.sha256)
-    return require_record(path.read_bytes(), where)
+    return VerifiedRelease(facts, manifest, path, manifest.said.model.signature, release.record)
 
 
 def compare_pair(pair: Pair, data: EvaluationData) -> Answers:

@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from heimdall_onnx.archive.manifest import COMPARISONS, REPORT, REPORT_HTML, Manifest
+from heimdall_onnx.archive.manifest import COMPARISONS, REPORT, REPORT_HTML
 from heimdall_onnx.archive.record import scrap_in
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import COMPARISON_TAG
 from heimdall_onnx.common.errors import ParameterError, SettingsError, VerificationError
 from heimdall_onnx.common.logs import get_logger
@@ -41,9 +42,8 @@ from heimdall_onnx.review.compare.pair import (
     newer_of,
 )
 from heimdall_onnx.review.compare.words import ratio_words
-from heimdall_onnx.services.connection import Connection, open_for_reading
+from heimdall_onnx.services.connection import open_for_reading
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import format_uri
 
 log = get_logger(__name__)
 
@@ -115,13 +115,13 @@ def compare_releases(
         KeyboardInterrupt: On Ctrl-C or SIGTERM.
     """
     connection = open_for_reading(settings)
-    manifests = find_pair(connection, parameters)
+    releases = find_pair(connection, parameters)
     folder = _make_folder(parameters, settings)
     data = parameters.eval_data
     given = parameters.model_copy(
         update={
-            "a": manifests[0].uri,
-            "b": manifests[1].uri,
+            "a": releases[0].uri,
+            "b": releases[1].uri,
             "eval_data": data if not data or "://" in data else str(Path(data).absolute()),
             "output_dir": str(folder),
         }
@@ -146,8 +146,8 @@ def compare_releases(
         error = error_of(judgement)
         raise type(error)(f"{error}\nthe notebook, as far as it came: {folder / REPORT}")
     figures = scrap_in((folder / REPORT).read_bytes(), COMPARISON_RECORD, REPORT)
-    _require_same(figures, manifests)
-    versions = " and ".join(manifest.version for manifest in manifests)
+    _require_same(figures, releases)
+    versions = " and ".join(release.manifest.version for release in releases)
     put_verdict_first(
         folder / REPORT,
         passed=not figures["worse"],
@@ -157,9 +157,9 @@ def compare_releases(
     html = render_html(folder / REPORT, f"comparison of {versions}")
     stored: dict[str, str] = {}
     if store:
-        a, b = manifests
+        a, b = releases
         newer = newer_of(a, b)
-        stored = store_comparison(connection, newer, b if newer is a else a, folder)
+        stored = store_comparison(newer, b if newer is a else a, folder)
     return ComparisonResult(
         sentence=figures["sentence"],
         worse=tuple(figures["worse"]),
@@ -200,9 +200,9 @@ def _environment(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def _require_same(figures: dict[str, Any], manifests: tuple[Manifest, Manifest]) -> None:
-    for side, manifest in zip(("a", "b"), manifests, strict=True):
-        found = figures[side]["manifest_sha256"]
+def _require_same(figures: dict[str, Any], releases: tuple[Release, Release]) -> None:
+    for side, release in zip(("a", "b"), releases, strict=True):
+        manifest, found = release.manifest, figures[side]["manifest_sha256"]
         if found != manifest.sha256:
             raise VerificationError(
                 f"{manifest.uri} was changed while it was compared: expected a manifest with "
@@ -241,13 +241,10 @@ def _latency_fact(figures: dict[str, Any]) -> str:
     return "; ".join(filter(None, (text, measured["unsteady"])))
 
 
-def store_comparison(
-    connection: Connection, newer: Manifest, other: Manifest, folder: Path
-) -> dict[str, str]:
+def store_comparison(newer: Release, other: Release, folder: Path) -> dict[str, str]:
     """Store a report beside the newer release: a name of its own, never in place of another.
 
     Args:
-        connection: Store and registry.
         newer: The release below which it is stored; nothing else of it changes.
         other: The one that it was compared with.
         folder: Where the executed notebook and its rendering are.
@@ -259,7 +256,7 @@ def store_comparison(
         ServiceError: If a service can't be reached or refuses.
     """
     # Whoever named the other one's folder has not named this one.
-    version = re.sub("[^A-Za-z0-9_.-]", "-", other.version)[:64]
+    version = re.sub("[^A-Za-z0-9_.-]", "-", other.manifest.version)[:64]
     called = f"{version}-{datetime.now(UTC):%Y%m%d_%H%M%S}"
     tags, stored = {}, {}
     with uninterrupted():
@@ -267,9 +264,10 @@ def store_comparison(
             content, suffix = (folder / name).read_bytes(), Path(name).suffix
             digest = hashlib.sha256(content).hexdigest()
             key = f"{newer.folder}/{COMPARISONS}/{called}/report-{digest}{suffix}"
-            connection.bucket(newer.bucket).upload_bytes(content, key, if_absent=True)
+            newer.bucket.upload_bytes(content, key, if_absent=True)
             tags[f"{COMPARISON_TAG}{called}.{digest[:12]}{suffix}"] = digest
-            stored[name] = format_uri(newer.bucket, key)
-        connection.tracker.set_version_tags(newer.model_name, newer.model_version, tags)
+            stored[name] = newer.bucket.uri(key)
+        manifest, tracker = newer.manifest, newer.connection.tracker
+        tracker.set_version_tags(manifest.model_name, manifest.model_version, tags)
     log.info("comparison stored", release=newer.uri, other=other.uri)
     return stored

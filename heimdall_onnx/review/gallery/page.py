@@ -8,6 +8,7 @@ Equal releases give an equal page.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import math
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from heimdall_onnx.common.errors import ParameterError
+from heimdall_onnx.common.errors import MissingObjectError, ParameterError
 from heimdall_onnx.common.parameters import NAME
 from heimdall_onnx.common.text import count_of, distance, number, shown
 from heimdall_onnx.review.gallery.rows import Row, collect_rows
@@ -158,9 +159,9 @@ def store_gallery(bucket: Bucket, gallery: Gallery) -> bool:
         StoreError: If the store can't be reached or refuses.
     """
     digest = hashlib.sha256(gallery.page).hexdigest()
-    there = bucket.exists(gallery.key)
-    if there and bucket.head(gallery.key).sha256 == digest:
-        return False
+    with contextlib.suppress(MissingObjectError):
+        if bucket.head(gallery.key).sha256 == digest:
+            return False
     bucket.upload_bytes(gallery.page, gallery.key)
     return True
 

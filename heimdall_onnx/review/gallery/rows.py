@@ -28,7 +28,7 @@ from heimdall_onnx.archive.manifest import (
     Manifest,
     parse_manifest,
 )
-from heimdall_onnx.common.errors import StoreError, VerificationError
+from heimdall_onnx.common.errors import MissingObjectError, StoreError, VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.review.gallery.facts import (
@@ -292,9 +292,7 @@ class _Place:
             raise VerificationError(f"expected at most {MAX_MANIFEST_BYTES} bytes, found {size}")
         try:
             text = self.bucket.read_bytes(key)
-        except StoreError:
-            if self.bucket.exists(key):
-                raise
+        except MissingObjectError:
             return None
         return parse_manifest(text, self.bucket.uri(f"{self.prefix}/{folder}"))
 

@@ -16,7 +16,12 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from heimdall_onnx.archive.manifest import REPORT_HTML, read_manifest
-from heimdall_onnx.common.errors import HeimdallError, ParameterError, VerificationError
+from heimdall_onnx.common.errors import (
+    HeimdallError,
+    MissingObjectError,
+    ParameterError,
+    VerificationError,
+)
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import visible_lines
 from heimdall_onnx.review.gallery.page import PAGE, Gallery
@@ -86,12 +91,13 @@ class GalleryServer(ThreadingHTTPServer):
             StoreError: If the store can't be reached or refuses.
         """
         key = f"{self.prefix}/{name}"
-        if not self.bucket.exists(key):
+        try:
+            html = self.bucket.read_bytes(key)
+        except MissingObjectError:
             return None
-        html = self.bucket.read_bytes(key)
         if not name.startswith(f"{FAILED}/"):
             folder = key.rpartition("/")[0]
-            manifest = read_manifest(self.bucket.client, self.bucket.uri(folder))
+            manifest = read_manifest(self.bucket, folder)
             entry = manifest.objects.get(REPORT_HTML)
             if entry is None or hashlib.sha256(html).hexdigest() != entry.sha256:
                 raise VerificationError(

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.archive.content import fetch_content, fetch_dataset
-from heimdall_onnx.archive.manifest import REPORT, Entry, Manifest, read_manifest
-from heimdall_onnx.archive.record import Record, read_notebook, require_record
+from heimdall_onnx.archive.manifest import REPORT, Manifest
+from heimdall_onnx.archive.record import Record, read_notebook
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import require_verified, verify_release
 from heimdall_onnx.common.errors import (
     GateError,
@@ -53,12 +54,8 @@ from heimdall_onnx.review.reproduce.figures import (
     compare_recorded_variants,
     environment_differences,
 )
-from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
-    from heimdall_onnx.services.connection import Connection
     from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
@@ -151,8 +148,7 @@ class Reproduction:
 
 
 def reproduce_release(
-    connection: Connection,
-    folder_uri: str,
+    release: Release,
     *,
     cell_timeout: int | None = None,
     progress: bool = False,
@@ -164,8 +160,7 @@ def reproduce_release(
     reproduce is a result, not an error; `Reproduction.require` makes it one.
 
     Args:
-        connection: Store and registry.
-        folder_uri: ``s3://bucket/prefix/version``.
+        release: The release.
         cell_timeout: Seconds that one cell may take.
         progress: Show a progress bar by cell on standard error.
 
@@ -177,13 +172,13 @@ def reproduce_release(
         ServiceError: If a service can't be reached or refuses.
         KeyboardInterrupt: On Ctrl-C or SIGTERM.
     """
-    manifest = read_manifest(connection.client, folder_uri)
-    require_verified(verify_release(connection, manifest), folder_uri)
-    folder = new_run_folder(connection.settings)
+    manifest, settings = release.manifest, release.connection.settings
+    require_verified(verify_release(release), release.uri)
+    folder = new_run_folder(settings)
     with first_signal_interrupts(), _emptied(folder):
-        recorded = _fetch_notebook(connection.client, manifest, folder)
-        parameters = _fetch_inputs(connection.client, manifest, folder)
-        with started_kernel(_without_credentials(connection.settings)) as kernel:
+        recorded = _fetch_notebook(release, folder)
+        parameters = _fetch_inputs(release, folder)
+        with started_kernel(_without_credentials(settings)) as kernel:
             judgement = execute_notebook(
                 folder / _NOTEBOOK,
                 folder / REPORT,
@@ -204,7 +199,7 @@ def reproduce_release(
         result = Reproduction(
             folder_uri=manifest.uri,
             exact=exact,
-            model=_compare_model(connection.client, manifest, parameters.onnx_path),
+            model=_compare_model(release, parameters.onnx_path),
             accuracy=compare_accuracy(recorded, found, exact=exact),
             variants=compare_recorded_variants(recorded, found, exact=exact),
             latency=compare_latency(recorded, found),
@@ -241,20 +236,12 @@ def _without_credentials(settings: Settings) -> dict[str, str]:
     return {**kept, "HEIMDALL_HOME": str(settings.home)}
 
 
-def _fetch(client: S3Client, manifest: Manifest, entry: Entry, path: Path) -> Path:
-    Bucket(client, manifest.bucket).download_file(entry.key, path, sha256=entry.sha256)
-    return path
-
-
-def _fetch_notebook(client: S3Client, manifest: Manifest, folder: Path) -> Record:
+def _fetch_notebook(release: Release, folder: Path) -> Record:
     """Write the notebook as it was before it ran, and return what it recorded."""
     import nbformat
 
-    entry = manifest.objects.get(REPORT)
-    if entry is None:
-        raise VerificationError(f"{manifest.uri} has no {REPORT}, so there is nothing to run again")
-    path = _fetch(client, manifest, entry, folder / _NOTEBOOK)
-    record = require_record(path.read_bytes(), f"{manifest.uri}/{REPORT}")
+    path, record = folder / _NOTEBOOK, release.record
+    path.write_bytes(release.report)
     notebook = read_notebook(path)
     notebook.cells = [cell for cell in notebook.cells if not _is_added(cell)]
     notebook.metadata.pop("papermill", None)
@@ -272,9 +259,9 @@ def _is_added(cell: Mapping[str, Any]) -> bool:
     return cell.get("id") == VERDICT or "injected-parameters" in cell["metadata"].get("tags", [])
 
 
-def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> ReleaseParameters:
+def _fetch_inputs(release: Release, folder: Path) -> ReleaseParameters:
     """Bring the data that it was made of back, and name them in the release's parameters."""
-    inputs = folder / _RECORDED
+    manifest, inputs = release.manifest, folder / _RECORDED
     known = manifest.said
     updates: dict[str, Any] = {"publish": False, "run_id": "", "output_dir": str(folder)}
     # Nothing is judged by its latency, which would be no reason to end here.
@@ -296,7 +283,7 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
         content = manifest.content_of(role)
         kept_dataset = manifest.dataset if role == "evaluation_data" else None
         if kept_dataset is not None and kept_dataset.digest == sha256:
-            updates[name] = str(fetch_dataset(client, kept_dataset, inputs))
+            updates[name] = str(fetch_dataset(release.bucket.client, kept_dataset, inputs))
         elif sha256 is None:
             # Synthetic inputs are made again from their seed, as is a draw of evaluation data.
             updates[name] = ""
@@ -306,11 +293,11 @@ def _fetch_inputs(client: S3Client, manifest: Manifest, folder: Path) -> Release
                 f"{role.replace('_', ' ')} with SHA-256 {sha256}"
             )
         else:
-            updates[name] = str(fetch_content(Bucket(client, manifest.bucket), content, inputs))
+            updates[name] = str(fetch_content(release.bucket, content, inputs))
     declared = manifest.content_of("signature")
     if declared is not None and updates["checkpoint"]:
         # Found again where it was: beside the checkpoint.
-        fetched = fetch_content(Bucket(client, manifest.bucket), declared, inputs)
+        fetched = fetch_content(release.bucket, declared, inputs)
         fetched.rename(signature_path(updates["checkpoint"]))
     return check_parameters({**known.parameters, **updates})
 
@@ -322,8 +309,9 @@ def _not_repeated(manifest: Manifest, error: HeimdallError) -> HeimdallError:
     )
 
 
-def _compare_model(client: S3Client, manifest: Manifest, path: Path) -> ModelComparison:
+def _compare_model(release: Release, path: Path) -> ModelComparison:
     """Hold the exported model, with its weights outside if it has any, against the recorded one."""
+    manifest = release.manifest
     if not path.is_file():
         raise NotebookError(f"the notebook of {manifest.uri} has exported no {path.name} here")
     recorded = {n: e for n, e in manifest.objects.items() if f"{n}.".startswith(f"{MODEL}.")}
@@ -332,7 +320,7 @@ def _compare_model(client: S3Client, manifest: Manifest, path: Path) -> ModelCom
     if found != {name: entry.sha256 for name, entry in recorded.items()}:
         beside = path.parent / _RECORDED
         for name, entry in recorded.items():
-            _fetch(client, manifest, entry, beside / name)
+            release.fetch(entry, beside / name)
         differences = describe_differences(beside / MODEL, path)
     return ModelComparison(not differences, manifest.model.sha256, found[MODEL], differences)
 

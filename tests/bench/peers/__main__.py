@@ -44,7 +44,7 @@ from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import Bucket
+from heimdall_onnx.services.store import Bucket, locate
 from heimdall_onnx.training.demo import make_demo
 
 HERE = Path(__file__).resolve().parent
@@ -181,7 +181,7 @@ def own_release(task: Task, environment: dict[str, str]) -> Own:
     )
     result = json.loads(done.output.splitlines()[-1])
     client = make_client(Settings.load())
-    manifest = read_manifest(client, result["manifest_uri"].rpartition("/")[0])
+    manifest = read_manifest(*locate(client, result["manifest_uri"].rpartition("/")[0]))
     own = own_of(manifest, result, done.peak_bytes, task.folder / "own")
     for name, entry in manifest.variant("recommended").files.items():
         target = task.folder / "own" / name

@@ -11,6 +11,7 @@ from hostile import EVERYTHING, HOST, MARK
 from quick_release import SIGNATURE, Factory
 
 from heimdall_onnx.archive.manifest import COMPARISONS
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.cli.main import main
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -152,7 +153,11 @@ def test_changed_missing_or_added_byte_of_a_comparison_is_named(
         else:
             s3.put_object(Bucket=bucket, Key=key if change == "changed" else other, Body=b"x")
         wrong, unread = (
-            [f for f in verify_release(connection, releases[1].uri, content=read) if not f.holds]
+            [
+                f
+                for f in verify_release(Release.at(connection, releases[1].uri), content=read)
+                if not f.holds
+            ]
             for read in (True, False)
         )
     finally:

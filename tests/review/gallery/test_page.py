@@ -30,6 +30,7 @@ from hostile import EVERYTHING, HOST, MARK
 from PIL import Image, ImageDraw
 from quick_release import PREFIX, Factory, make_notebook
 
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.cli.main import main
 from heimdall_onnx.review.doctor import diagnose
 from heimdall_onnx.review.gallery.facts import shrink
@@ -118,7 +119,11 @@ def place(settings, tmp_path_factory) -> Place:
     smoke = factory(recorded=measured(9.0, 0.1), verdict="pass (smoke)", alias=None)
     other = replace(factory, name="other")(recorded=measured(1.5, 0.9), alias=None)
     promote_release(
-        connection, first.uri, alias="production", reviewer="the reviewer", note=NOTE, compare=False
+        Release.at(connection, first.uri),
+        alias="production",
+        reviewer="the reviewer",
+        note=NOTE,
+        compare=False,
     )
     failing = measured(2.2, 3.5, 110.0)
     failing["gates"][0] |= {"passed": False, "measured": 7}

@@ -15,13 +15,14 @@ from releases import PREFIX, changed_notebook, make_small_inputs, smoke, version
 
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.manifest import read_manifest
+from heimdall_onnx.archive.release import Release
 from heimdall_onnx.common.errors import ParameterError, VerificationError
 from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.review.reproduce.figures import Comparison, Difference
 from heimdall_onnx.review.reproduce.run import Reproduction, reproduce_release
 from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import to_json
+from heimdall_onnx.services.store import locate, to_json
 
 BUCKET = "test-reproduce"
 # What a notebook could do that comes out differently elsewhere.
@@ -68,7 +69,7 @@ def released(make_settings, s3, tmp_path_factory) -> Released:
 
 @pytest.fixture(scope="module")
 def repeated(released) -> Reproduction:
-    return reproduce_release(released.connection, released.uri)
+    return reproduce_release(Release.at(released.connection, released.uri))
 
 
 def printed(report: Path) -> list[str]:
@@ -168,7 +169,7 @@ def test_another_environment_excuses_another_model(repeated):
 
 def test_changed_model_is_reported_with_where_it_departs(released, monkeypatch):
     monkeypatch.setenv("SHIFT", "0.5")
-    result = reproduce_release(released.connection, released.uri)
+    result = reproduce_release(Release.at(released.connection, released.uri))
     assert not result.reproduced
     assert result.exact
     assert not result.model.identical
@@ -192,7 +193,7 @@ def test_replaced_checkpoint_is_refused_before_anything_runs(released, s3):
     s3.put_object(Bucket=BUCKET, Key=key, Body=kept[:-1] + bytes([kept[-1] ^ 1]))
     try:
         with pytest.raises(VerificationError, match=f"does not verify(.|\n)*{key}"):
-            reproduce_release(released.connection, released.uri)
+            reproduce_release(Release.at(released.connection, released.uri))
     finally:
         s3.put_object(Bucket=BUCKET, Key=key, Body=kept)
     assert set(released.settings.home.glob("runs/*")) == before
@@ -212,7 +213,7 @@ def test_release_without_kept_content_says_so(released, s3):
             tracker.set_version_tags(name, version, {"manifest_sha256": digest})
             if content == older:
                 with pytest.raises(VerificationError, match="has not kept its checkpoint"):
-                    reproduce_release(released.connection, released.uri)
+                    reproduce_release(Release.at(released.connection, released.uri))
     finally:
         s3.put_object(Bucket=BUCKET, Key=key, Body=kept)
 
@@ -220,7 +221,7 @@ def test_release_without_kept_content_says_so(released, s3):
 def test_model_that_is_not_there_is_named(released, monkeypatch):
     monkeypatch.setitem(os.environ, "PYTHONPATH", "")
     with pytest.raises(ParameterError, match=r"does not run here.*no module 'models'"):
-        reproduce_release(released.connection, released.uri)
+        reproduce_release(Release.at(released.connection, released.uri))
 
 
 @pytest.mark.slow
@@ -247,13 +248,13 @@ def test_variants_are_made_again_from_the_calibration_data_that_were_kept(
     assert result.success, result.error
     calibration.unlink()
     uri = f"s3://{bucket}/{PREFIX}/{result.version}"
-    released = read_manifest(s3, uri)
+    released = read_manifest(*locate(s3, uri))
     assert "variants/int8-minmax/model.onnx" in released.objects
     assert load_model(uri, settings=settings, variant="int8-minmax").get_inputs()
     bom = s3.get_object(Bucket=bucket, Key=released.objects["bom.cdx.json"].key)["Body"].read()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(bom.decode()) is None
     assert b'"bom-ref": "variant-int8-minmax"' in bom
-    repeated = reproduce_release(connect(settings), uri)
+    repeated = reproduce_release(Release.at(connect(settings), uri))
     assert repeated.failures == ()
     compared = {c.what: c for c in repeated.variants}
     own = released.objects["variants/int8-minmax/model.onnx"].sha256
