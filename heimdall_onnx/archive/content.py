@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def keep_content(
     """
     key = content_key(sha256)
     size = path.stat().st_size
-    if bucket.exists(key):
+    with suppress(MissingObjectError):
         # Read again: what another release has left there is not taken on trust.
         if bucket.hash_object(key) == (sha256, size):
             # Dated anew: until the manifest names it, its age is all that protects it.

@@ -177,6 +177,7 @@ class _Run:
                 connection = connect(settings)
                 if settings.versioning or settings.retention_days:
                     # Before the first upload: what is there already has no version.
+                    connection.bucket(self.parameters.bucket).ensure()
                     self._protection = _protect(connection, self.parameters.bucket)
                 run_id = self._begin_run(connection.tracker)
             structlog.contextvars.bind_contextvars(run_id=run_id)
@@ -480,10 +481,9 @@ class _Run:
 
 
 def _protect(connection: Connection, name: str) -> Protection:
-    settings, bucket = connection.settings, connection.bucket(name)
-    bucket.ensure()
+    settings = connection.settings
     return prepare_bucket(
-        bucket,
+        connection.bucket(name),
         versioning=settings.versioning,
         retention_days=settings.retention_days,
     )

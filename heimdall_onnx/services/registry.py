@@ -75,6 +75,11 @@ class RegisteredVersion:
     description: str = ""
 
 
+class _Client(mlflow.MlflowClient):  # type: ignore[misc]  # it is untyped
+    def _raise_if_prompt(self, name: str) -> None:
+        """Nothing: to see that a model is no prompt, MLflow asks for the model before each call."""
+
+
 class MLflowTracker:
     """One MLflow server or database, and one experiment in it.
 
@@ -110,7 +115,7 @@ class MLflowTracker:
         bypass_proxy(self._uri)
         probe(self._uri)
         with self._errors("open the registry"):
-            self._client = mlflow.MlflowClient(self._uri, self._uri)
+            self._client = _Client(self._uri, self._uri)
         self.experiment_name = experiment_name
         self._artifact_uri = artifact_uri
 

@@ -35,7 +35,11 @@ from heimdall_onnx.services.client import error_code, read_object, store_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, HeadObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import (
+        CopySourceTypeDef,
+        GetObjectOutputTypeDef,
+        HeadObjectOutputTypeDef,
+    )
 
 log = get_logger(__name__)
 
@@ -521,12 +525,17 @@ class Bucket:
         """Copy an object with its metadata, and return that; in parts where it is large."""
         there = self.client.head_object(Bucket=self.name, Key=key)
         # A copy in parts would lose the metadata, so it is always given anew.
-        extra = {
+        extra: dict[str, Any] = {
             "Metadata": there["Metadata"],
             "MetadataDirective": "REPLACE",
             "ContentType": there.get("ContentType", "binary/octet-stream"),
         }
-        self.client.copy({"Bucket": self.name, "Key": key}, self.name, to_key, ExtraArgs=extra)
+        source: CopySourceTypeDef = {"Bucket": self.name, "Key": key}
+        if there["ContentLength"] < _TRANSFER.multipart_threshold:
+            # `copy` would look at the object once more.
+            self.client.copy_object(Bucket=self.name, Key=to_key, CopySource=source, **extra)
+        else:
+            self.client.copy(source, self.name, to_key, ExtraArgs=extra)
         return there["Metadata"]
 
     def hash_object(self, key: str) -> tuple[str, int]:
