@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -33,15 +31,11 @@ from heimdall_onnx.services.settings import is_loopback
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
     from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
 
-T = TypeVar("T")
-
-_READS = 3
 _KINDS = {
     **dict.fromkeys(("PreconditionFailed", "412", "ConditionalRequestConflict"), ObjectExistsError),
     **dict.fromkeys(("404", "NoSuchKey", "NoSuchBucket"), MissingObjectError),
@@ -77,12 +71,6 @@ _UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.EndpointConnection
 # Stores refuse what was signed more than a quarter of an hour ago, or will be.
 _SKEW = timedelta(minutes=14)
 _SKEW_CODES = {"403", "AccessDenied", "RequestTimeTooSkewed", "SignatureDoesNotMatch"}
-_BROKEN_OFF = (
-    aws.ResponseStreamingError,
-    aws.IncompleteReadError,
-    aws.ReadTimeoutError,
-    aws.FlexibleChecksumError,
-)
 
 
 def make_client(
@@ -135,39 +123,6 @@ def make_client(
         ) from error
     log_store_calls(client.meta.events)
     return client
-
-
-def read_object(
-    client: S3Client,
-    bucket: str,
-    key: str,
-    read: Callable[[GetObjectOutputTypeDef], T],
-    **conditions: str,
-) -> T:
-    """Get an object and read it, again from its beginning where that breaks off on its way.
-
-    botocore repeats a call until its answer begins, and no further.
-
-    Args:
-        client: Client of the store.
-        bucket: Bucket.
-        key: Key of the object.
-        read: Reads the body of the answer to its end; may be called several times.
-        **conditions: Further arguments of ``get_object``, e.g. ``Range``.
-
-    Returns:
-        What ``read`` does.
-    """
-    for attempt in range(1, _READS):
-        answer = client.get_object(Bucket=bucket, Key=key, **conditions)  # type: ignore[arg-type]
-        try:
-            return read(answer)
-        except _BROKEN_OFF as error:
-            log.warning(
-                "answer broke off", key=key, attempt=attempt, of=_READS, reason=type(error).__name__
-            )
-        time.sleep(random.uniform(0, 2**attempt))
-    return read(client.get_object(Bucket=bucket, Key=key, **conditions))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

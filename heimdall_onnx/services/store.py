@@ -10,17 +10,25 @@ import contextlib
 import hashlib
 import itertools
 import json
+import random
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from boto3.s3.transfer import TransferConfig
-from botocore.exceptions import ClientError
+from botocore.exceptions import (
+    ClientError,
+    FlexibleChecksumError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
 
 from heimdall_onnx.common.errors import (
     DataError,
@@ -31,7 +39,7 @@ from heimdall_onnx.common.errors import (
 )
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.services.client import error_code, read_object, store_errors
+from heimdall_onnx.services.client import error_code, store_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -54,6 +62,15 @@ _TRANSFER = TransferConfig(
     multipart_threshold=64 << 20, multipart_chunksize=16 << 20, max_concurrency=4
 )
 _CLAIM_TRIES = 120
+_READS = 3
+_BROKEN_OFF = (
+    ResponseStreamingError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    FlexibleChecksumError,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -303,7 +320,7 @@ class Bucket:
         uri = self.uri(key)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
         try:
-            with self.errors(f"download {uri}"), partial.open("xb") as file:
+            with partial.open("xb") as file:
 
                 def save(answer: GetObjectOutputTypeDef) -> tuple[str, str]:
                     digest = hashlib.sha256()
@@ -314,7 +331,7 @@ class Bucket:
                         file.write(chunk)
                     return digest.hexdigest(), answer["Metadata"].get("sha256", "")
 
-                found, recorded = read_object(self.client, self.name, key, save)
+                found, recorded = self._get(f"download {uri}", key, save)
             expected = sha256 or recorded or found
             if found != expected:
                 raise StoreError(
@@ -353,8 +370,7 @@ class Bucket:
             # The second read finds the end, where botocore compares the checksum.
             return body.read(most) + body.read(1)
 
-        with self.errors(f"read {self.uri(key)}"):
-            return read_object(self.client, self.name, key, read)[:most]
+        return self._get(f"read {self.uri(key)}", key, read)[:most]
 
     def read_range(self, key: str, offset: int, length: int, tag: str) -> bytes:
         """Some bytes of an object.
@@ -372,23 +388,19 @@ class Bucket:
         uri = self.uri(key)
         wanted = f"bytes={offset}-{offset + length - 1}"
         conditions = {"Range": wanted} | ({"IfMatch": tag} if tag else {})
-        with self.errors(f"read {wanted} of {uri}"):
-            try:
-                found = read_object(
-                    self.client,
-                    self.name,
-                    key,
-                    # The second read finds the end, or that it has come too early.
-                    lambda answer: answer["Body"].read(length) + answer["Body"].read(1),
-                    **conditions,
-                )
-            except ClientError as error:
-                if error_code(error) not in {"412", "PreconditionFailed", "404", "NoSuchKey"}:
-                    raise
-                raise DataError(
-                    f"{uri} was replaced or deleted while it was being read; let nothing write "
-                    "there, and run again"
-                ) from error
+        try:
+            found = self._get(
+                f"read {wanted} of {uri}",
+                key,
+                # The second read finds the end, or that it has come too early.
+                lambda answer: answer["Body"].read(length) + answer["Body"].read(1),
+                **conditions,
+            )
+        except (MissingObjectError, ObjectExistsError) as error:
+            raise DataError(
+                f"{uri} was replaced or deleted while it was being read; let nothing write there, "
+                "and run again"
+            ) from error
         if len(found) != length:
             raise DataError(f"{uri}: expected {length} bytes from {offset} on, found {len(found)}")
         return found
@@ -548,8 +560,37 @@ class Bucket:
                 size += len(chunk)
             return digest.hexdigest(), size
 
-        with self.errors(f"read back {self.uri(key)}"):
-            return read_object(self.client, self.name, key, read)
+        return self._get(f"read back {self.uri(key)}", key, read)
+
+    def _get(
+        self, doing: str, key: str, read: Callable[[GetObjectOutputTypeDef], T], **conditions: str
+    ) -> T:
+        """Get an object and read it, again from its beginning where that breaks off on its way.
+
+        botocore repeats a call until its answer begins, and no further.
+
+        Args:
+            doing: What is tried.
+            key: Key of the object.
+            read: Reads the body of the answer to its end; may be called several times.
+            **conditions: Further arguments of ``get_object``, e.g. ``Range``.
+
+        Returns:
+            What ``read`` does.
+        """
+        wanted: dict[str, Any] = {"Bucket": self.name, "Key": key, **conditions}
+        with self.errors(doing):
+            for attempt in range(1, _READS):
+                answer = self.client.get_object(**wanted)
+                try:
+                    return read(answer)
+                except _BROKEN_OFF as error:
+                    reason = type(error).__name__
+                    log.warning(
+                        "answer broke off", key=key, attempt=attempt, of=_READS, reason=reason
+                    )
+                time.sleep(random.uniform(0, 2**attempt))
+            return read(self.client.get_object(**wanted))
 
     def _was_written(self, key: str, write_id: str) -> bool:
         try:

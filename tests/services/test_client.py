@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 from proxy import Fault, proxied
 
 from heimdall_onnx.common.errors import StoreError
-from heimdall_onnx.services.client import explain_store_error, make_client, read_object
+from heimdall_onnx.services.client import explain_store_error, make_client
 from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
@@ -60,7 +60,7 @@ def test_answer_that_breaks_off_is_read_again(client, proxy, bucket):
         proxy.fault(Fault("corrupt response", "GET")) as fault,
         structlog.testing.capture_logs() as events,
     ):
-        assert read_object(client, bucket.name, "key", lambda a: a["Body"].read()) == b"content"
+        assert Bucket(client, bucket.name).read_bytes("key") == b"content"
     assert fault.hits == 1
     assert [(e["event"], e["attempt"], e["of"]) for e in events] == [("answer broke off", 1, 3)]
 
