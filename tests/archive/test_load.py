@@ -81,7 +81,7 @@ def fetched(monkeypatch) -> list[str]:
         client.meta.events.register("provide-client-params.s3.GetObject", note)
         return client
 
-    monkeypatch.setattr(loading, "make_client", watched)
+    monkeypatch.setattr("heimdall_onnx.services.connection.make_client", watched)
     return read
 
 
