@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
-from typing import Any
 
 import cloudpickle
 from distributed import WorkerPlugin, get_worker
@@ -98,14 +97,10 @@ class EvaluationWorker(WorkerPlugin):  # type: ignore[misc]
         # Opened by the worker, so that what is wrong with it there is said as what it is.
         self._pickled: bytes = cloudpickle.dumps(job)
         self._code, self._module = job.code, job.module
-        self._models: Models | None = None
-        self._job: Job | None = None
-        self._lock: Any = None
         self.problem = ""
 
     def setup(self, worker: Worker) -> None:
         """Called by Dask on the worker."""
-        self._lock = Lock()
         try:
             if worker.state.nthreads != 1:
                 raise SchedulerError(
@@ -118,10 +113,9 @@ class EvaluationWorker(WorkerPlugin):  # type: ignore[misc]
             self.problem = str(error)
             raise
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to one worker."""
-        return {**self.__dict__, "_models": None, "_job": None, "_lock": None}
+    # One part is worked on at a time, so that both are made once.
 
+    @cached_property
     def job(self) -> Job:
         """The pass.
 
@@ -131,24 +125,14 @@ class EvaluationWorker(WorkerPlugin):  # type: ignore[misc]
         """
         if self.problem:
             raise SchedulerError(f"a worker on {socket.gethostname()}: {self.problem}")
-        with self._lock:
-            if self._job is None:
-                # Made by the process that this worker takes its work from, which runs code here.
-                self._job = cloudpickle.loads(self._pickled)
-        return self._job
+        # Made by the process that this worker takes its work from, which runs code here.
+        job: Job = cloudpickle.loads(self._pickled)
+        return job
 
+    @cached_property
     def models(self) -> Models:
-        """Both models, opened once.
-
-        Raises:
-            DataError: If this worker can't open the data.
-            SchedulerError: If it can't open the model.
-        """
-        job = self.job()
-        with self._lock:
-            if self._models is None:
-                self._models = _open(job)
-        return self._models
+        """Both models; raises what `job` does."""
+        return _open(self.job)
 
 
 def _open(job: Job) -> Models:
@@ -188,13 +172,13 @@ def _plugin(name: str) -> EvaluationWorker:
 def evaluate_part(name: str, start: int, stop: int) -> EvaluationPass:
     """The pass over the samples from ``start`` to ``stop``, on the worker that this runs on."""
     plugin = _plugin(name)
-    models, job = plugin.models(), plugin.job()
-    return pass_over(models, job.data, job.settings, range(start, stop))
+    job = plugin.job
+    return pass_over(plugin.models, job.data, job.settings, range(start, stop))
 
 
 def check_array(name: str, array: str) -> str:
     """What is wrong with the values of one of the dataset's arrays, as that worker sees them."""
-    dataset = _plugin(name).job().data.dataset
+    dataset = _plugin(name).job.data.dataset
     assert dataset is not None
     return dataset.problem_of(array)
 

@@ -7,8 +7,6 @@ later it takes no more items, and the one that it got is tried again elsewhere.
 
 from __future__ import annotations
 
-from typing import Any
-
 from distributed import WorkerPlugin, get_worker
 from distributed.utils import sync
 from distributed.worker import Worker
@@ -58,10 +56,6 @@ class FleetWorker(WorkerPlugin):  # type: ignore[misc]
         """Called by Dask on the worker."""
         if self.runner is not None:
             self.runner.__exit__(None, None, None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to one worker."""
-        return {**self.__dict__, "runner": None}
 
 
 def run_item(item: FleetItem, fleet: str, force: bool) -> ItemOutcome:
