@@ -188,9 +188,8 @@ def _release_options(release: ReleaseParameters | None) -> list[str]:
 
 def _changed(parameters: BaseModel, names: Collection[str]) -> dict[str, str]:
     """What is not the default, as the command line takes it."""
-    given, defaults = (p.model_dump(mode="json") for p in (parameters, type(parameters)()))
+    given = parameters.model_dump(mode="json", include=set(names), exclude_defaults=True)
     return {
         name: json.dumps(value) if isinstance(value, dict) else str(value)
         for name, value in given.items()
-        if name in names and value != defaults[name]
     }
