@@ -19,7 +19,7 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
 from heimdall_onnx.data.dataset.schema import HEADER
-from heimdall_onnx.services.store import Bucket, locate
+from heimdall_onnx.services.store import Bucket, Listed, locate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -82,7 +82,7 @@ def upload_dataset(bucket: Bucket, dataset: Dataset, folder: str, *, replace: bo
             opened, or another one is there.
         StoreError: If the store fails, or returns something else than was sent.
     """
-    there = bucket.list_sizes(f"{folder}/")
+    there = bucket.list_objects(f"{folder}/")
     uri = bucket.uri(folder)
     if f"{folder}/{HEADER}" in there and not replace:
         _require_same(uri, open_dataset(uri, labels=False, client=bucket.client), dataset.digest)
@@ -104,11 +104,11 @@ def upload_dataset(bucket: Bucket, dataset: Dataset, folder: str, *, replace: bo
     return uri
 
 
-def _send(bucket: Bucket, path: Path, key: str, known_size: int | None) -> None:
+def _send(bucket: Bucket, path: Path, key: str, known: Listed | None) -> None:
     """Upload a file, unless one of that length and recorded hash is there."""
     sha256 = hash_file(path)
-    same = known_size == path.stat().st_size and bucket.head(key).sha256 == sha256
-    if not same:
+    same = known is not None and known.size == path.stat().st_size
+    if not (same and bucket.head(key).sha256 == sha256):
         bucket.upload_file(path, key, sha256=sha256, delete_damaged=False)
 
 

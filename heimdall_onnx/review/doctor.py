@@ -26,7 +26,7 @@ from heimdall_onnx.report.workspace import RUNNER
 from heimdall_onnx.services.client import error_code
 from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.registry import MLflowTracker, RegisteredVersion
-from heimdall_onnx.services.store import MANIFEST, Bucket
+from heimdall_onnx.services.store import MANIFEST, Bucket, Listed
 
 log = get_logger(__name__)
 
@@ -60,24 +60,17 @@ class Leftover:
             log.info("mended", kind=self.kind, what=self.what)
 
 
-@dataclass(frozen=True)
-class _Object:
-    key: str
-    modified: datetime
-
-
 class _Place:
     """What is in a bucket, looked at once, and the registry beside it."""
 
     def __init__(self, bucket: Bucket, tracker: MLflowTracker, prefix: str) -> None:
         self.bucket, self.tracker, self.prefix = bucket, tracker, prefix.strip("/")
         self.exists = bucket.is_there()
-        self.objects = tuple(_list(bucket)) if self.exists else ()
+        self.objects = bucket.list_objects() if self.exists else {}
         self.now = _now(bucket) if self.exists else datetime.now(UTC)
-        self.keys = {o.key for o in self.objects}
         self.manifests: dict[str, Manifest] = {}
         self.broken: dict[str, str] = {}
-        for key in sorted(key for key in self.keys if key.endswith(f"/{MANIFEST}")):
+        for key in sorted(key for key in self.objects if key.endswith(f"/{MANIFEST}")):
             folder = key.removesuffix(f"/{MANIFEST}")
             try:
                 self.manifests[folder] = read_manifest(bucket, folder)
@@ -90,18 +83,18 @@ class _Place:
         every = (v for name in self.tracker.model_names() for v in self.tracker.versions(name))
         return {(v.name, v.version): v for v in every if v.source.startswith(self.bucket.uri())}
 
-    def folders(self) -> dict[str, list[_Object]]:
+    def folders(self) -> dict[str, list[Listed]]:
         """Objects by release folder; what others keep below the prefix is none."""
-        found: dict[str, list[_Object]] = defaultdict(list)
-        for stored in self.objects:
+        found: dict[str, list[Listed]] = defaultdict(list)
+        for stored in self.objects.values():
             if folder := self.folder_of(stored.key):
                 found[folder].append(stored)
         return found
 
-    def shared(self) -> dict[str, list[_Object]]:
+    def shared(self) -> dict[str, list[Listed]]:
         """Objects of what releases share: content by its key, a dataset by its folder."""
-        found: dict[str, list[_Object]] = defaultdict(list)
-        for stored in self.objects:
+        found: dict[str, list[Listed]] = defaultdict(list)
+        for stored in self.objects.values():
             if stored.key.startswith((f"{CONTENT}/", f"{DATASETS}/")):
                 found["/".join(stored.key.split("/")[:3])].append(stored)
         return found
@@ -171,7 +164,7 @@ def _wanted(there: _Place) -> set[str | None]:
         for name in {name for name, _ in there.versions}
         for number in there.tracker.aliases(name).values()
     }
-    reviewed = {there.folder_of(key) for key in there.keys if f"/{REVIEWS}/" in key}
+    reviewed = {there.folder_of(key) for key in there.objects if f"/{REVIEWS}/" in key}
     return reviewed | {there.of(v) for key, v in there.versions.items() if key in held}
 
 
@@ -183,7 +176,9 @@ def _unfinished_folders(there: _Place, before: datetime) -> Iterator[Leftover]:
         claimed = f"{folder}/{METADATA}" in keys
         complete = any(key.endswith(f"/{MANIFEST}") for key in keys) or folder in wanted
         # What is registered or uploaded step by step has no manifest, and is meant to have none.
-        alone = _is_single(sources[folder]) if folder in sources else f"{folder}.onnx" in there.keys
+        alone = (
+            _is_single(sources[folder]) if folder in sources else f"{folder}.onnx" in there.objects
+        )
         if not claimed or complete or alone or max(o.modified for o in objects) > before:
             continue
         yield Leftover(
@@ -409,13 +404,6 @@ def _abort(bucket: Bucket, key: str, upload_id: str) -> None:
         except ClientError as error:
             if error_code(error) != "NoSuchUpload":
                 raise
-
-
-def _list(bucket: Bucket) -> Iterator[_Object]:
-    with bucket.errors(f"list {bucket.name}"):
-        for page in bucket.client.get_paginator("list_objects_v2").paginate(Bucket=bucket.name):
-            for entry in page.get("Contents", []):
-                yield _Object(entry["Key"], entry["LastModified"])
 
 
 def _now(bucket: Bucket) -> datetime:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import (
@@ -90,6 +90,22 @@ class StoredObject:
     key: str
     size_bytes: int
     sha256: str
+
+
+class Listed(NamedTuple):
+    """An object as a listing has it.
+
+    Attributes:
+        key: Key within the bucket.
+        size: Its length in bytes.
+        tag: Its entity tag; empty where a store gives none.
+        modified: When it was written, by the store's clock.
+    """
+
+    key: str
+    size: int
+    tag: str
+    modified: datetime
 
 
 def parse_uri(uri: str) -> tuple[str, str]:
@@ -379,7 +395,7 @@ class Bucket:
             key: Key of the object.
             offset: Where the first of them is.
             length: How many, at least one; there must be so many.
-            tag: The object's entity tag, as `list_tagged` gave it; empty for any.
+            tag: The object's entity tag, as `list_objects` gave it; empty for any.
 
         Raises:
             DataError: If the object is another one by now, or does not have so many bytes there.
@@ -441,25 +457,18 @@ class Bucket:
 
     def list_keys(self, prefix: str) -> tuple[str, ...]:
         """The keys that begin with ``prefix``, sorted."""
-        return tuple(sorted(self.list_sizes(prefix)))
+        return tuple(sorted(self.list_objects(prefix)))
 
-    def list_sizes(self, prefix: str) -> dict[str, int]:
-        """Length in bytes of the objects whose keys begin with ``prefix``, by their keys."""
-        return {key: size for key, (size, _) in self.list_tagged(prefix).items()}
-
-    def list_tagged(self, prefix: str) -> dict[str, tuple[int, str]]:
-        """Length in bytes and entity tag of the objects whose keys begin with ``prefix``.
-
-        The tag is empty where a store gives none.
-        """
+    def list_objects(self, prefix: str = "") -> dict[str, Listed]:
+        """The objects whose keys begin with ``prefix``, by their keys."""
         with self.errors(f"list {self.uri(prefix)}"):
             pages = self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.name, Prefix=prefix
             )
             return {
-                entry["Key"]: (entry["Size"], entry.get("ETag", ""))
+                o["Key"]: Listed(o["Key"], o["Size"], o.get("ETag", ""), o["LastModified"])
                 for page in pages
-                for entry in page.get("Contents", [])
+                for o in page.get("Contents", [])
             }
 
     def list_versions(

@@ -205,10 +205,9 @@ class _BucketFiles:
 
     def _known(self) -> dict[str, tuple[int, str]]:
         if not self.listed:
-            prefix, found = f"{self.folder}/", {}
-            if self.bucket.is_there():
-                found = self.bucket.list_tagged(prefix)
-            self.listed.update({key.removeprefix(prefix): what for key, what in found.items()})
+            prefix = f"{self.folder}/"
+            found = self.bucket.list_objects(prefix) if self.bucket.is_there() else {}
+            self.listed.update({k.removeprefix(prefix): (o.size, o.tag) for k, o in found.items()})
         return self.listed
 
 

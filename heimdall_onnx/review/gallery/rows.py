@@ -201,43 +201,37 @@ class _Place:
     def __init__(self, bucket: Bucket, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
         self.read = 0
-        self._listed = bucket.list_tagged(f"{prefix}/")
+        listed = bucket.list_objects(f"{prefix}/")
+        self._listed = {key.removeprefix(f"{prefix}/"): one for key, one in listed.items()}
 
     def has(self, name: str) -> bool:
         """Whether there is such an object."""
-        return f"{self.prefix}/{name}" in self._listed
-
-    def _tag(self, name: str) -> str:
-        return self._listed.get(f"{self.prefix}/{name}", (0, ""))[1]
-
-    def _size(self, name: str) -> int:
-        return self._listed[f"{self.prefix}/{name}"][0]
+        return name in self._listed
 
     def folders(self) -> dict[str, str]:
         """Releases and failed runs, each with the tags of what its facts are read from."""
         found = {}
-        for key in self._listed:
-            folder, _, name = key.removeprefix(f"{self.prefix}/").rpartition("/")
+        for path, one in self._listed.items():
+            folder, _, name = path.rpartition("/")
             if (name == MANIFEST and re.fullmatch(VERSION, folder)) or (
                 name == REPORT and re.fullmatch(f"{FAILED}/{VERSION}", folder)
             ):
-                tags = [self._tag(f"{folder}/{own}") for own in (MANIFEST, REPORT)]
-                found[folder] = " ".join(tags) if tags[0 if name == MANIFEST else 1] else ""
+                both = (self._listed.get(f"{folder}/{own}") for own in (MANIFEST, REPORT))
+                tags = " ".join(own.tag if own else "" for own in both)
+                found[folder] = tags if one.tag else ""
         return found
 
     def reviews(self) -> dict[str, str]:
         """The review records of releases."""
         pattern = re.compile(rf"{VERSION}/{REVIEWS}/[^/]+\.json")
-        names = (key.removeprefix(f"{self.prefix}/") for key in self._listed)
-        return {name: self._tag(name) for name in names if pattern.fullmatch(name)}
+        return {name: one.tag for name, one in self._listed.items() if pattern.fullmatch(name)}
 
     def log_entries(self, models: Collection[str]) -> dict[str, str]:
         """The entries of the logs of these models' aliases, by key."""
-        listed = self.bucket.list_tagged(f"{ALIASES}/")
         pattern = re.compile(rf"{ALIASES}/([^/]+)/[^/]+/\d{{8}}\.json")
         return {
-            key: tag
-            for key, (_, tag) in listed.items()
+            key: one.tag
+            for key, one in self.bucket.list_objects(f"{ALIASES}/").items()
             if (match := pattern.fullmatch(key)) and match[1] in models
         }
 
@@ -288,7 +282,7 @@ class _Place:
     def _manifest(self, folder: str) -> Manifest | None:
         """The manifest of a folder; None if it is not there any more."""
         key = f"{self.prefix}/{folder}/{MANIFEST}"
-        if (size := self._size(f"{folder}/{MANIFEST}")) > MAX_MANIFEST_BYTES:
+        if (size := self._listed[f"{folder}/{MANIFEST}"].size) > MAX_MANIFEST_BYTES:
             raise VerificationError(f"expected at most {MAX_MANIFEST_BYTES} bytes, found {size}")
         try:
             text = self.bucket.read_bytes(key)
@@ -305,7 +299,7 @@ class _Place:
     def _report(self, folder: str) -> bytes | None:
         """The executed notebook; None if there is none of a size that can be."""
         name = f"{folder}/{REPORT}"
-        if not self.has(name) or self._size(name) > _MAX_REPORT_BYTES:
+        if not self.has(name) or self._listed[name].size > _MAX_REPORT_BYTES:
             return None
         return self.bucket.read_bytes(f"{self.prefix}/{name}")
 
