@@ -17,19 +17,19 @@ from collections.abc import Iterable
 from heimdall_onnx.common.processes import exit_with_process, without_garbage_collection
 
 ROOMS = (
-    "evidence.parity.compare",
-    "model.onnx.export",
-    "model.onnx.validate",
-    "evidence.parity.optimization_levels",
-    "report.explore.entry",
-    "evidence.latency.benchmark",
-    "evidence.latency.timed",
-    "evidence.verdict",
-    "report.plot",
-    "report.tables",
-    "release.publish",
-    "archive.record",
-    "report.workspace",
+    "heimdall_onnx.evidence.parity.compare",
+    "heimdall_onnx.model.onnx.export",
+    "heimdall_onnx.model.onnx.validate",
+    "heimdall_onnx.evidence.parity.optimization_levels",
+    "heimdall_onnx.report.explore.entry",
+    "heimdall_onnx.evidence.latency.benchmark",
+    "heimdall_onnx.evidence.latency.timed",
+    "heimdall_onnx.evidence.verdict",
+    "heimdall_onnx.report.plot",
+    "heimdall_onnx.report.tables",
+    "heimdall_onnx.release.publish",
+    "heimdall_onnx.archive.record",
+    "heimdall_onnx.report.workspace",
 )
 
 
@@ -37,7 +37,7 @@ def load_ipython_extension(_: object) -> None:
     """Import the rooms; no name is put into the user's namespace."""
     if runner := os.environ.get("JPY_PARENT_PID"):
         exit_with_process(int(runner))
-    import_for_good(f"heimdall_onnx.{room}" for room in ROOMS)
+    import_for_good(ROOMS)
 
 
 def import_for_good(names: Iterable[str]) -> None:

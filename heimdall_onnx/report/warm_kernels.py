@@ -196,7 +196,7 @@ def serve(questions: TextIO, answers: TextIO) -> None:
     # As a kernel's, which sets it before anything is imported.
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     # Whatever can't be imported is left for the notebook's own cell to fail on.
-    import_for_good((*(f"{__package__}.{room}" for room in ROOMS), *_LIBRARIES))
+    import_for_good((*ROOMS, *_LIBRARIES))
     # Where modules are besides, as a kernel's own environment says.
     own = {"", *sys.path[:1], *_paths(os.environ)}
     base = [path for path in sys.path if path not in own]
