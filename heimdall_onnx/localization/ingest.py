@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -17,6 +16,8 @@ from scipy.sparse.csgraph import connected_components
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
+from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.localization.events import align_recordings, group_recordings
 from heimdall_onnx.localization.features import (
     CHANNELS,
@@ -28,9 +29,6 @@ from heimdall_onnx.localization.features import (
 )
 from heimdall_onnx.localization.mel import FeatureParameters, mel_windows
 from heimdall_onnx.localization.recordings import Recording, read_recording
-
-if TYPE_CHECKING:
-    from heimdall_onnx.data.dataset.dataset import Dataset
 
 Recordings = tuple[Recording, ...]
 Position = tuple[float, float]
@@ -77,9 +75,6 @@ def ingest_recordings(
         ParameterError: If a position is out of range, or a receiver is in no recording.
         UnavailableError: Without the package Zarr.
     """
-    from heimdall_onnx.data.dataset.dataset import open_dataset
-    from heimdall_onnx.data.dataset.writer import create_dataset
-
     parameters = parameters or FeatureParameters()
     sites = dict(receivers or {})
     say = progress or (lambda share, what: None)

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +35,8 @@ from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.files import replace_file
 from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.machine import usable_processors
+from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
+from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.localization.mel import FeatureParameters, mel_windows
 from heimdall_onnx.localization.modulation import MODULATIONS
 from heimdall_onnx.localization.propagation import (
@@ -47,10 +48,6 @@ from heimdall_onnx.localization.propagation import (
     rayleigh_gains,
 )
 from heimdall_onnx.localization.recordings import write_recording
-
-if TYPE_CHECKING:
-    from heimdall_onnx.data.dataset.dataset import Dataset
-
 
 # The sites of the KiwiSDR recordings of DCF77 of 2020-08-13, degrees latitude and longitude.
 RECEIVERS = {
@@ -222,9 +219,6 @@ def simulate_dataset(
         DataError: If ``path`` exists, or a file can't be written.
         UnavailableError: Without the package Zarr.
     """
-    from heimdall_onnx.data.dataset.dataset import open_dataset
-    from heimdall_onnx.data.dataset.writer import create_dataset
-
     problems = [
         f"{name} must be at least {least}, found {value!r}"
         for name, value, least in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import time
@@ -10,6 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from heimdall_onnx.common.environment import capture_environment
 from heimdall_onnx.common.errors import (
     CheckpointError,
     DataError,
@@ -20,8 +27,23 @@ from heimdall_onnx.common.errors import (
 from heimdall_onnx.common.files import hash_file, replace_file
 from heimdall_onnx.common.logs import OnProgress, get_logger
 from heimdall_onnx.common.machine import usable_processors
+from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.data.dataset.dataset import Dataset, Split, open_dataset
+from heimdall_onnx.data.evaluation import load_evaluation_data
+from heimdall_onnx.evidence.parity.ground import difference_degrees, distance_m, middle_of
+from heimdall_onnx.evidence.parity.uncertainty import assess_model
+from heimdall_onnx.localization.frame import calibration_advice, calibration_of, placement_of
+from heimdall_onnx.model.checkpoint import import_model_class, load_checkpoint
 from heimdall_onnx.model.signature import signature_of
+from heimdall_onnx.services.settings import Settings
+from heimdall_onnx.training.module import (
+    Objective,
+    TrainingModule,
+    TrainingProgress,
+    TrainingRows,
+    make_loader,
+)
 from heimdall_onnx.training.parameters import FIXED, TrainingParameters, command_of
 from heimdall_onnx.training.result import (
     BEST,
@@ -31,16 +53,10 @@ from heimdall_onnx.training.result import (
     TRAINING_RECORD,
     TrainingResult,
 )
+from heimdall_onnx.training.trainer import fastest_threads, fit, precision_of, read_training
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    from torch import nn
-
-    from heimdall_onnx.common.parameters import ReleaseParameters
-    from heimdall_onnx.data.dataset.dataset import Dataset, Split
     from heimdall_onnx.services.registry import MLflowTracker
-    from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
 
@@ -67,8 +83,6 @@ class TrainingRun:
         report: OnProgress | None,
         release: ReleaseParameters | None = None,
     ) -> None:
-        from heimdall_onnx.training.module import TrainingProgress
-
         self.parameters, self.settings, self.report = parameters, settings, report
         self.folder, self.release = folder, release
         self.progress = TrainingProgress()
@@ -82,8 +96,6 @@ class TrainingRun:
 
     def execute(self) -> TrainingResult:
         """Do all of it; raises what `training.train.train` says."""
-        from heimdall_onnx.data.dataset.dataset import open_dataset
-
         dataset = open_dataset(self.parameters.data_dir)
         split = self._split(dataset)
         self._begin(dataset)
@@ -125,8 +137,6 @@ class TrainingRun:
 
     def _begin(self, dataset: Dataset) -> None:
         """Find what to go on from, or refuse to overwrite it."""
-        from heimdall_onnx.training.trainer import precision_of, read_training
-
         chosen = Path(self.parameters.checkpoint or self.folder / LAST)
         about = {
             "parameters": self.parameters.model_dump(mode="json", include=set(FIXED)),
@@ -219,8 +229,6 @@ class TrainingRun:
                 self._poured = epoch
 
     def _train(self, dataset: Dataset, split: Split) -> TrainingResult:
-        from heimdall_onnx.training.trainer import read_training
-
         if dataset.positions is None:
             raise DataError(f"dataset {dataset.path} has no positions to train on")
         if len(split.train) < 2:
@@ -251,16 +259,6 @@ class TrainingRun:
         )
 
     def _fit(self, dataset: Dataset, positions: npt.NDArray[np.float64], split: Split) -> None:
-        import torch
-
-        from heimdall_onnx.training.module import (
-            Objective,
-            TrainingModule,
-            TrainingRows,
-            make_loader,
-        )
-        from heimdall_onnx.training.trainer import fastest_threads, fit, precision_of
-
         chosen = self.parameters
         model, kwargs = self._model(positions[split.train])
         signature = signature_of(model)
@@ -306,11 +304,6 @@ class TrainingRun:
 
     def _model(self, positions: npt.NDArray[np.float64]) -> tuple[nn.Module, dict[str, Any]]:
         """The model to train, and the arguments that build it again."""
-        import inspect
-
-        from heimdall_onnx.localization.frame import placement_of
-        from heimdall_onnx.model.checkpoint import import_model_class, load_checkpoint
-
         spec, given = self.parameters.model, dict(self.parameters.model_kwargs)
         start = self.resume or (self.parameters.checkpoint and Path(self.parameters.checkpoint))
         if start:
@@ -336,14 +329,6 @@ class TrainingRun:
         self, dataset: Dataset, positions: npt.NDArray[np.float64], split: Split, best: Path
     ) -> Path:
         """The best checkpoint with deviations as large as its errors on the validation part."""
-        import numpy as np
-        import torch
-
-        from heimdall_onnx.evidence.parity.ground import difference_degrees
-        from heimdall_onnx.localization.frame import calibration_advice, calibration_of
-        from heimdall_onnx.model.checkpoint import load_checkpoint
-        from heimdall_onnx.training.module import Objective, TrainingRows
-
         given = self.parameters.model_kwargs
         model = load_checkpoint(best, model=self.parameters.model, model_kwargs=given).model
         objective = Objective(model, signature_of(model), self.parameters.beta)
@@ -381,13 +366,6 @@ class TrainingRun:
         self, dataset: Dataset, split: Split, done: Mapping[str, Any], best: Path
     ) -> TrainingResult:
         """The best checkpoint on the events that training has not seen."""
-        import numpy as np
-
-        from heimdall_onnx.data.evaluation import load_evaluation_data
-        from heimdall_onnx.evidence.parity.ground import distance_m, middle_of
-        from heimdall_onnx.evidence.parity.uncertainty import assess_model
-        from heimdall_onnx.model.checkpoint import load_checkpoint
-
         assert dataset.positions is not None
         centre = middle_of(dataset.positions[split.train], {})
         assert centre is not None
@@ -431,8 +409,6 @@ class TrainingRun:
         )
 
     def _log_result(self, result: TrainingResult, history: list[dict[str, float]]) -> None:
-        from heimdall_onnx.common.environment import capture_environment
-
         assert self.tracker is not None
         self._pour(history)
         before = self.tracker.get_run_info(self.run_id)["tags"]
@@ -460,8 +436,6 @@ class TrainingRun:
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
     """Seed PyTorch, and give the caller its generator and threads back in the end."""
-    import torch
-
     threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -485,8 +459,6 @@ def _row_bytes(dataset: Dataset, names: list[str]) -> int:
 
 def _device_of(accelerator: str) -> str:
     """The kind of device that is meant here."""
-    import torch
-
     if accelerator not in ("auto", "gpu"):
         return accelerator
     if torch.cuda.is_available():

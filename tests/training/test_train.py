@@ -34,7 +34,6 @@ from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.training import run as training_run
 from heimdall_onnx.training import train as training
-from heimdall_onnx.training import trainer as lightning_trainer
 from heimdall_onnx.training.module import (
     EpochOrder,
     Objective,
@@ -376,7 +375,7 @@ def test_a_folder_with_a_training_is_not_overwritten(result, data):
 
 def test_a_training_goes_on_only_as_it_began(result, data, tmp_path, monkeypatch):
     other = write_data(tmp_path / "other", 300)
-    monkeypatch.setattr(lightning_trainer, "precision_of", lambda accelerator: "bf16-mixed")
+    monkeypatch.setattr(training_run, "precision_of", lambda accelerator: "bf16-mixed")
     changes = {"batch_size": 16, "seed": 3, "patience": 2, "devices": 2, "split_seed": 7}
     changed = options(other, result.folder, resume_training=True, **changes)
     with pytest.raises(ParameterError) as error:

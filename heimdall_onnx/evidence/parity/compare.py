@@ -16,7 +16,7 @@ from onnxruntime import InferenceSession
 from torch import nn
 
 from heimdall_onnx.common.arrays import Arrays
-from heimdall_onnx.common.errors import EvidenceError, ParameterError
+from heimdall_onnx.common.errors import EvidenceError, ParameterError, UnavailableError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import EvaluationWorkers
 from heimdall_onnx.data.evaluation import EvaluationData
@@ -40,7 +40,6 @@ from heimdall_onnx.evidence.parity.report import (
     tolerance_factor,
 )
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
-from heimdall_onnx.evidence.parity.workers import evaluate_on
 from heimdall_onnx.model.examples import Examples, examples_of
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.signature import Signature
@@ -86,6 +85,7 @@ def compare_outputs(
         DataError: If the model's own examples do not fit the signature.
         InvalidModelError: If ONNX Runtime can't load the file.
         ParameterError: If there are workers and ``onnx`` is a session.
+        UnavailableError: If there are workers, without the package distributed.
         EvidenceError: If a model can't run on an input of the signature's shape, PyTorch's not in
             float64, or the outputs have different shapes.
     """
@@ -107,6 +107,12 @@ def compare_outputs(
     elif not isinstance(onnx, Path):
         raise ParameterError("workers need the ONNX file; a session can't be sent to them")
     else:
+        try:
+            from heimdall_onnx.evidence.parity.workers import evaluate_on
+        except ModuleNotFoundError as error:
+            raise UnavailableError(
+                f"workers need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
+            ) from error
         found = evaluate_on(workers, model, onnx, data, settings, progress)
     cells = [ParityCell(EVALUATION, first, data.count, found.outputs(data))]
     run.remember_worst(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)

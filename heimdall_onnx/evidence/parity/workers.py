@@ -14,17 +14,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 import cloudpickle
+from distributed import Client, Future, as_completed
+from distributed.comm import get_address_host
+from distributed.scheduler import KilledWorker
+from distributed.utils import CancelledError
 
+from heimdall_onnx.common.dask import connected, local_client, scheduler_client
 from heimdall_onnx.common.errors import (
     EvidenceError,
     HeimdallError,
     ParameterError,
     SchedulerError,
-    UnavailableError,
 )
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import EvaluationWorkers
@@ -32,9 +36,14 @@ from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.dataset.shards import refuse
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.one_pass import EvaluationPass, PassSettings
-
-if TYPE_CHECKING:
-    from distributed import Client, Future
+from heimdall_onnx.evidence.parity.worker import (
+    Code,
+    EvaluationWorker,
+    Job,
+    check_array,
+    evaluate_part,
+    place,
+)
 
 log = get_logger(__name__)
 
@@ -72,7 +81,6 @@ def evaluate_on(
         SchedulerError: If the scheduler can't be reached, or has no workers, or some that would
             compute something else.
         StoreError: If the store of a dataset fails.
-        UnavailableError: Without the package distributed.
     """
     dataset = data.dataset
     if dataset is None or dataset.count != data.count:
@@ -80,13 +88,6 @@ def evaluate_on(
             f"workers share the samples of a dataset; {data.source} is none, or only its "
             "beginning is taken: leave eval_workers and eval_scheduler out"
         )
-    try:
-        from heimdall_onnx.common.dask import local_client, scheduler_client
-        from heimdall_onnx.evidence.parity.worker import Code, EvaluationWorker, Job, place
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"workers need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
-        ) from error
     module = type(model).__module__
     job = Job(
         f"heimdall-evaluation-{uuid4().hex}",
@@ -126,8 +127,6 @@ def evaluate_on(
 @contextmanager
 def _prepared(client: Client, plugin: Any) -> Iterator[None]:
     """Give every worker, and those to come, what they need."""
-    from heimdall_onnx.common.dask import connected
-
     try:
         client.register_plugin(plugin)
     except HeimdallError as error:
@@ -151,10 +150,6 @@ def _submit_checks(
     client: Client, name: str, data: EvaluationData, places: Mapping[str, tuple[str, str]]
 ) -> list[Future]:
     """Hold each array against its hash: once in the bucket, once on each machine for a folder."""
-    from distributed.comm import get_address_host
-
-    from heimdall_onnx.evidence.parity.worker import check_array
-
     assert data.dataset is not None
     anywhere: list[dict[str, Any]] = [{}]
     # A machine's workers may be others by then, or gone with it.
@@ -182,10 +177,6 @@ def _ranges(data: EvaluationData, settings: PassSettings, workers: int) -> Itera
 def _parts(
     client: Client, name: str, ranges: Iterator[range], workers: int
 ) -> Iterator[tuple[range, EvaluationPass]]:
-    from distributed import as_completed
-
-    from heimdall_onnx.evidence.parity.worker import evaluate_part
-
     running: dict[Future, range] = {}
 
     def submit(rows: range) -> Future:
@@ -211,9 +202,6 @@ def _result_of(future: Future) -> Any:
         HeimdallError: As the task raised it.
         SchedulerError: If the connection to the scheduler was lost.
     """
-    from distributed.scheduler import KilledWorker
-    from distributed.utils import CancelledError
-
     try:
         return future.result()
     except KilledWorker as error:
