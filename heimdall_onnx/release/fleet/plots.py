@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pandas as pd
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from heimdall_onnx.common.text import count_of, metre_scale, name, number
 from heimdall_onnx.report.plot.chart import Chart, Color, fitting_log_axis, new_figure, note, styled
 from heimdall_onnx.report.plot.variants import front
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _NAMED = 20
 # From so many times the least value on an axis is logarithmic.
