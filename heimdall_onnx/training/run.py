@@ -116,7 +116,10 @@ class TrainingRun:
                 error.add_note(f"the last whole epoch is kept; go on with:\n  {command}")
             raise
         finally:
-            self._close_run(status)
+            if self.tracker is not None and self._opened:
+                from heimdall_onnx.release.publish import close_own_run
+
+                close_own_run(self.tracker, self.run_id, status)
         return result
 
     def resume_command(self) -> str:
@@ -205,15 +208,6 @@ class TrainingRun:
         others = self.parameters.model_dump(mode="json", exclude=set(FIXED))
         tags = {name: None if value == "" else value for name, value in others.items()}
         self.tracker.set_tags(tags, run_id=self.run_id)
-
-    def _close_run(self, status: str) -> None:
-        """End the run, if one was opened; what happened before counts for more than an error."""
-        if self.tracker is None or not self._opened:
-            return
-        try:
-            self.tracker.close_run(self.run_id, status)
-        except HeimdallError as error:
-            log.warning("run_not_ended", run_id=self.run_id, status=status, reason=str(error))
 
     def _pour(self, history: list[dict[str, float]]) -> None:
         """Log epochs that the run does not have yet."""
