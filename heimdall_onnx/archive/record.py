@@ -236,7 +236,7 @@ def record_results(
     """
     import scrapbook
 
-    timed, compared, paired = _or_none(latency), _or_none(variants), _or_none(member)
+    compared = _or_none(variants)
     record = Record(
         profile=verdict.profile,
         gates=verdict.gates,
@@ -263,11 +263,11 @@ def record_results(
         ),
         metrics=summarize_metrics(parity, latency),
         parity=parity,
-        latency=timed and timed.figures(),
+        latency=_or_none(latency),
         latency_not_measured=latency.reason if isinstance(latency, NotMeasured) else None,
         variants=compared and compared.figures(),
         roofline=_or_none(roofline),
-        member=paired and paired.figures(),
+        member=_or_none(member),
         members=tuple(members or ()),
         operator_times=dict(_or_none(profiles) or ()),
         costs=tuple(costs),

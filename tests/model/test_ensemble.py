@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from models import POSITIONS, SIGNAL, SmallNet
 from onnx import numpy_helper
+from pydantic import TypeAdapter
 from releases import PREFIX, changed_notebook
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from heimdall_onnx.common.errors import CheckpointError, ParameterError
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.latency.contenders import pickle_model
+from heimdall_onnx.evidence.latency.figures import MemberFigures
 from heimdall_onnx.evidence.latency.members import compare_member
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure
 from heimdall_onnx.model.checkpoint import load_checkpoint
@@ -645,7 +647,7 @@ def test_ensemble_is_measured_beside_its_first_member(ensemble, tmp_path):
     assert [side.name for side in found.sides] == ["Ensemble", "Single member"]
     assert found.latency.speedup.low <= found.latency.speedup.ratio <= found.latency.speedup.high
     assert found.size_bytes == path.stat().st_size > 2 * found.member_size_bytes > 0
-    json.dumps(asdict(found.figures()))
+    json.dumps(TypeAdapter(MemberFigures).dump_python(found, mode="json"))
     text = member_table(found).data
     assert f"{found.latency.speedup.ratio:.2f} (" in text
     assert "| networks | 3 | 1 |" in text

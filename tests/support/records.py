@@ -58,13 +58,11 @@ def contender(name: str, median_ms: float, **changes: Any) -> dict[str, Any]:
     """What was measured of a contender."""
     p50 = {"percentile": 50.0, "value_ms": median_ms}
     ends = {"low_ms": median_ms - 1, "high_ms": median_ms + 1}
-    rate = {"samples_per_second": 1.0, "low": 0.9, "high": 1.1, "confidence": 0.95, "overall": 1.0}
     return {
         "name": name,
         "calls": 30,
         "percentiles": [{**p50, **ends}],
         "single_stream": None,
-        "throughput": {"batch_size": 1, "calls": 30, **rate},
         "stationarity": None,
         "median_ms": median_ms,
         "mean_ms": median_ms,

@@ -34,11 +34,10 @@ from heimdall_onnx.evidence.latency.contenders import (
     default_threads,
     pickle_model,
 )
-from heimdall_onnx.evidence.latency.cores import Cores, usable_cores
+from heimdall_onnx.evidence.latency.cores import usable_cores
 from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures
 from heimdall_onnx.evidence.latency.machine_state import MachineState, MachineWatch
 from heimdall_onnx.evidence.latency.statistics import (
-    Speedup,
     Throughput,
     offline_throughput,
     paired_speedup,
@@ -77,82 +76,56 @@ class BatchLatency:
     onnx_ms: Floats = field(repr=False)
 
 
-@dataclass(frozen=True)
-class LatencyReport:
+@dataclass(frozen=True, kw_only=True)
+class LatencyReport(LatencyFigures):
     """Everything that `measure_latency` found.
 
     Attributes:
-        batch_size: Samples in a call.
-        threads: Intra-op threads of each contender.
-        pytorch: The PyTorch model, eager.
-        onnx: The ONNX model on ONNX Runtime's CPU execution provider.
-        speedup: PyTorch's latency over ONNX Runtime's.
+        contenders: The PyTorch model, eager, and the ONNX model on ONNX Runtime's CPU execution
+            provider.
         load_average: Of the machine over the last minute, before and after.
         batches: Latency at this and the further batch sizes, ascending.
-        machine: What the machine did while they took turns.
-        confidence: Of every interval.
-        cores: The processors that both ran on, and whether others could measure on them.
     """
 
-    batch_size: int
-    threads: int
-    pytorch: ContenderLatency
-    onnx: ContenderLatency
-    speedup: Speedup
+    contenders: tuple[ContenderLatency, ContenderLatency]
     load_average: tuple[float, float]
     batches: tuple[BatchLatency, ...] = ()
-    machine: MachineState | None = None
     confidence: float = CONFIDENCE
-    cores: Cores | None = None
 
-    def figures(self) -> LatencyFigures:
-        """What is recorded of it, without the single calls."""
-        return LatencyFigures(
-            speedup=self.speedup,
-            batch_size=self.batch_size,
-            contenders=(self.pytorch.figures(self.batch_size), self.onnx.figures(self.batch_size)),
-            machine=self.machine,
-            threads=self.threads,
-            confidence=self.confidence,
-            cores=self.cores,
-        )
+    @property
+    def pytorch(self) -> ContenderLatency:
+        """The PyTorch model."""
+        return self.contenders[0]
+
+    @property
+    def onnx(self) -> ContenderLatency:
+        """The ONNX model."""
+        return self.contenders[1]
 
 
-@dataclass(frozen=True)
-class PairLatency:
+@dataclass(frozen=True, kw_only=True)
+class PairLatency(PairFigures):
     """Two contenders, measured in turns.
 
     Attributes:
-        first: The one in the numerator of the ratio.
-        second: The other one.
-        speedup: The first one's latency over the second one's.
-        batch_size: Samples in a call.
+        contenders: Both; the first one is in the numerator of the ratio.
         machine: What the machine did while they took turns.
         larger: Size of a further, larger batch; 0 if none was asked for.
-        throughput: Of both at that batch size.
-        on_device_ms: Median of the second one's calls without the way to its GPU and back; None
-            where it runs on the processor.
     """
 
-    first: ContenderLatency
-    second: ContenderLatency
-    speedup: Speedup
-    batch_size: int
+    contenders: tuple[ContenderLatency, ContenderLatency]
     machine: MachineState
     larger: int = 0
-    throughput: tuple[Throughput, ...] = ()
-    on_device_ms: float | None = None
 
-    def figures(self) -> PairFigures:
-        """What is recorded of it, without the single calls."""
-        return PairFigures(
-            speedup=self.speedup,
-            batch_size=self.batch_size,
-            contenders=(self.first.figures(self.batch_size), self.second.figures(self.batch_size)),
-            machine=self.machine,
-            throughput=self.throughput,
-            on_device_ms=self.on_device_ms,
-        )
+    @property
+    def first(self) -> ContenderLatency:
+        """The one in the numerator of the ratio."""
+        return self.contenders[0]
+
+    @property
+    def second(self) -> ContenderLatency:
+        """The other one."""
+        return self.contenders[1]
 
 
 def measure_latency(
@@ -217,8 +190,7 @@ def measure_latency(
         report = LatencyReport(
             batch_size=size,
             threads=threads,
-            pytorch=pytorch,
-            onnx=onnx,
+            contenders=(pytorch, onnx),
             speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
             load_average=(before, os.getloadavg()[0]),
             batches=tuple(sorted(batches, key=lambda found: found.batch_size)),
@@ -316,14 +288,13 @@ def measure_pair(
             sides = (batch.pytorch_ms, batch.onnx_ms)
             throughput = tuple(offline_throughput(side, larger) for side in sides)
         return PairLatency(
-            workers[0].latency(),
-            workers[1].latency(),
-            paired_speedup(workers[0].blocks, workers[1].blocks),
-            len(next(iter(inputs.values()))),
-            watch.state,
-            larger,
-            throughput,
-            on_device,
+            contenders=(workers[0].latency(), workers[1].latency()),
+            speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
+            batch_size=len(next(iter(inputs.values()))),
+            machine=watch.state,
+            larger=larger,
+            throughput=throughput,
+            on_device_ms=on_device,
         )
 
 

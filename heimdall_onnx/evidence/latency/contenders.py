@@ -28,7 +28,6 @@ from heimdall_onnx.evidence.latency.statistics import (
     Percentile,
     check_stationarity,
     early_stopping_estimate,
-    offline_throughput,
     percentiles_with_intervals,
 )
 from heimdall_onnx.model.runtimes import SessionSettings, load_runner
@@ -41,60 +40,45 @@ WARMUP_CALLS = 5
 _WORKER_TIMEOUT_S = 600.0
 
 
-@dataclass(frozen=True)
-class ContenderLatency:
-    """What was measured of one contender.
+@dataclass(frozen=True, kw_only=True)
+class ContenderLatency(ContenderFigures):
+    """What was measured of one contender, call by call.
 
     Attributes:
-        name: ``"PyTorch"`` or ``"ONNX Runtime"``.
         samples_ms: Latency of every counted call, in order, milliseconds.
         blocks: Index of the block that each call belongs to.
-        load_ms: Reading the model: session creation for ONNX Runtime.
-        first_call_ms: The first call after that.
-        warmup_calls: Further calls that were not counted.
-        percentiles: Those with enough samples behind them.
-        mean_ms: Mean of the counted calls.
-        peak_memory_bytes: Largest resident size of its process.
+        warmup_calls: Calls after the first one that were not counted.
         ran_on: Execution provider or device, as the runtime told it.
         precision: What it multiplied in, as far as the runtime decides that.
     """
 
-    name: str
     samples_ms: Floats = field(repr=False)
     blocks: npt.NDArray[np.int64] = field(repr=False)
-    load_ms: float
-    first_call_ms: float
     warmup_calls: int
-    percentiles: tuple[Percentile, ...]
-    mean_ms: float
-    peak_memory_bytes: int
     ran_on: str = ""
     precision: str = ""
 
-    @property
-    def median_ms(self) -> float:
-        """Median of the counted calls."""
-        return float(np.median(self.samples_ms))
+    @classmethod
+    def of_calls(
+        cls, name: str, samples_ms: Floats, blocks: npt.NDArray[np.int64], **measured: Any
+    ) -> ContenderLatency:
+        """Its calls with their statistics, and whatever else was ``measured``."""
+        return cls(
+            name=name,
+            samples_ms=samples_ms,
+            blocks=blocks,
+            calls=samples_ms.size,
+            percentiles=percentiles_with_intervals(samples_ms),
+            single_stream=early_stopping_estimate(samples_ms),
+            stationarity=check_stationarity(samples_ms, blocks),
+            median_ms=float(np.median(samples_ms)),
+            mean_ms=float(samples_ms.mean()),
+            **measured,
+        )
 
     def percentile(self, wanted: float) -> Percentile | None:
         """The percentile ``wanted``, or None where too few samples stand behind it."""
         return next((p for p in self.percentiles if p.percentile == wanted), None)
-
-    def figures(self, batch_size: int) -> ContenderFigures:
-        """What is recorded of it, without its single calls."""
-        return ContenderFigures(
-            name=self.name,
-            calls=self.samples_ms.size,
-            percentiles=self.percentiles,
-            single_stream=early_stopping_estimate(self.samples_ms),
-            throughput=offline_throughput(self.samples_ms, batch_size),
-            stationarity=check_stationarity(self.samples_ms, self.blocks),
-            median_ms=self.median_ms,
-            mean_ms=self.mean_ms,
-            load_ms=self.load_ms,
-            first_call_ms=self.first_call_ms,
-            peak_memory_bytes=self.peak_memory_bytes,
-        )
 
 
 @dataclass(frozen=True)
@@ -221,16 +205,13 @@ class Worker:
 
     def latency(self) -> ContenderLatency:
         """What has been measured so far."""
-        samples = np.concatenate(self.blocks)
-        return ContenderLatency(
-            name=self.name,
-            samples_ms=samples,
-            blocks=np.repeat(np.arange(len(self.blocks)), [b.size for b in self.blocks]),
+        return ContenderLatency.of_calls(
+            self.name,
+            np.concatenate(self.blocks),
+            np.repeat(np.arange(len(self.blocks)), [b.size for b in self.blocks]),
             load_ms=self._loaded["load_ns"] / 1e6,
             first_call_ms=self._loaded["first_call_ns"] / 1e6,
             warmup_calls=WARMUP_CALLS + len(self.blocks),
-            percentiles=percentiles_with_intervals(samples),
-            mean_ms=float(samples.mean()),
             peak_memory_bytes=self._peak,
             ran_on=self._loaded["ran_on"],
             precision=self._loaded["precision"],

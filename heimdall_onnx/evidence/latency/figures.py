@@ -15,7 +15,7 @@ from heimdall_onnx.evidence.latency.statistics import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContenderFigures:
     """One contender; the times are milliseconds.
 
@@ -24,7 +24,6 @@ class ContenderFigures:
         calls: Counted calls.
         percentiles: Those with enough calls behind them.
         single_stream: MLPerf's estimate of the 90th percentile; None from too few calls.
-        throughput: Samples per second of these calls.
         stationarity: How the latency moved meanwhile; None from too few calls.
         median_ms: Median of the counted calls.
         mean_ms: Their mean.
@@ -37,7 +36,6 @@ class ContenderFigures:
     calls: int
     percentiles: tuple[Percentile, ...]
     single_stream: EarlyStopping | None
-    throughput: Throughput
     stationarity: Stationarity | None
     median_ms: float
     mean_ms: float
@@ -51,7 +49,7 @@ class _Turns:
     speedup: Speedup
     batch_size: int
     contenders: tuple[ContenderFigures, ContenderFigures]
-    machine: MachineState | None
+    machine: MachineState | None = None
 
     @property
     def unsteady(self) -> str:
@@ -78,7 +76,7 @@ class LatencyFigures(_Turns):
 
     threads: int
     confidence: float
-    cores: Cores | None
+    cores: Cores | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +89,15 @@ class PairFigures(_Turns):
         contenders: Both.
         machine: What the machine did while they took turns.
         throughput: Of both at a larger batch size; empty if none was asked for.
-        on_device_ms: Median of the second one's calls without the way to its GPU and back.
+        on_device_ms: Median of the second one's calls without the way to its GPU and back; None
+            where it runs on the processor.
     """
 
-    throughput: tuple[Throughput, ...]
-    on_device_ms: float | None
+    throughput: tuple[Throughput, ...] = ()
+    on_device_ms: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemberFigures:
     """What an ensemble costs beside a single one of its members.
 

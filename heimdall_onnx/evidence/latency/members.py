@@ -23,32 +23,20 @@ log = get_logger(__name__)
 ENSEMBLE, MEMBER = "Ensemble", "Single member"
 
 
-@dataclass(frozen=True)
-class MemberComparison:
+@dataclass(frozen=True, kw_only=True)
+class MemberComparison(MemberFigures):
     """What an ensemble costs beside a single one of its members.
 
     Attributes:
-        members: How many there are.
-        latency: The ensemble and its first member on ONNX Runtime, in turns; the ratio is the
-            ensemble's latency over the member's.
-        size_bytes: Of the ensemble's ONNX file, external data included.
-        member_size_bytes: Of the member's, exported in the same way.
+        latency: The ensemble and its first member on ONNX Runtime, in turns.
     """
 
-    members: int
     latency: PairLatency
-    size_bytes: int
-    member_size_bytes: int
 
     @property
     def sides(self) -> tuple[ContenderLatency, ContenderLatency]:
         """The ensemble and the single member."""
         return self.latency.first, self.latency.second
-
-    def figures(self) -> MemberFigures:
-        """What is recorded of it, without the single calls."""
-        latency = self.latency.figures()
-        return MemberFigures(self.members, latency, self.size_bytes, self.member_size_bytes)
 
 
 def compare_member(
@@ -111,4 +99,9 @@ def compare_member(
     beside = (p for p in onnx_path.parent.iterdir() if p.name.startswith(f"{onnx_path.name}."))
     size = sum(path.stat().st_size for path in (onnx_path, *beside))
     log.info("compared with a member", ratio=round(latency.speedup.ratio, 3))
-    return MemberComparison(len(model.members), latency, size, exported.size_bytes)
+    return MemberComparison(
+        members=len(model.members),
+        latency=latency,
+        size_bytes=size,
+        member_size_bytes=exported.size_bytes,
+    )

@@ -140,7 +140,7 @@ class JudgedVariant:
             sessions={purpose: self.settings_for(purpose) for purpose in (LATENCY, THROUGHPUT)},
             kept_in_float=self.kept_in_float,
             gates=self.gates,
-            latency=None if self.latency is None else self.latency.figures(),
+            latency=self.latency,
             accuracy=self.accuracy,
             tuning={tuning.purpose: tuning.trials for tuning in self.tunings},
         )
@@ -181,7 +181,7 @@ class VariantsReport:
             recommended=self.recommended,
             calibration=self.calibration,
             limits=self.limits,
-            against_pytorch=self.against_pytorch.figures(),
+            against_pytorch=self.against_pytorch,
             judged=tuple(variant.figures() for variant in self.judged),
         )
 

@@ -14,8 +14,6 @@ from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.members import MemberComparison
 from heimdall_onnx.evidence.latency.statistics import (
     Throughput,
-    check_stationarity,
-    early_stopping_estimate,
     min_queries,
     offline_throughput,
 )
@@ -183,14 +181,14 @@ def _share(share: float | None, unknown: str) -> str:
 
 
 def _single_stream(contender: ContenderLatency) -> str:
-    found = early_stopping_estimate(contender.samples_ms)
+    found = contender.single_stream
     if found is None:
         return f"too few calls, {min_queries()} needed"
     return f"{found.value_ms:.2f} ({found.discarded} slowest of {found.queries} left out)"
 
 
 def _steadiness(contender: ContenderLatency) -> str:
-    found = check_stationarity(contender.samples_ms, contender.blocks)
+    found = contender.stationarity
     return "too few calls" if found is None else found.sentence
 
 

@@ -18,6 +18,7 @@ from pydantic_core import to_json
 from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import name
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
+from heimdall_onnx.evidence.latency.figures import PairFigures
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.review.compare.answers import Answers, latency_ratio
@@ -52,6 +53,7 @@ class RecordedParity:
 # Without what is not recorded.
 _OUTPUTS = TypeAdapter(tuple[ErrorStatistics, ...])
 _PARITY = TypeAdapter(tuple[RecordedParity, ...])
+_LATENCY = TypeAdapter(PairFigures)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class ReleaseComparison:
 
     def _unsteady(self) -> str:
         measured = self.latency
-        return "" if isinstance(measured, NotMeasured) else measured.figures().unsteady
+        return "" if isinstance(measured, NotMeasured) else measured.unsteady
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON without arrays; NaN and Inf as text, as JSON has neither."""
@@ -202,7 +204,7 @@ class ReleaseComparison:
                 else {
                     "ratio": ratio and _ratio_dict(ratio),
                     "unsteady": self._unsteady(),
-                    **asdict(latency.figures()),
+                    **_LATENCY.dump_python(latency),
                 },
                 "latency_not_measured": latency.reason
                 if isinstance(latency, NotMeasured)

@@ -455,7 +455,7 @@ def test_report_says_where_it_was_measured_and_who_else_could(onnx_path, tmp_pat
     assert [b.batch_size for b in report.batches] == [1, 2, 4]
     cores = tuple(sorted(os.sched_getaffinity(0)))
     assert report.cores == Cores(platform.node(), cores, exclusive=True)
-    record = records.record().model_copy(update={"latency": report.figures()})
+    record = records.record().model_copy(update={"latency": report})
     found = json.loads(json.dumps(record.to_json(), allow_nan=False))["latency"]
     assert found["cores"] == {"host": platform.node(), "numbers": [*cores], "exclusive": True}
     assert found["machine"].keys() >= {"user_share", "load_before", "load_after"}

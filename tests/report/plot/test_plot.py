@@ -40,7 +40,6 @@ from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.statistics import (
     Speedup,
     paired_speedup,
-    percentiles_with_intervals,
 )
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure, trace_depth
 from heimdall_onnx.evidence.parity.departure import Departure
@@ -210,15 +209,13 @@ def located(
 
 
 def contender(who: str, samples: npt.NDArray[np.float64], block: int = 10) -> ContenderLatency:
-    return ContenderLatency(
-        name=who,
-        samples_ms=samples,
-        blocks=np.arange(samples.size) // block,
+    return ContenderLatency.of_calls(
+        who,
+        samples,
+        np.arange(samples.size) // block,
         load_ms=1.0,
         first_call_ms=1.0,
         warmup_calls=5,
-        percentiles=percentiles_with_intervals(samples),
-        mean_ms=float(samples.mean()),
         peak_memory_bytes=1,
     )
 
@@ -228,7 +225,13 @@ def latency_of(
 ) -> LatencyReport:
     sides = contender(PYTORCH, pytorch), contender(ONNX, onnx)
     blocks = [np.split(s.samples_ms, np.arange(10, s.samples_ms.size, 10)) for s in sides]
-    return LatencyReport(batch, 2, *sides, paired_speedup(*blocks), (0.5, 0.6))
+    return LatencyReport(
+        batch_size=batch,
+        threads=2,
+        contenders=sides,
+        speedup=paired_speedup(*blocks),
+        load_average=(0.5, 0.6),
+    )
 
 
 def calls(median: float, count: int = 200, spread: float = 0.02) -> npt.NDArray[np.float64]:
@@ -1392,8 +1395,10 @@ def test_cost_names_the_longest_step_and_counts_the_contenders_memory() -> None:
     report = latency_of(calls(40.0), calls(10.0))
     heavy = replace(
         report,
-        pytorch=replace(report.pytorch, peak_memory_bytes=500_000_000),
-        onnx=replace(report.onnx, peak_memory_bytes=250_000_000),
+        contenders=(
+            replace(report.pytorch, peak_memory_bytes=500_000_000),
+            replace(report.onnx, peak_memory_bytes=250_000_000),
+        ),
     )
     chart = plot.release_cost(COSTS, heavy)
     assert chart.title == "39 s until here, 51.8% of it latency; most memory in latency: 1.6 GB"

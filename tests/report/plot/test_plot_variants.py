@@ -12,7 +12,6 @@ from heimdall_onnx.evidence.latency.machine_state import MachineWatch
 from heimdall_onnx.evidence.latency.statistics import (
     Speedup,
     offline_throughput,
-    percentiles_with_intervals,
 )
 from heimdall_onnx.evidence.variants.accuracy import accuracy_gates, judge_accuracy
 from heimdall_onnx.evidence.variants.calibration import split_calibration
@@ -30,18 +29,16 @@ SIGNATURE = BlockNet.signature
 def latency(name, ms):
     rng = np.random.default_rng(0)
     samples = ms * rng.uniform(0.95, 1.05, 60)
-    return ContenderLatency(
+    return ContenderLatency.of_calls(
         name,
         samples,
         np.repeat(np.arange(6), 10),
-        100.0,
-        2 * ms,
-        5,
-        percentiles_with_intervals(samples),
-        float(samples.mean()),
-        10**8,
-        "CPU",
-        "f32",
+        load_ms=100.0,
+        first_call_ms=2 * ms,
+        warmup_calls=5,
+        peak_memory_bytes=10**8,
+        ran_on="CPU",
+        precision="f32",
     )
 
 
@@ -50,13 +47,12 @@ def pair(first, ms_first, second, ms):
         pass
     ratio = ms_first / ms
     return PairLatency(
-        latency(first, ms_first),
-        latency(second, ms),
-        Speedup(ratio, 0.9 * ratio, 1.1 * ratio, 12),
-        1,
-        watch.state,
-        8,
-        tuple(offline_throughput(np.full(3, 8 * m), 8) for m in (ms_first, ms)),
+        contenders=(latency(first, ms_first), latency(second, ms)),
+        speedup=Speedup(ratio, 0.9 * ratio, 1.1 * ratio, 12),
+        batch_size=1,
+        machine=watch.state,
+        larger=8,
+        throughput=tuple(offline_throughput(np.full(3, 8 * m), 8) for m in (ms_first, ms)),
     )
 
 

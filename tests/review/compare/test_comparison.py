@@ -2,12 +2,13 @@
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 import records
+from pydantic import TypeAdapter
 from quick_release import SIGNATURE, make_model
 
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
@@ -15,6 +16,7 @@ from heimdall_onnx.common.gates import Gate, NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
+from heimdall_onnx.evidence.latency.figures import PairFigures
 from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import Speedup
 from heimdall_onnx.evidence.parity.ground import distance_m
@@ -66,11 +68,17 @@ SIDE = ComparedRelease("A", "s3://b/p/v1", "v1", "net", "1", "pass", "", "a" * 6
 GATE = Gate.at_most("mean absolute error", 1e-5, 1e-6)
 
 
-def latency(ratio: float, low: float, high: float) -> PairLatency:
-    calls = np.full(60, 2.0)
-    side = ContenderLatency("A", calls, np.arange(60) // 10, 1.0, 1.0, 5, (), 2.0, 1)
+def latency(ratio: float, low: float, high: float, calls=(2.0,) * 6) -> PairLatency:
+    beside = {"load_ms": 1.0, "first_call_ms": 1.0, "warmup_calls": 5, "peak_memory_bytes": 1}
+    calls = np.repeat(calls, 10)
+    side = ContenderLatency.of_calls("A", calls, np.arange(60) // 10, **beside)
     quiet = MachineState(1.0, 0.1, 0.1, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0)
-    return PairLatency(replace(side, name="B"), side, Speedup(ratio, low, high, 20), 1, quiet)
+    return PairLatency(
+        contenders=(replace(side, name="B"), side),
+        speedup=Speedup(ratio, low, high, 20),
+        batch_size=1,
+        machine=quiet,
+    )
 
 
 def comparison(answers, **changes) -> ReleaseComparison:
@@ -349,12 +357,12 @@ def test_what_is_not_judged_is_named(compare):
 
 
 def test_machine_that_was_not_steady_is_said_with_the_speed(compare):
-    found = latency(0.5, 0.4, 0.6)
-    drifting = replace(found.second, samples_ms=np.repeat(np.arange(2.0, 8.0), 10))
-    for side in (found.second, drifting):
-        measured = comparison(compare("one", "one"), latency=replace(found, second=side))
+    steady = latency(0.5, 0.4, 0.6)
+    drifting = latency(0.5, 0.4, 0.6, calls=np.arange(2.0, 8.0))
+    for found in (steady, drifting):
+        measured = comparison(compare("one", "one"), latency=found)
         told = (measured.sentence, _facts(measured.to_dict())["latency of B over A"])
-        assert [("not steady" in text) for text in told] == [side is drifting] * 2
-        contenders = [asdict(one) for one in replace(found, second=side).figures().contenders]
-        record = records.record(latency={"contenders": contenders})
-        assert ("; the machine was not steady" in _speed(record)) == (side is drifting)
+        assert [("not steady" in text) for text in told] == [found is drifting] * 2
+        timed = TypeAdapter(PairFigures).dump_python(found, mode="json")
+        record = records.record(latency={"contenders": timed["contenders"]})
+        assert ("; the machine was not steady" in _speed(record)) == (found is drifting)
