@@ -148,8 +148,8 @@ def test_every_import_of_the_package_comes_without_an_extra():
     on_request = {canonicalize_name(Requirement(r).name) for r in asked_for}
     with_extra = {
         *("training/module.py", "training/trainer.py", "common/dask.py"),
-        *("release/fleet/run.py", "release/fleet/report.py", "release/fleet/tables.py"),
-        *("release/fleet/worker.py", "evidence/parity/worker.py", "report/explore/widget.py"),
+        *("evidence/parity/worker.py", "evidence/parity/workers.py", "report/explore/widget.py"),
+        *(f"release/fleet/{name}.py" for name in ("plots", "report", "run", "tables", "worker")),
     }
     package = ROOT / "heimdall_onnx"
     for path in package.rglob("*.py"):
