@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Interrupt:
+    """Raises KeyboardInterrupt at the first signal, and does nothing at any other.
+
+    It remembers that itself: Lightning calls it from a handler of its own, and puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._struck = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self._struck:
+            self._struck = True
+            raise KeyboardInterrupt
 
 
 def interrupt_once() -> None:
@@ -17,9 +33,11 @@ def interrupt_once() -> None:
     second signal must not strike while Python takes the process apart.
     """
     if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if _is_heard(number):
-                signal.signal(number, _interrupt)
+        action = _Interrupt()
+        for number in filter(_is_heard, _SIGNALS):
+            signal.signal(number, action)
+            # Python's last act with its handlers is to make the system's own of them.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def first_signal_interrupts() -> AbstractContextManager[None]:
@@ -29,7 +47,7 @@ def first_signal_interrupts() -> AbstractContextManager[None]:
     after, SIGTERM, while children are being ended and what was begun is taken back. Where this is
     so already, by a block further out, the end of this one changes nothing.
     """
-    return _on_signals(_interrupt)
+    return _on_signals(_Interrupt())
 
 
 def uninterrupted() -> AbstractContextManager[None]:
@@ -43,13 +61,6 @@ def was_interrupted(error: BaseException) -> bool:
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__
     return cause is not None
-
-
-def _interrupt(number: int, frame: object) -> None:
-    for each in _SIGNALS:
-        if signal.getsignal(each) is _interrupt:
-            signal.signal(each, _go_on)
-    raise KeyboardInterrupt
 
 
 def _go_on(number: int, frame: object) -> None:
@@ -69,9 +80,9 @@ def _on_signals(action: Callable[[int, object], None]) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS if _is_heard(number)}
-    if action is _interrupt:
+    if isinstance(action, _Interrupt):
         # An outer block's first signal is this one's too, and the only one.
-        before = {n: handler for n, handler in before.items() if handler not in (action, _go_on)}
+        before = {n: h for n, h in before.items() if not (h is _go_on or isinstance(h, _Interrupt))}
     for number in before:
         signal.signal(number, action)
     try:

@@ -105,3 +105,18 @@ def test_second_signal_is_lost_in_what_surrounds_the_interrupted_block():
 def test_nothing_interrupts_a_block_within_an_uninterrupted_one():
     with uninterrupted(), first_signal_interrupts():
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_second_signal_is_lost_too_where_a_library_has_put_its_handler_around_ours():
+    def work():
+        ours = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *arguments: ours(*arguments))
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, ours)
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt), first_signal_interrupts():
+        work()
