@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, example="heimdall-onnx gallery --serve")
 @click.option("--bucket", default="heimdall-models", show_default=True)
-@click.option("--prefix", default="models/localization", show_default=True)
-@click.option("--name", default="", help="Only this registered model.  [default: all]")
+@click.option("--prefix", help="Folder of the releases in it.  [default: as for --name]")
+@click.option(
+    "--name",
+    default="",
+    help="Only this registered model, in models/NAME.  [default: all in the reference model's]",
+)
 @click.option(
     "-o",
     "--output",
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def gallery(
     bucket: str,
-    prefix: str,
+    prefix: str | None,
     name: str,
     output: Path | None,
     serve: bool,
@@ -51,6 +55,7 @@ def gallery(
         raise click.UsageError("--port is for --serve")
 
     from heimdall_onnx.common.files import replace_file
+    from heimdall_onnx.common.parameters import folder_of
     from heimdall_onnx.review.gallery.page import make_gallery, store_gallery, summary
     from heimdall_onnx.services.connection import open_for_reading
 
@@ -58,6 +63,8 @@ def gallery(
     if not place.is_there():
         click.echo(f"there is no bucket {bucket} yet, and so no release", err=True)
         return
+    if prefix is None:
+        prefix = folder_of(name)
     made = make_gallery(place, prefix, name=name, links=output is None)
     if output is not None:
         with replace_file(output) as file:

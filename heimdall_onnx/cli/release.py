@@ -6,6 +6,7 @@ Thin, as the rest of the command line: values in, results out, exit codes from t
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -65,7 +66,7 @@ def parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _PARAMETER_OPTIONS = (
     parameter_option("--name", help="Name of the registered model."),
     parameter_option("--bucket", help="Bucket of the releases."),
-    parameter_option("--prefix", help="Folder of the releases in the bucket."),
+    parameter_option("--prefix", help="Their folder in the bucket.  [default: models/NAME]"),
     parameter_option("--tolerance", type=float, help="Limit of the mean absolute error."),
     parameter_option("--alias", help="Registry alias that is moved to the release."),
     parameter_option("--profile", help="How much is measured: smoke, quick or audit."),
@@ -150,12 +151,14 @@ def _combine(
 ) -> dict[str, Any]:
     """The checkpoints as one, which is there until the release ends, as parameters of it."""
     from heimdall_onnx.model.ensemble import combine_checkpoints
+    from heimdall_onnx.report.workspace import ENSEMBLE, RUNNER
 
     try:
         settings.home.mkdir(parents=True, exist_ok=True)
         folder = until_released.enter_context(
-            tempfile.TemporaryDirectory(prefix="ensemble-", dir=settings.home)
+            tempfile.TemporaryDirectory(prefix=ENSEMBLE, dir=settings.home)
         )
+        (Path(folder) / RUNNER).write_text(str(os.getpid()))
     except OSError as error:
         raise SettingsError(
             f"HEIMDALL_HOME must be a folder that can be written to; nothing can be made in "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,25 @@ _Command = Callable[..., Any]
 
 
 def _place_options(command: _Command) -> _Command:
-    command = click.option("--bucket", default="heimdall-models", show_default=True)(command)
-    return click.option("--prefix", default="models/localization", show_default=True)(command)
+    """Bucket and folder of releases, the folder by itself or by the model's name."""
+
+    @wraps(command)
+    def placed(*, prefix: str | None, name: str, **options: Any) -> None:
+        from heimdall_onnx.common.parameters import folder_of
+
+        command(prefix=folder_of(name) if prefix is None else prefix, **options)
+
+    for option in (
+        click.option("--bucket", default="heimdall-models", show_default=True),
+        click.option("--prefix", help="Folder of the releases in it.  [default: as for --name]"),
+        click.option(
+            "--name",
+            default="",
+            help="Model whose folder it is, models/NAME.  [default: the reference model]",
+        ),
+    ):
+        option(placed)
+    return placed
 
 
 def _trust_options(command: _Command) -> _Command:
@@ -63,7 +81,13 @@ def _decision_options(command: _Command) -> _Command:
 
 
 def _name_argument(command: _Command) -> _Command:
-    return click.argument("name", default="heimdall-localization-onnx")(command)
+    return click.argument("name", default=_reference_model)(command)
+
+
+def _reference_model() -> str:
+    from heimdall_onnx.common.parameters import REFERENCE_MODEL
+
+    return REFERENCE_MODEL
 
 
 def _connect(
@@ -131,6 +155,12 @@ def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
         return
     unreadable = []
     found = place.list_versions(prefix, after=after, limit=limit and limit + 1)
+    if not found:
+        _say(
+            f"there is no release in {place.uri(prefix)}{f' after {after}' if after else ''}; "
+            "--name and --prefix are for other models and folders",
+            err=True,
+        )
     for version in found[:limit]:
         try:
             manifest = read_manifest(place, f"{prefix.strip('/')}/{version}")

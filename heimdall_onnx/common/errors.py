@@ -22,7 +22,7 @@ HeimdallError                      exit 1
     │   ├── ObjectExistsError      an object that must not be overwritten is already there
     │   └── MissingObjectError     there is no such object, or no such bucket
     ├── RegistryError              the model registry
-    │   └── NotRegisteredError     it has no such model, version or run
+    │   └── NotRegisteredError     exit 2: it has no such model, version or run
     └── SchedulerError             the scheduler of a fleet's workers
 ```
 """
@@ -124,6 +124,8 @@ class RegistryError(ServiceError):
 
 class NotRegisteredError(RegistryError):
     """The model registry has no model, version or run of that name."""
+
+    exit_code = InputError.exit_code
 
 
 class SchedulerError(ServiceError):

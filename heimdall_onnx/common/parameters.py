@@ -115,10 +115,18 @@ VARIANTS = (
     "fp16-tensorrt",
 )
 
+# What is taken where nobody says what the model is called: the reference model's own.
+REFERENCE_MODEL, REFERENCE_FOLDER = "heimdall-localization-onnx", "models/localization"
+
 # Names that make an S3 key, an MLflow name and a line of Markdown without surprises.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 BUCKET = r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$"
 PREFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
+
+
+def folder_of(name: str) -> str:
+    """The folder of a model's releases in a bucket, where none is asked for."""
+    return REFERENCE_FOLDER if name in ("", REFERENCE_MODEL) else f"models/{name}"
 
 
 def _json_text(value: object) -> object:
@@ -166,9 +174,9 @@ class ReleaseParameters(Parameters):
     model: str = "heimdall_onnx:LocalizationNet"
     model_kwargs: ModelKwargs = Field(default_factory=dict)
     eval_data: str = ""
-    name: str = Field("heimdall-localization-onnx", pattern=NAME, max_length=200)
+    name: str = Field(REFERENCE_MODEL, pattern=NAME, max_length=200)
     bucket: str = Field("heimdall-models", pattern=BUCKET)
-    prefix: str = Field("models/localization", pattern=PREFIX, max_length=500)
+    prefix: str = Field("", pattern=rf"^$|{PREFIX}", max_length=500, validate_default=True)
     # MLflow takes no dots in an alias.
     alias: str = Field("staging", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=255)
     tolerance: float = Field(1e-5, gt=0)
@@ -193,6 +201,11 @@ class ReleaseParameters(Parameters):
     run_id: str = Field("", pattern=r"^([0-9a-zA-Z][0-9a-zA-Z_-]{0,255})?$")
     output_dir: str = ""
     publish: bool = False
+
+    @field_validator("prefix")
+    @classmethod
+    def _after_its_model(cls, value: str, info: ValidationInfo) -> str:
+        return value or folder_of(info.data.get("name", ""))
 
     @field_validator("alias")
     @classmethod

@@ -22,6 +22,7 @@ from heimdall_onnx.common.errors import (
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.gates import Verdict
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import REFERENCE_FOLDER, REFERENCE_MODEL
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import measure_latency
 from heimdall_onnx.evidence.latency.statistics import min_samples
@@ -169,7 +170,7 @@ class ONNXExporter:
         }
         if object_name is None:
             # Claimed like a release, so that two exports in one second get two names.
-            prefix = "models/localization"
+            prefix = REFERENCE_FOLDER
             version = bucket.claim_version(
                 prefix, name=METADATA, content=lambda _: to_json(described)
             )
@@ -302,7 +303,7 @@ def export_and_register_model(
     s3_client: S3Client,
     mlflow_tracker: MLflowTracker,
     output_dir: Path | str = Path("outputs/onnx"),
-    model_name: str = "heimdall-localization-onnx",
+    model_name: str = REFERENCE_MODEL,
 ) -> dict[str, Any]:
     """Export, check, upload and register, as a training script calls it when training ends.
 

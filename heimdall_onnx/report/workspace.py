@@ -16,6 +16,8 @@ from heimdall_onnx.services.settings import Settings
 
 # In a run's folder: the process that runs it headlessly.
 RUNNER = "runner.pid"
+# How the folder begins that holds a combined checkpoint while it is released, beside the runs.
+ENSEMBLE = "ensemble-"
 
 
 def new_run_folder(settings: Settings) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from heimdall_onnx.common.errors import HeimdallError, NotRegisteredError, Verif
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import VARIANTS_FOLDER
 from heimdall_onnx.data.dataset.schema import HEADER
-from heimdall_onnx.report.workspace import RUNNER
+from heimdall_onnx.report.workspace import ENSEMBLE, RUNNER
 from heimdall_onnx.services.client import error_code
 from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.registry import MLflowTracker, RegisteredVersion
@@ -145,7 +146,7 @@ def diagnose(
         *_unreferenced(there, before),
         *_uploads(there, before),
         *_open_runs(tracker, before),
-        *_local_models(connection.settings.home, datetime.now(UTC) - older_than),
+        *_local_copies(connection.settings.home, datetime.now(UTC) - older_than),
     )
 
 
@@ -317,26 +318,28 @@ def _open_runs(tracker: MLflowTracker, before: datetime) -> Iterator[Leftover]:
             )
 
 
-def _local_models(home: Path, before: datetime) -> Iterator[Leftover]:
-    """A run deletes its own copy of the model when it ends, unless it is killed."""
+def _local_copies(home: Path, before: datetime) -> Iterator[Leftover]:
+    """A release deletes its own copies of a model when it ends, unless it is killed."""
     runs = home / "runs"
-    for path in sorted(
-        [*runs.glob("*/model.onnx*"), *runs.glob(f"*/{VARIANTS_FOLDER}/*/model.onnx*")]
-    ):
+    models = [*runs.glob("*/model.onnx*"), *runs.glob(f"*/{VARIANTS_FOLDER}/*/model.onnx*")]
+    copies = [(path, runs / path.relative_to(runs).parts[0]) for path in sorted(models)]
+    copies += [(folder, folder) for folder in sorted(home.glob(f"{ENSEMBLE}*"))]
+    for path, run in copies:
         with contextlib.suppress(OSError, ValueError):
             # Without a runner it is somebody's own; with one that runs it is under way.
-            run = runs / path.relative_to(runs).parts[0]
             if psutil.pid_exists(int((run / RUNNER).read_text())):
                 continue
-            status = path.stat()
-            if datetime.fromtimestamp(status.st_mtime, UTC) > before:
+            if datetime.fromtimestamp(path.stat().st_mtime, UTC) > before:
                 continue
+            files = [path] if path.is_file() else list(path.iterdir())
             yield Leftover(
-                "model of a run that was killed",
+                f"{'model' if path.is_file() else 'checkpoint'} of a run that was killed",
                 str(path),
-                f"{status.st_size / 1e6:.1f} MB on this machine",
+                f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB on this machine",
                 "delete it",
-                partial(path.unlink, missing_ok=True),
+                partial(path.unlink, missing_ok=True)
+                if path.is_file()
+                else partial(shutil.rmtree, path, ignore_errors=True),
             )
 
 

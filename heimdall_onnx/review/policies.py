@@ -34,7 +34,7 @@ from string import Template
 from typing import Any, Literal, get_args
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.common.parameters import check_parameters
+from heimdall_onnx.common.parameters import REFERENCE_FOLDER, check_parameters
 from heimdall_onnx.services.store import parse_uri
 
 Role = Literal["releaser", "reviewer", "consumer"]
@@ -67,13 +67,14 @@ class Place:
     """
 
     bucket: str = "heimdall-models"
-    prefix: str = "models/localization"
+    prefix: str = REFERENCE_FOLDER
     artifact_uri: str = "s3://heimdall-mlflow"
     conditional: bool = False
 
     def __post_init__(self) -> None:
         # A wildcard in a name would give away other buckets.
-        check_parameters({"bucket": self.bucket, "prefix": self.prefix})
+        # No folder would be all of them.
+        check_parameters({"bucket": self.bucket, "prefix": self.prefix or "/"})
         if self.artifact_uri:
             bucket, folder = parse_uri(self.artifact_uri)
             check_parameters({"bucket": bucket} | ({"prefix": folder.strip("/")} if folder else {}))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, Field, field_validator
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.common.parameters import ModelKwargs, Parameters, check_as
+from heimdall_onnx.common.parameters import ModelKwargs, Parameters, check_as, folder_of
 from heimdall_onnx.common.text import listed, shown
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ def _options(parameters: TrainingParameters, names: Collection[str]) -> list[str
 def _release_options(release: ReleaseParameters | None) -> list[str]:
     words = []
     if release is not None:
-        for name, text in _changed(release, set(type(release).model_fields) - BY_TRAINING).items():
+        own = {*BY_TRAINING, *(["prefix"] if release.prefix == folder_of(release.name) else [])}
+        for name, text in _changed(release, set(type(release).model_fields) - own).items():
             words += [f"--{name}", text] if name in NAMED else ["-p", name, text]
     return words
 

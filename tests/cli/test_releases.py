@@ -45,6 +45,29 @@ def test_list_names_the_recommended_variant(call, releases):
     assert "recommended" not in plain
 
 
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        ((), "models/localization"),
+        (("--name", "heimdall-localization-onnx"), "models/localization"),
+        (("--name", "mine"), "models/mine"),
+        (("--name", "mine", "--prefix", "models/ours"), "models/ours"),
+    ],
+)
+def test_a_version_is_looked_for_in_the_folder_of_its_model(call, options, folder):
+    for command in ("show", "verify", "link", "reproduce"):
+        result = call(command, "v20200101_000000", *options)
+        assert result.exit_code == 3, command
+        assert f"s3://{BUCKET}/{folder}/v20200101_000000 has no manifest" in result.stderr, command
+
+
+def test_list_of_a_folder_without_releases_says_which_that_is(call):
+    result = call("list", "--name", "mine")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert f"there is no release in s3://{BUCKET}/models/mine" in result.stderr
+    assert "--prefix" in result.stderr
+
+
 def test_list_shows_a_page_and_says_where_the_next_one_begins(call, releases):
     first, second = releases
     page = call("list", "--limit", "1")
@@ -65,10 +88,13 @@ def test_release_is_found_by_its_registered_version(call, releases, address):
         assert releases[1].version in result.stdout, command
 
 
-def test_unknown_alias_is_no_release(call, releases):
-    result = call("show", "net@nowhere")
-    assert result.exit_code == 4
-    assert "nowhere" in result.stderr
+@pytest.mark.parametrize("address", ["net@nowhere", "net/99", "nobody@staging"])
+def test_what_is_not_registered_is_bad_input(call, releases, address):
+    for command in ("show", "verify", "promote"):
+        more = ("--reviewer", "R", "--note", "N") if command == "promote" else ()
+        result = call(command, address, *more)
+        assert result.exit_code == 2, command
+        assert address.split("@")[-1].split("/")[-1] in result.stderr, command
 
 
 def test_show_says_what_became_of_each_variant(call, releases):

@@ -42,7 +42,25 @@ def test_defaults_are_those_of_the_notebook_in_its_order():
     namespace.pop("__builtins__")
     namespace.pop("__annotations__", None)
     assert list(inspected) == list(ReleaseParameters.model_fields)
-    assert ReleaseParameters().model_dump() == namespace
+    fields = ReleaseParameters.model_fields.items()
+    assert {n: f.get_default(call_default_factory=True) for n, f in fields} == namespace
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ({}, "models/localization"),
+        ({"name": "heimdall-localization-onnx"}, "models/localization"),
+        ({"name": "my-classifier"}, "models/my-classifier"),
+        ({"name": "my-classifier", "prefix": ""}, "models/my-classifier"),
+        ({"name": "my-classifier", "prefix": "models/localization"}, "models/localization"),
+        ({"prefix": "elsewhere/deep"}, "elsewhere/deep"),
+    ],
+)
+def test_folder_of_releases_is_called_after_their_model_unless_it_is_given(given, folder):
+    made = check_parameters(given)
+    assert made.prefix == folder
+    assert check_parameters(made.model_dump()) == made
 
 
 def test_every_problem_is_named_at_once_with_the_nearest_names():
@@ -136,7 +154,6 @@ def test_name_that_papermill_took_for_something_else_is_refused_not_rewritten(te
         {"name": "a\n"},
         {"name": "a b"},
         {"name": "a" * 201},
-        {"prefix": ""},
         {"prefix": "../other"},
         {"prefix": "a/../b"},
         {"prefix": "/a"},

@@ -204,6 +204,7 @@ def running_release(
         [
             *(sys.executable, "-m", "heimdall_onnx", "release", str(small.checkpoint)),
             *("--eval-data", str(small.eval_data), "--bucket", bucket, "--name", "test-model"),
+            *("--prefix", PREFIX),
             *("--model", small.model, "--json", *map(str, options)),
         ],
         stdout=subprocess.PIPE,

@@ -750,6 +750,7 @@ def test_ensemble_is_released_verified_and_made_again(make_settings, s3, paths, 
         *paths,
         *("--eval-data", tmp_path / "eval.npz", "--bucket", bucket, "--name", "test-model"),
         *("--profile", "smoke", "-p", "opset", 14, "--notebook", changed_notebook(tmp_path)),
+        *("--prefix", PREFIX),
     )
     assert done.exit_code == 0, done.stderr
     assert list(settings.home.rglob("*.ckpt")) == []

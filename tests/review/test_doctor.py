@@ -167,6 +167,27 @@ def test_model_of_a_killed_runner_is_deleted_and_that_of_a_running_one_kept(
     assert [path.parent.name for path in runs.glob("*/model.onnx")] == ["running"]
 
 
+def test_checkpoint_of_a_killed_ensemble_is_deleted_and_that_of_a_running_one_kept(
+    connection, complete, bucket
+):
+    home = connection.settings.home
+    for name, pid in (("ensemble-killed", 2**22 + 1), ("ensemble-running", os.getpid())):
+        (home / name).mkdir()
+        (home / name / "runner.pid").write_text(str(pid))
+        (home / name / ".half.ckpt.part").write_bytes(b"x")
+    (home / "ensemble-of-my-own").mkdir()
+    (leftover,) = found(connection, bucket.name)
+    assert (leftover.kind, leftover.what) == (
+        "checkpoint of a run that was killed",
+        str(home / "ensemble-killed"),
+    )
+    assert mended(connection, complete)
+    assert {path.name for path in home.glob("ensemble-*")} == {
+        "ensemble-running",
+        "ensemble-of-my-own",
+    }
+
+
 def test_content_that_a_release_under_way_uses_again_is_kept(
     connection, complete, bucket, tmp_path
 ):

@@ -412,6 +412,7 @@ def test_conditional_writes_are_asked_for_only_where_they_are_known():
         (lambda: Place(bucket="*"), "bucket"),
         (lambda: Place(prefix="models/*"), "prefix"),
         (lambda: Place(prefix="../models"), "prefix"),
+        (lambda: Place(prefix=""), "prefix"),
         (lambda: Place(artifact_uri="s3://heim*"), "bucket"),
         (lambda: Place(artifact_uri="s3://mlflow/?"), "prefix"),
         (lambda: Place(artifact_uri="file:///mlflow"), "expected s3://bucket/key"),

@@ -47,6 +47,7 @@ def smoke(inputs: Inputs, bucket: str, **changes: object) -> ReleaseParameters:
         "model": inputs.model,
         "bucket": bucket,
         "name": "test-model",
+        "prefix": PREFIX,
         "profile": "smoke",
         "opset": 14,  # its exporter takes a third of the other's time
     }

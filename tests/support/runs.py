@@ -200,6 +200,7 @@ def start_release(
             *within,
             *(sys.executable, "-m", "heimdall_onnx", "release", str(inputs.checkpoint)),
             *("--eval-data", str(inputs.eval_data), "--bucket", bucket, "--name", name),
+            *("--prefix", PREFIX),
             *("--model", inputs.model, "--json", *map(str, options)),
         ],
         env={**environment(settings), **variables, _MARK: mark},

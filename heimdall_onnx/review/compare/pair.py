@@ -22,7 +22,7 @@ from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import require_verified, verify_release
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.logs import configure_logs, get_logger
-from heimdall_onnx.common.parameters import BUCKET, FP32, PREFIX, Parameters
+from heimdall_onnx.common.parameters import BUCKET, FP32, PREFIX, REFERENCE_FOLDER, Parameters
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.evaluation import EvaluationData, is_dataset, load_evaluation_data
 from heimdall_onnx.model.signature import Signature
@@ -67,7 +67,7 @@ class ComparisonParameters(Parameters):
     b: str = Field("", max_length=2000)
     eval_data: str = ""
     bucket: str = Field("heimdall-models", pattern=BUCKET)
-    prefix: str = Field("models/localization", pattern=PREFIX, max_length=500)
+    prefix: str = Field(REFERENCE_FOLDER, pattern=PREFIX, max_length=500)
     measure_latency: bool = True
     calls: int = Field(200, ge=12, le=1_000_000)
     seed: int = Field(0, ge=0)
