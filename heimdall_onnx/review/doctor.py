@@ -115,7 +115,11 @@ class _Place:
 
     def of(self, version: RegisteredVersion) -> str | None:
         """The release folder that a version was registered from; None if it is none of ours."""
-        return self.folder_of(version.source.removeprefix(self.bucket.uri()))
+        return self.folder_of(self.place_of(version))
+
+    def place_of(self, version: RegisteredVersion) -> str:
+        """The folder of the bucket that a version was registered from, whatever is there."""
+        return version.source.removeprefix(self.bucket.uri()).rstrip("/")
 
 
 def diagnose(
@@ -220,7 +224,7 @@ def _aliases(there: _Place) -> Iterator[Leftover]:
         aliases = there.tracker.aliases(name)
         for alias, number in sorted(aliases.items()):
             version = there.versions.get((name, number))
-            if version is None or there.of(version) in there.manifests:
+            if version is None or there.place_of(version) in there.manifests:
                 continue
             yield Leftover(
                 "alias without a manifest",

@@ -35,6 +35,7 @@ with warnings.catch_warnings():
     import mlflow
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
     from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
     from mlflow.tracking.context.registry import resolve_tags
     from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
@@ -429,7 +430,13 @@ class MLflowTracker:
     def version_by_alias(self, name: str, alias: str) -> RegisteredVersion:
         """The version that an alias points at."""
         with self._errors(f"find {name}@{alias}"):
-            return _describe_version(self._client.get_model_version_by_alias(name, alias))
+            try:
+                return _describe_version(self._client.get_model_version_by_alias(name, alias))
+            except MlflowException as error:
+                # As it answers of a model that has no such alias.
+                if error.error_code == "INVALID_PARAMETER_VALUE":
+                    raise MlflowException(str(error), RESOURCE_DOES_NOT_EXIST) from error
+                raise
 
     def alias_target(self, name: str, alias: str) -> str | None:
         """The version that an alias points at, or None."""

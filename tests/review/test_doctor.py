@@ -154,6 +154,10 @@ def test_what_others_keep_there_is_none_of_its_business(connection, complete, bu
     assert found(connection, bucket.name) == ()
 
 
+def test_an_alias_of_another_folder_is_none_of_its_business(connection, complete, bucket):
+    assert diagnose(connection, bucket.name, "models/another", older_than=NOW) == ()
+
+
 def test_model_of_a_killed_runner_is_deleted_and_that_of_a_running_one_kept(
     connection, complete, bucket
 ):
