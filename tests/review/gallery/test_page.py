@@ -352,7 +352,9 @@ def call(settings, place, monkeypatch):
     settings.apply()
 
     def run(*arguments: str) -> Result:
-        return CliRunner().invoke(main, ["gallery", "--bucket", BUCKET, *arguments])
+        return CliRunner().invoke(
+            main, ["gallery", "--bucket", BUCKET, "--prefix", PREFIX, *arguments]
+        )
 
     return run
 
@@ -388,6 +390,12 @@ def test_unknown_model_is_named_beside_those_that_are_there(call):
     done = call("--name", "nett")
     assert done.exit_code == 2
     assert f"no release of nett in s3://{BUCKET}/{PREFIX}, found those of net, other" in done.stderr
+
+
+def test_one_model_is_looked_for_in_its_own_folder(place, call):
+    done = CliRunner().invoke(main, ["gallery", "--bucket", BUCKET, "--name", "nett"])
+    assert done.exit_code == 2
+    assert f"no release of nett in s3://{BUCKET}/models/nett, found those of none" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["../net", "a/b", ".net", "net\n"])
