@@ -116,6 +116,30 @@ def refuse(*_):
     raise RegistryError("no")
 
 
+def test_release_takes_back_its_own_move_alone(s3, bucket, sqlite_tracker, versions):
+    log, ours = AliasLog(bucket, "net", "staging"), f"{bucket.uri()}models/v2"
+    move(s3, bucket.name, "1")
+    log.point(sqlite_tracker, "2", ours, "a run")
+    # Of another registry, whose numbers begin anew.
+    log.withdraw(sqlite_tracker, "2", "s3://elsewhere/models/v2")
+    assert sqlite_tracker.alias_target("net", "staging") == "2"
+    assert AliasLog(bucket, "net", "staging").last.number == 2
+    log.withdraw(sqlite_tracker, "2", ours)
+    last = AliasLog(bucket, "net", "staging").last
+    assert (last.action, last.version, last.number) == ("withdraw", "1", 3)
+    assert sqlite_tracker.alias_target("net", "staging") == "1"
+
+
+def test_move_that_was_followed_meanwhile_is_not_taken_back(s3, bucket, sqlite_tracker, versions):
+    log, ours = AliasLog(bucket, "net", "staging"), f"{bucket.uri()}models/v2"
+    move(s3, bucket.name, "1")
+    log.point(sqlite_tracker, "2", ours, "a run")
+    move(s3, bucket.name, "3", action="promote", by="a reviewer")
+    with pytest.raises(PromotionError, match="was moved meanwhile, by a reviewer"):
+        log.withdraw(sqlite_tracker, "2", ours)
+    assert AliasLog(bucket, "net", "staging").last.version == "3"
+
+
 def test_alias_whose_log_ends_with_none_is_taken_away(s3, bucket, sqlite_tracker, versions):
     move(s3, bucket.name, "1")
     AliasLog(bucket, "net", "staging").follow(sqlite_tracker)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,32 @@ def test_rewritten_manifest_does_not_match_the_registry(connection, folder, tamp
     manifest = read_manifest(*locate(connection.client, folder)).data
     tampered("manifest.json", json.dumps(manifest).encode())
     assert any("manifest_sha256" in what for what in differing(connection, folder))
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ("source", "source"),
+        ("verdict", "tag verdict"),
+        ("sha256", "tag sha256"),
+        ("manifest_uri", "tag manifest_uri"),
+        ("report_uri", "tag report_uri"),
+        ("signature_sha256", "model.sig, in the registry"),
+    ],
+)
+def test_registry_that_says_otherwise_is_found_out(connection, folder, monkeypatch, what, found):
+    tracker = connection.tracker
+    get_version = tracker.get_version
+
+    def forged(name, version):
+        registered = get_version(name, version)
+        if what == "source":
+            return replace(registered, source="s3://elsewhere/models")
+        return replace(registered, tags={**registered.tags, what: "0" * 64})
+
+    monkeypatch.setattr(tracker, "get_version", forged)
+    (wrong,) = differing(connection, folder)
+    assert wrong.endswith(found)
 
 
 def test_version_that_is_not_registered_is_a_finding(connection, folder, tampered):

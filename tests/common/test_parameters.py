@@ -125,6 +125,16 @@ def test_name_that_papermill_took_for_something_else_is_refused_not_rewritten(te
         check_parameters({"name": given})
 
 
+def test_each_profile_measures_more_than_the_one_before():
+    smoke, quick, audit = (vars(PROFILES[name]) for name in ("smoke", "quick", "audit"))
+    unlimited = {"max_samples": None}
+    assert all(smoke[name] < quick[name] for name in quick.keys() - {"max_samples", "min_seconds"})
+    assert all(quick[name] < audit[name] for name in quick.keys() - {"max_samples"})
+    assert quick.items() >= unlimited.items() <= audit.items()
+    # As many calls as the 99th percentile needs, whoever is timed.
+    assert audit["calls"] == audit["variant_calls"] == 1024
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -180,6 +190,8 @@ def test_name_that_papermill_took_for_something_else_is_refused_not_rewritten(te
         {"variants": "int8-minmax,all"},
         {"variants": ""},
         {"max_error_growth": -0.01},
+        {"max_nll_growth": float("nan")},
+        {"min_coverage": True},
         {"max_displacement_sigma": 0},
         {"max_output_noise": True},
         {"measure_latency": "sometimes"},

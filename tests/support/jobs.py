@@ -23,6 +23,10 @@ def load_sleeper(seconds: float) -> Call:
     return partial(time.sleep, seconds)
 
 
+def load_sleeper_of_any_size(seconds: float) -> Call:
+    return lambda batch=1: time.sleep(seconds)
+
+
 def load_slowly(seconds: float) -> Call:
     time.sleep(seconds)
     return do_nothing()

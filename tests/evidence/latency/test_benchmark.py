@@ -29,7 +29,7 @@ from heimdall_onnx.common.parameters import PROFILES, ReleaseParameters
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency import benchmark, contenders
 from heimdall_onnx.evidence.latency.benchmark import benchmark_model, measure_latency
-from heimdall_onnx.evidence.latency.contenders import Worker
+from heimdall_onnx.evidence.latency.contenders import Contestant, Worker
 from heimdall_onnx.evidence.latency.cores import Cores
 from heimdall_onnx.evidence.latency.statistics import (
     PERCENTILES,
@@ -41,6 +41,7 @@ from heimdall_onnx.evidence.latency.timed import TimedSteps
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import load_onnx
 from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.report import tables
 
 SIGNATURE = SmallNet.signature
@@ -402,9 +403,12 @@ def test_further_batch_sizes_are_measured_after_the_first(onnx_path, tmp_path):
     log = tmp_path / "sizes"
 
     class Sized(SmallNet):
+        """Slow, so that nobody takes its times for the other's."""
+
         def forward(self, signal):
             with log.open("a") as file:
                 file.write(f"{len(signal)} ")
+            time.sleep(0.03)
             return super().forward(signal)
 
     report = measure_latency(
@@ -425,21 +429,47 @@ def test_further_batch_sizes_are_measured_after_the_first(onnx_path, tmp_path):
     assert sizes == ["2"] * sizes.count("2") + ["1"] * 4 + ["8"] * 4
     np.testing.assert_array_equal(report.batches[1].pytorch_ms, report.pytorch.samples_ms)
     assert report.batch_size == 2
-
-
-class SleepyNet(SmallNet):
-    def forward(self, signal):
-        time.sleep(0.03)
-        return super().forward(signal)
-
-
-def test_slow_pytorch_model_makes_the_speedup_large(onnx_path):
-    report = measure_latency(
-        SleepyNet(), onnx_path, generic_inputs(SIGNATURE, 1), SIGNATURE, calls=12, threads=1
-    )
-    assert report.pytorch.samples_ms.min() >= 30
     assert report.speedup.low > 2
     assert report.speedup.pairs == 6
+    for found in report.batches:
+        assert found.pytorch_ms.min() >= 30 > found.onnx_ms.min()
+
+
+def test_throughput_of_a_pair_is_in_its_order(worker, tmp_path):
+    class Sleeper(Contestant):
+        def worker(self, inputs, signature, folder, place=""):
+            return worker(partial(jobs.load_sleeper_of_any_size, float(self.path.name)), self.name)
+
+    slow, fast = (
+        Sleeper(name, tmp_path / seconds, SessionSettings())
+        for name, seconds in (("slow", "0.1"), ("fast", "0"))
+    )
+    inputs = generic_inputs(SIGNATURE, 2)
+    found = benchmark.measure_pair(slow, fast, inputs, SIGNATURE, calls=6, larger=8, larger_calls=2)
+    assert (found.first.name, found.second.name, found.batch_size) == ("slow", "fast", 2)
+    assert found.speedup.low > 1
+    assert [side.batch_size for side in found.throughput] == [8, 8]
+    assert found.throughput[0].samples_per_second < 8 / 0.1 < found.throughput[1].samples_per_second
+
+
+@pytest.mark.parametrize("profile", ["smoke", "audit"])
+def test_release_is_measured_as_its_parameters_say(monkeypatch, tmp_path, profile):
+    asked = {}
+    monkeypatch.setattr(benchmark, "measure_latency", lambda *_, **options: asked.update(options))
+    parameters = ReleaseParameters(
+        profile=profile, threads=3, seed=5, latency_batch_size=2, batch_size=4
+    )
+    data = EvaluationData(generic_inputs(SIGNATURE, 3), None, {}, "test", None, {})
+    benchmark_model(SmallNet(), tmp_path / "m.onnx", data, SIGNATURE, parameters)
+    limits = PROFILES[profile]
+    assert asked.pop("batch_sizes") == parameters.batch_sizes
+    assert asked == {
+        "calls": limits.calls,
+        "min_seconds": limits.min_seconds,
+        "batch_calls": limits.batch_calls,
+        "threads": 3,
+        "seed": 5,
+    }
 
 
 def test_report_says_where_it_was_measured_and_who_else_could(onnx_path, tmp_path):

@@ -237,6 +237,18 @@ def test_noise_floor_is_measured_against_float64(compare, exported):
     assert floor.ulp == np.spacing(np.float32(exact.abs().mean()))
 
 
+def test_noise_floor_leaves_out_what_float32_alone_can_not_hold(compare):
+    def overflowing(signal, positions, spread):
+        large = 1e38 * (1 + 9 * (signal[:, :1, 0, 0] > 1))
+        return positions + (large - large * 1.0), spread
+
+    found = compare(FaultyNet(overflowing), reference_samples=20)
+    assert not np.isfinite(found.pytorch["positions"]).all()
+    floor, usual = found.noise_floor[0], compare(SmallNet(), reference_samples=20).noise_floor[0]
+    assert floor.pytorch_error == pytest.approx(usual.pytorch_error, rel=0.5)
+    assert floor.onnx_error == pytest.approx(usual.onnx_error, rel=0.5)
+
+
 def test_noise_floor_pools_no_more_samples_than_there_are(compare):
     assert compare(SmallNet(), evaluation(3)).noise_floor[0].samples == 3
 

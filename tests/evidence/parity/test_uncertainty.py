@@ -26,6 +26,7 @@ from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.evidence.parity.uncertainty import (
     NOMINAL,
+    Coverage,
     UncertaintyAccumulator,
     assess_members,
     negative_log_likelihood,
@@ -81,6 +82,19 @@ def test_figures_are_those_of_their_definitions():
     assert calibration.reliability == pytest.approx(shares)
     gaps = np.abs(np.array(shares) - NOMINAL)
     assert calibration.calibration_error == pytest.approx(gaps.mean())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.7, 0.89, "overconfident"),
+        (0.7, 0.9, "as claimed"),
+        (0.9, 0.99, "as claimed"),
+        (0.91, 0.99, "underconfident"),
+    ],
+)
+def test_only_an_interval_without_the_claim_in_it_speaks_against_it(low, high, verdict):
+    assert Coverage(0.9, (low + high) / 2, low, high).verdict == verdict
 
 
 def test_an_honest_model_is_found_honest_and_others_are_not():

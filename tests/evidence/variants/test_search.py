@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,14 @@ import records
 from models import BlockNet
 
 from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import AccuracyLimits, ReleaseParameters
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
+from heimdall_onnx.evidence.latency.statistics import Speedup
+from heimdall_onnx.evidence.variants import search as module
 from heimdall_onnx.evidence.variants.search import compare_variants
+from heimdall_onnx.evidence.variants.tuning import Tuning
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
@@ -46,6 +51,44 @@ def bad_calibration(eval_data, tmp_path_factory):
     return path
 
 
+def untuned(contestant, inputs, signature, *, purpose, batch_size, calls, seed):
+    """As `tune_session` where nothing helps; what it does find has tests of its own."""
+    assert (len(inputs["signal"]), calls, seed) == (1, 6, 0)
+    return Tuning(purpose, batch_size, contestant.settings, ())
+
+
+@pytest.fixture
+def here(monkeypatch, report):
+    """Judge in this process, and time nothing: each call of it is answered with ``speedups``."""
+    calls, speedups = [], {}
+
+    def apart(function, *arguments):
+        calls.append((function.__name__, arguments))
+        return function(*arguments)
+
+    def measure_pair(first, second, *_, **options):
+        waiting = speedups.get(second.name, [])
+        speedup = waiting.pop(0) if waiting else Speedup(0.5, 0.4, 0.6, 6)
+        sides = (
+            replace(side, name=asked.name)
+            for side, asked in zip(
+                (report.against_pytorch.first, report.against_pytorch.second),
+                (first, second),
+                strict=True,
+            )
+        )
+        return replace(
+            report.against_pytorch,
+            **dict(zip(("first", "second"), sides, strict=True)),
+            speedup=speedup,
+        )
+
+    monkeypatch.setattr(module, "worker_process", lambda: nullcontext(apart))
+    monkeypatch.setattr(module, "measure_pair", measure_pair)
+    monkeypatch.setattr(module, "tune_session", untuned)
+    return calls, speedups
+
+
 @pytest.fixture
 def search(model, eval_data, tmp_path):
     def run(variants, **changes):
@@ -78,7 +121,9 @@ def report(model, eval_data, tmp_path_factory):
         max_error_growth=0.1,
         max_nll_growth=0.1,
     )
-    return compare_variants(model, folder / "model.onnx", data, SIGNATURE, parameters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "tune_session", untuned)
+        return compare_variants(model, folder / "model.onnx", data, SIGNATURE, parameters)
 
 
 def test_every_variant_that_was_asked_for_is_judged(report):
@@ -144,7 +189,7 @@ def test_the_fastest_that_passed_is_recommended_and_tuned(report):
     ]
     ratios = {v.name: v.latency.speedup.ratio for v in faster}
     assert best.name == (max(ratios, key=ratios.get) if ratios else "fp32")
-    assert [tuning.purpose for tuning in best.tunings] == ["latency", "throughput"]
+    assert [(t.purpose, t.batch_size) for t in best.tunings] == [("latency", 1), ("throughput", 4)]
     assert isinstance(report.against_pytorch, PairLatency)
     assert report.against_pytorch.first.name == "PyTorch"
     assert report.against_pytorch.second.name == best.name
@@ -174,14 +219,46 @@ def test_the_report_is_json(report):
     assert set(found["fp32"]["sessions"]) == {"latency", "throughput"}
 
 
-def test_bad_calibration_is_refused_by_the_gates(search, bad_calibration):
+def test_bad_calibration_is_refused_by_the_gates(search, bad_calibration, here):
     report = search("int8-minmax", calibration_data=str(bad_calibration))
+    # What is hard to round is looked for on what calibrates, never on what judges.
+    (asked,) = (arguments for name, arguments in here[0] if name == "noise_profile")
+    np.testing.assert_array_equal(asked[-1]["signal"], report.calibration.inputs["signal"][:8])
     refused = report.variant("int8-minmax")
     assert refused.status == "failed"
     assert "localization error" in refused.reason
     assert report.recommended == "fp32"
     # The same with good inputs passes, see above: it is they that make the difference.
     assert report.calibration.source == "quiet.npz"
+
+
+def test_what_is_not_proven_faster_or_not_again_is_not_recommended(search, here):
+    _, speedups = here
+    speedups["fp32-openvino"] = [Speedup(1.5, 0.9, 2.0, 6)] * 2
+    speedups["fp32-optimized"] = [Speedup(1.2, 1.1, 1.3, 6), Speedup(1.1, 0.9, 1.3, 6)]
+    assert search("fp32-optimized,fp32-openvino").recommended == "fp32"
+    assert speedups["fp32-optimized"] == []
+    speedups["fp32-optimized"] = [Speedup(1.2, 1.1, 1.3, 6), Speedup(1.3, 1.2, 1.4, 6)]
+    found = search("fp32-optimized")
+    assert found.recommended == "fp32-optimized"
+    # The second look counts: it has chosen nothing.
+    assert found.best.latency.speedup.ratio == 1.3
+
+
+def test_options_that_were_found_fast_are_judged_too(search, here, monkeypatch):
+    def tune(contestant, *arguments, purpose, **options):
+        found = untuned(contestant, *arguments, purpose=purpose, **options)
+        level = "basic" if purpose == "latency" else "extended"
+        return replace(found, settings=contestant.settings.model_copy(update={"level": level}))
+
+    def gates(accuracy, limits):
+        settings = here[0][-1][1][2]
+        return (Gate.none_of("accuracy", ["much is lost"] if settings.level == "basic" else []),)
+
+    monkeypatch.setattr(module, "tune_session", tune)
+    monkeypatch.setattr(module, "accuracy_gates", gates)
+    best = search("fp32").best
+    assert [(t.purpose, t.settings.level) for t in best.tunings] == [("throughput", "extended")]
 
 
 def test_limits_come_from_the_parameters():
@@ -214,7 +291,7 @@ def test_one_sample_can_not_both_calibrate_and_judge(model, eval_data, tmp_path)
         compare_variants(model, path, data, SIGNATURE, parameters)
 
 
-def test_random_inputs_judge_nothing_that_rounds(model, tmp_path):
+def test_random_inputs_judge_nothing_that_rounds(model, tmp_path, here):
     path = tmp_path / "model.onnx"
     export_model(model, path, signature=SIGNATURE, opset=14)
     parameters = ReleaseParameters(

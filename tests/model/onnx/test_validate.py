@@ -197,6 +197,7 @@ def test_external_data_outside_the_folder_is_refused(external, location):
         ({"location": ""}, "which is not there"),
         ({"offset": "9" * 30}, r"can't be read: its data are said to be 24 bytes from byte 999"),
         ({"length": str(2**62)}, f"{2**62} bytes from byte 0 of 'model.onnx.data', which has 32"),
+        ({"offset": "9"}, "24 bytes from byte 9 of 'model.onnx.data', which has 32"),
         ({"offset": "-4"}, "bytes from byte -4"),
         ({"length": "much"}, "w has its data in .*invalid literal"),
     ],
