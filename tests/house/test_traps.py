@@ -32,7 +32,7 @@ from heimdall_onnx.model.examples import examples_of
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 
-SLOW = pytest.mark.slow
+THOROUGH = pytest.mark.thorough
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +62,7 @@ def failed(report):
         (SetNet, 14),
         (SetNet, 20),
         (SafeBearingNet, 14),
-        pytest.param(SafeBearingNet, 20, marks=SLOW),
+        pytest.param(SafeBearingNet, 20, marks=THOROUGH),
     ],
 )
 def test_model_without_a_fault_passes_every_gate(tmp_path, model_class, opset):
@@ -88,9 +88,7 @@ REFUSED = [
     (BranchNet, 20, r"differs grossly.*at receivers = 1.*exported with receivers = 8"),
     # An axis frozen by a loop, and by a number made of the length.
     (LoopNet, 14, r"does not run at receivers = 1.*exported with receivers = 8"),
-    pytest.param(
-        LoopNet, 20, r"axis 1 \(receivers\) of features is frozen at 8: .*a loop", marks=SLOW
-    ),
+    (LoopNet, 20, r"axis 1 \(receivers\) of features is frozen at 8: .*a loop"),
     (TableNet, 14, r"at receivers = 1 .*exported with receivers = 8.*integer"),
     (NeighbourNet, 14, r"does not run at batch 1.*exported with batch = 2"),
 ]
@@ -107,7 +105,7 @@ def test_fault_is_found_at_the_export_and_named(tmp_path, model_class, opset, re
 GATED = [
     # torch.export reads the number at run time: the first row decides for all.
     (BakedIdNet, 20, "batch independence", "beside"),
-    (NeighbourNet, 20, "batch independence", "beside"),
+    pytest.param(NeighbourNet, 20, "batch independence", "beside", marks=THOROUGH),
     (CrowdNet, 14, "batch independence", "masked"),
     (BearingNet, 14, "NaN and Inf in the same places", "on zeros"),
     (BearingNet, 20, "elements on adversarial inputs", "on silent feature"),
@@ -129,7 +127,12 @@ def test_fault_fails_its_gate(tmp_path, model_class, opset, gate, detail):
         (InvertedMaskNet, "its polarity is inverted", 20),
         (HalfMaskedNet, "position moves by", 14),
         (PaddedMeanNet, "with the number of elements that mask hides: padding is counted", 14),
-        (PaddedMeanNet, "with the number of elements that mask hides: padding is counted", 20),
+        pytest.param(
+            PaddedMeanNet,
+            "with the number of elements that mask hides: padding is counted",
+            20,
+            marks=THOROUGH,
+        ),
     ],
 )
 def test_mask_that_hides_something_else_fails_for_both_models_alone(
@@ -158,7 +161,7 @@ def test_mask_that_hides_everything_fails(tmp_path):
     [
         ("stations.weight", 14),
         ("stations.weight", 20),
-        pytest.param("linear", 20, marks=SLOW),
+        pytest.param("linear", 20, marks=THOROUGH),
     ],
 )
 def test_input_called_as_something_in_the_graph_keeps_its_name_and_meaning(tmp_path, name, opset):

@@ -239,7 +239,7 @@ def test_noise_floor_is_measured_against_float64(compare, exported):
 
 def test_noise_floor_leaves_out_what_float32_alone_can_not_hold(compare):
     def overflowing(signal, positions, spread):
-        large = 1e38 * (1 + 9 * (signal[:, :1, 0, 0] > 1))
+        large = 1e38 * (1 + 9 * (signal[:, :1, 0, 0] > 1).to(signal.dtype))
         return positions + (large - large * 1.0), spread
 
     found = compare(FaultyNet(overflowing), reference_samples=20)
