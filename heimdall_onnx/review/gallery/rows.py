@@ -20,14 +20,7 @@ from typing import Annotated, Generic, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from heimdall_onnx.archive.aliases import ALIASES, Move
-from heimdall_onnx.archive.manifest import (
-    MAX_MANIFEST_BYTES,
-    REPORT,
-    REPORT_HTML,
-    REVIEWS,
-    Manifest,
-    parse_manifest,
-)
+from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML, REVIEWS, read_manifest
 from heimdall_onnx.common.errors import MissingObjectError, StoreError, VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
@@ -261,16 +254,17 @@ class _Place:
         """The facts of a release or failed run; None if a release was taken back meanwhile."""
         version = folder.rpartition("/")[2]
         if folder.startswith(f"{FAILED}/"):
-            return self._failed(folder, version)
+            if (text := self._report(folder)) is not None:
+                return read_failed(version, text)
+            return Facts(version=version, state="broken", problem=f"its {REPORT} is too large")
         try:
-            manifest = self._manifest(folder)
-            if manifest is None:
-                return None
-            facts = read_release(manifest)
+            manifest = read_manifest(self.bucket, f"{self.prefix}/{folder}")
         except VerificationError as error:
+            if isinstance(error.__cause__, MissingObjectError):
+                return None
             return Facts(version=version, state="broken", problem=shown(str(error), 300))
-        report = manifest.objects.get(REPORT)
-        text = self._report(folder)
+        facts = read_release(manifest)
+        report, text = manifest.objects.get(REPORT), self._report(folder)
         if report is None or text is None:
             problem = f"its {REPORT} is missing or too large"
         elif hashlib.sha256(text).hexdigest() != report.sha256:
@@ -278,23 +272,6 @@ class _Place:
         else:
             return with_measured(facts, text)
         return facts.model_copy(update={"state": "broken", "problem": problem})
-
-    def _manifest(self, folder: str) -> Manifest | None:
-        """The manifest of a folder; None if it is not there any more."""
-        key = f"{self.prefix}/{folder}/{MANIFEST}"
-        if (size := self._listed[f"{folder}/{MANIFEST}"].size) > MAX_MANIFEST_BYTES:
-            raise VerificationError(f"expected at most {MAX_MANIFEST_BYTES} bytes, found {size}")
-        try:
-            text = self.bucket.read_bytes(key)
-        except MissingObjectError:
-            return None
-        return parse_manifest(text, self.bucket.uri(f"{self.prefix}/{folder}"))
-
-    def _failed(self, folder: str, version: str) -> Facts:
-        text = self._report(folder)
-        if text is None:
-            return Facts(version=version, state="broken", problem=f"its {REPORT} is too large")
-        return read_failed(version, text)
 
     def _report(self, folder: str) -> bytes | None:
         """The executed notebook; None if there is none of a size that can be."""

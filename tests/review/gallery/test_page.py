@@ -344,6 +344,20 @@ def test_report_that_is_no_notebook_is_shown_as_broken(s3, bucket, notebook):
     assert row.report is None
 
 
+def test_release_that_is_taken_back_while_it_is_read_is_no_row(bucket, monkeypatch):
+    folder = f"{PREFIX}/v20200101_000000"
+    for name in ("manifest.json", "report.ipynb"):
+        bucket.upload_bytes(b"{}", f"{folder}/{name}")
+    read = Bucket.read_start
+
+    def taken_back(self, key, most):
+        bucket.delete([f"{folder}/manifest.json", f"{folder}/report.ipynb"])
+        return read(self, key, most)
+
+    monkeypatch.setattr(Bucket, "read_start", taken_back)
+    assert collect_rows(bucket, PREFIX).rows == ()
+
+
 # The command
 
 
