@@ -6,15 +6,13 @@ Thin, as the rest of the command line: values in, results out, exit codes from t
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli.help import Group
+from heimdall_onnx.cli.help import Group, progress_bar
 
 if TYPE_CHECKING:
     from heimdall_onnx.data.dataset.dataset import Dataset
@@ -71,7 +69,7 @@ def simulate(
     """Simulate transmissions between three receivers; equal seeds give equal datasets."""
     from heimdall_onnx.localization.simulate import simulate_dataset
 
-    with _bar() as progress:
+    with progress_bar() as progress:
         made = simulate_dataset(
             output,
             events=events,
@@ -122,7 +120,7 @@ def features(
 
     if position is not None and positions is not None:
         raise click.UsageError("give --position or --positions, not both")
-    with _bar() as progress:
+    with progress_bar() as progress:
         made = ingest_recordings(
             recordings,
             output,
@@ -190,14 +188,6 @@ def upload(dataset: Path, address: str, as_json: bool) -> None:
         click.echo(json.dumps({"address": stored, "digest": opened.digest}))
         return
     click.echo(f"{stored}: {opened.count} samples, digest {opened.digest}")
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[float, str], None]]:
-    with click.progressbar(
-        length=100, file=sys.stderr, item_show_func=lambda what: what or ""
-    ) as bar:
-        yield lambda share, what: bar.update(int(100 * share) - bar.pos, what)
 
 
 def _say_written(dataset: Dataset, as_json: bool) -> None:

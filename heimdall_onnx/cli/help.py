@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import click
@@ -27,6 +31,20 @@ class Command(click.Command):
         with formatter.section("Example"):
             for line in self.example.splitlines():
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+def all_of(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Several options as one decorator, in the order in which the help shows them."""
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[float, str], None]]:
+    """A bar on standard error, moved by the share that is done and what is being done."""
+    with click.progressbar(
+        length=100, file=sys.stderr, item_show_func=lambda what: what or ""
+    ) as bar:
+        yield lambda share, what: bar.update(int(100 * share) - bar.pos, what)
 
 
 class Group(click.Group):

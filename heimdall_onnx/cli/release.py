@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli.help import Command, ParameterOption
+from heimdall_onnx.cli.help import Command, ParameterOption, all_of, progress_bar
 from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError, SettingsError
 from heimdall_onnx.common.signals import first_signal_interrupts
 from heimdall_onnx.common.text import visible_lines
@@ -40,14 +40,8 @@ parameter_option = partial(
 )
 
 
-def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Of which model the checkpoints are, and what it is compared on."""
-    for option in reversed(_MODEL_OPTIONS):
-        command = option(command)
-    return command
-
-
-_MODEL_OPTIONS = (
+# Of which model the checkpoints are, and what it is compared on.
+model_options = all_of(
     parameter_option("--model", help="Model class, pkg.mod:Class."),
     parameter_option("--model-kwargs", help="Its keyword arguments, JSON."),
     parameter_option(
@@ -56,14 +50,8 @@ _MODEL_OPTIONS = (
 )
 
 
-def parameter_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What is released under which name, and how; None means the default of the parameters."""
-    for option in reversed(_PARAMETER_OPTIONS):
-        command = option(command)
-    return command
-
-
-_PARAMETER_OPTIONS = (
+# What is released under which name, and how; None means the default of the parameters.
+parameter_options = all_of(
     parameter_option("--name", help="Name of the registered model."),
     parameter_option("--bucket", help="Bucket of the releases."),
     parameter_option("--prefix", help="Their folder in the bucket.  [default: models/NAME]"),
@@ -82,14 +70,8 @@ _PARAMETER_OPTIONS = (
 )
 
 
-def release_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of the commands that do nothing but release."""
-    for option in reversed(_RELEASE_OPTIONS):
-        command = option(command)
-    return command
-
-
-_RELEASE_OPTIONS = (
+# Of the commands that do nothing but release.
+release_options = all_of(
     parameter_options,
     parameter_option("--run-id", help="MLflow run to log into."),
     click.option(
@@ -186,12 +168,8 @@ def _make_demo(settings: Settings, parameters: ReleaseParameters) -> dict[str, A
 
     folder = settings.home / "demo"
     click.echo(f"demo checkpoint in {folder}; training takes two minutes if it is new", err=True)
-    with click.progressbar(
-        length=100, file=sys.stderr, item_show_func=lambda what: what or ""
-    ) as bar:
-        made = make_demo(
-            folder, progress=lambda share, what: bar.update(int(100 * share) - bar.pos, what)
-        )
+    with progress_bar() as progress:
+        made = make_demo(folder, progress=progress)
     click.echo(
         f"{'taken as it is' if made.reused else 'trained'}: median error "
         f"{made.median_error_m / 1000:.0f} km, always answering the middle "

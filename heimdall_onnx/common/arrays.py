@@ -48,6 +48,12 @@ def parts(array: Rows) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         yield start, array[start : start + step]
 
 
+def in_batches(inputs: Arrays, size: int) -> Iterator[tuple[int, Arrays]]:
+    """Rows of all inputs together, ``size`` at a time, each batch with the index of its first."""
+    for start in range(0, len(next(iter(inputs.values()))), size):
+        yield start, {name: array[start : start + size] for name, array in inputs.items()}
+
+
 def whole(array: Rows) -> npt.NDArray[Any]:
     """All of an array, in memory."""
     return array if isinstance(array, np.ndarray) else array[:]

@@ -130,21 +130,15 @@ def _git(*arguments: str) -> str | None:
     git = ("git", "--no-optional-locks")
     try:
         # A package installed into somebody's own checkout is not code of that checkout.
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", __file__],
-            cwd=folder,
-            capture_output=True,
-            check=True,
-            timeout=_GIT_TIMEOUT_S,
-        )
-        done = subprocess.run(
-            [*git, *arguments],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_GIT_TIMEOUT_S,
-        )
+        for asked in (("ls-files", "--error-unmatch", __file__), arguments):
+            done = subprocess.run(
+                [*git, *asked],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=_GIT_TIMEOUT_S,
+            )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import isfunction
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -57,40 +57,21 @@ class Profile:
     judged_samples: int
 
 
+# Of each limit what smoke, quick and audit have.
+_LIMITS: dict[str, tuple[Any, Any, Any]] = {
+    "calls": (30, 200, 1024),
+    "min_seconds": (0, 0, 60),
+    "batch_calls": (2, 3, 20),
+    "reference_samples": (8, 32, 256),
+    "max_samples": (8, None, None),
+    "variant_calls": (12, 60, 1024),
+    "tuning_calls": (6, 36, 120),
+    "calibration_samples": (32, 64, 256),
+    "judged_samples": (64, 512, 4096),
+}
 PROFILES: dict[ProfileName, Profile] = {
-    "smoke": Profile(
-        30,
-        0,
-        batch_calls=2,
-        reference_samples=8,
-        max_samples=8,
-        variant_calls=12,
-        tuning_calls=6,
-        calibration_samples=32,
-        judged_samples=64,
-    ),
-    "quick": Profile(
-        200,
-        0,
-        batch_calls=3,
-        reference_samples=32,
-        max_samples=None,
-        variant_calls=60,
-        tuning_calls=36,
-        calibration_samples=64,
-        judged_samples=512,
-    ),
-    "audit": Profile(
-        1024,
-        60,
-        batch_calls=20,
-        reference_samples=256,
-        max_samples=None,
-        variant_calls=1024,
-        tuning_calls=120,
-        calibration_samples=256,
-        judged_samples=4096,
-    ),
+    name: Profile(**{limit: values[place] for limit, values in _LIMITS.items()})
+    for place, name in enumerate(get_args(ProfileName))
 }
 
 # What an export and the folder of its variants are called, in a run's folder as in a release.
@@ -380,7 +361,9 @@ def explain(kind: type[BaseModel], entry: Any) -> str:
     """What is wrong with a parameter of a ``kind``, from pydantic's entry of it."""
     name = shown(".".join(map(str, entry["loc"])))
     if entry["type"] != "extra_forbidden":
-        return f"{name} = {_shown_value(entry['input'])}: {shown(entry['msg'], 300)}"
+        found = entry["input"]  # quotes are part of what was given
+        found = shown(repr(found[:200]) if isinstance(found, str) else found)
+        return f"{name} = {found}: {shown(entry['msg'], 300)}"
     near = difflib.get_close_matches(name, kind.model_fields, n=3, cutoff=0.5)
     known = (
         f"did you mean {' or '.join(near)}?"
@@ -388,11 +371,6 @@ def explain(kind: type[BaseModel], entry: Any) -> str:
         else (f"known are {', '.join(kind.model_fields)}")
     )
     return f"{name} is not a parameter; {known}"
-
-
-def _shown_value(value: object) -> str:
-    # Quotes are part of what was given.
-    return shown(repr(value[:200]) if isinstance(value, str) else value)
 
 
 @dataclass(frozen=True)
