@@ -20,7 +20,7 @@ from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
 from heimdall_onnx.data.dataset.schema import INPUTS, POSITIONS, beyond_globe
 from heimdall_onnx.data.npz import read_npz
-from heimdall_onnx.model.examples import examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.signature import Signature
 
 log = get_logger(__name__)
@@ -140,7 +140,7 @@ def load_evaluation_data(
         StoreError: If the store of a dataset fails.
     """
     if path is None:
-        examples = examples_of(model, signature)
+        examples = Examples(signature, model)
         made_by = f"seeded examples of {type(model).__name__}'s own making"
         meta = {"provenance": made_by} if examples.own else {}
         synthetic = examples.valid(SYNTHETIC_SAMPLES)

@@ -313,7 +313,7 @@ def _constructor_arguments(
     if problems:
         raise ParameterError(
             f"{spec} can't be built from {sorted(kwargs) or 'no arguments'}; its parameters are "
-            f"{', '.join(names) or 'none'}:\n  - " + "\n  - ".join(problems)
+            f"{', '.join(names) or 'none'}:{listed(problems)}"
         )
     return kwargs
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.common.text import listed
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
 ALL_BUT_ONE = "all masked but one"
@@ -195,17 +196,7 @@ class Examples:
             if spec.masks and array.reshape(len(array), -1).all(axis=1).any():
                 problems.append(f"{spec.name} hides every element of a sample")
         if problems:
-            raise DataError(f"{source} does not fit the signature:\n  - " + "\n  - ".join(problems))
-
-
-def examples_of(model: object, signature: Signature) -> Examples:
-    """The example inputs of ``model``, by its own methods where it has any.
-
-    Args:
-        model: The model.
-        signature: What the inputs must fit.
-    """
-    return Examples(signature, model)
+            raise DataError(f"{source} does not fit the signature:{listed(problems)}")
 
 
 def generic_inputs(
@@ -214,7 +205,7 @@ def generic_inputs(
     seed: int | np.random.Generator = 0,
     lengths: Mapping[str, int] | None = None,
 ) -> Arrays:
-    """Inputs from the signature alone; `examples_of` asks the model too.
+    """Inputs from the signature alone; `Examples` asks the model too.
 
     Args:
         signature: Says names, dtypes, shapes and what values may be.
@@ -370,17 +361,13 @@ def padded(signature: Signature, base: Arrays, axis: str, length: int) -> Arrays
 
     def lengthen(spec: TensorSpec) -> _Array:
         array = base[spec.name]
-        widths = [(0, length - n if name == axis else 0) for name, n in _axes_of(spec, array)]
+        axes = zip((None, *spec.shape[1:]), array.shape, strict=True)  # the batch has no name
+        widths = [(0, length - n if name == axis else 0) for name, n in axes]
         if spec.masks:
             return np.pad(array, widths, constant_values=True)
         return np.pad(array, widths, mode="edge")
 
     return {spec.name: lengthen(spec) for spec in signature.inputs}
-
-
-def _axes_of(spec: TensorSpec, array: _Array) -> list[tuple[int | str | None, int]]:
-    """What each axis of ``array`` is called, the batch by no name, and its length."""
-    return list(zip((None, *spec.shape[1:]), array.shape, strict=True))
 
 
 def _says_what_is_valid(signature: Signature) -> bool:

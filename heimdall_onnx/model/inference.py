@@ -10,7 +10,6 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -213,12 +212,10 @@ def open_session(
     if not prepacking:
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_cpu_mem_arena = arena
-    options.graph_optimization_level = {
-        "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    }[level]
+    known = ort.GraphOptimizationLevel.__members__
+    options.graph_optimization_level = known[
+        "ORT_DISABLE_ALL" if level == "none" else f"ORT_ENABLE_{level.upper()}"
+    ]
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -283,19 +280,3 @@ class Contender:
                 for name, array in self._inputs[None].items()
             }
         return self.run(self._inputs[batch_size])
-
-
-def load_pytorch(path: Path, inputs: Arrays, signature: Signature, threads: int) -> Contender:
-    """Read a model that this program pickled itself, to be called on the CPU."""
-    import torch
-
-    torch.set_num_threads(threads)
-    # Written a moment ago by the parent process: not an untrusted checkpoint.
-    model = torch.load(path, map_location="cpu", weights_only=False)
-    return Contender(partial(run_pytorch, model, signature=signature), inputs)
-
-
-def load_onnx(path: Path, inputs: Arrays, signature: Signature, threads: int) -> Contender:
-    """Open an ONNX file, to be called on ``inputs``."""
-    session = open_session(path, threads=threads)
-    return Contender(partial(run_onnx, session, signature=signature), inputs)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError, UnavailableError
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.common.text import shown
-from heimdall_onnx.model.examples import examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import Contender, open_session, run_onnx, run_pytorch
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _open_pytorch(path: Path, signature: Signature, settings: SessionSettings) -
 
         try:
             model.compile()
-            run_pytorch(model, examples_of(model, signature).valid(1), signature)
+            run_pytorch(model, Examples(signature, model).valid(1), signature)
         except exc.InvalidCxxCompiler as error:
             raise UnavailableError(f"torch.compile needs a C++ compiler: {error}") from error
         except EvidenceError as error:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Rows, parts
 from heimdall_onnx.common.errors import DataError
-from heimdall_onnx.common.text import DEGREES
+from heimdall_onnx.common.text import DEGREES, listed
 
 DEFAULT_LENGTHS = (1, 2, 3, 8)
 UNDECLARED_LENGTHS = (16, 8)
@@ -151,24 +151,13 @@ class Signature:
         What older versions did not write has its default.
         """
 
-        def spec(entry: Mapping[str, Any]) -> TensorSpec:
-            span = entry.get("range")
-            return TensorSpec(
-                **{
-                    **entry,
-                    "shape": tuple(entry["shape"]),
-                    "range": tuple(span) if span is not None else None,
-                    "masks": tuple(entry.get("masks", ())),
-                }
-            )
-
-        def axis(entry: Mapping[str, Any]) -> Axis:
-            return Axis(**{**entry, "lengths": tuple(entry.get("lengths", DEFAULT_LENGTHS))})
+        def fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+            return {n: tuple(v) if isinstance(v, list) else v for n, v in entry.items()}
 
         return cls(
-            tuple(map(spec, data["inputs"])),
-            tuple(map(spec, data["outputs"])),
-            tuple(map(axis, data.get("axes", ()))),
+            tuple(TensorSpec(**fields(entry)) for entry in data["inputs"]),
+            tuple(TensorSpec(**fields(entry)) for entry in data["outputs"]),
+            tuple(Axis(**fields(entry)) for entry in data.get("axes", ())),
         )
 
     def problems(self) -> list[str]:
@@ -192,7 +181,7 @@ class Signature:
             DataError: With all `problems` at once.
         """
         if problems := self.problems():
-            raise DataError(f"{source} contradicts itself:\n  - " + "\n  - ".join(problems))
+            raise DataError(f"{source} contradicts itself:{listed(problems)}")
 
     def _name_problems(self) -> list[str]:
         counts = Counter(spec.name for spec in (*self.inputs, *self.outputs))
@@ -320,14 +309,14 @@ class Signature:
                 problems.append(f"no array {spec.name!r}; found {sorted(arrays) or 'none'}")
                 continue
             problems += _array_problems(spec, array)
-        counts = {arrays[s.name].shape[0] for s in self.inputs if _has_samples(arrays, s.name)}
+        given = (arrays[spec.name] for spec in self.inputs if spec.name in arrays)
+        counts = {array.shape[0] for array in given if array.ndim > 0}
         if len(counts) > 1:
             problems.append(f"inputs have different numbers of samples: {sorted(counts)}")
         if problems:
             expected = "; ".join(spec.describe() for spec in self.inputs)
             raise DataError(
-                f"{source} can't be fed to the model. Expected {expected}. Found:\n  - "
-                + "\n  - ".join(problems)
+                f"{source} can't be fed to the model. Expected {expected}. Found:{listed(problems)}"
             )
         return int(counts.pop())
 
@@ -383,10 +372,6 @@ def _range_problems(spec: TensorSpec, dtype: np.dtype[Any], kind: str) -> list[s
                 f"it can: expected whole numbers within [{least}, {most}]"
             ]
     return []
-
-
-def _has_samples(arrays: Mapping[str, Rows], name: str) -> bool:
-    return name in arrays and arrays[name].ndim > 0
 
 
 def _array_problems(spec: TensorSpec, array: Rows) -> list[str]:

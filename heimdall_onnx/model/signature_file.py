@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
-from heimdall_onnx.model.signature import DEFAULT_LENGTHS, Axis, Signature, TensorSpec
+from heimdall_onnx.model.signature import DEFAULT_LENGTHS, Signature, TensorSpec
 
 SUFFIX = ".signature.yaml"
 
@@ -64,11 +64,6 @@ class _Tensor(_Strict):
     log_variance_of: _Name | None = None
     masks: Annotated[list[_Name], Field(max_length=_MOST)] = Field(default_factory=list)
 
-    def to_spec(self) -> TensorSpec:
-        given = self.model_dump(exclude={"shape", "range", "masks"})
-        span = None if self.range is None else (self.range[0], self.range[1])
-        return TensorSpec(**given, shape=tuple(self.shape), range=span, masks=tuple(self.masks))
-
 
 class _Axis(_Strict):
     name: _Name
@@ -76,9 +71,6 @@ class _Axis(_Strict):
         default_factory=lambda: list(DEFAULT_LENGTHS)
     )
     permutable: bool = False
-
-    def to_axis(self) -> Axis:
-        return Axis(self.name, tuple(self.lengths), self.permutable)
 
 
 _Tensors = Annotated[list[_Tensor], Field(min_length=1, max_length=_MOST)]
@@ -215,11 +207,7 @@ def _parse(content: bytes, source: Path) -> Signature:
         # Each alternative of an entry has its own error, which reads alike here.
         said = dict.fromkeys(_explain(entry, node) for entry in error.errors(include_url=False))
         raise DataError(f"{source} is no signature:{listed(list(said))}") from None
-    signature = Signature(
-        tuple(tensor.to_spec() for tensor in read.inputs),
-        tuple(tensor.to_spec() for tensor in read.outputs),
-        tuple(axis.to_axis() for axis in read.axes),
-    )
+    signature = Signature.from_dict(read.model_dump())
     if problems := [*signature.problems(), *_too_large(signature)]:
         raise DataError(f"the signature {source} contradicts itself:{listed(problems)}")
     return signature
@@ -246,7 +234,8 @@ def _said(entry: Any, path: Sequence[str | int]) -> str:
         return f"is not known here; {hint}"
     if kind == "missing":
         return "is missing"
-    expected = _EXPECTED.get(str(path[0]) if len(path) == 1 else _last_name(path))
+    names = [part for part in path if isinstance(part, str)]
+    expected = _EXPECTED.get(str(path[0]) if len(path) == 1 else names[-1] if names else "")
     # Where only the number of entries is wrong, the list itself says little.
     return f"expected {expected or shown(entry['msg'])}, found {found}"
 
@@ -267,10 +256,6 @@ _EXPECTED = {
     "lengths": f"a list of 1 to 20 lengths, whole numbers from 1 to {_MAX_ELEMENTS:,}",
     "permutable": "true or false",
 }
-
-
-def _last_name(path: Sequence[str | int]) -> str:
-    return next((part for part in reversed(path) if isinstance(part, str)), "")
 
 
 def _known_keys(path: Sequence[str | int]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.data.evaluation import load_evaluation_data
-from heimdall_onnx.model.examples import examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature
@@ -53,7 +53,7 @@ each_model = pytest.mark.parametrize("model_class", MODELS)
 def test_masked_receivers_and_their_order_are_of_no_consequence(model_class):
     model = model_class()
     signature = model.signature
-    inputs = examples_of(model, signature).valid(4)
+    inputs = Examples(signature, model).valid(4)
     mask = inputs[signature.inputs[-1].name]
     assert mask.any()
     before = run_pytorch(model, inputs, signature)
@@ -75,7 +75,7 @@ def test_masked_receivers_and_their_order_are_of_no_consequence(model_class):
 @pytest.mark.parametrize("opset", [14, pytest.param(20, marks=pytest.mark.slow)])
 def test_export_answers_every_length_and_every_kind_of_input(model_class, opset, tmp_path):
     model = model_class()
-    signature, examples = model.signature, examples_of(model, model.signature)
+    signature, examples = model.signature, Examples(model.signature, model)
     exported = export_model(model, tmp_path / "model.onnx", signature=signature, opset=opset)
     session = open_session(exported.path)
     assert {i.name: i.type for i in session.get_inputs()} == {
@@ -109,7 +109,7 @@ def test_what_the_model_makes_itself_is_what_it_is_compared_on():
 
 def test_ids_that_the_model_does_not_know_are_refused(tmp_path):
     model = MultiModalNet()
-    inputs = examples_of(model, model.signature).valid(4)
+    inputs = Examples(model.signature, model).valid(4)
     inputs["receiver_ids"][2, 1] = 12
     np.savez(tmp_path / "eval.npz", **inputs)
     with pytest.raises(DataError, match=r"`receiver_ids` must be in \[0, 11\].*first in sample 2"):
@@ -247,7 +247,7 @@ def test_triangulator_report_draws_every_input_and_knows_the_spread(triangulator
 def test_released_models_answer_as_pytorch_does(which, request):
     model = Triangulator() if which == "triangulator" else MultiModalNet()
     signature = model.signature
-    examples = examples_of(model, signature)
+    examples = Examples(signature, model)
     session = opened(request.getfixturevalue(which))
     for inputs in (examples.valid(3, seed=5), *examples.at_other_lengths(2).values()):
         expected = run_pytorch(model, inputs, signature)
@@ -259,7 +259,7 @@ def test_released_models_answer_as_pytorch_does(which, request):
 @pytest.mark.services
 @pytest.mark.thorough
 def test_variant_of_two_inputs_is_opened_as_it_was_measured(triangulator):
-    inputs = examples_of(Triangulator(), TRIANGULATION).valid(3)
+    inputs = Examples(TRIANGULATION, Triangulator()).valid(3)
     expected = run_onnx(opened(triangulator), inputs, TRIANGULATION)
     found = run_onnx(opened(triangulator, "fp32-optimized"), inputs, TRIANGULATION)
     np.testing.assert_allclose(found["position"], expected["position"], rtol=1e-6)
@@ -273,7 +273,7 @@ def test_mlflow_takes_five_inputs_by_name(multi_modal):
     mlflow.set_tracking_uri(multi_modal.settings.tracking_uri.get_secret_value())
     try:
         model = mlflow.pyfunc.load_model("models:/test-model@staging")
-        inputs = examples_of(MultiModalNet(), MULTI_MODAL).valid(2)
+        inputs = Examples(MULTI_MODAL, MultiModalNet()).valid(2)
         found = model.predict(inputs)
     finally:
         mlflow.set_tracking_uri(None)

@@ -28,7 +28,7 @@ from faults import (
 from heimdall_onnx.common.errors import DataError, ExportError
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.compare import compare_outputs
-from heimdall_onnx.model.examples import examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 
@@ -47,7 +47,7 @@ def compared(model, folder, opset):
     """The report on a model's export, as the pipeline makes it without a file of data."""
     signature = model.signature
     path = export_model(model, folder / "model.onnx", opset=opset).path
-    inputs = examples_of(model, signature).valid(24)
+    inputs = Examples(signature, model).valid(24)
     data = EvaluationData(inputs, None, {}, "synthetic inputs", None, {})
     return compare_outputs(model, open_session(path, threads=1, spinning=False), data, signature)
 
@@ -169,7 +169,7 @@ def test_input_called_as_something_in_the_graph_keeps_its_name_and_meaning(tmp_p
     path = export_model(model, tmp_path / "model.onnx", opset=opset).path
     session = open_session(path, threads=1)
     assert [i.name for i in session.get_inputs()] == [name, "stations", "mask"]
-    inputs = examples_of(model, model.signature).valid(5, seed=9)
+    inputs = Examples(model.signature, model).valid(5, seed=9)
     with torch.inference_mode():
         expected = model(*map(torch.from_numpy, inputs.values()))
     for value, reference in zip(session.run(None, inputs), expected, strict=True):

@@ -6,11 +6,11 @@ from faults import FEATURES, MASK, SET, STATIONS, SetNet
 from models import SIGNAL, declare
 
 from heimdall_onnx.common.errors import DataError
-from heimdall_onnx.model.examples import examples_of, garbled, generic_adversarial, padded, permuted
+from heimdall_onnx.model.examples import Examples, garbled, generic_adversarial, padded, permuted
 from heimdall_onnx.model.signature import Axis, Signature, TensorSpec
 
 AMPLITUDES = ["zeros", "constant", "amplitude ×0.01", "amplitude ×100", "silent channel"]
-PLAIN = examples_of(None, SET)
+PLAIN = Examples(SET)
 
 
 def same(one, other):
@@ -34,10 +34,10 @@ def test_dynamic_axes_have_their_last_length_or_the_one_asked_for_in_all_inputs(
 
 
 def test_an_axis_without_a_declaration_has_one_length():
-    examples = examples_of(None, replace(SET, axes=()))
+    examples = Examples(replace(SET, axes=()))
     assert examples.lengths() == {"receivers": 8}
     assert examples.at_other_lengths(2) == {}
-    declared = examples_of(None, replace(SET, axes=(Axis("receivers"),)))
+    declared = Examples(replace(SET, axes=(Axis("receivers"),)))
     assert list(declared.at_other_lengths(2)) == [f"receivers = {n}" for n in (1, 2, 3)]
 
 
@@ -47,7 +47,7 @@ def test_inputs_at_other_lengths_vary_one_axis_at_a_time():
         inputs=(*SET.inputs, TensorSpec("iq", "float32", ("batch", "receivers", "time"))),
         axes=(*SET.axes, Axis("time", (4, 16))),
     )
-    made = examples_of(None, signature).at_other_lengths(2)
+    made = Examples(signature).at_other_lengths(2)
     shapes = {kind: inputs["iq"].shape[1:] for kind, inputs in made.items()}
     assert shapes == {
         "receivers = 1": (1, 16),
@@ -64,14 +64,14 @@ def test_integers_cover_their_whole_range_in_each_sample_anew():
 
 
 def test_integers_without_a_range_are_0_or_1():
-    assert np.unique(examples_of(None, ranged()).valid(9)["stations"]).tolist() == [0, 1]
+    assert np.unique(Examples(ranged()).valid(9)["stations"]).tolist() == [0, 1]
 
 
 def test_floats_without_a_range_are_standard_normal_and_uniform_in_one():
     free = PLAIN.valid(1000)["features"]
     assert abs(free.mean()) < 0.02
     assert abs(free.std() - 1) < 0.02
-    bound = examples_of(None, ranged(features=(5.0, 7.0))).valid(1000)["features"]
+    bound = Examples(ranged(features=(5.0, 7.0))).valid(1000)["features"]
     assert 5.0 <= bound.min() < 5.01
     assert 6.99 < bound.max() <= 7.0
     assert bound.dtype == np.float32
@@ -85,7 +85,7 @@ def test_masks_hide_different_numbers_of_elements_and_never_all():
 
 def test_signature_without_new_declarations_has_the_amplitudes_alone():
     signature = declare([SIGNAL], [])
-    examples = examples_of(None, signature)
+    examples = Examples(signature)
     assert list(examples.adversarial(examples.valid(2))) == AMPLITUDES
     assert not examples.declared
     assert examples.at_other_lengths(2) == {}
@@ -94,7 +94,7 @@ def test_signature_without_new_declarations_has_the_amplitudes_alone():
 def test_amplitudes_are_what_their_names_say_and_change_floats_alone():
     station = TensorSpec("station", "int64", ("batch",))
     signature = declare([SIGNAL, TensorSpec("flat", "float32", ("batch",)), station], [])
-    base = examples_of(None, signature).valid(2) | {"station": np.array([1, 2])}
+    base = Examples(signature).valid(2) | {"station": np.array([1, 2])}
     copy = {name: array.copy() for name, array in base.items()}
     kinds = generic_adversarial(signature, base)
     assert list(kinds) == AMPLITUDES
@@ -159,7 +159,7 @@ def test_two_elements_are_permuted_too():
 
 
 def test_amplitudes_stay_within_a_declared_range():
-    examples = examples_of(None, ranged(features=(0.5, 7.0)))
+    examples = Examples(ranged(features=(0.5, 7.0)))
     kinds = examples.adversarial(examples.valid(3))
     for inputs in kinds.values():
         assert 0.5 <= inputs["features"].min() <= inputs["features"].max() <= 7.0
@@ -169,7 +169,7 @@ def test_amplitudes_stay_within_a_declared_range():
 @pytest.mark.parametrize("hidden", [True, False])
 @pytest.mark.parametrize("signature", [SET, ranged(features=(0.0, 1.0)), ranged(stations=(3, 3))])
 def test_garbled_elements_are_others_and_the_rest_is_untouched(signature, hidden):
-    base = examples_of(None, signature).valid(8)
+    base = Examples(signature).valid(8)
     other = garbled(signature, signature.inputs[2], base, hidden=hidden)
     where = base["mask"] if hidden else ~base["mask"]
     assert where.any()
@@ -202,7 +202,7 @@ ENDLESS = ranged(features=(0.5, np.inf), stations=(-np.inf, 4))
 def test_nothing_is_drawn_from_a_range_without_an_end():
     reason = r"\[0\.5, inf\] of features, the range \[-inf, 4\] of stations: declare finite ends"
     with pytest.raises(DataError, match=reason):
-        examples_of(None, ENDLESS).valid(4)
+        Examples(ENDLESS).valid(4)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_nothing_is_drawn_from_a_range_without_an_end():
 def test_models_own_examples_may_have_a_range_without_an_end(features, stations):
     signature = ranged(features=features, stations=stations)
     assert signature.problems() == []
-    examples = examples_of(OwnNet(), signature)
+    examples = Examples(signature, OwnNet())
     base = examples.valid(8) | {"mask": PLAIN.valid(8)["mask"]}
     ends = ("lowest ids", "highest ids")
     kinds = examples.adversarial(base)
@@ -248,7 +248,7 @@ class OwnNet(SetNet):
 
 def test_models_own_examples_are_taken_and_its_kinds_added():
     model = OwnNet()
-    examples = examples_of(model, SET)
+    examples = Examples(SET, model)
     base = examples.valid(4, seed=1, lengths={"receivers": 2})
     assert list(base) == ["features", "stations", "mask"]
     assert base["features"].shape == (4, 2, 3)
@@ -292,7 +292,7 @@ def test_models_own_examples_that_do_not_fit_are_refused(made, problem):
             return made
 
     with pytest.raises(DataError, match=problem):
-        examples_of(Own(), SET).valid(4)
+        Examples(SET, Own()).valid(4)
 
 
 @pytest.mark.parametrize(
@@ -311,12 +311,12 @@ def test_models_own_kinds_that_do_not_fit_are_refused(made, problem):
             return made
 
     with pytest.raises(DataError, match=problem):
-        examples_of(Own(), SET).adversarial(GOOD)
+        Examples(SET, Own()).adversarial(GOOD)
 
 
 def test_model_is_not_blamed_for_what_the_evaluation_data_hold():
     data = GOOD | {"stations": GOOD["stations"] + 2, "mask": ~GOOD["mask"]}
-    kinds = examples_of(OwnNet(), SET).adversarial(data)
+    kinds = Examples(SET, OwnNet()).adversarial(data)
     assert (kinds["the last station"]["mask"]).all()
     assert (kinds["zeros"]["stations"] == 5).all()
 
@@ -333,4 +333,4 @@ def test_model_is_not_blamed_for_what_the_evaluation_data_hold():
     ],
 )
 def test_whether_valid_inputs_are_declared(signature, declared):
-    assert examples_of(None, signature).declared is declared
+    assert Examples(signature).declared is declared

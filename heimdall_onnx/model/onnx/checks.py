@@ -15,7 +15,8 @@ from torch import nn
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import EvidenceError, ExportError, InvalidModelError
-from heimdall_onnx.model.examples import Examples, examples_of
+from heimdall_onnx.common.text import listed
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.file import read_structure
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -54,7 +55,7 @@ def check_file(path: Path, signature: Signature, opset: int) -> None:
         by_name = {value.name: value for value in values}
         problems += [p for s in specs if s.name in by_name for p in _frozen(s, by_name[s.name])]
     if problems:
-        raise ExportError("the exporter wrote another model:\n  - " + "\n  - ".join(problems))
+        raise ExportError(f"the exporter wrote another model:{listed(problems)}")
 
 
 def _frozen(spec: TensorSpec, value: onnx.ValueInfoProto) -> list[str]:
@@ -124,13 +125,7 @@ def _shifted(examples: Examples, inputs: Arrays, shift: float) -> Arrays:
     }
 
 
-def prove_axes(
-    model: nn.Module,
-    path: Path,
-    signature: Signature,
-    suspicions: list[str],
-    examples: Examples | None = None,
-) -> None:
+def prove_axes(model: nn.Module, path: Path, signature: Signature, suspicions: list[str]) -> None:
     """Run the file at other batch sizes and lengths, on other data, beside the model.
 
     An axis may be declared dynamic and be frozen inside the graph all the same, and a branch
@@ -141,14 +136,13 @@ def prove_axes(
         path: The exported file.
         signature: Names, dtypes and axes.
         suspicions: What the tracer had warned of, for the message.
-        examples: Makes the inputs; by default from the signature, or by the model itself.
 
     Raises:
         DataError: If the model's own examples do not fit the signature.
         ExportError: Naming the axis, the length that it was exported with and the one at which
             it fails.
     """
-    examples = examples or examples_of(model, signature)
+    examples = Examples(signature, model)
     try:
         session = open_session(path, level="none", spinning=False)
     except InvalidModelError as error:

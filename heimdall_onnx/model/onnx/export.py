@@ -7,17 +7,16 @@ which would silently give opset 18 for any smaller number.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import io
-import itertools
 import logging
 import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,8 +24,9 @@ import torch
 from torch import nn
 
 from heimdall_onnx.common.errors import EvidenceError, ExportError, ParameterError
+from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.model.examples import Examples, examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs
 from heimdall_onnx.model.onnx.checks import (
     check_file,
@@ -120,14 +120,14 @@ def export_model(
         signature = signature_of(model)
     else:
         signature.require_consistent(f"the signature given for {type(model).__name__}")
-    examples = examples_of(model, signature)
+    examples = Examples(signature, model)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
             made = Path(folder) / target.name
             with eval_mode(model):
                 suspicions = _export(model, made, examples, opset, do_constant_folding)
                 check_file(made, signature, opset)
-                prove_axes(model, made, signature, suspicions, examples)
+                prove_axes(model, made, signature, suspicions)
             return _publish(made, target, opset, started)
     except OSError as error:
         raise ExportError(f"can't write {target}: {error.strerror or error}") from error
@@ -150,7 +150,6 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
     signature = examples.signature
     inputs = examples.valid(2, lengths=export_lengths(signature))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    export = _torch_export if opset >= _FIRST_TORCH_EXPORT_OPSET else _torchscript
     order = input_order(model, signature)
     tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
     example = tuple(tensors[name] for name in (*order.positional, *order.keywords))
@@ -161,7 +160,19 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
                 **{name: tensors[name] for name in order.keywords},
             )
             with _plain_forward(model, order, result, signature) as names:
-                export(model, example, path, signature, names, opset, fold)
+                export = partial(
+                    torch.onnx.export,
+                    model,
+                    example,
+                    opset_version=opset,
+                    input_names=names.inputs,
+                    output_names=names.outputs,
+                )
+                if opset < _FIRST_TORCH_EXPORT_OPSET:
+                    _torchscript(export, path, signature, fold)
+                else:
+                    shapes = _dynamic_shapes(model, signature, names.inputs)
+                    _torch_export(export, path, signature, fold, shapes)
     except (OSError, ExportError):
         raise
     except Exception as error:  # exporters raise whatever the model's code makes them raise
@@ -271,26 +282,11 @@ def _quiet_exporter() -> Iterator[list[warnings.WarningMessage]]:
 
 
 def _torchscript(
-    model: nn.Module,
-    example: tuple[torch.Tensor, ...],
-    path: Path,
-    signature: Signature,
-    names: _Names,
-    opset: int,
-    fold: bool,
+    export: Callable[..., object], path: Path, signature: Signature, fold: bool
 ) -> None:
-    with _plain_attention():
-        torch.onnx.export(
-            model,
-            example,
-            str(path),
-            dynamo=False,
-            opset_version=opset,
-            do_constant_folding=fold,
-            input_names=names.inputs,
-            output_names=names.outputs,
-            dynamic_axes={s.name: named_axes(s) for s in (*signature.inputs, *signature.outputs)},
-        )
+    axes = {spec.name: named_axes(spec) for spec in (*signature.inputs, *signature.outputs)}
+    with plain_attention():
+        export(f=str(path), dynamo=False, do_constant_folding=fold, dynamic_axes=axes)
     scattered = [p for p in path.parent.iterdir() if p != path]
     if scattered or path.stat().st_size > _ONE_FILE_LIMIT:
         import onnx_ir as ir
@@ -306,8 +302,8 @@ def _torchscript(
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Trace attention as the products it is made of, not as the one operator it is at inference."""
+def plain_attention() -> Iterator[None]:
+    """Run attention as the products it is made of, not as the one operator it is at inference."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -317,28 +313,17 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _torch_export(
-    model: nn.Module,
-    example: tuple[torch.Tensor, ...],
+    export: Callable[..., Any],
     path: Path,
     signature: Signature,
-    names: _Names,
-    opset: int,
     fold: bool,
+    shapes: tuple[Any, ...],
 ) -> None:
-    program = torch.onnx.export(
-        model,
-        example,
-        dynamo=True,
-        opset_version=opset,
-        optimize=fold,
-        verbose=False,
-        input_names=names.inputs,
-        output_names=names.outputs,
-        dynamic_shapes=_dynamic_shapes(model, signature, names.inputs),
-    )
-    assert program is not None
-    exported = program.model
-    _free_names(exported)
+    from onnx_ir.passes.common import NameFixPass
+
+    exported = export(dynamo=True, optimize=fold, verbose=False, dynamic_shapes=shapes).model
+    # The exporter gives inputs and outputs the names it was told last, whoever else has them.
+    NameFixPass()(exported)
     _strip_machine(exported)
     _name_axes(exported, signature)
     _write(exported, path)
@@ -352,27 +337,6 @@ def _dynamic_shapes(model: nn.Module, signature: Signature, names: list[str]) ->
         if parameter.kind is parameter.VAR_POSITIONAL:
             return (*axes[:index], tuple(axes[index:]))
     return tuple(axes)
-
-
-def _free_names(model: ir.Model) -> None:
-    """Rename weights and inner values that are called as an input or an output is.
-
-    The exporter gives inputs and outputs the names it was told last, without a look at the others.
-    """
-    graph = model.graph
-    kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
-    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
-    inner = [
-        *(value for value in graph.initializers.values() if id(value) not in kept),
-        *(v for node in graph.all_nodes() for v in node.outputs if id(v) not in kept),
-    ]
-    used = taken | {value.name for value in inner}
-    for value in inner:
-        if value.name not in taken:
-            continue
-        number = next(n for n in itertools.count(1) if f"{value.name}_{n}" not in used)
-        used.add(f"{value.name}_{number}")
-        value.name = f"{value.name}_{number}"
 
 
 def _write(model: ir.Model, path: Path) -> None:
@@ -433,8 +397,7 @@ def _suspicions(caught: list[warnings.WarningMessage]) -> list[str]:
 
 
 def _publish(made: Path, target: Path, opset: int, started: float) -> ExportResult:
-    with made.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hash_file(made)
     # The weights first: the model file is what makes them a model.
     external = tuple(target.parent / f.name for f in made.parent.iterdir() if f != made)
     for file_path in external:

@@ -22,31 +22,12 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """One input or output of a file.
-
-    Attributes:
-        name: Its name.
-        shape: One entry per axis: a length, the name of a dynamic axis, or ``"?"`` for one
-            without a name.
-        dtype: NumPy's name of the element type.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy."""
-        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
-
-
-@dataclass(frozen=True)
 class ModelInfo:
     """What a valid ONNX file says about itself.
 
     Attributes:
-        inputs: In the graph's order.
+        inputs: In the graph's order, as far as the file tells; it knows neither units nor ranges,
+            and a dynamic axis without a name is called ``"?"``.
         outputs: In the graph's order.
         opset_version: Of the default domain.
         ir_version: Of the file format.
@@ -58,8 +39,8 @@ class ModelInfo:
         signature_problems: Where inputs and outputs differ from the signature; empty if nowhere.
     """
 
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     opset_version: int
     ir_version: int
     producer_name: str
@@ -71,18 +52,18 @@ class ModelInfo:
 
     @property
     def signature(self) -> Signature:
-        """Inputs and outputs as the file declares them; it knows neither units nor ranges."""
-        inputs, outputs = (
-            tuple(TensorSpec(t.name, t.dtype, t.shape) for t in tensors)
-            for tensors in (self.inputs, self.outputs)
-        )
-        return Signature(inputs, outputs)
+        """Inputs and outputs as the file declares them."""
+        return Signature(self.inputs, self.outputs)
 
     def to_dict(self) -> dict[str, Any]:
         """Inputs, outputs, opset, producer and IR version, JSON-serialisable."""
+        inputs, outputs = (
+            [{"name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in tensors]
+            for tensors in (self.inputs, self.outputs)
+        )
         return {
-            "inputs": [tensor.to_dict() for tensor in self.inputs],
-            "outputs": [tensor.to_dict() for tensor in self.outputs],
+            "inputs": inputs,
+            "outputs": outputs,
             "opset_version": self.opset_version,
             "producer_name": self.producer_name,
             "ir_version": self.ir_version,
@@ -232,8 +213,8 @@ def _describe(
     structure: onnx.ModelProto, parameters: int, size_bytes: int, signature: Signature | None
 ) -> ModelInfo:
     graph = structure.graph
-    inputs = tuple(map(_tensor_info, graph.input))
-    outputs = tuple(map(_tensor_info, graph.output))
+    inputs = tuple(map(_spec, graph.input))
+    outputs = tuple(map(_spec, graph.output))
     problems: list[str] = []
     if signature is not None:
         problems += _differences("input", signature.inputs, inputs)
@@ -260,19 +241,18 @@ def _operators(graph: onnx.GraphProto) -> Iterator[str]:
                 yield from _operators(inner)
 
 
-def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     shape = tuple(
         dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
         for dim in tensor.shape.dim
     )
-    return TensorInfo(
-        value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    )
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorSpec(value.name, dtype, shape)
 
 
 def _differences(
-    kind: str, specs: tuple[TensorSpec, ...], found: tuple[TensorInfo, ...]
+    kind: str, specs: tuple[TensorSpec, ...], found: tuple[TensorSpec, ...]
 ) -> list[str]:
     by_name = {tensor.name: tensor for tensor in found}
     expected = {spec.name for spec in specs}

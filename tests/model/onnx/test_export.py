@@ -18,7 +18,7 @@ from torch import nn
 import heimdall_onnx.model.onnx.export
 from heimdall_onnx.common.errors import DataError, ExportError, ParameterError
 from heimdall_onnx.localization.network import LocalizationNet
-from heimdall_onnx.model.examples import examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.checks import check_file, prove_axes
 from heimdall_onnx.model.onnx.export import OPSETS, export_model
@@ -232,7 +232,7 @@ def test_inputs_and_outputs_are_found_by_name_however_forward_takes_and_gives_th
     assert "forward" not in vars(model)
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert sorted(i.name for i in session.get_inputs()) == ["features", "mask", "stations"]
-    inputs = examples_of(model, SET).valid(5, seed=3, lengths={"receivers": 4})
+    inputs = Examples(SET, model).valid(5, seed=3, lengths={"receivers": 4})
     with torch.no_grad():
         expected = SetNet()(*(torch.from_numpy(inputs[spec.name]) for spec in SET.inputs))
     names = [spec.name for spec in SET.outputs]
