@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from onnxruntime import InferenceSession
 from torch import nn
 
-from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.arrays import Arrays, in_batches
 from heimdall_onnx.common.errors import EvidenceError, ParameterError, UnavailableError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import EvaluationWorkers
@@ -40,7 +41,7 @@ from heimdall_onnx.evidence.parity.report import (
     tolerance_factor,
 )
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
-from heimdall_onnx.model.examples import Examples, examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.signature import Signature
 
@@ -58,7 +59,6 @@ def compare_outputs(
     batch_size: int = 8,
     reference_samples: int = 32,
     progress: Callable[[int, int], None] | None = None,
-    examples: Examples | None = None,
     workers: EvaluationWorkers | None = None,
 ) -> ParityReport:
     """Compare the ONNX model with the PyTorch model on evaluation data and adversarial inputs.
@@ -76,8 +76,6 @@ def compare_outputs(
         batch_size: The largest batch size; 1, 2 and 3 are compared as well.
         reference_samples: Evaluation samples, evenly spaced, for the float64 reference.
         progress: Called with (samples done, samples in all) over the evaluation data.
-        examples: Makes the adversarial inputs; by default from the signature and, where the model
-            has methods for it, by the model.
         workers: Who takes the models over the evaluation data, a dataset, and holds all of it
             against its digest; by default this process does the former.
 
@@ -90,7 +88,7 @@ def compare_outputs(
             float64, or the outputs have different shapes.
     """
     session = open_session(onnx, spinning=False) if isinstance(onnx, Path) else onnx
-    examples = examples or examples_of(model, signature)
+    examples = Examples(signature, model)
     run = _Pair(model, session, signature, tolerance, examples)
     del session
     largest = max(batch_size, 1)
@@ -213,23 +211,19 @@ def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> Dept
     )
 
 
+@dataclass
 class _Pair:
     """Both models side by side, and what is remembered of them while batches stream by."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        session: InferenceSession,
-        signature: Signature,
-        tolerance: float,
-        examples: Examples,
-    ) -> None:
-        self.model, self.session, self.signature = model, session, signature
-        self.tolerance, self.examples = tolerance, examples
-        self.worst_inputs: Arrays = {}
-        self.worst_where = ""
-        self.worst_factor = 1.0
-        self._worst_excess = -1.0
+    model: nn.Module
+    session: InferenceSession
+    signature: Signature
+    tolerance: float
+    examples: Examples
+    worst_inputs: Arrays = field(default_factory=dict)
+    worst_where: str = ""
+    worst_factor: float = 1.0
+    worst_excess: float = -1.0
 
     @property
     def models(self) -> Models:
@@ -249,8 +243,7 @@ class _Pair:
             for spec in self.signature.outputs
         ]
         count = next(iter(inputs.values())).shape[0]
-        for start in range(0, count, size):
-            batch = {name: array[start : start + size] for name, array in inputs.items()}
+        for start, batch in in_batches(inputs, size):
             expected, found = self.models.run(batch, self.signature)
             for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True):
                 accumulator.update(expected[spec.name], found[spec.name], start)
@@ -261,8 +254,8 @@ class _Pair:
         return ParityCell(kind, size, count, tuple(a.result() for a in accumulators), valid)
 
     def remember_worst(self, kind: str, factor: float, largest: float, batch: Arrays) -> None:
-        if largest > self._worst_excess:
-            self._worst_excess = largest
+        if largest > self.worst_excess:
+            self.worst_excess = largest
             self.worst_inputs, self.worst_factor = batch, factor
             self.worst_where = f"{kind}, batch {next(iter(batch.values())).shape[0]}"
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.evidence.parity.statistics import element_errors
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.graph import ScopedGraph
 from heimdall_onnx.model.signature import signature_of
@@ -332,10 +333,7 @@ def compare_values(reference: _Array, value: _Array, tolerance: float) -> Larges
         magnitude = float(np.abs(reference).max(initial=0))
         return LargestError(np.inf, magnitude, tolerance, float("nan"), float("nan"))
     a, b = reference.astype(np.float64).ravel(), value.astype(np.float64).ravel()
-    finite = np.isfinite(a) & np.isfinite(b)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    error = np.where(same, 0.0, np.inf)
-    error[finite] = np.abs(a[finite] - b[finite])
+    error, _, _ = element_errors(a, b, atol=tolerance, rtol=0.0)
     magnitude = float(np.abs(a[np.isfinite(a)]).max(initial=0))
     limit = _FACTOR * tolerance * max(1.0, magnitude)
     if a.size == 0:

@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from pyproj import Geod
 
 from heimdall_onnx.common.arrays import Floats, Rows, parts
-from heimdall_onnx.evidence.parity.statistics import ExactSums, Quantiles, require_mergeable
+from heimdall_onnx.evidence.parity.statistics import Accumulator, ExactSums, Quantiles
 
 MIDDLE = "always the middle"
 
@@ -178,7 +178,7 @@ class GroundReport:
     resolution: Resolution | None = None
 
 
-class GroundAccumulator:
+class GroundAccumulator(Accumulator):
     """Collects a `GroundReport` batch by batch, in constant memory; to be pickled and merged.
 
     Args:
@@ -186,6 +186,8 @@ class GroundAccumulator:
         tolerance: In degrees, for the resolution.
         dtype: Of the positions.
     """
+
+    added = ("_displacement", "_answers")
 
     def __init__(
         self,
@@ -201,7 +203,7 @@ class GroundAccumulator:
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """What two of them must share so that they can be merged."""
+        """Middle, tolerance and dtype."""
         return {"middle": self._middle, "tolerance": self._tolerance, "dtype": self._dtype}
 
     def update(
@@ -221,19 +223,10 @@ class GroundAccumulator:
         for quantiles, answer in zip(self._task.values(), answers, strict=True):
             quantiles.update(error_m(answer, truth))
 
-    def merge(self, other: GroundAccumulator) -> None:
-        """Add everything that was added to ``other``, which stays as it is.
-
-        The result is that of one accumulator to which all of it was added, in any order; see
-        `Quantiles.rank_bounds` for the quantiles.
-
-        Raises:
-            InputError: If ``other`` has another middle, tolerance or dtype, or is this one.
-        """
-        require_mergeable(self, other)
-        self._displacement.merge(other._displacement)
+    def merge(self, other: Self) -> None:
+        """Add everything that was added to ``other``; see `Accumulator.merge`."""
+        super().merge(other)
         self._maximum = float(np.maximum(self._maximum, other._maximum))
-        self._answers.merge(other._answers)
         for who, quantiles in self._task.items():
             quantiles.merge(other._task[who])
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.evidence.parity.statistics import element_errors
 from heimdall_onnx.model.examples import (
     ALL_BUT_ONE,
     Examples,
@@ -144,7 +145,7 @@ def _check_mask(
     bases: Iterable[Arrays],
     limit: Limit,
 ) -> MaskCheck:
-    worst, output, seen, samples = 0.0, signature.outputs[0].name, False, 0
+    pairs, seen, samples = [], False, 0
     for base in bases:
         flat = base[mask.name].reshape(len(base[mask.name]), -1)
         # A sample of which nothing is left has no answer that could stay.
@@ -157,12 +158,9 @@ def _check_mask(
         before = visible(run(part))
         beneath = visible(run(garbled(signature, mask, part, hidden=True)))
         beside = visible(run(garbled(signature, mask, part, hidden=False)))
-        for name, value in before.items():
-            moved, _ = excess(value, beneath[name], limit)
-            if moved > worst:
-                worst, output = moved, name
-            seen |= not np.array_equal(value, beside[name])
-    return MaskCheck(mask.name, side, worst, output, seen, samples)
+        pairs.append((before, beneath))
+        seen |= any(not np.array_equal(value, beside[name]) for name, value in before.items())
+    return MaskCheck(mask.name, side, *_largest_move(pairs, signature, limit), seen, samples)
 
 
 def _padded_pairs(
@@ -198,16 +196,14 @@ def _check_padding(
     limit: Limit,
 ) -> tuple[float, str]:
     """The largest change with further hidden elements, and the output that has it."""
-    worst, output = 0.0, signature.outputs[0].name
-    for base, more in pairs:
-        lengths, hidden = found_lengths(signature, base), base[mask.name]
-        before = _visible(signature, mask, hidden, run(base))
-        after = _visible(signature, mask, hidden, _cut(run(more), signature, lengths))
-        for name, value in before.items():
-            moved, _ = excess(value, after[name], limit)
-            if moved > worst:
-                worst, output = moved, name
-    return worst, output
+
+    def answers() -> Iterator[tuple[Arrays, Arrays]]:
+        for base, more in pairs:
+            lengths = found_lengths(signature, base)
+            visible = partial(_visible, signature, mask, base[mask.name])
+            yield visible(run(base)), visible(_cut(run(more), signature, lengths))
+
+    return _largest_move(answers(), signature, limit)
 
 
 def _cut(outputs: Arrays, signature: Signature, lengths: Mapping[str, int]) -> Arrays:
@@ -272,16 +268,13 @@ def _check_order(
     bases: Sequence[Arrays],
     limit: Limit,
 ) -> OrderCheck:
-    worst, output = 0.0, signature.outputs[0].name
-    for base in bases:
-        before = run(base)
-        expected = before | permuted(signature.outputs, before, axis.name)
-        found = run(base | permuted(signature.inputs, base, axis.name))
-        for name, value in expected.items():
-            moved, _ = excess(value, found[name], limit)
-            if moved > worst:
-                worst, output = moved, name
-    return OrderCheck(axis.name, side, worst, output)
+    def answers() -> Iterator[tuple[Arrays, Arrays]]:
+        for base in bases:
+            before = run(base)
+            expected = before | permuted(signature.outputs, before, axis.name)
+            yield expected, run(base | permuted(signature.inputs, base, axis.name))
+
+    return OrderCheck(axis.name, side, *_largest_move(answers(), signature, limit))
 
 
 def excess(
@@ -291,11 +284,18 @@ def excess(
     if reference.shape != value.shape:
         return float("inf"), float("inf")
     a, b = reference.astype(np.float64), value.astype(np.float64)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    finite = np.isfinite(a) & np.isfinite(b)
-    a, b = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
-    error = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
-    return (
-        float(np.max(error / (limit.atol + limit.rtol * np.abs(a)), initial=0)),
-        float(np.max(error, initial=0)),
-    )
+    error, share, _ = element_errors(a, b, atol=limit.atol, rtol=limit.rtol)
+    return float(share.max(initial=0)), float(error.max(initial=0))
+
+
+def _largest_move(
+    pairs: Iterable[tuple[Arrays, Arrays]], signature: Signature, limit: Limit
+) -> tuple[float, str]:
+    """The largest change between answers before and after, and the output that has it."""
+    worst, output = 0.0, signature.outputs[0].name
+    for before, after in pairs:
+        for name, value in before.items():
+            moved, _ = excess(value, after[name], limit)
+            if moved > worst:
+                worst, output = moved, name
+    return worst, output

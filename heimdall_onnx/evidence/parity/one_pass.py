@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,9 @@ from heimdall_onnx.evidence.parity.ground import GroundAccumulator, GroundReport
 from heimdall_onnx.evidence.parity.invariance import Limit, excess
 from heimdall_onnx.evidence.parity.report import RTOL, THIS_PROCESS
 from heimdall_onnx.evidence.parity.statistics import (
+    Accumulator,
     ErrorAccumulator,
     ErrorStatistics,
-    require_mergeable,
 )
 from heimdall_onnx.evidence.parity.uncertainty import (
     UncertaintyAccumulator,
@@ -118,7 +118,7 @@ class WorstBatch:
     inputs: Arrays
 
 
-class EvaluationPass:
+class EvaluationPass(Accumulator):
     """What was found on the samples that were added.
 
     Attributes:
@@ -158,7 +158,7 @@ class EvaluationPass:
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """What two of them must share so that they can be merged."""
+        """Those of the pass."""
         return vars(self._settings)
 
     def update(
@@ -209,13 +209,9 @@ class EvaluationPass:
         if (-other.excess, other.first) < (-self.worst.excess, self.worst.first):
             self.worst = other
 
-    def merge(self, other: EvaluationPass) -> None:
-        """Add everything that was added to ``other``, which stays as it is.
-
-        Raises:
-            InputError: If ``other`` has other settings, or is this one.
-        """
-        require_mergeable(self, other)
+    def merge(self, other: Self) -> None:
+        """Add everything that was added to ``other``; see `Accumulator.merge`."""
+        super().merge(other)
         for mine, theirs in zip(self._outputs, other._outputs, strict=True):
             mine.merge(theirs)
         if self._ground is not None and other._ground is not None:

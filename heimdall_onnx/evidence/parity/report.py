@@ -196,7 +196,8 @@ class ParityReport(ParityFigures):
 
     def _mean_gate(self, cells: list[ParityCell]) -> Gate:
         cell, worst = max(
-            ((c, o) for c in cells for o in c.outputs), key=lambda pair: _nan_last(pair[1].mean)
+            ((c, o) for c in cells for o in c.outputs),
+            key=lambda pair: np.nan_to_num(pair[1].mean, nan=np.inf, posinf=np.inf),
         )
         where = "" if cell.kind == EVALUATION else f"{cell.kind}, "
         return Gate.at_most(
@@ -220,30 +221,22 @@ class ParityReport(ParityFigures):
 
     def _nonfinite_gate(self) -> Gate:
         return Gate.none_of(
-            "NaN and Inf in the same places",
-            (
-                f"{o.output}: {o.nonfinite_mismatches} of {o.count} on {c.kind}, "
-                f"batch {c.batch_size}"
-                for c in self.cells
-                for o in c.outputs
-                if o.nonfinite_mismatches
-            ),
+            "NaN and Inf in the same places", self._places("nonfinite_mismatches", "")
         )
+
+    def _places(self, counted: str, words: str) -> Iterator[str]:
+        """Where elements were counted, and how many."""
+        for cell in self.cells:
+            for output in cell.outputs:
+                if count := getattr(output, counted):
+                    where = f"on {cell.kind}, batch {cell.batch_size}"
+                    yield f"{output.output}: {count} of {output.count}{words} {where}"
 
     def _declared_gates(self) -> Iterator[Gate]:
         # NaN in the same places is a faithful export, and where nothing says which inputs are
         # valid, as of a bare floating-point input, an answer to zeros need not exist.
         if self.valid_inputs:
-            yield Gate.none_of(
-                "finite outputs",
-                (
-                    f"{o.output}: {o.nonfinite} of {o.count} are NaN or Inf on {c.kind}, "
-                    f"batch {c.batch_size}"
-                    for c in self.cells
-                    for o in c.outputs
-                    if o.nonfinite
-                ),
-            )
+            yield Gate.none_of("finite outputs", self._places("nonfinite", " are NaN or Inf"))
         if self.masks:
             problems = (check.problem for check in self.masks)
             yield Gate.none_of("masked elements", filter(None, problems))
@@ -288,7 +281,3 @@ class ParityReport(ParityFigures):
                 )
             )
         return gates
-
-
-def _nan_last(value: float) -> float:
-    return float("inf") if np.isnan(value) else value

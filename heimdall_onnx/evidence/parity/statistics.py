@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from pydantic import Field
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import InputError
+from heimdall_onnx.common.text import listed
 from heimdall_onnx.model.signature import TensorSpec
 
 _T = TypeVar("_T")
@@ -48,37 +50,51 @@ _UNIT_BITS = _HIGH_BITS + _LOW_BITS - _LEAST_EXPONENT
 _SUMMED_AT_ONCE = 1 << 14  # far from the 2²⁶ of which float64 could no longer hold a sum of halves
 
 
-class Accumulator(Protocol):
-    """What `require_mergeable` has to know of an accumulator."""
+class Accumulator(ABC):
+    """Collects statistics batch by batch; to be pickled, and merged with others of its kind.
+
+    Attributes:
+        added: Names of what is merged by its own ``merge``, or is added up.
+    """
+
+    added: ClassVar[tuple[str, ...]] = ()
 
     @property
+    @abstractmethod
     def settings(self) -> Mapping[str, object]:
-        """What two accumulators must share so that they can be merged."""
-        ...
+        """What two of them must share so that they can be merged."""
 
+    def merge(self, other: Self) -> None:
+        """Add everything that was added to ``other``, which stays as it is.
 
-def require_mergeable(target: Accumulator, part: Accumulator) -> None:
-    """Return if ``part`` collects the same statistics of the same thing as ``target``.
+        The result is that of one accumulator to which all of it was added, in any order; see
+        `Quantiles.rank_bounds` for the quantiles.
 
-    Raises:
-        InputError: If it does not, or is ``target`` itself; names every setting that differs.
-    """
-    kind = type(target).__name__
-    if part is target:
-        raise InputError(f"{kind} can't be merged with itself: its samples would count twice")
-    if type(part) is not type(target):
-        raise InputError(f"{kind} can't be merged with {type(part).__name__}: expected {kind}")
-    mine, others = target.settings, part.settings
-    differing = [
-        f"{name}: expected {mine[name]!r}, found {others[name]!r}"
-        for name in mine
-        if mine[name] != others[name]
-    ]
-    if differing:
-        raise InputError(
-            f"{kind} can't be merged with one of other settings; make both with the same:\n  - "
-            + "\n  - ".join(differing)
-        )
+        Raises:
+            InputError: If ``other`` is of another kind, has other settings, all of which are named,
+                or is this one.
+        """
+        kind = type(self).__name__
+        if other is self:
+            raise InputError(f"{kind} can't be merged with itself: its samples would count twice")
+        if type(other) is not type(self):
+            raise InputError(f"{kind} can't be merged with {type(other).__name__}: expected {kind}")
+        differing = [
+            f"{name}: expected {mine!r}, found {other.settings[name]!r}"
+            for name, mine in self.settings.items()
+            if mine != other.settings[name]
+        ]
+        if differing:
+            raise InputError(
+                f"{kind} can't be merged with one of other settings; make both with the same:"
+                f"{listed(differing)}"
+            )
+        for name in self.added:
+            mine, further = getattr(self, name), getattr(other, name)
+            if hasattr(mine, "merge"):
+                mine.merge(further)
+            else:
+                setattr(self, name, mine + further)
 
 
 class ExactSums:
@@ -140,8 +156,10 @@ def _rounded(numerator: int, denominator: int) -> float:
         return math.inf if numerator > 0 else -math.inf
 
 
-class Quantiles:
+class Quantiles(Accumulator):
     """Streamed quantiles of non-negative numbers."""
+
+    added = ("_sketch",)
 
     def __init__(self) -> None:
         self._sketch = req_floats_sketch(_SKETCH_K)
@@ -154,22 +172,13 @@ class Quantiles:
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """What two of them must share so that they can be merged."""
+        """The sketch's precision."""
         return {"k": self._sketch.k}
 
     @property
     def count(self) -> int:
         """Number of values added, without NaN."""
         return int(self._sketch.n)
-
-    def merge(self, other: Quantiles) -> None:
-        """Add everything that was added to ``other``, which stays as it is.
-
-        Raises:
-            InputError: If ``other`` is this one, or has another precision.
-        """
-        require_mergeable(self, other)
-        self._sketch.merge(other._sketch)
 
     def rank_bounds(self, rank: float) -> tuple[float, float]:
         """Between which true ranks the value given for ``rank`` lies, merged or not.
@@ -368,8 +377,13 @@ def _worst_of_rows(a: Floats, b: Floats, error: Floats, excess: Floats) -> Worst
     return WorstElements(element, *(array[rows, element] for array in (a, b, error, excess)))
 
 
-class ErrorAccumulator:
+class ErrorAccumulator(Accumulator):
     """Collects `ErrorStatistics` of one output, batch by batch, in constant memory."""
+
+    added = (
+        *("_errors", "_ulps", "_sums"),
+        *("_count", "_finite", "_violations", "_mismatches", "_nonfinite"),
+    )
 
     def __init__(self, spec: TensorSpec, *, atol: float, rtol: float) -> None:
         self._spec, self._atol, self._rtol = spec, atol, rtol
@@ -383,7 +397,7 @@ class ErrorAccumulator:
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """What two of them must share so that they can be merged."""
+        """Output and tolerance."""
         return {"output": self._spec, "atol": self._atol, "rtol": self._rtol}
 
     def update(
@@ -456,24 +470,9 @@ class ErrorAccumulator:
     def _keep_worst(self, found: Iterable[WorstSample]) -> None:
         self._worst = heapq.nsmallest(WORST_SAMPLES, [*self._worst, *found], key=badness)
 
-    def merge(self, other: ErrorAccumulator) -> None:
-        """Add everything that was added to ``other``, which stays as it is.
-
-        The result is that of one accumulator to which all of it was added, in any order; see
-        `Quantiles.rank_bounds` for the quantiles.
-
-        Raises:
-            InputError: If ``other`` has another output or tolerance, or is this one.
-        """
-        require_mergeable(self, other)
-        self._errors.merge(other._errors)
-        self._ulps.merge(other._ulps)
-        self._sums.merge(other._sums)
-        self._count += other._count
-        self._finite += other._finite
-        self._violations += other._violations
-        self._mismatches += other._mismatches
-        self._nonfinite += other._nonfinite
+    def merge(self, other: Self) -> None:
+        """Add everything that was added to ``other``; see `Accumulator.merge`."""
+        super().merge(other)
         self._excess = max(self._excess, other._excess)
         self._maximum = max(self._maximum, other._maximum)
         self._lowest = min(self._lowest, other._lowest)

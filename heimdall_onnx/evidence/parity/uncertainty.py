@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.evidence.parity.ground import difference_degrees, error_m, metres_per_degree
-from heimdall_onnx.evidence.parity.statistics import ExactSums, Quantiles, require_mergeable
+from heimdall_onnx.evidence.parity.statistics import Accumulator, ExactSums, Quantiles
 from heimdall_onnx.evidence.ratios import CONFIDENCE
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.signature import Signature, signature_of
@@ -160,13 +160,15 @@ def _usable(residual: Floats, deviations: Floats) -> npt.NDArray[np.bool_]:
     return np.asarray(sound.all(axis=1))
 
 
-class UncertaintyAccumulator:
+class UncertaintyAccumulator(Accumulator):
     """Collects an `UncertaintyReport` batch by batch, in constant memory; to be pickled and merged.
 
     Args:
         who: Whose answers these are.
         signature: Which output is what; one of them holds positions.
     """
+
+    added = ("_samples", "_nonfinite", "_errors", "_radii", "_claims", "_inside", "_sums")
 
     def __init__(self, who: str, signature: Signature) -> None:
         from scipy.stats import qmc
@@ -184,7 +186,7 @@ class UncertaintyAccumulator:
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """What two of them must share so that they can be merged."""
+        """Whose answers these are, and the signature."""
         return {"who": self._who, "signature": self._signature}
 
     def update(
@@ -238,25 +240,6 @@ class UncertaintyAccumulator:
         errors = np.full(deviates.shape[:2], np.inf)
         errors[usable] = np.linalg.norm(metres[usable, None] * deviates[usable], axis=2)
         return errors
-
-    def merge(self, other: UncertaintyAccumulator) -> None:
-        """Add everything that was added to ``other``, which stays as it is.
-
-        The result is that of one accumulator to which all of it was added, in any order, if each
-        batch was added with the index of its first sample; see `Quantiles.rank_bounds` for the
-        quantiles.
-
-        Raises:
-            InputError: If ``other`` is of another model or signature, or is this one.
-        """
-        require_mergeable(self, other)
-        self._samples += other._samples
-        self._nonfinite += other._nonfinite
-        self._errors.merge(other._errors)
-        self._radii.merge(other._radii)
-        self._claims.merge(other._claims)
-        self._inside += other._inside
-        self._sums.merge(other._sums)
 
     def result(self) -> UncertaintyReport:
         """The figures of everything added so far."""

@@ -12,7 +12,7 @@ from heimdall_onnx.evidence.parity.invariance import (
     check_orders,
     excess,
 )
-from heimdall_onnx.model.examples import examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.signature import Axis, TensorSpec
 
 LIMIT = Limit(1e-5, 1e-6)
@@ -21,7 +21,7 @@ WEIGHED = replace(SET, outputs=(WEIGHTS,))
 
 
 def check(promise, answer, signature=WEIGHED, data=None):
-    examples = examples_of(None, signature)
+    examples = Examples(signature)
     sides = {"PyTorch": lambda inputs: {"weights": answer(inputs)}}
     return promise(sides, signature, examples, data or examples.valid(4, seed=5), LIMIT)
 
@@ -78,13 +78,13 @@ def test_elements_are_appended_up_to_a_length_that_the_model_must_work_at(length
         return in_sum(inputs)
 
     signature = replace(WEIGHED, axes=(Axis("receivers", lengths),))
-    data = examples_of(None, signature).valid(4, lengths={"receivers": 6})
+    data = Examples(signature).valid(4, lengths={"receivers": 6})
     (found,) = check(check_masks, answer, signature, data)
     assert found.problem is None
     assert seen == {4, 6, 12}
     # Where there is no longer one, the evaluation data stay as they are.
     seen.clear()
-    check(check_masks, answer, signature, examples_of(None, signature).valid(4))
+    check(check_masks, answer, signature, Examples(signature).valid(4))
     assert seen == {4, 12}
 
 
@@ -104,7 +104,7 @@ def test_two_coordinates_are_not_taken_for_two_receivers(output):
         TensorSpec("mask", "bool", ("batch", length), masks=("features",)),
     )
     signature = replace(SET, inputs=inputs, outputs=(output,), axes=())
-    examples = examples_of(None, signature)
+    examples = Examples(signature)
     sides = {"ONNX": lambda inputs: {"position": inputs["features"] + 0}}
     (found,) = check_masks(sides, signature, examples, examples.valid(8), LIMIT)
     assert (found.problem is None) == (length == "receivers")
@@ -119,7 +119,7 @@ def test_answer_that_becomes_nan_with_hidden_elements_is_beyond_any_limit():
 
 
 def test_samples_of_which_everything_is_hidden_are_left_out():
-    examples = examples_of(None, WEIGHED)
+    examples = Examples(WEIGHED)
     data = examples.valid(4) | {"mask": np.ones((4, 8), bool)}
     (with_them,) = check(check_masks, first, data=data)
     (without,) = check(
@@ -144,7 +144,7 @@ def test_each_mask_and_each_side_is_checked():
         ),
     )
     sides = {side: lambda inputs: {"weights": first(inputs)} for side in ("PyTorch", "ONNX")}
-    examples = examples_of(None, signature)
+    examples = Examples(signature)
     found = check_masks(sides, signature, examples, examples.valid(4), LIMIT)
     assert [(c.mask, c.side, c.seen) for c in found] == [
         ("mask", "PyTorch", True),
