@@ -25,9 +25,9 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import REFERENCE_FOLDER, REFERENCE_MODEL
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import measure_latency
-from heimdall_onnx.evidence.latency.statistics import min_samples
+from heimdall_onnx.evidence.latency.statistics import min_queries
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure
-from heimdall_onnx.model.examples import examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.onnx.export import eval_mode, export_model
 from heimdall_onnx.model.onnx.validate import validate_model
 from heimdall_onnx.model.signature import signature_of
@@ -108,7 +108,7 @@ class ONNXExporter:
         """
         signature = signature_of(pytorch_model)
         path = Path(onnx_path)
-        inputs = examples_of(pytorch_model, signature).valid(num_batches * batch_size)
+        inputs = Examples(signature, pytorch_model).valid(num_batches * batch_size)
         data = EvaluationData(inputs, None, {}, "synthetic inputs", None, {})
         with eval_mode(pytorch_model):
             parity = compare_outputs(
@@ -129,7 +129,7 @@ class ONNXExporter:
                 path,
                 data.rows(range(batch_size)),
                 signature,
-                calls=max(num_batches, min_samples(50)),
+                calls=max(num_batches, min_queries(50)),
             )
         return {
             **{f"{output.output}_mae": output.mean for output in parity.evaluation},

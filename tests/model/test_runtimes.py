@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from models import SmallNet
 from pydantic import ValidationError
 
@@ -16,7 +17,6 @@ from heimdall_onnx.common.errors import (
     UnavailableError,
 )
 from heimdall_onnx.common.machine import instruction_sets, usable_processors
-from heimdall_onnx.evidence.latency.contenders import pickle_model
 from heimdall_onnx.model import runtimes
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import run_pytorch
@@ -73,7 +73,7 @@ def test_answers_are_not_overwritten_by_the_next_call(onnx_path, inputs):
 
 
 def test_pytorch_runs_a_pickled_model(tmp_path, inputs):
-    pickle_model(SmallNet(), tmp_path / "model.pkl")
+    torch.save(SmallNet(), tmp_path / "model.pkl")
     settings = SessionSettings(runtime="pytorch", threads=1)
     call = load_runner(tmp_path / "model.pkl", inputs, SIGNATURE, settings)
     assert call.ran_on == "cpu"

@@ -16,10 +16,9 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ from heimdall_onnx.evidence.latency.contenders import (
     Contestant,
     Worker,
     default_threads,
-    pickle_model,
+    pytorch_contestant,
 )
 from heimdall_onnx.evidence.latency.cores import usable_cores
 from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures
@@ -43,7 +42,7 @@ from heimdall_onnx.evidence.latency.statistics import (
     paired_speedup,
 )
 from heimdall_onnx.evidence.ratios import CONFIDENCE
-from heimdall_onnx.model.inference import load_onnx, load_pytorch
+from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-PYTORCH, ONNX = "PyTorch", "ONNX Runtime"
+ONNX = "ONNX Runtime"
 BLOCK_CALLS = 10
 # Two pairs of blocks each: six pairs are the fewest that bound a median with 95% confidence.
 MIN_ROUNDS = 3
@@ -140,7 +139,6 @@ def measure_latency(
     seed: int = 0,
     batch_sizes: Sequence[int] = (),
     batch_calls: int = 3,
-    progress: Callable[[int, int], None] | None = None,
 ) -> LatencyReport:
     """Measure the PyTorch model against the ONNX model on the CPU.
 
@@ -156,30 +154,21 @@ def measure_latency(
         batch_sizes: Further batch sizes to measure after that, with the rows of ``inputs``
             repeated.
         batch_calls: Counted calls of each contender at each of them.
-        progress: Called with (calls done, calls wanted) of each contender.
 
     Raises:
         BenchmarkError: If the model can't be pickled, or a worker process dies, fails or does not
             answer in time.
     """
-    threads = threads or default_threads()
+    settings = SessionSettings(threads=threads or default_threads())
     before = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
-        model_file = Path(folder) / "model.pkl"
-        pickle_model(model, model_file)
-        workers = [
-            stack.enter_context(Worker(name, job, Path(folder), threads))
-            for name, job in (
-                (PYTORCH, partial(load_pytorch, model_file, inputs, signature, threads)),
-                (ONNX, partial(load_onnx, onnx_path.absolute(), inputs, signature, threads)),
-            )
-        ]
-        # ONNX Runtime needs twice the model's size while it loads, so it goes first.
-        for worker in reversed(workers):
-            worker.start()
+    onnx_side = Contestant(ONNX, onnx_path, settings)
+    with (
+        pytorch_contestant(model, settings) as pytorch_side,
+        _loaded(pytorch_side, onnx_side, inputs, signature) as workers,
+    ):
         rng = random.Random(seed)
         with MachineWatch() as watch:
-            order = take_turns(workers, calls, min_seconds, rng, progress)
+            rounds = take_turns(workers, calls, min_seconds, rng)
         size = len(next(iter(inputs.values())))
         pytorch, onnx = (worker.latency() for worker in workers)
         batches = [BatchLatency(size, pytorch.samples_ms, onnx.samples_ms)]
@@ -189,7 +178,7 @@ def measure_latency(
         ]
         report = LatencyReport(
             batch_size=size,
-            threads=threads,
+            threads=settings.threads,
             contenders=(pytorch, onnx),
             speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
             load_average=(before, os.getloadavg()[0]),
@@ -200,8 +189,8 @@ def measure_latency(
     log.info(
         "measured",
         speedup=round(report.speedup.ratio, 3),
-        rounds=order,
-        threads=threads,
+        rounds=rounds,
+        threads=settings.threads,
         batch_size=report.batch_size,
     )
     return report
@@ -269,16 +258,10 @@ def measure_pair(
     Raises:
         BenchmarkError: If a worker process dies, fails or does not answer in time.
     """
-    with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
-        workers = [
-            stack.enter_context(contestant.worker(inputs, signature, Path(folder), place))
-            for contestant, place in ((first, "first"), (second, "second"))
-        ]
-        for worker in workers:
-            worker.start()
+    with _loaded(first, second, inputs, signature) as workers:
         rng = random.Random(seed)
         with MachineWatch() as watch:
-            take_turns(workers, calls, min_seconds, rng, None)
+            take_turns(workers, calls, min_seconds, rng)
         on_device = None
         if second.settings.on_gpu:
             on_device = float(np.median(workers[1].time_calls(calls, on_device=True)))
@@ -298,14 +281,37 @@ def measure_pair(
         )
 
 
+@contextmanager
+def _loaded(
+    first: Contestant, second: Contestant, inputs: Arrays, signature: Signature
+) -> Iterator[list[Worker]]:
+    """Both sides' processes, their models loaded and warm."""
+    with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
+        workers = [
+            stack.enter_context(contestant.worker(inputs, signature, Path(folder), place))
+            for contestant, place in ((first, "first"), (second, "second"))
+        ]
+        # ONNX Runtime needs twice the model's size while it loads, so it goes before PyTorch.
+        for worker in reversed(workers):
+            worker.start()
+        yield workers
+
+
 def take_turns(
     workers: Sequence[Worker],
     calls: int,
     min_seconds: float,
     rng: random.Random,
-    progress: Callable[[int, int], None] | None,
+    batch_size: int | None = None,
 ) -> int:
     """Run ABBA or BAAB rounds of two workers until there are enough calls.
+
+    Args:
+        workers: Both of them.
+        calls: Counted calls of each, at least.
+        min_seconds: Go on until the blocks have taken this long as well.
+        rng: Draws the order of each round.
+        batch_size: Samples in a call, where it is another one than that of the inputs.
 
     Returns:
         The number of rounds.
@@ -315,10 +321,8 @@ def take_turns(
     while done < calls or rounds < MIN_ROUNDS or time.monotonic() - started < min_seconds:
         first, second = rng.sample(list(workers), 2)
         for worker in (first, second, second, first):
-            worker.run_block(block)
+            worker.run_block(block, batch_size)
         done, rounds = done + 2 * block, rounds + 1
-        if progress is not None:
-            progress(min(done, calls), calls)
     return rounds
 
 

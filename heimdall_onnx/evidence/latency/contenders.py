@@ -8,12 +8,12 @@ import pickle
 import selectors
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -36,6 +36,7 @@ from heimdall_onnx.model.signature import Signature
 if TYPE_CHECKING:
     from torch import nn
 
+PYTORCH = "PyTorch"
 WARMUP_CALLS = 5
 _WORKER_TIMEOUT_S = 600.0
 
@@ -101,12 +102,21 @@ class Contestant:
         return Worker(self.name, job, folder, self.settings.thread_count, place)
 
 
-def pickle_model(model: nn.Module, path: Path) -> None:
-    """Write a model for a process of one's own to read.
+@contextmanager
+def pytorch_contestant(model: nn.Module, settings: SessionSettings) -> Iterator[Contestant]:
+    """A PyTorch model to be measured, in eval mode; its file is there until the block ends.
 
     Raises:
         BenchmarkError: If it can't be pickled.
     """
+    with tempfile.TemporaryDirectory(prefix="heimdall-pytorch-") as folder:
+        path = Path(folder) / "model.pkl"
+        pickle_model(model, path)
+        yield Contestant(PYTORCH, path, settings.model_copy(update={"runtime": "pytorch"}))
+
+
+def pickle_model(model: nn.Module, path: Path) -> None:
+    """Write a model for a process of one's own to read; raises as `pytorch_contestant`."""
     import torch
 
     try:
@@ -165,12 +175,7 @@ class Worker:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -187,9 +192,9 @@ class Worker:
         """Load the model, make the first call and the warm-up."""
         self._loaded = self._ask({"load": True, "warmup": WARMUP_CALLS})
 
-    def run_block(self, calls: int) -> None:
+    def run_block(self, calls: int, batch_size: int | None = None) -> None:
         """Time ``calls`` calls after one uncounted, which brings the model back into cache."""
-        self.blocks.append(self.time_calls(calls))
+        self.blocks.append(self.time_calls(calls, batch_size))
 
     def time_calls(
         self, calls: int, batch_size: int | None = None, *, on_device: bool = False

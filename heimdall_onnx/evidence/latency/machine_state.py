@@ -16,12 +16,13 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import psutil
 
 from heimdall_onnx.common.machine import control_groups
+
+_Gpus = dict[int, tuple[float | None, float | None]]
 
 _NVIDIA_SMI_TIMEOUT_S = 5.0
 # Of one processor, for the looks between the first and the last.
@@ -129,12 +130,7 @@ class MachineWatch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop and take down the end."""
         self._ended.set()
         self._thread.join()
@@ -233,7 +229,7 @@ def throttled_periods(root: Path = Path("/")) -> int | None:
     return sum(counted.values()) if counted else None
 
 
-def query_gpus() -> dict[int, tuple[float | None, float | None]] | None:
+def query_gpus() -> _Gpus | None:
     """Clock of the streaming multiprocessors (MHz) and power (watts) of each NVIDIA GPU.
 
     Returns:
@@ -245,11 +241,7 @@ def query_gpus() -> dict[int, tuple[float | None, float | None]] | None:
         return None
     try:
         told = subprocess.run(
-            [
-                program,
-                "--query-gpu=index,clocks.sm,power.draw",
-                "--format=csv,noheader,nounits",
-            ],
+            [program, "--query-gpu=index,clocks.sm,power.draw", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             check=True,
@@ -268,17 +260,11 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _pair_gpus(
-    before: dict[int, tuple[float | None, float | None]] | None,
-    after: dict[int, tuple[float | None, float | None]] | None,
-) -> tuple[GpuState, ...] | None:
+def _pair_gpus(before: _Gpus | None, after: _Gpus | None) -> tuple[GpuState, ...] | None:
     if before is None or after is None:
         return None
-    return tuple(
-        GpuState(
-            index=index,
-            sm_clock_mhz=(before[index][0], after[index][0]),
-            power_w=(before[index][1], after[index][1]),
-        )
-        for index in sorted(before.keys() & after.keys())
-    )
+    # Each has its clock and its power, before and after.
+    pairs = {
+        index: zip(before[index], after[index], strict=True) for index in before if index in after
+    }
+    return tuple(GpuState(index, *pairs[index]) for index in sorted(pairs))

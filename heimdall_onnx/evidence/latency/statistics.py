@@ -153,15 +153,9 @@ def offline_throughput(
         batch_size: Samples in a call.
         confidence: Of the interval, in (0, 1).
     """
-    from scipy import stats
-
     # The range of n calls covers the median unless all lie on one side of it.
     confidence = min(confidence, 1 - 2 * 0.5**batch_ms.size)
-    interval = stats.quantile_test(batch_ms, p=0.5).confidence_interval(max(confidence, 0.5))
-    fastest, slowest = (
-        float(end) if np.isfinite(end) else float(bound)
-        for end, bound in ((interval.low, batch_ms.min()), (interval.high, batch_ms.max()))
-    )
+    fastest, slowest = _interval(batch_ms, 0.5, max(confidence, 0.5))
     samples = batch_size * 1e3
     return Throughput(
         batch_size=batch_size,
@@ -172,6 +166,15 @@ def offline_throughput(
         confidence=confidence,
         overall=samples / float(batch_ms.mean()),
     )
+
+
+def _interval(values: Floats, rank: float, confidence: float) -> tuple[float, float]:
+    """Interval of a quantile from order statistics, which end where the values do."""
+    from scipy import stats
+
+    found = stats.quantile_test(values, p=rank).confidence_interval(confidence)
+    low = found.low if np.isfinite(found.low) else values.min()
+    return float(low), float(found.high if np.isfinite(found.high) else values.max())
 
 
 WINDOWS = 5
@@ -299,35 +302,20 @@ class Speedup:
     pairs: int
 
 
-def min_samples(percentile: float) -> int:
-    """Samples needed before a percentile is worth printing.
-
-    The fewest for which, with 99% confidence, at least two of them lie at or beyond the
-    percentile, so that it is not merely the largest value seen.
-    """
-    return min_queries(percentile)
-
-
 def percentiles_with_intervals(samples_ms: Floats) -> tuple[Percentile, ...]:
-    """Every percentile of `PERCENTILES` that ``samples_ms`` are enough for."""
-    from scipy import stats
+    """Every percentile of `PERCENTILES` that ``samples_ms`` are enough for.
 
+    With the fewest samples allowed, at least two lie at or beyond the percentile with 99%
+    confidence, so that it is not merely the largest value seen.
+    """
     found = []
     for percentile in PERCENTILES:
-        if samples_ms.size < min_samples(percentile):
+        if samples_ms.size < min_queries(percentile):
             continue
-        interval = stats.quantile_test(samples_ms, p=percentile / 100).confidence_interval(
-            CONFIDENCE
-        )
-        # With the fewest samples allowed a two-sided end can fall beyond the largest one, where
-        # order statistics know no bound.
+        value = float(np.percentile(samples_ms, percentile))
+        # With the fewest samples allowed a two-sided end can fall beyond the largest one.
         found.append(
-            Percentile(
-                percentile,
-                float(np.percentile(samples_ms, percentile)),
-                float(interval.low),
-                float(interval.high if np.isfinite(interval.high) else samples_ms.max()),
-            )
+            Percentile(percentile, value, *_interval(samples_ms, percentile / 100, CONFIDENCE))
         )
     return tuple(found)
 
@@ -342,14 +330,7 @@ def paired_speedup(slow: Sequence[Floats], fast: Sequence[Floats]) -> Speedup:
         fast: Blocks of the other; the i-th ran in the same half of a round as the i-th of
             ``slow``.
     """
-    from scipy import stats
-
     ratios = np.array(
         [np.median(a) / np.median(b) for a, b in zip(slow, fast, strict=True)], dtype=np.float64
     )
-    interval = stats.quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
-    low, high = (
-        float(end) if np.isfinite(end) else float(bound)
-        for end, bound in ((interval.low, ratios.min()), (interval.high, ratios.max()))
-    )
-    return Speedup(float(np.median(ratios)), low, high, ratios.size)
+    return Speedup(float(np.median(ratios)), *_interval(ratios, 0.5, CONFIDENCE), ratios.size)

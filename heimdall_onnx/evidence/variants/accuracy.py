@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import Arrays, Floats, whole
+from heimdall_onnx.common.arrays import Arrays, Floats, in_batches, whole
 from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import AccuracyLimits
 from heimdall_onnx.data.evaluation import EvaluationData
@@ -93,11 +93,7 @@ class Accuracy(AccuracyFigures):
 
 def answers_of(run: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:
     """The outputs of a model for all rows of ``inputs``, eight at a time."""
-    count = len(next(iter(inputs.values())))
-    found = [
-        run({name: array[start : start + _BATCH] for name, array in inputs.items()})
-        for start in range(0, count, _BATCH)
-    ]
+    found = [run(batch) for _, batch in in_batches(inputs, _BATCH)]
     return {name: np.concatenate([outputs[name] for outputs in found]) for name in found[0]}
 
 
@@ -126,7 +122,9 @@ def judge_accuracy(
     task = score = None
     errors = reference_errors = np.empty(0)
     if position is not None:
-        a, b = (_finite(outputs[position.name]) for outputs in (reference, found))
+        # A geodesic to nowhere is an error in PROJ; the gate on finite outputs has refused it.
+        sides = (outputs[position.name] for outputs in (reference, found))
+        a, b = (np.where(np.isfinite(side), side, 0.0) for side in sides)
         moved = distance_m(a, b)
         claimed = signature.deviations(reference)
         if claimed is not None:
@@ -238,11 +236,6 @@ def _problem(
     inside = (reference >= low) & (reference <= high)
     outside = int((((found < low) | (found > high)) & inside).sum())
     return f"{outside} of {found.size} elements are outside {list(span)}" if outside else ""
-
-
-def _finite(positions: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    # A geodesic to nowhere is an error in PROJ; the gate on finite outputs has refused it already.
-    return np.where(np.isfinite(positions), positions, 0.0)
 
 
 def _quantile(values: Floats | None, rank: float) -> float | None:

@@ -100,12 +100,13 @@ def split_calibration(
         inputs={name: array[fresh] for name, array in held.items()},
         positions=None if data.positions is None else data.positions[kept],
     )
+    content = b"".join(_bytes(inputs[name]) for name in sorted(inputs))
     return CalibrationSplit(
         inputs=inputs,
         evaluation=evaluation,
         source=source.source,
         rows=tuple(map(int, chosen)),
-        sha256=_digest(inputs),
+        sha256=hashlib.sha256(content).hexdigest(),
         file_sha256=source.sha256,
         left_out=int((~fresh).sum()),
     )
@@ -117,10 +118,6 @@ def _row_hashes(inputs: Arrays) -> list[bytes]:
         hashlib.sha256(b"".join(_bytes(inputs[name][row]) for name in sorted(inputs))).digest()
         for row in range(count)
     ]
-
-
-def _digest(inputs: Arrays) -> str:
-    return hashlib.sha256(b"".join(_bytes(inputs[name]) for name in sorted(inputs))).hexdigest()
 
 
 def _bytes(array: npt.NDArray[Any]) -> bytes:

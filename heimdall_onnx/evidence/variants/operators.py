@@ -119,7 +119,8 @@ def measure_operator_times(
         for _ in range(_WARMUP_CALLS + calls):
             run_onnx(session, inputs, signature)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    runs = sorted(_spans(e for e in events if e["name"] == "model_run"))[_WARMUP_CALLS:]
+    spans = ((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")
+    runs = sorted(spans)[_WARMUP_CALLS:]
     if len(runs) != calls:
         raise EvidenceError(
             f"ONNX Runtime's profiler recorded {len(runs)} of {calls} calls of {path.name}"
@@ -163,12 +164,6 @@ def profile_variants(
         for variant in shown.values()
         if variant.settings.provider == CPU and variant.path is not None
     )
-
-
-def _spans(events: Iterable[dict[str, Any]]) -> Iterator[tuple[int, int]]:
-    """Beginning and end of each event, microseconds."""
-    for event in events:
-        yield event["ts"], event["ts"] + event["dur"]
 
 
 def _nodes(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

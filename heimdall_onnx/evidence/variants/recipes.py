@@ -13,10 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.arrays import Arrays, in_batches
 from heimdall_onnx.common.errors import EvidenceError, UnavailableError
 from heimdall_onnx.common.machine import multiplies_in_8_bits
 from heimdall_onnx.common.parameters import FP32
@@ -149,28 +150,25 @@ def _quantize_dynamic(job: VariantJob) -> None:
     )
 
 
-def _static(method: str) -> Callable[[VariantJob], None]:
-    def make(job: VariantJob) -> None:
-        from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
+def _quantize_static(job: VariantJob, method: str) -> None:
+    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
 
-        chosen = CalibrationMethod[method]
-        ranges = job.cache / f"{method.lower()}.json"
-        if not ranges.is_file():
-            _calibrate(job, chosen, ranges)
-        quantize_static(
-            job.source,
-            job.target,
-            calibrate_method=chosen,
-            calibration_cache_path=ranges,
-            op_types_to_quantize=list(QUANTIZABLE),
-            per_channel=True,
-            reduce_range=weights_of_seven_bits(),
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(job.keep_in_float),
-        )
-
-    return make
+    chosen = CalibrationMethod[method]
+    ranges = job.cache / f"{method.lower()}.json"
+    if not ranges.is_file():
+        _calibrate(job, chosen, ranges)
+    quantize_static(
+        job.source,
+        job.target,
+        calibrate_method=chosen,
+        calibration_cache_path=ranges,
+        op_types_to_quantize=list(QUANTIZABLE),
+        per_channel=True,
+        reduce_range=weights_of_seven_bits(),
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=list(job.keep_in_float),
+    )
 
 
 def _calibrate(job: VariantJob, method: Any, ranges: Path) -> None:
@@ -183,7 +181,7 @@ def _calibrate(job: VariantJob, method: Any, ranges: Path) -> None:
         augmented_model_path=str(job.cache / "augmented.onnx"),
         calibrate_method=method,
     )
-    for batch in _batches(job.calibration):
+    for _, batch in in_batches(job.calibration, _CALIBRATION_BATCH):
         calibrator.collect_data(_Reader(batch))
     save_tensors_data(calibrator.compute_data(), ranges)
     (job.cache / "augmented.onnx").unlink()
@@ -200,12 +198,6 @@ class _Reader:
         return batch
 
 
-def _batches(inputs: Arrays, size: int = _CALIBRATION_BATCH) -> Iterator[Arrays]:
-    count = len(next(iter(inputs.values())))
-    for start in range(0, count, size):
-        yield {name: array[start : start + size] for name, array in inputs.items()}
-
-
 def _quantize_with_nncf(job: VariantJob) -> None:
     # NNCF counts its users unless told that it is being tested.
     os.environ.setdefault("NNCF_CI", "1")
@@ -214,7 +206,7 @@ def _quantize_with_nncf(job: VariantJob) -> None:
 
     nncf.set_log_level(logging.ERROR)
     model = onnx.load(job.source)
-    samples = list(_batches(job.calibration, 1))
+    samples = [sample for _, sample in in_batches(job.calibration, 1)]
     ignored = nncf.IgnoredScope(names=list(job.keep_in_float), validate=False)
     quantized = nncf.quantize(
         model,
@@ -231,24 +223,21 @@ def _quantize_with_nncf(job: VariantJob) -> None:
     onnx.save(quantized, job.target)
 
 
-def _weights_only(bits: int) -> Callable[[VariantJob], None]:
-    def make(job: VariantJob) -> None:
-        import onnx
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+def _quantize_weights(job: VariantJob, bits: int) -> None:
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(job.source),
-            bits=bits,
-            block_size=_BLOCK,
-            is_symmetric=True,
-            # Activations are rounded to 8 bits on the way, which is where its speed comes from.
-            accuracy_level=4,
-            nodes_to_exclude=list(job.keep_in_float),
-        )
-        quantizer.process()
-        quantizer.model.save_model_to_file(str(job.target), False)
-
-    return make
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(job.source),
+        bits=bits,
+        block_size=_BLOCK,
+        is_symmetric=True,
+        # Activations are rounded to 8 bits on the way, which is where its speed comes from.
+        accuracy_level=4,
+        nodes_to_exclude=list(job.keep_in_float),
+    )
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(job.target), False)
 
 
 def _halve(job: VariantJob) -> None:
@@ -293,7 +282,7 @@ RECIPES: dict[str, Recipe] = {
                 f"int8-{method.lower()}",
                 f"8 bits (QDQ), ranges calibrated by {words}",
                 "int8",
-                make=_static(method),
+                make=partial(_quantize_static, method=method),
                 selective=True,
             )
             for method, words in (
@@ -315,14 +304,14 @@ RECIPES: dict[str, Recipe] = {
             "int8-weights",
             "weights of linear layers in 8 bits",
             "int8",
-            make=_weights_only(8),
+            make=partial(_quantize_weights, bits=8),
             selective=True,
         ),
         Recipe(
             "int4-weights",
             "weights of linear layers in 4 bits",
             "int4",
-            make=_weights_only(4),
+            make=partial(_quantize_weights, bits=4),
             selective=True,
         ),
         Recipe(

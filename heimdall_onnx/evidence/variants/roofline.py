@@ -172,17 +172,13 @@ def work_of(model: nn.Module, inputs: Arrays, signature: Signature) -> Work:
     Raises:
         EvidenceError: If the model fails on them.
     """
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    fast = torch.backends.mha.get_fastpath_enabled()
+    from heimdall_onnx.model.onnx.export import plain_attention
+
     # The fused layer of transformers is no operator that is counted; its parts are.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            run_pytorch(model, inputs, signature)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with plain_attention(), FlopCounterMode(display=False) as counter:
+        run_pytorch(model, inputs, signature)
     samples = len(inputs[signature.inputs[0].name])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Work(counter.get_total_flops() / samples, parameters)

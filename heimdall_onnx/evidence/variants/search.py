@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,12 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER, AccuracyLimits
 from heimdall_onnx.common.processes import WorkerProcess, worker_process
 from heimdall_onnx.data.evaluation import load_evaluation_data
-from heimdall_onnx.evidence.latency.benchmark import PYTORCH, PairLatency, measure_pair
-from heimdall_onnx.evidence.latency.contenders import Contestant, default_threads, pickle_model
+from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
+from heimdall_onnx.evidence.latency.contenders import (
+    Contestant,
+    default_threads,
+    pytorch_contestant,
+)
 from heimdall_onnx.evidence.variants.accuracy import (
     Accuracy,
     accuracy_gates,
@@ -379,23 +383,16 @@ class _Search:
         log.info("timed", variant=variant.name, speedup=round(measured.speedup.ratio, 2))
         return replace(variant, latency=measured)
 
-    @contextmanager
-    def _opponent(self, variant: JudgedVariant) -> Iterator[Contestant]:
-        if variant.name != FP32:
-            yield Contestant(FP32, self._onnx, self._threads)
-            return
-        with self._pytorch(variant) as pytorch:
-            yield pytorch
+    def _opponent(self, variant: JudgedVariant) -> AbstractContextManager[Contestant]:
+        if variant.name == FP32:
+            return self._pytorch(variant)
+        return nullcontext(Contestant(FP32, self._onnx, self._threads))
 
-    @contextmanager
-    def _pytorch(self, variant: JudgedVariant) -> Iterator[Contestant]:
+    def _pytorch(self, variant: JudgedVariant) -> AbstractContextManager[Contestant]:
         """PyTorch on the device of what it is held against."""
         device = variant.settings.provider if variant.settings.on_gpu else CPU
-        settings = self._threads.model_copy(update={"runtime": "pytorch", "provider": device})
-        with tempfile.TemporaryDirectory(prefix="heimdall-pytorch-") as folder:
-            path = Path(folder) / "model.pkl"
-            pickle_model(self._model, path)
-            yield Contestant(PYTORCH, path, settings)
+        settings = self._threads.model_copy(update={"provider": device})
+        return pytorch_contestant(self._model, settings)
 
     def _measure(
         self, first: Contestant, variant: JudgedVariant, calls: int, min_seconds: float = 0.0

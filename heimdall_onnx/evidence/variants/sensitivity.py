@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,8 +72,10 @@ class NoiseProfile:
         return tuple(sorted(self.groups, key=lambda group: -group.added)[:count])
 
 
-class ReferenceGraph:
-    """The fp32 graph, in groups of nodes that can be quantized.
+def noise_profile(
+    variant: str, reference: Path, path: Path, modules: Iterable[str], inputs: Arrays
+) -> NoiseProfile:
+    """Compare a variant with the fp32 graph, value by value, in groups of nodes.
 
     A group is a single node, or the nodes of the innermost module that holds several. The outermost
     module with the same nodes stands for it: of a residual block the block, whose output is the
@@ -81,77 +83,55 @@ class ReferenceGraph:
     for example, stands for itself.
 
     Args:
-        path: The fp32 ONNX file.
-        modules: Every name in ``model.named_modules(remove_duplicate=False)``.
-        inputs: What noise is measured on.
-    """
-
-    def __init__(self, path: Path, modules: Iterable[str], inputs: Arrays) -> None:
-        self._graph = ScopedGraph(path, modules)
-        self._modules = tuple(modules)
-        self._inputs = inputs
-        self._groups: dict[str, tuple[str, ...]] = {}
-        self._around: dict[str, tuple[list[str], list[str]]] = {}
-        for nodes, scope in sorted(_groups(self._graph).items(), key=self._place):
-            if scope is None:
-                name, around = nodes[0], self._graph.around(nodes[0])
-            else:
-                start = self._graph.first(scope) + 1
-                name = scope
-                around = self._graph.entering(scope, start), self._graph.leaving(scope)
-            self._groups[name], self._around[name] = nodes, around
-
-    def _place(self, group: tuple[tuple[str, ...], str | None]) -> int:
-        """Where in the execution order a group begins."""
-        return self._graph.position(self._graph.around(group[0][0])[1][0])
-
-    @property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """Names of the nodes by their group."""
-        return dict(self._groups)
-
-    def profile(self, variant: str, path: Path) -> NoiseProfile:
-        """Compare a variant with the fp32 graph, value by value.
-
-        Raises:
-            InvalidModelError: If the variant can't be loaded.
-            EvidenceError: If it can't run on the inputs.
-        """
-        other = ScopedGraph(path, self._modules)
-        noise: dict[str, float] = {}
-        scopes = list(self._groups)
-        for start in range(0, len(scopes), _AT_ONCE):
-            around = (self._around[scope] for scope in scopes[start : start + _AT_ONCE])
-            names = {name for pair in around for side in pair for name in side}
-            wanted = [name for name in sorted(names) if name not in noise and other.produces(name)]
-            reference = self._graph.compute(wanted, self._inputs)
-            found = other.compute(wanted, self._inputs)
-            for name in reference.keys() & found.keys():
-                noise[name] = relative_error(reference[name], found[name])
-        groups = []
-        for scope, nodes in self._groups.items():
-            entering, leaving = (
-                [noise[name] for name in side if name in noise] for side in self._around[scope]
-            )
-            if leaving:
-                groups.append(GroupNoise(scope, nodes, max(leaving), max(entering, default=0.0)))
-        log.info("noise_along_depth", variant=variant, groups=len(groups))
-        return NoiseProfile(variant, tuple(groups), len(next(iter(self._inputs.values()))))
-
-
-def noise_profile(
-    variant: str, reference: Path, path: Path, modules: Iterable[str], inputs: Arrays
-) -> NoiseProfile:
-    """`ReferenceGraph.profile` in one call, for a process of its own.
-
-    Args:
         variant: The variant's name.
         reference: The fp32 ONNX file.
         path: The variant's file.
         modules: Every name in ``model.named_modules(remove_duplicate=False)``.
         inputs: What noise is measured on.
+
+    Raises:
+        InvalidModelError: If a file can't be loaded.
+        EvidenceError: If one can't run on the inputs.
     """
-    return ReferenceGraph(reference, modules, inputs).profile(variant, path)
+    known = tuple(modules)
+    graph, other = ScopedGraph(reference, known), ScopedGraph(path, known)
+    groups = [_place(graph, nodes, scope) for nodes, scope in _groups(graph).items()]
+    groups.sort(key=lambda group: graph.position(graph.around(group.nodes[0])[1][0]))
+    noise: dict[str, float] = {}
+    for start in range(0, len(groups), _AT_ONCE):
+        some = groups[start : start + _AT_ONCE]
+        names = {name for group in some for name in (*group.entering, *group.leaving)}
+        wanted = [name for name in sorted(names) if name not in noise and other.produces(name)]
+        expected, found = graph.compute(wanted, inputs), other.compute(wanted, inputs)
+        for name in expected.keys() & found.keys():
+            noise[name] = relative_error(expected[name], found[name])
+    profiled = []
+    for group in groups:
+        entering, leaving = (
+            [noise[name] for name in side if name in noise]
+            for side in (group.entering, group.leaving)
+        )
+        if leaving:
+            most = max(leaving), max(entering, default=0.0)
+            profiled.append(GroupNoise(group.scope, group.nodes, *most))
+    log.info("noise_along_depth", variant=variant, groups=len(profiled))
+    return NoiseProfile(variant, tuple(profiled), len(next(iter(inputs.values()))))
+
+
+class _Group(NamedTuple):
+    """Nodes with the values around them."""
+
+    scope: str
+    nodes: tuple[str, ...]
+    entering: list[str]
+    leaving: list[str]
+
+
+def _place(graph: ScopedGraph, nodes: tuple[str, ...], scope: str | None) -> _Group:
+    if scope is None:
+        return _Group(nodes[0], nodes, *graph.around(nodes[0]))
+    start = graph.first(scope) + 1
+    return _Group(scope, nodes, graph.entering(scope, start), graph.leaving(scope))
 
 
 def relative_error(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:

@@ -14,11 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from heimdall_onnx.common.arrays import Arrays, Floats
+from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.evidence.latency.benchmark import BLOCK_CALLS
+from heimdall_onnx.evidence.latency.benchmark import take_turns
 from heimdall_onnx.evidence.latency.contenders import Contestant, Worker
 from heimdall_onnx.evidence.latency.statistics import Speedup, paired_speedup
 from heimdall_onnx.model.runtimes import SessionSettings
@@ -102,7 +100,8 @@ def tune_session(
                 worker = start(changed, stack, str(turn))
                 speedup = _compare(base, worker, batch_size, calls, rng)
                 kept = speedup.low > 1
-                trials.append(Trial(_described(change), speedup, kept))
+                option = ", ".join(f"{name} = {value}" for name, value in change.items())
+                trials.append(Trial(option, speedup, kept))
                 if kept:
                     best, base = changed, worker
                     # The one before is of no use any more, and holds the model's memory.
@@ -125,18 +124,9 @@ def _changes(settings: SessionSettings) -> Iterator[dict[str, Any]]:
     yield {"prepacking": False}
 
 
-def _described(change: dict[str, Any]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in change.items())
-
-
 def _compare(
     base: Worker, worker: Worker, batch_size: int, calls: int, rng: random.Random
 ) -> Speedup:
-    sides: dict[str, list[Floats]] = {"base": [], "changed": []}
-    both = {"base": base, "changed": worker}
-    block = max(1, min(BLOCK_CALLS, calls // 6))
-    while sum(part.size for part in sides["base"]) < calls or len(sides["base"]) < 6:
-        first, second = rng.sample(list(both), 2)
-        for side in (first, second, second, first):
-            sides[side].append(both[side].time_calls(block, batch_size))
-    return paired_speedup(*(list(map(np.asarray, sides[side])) for side in ("base", "changed")))
+    before = len(base.blocks)  # of earlier trials
+    take_turns((base, worker), calls, 0, rng, batch_size)
+    return paired_speedup(base.blocks[before:], worker.blocks)

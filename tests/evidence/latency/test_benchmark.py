@@ -33,15 +33,14 @@ from heimdall_onnx.evidence.latency.contenders import Contestant, Worker
 from heimdall_onnx.evidence.latency.cores import Cores
 from heimdall_onnx.evidence.latency.statistics import (
     PERCENTILES,
-    min_samples,
+    min_queries,
     paired_speedup,
     percentiles_with_intervals,
 )
 from heimdall_onnx.evidence.latency.timed import TimedSteps
 from heimdall_onnx.model.examples import generic_inputs
-from heimdall_onnx.model.inference import load_onnx
 from heimdall_onnx.model.onnx.export import export_model
-from heimdall_onnx.model.runtimes import SessionSettings
+from heimdall_onnx.model.runtimes import SessionSettings, load_runner
 from heimdall_onnx.report import tables
 
 SIGNATURE = SmallNet.signature
@@ -79,7 +78,7 @@ def gone(pid, seconds=10.0):
     ("percentile", "wanted"), [(50, 11), (90, 64), (95, 130), (99, 662), (99.9, 6636)]
 )
 def test_fewest_samples_behind_each_percentile(percentile, wanted):
-    assert min_samples(percentile) == wanted
+    assert min_queries(percentile) == wanted
     below = percentile / 100
 
     def at_least_two_beyond(n):
@@ -102,7 +101,7 @@ def test_intervals_cover_the_true_percentile_as_often_as_they_say(count):
     """Also with the fewest samples allowed, where an end may be the largest one."""
     rng = np.random.default_rng(count)
     trials = 400
-    hits = dict.fromkeys((p for p in PERCENTILES if min_samples(p) <= count), 0)
+    hits = dict.fromkeys((p for p in PERCENTILES if min_queries(p) <= count), 0)
     for _ in range(trials):
         for found in percentiles_with_intervals(rng.exponential(size=count)):
             true = -math.log1p(-found.percentile / 100)
@@ -158,16 +157,16 @@ class Recorder:
     def __init__(self, name, order, seconds=0.0):
         self.name, self.order, self.seconds, self.calls = name, order, seconds, 0
 
-    def run_block(self, count):
+    def run_block(self, count, batch_size=None):
         self.order.append(self.name)
         self.calls += count
         time.sleep(self.seconds)
 
 
-def take_turns(calls, *, seed=0, min_seconds=0.0, seconds=0.0, progress=None):
+def take_turns(calls, *, seed=0, min_seconds=0.0, seconds=0.0):
     order = []
     workers = [Recorder("A", order, seconds), Recorder("B", order, seconds)]
-    rounds = benchmark.take_turns(workers, calls, min_seconds, random.Random(seed), progress)
+    rounds = benchmark.take_turns(workers, calls, min_seconds, random.Random(seed))
     return rounds, "".join(order), [w.calls for w in workers]
 
 
@@ -192,12 +191,6 @@ def test_least_duration_is_kept_too():
     rounds, _, _ = take_turns(6, min_seconds=0.3, seconds=0.005)
     assert time.monotonic() - started >= 0.3
     assert rounds > 3
-
-
-def test_progress_ends_with_the_calls_that_were_wanted():
-    seen = []
-    take_turns(50, progress=lambda *counts: seen.append(counts))
-    assert seen == [(16, 50), (32, 50), (48, 50), (50, 50)]
 
 
 # Workers
@@ -238,7 +231,7 @@ def test_slower_contender_is_found_slower_by_about_as_much(worker):
     ):
         slow.start()
         fast.start()
-        benchmark.take_turns([slow, fast], 12, 0, random.Random(0), None)
+        benchmark.take_turns([slow, fast], 12, 0, random.Random(0))
     speedup = paired_speedup(slow.blocks, fast.blocks)
     # Nine times; a busy machine wakes nobody in time.
     assert 3 < speedup.low <= speedup.ratio <= speedup.high < 27
@@ -262,7 +255,8 @@ def test_onnx_contender_has_its_threads_and_no_pytorch(worker, onnx_path, tmp_pa
     inputs = generic_inputs(SIGNATURE, 1)
     found = {}
     for threads in (1, 3):
-        job = partial(load_onnx, onnx_path, inputs, SIGNATURE, threads)
+        settings = SessionSettings(threads=threads)
+        job = partial(load_runner, onnx_path, inputs, SIGNATURE, settings)
         facts = tmp_path / "facts"
         with worker(partial(jobs.observe, job, facts)) as contender:
             contender.start()
@@ -369,7 +363,6 @@ def test_local_model_is_measured_in_its_own_process_with_the_threads_asked_for(
             facts.write_text(f"{os.getpid()} {torch.get_num_threads()} {self.training}")
             return super().forward(signal)
 
-    progress = []
     report = measure_latency(
         Talkative(),
         onnx_path,
@@ -377,7 +370,6 @@ def test_local_model_is_measured_in_its_own_process_with_the_threads_asked_for(
         SIGNATURE,
         calls=66,
         threads=wanted,
-        progress=lambda *counts: progress.append(counts),
     )
     pid, threads, training = facts.read_text().split()
     assert (int(threads), training) == (wanted, "False")
@@ -394,7 +386,6 @@ def test_local_model_is_measured_in_its_own_process_with_the_threads_asked_for(
     assert report.onnx.peak_memory_bytes < 0.7 * report.pytorch.peak_memory_bytes
     assert report.speedup.low <= report.speedup.ratio <= report.speedup.high
     assert report.confidence == 0.95
-    assert progress[-1] == (66, 66)
     assert list(temporary.iterdir()) == []
     assert "noise" not in "".join(capfd.readouterr())
 

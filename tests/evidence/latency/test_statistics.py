@@ -5,12 +5,10 @@ import pytest
 from scipy.special import betainc
 
 from heimdall_onnx.evidence.latency.statistics import (
-    PERCENTILES,
     EarlyStopping,
     check_stationarity,
     early_stopping_estimate,
     min_queries,
-    min_samples,
     offline_throughput,
 )
 
@@ -66,11 +64,6 @@ def test_too_few_queries_give_no_estimate(percentile, fewest):
     least = early_stopping_estimate(ranks(fewest), percentile)
     assert (least.discarded, least.value_ms, least.min_queries) == (0, fewest, fewest)
     assert early_stopping_estimate(np.array([]), percentile) is None
-
-
-@pytest.mark.parametrize("percentile", PERCENTILES)
-def test_needs_as_many_queries_as_the_report_prints_a_percentile_from(percentile):
-    assert min_queries(percentile) == min_samples(percentile)
 
 
 @pytest.mark.parametrize(("percentile", "confidence"), [(90, 0.99), (99, 0.99), (50, 0.9)])

@@ -7,11 +7,10 @@ from heimdall_onnx.evidence.variants.recipes import VariantJob, make_variant
 from heimdall_onnx.evidence.variants.sensitivity import (
     GroupNoise,
     NoiseProfile,
-    ReferenceGraph,
     noise_profile,
     relative_error,
 )
-from heimdall_onnx.model.examples import examples_of, generic_inputs
+from heimdall_onnx.model.examples import Examples, generic_inputs
 from heimdall_onnx.model.onnx.export import export_model
 
 INPUTS = generic_inputs(BlockNet.signature, 16)
@@ -26,7 +25,8 @@ def fp32(request, tmp_path_factory):
 
 
 def test_groups_are_blocks_and_single_layers(fp32):
-    groups = ReferenceGraph(fp32, MODULES, INPUTS).groups
+    profile = noise_profile("fp32", fp32, fp32, MODULES, INPUTS)
+    groups = {group.scope: group.nodes for group in profile.groups}
     assert {scope: len(nodes) for scope, nodes in groups.items()} == {
         "stem": 1,
         "blocks.0": 2,
@@ -86,13 +86,12 @@ def test_products_that_no_module_has_to_itself_are_groups_of_their_own(opset, tm
     path = tmp_path / "model.onnx"
     export_model(model, path, signature=model.signature, opset=opset)
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    inputs = examples_of(model, model.signature).valid(4)
-    groups = ReferenceGraph(path, modules, inputs).groups
+    inputs = Examples(model.signature, model).valid(4)
+    profile = noise_profile("fp32", path, path, modules, inputs)
+    groups = {group.scope: group.nodes for group in profile.groups}
     alone = {name for name in groups if name not in modules}
     # Queries by keys and weights by values, in each of two layers.
     assert len(alone) == 4
     assert all(groups[name] == (name,) for name in alone)
     assert {"embed", "layers.0.query", "layers.1.mix", "pool", "answer"} <= groups.keys()
-    profile = noise_profile("fp32", path, path, modules, inputs)
-    assert [group.scope for group in profile.groups] == list(groups)
     assert all(group.noise == group.entering == 0 for group in profile.groups)
