@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
 from heimdall_onnx.common.parameters import MODEL
-from heimdall_onnx.common.text import count_of, distance, escape_markdown, name, number, shown
+from heimdall_onnx.common.text import (
+    count_of,
+    distance,
+    escape_markdown,
+    markdown_table,
+    name,
+    number,
+    shown,
+)
 from heimdall_onnx.services.registry import NamedData
 from heimdall_onnx.services.store import MANIFEST, format_uri
 
@@ -107,8 +115,8 @@ def describe_version(record: Record, manifest: Manifest, run: Mapping[str, Any])
     load = f'`heimdall_onnx.load_model("{model}")` opens it if it verifies.'
     for rows in (_rows(record, manifest.uri, run), _rows(record, manifest.uri, run, brief=True)):
         # MLflow draws tables without any space between their columns.
-        lines = [f"| {what}&emsp; | {found} |" for what, found in rows]
-        text = "\n".join([f"{', '.join(facts)}. {load}", "", "| | |", "|---|---|", *lines])
+        lines = ((f"{what}&emsp;", found) for what, found in rows)
+        text = f"{', '.join(facts)}. {load}\n\n{markdown_table(('', ''), lines)}"
         if len(text) <= _MOST_OF_RELEASE:
             break
     return text

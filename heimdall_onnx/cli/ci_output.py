@@ -8,12 +8,12 @@ case with its limit and its measured value; what kept the gates from being evalu
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from heimdall_onnx.common.errors import EvidenceError
-from heimdall_onnx.common.gates import Gate
-from heimdall_onnx.common.text import escape_markdown
+from heimdall_onnx.common.gates import Gate, Verdict
+from heimdall_onnx.common.text import escape_markdown, markdown_table
 
 if TYPE_CHECKING:
     from heimdall_onnx.release.result import ReleaseResult
@@ -73,15 +73,10 @@ def markdown(result: ReleaseResult) -> str:
     if result.speedup is not None:
         facts.insert(0, ("speedup", f"{result.speedup:.2f}× (PyTorch over ONNX Runtime)"))
     if facts:
-        parts.append(_table(("", ""), facts))
-    # What does not hold comes first.
-    gates = sorted((Gate(**gate) for gate in result.gates), key=lambda gate: gate.passed)
-    if gates:
-        rows = [
-            (g.name, "pass" if g.passed else "**fail**", g.limit, _measured(g), g.detail)
-            for g in gates
-        ]
-        parts.append(_table(("gate", "result", "limit", "measured", "where"), rows, raw=1))
+        rows = (tuple(map(escape_markdown, fact)) for fact in facts)
+        parts.append(markdown_table(("", ""), rows))
+    if result.gates:
+        parts.append(Verdict(tuple(Gate(**gate) for gate in result.gates), "").to_markdown())
     return "\n\n".join(parts) + "\n"
 
 
@@ -105,18 +100,6 @@ def _case(suite: ElementTree.Element, name: str) -> ElementTree.Element:
     return ElementTree.SubElement(
         suite, "testcase", classname="heimdall_onnx.release.runner", name=_xml(name)
     )
-
-
-def _table(head: tuple[str, ...], rows: list[Any], *, raw: int = -1) -> str:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in rows:
-        cells = (c if at == raw else escape_markdown(str(c)) for at, c in enumerate(row))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _measured(gate: Gate) -> str:
-    return f"{gate.measured:.3g}" if isinstance(gate.measured, float) else str(gate.measured)
 
 
 def _xml(text: str) -> str:

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from heimdall_onnx.common.errors import GateError
-from heimdall_onnx.common.text import escape_markdown
+from heimdall_onnx.common.text import escape_markdown, listed, markdown_table
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,7 @@ class Gate:
         measured = self.measured
         if isinstance(measured, float) and not math.isfinite(measured):
             measured = str(measured)
-        return {
-            "name": self.name,
-            "limit": self.limit,
-            "measured": measured,
-            "passed": self.passed,
-            "detail": self.detail,
-        }
+        return {**vars(self), "measured": measured}
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ class Verdict:
     def reasons(self) -> str:
         """Every gate that does not hold, with its limit and measured value, one a line."""
         lines = [gate.summary() for gate in self.failed_gates]
-        return f"{len(lines)} of {len(self.gates)} gates failed:\n  - " + "\n  - ".join(lines)
+        return f"{len(lines)} of {len(self.gates)} gates failed:{listed(lines)}"
 
     def require(self) -> None:
         """Return if every gate holds.
@@ -111,15 +105,12 @@ class Verdict:
 
     def to_markdown(self) -> str:
         """The gates as a Markdown table, failed ones first."""
-        return "\n".join(
-            ["| gate | result | limit | measured | where |", "|---|---|---|---|---|"]
-            + [
-                f"| {escape_markdown(g.name)} | {'pass' if g.passed else '**FAIL**'} "
-                f"| {escape_markdown(g.limit)} | {escape_markdown(_number(g.measured))} "
-                f"| {escape_markdown(g.detail)} |"
-                for g in self.failed_first()
-            ]
-        )
+        rows = []
+        for gate in self.failed_first():
+            told = (gate.name, gate.limit, _number(gate.measured), gate.detail)
+            name, *further = map(escape_markdown, told)
+            rows.append((name, "pass" if gate.passed else "**FAIL**", *further))
+        return markdown_table(("gate", "result", "limit", "measured", "where"), rows)
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()

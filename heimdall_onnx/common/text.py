@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 # Several times what a model of the wrong size differs by; a file can hold millions.
 _MOST_PROBLEMS = 1000
@@ -112,6 +112,12 @@ def after(unit: str | None) -> str:
 
 
 DEGREES = "degrees latitude, longitude"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are Markdown already."""
+    lines = (head, ["---"] * len(head), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 _MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "&\\`*{}[]<>|#~$@"})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heimdall_onnx.archive.record import read_notebook
-from heimdall_onnx.common.text import escape_markdown
+from heimdall_onnx.common.text import escape_markdown, markdown_table
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -59,9 +59,9 @@ def put_verdict_first(
     lines += map(escape_markdown, sentences)
     if gates is not None:
         lines.append(gates.to_markdown())
-    rows = [f"| {escape_markdown(k)} | {escape_markdown(v)} |" for k, v in facts.items()]
-    if rows:
-        lines.append("\n".join(["| fact | value |", "|---|---|", *rows]))
+    if facts:
+        rows = (tuple(map(escape_markdown, fact)) for fact in facts.items())
+        lines.append(markdown_table(("fact", "value"), rows))
     cell = nbformat.v4.new_markdown_cell(
         "\n\n".join(lines), id=VERDICT, metadata={"tags": [VERDICT], VERDICT: found}
     )

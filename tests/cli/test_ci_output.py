@@ -73,7 +73,7 @@ def test_summary_puts_first_what_does_not_hold():
     lines = text.splitlines()
     assert lines[0] == "## ✘ net: FAIL"
     assert lines[2].startswith("> 1 of 2 gates failed")
-    assert text.index("batch independence | **fail**") < text.index("mean absolute error | pass")
+    assert text.index("batch independence | **FAIL**") < text.index("mean absolute error | pass")
     assert "| speedup | 2.35× (PyTorch over ONNX Runtime) |" in text
     assert markdown(result(PASSED)).startswith("## ✔ net: PASS\n")
     refused = markdown(result(success=False, exit_code=2, error="no file"))

@@ -136,7 +136,7 @@ def test_github_shows_the_gates_of_a_release_that_failed(runner, s3, make_settin
     shown = (runner.folder / "step-summary.md").read_text()
     assert shown == runner.summary()
     assert "FAIL (SMOKE)" in shown
-    assert "| mean absolute error | **fail** |" in shown
+    assert "| mean absolute error | **FAIL** |" in shown
     assert int(runner.gates().get("failures")) >= 1
     kept = keep["with"]["path"].replace("${{ runner.temp }}", str(runner.folder))
     assert Path(kept).samefile(runner.folder / "gates.xml")

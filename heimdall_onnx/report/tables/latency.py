@@ -13,27 +13,26 @@ from heimdall_onnx.evidence.latency.cores import Cores
 from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.members import MemberComparison
 from heimdall_onnx.evidence.latency.statistics import (
+    Speedup,
     Throughput,
     min_queries,
     offline_throughput,
 )
 from heimdall_onnx.report.tables.table import table
 
+_Sides = tuple[ContenderLatency, ContenderLatency]
+
 
 @unless_not_measured
 def latency_table(report: LatencyReport) -> Markdown:
     """Latency of both contenders with intervals, and what stands beside it."""
     both = (report.pytorch, report.onnx)
-    wanted = sorted({p.percentile for c in both for p in c.percentiles})
     return table(
         (f"batch {report.batch_size}, {report.threads} threads", *(c.name for c in both)),
         [
-            *((f"p{p:g}, ms", *(percentile_text(c, p) for c in both)) for p in wanted),
+            *_percentile_rows(both),
             ("p90 after MLPerf's single stream, 99% confidence, ms", *map(_single_stream, both)),
-            ("mean, ms", *(f"{c.mean_ms:.2f}" for c in both)),
-            ("counted calls", *(c.samples_ms.size for c in both)),
-            ("loading the model, ms", *(f"{c.load_ms:.0f}" for c in both)),
-            ("first call, ms", *(f"{c.first_call_ms:.1f}" for c in both)),
+            *_call_rows(both),
             *(
                 (
                     f"samples per second at batch {batch.batch_size}",
@@ -44,16 +43,8 @@ def latency_table(report: LatencyReport) -> Markdown:
                 )
                 for batch in report.batches
             ),
-            (
-                "peak memory of the process, MB",
-                *(f"{c.peak_memory_bytes / 1e6:,.0f}" for c in both),
-            ),
-            (
-                f"speedup ({report.confidence:.0%} interval)",
-                "1",
-                f"{report.speedup.ratio:.2f} ({report.speedup.low:.2f} to "
-                f"{report.speedup.high:.2f}), {report.speedup.pairs} pairs of blocks",
-            ),
+            _memory_row(both),
+            (f"speedup ({report.confidence:.0%} interval)", "1", _of_pairs(report.speedup)),
             ("stationary", *map(_steadiness, both)),
         ],
     )
@@ -62,26 +53,14 @@ def latency_table(report: LatencyReport) -> Markdown:
 @unless_not_measured
 def pair_table(report: PairLatency) -> Markdown:
     """Latency of two ONNX models that took turns, the one in the ratio's denominator first."""
-    both, ratio = (report.second, report.first), report.speedup
-    wanted = sorted({p.percentile for c in both for p in c.percentiles})
+    both = (report.second, report.first)
     return table(
         (f"batch {report.batch_size}", *(c.name for c in both)),
         [
-            *((f"p{p:g}, ms", *(percentile_text(c, p) for c in both)) for p in wanted),
-            ("mean, ms", *(f"{c.mean_ms:.2f}" for c in both)),
-            ("counted calls", *(c.samples_ms.size for c in both)),
-            ("loading the model, ms", *(f"{c.load_ms:.0f}" for c in both)),
-            ("first call, ms", *(f"{c.first_call_ms:.1f}" for c in both)),
-            (
-                "peak memory of the process, MB",
-                *(f"{c.peak_memory_bytes / 1e6:,.0f}" for c in both),
-            ),
-            (
-                f"latency beside {both[0].name} (95% interval)",
-                "1",
-                f"{ratio.ratio:.3f} ({ratio.low:.3f} to {ratio.high:.3f}), {ratio.pairs} pairs of "
-                "blocks",
-            ),
+            *_percentile_rows(both),
+            *_call_rows(both),
+            _memory_row(both),
+            (f"latency beside {both[0].name} (95% interval)", "1", _of_pairs(report.speedup, 3)),
             ("stationary", *map(_steadiness, both)),
         ],
     )
@@ -93,23 +72,14 @@ def member_table(found: MemberComparison | None) -> Markdown | None:
     if found is None:
         return None
     latency, sides = found.latency, found.sides
-    ratio = latency.speedup
     return table(
         (f"batch {latency.batch_size}", *(side.name for side in sides)),
         [
             ("networks", found.members, 1),
             ("p50, ms", *(percentile_text(side, 50.0) for side in sides)),
-            (
-                "latency beside the single member",
-                f"{ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}), {ratio.pairs} pairs of "
-                "blocks",
-                "1",
-            ),
+            ("latency beside the single member", _of_pairs(latency.speedup), "1"),
             ("loading the model, ms", *(f"{side.load_ms:.0f}" for side in sides)),
-            (
-                "peak memory of the process, MB",
-                *(f"{side.peak_memory_bytes / 1e6:,.0f}" for side in sides),
-            ),
+            _memory_row(sides),
             (
                 "size of the file, MB",
                 *(f"{size / 1e6:,.1f}" for size in (found.size_bytes, found.member_size_bytes)),
@@ -127,6 +97,33 @@ def machine_table(report: LatencyReport | PairLatency) -> Markdown:
     if not rows:
         return Markdown("The machine was not watched.")
     return table(("machine", "while it was measured"), rows)
+
+
+def _percentile_rows(sides: _Sides) -> Iterator[tuple[object, ...]]:
+    for wanted in sorted({p.percentile for side in sides for p in side.percentiles}):
+        yield f"p{wanted:g}, ms", *(percentile_text(side, wanted) for side in sides)
+
+
+def _call_rows(sides: _Sides) -> Iterator[tuple[object, ...]]:
+    yield "mean, ms", *(f"{side.mean_ms:.2f}" for side in sides)
+    yield "counted calls", *(side.samples_ms.size for side in sides)
+    yield "loading the model, ms", *(f"{side.load_ms:.0f}" for side in sides)
+    yield "first call, ms", *(f"{side.first_call_ms:.1f}" for side in sides)
+
+
+def _memory_row(sides: _Sides) -> tuple[str, ...]:
+    used = (f"{side.peak_memory_bytes / 1e6:,.0f}" for side in sides)
+    return "peak memory of the process, MB", *used
+
+
+def _of_pairs(speedup: Speedup, places: int = 2) -> str:
+    return f"{ratio_text(speedup, places)}, {speedup.pairs} pairs of blocks"
+
+
+def ratio_text(speedup: Speedup, places: int = 2) -> str:
+    """A ratio with its interval."""
+    ends = f"{speedup.low:.{places}f} to {speedup.high:.{places}f}"
+    return f"{speedup.ratio:.{places}f} ({ends})"
 
 
 def _core_rows(cores: Cores | None) -> Iterator[tuple[str, str]]:

@@ -6,18 +6,17 @@ from collections.abc import Iterable, Sequence
 
 from IPython.display import Markdown
 
-from heimdall_onnx.common.text import escape_markdown, number
+from heimdall_onnx.common.text import escape_markdown, markdown_table, number
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markdown:
     """A Markdown table; every cell that is not Markdown of our own is shown as inert text."""
-    lines = [
+    first, *others = (
         [c.data if isinstance(c, Markdown) else escape_markdown(str(c)) for c in row]
         for row in (head, *rows)
-    ]
-    lines.insert(1, ["---"] * len(head))
-    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    )
+    return Markdown(markdown_table(first, others))
 
 
 def value_text(statistics: ErrorStatistics, name: str) -> str:

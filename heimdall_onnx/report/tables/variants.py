@@ -11,7 +11,7 @@ from heimdall_onnx.common.parameters import FP32
 from heimdall_onnx.common.text import distance, escape_markdown
 from heimdall_onnx.evidence.variants.roofline import Roofline, RooflineRow
 from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
-from heimdall_onnx.report.tables.latency import percentile_text, throughput_text
+from heimdall_onnx.report.tables.latency import percentile_text, ratio_text, throughput_text
 from heimdall_onnx.report.tables.table import fixed, megabytes, table, value_text
 
 
@@ -53,15 +53,10 @@ def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str
     if measured is None:
         yield from ("–",) * 4
     else:
-        speedup = measured.speedup
         inside = measured.on_device_ms
         apart = "" if inside is None else f", {inside:.2f} without the way to the GPU and back"
         yield percentile_text(measured.second, 50.0) + apart
-        yield (
-            "1"
-            if variant.name == FP32
-            else f"{speedup.ratio:.2f} ({speedup.low:.2f} to {speedup.high:.2f})"
-        )
+        yield "1" if variant.name == FP32 else ratio_text(measured.speedup)
         yield throughput_text(measured.throughput[1])
         yield f"{measured.second.load_ms + measured.second.first_call_ms:,.0f}"
     if accuracy is None:
@@ -134,7 +129,7 @@ def tuning_table(report: VariantsReport | None) -> Markdown | None:
             (
                 trial.option,
                 f"{tuning.purpose}, batch {tuning.batch_size}",
-                f"{trial.speedup.ratio:.2f} ({trial.speedup.low:.2f} to {trial.speedup.high:.2f})",
+                ratio_text(trial.speedup),
                 "yes" if trial.kept else "no",
             )
             for tuning in report.best.tunings
