@@ -18,7 +18,7 @@ import numpy.typing as npt
 from onnxruntime import InferenceSession
 from torch import nn
 
-from heimdall_onnx.common.arrays import Arrays, Floats
+from heimdall_onnx.common.arrays import Arrays, Floats, in_batches
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.compare import first_rows, further_kinds
@@ -26,7 +26,7 @@ from heimdall_onnx.evidence.parity.ground import error_m
 from heimdall_onnx.evidence.parity.one_pass import Models
 from heimdall_onnx.evidence.parity.report import EVALUATION, ParityReport, tolerance_factor
 from heimdall_onnx.evidence.parity.statistics import WorstElements, worst_elements
-from heimdall_onnx.model.examples import Examples, examples_of
+from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 
 
@@ -93,7 +93,6 @@ class Exploration:
         data: The evaluation data that it was found on.
         model: The PyTorch model, in eval mode.
         onnx_path: The ONNX file; opened when a model has to run.
-        examples: Makes the further kinds of input, as for `compare_outputs`.
     """
 
     def __init__(
@@ -102,11 +101,10 @@ class Exploration:
         data: EvaluationData,
         model: nn.Module,
         onnx_path: Path,
-        examples: Examples | None = None,
     ) -> None:
         self.parity, self.data, self.signature = parity, data, parity.signature
         self._model, self._onnx_path = model, onnx_path
-        self._examples = examples or examples_of(model, parity.signature)
+        self._examples = Examples(parity.signature, model)
         self._cells: dict[tuple[str, int], ExploredCell] = {}
         self._known = {(cell.kind, cell.batch_size): cell for cell in parity.cells}
         position = self.signature.position_output
@@ -243,8 +241,7 @@ class Exploration:
     def _run_cell(self, kind: str, size: int) -> ExploredCell:
         inputs, count = self._inputs(kind, size), self.count(kind, size)
         parts = []
-        for start in range(0, count, size):
-            batch = {name: array[start : start + size] for name, array in inputs.items()}
+        for start, batch in in_batches(inputs, size):
             pytorch, onnx = self._models.run(batch, self.signature)
             # Rows that fill the last batch are those of the beginning once more.
             rows = np.arange(start, min(start + size, count))

@@ -26,10 +26,11 @@ from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import HeimdallError
 from heimdall_onnx.common.text import after, count_of, distance, name, number, unit_of
 from heimdall_onnx.evidence.parity.report import EVALUATION
-from heimdall_onnx.evidence.parity.statistics import element_errors
+from heimdall_onnx.evidence.parity.statistics import WorstElements, element_errors
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report.explore.exploration import Exploration, ExploredCell, ExploredSample
 from heimdall_onnx.report.plot.chart import Color
+from heimdall_onnx.report.plot.errors import span_of
 from heimdall_onnx.report.plot.outputs import element_names
 from heimdall_onnx.report.plot.worst import sample_inputs
 
@@ -77,30 +78,23 @@ class _Points:
     cells: Sequence[ExploredCell]
     cell: npt.NDArray[np.int64]
     sample: npt.NDArray[np.int64]
-    reference: Floats
-    value: Floats
-    error: Floats
-    excess: Floats
+    worst: WorstElements
     metres: Floats
 
     @classmethod
     def of(cls, cells: Sequence[ExploredCell], output: str) -> _Points:
-        found = [cell.outputs[output] for cell in cells]
         metres = [np.full(len(c.samples), np.nan) if c.metres is None else c.metres for c in cells]
         return cls(
             cells,
             np.repeat(np.arange(len(cells)), [len(cell.samples) for cell in cells]),
             np.concatenate([cell.samples for cell in cells]),
-            np.concatenate([each.reference for each in found]),
-            np.concatenate([each.value for each in found]),
-            np.concatenate([each.error for each in found]),
-            np.concatenate([each.excess for each in found]),
+            WorstElements.joined([cell.outputs[output] for cell in cells]),
             np.concatenate(metres),
         )
 
     @property
     def magnitude(self) -> Floats:
-        return np.abs(self.reference)
+        return np.abs(self.worst.reference)
 
     def key(self, row: int) -> _Key:
         cell = self.cells[self.cell[row]]
@@ -194,47 +188,26 @@ class _View:
         return box
 
     def _new_figure(self) -> go.FigureWidget:
+        def points(name: str, symbol: str, color: str, **style: Any) -> go.Scatter:
+            marker = {"symbol": symbol, "color": color, **style}
+            return go.Scatter(x=[], y=[], mode="markers", name=name, marker=marker)
+
+        def line(name: str, color: str, dash: str) -> go.Scatter:
+            style = {"color": color, "dash": dash, "width": 1.5, "shape": "hv"}
+            return go.Scatter(x=[], y=[], mode="lines", name=name, line=style, hoverinfo="skip")
+
+        classes = [points(*shown, size=8, opacity=0.7) for shown in _CLASSES]
+        chosen = points("chosen", "circle-open", Color.INK, size=18, line={"width": 2.5})
+        for trace in classes:
+            trace.hovertemplate = "%{text}<extra></extra>"
+        chosen.hoverinfo = "skip"
         figure = go.FigureWidget(
             data=[
-                *(
-                    go.Scatter(
-                        x=[],
-                        y=[],
-                        mode="markers",
-                        name=text,
-                        marker={"symbol": symbol, "color": color, "size": 8, "opacity": 0.7},
-                        hovertemplate="%{text}<extra></extra>",
-                    )
-                    for text, symbol, color in _CLASSES
-                ),
-                *(
-                    go.Scatter(
-                        x=[],
-                        y=[],
-                        mode="lines",
-                        name=text,
-                        line={"color": color, "dash": dash, "width": 1.5, "shape": "hv"},
-                        hoverinfo="skip",
-                    )
-                    for text, color, dash in (
-                        ("allowed", Color.INK, "dash"),
-                        ("allowed, adversarial", Color.INK, "dashdot"),
-                        ("1 ULP", Color.QUIET, "dot"),
-                    )
-                ),
-                go.Scatter(
-                    x=[],
-                    y=[],
-                    mode="markers",
-                    name="chosen",
-                    marker={
-                        "symbol": "circle-open",
-                        "color": Color.INK,
-                        "size": 18,
-                        "line": {"width": 2.5},
-                    },
-                    hoverinfo="skip",
-                ),
+                *classes,
+                line("allowed", Color.INK, "dash"),
+                line("allowed, adversarial", Color.INK, "dashdot"),
+                line("1 ULP", Color.QUIET, "dot"),
+                chosen,
             ],
             layout={
                 "template": "none",
@@ -352,7 +325,7 @@ class _View:
         self._points = _Points.of(cells, self._output.value)
         with self._setting():
             _set_steps(self._magnitude, self._points.magnitude)
-            _set_steps(self._excess, self._points.excess)
+            _set_steps(self._excess, self._points.worst.excess)
         self._refresh()
         known = self._chosen is not None and self._points.row(self._chosen) is not None
         if known and self._chosen is not None:
@@ -364,14 +337,14 @@ class _View:
         """Show the points within the limits, the worst first."""
         points = self._points
         low, high = self._excess.value
-        some = (points.excess >= low) & (points.excess <= high)
+        some = (points.worst.excess >= low) & (points.worst.excess <= high)
         low, high = self._magnitude.value
         with np.errstate(invalid="ignore"):
             inside = (points.magnitude >= low) & (points.magnitude <= high)
         some &= inside | ~np.isfinite(points.magnitude)
         rows = np.flatnonzero(some)
         self._shown = rows[
-            np.lexsort((points.sample[rows], points.cell[rows], -points.excess[rows]))
+            np.lexsort((points.sample[rows], points.cell[rows], -points.worst.excess[rows]))
         ]
         listed = [int(row) for row in self._shown[:_LISTED]]
         with self._setting():
@@ -391,8 +364,8 @@ class _View:
 
     def _draw(self, rows: npt.NDArray[np.intp]) -> None:
         points, parity = self._points, self._exploration.parity
-        x, y = points.magnitude[rows], points.error[rows]
-        lowest, highest = _span(x)
+        x, y = points.magnitude[rows], points.worst.error[rows]
+        lowest, highest = span_of(x)
         positive = y[(y > 0) & np.isfinite(y)]
         allowed = parity.tolerance + parity.rtol * np.array([lowest, highest])
         floor = float(min(positive.min(initial=math.inf), allowed.min())) / 3
@@ -435,7 +408,7 @@ class _View:
         """Where points are drawn: equal ones on the lowest line, incomparable ones on the top."""
         lowest, highest, floor, top = self._limits
         x = np.nan_to_num(self._points.magnitude[rows], nan=lowest)
-        return x.clip(lowest, highest), self._points.error[rows].clip(floor, top)
+        return x.clip(lowest, highest), self._points.worst.error[rows].clip(floor, top)
 
     def _class_of(self, cell: ExploredCell) -> int:
         if cell.kind == EVALUATION:
@@ -446,10 +419,10 @@ class _View:
         points, unit = self._points, after(self._spec().unit)
         key = points.key(row)
         lines = [
-            f"sample {key.sample}, {_times(points.excess[row])}",
+            f"sample {key.sample}, {_times(points.worst.excess[row])}",
             f"{name(key.kind, 40)}, batch {key.batch_size}",
-            f"PyTorch {points.reference[row]:.9g}, ONNX {points.value[row]:.9g}{unit}",
-            f"difference {number(points.error[row], 3)}{unit}",
+            f"PyTorch {points.worst.reference[row]:.9g}, ONNX {points.worst.value[row]:.9g}{unit}",
+            f"difference {number(points.worst.error[row], 3)}{unit}",
         ]
         if np.isfinite(points.metres[row]):
             lines.append(f"{distance(points.metres[row])} on the ground")
@@ -458,7 +431,7 @@ class _View:
     def _label(self, row: int) -> str:
         points = self._points
         key = points.key(row)
-        excess = points.excess[row]
+        excess = points.worst.excess[row]
         parts = [f"{key.sample}: {f'{number(excess)}×' if excess else 'equal'}"]
         if np.isfinite(points.metres[row]):
             parts.append(distance(points.metres[row]))
@@ -526,15 +499,6 @@ def _set_steps(slider: widgets.SelectionRangeSlider, values: Floats) -> None:
         steps.append(1.0)
     slider.options = [(number(step), step) for step in steps]
     slider.index = (0, len(steps) - 1)
-
-
-def _span(magnitude: Floats) -> tuple[float, float]:
-    some = magnitude[(magnitude > 0) & np.isfinite(magnitude)]
-    if not some.size:
-        return 0.1, 10.0
-    # A value next to zero must not stretch the axis over all that others have in common.
-    low = max(float(some.min()), float(np.percentile(some, 1)) / 100)
-    return low, max(float(some.max()), low)
 
 
 def _times(excess: float) -> str:

@@ -11,19 +11,14 @@ from heimdall_onnx.report.plot.chart import Chart
 from heimdall_onnx.report.plot.cost import release_cost
 from heimdall_onnx.report.plot.depth import error_along_depth
 from heimdall_onnx.report.plot.distribution import error_distribution
-from heimdall_onnx.report.plot.ensemble import members_disagreement
-from heimdall_onnx.report.plot.grid import parity_grid
-from heimdall_onnx.report.plot.magnitude import error_by_magnitude
-from heimdall_onnx.report.plot.operator_times import operator_times
-from heimdall_onnx.report.plot.optimization import operators, optimization_levels
+from heimdall_onnx.report.plot.errors import error_by_magnitude, errors_by_sample
+from heimdall_onnx.report.plot.latency import latency, latency_over_time, pair_latency, throughput
+from heimdall_onnx.report.plot.operators import operator_times, operators, optimization_levels
+from heimdall_onnx.report.plot.parity import parity_grid, parity_scatter
 from heimdall_onnx.report.plot.positions import position_map
-from heimdall_onnx.report.plot.reliability import reliability
 from heimdall_onnx.report.plot.roofline import roofline
-from heimdall_onnx.report.plot.samples import errors_by_sample
-from heimdall_onnx.report.plot.scatter import parity_scatter
 from heimdall_onnx.report.plot.task import task_error
-from heimdall_onnx.report.plot.throughput import throughput
-from heimdall_onnx.report.plot.timing import latency, latency_over_time, pair_latency
+from heimdall_onnx.report.plot.uncertainty import members_disagreement, reliability
 from heimdall_onnx.report.plot.variants import noise_along_depth, variants
 from heimdall_onnx.report.plot.worst import worst_inputs
 

@@ -65,6 +65,7 @@ _STYLE = {
     "grid.linewidth": 0.7,
     "axes.titlepad": 8,
     "lines.linewidth": 1.6,
+    "errorbar.capsize": 3,
     "axes.unicode_minus": True,
 }
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import DEGREES, after, count_of, name, number, unit_of
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.model.signature import TensorSpec
-from heimdall_onnx.report.plot.chart import plain
+from heimdall_onnx.report.plot.chart import Color, plain
 
 _OUTPUTS_SHOWN = 4
 ELEMENT_MARKERS = ("o", "^", "s", "D")
@@ -87,6 +90,23 @@ def worst_columns(report: ParityReport) -> list[OutputColumn]:
         )
     shown = sorted(columns, key=lambda c: -c.excess)[:_OUTPUTS_SHOWN]
     return [column for column in columns if column in shown]
+
+
+def worst_and_some(error: Floats, count: int) -> npt.NDArray[np.intp]:
+    """The elements to draw: all, or of many the worst half and an even choice of the rest."""
+    if error.size <= count:
+        return np.arange(error.size)
+    worst = np.argsort(-error, kind="stable")[: count // 2]
+    even = np.linspace(0, error.size - 1, math.ceil(count / 2)).astype(int)
+    return np.union1d(worst, even)
+
+
+def draw_points(
+    axes: Axes, x: npt.ArrayLike, y: npt.ArrayLike, place: int, label: str, gid: str, **style: Any
+) -> None:
+    """The points of one element or output, the ``place``-th of those that are told apart."""
+    color = style.pop("color", Color.ELEMENTS[place])
+    axes.plot(x, y, ELEMENT_MARKERS[place], color=color, label=label or None, gid=gid, **style)
 
 
 def describe_source(report: ParityReport, columns: list[OutputColumn]) -> str:

@@ -63,17 +63,8 @@ def _draw_task(axes: Axes, row: int, task: TaskError, factor: float) -> None:
     median, p95 = task.median_m / factor, task.p95_m / factor
     axes.plot([median, p95], [row, row], color=color, lw=1.6, zorder=2)
     for value, filled, label in ((median, True, "median"), (p95, False, "95%")):
-        axes.plot(
-            value,
-            row,
-            marker,
-            color=color,
-            ms=9,
-            mew=1.6,
-            mfc=color if filled else "white",
-            gid=f"{task.who} {label}",
-            zorder=3,
-        )
+        inside, gid = color if filled else "white", f"{task.who} {label}"
+        axes.plot(value, row, marker, color=color, ms=9, mew=1.6, mfc=inside, gid=gid, zorder=3)
     known = math.isfinite(median)
     text = f"median {number(median)}, 95% {number(p95)}" if known else "no finite position"
     note(axes, text, (p95 if known else 0.0, row), (10, 0), va="center_baseline")

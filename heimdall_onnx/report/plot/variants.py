@@ -111,16 +111,9 @@ def _scatter(
         axes.errorbar(
             ms, height, xerr=[[max(ms - low, 0)], [max(high - ms, 0)]], color=Color.QUIET, lw=1
         )
-        axes.plot(
-            ms,
-            height,
-            marker="*" if best else "o",
-            markersize=15 if best else 8,
-            color=Color.ONNX if best else Color.PYTORCH,
-            markerfacecolor=None if variant.passed else "white",
-            linestyle="none",
-            gid=f"variant {variant.name}",
-        )
+        marker, size, color = ("*", 15, Color.ONNX) if best else ("o", 8, Color.PYTORCH)
+        inside, gid = color if variant.passed else "white", f"variant {variant.name}"
+        axes.plot(ms, height, marker, ms=size, color=color, mfc=inside, gid=gid)
         # One above the other, where points lie too close for their names.
         below = sum(max(ms, x) < _CLOSE * min(ms, x) and y == height for x, y in named)
         named.append((ms, height))
@@ -219,12 +212,5 @@ def _draw_noise(axes: Axes, variant: JudgedVariant, scopes: list[str], index: in
         if group.scope in variant.kept_in_float and np.isfinite(value) and value > _LEAST
     ]
     if kept:
-        axes.plot(
-            *zip(*kept, strict=True),
-            linestyle="none",
-            marker="o",
-            markersize=9,
-            markerfacecolor="none",
-            color=color,
-        )
+        axes.plot(*zip(*kept, strict=True), "o", ms=9, mfc="none", color=color)
     return True

@@ -80,7 +80,8 @@ def worst_inputs(report: ParityReport, data: EvaluationData) -> Chart | None:
     for band, sample in zip(bands, found, strict=True):
         rows = data.rows([sample.index])
         inputs = {spec.name: rows[spec.name][0] for spec in report.signature.inputs}
-        _draw_sample(band, sample, inputs, report)
+        panels = _draw_inputs(band, inputs, report.signature, beside=True)
+        _write(panels[-1], sample, report)
     alt = " ".join(
         f"Sample {sample.index}: "
         + "; ".join(
@@ -146,11 +147,6 @@ def _scale_of(many: bool) -> str:
         f"colours from each {'column' if many else 'channel'}'s smallest to its largest value"
         + (f", of inputs with more than {_COLUMNS} columns from the input's" if many else "")
     )
-
-
-def _draw_sample(band: SubFigure, sample: _Worst, inputs: Arrays, report: ParityReport) -> None:
-    panels = _draw_inputs(band, inputs, report.signature, beside=True)
-    _write(panels[-1], sample, report)
 
 
 def _draw_inputs(

@@ -31,12 +31,11 @@ from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.evidence.latency.benchmark import (
     ONNX,
-    PYTORCH,
     BatchLatency,
     LatencyReport,
     measure_latency,
 )
-from heimdall_onnx.evidence.latency.contenders import ContenderLatency
+from heimdall_onnx.evidence.latency.contenders import PYTORCH, ContenderLatency
 from heimdall_onnx.evidence.latency.statistics import (
     Speedup,
     paired_speedup,

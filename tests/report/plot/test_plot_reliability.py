@@ -13,7 +13,7 @@ from heimdall_onnx.evidence.parity.uncertainty import (
     UncertaintyReport,
 )
 from heimdall_onnx.model.signature import Signature
-from heimdall_onnx.report.plot.reliability import reliability
+from heimdall_onnx.report.plot.uncertainty import reliability
 
 SIGNATURE = Signature((SIGNAL,), (POSITIONS, SPREAD))
 

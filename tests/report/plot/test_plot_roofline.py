@@ -17,7 +17,7 @@ from PIL import Image
 from heimdall_onnx.evidence.variants.operators import NodeTime, OperatorTime, OperatorTimes
 from heimdall_onnx.evidence.variants.roofline import Machine, Roofline, Work, roofline_report
 from heimdall_onnx.report.plot.chart import Chart
-from heimdall_onnx.report.plot.operator_times import operator_times
+from heimdall_onnx.report.plot.operators import operator_times
 from heimdall_onnx.report.plot.roofline import roofline
 
 MACHINE = Machine(2, 20.0, {"f32": 100.0, "int8": 400.0}, 32_000_000, ("avx2", "fma"))

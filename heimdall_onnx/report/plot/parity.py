@@ -1,4 +1,4 @@
-"""The outputs of both models against each other, element by element."""
+"""Parity element by element, and by kind of input and batch size."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import name, number
-from heimdall_onnx.evidence.parity.report import ParityReport
-from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, plain, say, styled
+from heimdall_onnx.evidence.parity.report import ADVERSARIAL_FACTOR, ParityCell, ParityReport
+from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, no_grid, plain, say, styled
 from heimdall_onnx.report.plot.outputs import (
     ELEMENT_MARKERS,
     OutputColumn,
     describe_errors,
     describe_source,
     parity_answer,
+    worst_and_some,
     worst_columns,
 )
 
@@ -70,7 +72,9 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
         say(below, "no differences to show")
         return
     x, y = column.reference.ravel(), column.value.ravel()
-    chosen = _chosen(x, y)
+    with np.errstate(invalid="ignore"):
+        error = np.nan_to_num(np.abs(y - x), nan=np.inf)
+    chosen = worst_and_some(error, _ELEMENTS_SHOWN)
     elements = np.tile(np.arange(column.reference.shape[1]), column.reference.shape[0])[chosen]
     x, y = x[chosen], y[chosen]
     finite = np.isfinite(x) & np.isfinite(y)
@@ -85,16 +89,8 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
     beyond = finite & (np.abs(residual) > allowed)
     for axes, height in ((above, y), (below, residual)):
         if beyond.any():
-            axes.plot(
-                x[beyond],
-                height[beyond],
-                "x",
-                color=Color.INK,
-                ms=6,
-                mew=1.2,
-                gid="beyond",
-                label="beyond tolerance",
-            )
+            at, label = (x[beyond], height[beyond]), "beyond tolerance"
+            axes.plot(*at, "x", color=Color.INK, mew=1.2, label=label, gid="beyond")
     _draw_tolerance(below, residual[finite], low, high, report)
     _draw_missing(below, x, y)
     for axis in (above.xaxis, above.yaxis, below.xaxis):
@@ -108,16 +104,6 @@ def _show_legend(axes: Axes, place: Literal["upper left", "lower left"]) -> None
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set_alpha(1)
-
-
-def _chosen(x: Floats, y: Floats) -> npt.NDArray[np.intp]:
-    """Indices to draw: evenly spaced, and the largest differences whatever their place."""
-    if x.size <= _ELEMENTS_SHOWN:
-        return np.arange(x.size)
-    with np.errstate(invalid="ignore"):
-        error = np.nan_to_num(np.abs(y - x), nan=np.inf)
-    even = np.linspace(0, x.size - 1, _ELEMENTS_SHOWN // 2).astype(np.intp)
-    return np.union1d(even, np.argsort(error)[-_ELEMENTS_SHOWN // 2 :])
 
 
 def _limits(values: Floats, tolerance: float) -> tuple[float, float]:
@@ -205,3 +191,112 @@ def _draw_missing(axes: Axes, x: Floats, y: Floats) -> None:
         transform=axes.get_xaxis_transform(),
         label="NaN or Inf in one model",
     )
+
+
+# Light to dark green within the tolerance, purple beyond it; the number stands in the cell too.
+_CLASSES = (
+    (0.01, "#E8F5F1"),
+    (0.1, "#C3E6DA"),
+    (0.5, "#8FD0BA"),
+    (1.0, "#4FB393"),
+    (10.0, "#E3B5CE"),
+    (math.inf, "#C4679E"),
+)
+
+
+@styled
+def parity_grid(report: ParityReport) -> Chart:
+    """On which kinds of input and batch sizes does parity hold, and with what margin?
+
+    Each cell gives the error of the worst samples in units of what is allowed there: atol +
+    rtol·|PyTorch|, on adversarial inputs ten times that. Where elements lie beyond it, the cell is
+    framed and counts them.
+    """
+    kinds = list(dict.fromkeys(cell.kind for cell in report.cells))
+    sizes = sorted({cell.batch_size for cell in report.cells})
+    title = _grid_answer(report)
+    subtitle = (
+        f"Largest errors in units of the tolerance, {number(report.tolerance)} + "
+        f"{number(report.rtol)}·|PyTorch| (×{ADVERSARIAL_FACTOR:g} on adversarial inputs)"
+        f" · framed: elements beyond it, of all · {name(report.source, 60)}"
+    )
+    figure = new_figure(title, subtitle, height=0.75 + 0.46 * len(kinds))
+    axes = figure.subplots()
+    no_grid(axes)
+    for cell in report.cells:
+        _draw_cell(axes, cell, sizes.index(cell.batch_size), kinds.index(cell.kind), report)
+    axes.set(xlim=(0, len(sizes)), ylim=(len(kinds), 0), xlabel="samples in a call (batch size)")
+    axes.set_xticks(np.arange(len(sizes)) + 0.5, [str(size) for size in sizes])
+    axes.set_yticks(np.arange(len(kinds)) + 0.5, [plain(name(kind)) for kind in kinds])
+    return Chart(figure, title, _grid_alt(report))
+
+
+def _cell_excess(cell: ParityCell) -> float:
+    return max(output.excess for output in cell.outputs)
+
+
+def _holds(cell: ParityCell) -> bool:
+    return not any(o.violations or o.nonfinite_mismatches for o in cell.outputs)
+
+
+def _times(excess: float) -> str:
+    if math.isinf(excess):
+        return "not comparable"
+    return "equal" if excess == 0 else f"{number(excess)}×"
+
+
+def _draw_cell(axes: Axes, cell: ParityCell, x: int, y: int, report: ParityReport) -> None:
+    excess, holds = _cell_excess(cell), _holds(cell)
+    color = (
+        next(c for limit, c in _CLASSES if excess <= limit) if holds or excess > 1 else "#E3B5CE"
+    )
+    box = Rectangle((x + 0.02, y + 0.04), 0.96, 0.92, facecolor=color, edgecolor="none")
+    text = _times(excess)
+    if not holds:
+        box.set(edgecolor=Color.INK, linewidth=1.6)
+        bad = sum(max(o.violations, o.nonfinite_mismatches) for o in cell.outputs)
+        text += f"\n{bad:,} of {sum(o.count for o in cell.outputs):,}"
+    box.set_gid(f"{cell.kind}/{cell.batch_size}")
+    axes.add_patch(box)
+    axes.text(
+        x + 0.5,
+        y + 0.5,
+        text,
+        ha="center",
+        va="center_baseline",
+        size=9.5,
+        color=Color.INK,
+        weight="normal" if holds else "bold",
+        gid=f"text {cell.kind}/{cell.batch_size}",
+    )
+
+
+def _grid_answer(report: ParityReport) -> str:
+    worst = max(report.cells, key=lambda cell: (not _holds(cell), _cell_excess(cell)))
+    excess, failing = _cell_excess(worst), sum(not _holds(c) for c in report.cells)
+    where = f"{worst.kind} at batch {worst.batch_size}"
+    if failing:
+        how = (
+            "not comparable (NaN, Inf or shape)"
+            if math.isinf(excess)
+            else f"{_times(excess)} the tolerance"
+        )
+        return (
+            f"Parity fails on {failing} of {len(report.cells)} combinations of input and batch "
+            f"size; worst: {where}, {how}"
+        )
+    if excess == 0:
+        return f"No difference on any of {len(report.cells)} combinations of input and batch size"
+    return (
+        f"Parity holds on all {len(report.cells)} combinations of input and batch size; the "
+        f"largest errors reach {_times(excess)} the tolerance ({where})"
+    )
+
+
+def _grid_alt(report: ParityReport) -> str:
+    cells = "; ".join(
+        f"{cell.kind}, batch {cell.batch_size}: {_times(_cell_excess(cell))}"
+        + ("" if _holds(cell) else ", fails")
+        for cell in report.cells
+    )
+    return f"Largest error in units of the tolerance. {cells}."
