@@ -7,11 +7,10 @@ import importlib.util
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.machine import instruction_sets, usable_processors
@@ -76,10 +75,6 @@ class Environment:
     instruction_sets: tuple[str, ...]
     git_commit: str | None
     git_dirty: bool | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy."""
-        return asdict(self)
 
 
 def capture_environment() -> Environment:

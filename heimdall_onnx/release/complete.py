@@ -8,6 +8,7 @@ manifest is there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def describe_manifest(
         "content": [entry.model_dump() for entry in uploaded.content],
         "datasets": [dataset.model_dump() for dataset in uploaded.datasets],
         "signature": signature,
-        "protection": protection.to_dict(),
+        "protection": asdict(protection),
         "parameters": parameters.model_dump(mode="json"),
         **{what: recorded[what] for what in ("model", "variants", "checkpoint")},
         "evaluation_data": recorded["evaluation_data"],

@@ -352,7 +352,7 @@ def _decide(
             "verified": [finding.what for finding in review.findings],
             "comparison": review.comparison and asdict(review.comparison),
             "limits": limits and vars(limits),
-            "environment": capture_environment().to_dict(),
+            "environment": asdict(capture_environment()),
         }
     )
     key, tag = _keep(release, stamp, record, "json")

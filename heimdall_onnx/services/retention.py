@@ -6,9 +6,9 @@ Source: Amazon S3 API, PutBucketVersioning, PutObjectLockConfiguration and PutOb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
@@ -53,10 +53,6 @@ class Protection:
     def until(self) -> datetime | None:
         """`retained_until` as a time."""
         return datetime.fromisoformat(self.retained_until) if self.retained_until else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy."""
-        return asdict(self)
 
 
 def prepare_bucket(bucket: Bucket, *, versioning: bool, retention_days: int) -> Protection:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -421,7 +422,7 @@ class TrainingRun:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self.tracker.log_metrics(finite, len(history), run_id=self.run_id)
         environment = self.folder / "environment.json"
-        _write_json(environment, capture_environment().to_dict())
+        _write_json(environment, asdict(capture_environment()))
         for name in (*result.sha256, TRAINING_RECORD, environment.name):
             kind = "checkpoints" if name.endswith(".ckpt") else "training"
             self.tracker.log_artifact(self.folder / name, kind, run_id=self.run_id)

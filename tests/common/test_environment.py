@@ -2,6 +2,7 @@
 
 import json
 import platform
+from dataclasses import asdict
 from importlib import metadata
 
 from heimdall_onnx.common import environment
@@ -13,7 +14,7 @@ def test_versions_are_those_of_this_process():
     assert found.packages["torch"] == metadata.version("torch")
     assert found.processors >= 1
     assert found.cpu
-    json.dumps(found.to_dict())
+    json.dumps(asdict(found))
 
 
 def test_code_outside_a_checkout_has_no_commit(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ if it reaches a departing output of the model other than through values that agr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,6 @@ class Departure:
     operators: tuple[str, ...]
     pytorch_value: float
     onnx_value: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy; NaN and Inf become text, as JSON has neither."""
-        return {
-            key: str(value) if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in (asdict(self) | {"operators": list(self.operators)}).items()
-        }
 
 
 def first_departure(
