@@ -38,8 +38,45 @@ from heimdall_onnx.services.settings import Settings
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+    from heimdall_onnx.report.warm_kernels import WarmKernels
     from heimdall_onnx.services.registry import MLflowTracker
 
+_TESTS = Path(__file__).parent
+# Those that take a percent of the whole or more, as measured; the order matters, not the place.
+_LONGEST = (
+    "review/test_promotion",
+    "evidence/latency/test_benchmark",
+    "model/onnx/test_export",
+    "house/test_readme",
+    "release/test_runner",
+    "services/test_embedded",
+    "release/fleet/test_run",
+    "report/plot/test_plot",
+    "review/test_doctor",
+    "report/test_warm_kernels",
+    "review/compare/test_pair",
+    "training/test_train",
+    "evidence/parity/test_workers",
+    "release/test_publish",
+    "review/gallery/test_page",
+    "house/test_mlflow_ui",
+    "review/reproduce/test_run",
+    "review/test_policies",
+    "services/test_store",
+    "review/compare/test_run",
+    "evidence/parity/test_compare",
+    "localization/test_localization_net",
+    "evidence/parity/test_departure",
+    "training/test_trainer",
+    "release/test_bom",
+    "report/test_rendering",
+    "release/test_exporter",
+    "cli/test_main",
+    "house/test_lab",
+    "archive/test_serving",
+    "release/fleet/test_item",
+    "services/test_registry",
+)
 _CLEAN: dict[str, str] = {}
 # A fixture that calls the command line leaves events going to a stream that is closed by then.
 logs.get_logger(__name__)
@@ -68,7 +105,13 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Whole files go to a worker in this order: the long ones first, so that none is left alone.
     long = {"services", "slow"}
-    items.sort(key=lambda item: not long & {mark.name for mark in item.iter_markers()})
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        file = item.path.relative_to(_TESTS).with_suffix("").as_posix()
+        marked = long & {mark.name for mark in item.iter_markers()}
+        return (_LONGEST.index(file) if file in _LONGEST else len(_LONGEST), not marked)
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -117,22 +160,23 @@ def _environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _warm_kernels() -> Iterator[None]:
-    """The notebooks' kernels are forks, since imports would be a third of the tests' time; those of
-    the command line, in processes of its own, are started afresh."""
+def warm_kernels() -> Iterator[Callable[[], WarmKernels]]:
+    """What kernels are forked from, once one is asked for."""
     from heimdall_onnx.report.warm_kernels import WarmKernels
 
     with ExitStack() as stack:
+        yield functools.cache(lambda: stack.enter_context(WarmKernels(_CLEAN)))
 
-        @functools.cache
-        def template() -> WarmKernels:
-            return stack.enter_context(WarmKernels(_CLEAN))
 
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
+@pytest.fixture(scope="session")
+def _warm_kernels(warm_kernels: Callable[[], WarmKernels]) -> Iterator[None]:
+    """The notebooks' kernels are forks, since imports would be a third of the tests' time; those of
+    the command line, in processes of its own, are started afresh."""
+    with pytest.MonkeyPatch.context() as patch:
         for room in ("release.runner", "review.reproduce.run", "review.compare.run"):
             patch.setattr(
                 f"heimdall_onnx.{room}.started_kernel",
-                lambda environment: template().started(environment),
+                lambda environment: warm_kernels().started(environment),
             )
         yield
 

@@ -329,7 +329,7 @@ def test_damaged_local_copy_is_fetched_again(settings, folder, released):
 
 
 def test_bare_object_is_opened_by_its_recorded_hash(settings, s3, bucket, tmp_path, released):
-    exported = export_model(SmallNet(), tmp_path / "m.onnx")
+    exported = export_model(SmallNet(), tmp_path / "m.onnx", opset=14)
     bucket.upload_file(exported.path, "bare.onnx")
     assert load_model(f"{bucket.uri()}bare.onnx", settings=settings).get_inputs()
     s3.put_object(Bucket=bucket.name, Key="unknown.onnx", Body=exported.path.read_bytes())

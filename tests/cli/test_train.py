@@ -229,7 +229,7 @@ def test_an_interrupted_command_says_how_to_go_on(configured, data, tmp_path):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
     assert (process.returncode, out) == (130, "")
     assert "--resume-training" in err
     assert str(folder) in err

@@ -59,7 +59,7 @@ def parameters(bucket, tmp_path, small) -> ReleaseParameters:
 
 @pytest.fixture(scope="module")
 def exported_once(tmp_path_factory):
-    return export_model(SmallNet(), tmp_path_factory.mktemp("exported") / "model.onnx")
+    return export_model(SmallNet(), tmp_path_factory.mktemp("exported") / "model.onnx", opset=14)
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from heimdall_onnx.report.preload import ROOMS
 from heimdall_onnx.report.warm_kernels import WarmKernels
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    with WarmKernels(os.environ) as warm:
-        yield warm
+@pytest.fixture
+def kernels(warm_kernels):
+    """Those that all tests fork their kernels from: another start would import everything anew."""
+    return warm_kernels()
 
 
 def ask(kernel, code: str) -> str:
@@ -111,12 +111,11 @@ def test_kernel_can_be_interrupted(kernels):
         client.stop_channels()
 
 
-def test_lost_template_is_replaced():
-    with WarmKernels(os.environ) as warm:
-        warm._template.kill()
-        warm._template.wait()
-        with warm.started(os.environ) as kernel:
-            assert ask(kernel, "print(6 * 7)") == "42"
+def test_lost_template_is_replaced(kernels):
+    kernels._template.kill()
+    kernels._template.wait()
+    with kernels.started(os.environ) as kernel:
+        assert ask(kernel, "print(6 * 7)") == "42"
 
 
 def test_template_that_can_not_start_is_an_error_in_words():

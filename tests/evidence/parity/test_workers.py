@@ -1,7 +1,6 @@
 """A pass that several workers share says what one process says, and refuses what it would."""
 
 import itertools
-import os
 import random
 import shutil
 import time
@@ -13,6 +12,7 @@ import pytest
 import torch
 from distributed import LocalCluster, Status, default_client
 from models import SmallNet
+from runs import environment
 
 from heimdall_onnx.archive.content import upload_dataset
 from heimdall_onnx.common.errors import DataError, EvidenceError, ParameterError, SchedulerError
@@ -167,21 +167,31 @@ def test_workers_on_this_machine_say_what_one_process_says(model, onnx_path, alo
     np.testing.assert_array_equal(looked_at, data.rows([worst.sample])["signal"])
 
 
-@pytest.mark.services
-def test_workers_of_a_scheduler_read_a_dataset_in_the_bucket(
-    model, onnx_path, dataset, alone, s3, bucket, mlflow_environment
-):
-    address = upload_dataset(bucket, dataset, "sets/own")
-    data = load_evaluation_data(address, model.signature, verify=False)
+@pytest.fixture(scope="module")
+def cluster(embedded_settings):
+    """Two workers of a scheduler that may read the store, for tests that leave them as they are."""
     with LocalCluster(
         n_workers=2,
         threads_per_worker=1,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as cluster:
-        workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
-        found = compare_outputs(model, onnx_path, data, model.signature, workers=workers)
+        env={**environment(embedded_settings), "OMP_NUM_THREADS": "1"},
+    ) as started:
+        yield started
+
+
+@pytest.fixture
+def shared(cluster):
+    return EvaluationWorkers(scheduler=cluster.scheduler_address)
+
+
+@pytest.mark.services
+def test_workers_of_a_scheduler_read_a_dataset_in_the_bucket(
+    model, onnx_path, dataset, alone, s3, bucket, mlflow_environment, shared
+):
+    address = upload_dataset(bucket, dataset, "sets/own")
+    data = load_evaluation_data(address, model.signature, verify=False)
+    found = compare_outputs(model, onnx_path, data, model.signature, workers=shared)
     expected = alone[1]
     assert found.evaluated_by.startswith("2 workers, 1 machine: ")
     assert [(o.count, o.violations) for o in found.evaluation] == [
@@ -215,7 +225,8 @@ def test_lost_worker_s_samples_are_taken_by_another(model, onnx_path, alone, cou
     assert [o.count for o in found.evaluation] == [o.count for o in expected.evaluation]
 
 
-def test_values_that_are_not_those_of_the_digest_are_refused(model, onnx_path, own):
+@pytest.mark.services
+def test_values_that_are_not_those_of_the_digest_are_refused(model, onnx_path, own, shared):
     shard = own / "positions" / "c" / "0" / "0"
     other = open_dataset(own)
     swapped = other.readers["positions"].rows(np.arange(COUNT))[::-1]
@@ -224,18 +235,19 @@ def test_values_that_are_not_those_of_the_digest_are_refused(model, onnx_path, o
     shard.write_bytes((own.parent / "other.zarr" / "positions" / "c" / "0" / "0").read_bytes())
     data = load_evaluation_data(own, model.signature, verify=False)
     with pytest.raises(DataError, match="positions: expected SHA-256"):
-        compare_outputs(model, onnx_path, data, model.signature, workers=TWO)
+        compare_outputs(model, onnx_path, data, model.signature, workers=shared)
     with pytest.raises(DataError, match="positions: expected SHA-256"):
         load_evaluation_data(own, model.signature)
 
 
-def test_model_that_can_not_run_is_said_as_by_one_process(onnx_path, alone):
+@pytest.mark.services
+def test_model_that_can_not_run_is_said_as_by_one_process(onnx_path, alone, shared):
     class Deaf(SmallNet):
         def forward(self, signal):
             raise RuntimeError("no ears")
 
     with pytest.raises(EvidenceError, match=r"can't run on .*no ears"):
-        evaluate_on(TWO, Deaf(), onnx_path, alone[0], settings_of(alone[0]))
+        evaluate_on(shared, Deaf(), onnx_path, alone[0], settings_of(alone[0]))
 
 
 def settings_of(data):
@@ -323,19 +335,20 @@ def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone
     assert time.monotonic() - closed[0] < 25
 
 
-def test_scheduler_keeps_nothing_when_only_the_connection_is_lost(model, onnx_path, alone):
+@pytest.mark.services
+def test_scheduler_keeps_nothing_when_only_the_connection_is_lost(
+    model, onnx_path, alone, cluster, shared
+):
     data, _ = alone
 
     def cut(done, of):
         client = default_client()
         client.loop.add_callback(client.scheduler_comm.comm.abort)
 
-    with LocalCluster(**ONE_WORKER) as cluster:
-        workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
-        with pytest.raises(SchedulerError, match=LOST):
-            evaluate_on(workers, model, onnx_path, data, settings_of(data), cut)
-        assert cluster.status == Status.running
-        assert not [name for name in cluster.scheduler.worker_plugins if "evaluation" in name]
+    with pytest.raises(SchedulerError, match=LOST):
+        evaluate_on(shared, model, onnx_path, data, settings_of(data), cut)
+    assert cluster.status == Status.running
+    assert not [name for name in cluster.scheduler.worker_plugins if "evaluation" in name]
 
 
 @pytest.mark.parametrize(("workers", "batch"), [(1, 8), (2, 7), (64, 512), (3, 5000)])

@@ -94,7 +94,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def onnx_path(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plot") / "model.onnx"
-    export_model(model, path, signature=LOCALIZATION_SIGNATURE)
+    export_model(model, path, signature=LOCALIZATION_SIGNATURE, opset=14)
     return path
 
 
