@@ -210,11 +210,11 @@ def test_failed_run_says_why(s3, bucket, cell, problem):
 
 
 def test_what_0_1_made_is_listed_as_such(s3, settings, tmp_path, bucket, mlflow_environment):
-    release = Factory(connect(settings), bucket, tmp_path)(alias=None)
+    release = Factory(connect(settings), bucket.name, tmp_path)(alias=None)
     old = json.dumps({**release.data, "schema_version": 3}).encode()
-    s3.put_object(Bucket=bucket, Key=release.key, Body=old)
-    keep_failed(s3, bucket, "v20200101_000000", {"schema_version": 0}, name="net")
-    made, failed = collect_rows(s3, bucket, PREFIX).rows
+    s3.put_object(Bucket=bucket.name, Key=release.key, Body=old)
+    keep_failed(s3, bucket.name, "v20200101_000000", {"schema_version": 0}, name="net")
+    made, failed = collect_rows(bucket, PREFIX).rows
     assert (made.facts.state, failed.facts.state) == ("broken", "fail")
     for row in (made, failed):
         said = "was made by heimdall-onnx 0.1: reproduce it with that version"
