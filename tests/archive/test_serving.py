@@ -423,8 +423,8 @@ def localization(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("localization")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = LocalizationNet(backbone_size="tiny").eval()
-    path = export_model(net, folder / "tiny.onnx", opset=14).path
+        net = LocalizationNet(backbone_size="atto").eval()
+    path = export_model(net, folder / "atto.onnx", opset=14).path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quick_release, "SIGNATURE", LOCALIZATION_SIGNATURE)
         patch.setattr(quick_release, "make_model", lambda *_: onnx.load(path))

@@ -292,7 +292,7 @@ def test_large_weights_are_handed_over_unchanged(net, exported, inputs, tmp_path
 
 def test_reference_model_departs_only_where_it_was_changed(tmp_path):
     torch.manual_seed(0)
-    model = LocalizationNet(backbone_size="tiny").eval()
+    model = LocalizationNet(backbone_size="atto").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("layer_scale"):
