@@ -1,7 +1,7 @@
 """What a release's notebook has measured and done: one record, kept in the executed notebook.
 
 The notebook writes it with `record_results`, and everybody who looks at a release later reads the
-same model with `read_record`. Its statistics are those of `evidence`, without arrays and curves;
+same model with `record_in`. Its statistics are those of `evidence`, without arrays and curves;
 numbers that JSON has no form for, NaN and Inf, are text in the file.
 """
 
@@ -282,15 +282,6 @@ def record_results(
 
 def _or_none(found: _Found | NotMeasured | None) -> _Found | None:
     return None if isinstance(found, NotMeasured) else found
-
-
-def read_record(path: Path) -> Record | None:
-    """What `record_results` kept in an executed notebook; None if it never got that far.
-
-    Raises:
-        VerificationError: If it can't be read, or what is there is no record of this version.
-    """
-    return record_in(path.read_bytes(), path.name)
 
 
 def record_in(notebook: bytes, where: str) -> Record | None:

@@ -18,7 +18,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.exceptions import PapermillException
 
-from heimdall_onnx.archive.record import parse_record, read_record, require_record
+from heimdall_onnx.archive.record import parse_record, record_in, require_record
 from heimdall_onnx.common.errors import VerificationError
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.parity.compare import compare_outputs
@@ -188,7 +188,7 @@ def test_what_is_no_object_is_no_record(found):
 
 def test_notebook_that_recorded_nothing_has_no_record(tmp_path):
     path = write(tmp_path / "empty.ipynb", "1")
-    assert read_record(path) is None
+    assert record_in(path.read_bytes(), path.name) is None
     with pytest.raises(VerificationError, match="does not call record_results"):
         require_record(path.read_bytes(), "report.ipynb")
     with pytest.raises(VerificationError, match="no executed notebook that can be read"):

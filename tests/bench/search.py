@@ -8,7 +8,7 @@ from pathlib import Path
 
 from processes import PSS_EVERY_S, Run
 
-from heimdall_onnx.archive.record import read_record
+from heimdall_onnx.archive.record import require_record
 from heimdall_onnx.evidence.variants.figures import VariantFigures
 from heimdall_onnx.evidence.variants.roofline import Machine
 
@@ -27,8 +27,8 @@ def rows_of(size: str, done: Run) -> Iterator[Found]:
         done: A release with variants that has ended, with ``--json``.
     """
     result = json.loads(done.output.splitlines()[-1])
-    record = read_record(Path(result["local_report"]).with_suffix(".ipynb"))
-    assert record is not None
+    report = Path(result["local_report"]).with_suffix(".ipynb")
+    record = require_record(report.read_bytes(), report.name)
     assert record.variants is not None
     assert record.roofline is not None
     variants, shown = record.variants, size.capitalize()

@@ -78,7 +78,7 @@ def test_samples_are_written_as_numpy_would(bench, tmp_path):
     np.testing.assert_array_equal(found[500:700], found[:200])
 
 
-def test_rows_of_a_search_come_from_the_record_of_its_release(bench, monkeypatch):
+def test_rows_of_a_search_come_from_the_record_of_its_release(bench, monkeypatch, tmp_path):
     search = bench("search")
 
     def judged(name, status, ratio, size):
@@ -108,9 +108,10 @@ def test_rows_of_a_search_come_from_the_record_of_its_release(bench, monkeypatch
         },
         operator_times={"fp32": times},
     )
-    monkeypatch.setattr(search, "read_record", lambda path: record)
+    monkeypatch.setattr(search, "require_record", lambda notebook, where: record)
+    (tmp_path / "report.ipynb").write_bytes(b"")
     costs = [{"step": "variants", "seconds": 300.0}, {"step": "export", "seconds": 20.0}]
-    output = json.dumps({"local_report": "runs/a/report.html", "costs": costs})
+    output = json.dumps({"local_report": str(tmp_path / "report.html"), "costs": costs})
     done = bench("processes").Run(400.0, 4_000_000_000, output)
     rows = {
         name.partition(": ")[2]: (target, values)
@@ -173,7 +174,7 @@ def test_needs_of_a_day_follow_from_what_was_counted(bench):
     ],
 )
 def test_objects_are_told_apart_by_their_keys(bench, bucket, key, kind):
-    assert bench("fleets").kind_of(bucket.name, key) == kind
+    assert bench("fleets").kind_of(bucket, key) == kind
 
 
 def test_a_share_of_every_fleet_is_at_least_a_few_items(bench):

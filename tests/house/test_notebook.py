@@ -10,8 +10,8 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import records
 
-from heimdall_onnx.archive.record import read_record
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.report.judge import judge_notebook
 from heimdall_onnx.report.notebook import notebook_path
@@ -114,7 +114,7 @@ def test_papermill_alone_gives_a_report_and_publishes_nothing(demo_home, tmp_pat
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert judge_notebook(executed).passed
-    assert read_record(executed).uploaded is None
+    assert records.read(executed).uploaded is None
     assert (tmp_path / "run" / "model.onnx").is_file()
     assert not (demo_home / "store").exists()
     assert not (demo_home / "mlflow.db").exists()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import records
 from holder import holder
 from releases import PREFIX, changed_notebook, nothing_is_offered, smoke
 
-from heimdall_onnx.archive.record import Record, read_notebook, read_record
+from heimdall_onnx.archive.record import Record, read_notebook
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.evidence.latency.cores import lock_folder
@@ -53,7 +54,7 @@ def untimed(make_settings, s3, small) -> Released:
 
 
 def record_of(result: ReleaseResult) -> Record:
-    return read_record(Path(result.local_report).with_name("report.ipynb"))
+    return records.read(Path(result.local_report).with_name("report.ipynb"))
 
 
 def outputs_of(result: ReleaseResult, cell: str) -> str:

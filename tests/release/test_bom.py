@@ -15,7 +15,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from releases import PREFIX, Inputs, changed_notebook, make_small_inputs, smoke
 
 from heimdall_onnx.archive.manifest import parse_manifest
-from heimdall_onnx.archive.record import parse_record, read_record
+from heimdall_onnx.archive.record import parse_record
 from heimdall_onnx.release.bom import describe_release
 from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.services.store import Bucket
@@ -42,7 +42,7 @@ def released(make_settings, s3, tmp_path_factory) -> Released:
     )
     assert result.success, result.error
     manifest = Bucket(s3, "test-bom").read_json(f"{PREFIX}/{result.version}/manifest.json")
-    record = read_record(Path(result.local_report).with_suffix(".ipynb")).to_json()
+    record = records.read(Path(result.local_report).with_suffix(".ipynb")).to_json()
     bom = json.loads(valid(manifest, record))
     return Released(inputs, manifest, record, bom)
 

@@ -6,10 +6,11 @@ Everything is as JSON has it. A change of a nested object changes what it names,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from heimdall_onnx.archive.manifest import SCHEMA_VERSION
-from heimdall_onnx.archive.record import Record, parse_record
+from heimdall_onnx.archive.record import Record, parse_record, require_record
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
@@ -208,6 +209,11 @@ def record_json(**changes: Any) -> dict[str, Any]:
 def record(**changes: Any) -> Record:
     """The same, as it is read."""
     return parse_record(record_json(**changes), "a test")
+
+
+def read(path: Path) -> Record:
+    """What an executed notebook has recorded."""
+    return require_record(path.read_bytes(), path.name)
 
 
 def manifest_json(**changes: Any) -> dict[str, Any]:
