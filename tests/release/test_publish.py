@@ -187,7 +187,7 @@ def test_calibration_data_of_their_own_are_kept(
         upload(settings, calibrated, exported, variants=variants)
     path.write_bytes(read)
     uploaded = upload(settings, calibrated, exported, variants=variants)
-    kept = {entry["role"]: entry["sha256"] for entry in uploaded.content}
+    kept = {entry.role: entry.sha256 for entry in uploaded.content}
     assert set(kept) == {"checkpoint", "evaluation_data", "calibration_data"}
     assert kept["calibration_data"] == hash_file(path)
     assert f"{CONTENT}/{hash_file(path)}" in bucket.list_keys("")

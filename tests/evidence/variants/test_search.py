@@ -69,19 +69,11 @@ def here(monkeypatch, report):
     def measure_pair(first, second, *_, **options):
         waiting = speedups.get(second.name, [])
         speedup = waiting.pop(0) if waiting else Speedup(0.5, 0.4, 0.6, 6)
-        sides = (
+        sides = tuple(
             replace(side, name=asked.name)
-            for side, asked in zip(
-                (report.against_pytorch.first, report.against_pytorch.second),
-                (first, second),
-                strict=True,
-            )
+            for side, asked in zip(report.against_pytorch.contenders, (first, second), strict=True)
         )
-        return replace(
-            report.against_pytorch,
-            **dict(zip(("first", "second"), sides, strict=True)),
-            speedup=speedup,
-        )
+        return replace(report.against_pytorch, contenders=sides, speedup=speedup)
 
     monkeypatch.setattr(module, "worker_process", lambda: nullcontext(apart))
     monkeypatch.setattr(module, "measure_pair", measure_pair)
