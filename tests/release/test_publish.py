@@ -193,7 +193,7 @@ def test_calibration_data_of_their_own_are_kept(
     assert f"{CONTENT}/{hash_file(path)}" in bucket.list_keys("")
     # Without variants nothing was calibrated.
     plain = upload(settings, calibrated, exported)
-    assert {entry["role"] for entry in plain.content} == {"checkpoint", "evaluation_data"}
+    assert {entry.role for entry in plain.content} == {"checkpoint", "evaluation_data"}
 
 
 def test_run_that_does_not_exist_leaves_nothing_uploaded(
