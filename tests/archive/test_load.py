@@ -1,6 +1,7 @@
 """A variant of a release is opened as it was measured, from its own file alone, if that holds."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,12 +253,9 @@ def test_bare_object_is_its_only_variant(settings, released, s3, bucket):
 
 
 def test_8_bits_made_for_another_processor_are_told(monkeypatch):
-    class Released:
-        data = {"environment": {"instruction_sets": ["avx2", "avx512_vnni"]}}
-
-    class Chosen:
-        name = "int8-minmax"
-
+    made_on = SimpleNamespace(instruction_sets=["avx2", "avx512_vnni"])
+    released = SimpleNamespace(said=SimpleNamespace(environment=made_on))
+    chosen = SimpleNamespace(name="int8-minmax")
     told = []
     monkeypatch.setattr(loading.log, "warning", lambda words, **values: told.append(values))
     for here in ((), ("avx512_vnni",)):
@@ -266,5 +264,5 @@ def test_8_bits_made_for_another_processor_are_told(monkeypatch):
             "multiplies_in_8_bits",
             lambda sets=None, here=here: "avx512_vnni" in (here if sets is None else sets),
         )
-        loading._warn_of_processor(Released, Chosen, "s3://bucket/v1")
+        loading._warn_of_processor(released, chosen, "s3://bucket/v1")
     assert told == [{"uri": "s3://bucket/v1", "variant": "int8-minmax"}]

@@ -12,6 +12,7 @@ import urllib.request
 from urllib.parse import urlsplit
 
 import pytest
+import records
 
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.common.errors import ParameterError, StoreError, VerificationError
@@ -38,11 +39,8 @@ def folder_uri(s3, bucket) -> str:
         {"key": f"{FOLDER}/{name}", "size": len(b), "sha256": hashlib.sha256(b).hexdigest()}
         for name, b in bodies.items()
     ]
-    mlflow = {"model_name": "m", "model_version": "1"}
-    manifest = {"verdict": "pass", "objects": objects, "mlflow": mlflow}
-    s3.put_object(
-        Bucket=bucket.name, Key=f"{FOLDER}/manifest.json", Body=json.dumps(manifest).encode()
-    )
+    manifest = json.dumps(records.manifest_json(objects=objects)).encode()
+    s3.put_object(Bucket=bucket.name, Key=f"{FOLDER}/manifest.json", Body=manifest)
     return f"{bucket.uri()}{FOLDER}"
 
 
