@@ -52,7 +52,7 @@ _HOMES = {
     "compare_member": "evidence.latency.members",
     "compare_outputs": "evidence.parity.compare",
     "compare_variants": "evidence.variants.search",
-    "decide": "evidence.verdict",
+    "decide": "evidence.gates",
     "ensure_store": "services.embedded",
     "explore_parity": "report.explore.entry",
     "export_and_register_model": "release.exporter",

@@ -15,9 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Va
 
 from heimdall_onnx.common.environment import DISTRIBUTION, Environment
 from heimdall_onnx.common.errors import MissingObjectError, ParameterError, VerificationError
-from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER
 from heimdall_onnx.common.text import shown
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.model.runtimes import CPU, CUDA, TENSORRT, SessionSettings
 from heimdall_onnx.model.signature import Signature

@@ -34,8 +34,8 @@ from heimdall_onnx.common.environment import (
     installed_distributions,
 )
 from heimdall_onnx.common.errors import VerificationError
-from heimdall_onnx.common.gates import Gate, NotMeasured, Verdict
 from heimdall_onnx.common.text import count_of
+from heimdall_onnx.common.verdict import Gate, NotMeasured, Verdict
 from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.evidence.latency.figures import LatencyFigures, MemberFigures
 from heimdall_onnx.evidence.metrics import summarize_metrics

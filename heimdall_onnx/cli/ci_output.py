@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from heimdall_onnx.common.errors import EvidenceError
-from heimdall_onnx.common.gates import Gate, Verdict
 from heimdall_onnx.common.text import escape_markdown, markdown_table
+from heimdall_onnx.common.verdict import Gate, Verdict
 
 if TYPE_CHECKING:
     from heimdall_onnx.release.result import ReleaseResult

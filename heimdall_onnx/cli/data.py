@@ -116,7 +116,7 @@ def features(
     as_json: bool,
 ) -> None:
     """Turn IQ recordings of any number of events into a dataset."""
-    from heimdall_onnx.localization.ingest import ingest_recordings
+    from heimdall_onnx.localization.dataset import ingest_recordings
 
     if position is not None and positions is not None:
         raise click.UsageError("give --position or --positions, not both")

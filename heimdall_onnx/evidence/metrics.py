@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.common.gates import NotMeasured
+from heimdall_onnx.common.verdict import NotMeasured
 
 if TYPE_CHECKING:
     from heimdall_onnx.evidence.latency.benchmark import LatencyReport

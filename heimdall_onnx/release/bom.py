@@ -44,11 +44,7 @@ from heimdall_onnx.services.store import format_uri
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.record import Record
-    from heimdall_onnx.evidence.latency.figures import (
-        ContenderFigures,
-        LatencyFigures,
-        PairFigures,
-    )
+    from heimdall_onnx.evidence.latency.figures import ContenderFigures, LatencyFigures, PairFigures
     from heimdall_onnx.evidence.latency.statistics import Speedup
     from heimdall_onnx.evidence.parity.report import ParityFigures
     from heimdall_onnx.evidence.variants.figures import VariantFigures, VariantsFigures

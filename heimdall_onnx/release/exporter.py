@@ -20,9 +20,9 @@ from heimdall_onnx.common.errors import (
     ParityError,
 )
 from heimdall_onnx.common.files import hash_file
-from heimdall_onnx.common.gates import Verdict
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import REFERENCE_FOLDER, REFERENCE_MODEL
+from heimdall_onnx.common.verdict import Verdict
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import measure_latency
 from heimdall_onnx.evidence.latency.statistics import min_queries

@@ -28,8 +28,8 @@ from heimdall_onnx.services.settings import Settings
 from heimdall_onnx.services.store import MANIFEST, Bucket, StoredObject, to_json
 
 if TYPE_CHECKING:
-    from heimdall_onnx.common.gates import Verdict
     from heimdall_onnx.common.parameters import ReleaseParameters
+    from heimdall_onnx.common.verdict import Verdict
     from heimdall_onnx.data.evaluation import EvaluationData
     from heimdall_onnx.evidence.variants.search import VariantsReport
     from heimdall_onnx.model.checkpoint import LoadedModel

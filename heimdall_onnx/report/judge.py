@@ -7,15 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.archive.record import (
-    RECORD,
-    Record,
-    parse_record,
-    read_notebook,
-    scrap_of,
-)
+from heimdall_onnx.archive.record import RECORD, Record, parse_record, read_notebook, scrap_of
 from heimdall_onnx.common.errors import VerificationError
-from heimdall_onnx.common.gates import Verdict
+from heimdall_onnx.common.verdict import Verdict
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

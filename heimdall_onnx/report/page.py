@@ -13,7 +13,7 @@ from heimdall_onnx.common.text import escape_markdown, markdown_table
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-    from heimdall_onnx.common.gates import Verdict
+    from heimdall_onnx.common.verdict import Verdict
 VERDICT = "verdict"
 
 

@@ -24,7 +24,7 @@ ROOMS = (
     "heimdall_onnx.report.explore.entry",
     "heimdall_onnx.evidence.latency.benchmark",
     "heimdall_onnx.evidence.latency.timed",
-    "heimdall_onnx.evidence.verdict",
+    "heimdall_onnx.evidence.gates",
     "heimdall_onnx.report.plot",
     "heimdall_onnx.report.tables",
     "heimdall_onnx.release.publish",

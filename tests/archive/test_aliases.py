@@ -5,10 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from heimdall_onnx.archive.aliases import (
-    AliasLog,
-    alias_logs,
-)
+from heimdall_onnx.archive.aliases import AliasLog, alias_logs
 from heimdall_onnx.common.errors import PromotionError, RegistryError, VerificationError
 from heimdall_onnx.services.store import Bucket
 

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from heimdall_onnx.cli.ci_output import junit, markdown
 from heimdall_onnx.cli.main import main
-from heimdall_onnx.common.gates import Gate
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.release.result import ReleaseResult
 
 PASSED = Gate.at_most("mean absolute error", 1e-5, 2.5e-8, "positions, batch 2").to_dict()

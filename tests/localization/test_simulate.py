@@ -8,9 +8,9 @@ from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.data.dataset.dataset import open_dataset
 from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.localization import simulate
+from heimdall_onnx.localization.dataset import ingest_recordings
 from heimdall_onnx.localization.events import align_recordings
 from heimdall_onnx.localization.features import write_features
-from heimdall_onnx.localization.ingest import ingest_recordings
 from heimdall_onnx.localization.mel import mel_windows
 from heimdall_onnx.localization.modulation import MODULATIONS
 from heimdall_onnx.localization.recordings import read_recording

@@ -22,8 +22,8 @@ from heimdall_onnx.common.errors import (
     VerificationError,
 )
 from heimdall_onnx.common.files import hash_file
-from heimdall_onnx.common.gates import Gate, Verdict
 from heimdall_onnx.common.parameters import ReleaseParameters
+from heimdall_onnx.common.verdict import Gate, Verdict
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.variants.search import JudgedVariant
 from heimdall_onnx.model.checkpoint import load_checkpoint

@@ -36,11 +36,7 @@ from heimdall_onnx.evidence.latency.contenders import (
 from heimdall_onnx.evidence.latency.cores import usable_cores
 from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures
 from heimdall_onnx.evidence.latency.machine_state import MachineState, MachineWatch
-from heimdall_onnx.evidence.latency.statistics import (
-    Throughput,
-    offline_throughput,
-    paired_speedup,
-)
+from heimdall_onnx.evidence.latency.statistics import Throughput, offline_throughput, paired_speedup
 from heimdall_onnx.evidence.ratios import CONFIDENCE
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from heimdall_onnx.common.errors import BenchmarkError
-from heimdall_onnx.common.gates import Gate, NotMeasured
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.verdict import Gate, NotMeasured
 from heimdall_onnx.evidence.latency.cores import Cores, exclusive_cores
 
 if TYPE_CHECKING:

@@ -32,15 +32,13 @@ from heimdall_onnx.evidence.parity.invariance import (
 )
 from heimdall_onnx.evidence.parity.one_pass import Models, pass_over, pass_settings
 from heimdall_onnx.evidence.parity.report import (
-    EVALUATION,
-    RTOL,
     BatchIndependence,
     NoiseFloor,
     ParityCell,
     ParityReport,
-    tolerance_factor,
 )
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION, RTOL, tolerance_factor
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.signature import Signature

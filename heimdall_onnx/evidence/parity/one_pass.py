@@ -20,12 +20,9 @@ from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import GroundAccumulator, GroundReport, middle_of
 from heimdall_onnx.evidence.parity.invariance import Limit, excess
-from heimdall_onnx.evidence.parity.report import RTOL, THIS_PROCESS
-from heimdall_onnx.evidence.parity.statistics import (
-    Accumulator,
-    ErrorAccumulator,
-    ErrorStatistics,
-)
+from heimdall_onnx.evidence.parity.report import THIS_PROCESS
+from heimdall_onnx.evidence.parity.statistics import Accumulator, ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.evidence.parity.tolerance import RTOL
 from heimdall_onnx.evidence.parity.uncertainty import (
     UncertaintyAccumulator,
     UncertaintyReport,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.evidence.parity.report import RTOL
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.evidence.parity.tolerance import RTOL
 from heimdall_onnx.model.inference import OptimizationLevel, open_session, run_onnx, run_pytorch
 
 if TYPE_CHECKING:

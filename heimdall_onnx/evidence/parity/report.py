@@ -9,21 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays
-from heimdall_onnx.common.gates import Gate
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.evidence.parity.ground import GroundReport
 from heimdall_onnx.evidence.parity.invariance import MaskCheck, OrderCheck
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
+from heimdall_onnx.evidence.parity.tolerance import (
+    ADVERSARIAL_FACTOR,
+    EVALUATION,
+    NOISE_FLOOR_FACTOR,
+    tolerance_factor,
+)
 from heimdall_onnx.evidence.parity.uncertainty import UncertaintyReport
 from heimdall_onnx.model.signature import Signature
 
-EVALUATION = "evaluation data"
-RTOL = 1.3e-6  # torch.testing's default for float32
-
-
 THIS_PROCESS = "this process"
-
-ADVERSARIAL_FACTOR = 10.0
-NOISE_FLOOR_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,6 @@ class ParityCell:
     def factor(self) -> float:
         """What the tolerance of the elements is multiplied by."""
         return tolerance_factor(self.kind, self.valid)
-
-
-def tolerance_factor(kind: str, valid: bool) -> float:
-    """What the tolerance of the elements is multiplied by on a kind of input."""
-    return 1.0 if valid or kind == EVALUATION else ADVERSARIAL_FACTOR
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,7 @@ from distributed.scheduler import KilledWorker
 from distributed.utils import CancelledError
 
 from heimdall_onnx.common.dask import connected, local_client, scheduler_client
-from heimdall_onnx.common.errors import (
-    EvidenceError,
-    HeimdallError,
-    ParameterError,
-    SchedulerError,
-)
+from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError, SchedulerError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import EvaluationWorkers
 from heimdall_onnx.common.text import shown

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays, Floats, in_batches, whole
-from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import AccuracyLimits
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import difference_degrees, distance_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics

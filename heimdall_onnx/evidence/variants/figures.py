@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import AccuracyLimits
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.evidence.latency.figures import PairFigures
 from heimdall_onnx.evidence.variants.accuracy import AccuracyFigures
 from heimdall_onnx.evidence.variants.calibration import CalibrationFigures

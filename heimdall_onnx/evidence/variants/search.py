@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from heimdall_onnx.common.errors import BenchmarkError, EvidenceError, UnavailableError
 from heimdall_onnx.common.files import hash_file
-from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER, AccuracyLimits
 from heimdall_onnx.common.processes import WorkerProcess, worker_process
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
 from heimdall_onnx.evidence.latency.contenders import (

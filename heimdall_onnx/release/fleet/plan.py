@@ -56,13 +56,7 @@ from heimdall_onnx.common.parameters import (
 )
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
-from heimdall_onnx.release.fleet.files import (
-    Checkpoints,
-    Glob,
-    ListObjects,
-    absolute,
-    require_data,
-)
+from heimdall_onnx.release.fleet.files import Checkpoints, Glob, ListObjects, absolute, require_data
 
 # Some ten times what 10,000 items take, and what a small matrix of many values makes at once.
 _MAX_BYTES = 64 << 20

@@ -24,8 +24,9 @@ from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.compare import first_rows, further_kinds
 from heimdall_onnx.evidence.parity.ground import error_m
 from heimdall_onnx.evidence.parity.one_pass import Models
-from heimdall_onnx.evidence.parity.report import EVALUATION, ParityReport, tolerance_factor
+from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import WorstElements, worst_elements
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION, tolerance_factor
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 

@@ -25,8 +25,8 @@ import plotly.graph_objects as go
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import HeimdallError
 from heimdall_onnx.common.text import after, count_of, distance, name, number, unit_of
-from heimdall_onnx.evidence.parity.report import EVALUATION
 from heimdall_onnx.evidence.parity.statistics import WorstElements, element_errors
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report.explore.exploration import Exploration, ExploredCell, ExploredSample
 from heimdall_onnx.report.plot.chart import Color

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import number, share
+from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.evidence.latency.benchmark import LatencyReport
 from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, note, styled

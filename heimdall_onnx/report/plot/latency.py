@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from heimdall_onnx.common.arrays import Floats
-from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.text import count_of, number
+from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.latency.benchmark import BatchLatency, LatencyReport, PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.statistics import Speedup

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.text import count_of, name, number, share
+from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.parity.optimization_levels import LevelParity, LevelReport
 from heimdall_onnx.evidence.variants.operators import OperatorTimes
 from heimdall_onnx.report.plot.chart import (

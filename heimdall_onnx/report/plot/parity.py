@@ -13,7 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import name, number
-from heimdall_onnx.evidence.parity.report import ADVERSARIAL_FACTOR, ParityCell, ParityReport
+from heimdall_onnx.evidence.parity.report import ParityCell, ParityReport
+from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR
 from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, no_grid, plain, say, styled
 from heimdall_onnx.report.plot.outputs import (
     ELEMENT_MARKERS,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.text import count_of, name, number
+from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.variants.roofline import Roofline, RooflineRow
 from heimdall_onnx.report.plot.chart import Chart, Color, fine_log_axis, new_figure, plain, styled
 

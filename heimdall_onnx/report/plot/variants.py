@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.parameters import FP32
 from heimdall_onnx.common.text import distance, number
+from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
 from heimdall_onnx.report.plot.chart import (
     Chart,

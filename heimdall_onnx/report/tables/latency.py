@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from IPython.display import Markdown
 
-from heimdall_onnx.common.gates import unless_not_measured
+from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.latency.benchmark import LatencyReport, PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.cores import Cores

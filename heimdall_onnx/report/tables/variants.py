@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from IPython.display import Markdown
 
-from heimdall_onnx.common.gates import unless_not_measured
 from heimdall_onnx.common.parameters import FP32
 from heimdall_onnx.common.text import distance, escape_markdown
+from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.variants.roofline import Roofline, RooflineRow
 from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
 from heimdall_onnx.report.tables.latency import percentile_text, ratio_text, throughput_text

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays, Floats, whole
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
-from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import count_of, listed
+from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant

@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic_core import to_json
 
-from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import name
+from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.figures import PairFigures
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from heimdall_onnx.common.gates import Gate
+from heimdall_onnx.common.verdict import Gate
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from heimdall_onnx.review.reproduce.figures import Difference, Figure, environme
 from heimdall_onnx.services.connection import open_for_reading
 
 if TYPE_CHECKING:
-    from heimdall_onnx.common.gates import NotMeasured
+    from heimdall_onnx.common.verdict import NotMeasured
     from heimdall_onnx.data.dataset.dataset import Dataset
     from heimdall_onnx.evidence.latency.benchmark import PairLatency
     from heimdall_onnx.services.connection import Connection

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from IPython.display import Markdown
 
-from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.text import DEGREES, count_of, distance, escape_markdown, number, shown
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.report.tables.table import table
 from heimdall_onnx.review.compare.answers import Answers
 from heimdall_onnx.review.compare.comparison import ReleaseComparison

@@ -10,12 +10,12 @@ import pytest
 from holder import holder
 
 from heimdall_onnx.common.errors import BenchmarkError
-from heimdall_onnx.common.gates import NotMeasured, unless_not_measured
 from heimdall_onnx.common.parameters import ReleaseParameters
+from heimdall_onnx.common.verdict import NotMeasured, unless_not_measured
+from heimdall_onnx.evidence.gates import decide
 from heimdall_onnx.evidence.latency import cores
 from heimdall_onnx.evidence.latency.cores import Cores, exclusive_cores, lock_folder, usable_cores
 from heimdall_onnx.evidence.latency.timed import EXCLUSIVE_CORES, TimedSteps
-from heimdall_onnx.evidence.verdict import decide
 
 ALL = sorted(os.sched_getaffinity(0))
 EXCLUSIVE = ReleaseParameters(exclusive_cores=True)

@@ -26,7 +26,7 @@ from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure
 from heimdall_onnx.evidence.parity.one_pass import PLOTTED_SAMPLES
-from heimdall_onnx.evidence.parity.report import EVALUATION, RTOL
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION, RTOL
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model

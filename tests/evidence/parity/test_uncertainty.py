@@ -21,6 +21,7 @@ from heimdall_onnx.common.errors import InputError
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.gates import coverage_gates, decide
 from heimdall_onnx.evidence.metrics import summarize_metrics
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.ground import distance_m
@@ -31,7 +32,6 @@ from heimdall_onnx.evidence.parity.uncertainty import (
     assess_members,
     negative_log_likelihood,
 )
-from heimdall_onnx.evidence.verdict import coverage_gates, decide
 from heimdall_onnx.model.ensemble import Ensemble
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.onnx.export import export_model

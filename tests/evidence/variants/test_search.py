@@ -9,8 +9,8 @@ import records
 from models import BlockNet
 
 from heimdall_onnx.common.errors import DataError
-from heimdall_onnx.common.gates import Gate
 from heimdall_onnx.common.parameters import AccuracyLimits, ReleaseParameters
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.statistics import Speedup

@@ -17,8 +17,9 @@ from heimdall_onnx.common.errors import InvalidModelError, ParameterError
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.ground import distance_m
-from heimdall_onnx.evidence.parity.report import EVALUATION, ParityReport
+from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import worst_elements
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature, TensorSpec

@@ -25,8 +25,8 @@ from PIL import Image
 from torch import nn
 
 from heimdall_onnx.common.arrays import Arrays
-from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import distance, name, number, share
+from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.evidence.latency.benchmark import (
@@ -36,10 +36,7 @@ from heimdall_onnx.evidence.latency.benchmark import (
     measure_latency,
 )
 from heimdall_onnx.evidence.latency.contenders import PYTORCH, ContenderLatency
-from heimdall_onnx.evidence.latency.statistics import (
-    Speedup,
-    paired_speedup,
-)
+from heimdall_onnx.evidence.latency.statistics import Speedup, paired_speedup
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure, trace_depth
 from heimdall_onnx.evidence.parity.departure import Departure
 from heimdall_onnx.evidence.parity.depth import DepthProfile, ModuleError
@@ -49,15 +46,9 @@ from heimdall_onnx.evidence.parity.optimization_levels import (
     LevelReport,
     compare_levels,
 )
-from heimdall_onnx.evidence.parity.report import (
-    ADVERSARIAL_FACTOR,
-    EVALUATION,
-    RTOL,
-    BatchIndependence,
-    ParityCell,
-    ParityReport,
-)
+from heimdall_onnx.evidence.parity.report import BatchIndependence, ParityCell, ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
+from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR, EVALUATION, RTOL
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model

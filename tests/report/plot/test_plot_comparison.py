@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 
-from heimdall_onnx.common.gates import NotMeasured
 from heimdall_onnx.common.text import DEGREES
+from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.machine_state import MachineState

@@ -9,10 +9,7 @@ from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.machine_state import MachineWatch
-from heimdall_onnx.evidence.latency.statistics import (
-    Speedup,
-    offline_throughput,
-)
+from heimdall_onnx.evidence.latency.statistics import Speedup, offline_throughput
 from heimdall_onnx.evidence.variants.accuracy import accuracy_gates, judge_accuracy
 from heimdall_onnx.evidence.variants.calibration import split_calibration
 from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from quick_release import SIGNATURE, make_model
 
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
-from heimdall_onnx.common.gates import Gate, NotMeasured
+from heimdall_onnx.common.verdict import Gate, NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency

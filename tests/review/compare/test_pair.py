@@ -18,7 +18,7 @@ from heimdall_onnx.common.errors import (
     RegistryError,
     VerificationError,
 )
-from heimdall_onnx.common.gates import NotMeasured
+from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.review.compare.pair import (
     ComparisonParameters,

@@ -10,7 +10,7 @@ from models import SmallNet
 from heimdall_onnx.archive.record import Record, parse_record
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.compare import compare_outputs
-from heimdall_onnx.evidence.parity.report import EVALUATION
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.review.reproduce.figures import (
     METRES_PER_DEGREE,

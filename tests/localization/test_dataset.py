@@ -9,8 +9,8 @@ import pytest
 from captures import simulate_events
 
 from heimdall_onnx.common.errors import DataError, ParameterError
+from heimdall_onnx.localization.dataset import ingest_recordings, read_positions
 from heimdall_onnx.localization.features import write_features
-from heimdall_onnx.localization.ingest import ingest_recordings, read_positions
 from heimdall_onnx.localization.recordings import write_recording
 from heimdall_onnx.localization.simulate import RECEIVERS, write_recordings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from heimdall_onnx.common.gates import Gate, Verdict
+from heimdall_onnx.common.verdict import Gate, Verdict
 
 if TYPE_CHECKING:
     from heimdall_onnx.common.parameters import ReleaseParameters

@@ -6,8 +6,8 @@ from html import unescape
 import pytest
 
 from heimdall_onnx.common.errors import GateError
-from heimdall_onnx.common.gates import Gate, Verdict
 from heimdall_onnx.common.text import escape_markdown
+from heimdall_onnx.common.verdict import Gate, Verdict
 
 GOOD = Gate.at_most("good", 1.0, 0.5)
 BAD = Gate.at_most("bad", 1e-5, 2e-5, "positions")
