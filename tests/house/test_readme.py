@@ -160,7 +160,11 @@ def test_release_is_what_the_readme_draws(reviewed):
 
 
 def test_environment_of_make_lists_the_releases_and_serves_mlflow(workshop):
-    printed = workshop.shell(block("What did just happen?", ". .venv"))
+    # The demo is released by `make release` alone; here it is a model of one's own.
+    script = block("What did just happen?", ". .venv").replace(
+        "onnx list", "onnx list --name detector"
+    )
+    printed = workshop.shell(script)
     assert re.search(r"^v\d{8}_\d{6}  pass", printed, re.M)
     assert re.search(r"^mlflow +running +http://127\.0\.0\.1", printed, re.M)
 
