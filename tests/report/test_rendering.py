@@ -21,6 +21,7 @@ from nbformat.v4 import (
 )
 from PIL import Image
 
+from heimdall_onnx.common.verdict import Gate, Verdict
 from heimdall_onnx.report.page import VERDICT, put_verdict_first
 from heimdall_onnx.report.rendering import PageDecision, arrange, render_html
 
@@ -53,23 +54,6 @@ def code(
     )
 
 
-def record(*, passed: bool) -> nbformat.NotebookNode:
-    data = {"profile": "quick", "gates": [{**GATE, "passed": passed}]}
-    scrap = {
-        "application/scrapbook.scrap.json+json": {
-            "name": "release",
-            "data": data,
-            "encoder": "json",
-            "version": 1,
-        }
-    }
-    return new_output(
-        "display_data",
-        data=scrap,
-        metadata={"scrapbook": {"name": "release", "data": True, "display": False}},
-    )
-
-
 ERROR = new_output(
     "error",
     ename="KeyError",
@@ -88,7 +72,6 @@ CELLS = (
     code("plot_members()", tags=("optional",)),
     new_markdown_cell("### What is computed?\n\nSomething.", id="computed"),
     code("only = computed"),
-    code("record()", record(passed=True)),
 )
 
 
@@ -102,13 +85,23 @@ def write(
     return path
 
 
+def gates(*, passed: bool) -> Verdict:
+    return Verdict((Gate(**{**GATE, "passed": passed}),), "quick")
+
+
 PASSED = {
     "passed": True,
+    "gates": gates(passed=True),
     "title": "v20261120_143000",
     "sentences": ("It is faithful.", "It is faster.", "It is made of this."),
     "facts": {"model": "net", "address": "s3://bucket/" + "x" * 90},
 }
-FAILED = {**PASSED, "passed": False, "problem": "code cell 3 raised KeyError:\n  - no weights"}
+FAILED = {
+    **PASSED,
+    "passed": False,
+    "gates": None,
+    "problem": "code cell 3 raised KeyError:\n  - no weights",
+}
 
 
 @pytest.fixture(scope="module")
@@ -257,8 +250,8 @@ def test_verdict_that_an_older_version_wrote_stays_as_text(tmp_path):
 
 
 def test_gates_that_fail_come_first_and_say_so_in_words(tmp_path):
-    cells = (code("record()", record(passed=False)),)
-    page = soup(render_html(write(tmp_path, *cells, verdict=FAILED), "t"))
+    verdict = {**FAILED, "gates": gates(passed=False)}
+    page = soup(render_html(write(tmp_path, code("judge()"), verdict=verdict), "t"))
     (row,) = page.find(class_="gates").tbody.find_all("tr")
     assert row.get_text(" ", strip=True).startswith("mean absolute error FAIL")
 

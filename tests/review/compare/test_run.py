@@ -206,7 +206,7 @@ def test_models_of_other_inputs_end_with_3(call, settings, releases, tmp_path):
     [
         (("net@staging", "net/2"), 2, "are one release"),
         (("v20200101_000000", "net/2"), 3, "is not a release"),
-        (("net@nobody", "net/2"), 4, "nobody"),
+        (("net@nobody", "net/2"), 2, "nobody"),
         (("net/1", "net/2", "--calls", "1"), 2, "calls"),
         (("net/1", "net/2", "--eval-data", "missing.npz"), 2, "found no such file"),
         (("net/1", "net/2", "--prefix", "../x"), 2, "prefix"),
