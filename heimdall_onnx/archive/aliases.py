@@ -177,6 +177,9 @@ class AliasLog:
             except ObjectExistsError:
                 self._keys = None
                 continue
+            except StoreError:
+                self._keys = None  # it may be there for all that
+                raise
             self._entries[key] = (move, stored.sha256)
             self._listed().append(key)
             log.info("alias move written", alias=self.alias, number=move.number, version=version)
@@ -251,6 +254,8 @@ class AliasLog:
             VerificationError: If the last entry of the log can't be read.
             ServiceError: If a service can't be reached or refuses.
         """
+        # Whoever has written meanwhile has the last word.
+        self._keys = None
         last = self.last
         if last is not None and (last.version, last.release) == (version, release):
             self.append(

@@ -14,7 +14,7 @@ from heimdall_onnx.common.errors import VerificationError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.parameters import MODEL
 from heimdall_onnx.services.connection import Connection
-from heimdall_onnx.services.store import Bucket
+from heimdall_onnx.services.store import MAX_READ_BYTES, Bucket
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,13 @@ class Release:
 
     @cached_property
     def stored_report(self) -> bytes:
-        """The executed notebook as it is in the store, read once; see `report`."""
-        return self.bucket.read_bytes(f"{self.folder}/{REPORT}")
+        """The executed notebook as it is in the store, read once; see `report`.
+
+        Of one that is larger than the manifest says there is one byte more than that.
+        """
+        entry = self.manifest.objects.get(REPORT)
+        size = MAX_READ_BYTES if entry is None else min(entry.size, MAX_READ_BYTES)
+        return self.bucket.read_start(f"{self.folder}/{REPORT}", size + 1)
 
     @property
     def report(self) -> bytes:

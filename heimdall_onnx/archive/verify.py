@@ -154,9 +154,9 @@ def _same(what: str, expected: str, found: str) -> Finding:
 
 
 def _compare(release: Release, entry: Entry) -> Finding:
-    if entry.key == f"{release.folder}/{REPORT}":
-        # Kept, since what it says is looked at too.
-        report = release.stored_report
+    # Kept, since what it says is looked at too.
+    is_report = entry.key == f"{release.folder}/{REPORT}"
+    if is_report and len(report := release.stored_report) <= entry.size:
         digest, size = hashlib.sha256(report).hexdigest(), len(report)
     else:
         digest, size = release.bucket.hash_object(entry.key)

@@ -30,6 +30,11 @@ class Gate:
     passed: bool
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        # As a record has them, where a number that JSON has no form for is text.
+        if self.measured in ("NaN", "Infinity", "-Infinity"):
+            object.__setattr__(self, "measured", float(self.measured))
+
     @classmethod
     def at_most(cls, name: str, limit: float, measured: float, detail: str = "") -> Gate:
         """A gate that holds for ``measured <= limit``; NaN never passes."""

@@ -57,7 +57,7 @@ GALLERY = "gallery"
 
 _CHUNK_BYTES = 1 << 20
 # What is read as a whole are manifests, records and notebooks.
-_MAX_READ_BYTES = 256 << 20
+MAX_READ_BYTES = 256 << 20
 _TRANSFER = TransferConfig(
     multipart_threshold=64 << 20, multipart_chunksize=16 << 20, max_concurrency=4
 )
@@ -359,7 +359,7 @@ class Bucket:
             partial.unlink(missing_ok=True)
         return found
 
-    def read_bytes(self, key: str, *, limit: int = _MAX_READ_BYTES) -> bytes:
+    def read_bytes(self, key: str, *, limit: int = MAX_READ_BYTES) -> bytes:
         """The content of a small object.
 
         Raises:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from heimdall_onnx.archive.aliases import AliasLog, alias_logs
-from heimdall_onnx.common.errors import PromotionError, RegistryError, VerificationError
+from heimdall_onnx.common.errors import PromotionError, RegistryError, StoreError, VerificationError
 from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
@@ -127,11 +127,20 @@ def test_release_takes_back_its_own_move_alone(s3, bucket, sqlite_tracker, versi
     assert sqlite_tracker.alias_target("net", "staging") == "1"
 
 
-def test_move_that_was_followed_meanwhile_is_not_taken_back(s3, bucket, sqlite_tracker, versions):
+def test_move_that_was_followed_meanwhile_is_not_taken_back(
+    s3, bucket, sqlite_tracker, versions, monkeypatch
+):
     log, ours = AliasLog(bucket, "net", "staging"), f"{bucket.uri()}models/v2"
     move(s3, bucket.name, "1")
     log.point(sqlite_tracker, "2", ours, "a run")
-    move(s3, bucket.name, "3", action="promote", by="a reviewer")
+    append = AliasLog.append
+
+    def append_after_another(self, **entry):
+        monkeypatch.setattr(AliasLog, "append", append)
+        move(s3, bucket.name, "3", action="promote", by="a reviewer")
+        return append(self, **entry)
+
+    monkeypatch.setattr(AliasLog, "append", append_after_another)
     with pytest.raises(PromotionError, match="was moved meanwhile, by a reviewer"):
         log.withdraw(sqlite_tracker, "2", ours)
     assert AliasLog(bucket, "net", "staging").last.version == "3"
@@ -175,3 +184,32 @@ def test_racing_writers_end_where_the_log_ends(s3, bucket, sqlite_tracker, versi
     last = AliasLog(bucket, "net", "staging").last
     assert last.number == 9
     assert sqlite_tracker.alias_target("net", "staging") == last.version
+
+
+def test_move_that_was_written_though_the_store_failed_is_taken_back(
+    s3, bucket, sqlite_tracker, versions, monkeypatch
+):
+    log = AliasLog(bucket, "net", "staging")
+    log.point(sqlite_tracker, versions[0], "s3://b/v1", "a run")
+    upload = Bucket.upload_bytes
+
+    def lost(self, *args, **options):
+        upload(self, *args, **options)
+        raise StoreError("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "upload_bytes", lost)
+        with pytest.raises(StoreError, match="the answer was lost"):
+            log.point(sqlite_tracker, versions[1], "s3://b/v2", "a run")
+    log.withdraw(sqlite_tracker, versions[1], "s3://b/v2")
+    assert sqlite_tracker.alias_target("net", "staging") == versions[0]
+    assert AliasLog(bucket, "net", "staging").last.action == "withdraw"
+
+
+def test_move_of_another_before_the_taking_back_stands(s3, bucket, sqlite_tracker, versions):
+    log = AliasLog(bucket, "net", "staging")
+    log.point(sqlite_tracker, versions[0], "s3://b/v1", "a run")
+    AliasLog(bucket, "net", "staging").point(sqlite_tracker, versions[1], "s3://b/v2", "another")
+    log.withdraw(sqlite_tracker, versions[0], "s3://b/v1")
+    assert sqlite_tracker.alias_target("net", "staging") == versions[1]
+    assert log.last.version == versions[1]

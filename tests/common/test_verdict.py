@@ -83,3 +83,10 @@ def test_escaped_text_keeps_no_markup(text):
 def test_escaped_text_reads_as_before():
     text = "v20261120_143000 a_b & <b> [x](http://y) _z_ $1 ~2 me@www.x.org"
     assert unescape(escape_markdown(text)) == text
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity"])
+def test_measured_value_that_json_has_no_form_for_is_said_alike_when_it_is_read_again(text):
+    stored, measured = (Gate("error", "≤ 1", value, False) for value in (text, float(text)))
+    assert stored.summary() == measured.summary()
+    assert stored.to_dict() == measured.to_dict()

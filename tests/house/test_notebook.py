@@ -54,7 +54,8 @@ def test_one_cell_is_tagged_parameters_with_a_typed_and_explained_line_each(note
 def test_papermill_can_explain_every_parameter(name, parameters):
     inspected = papermill.inspect_notebook(str(notebook_path(name)))
     assert list(inspected) == list(parameters.model_fields)
-    for parameter, default in parameters().model_dump().items():
+    for parameter, field in parameters.model_fields.items():
+        default = field.get_default(call_default_factory=True)
         assert ast.literal_eval(inspected[parameter]["default"]) == default
     assert all(p["help"] and p["inferred_type_name"] != "None" for p in inspected.values())
 

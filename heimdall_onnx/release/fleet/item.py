@@ -188,7 +188,7 @@ class ItemRunner:
                     outcome,
                     exit_code=error.exit_code,
                     error=str(error),
-                    service_failed=isinstance(error, ServiceError),
+                    service_failed=error.exit_code == ServiceError.exit_code,
                 )
         where = {} if outcome.status == "kept" else _where()
         return replace(outcome, **where, seconds=time.perf_counter() - started)

@@ -260,10 +260,12 @@ class _Notebook(Frozen):
     def problem(self) -> str:
         """Why it failed, in words."""
         code = [c for c in self.cells if c.cell_type == "code" and c.source.strip()]
+        found, missing = None, "the notebook recorded no gates"
         try:
-            judged = judge_cells(code, self._parsed())
+            found = self._parsed()
         except VerificationError as error:
-            return str(error)
+            missing = str(error)
+        judged = judge_cells(code, found, "" if found else missing)
         if judged.verdict is not None and not judged.verdict.passed:
             return judged.verdict.summary()
         if not judged.problem:
