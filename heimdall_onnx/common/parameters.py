@@ -8,7 +8,6 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from inspect import isfunction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -319,9 +318,7 @@ def read_notebook_as(kind: type[_Parameters], namespace: Mapping[str, Any]) -> _
     """`parameters_of_notebook` for another notebook, with parameters of a ``kind`` of its own."""
     known = set(kind.model_fields)
     names = known | injected_names(namespace.get("In", ()))
-    # A function is no value: older notebooks import one that is called like a parameter of today.
-    given = {n: namespace[n] for n in names if n in namespace and not isfunction(namespace[n])}
-    return check_as(kind, given)
+    return check_as(kind, {n: namespace[n] for n in names if n in namespace})
 
 
 def injected_names(history: Sequence[str]) -> set[str]:

@@ -148,7 +148,8 @@ class Signature:
     def from_dict(cls, data: Mapping[str, Any]) -> Signature:
         """The signature that `to_dict` wrote (lists, as JSON gives them, are taken as tuples).
 
-        What older versions did not write has its default.
+        What is left out has its default: arguments of an ensemble that an earlier version or a
+        person wrote may have less.
         """
 
         def fields(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class ONNXExporter:
     """Export, check, upload and register a model step by step.
 
     Args:
-        s3_client: A boto3 S3 client, as `services.store.make_client` gives it.
+        s3_client: A boto3 S3 client, as `services.client.make_client` gives it.
         mlflow_tracker: As `heimdall_onnx.initialize_mlflow` gives it.
     """
 

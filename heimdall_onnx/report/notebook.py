@@ -96,7 +96,7 @@ def execute_notebook(
 def _given(notebook: Path, parameters: BaseModel) -> dict[str, Any]:
     """What a notebook is given: what it declares, and of the rest what is no default.
 
-    One of an older version may call something else by a newer parameter's name.
+    One of somebody's own may call something else by the name of what it does not declare.
     """
     import papermill
 

@@ -121,8 +121,7 @@ def _name(cell: NotebookNode) -> str:
 
 
 def _is_verdict(cell: NotebookNode) -> bool:
-    # Reports of older versions have it as text only, which is shown as such.
-    return cell.id == VERDICT and VERDICT in cell.metadata
+    return VERDICT in cell.metadata
 
 
 def _is_apart(cell: NotebookNode) -> bool:

@@ -302,14 +302,6 @@ def test_unknown_injected_name_is_refused_and_a_variable_of_the_user_is_not():
     assert parameters_of_notebook({"seed": 3}).seed == 3
 
 
-def test_function_that_an_older_notebook_imports_is_no_parameter():
-    def measure_latency():
-        """What older notebooks call there."""
-
-    namespace = {"In": ["# Parameters\nseed = 3"], "seed": 3, "measure_latency": measure_latency}
-    assert parameters_of_notebook(namespace) == ReleaseParameters(seed=3)
-
-
 @pytest.mark.parametrize(
     ("largest", "sizes"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))]
 )

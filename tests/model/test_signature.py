@@ -53,7 +53,7 @@ def test_signature_survives_json(signature):
     assert Signature.from_dict(json.loads(json.dumps(signature.to_dict()))) == signature
 
 
-def test_signature_of_an_older_version_is_read():
+def test_what_a_written_signature_leaves_out_has_its_default():
     old = LOCALIZATION_SIGNATURE.to_dict()
     del old["axes"]
     for entry in (*old["inputs"], *old["outputs"]):

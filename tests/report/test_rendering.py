@@ -22,7 +22,7 @@ from nbformat.v4 import (
 from PIL import Image
 
 from heimdall_onnx.common.verdict import Gate, Verdict
-from heimdall_onnx.report.page import VERDICT, put_verdict_first
+from heimdall_onnx.report.page import put_verdict_first
 from heimdall_onnx.report.rendering import PageDecision, arrange, render_html
 
 GATE = {"name": "mean absolute error", "limit": "≤ 1e-05", "measured": 1e-7, "detail": ""}
@@ -239,14 +239,6 @@ def test_who_decided_stands_at_the_head_as_inert_text(tmp_path):
     )
     words = page.get_text(" ")
     assert words.index("PASS") < words.index("Promoted as") < words.index("It is faithful.")
-
-
-def test_verdict_that_an_older_version_wrote_stays_as_text(tmp_path):
-    path = write(tmp_path, *CELLS, verdict=PASSED)
-    notebook = nbformat.read(path, 4)
-    del notebook.cells[0].metadata[VERDICT]
-    nbformat.write(notebook, path)
-    assert "v20261120_143000" in soup(render_html(path, "t")).main.get_text()
 
 
 def test_gates_that_fail_come_first_and_say_so_in_words(tmp_path):

@@ -246,7 +246,7 @@ class _Notebook(Frozen):
 
     @cached_property
     def record(self) -> Record | None:
-        """What `report.record_results` kept in it; None if there is none that can be read."""
+        """What `archive.record.record_results` kept in it; None if none can be read."""
         try:
             return self._parsed()
         except VerificationError as error:
