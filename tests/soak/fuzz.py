@@ -116,7 +116,7 @@ class ReaderProcess:
     def _start(self) -> None:
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent / "support"), str(HERE)]),
             # Threads reserve address space, which is what is limited.
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",

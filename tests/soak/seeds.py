@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import records
 import torch
 from models import SmallNet
 from onnx import TensorProto, helper
@@ -106,48 +107,34 @@ def manifests() -> list[bytes]:
     """Manifests with and without what is optional."""
     folder = FOLDER_URI.removeprefix("s3://heimdall-models/")
     digest = "0123456789abcdef" * 4
-    bare = {
-        "schema": 2,
-        "version": folder.rpartition("/")[2],
-        "verdict": "passed",
-        "objects": [
-            {"key": f"{folder}/{name}", "size": 1234, "sha256": digest}
-            for name in ("model.onnx", "MLmodel", "report.ipynb", "report.html", "metadata.json")
-        ],
-        "mlflow": {"model_name": "heimdall-localization-onnx", "model_version": "3"},
-    }
-    full = {
-        **bare,
-        "gates": [{"name": "opset", "passed": True, "value": 20, "limit": None}],
-        "parameters": {"tolerance": 1e-5, "model_kwargs": {"width": [2, {"deep": None}]}},
-        "content": [
-            {
-                "role": role,
-                "key": f"objects/sha256/{digest}",
-                "size": 99,
-                "sha256": digest,
-                "name": name,
-            }
-            for role, name in (("checkpoint", "model.ckpt"), ("evaluation_data", "eval.npz"))
-        ],
-        "signature": {"key": f"{folder}/model.sig", "signer_sha256": digest},
-    }
-    own = {"key": f"{folder}/variants/int8-minmax/model.onnx", "size": 99, "sha256": digest}
+    objects = [
+        {"key": f"{folder}/{name}", "size": 1234, "sha256": digest}
+        for name in ("model.onnx", "MLmodel", "report.ipynb", "report.html", "metadata.json")
+    ]
+    bare = records.manifest_json(version=folder.rpartition("/")[2], objects=objects)
+    kept = [
+        {
+            "role": role,
+            "key": f"objects/sha256/{digest}",
+            "size": 99,
+            "sha256": digest,
+            "name": name,
+        }
+        for role, name in (("checkpoint", "model.ckpt"), ("evaluation_data", "eval.npz"))
+    ]
+    signature = {"key": f"{folder}/model.sig", "signer_sha256": digest}
+    full = records.changed(bare, {"content": kept, "signature": signature})
+    file = "variants/int8-minmax/model.onnx"
+    own = {"key": f"{folder}/{file}", "size": 99, "sha256": digest}
     settings = {"runtime": "onnxruntime", "threads": 2, "provider_options": {"device_id": "0"}}
     sessions = {"latency": settings, "throughput": {**settings, "runtime": "openvino"}}
-    passed = {"status": "passed", "sha256": digest, "size_bytes": 99, "sessions": sessions}
-    varied = {
-        **full,
-        "objects": [*full["objects"], own],
-        "variants": {
-            "recommended": "int8-minmax",
-            "judged": [
-                {"name": "fp32", "file": "model.onnx", **passed},
-                {"name": "int8-minmax", "file": "variants/int8-minmax/model.onnx", **passed},
-                {"name": "int4-weights", "status": "failed", "reason": "a gate"},
-            ],
-        },
-    }
+    judged = records.variants(
+        "int8-minmax",
+        records.variant("fp32", sha256=digest, sessions=sessions),
+        records.variant("int8-minmax", file=file, sha256=digest, sessions=sessions),
+        records.variant("int4-weights", "failed"),
+    )
+    varied = {**full, "objects": [*objects, own], "variants": judged}
     return [json.dumps(document, indent=2).encode() for document in (bare, full, varied)]
 
 
