@@ -18,7 +18,7 @@ _PART_BYTES = 8 << 20
 
 
 class RowReader(Protocol):
-    """An array whose rows come into memory when they are indexed, as those of a `RowFile`.
+    """An array whose rows come into memory when they are indexed, as those of a dataset.
 
     Attributes:
         dtype: Element type.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays, Rows, parts, whole
+from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays, Rows, parts
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
@@ -34,7 +34,7 @@ class EvaluationData:
 
     Attributes:
         inputs: One array per input of the signature, N samples each; large ones of a file are
-            read row by row.
+            mapped, those of a dataset read row by row.
         positions: True positions (N, 2) in degrees latitude and longitude, or None; those of a
             dataset are read as its inputs are.
         meta: Provenance and feature parameters as the file records them.
@@ -238,7 +238,7 @@ def unknown_ids(inputs: Mapping[str, Rows], signature: Signature) -> Iterator[st
             )
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Rows], str]:
+def _read_npz(path: Path) -> tuple[Arrays, str]:
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -252,11 +252,11 @@ def _read_npz(path: Path) -> tuple[dict[str, Rows], str]:
         ) from error
 
 
-def _read_meta(arrays: Mapping[str, Rows], problems: list[str]) -> dict[str, Any]:
+def _read_meta(arrays: Arrays, problems: list[str]) -> dict[str, Any]:
     if "meta" not in arrays:
         return {}
     try:
-        meta = json.loads(str(whole(arrays["meta"])[()]))
+        meta = json.loads(str(arrays["meta"][()]))
     except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits too
         problems.append(f"`meta` is not JSON text: {shown(str(error))}")
         return {}
@@ -279,11 +279,11 @@ def _check_centre(meta: Mapping[str, Any], problems: list[str]) -> None:
 
 
 def _read_positions(
-    arrays: Mapping[str, Rows], count: int | None, problems: list[str]
+    arrays: Arrays, count: int | None, problems: list[str]
 ) -> npt.NDArray[np.float64] | None:
     if "positions" not in arrays:
         return None
-    positions = whole(arrays["positions"])
+    positions = arrays["positions"]
     samples = positions.shape[:1] if count is None else (count,)
     if positions.shape != (*samples, 2) or not np.issubdtype(positions.dtype, np.floating):
         problems.append(

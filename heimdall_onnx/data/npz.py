@@ -1,7 +1,7 @@
-"""Arrays of an ``.npz`` file that are read row by row, however many rows there are.
+"""Arrays of an ``.npz`` file, however many rows there are.
 
 NumPy reads an array of an ``.npz`` whole, and maps none of them. Here small arrays are read as
-NumPy does it; of a large one only the header is kept, and its rows are read when asked for.
+NumPy does it; a large one is unpacked into a temporary file that nobody else sees, and mapped.
 """
 
 from __future__ import annotations
@@ -9,29 +9,23 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import struct
 import tempfile
-import weakref
 import zipfile
 from collections import Counter
 from operator import itemgetter
-from pathlib import Path
 from tokenize import TokenError
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Rows
+from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays
 
 # Recordings and features shrink to a half or a third, and deflate makes nothing but repetitions
 # a thousand times smaller.
 _MOST_COMPRESSION = 200
 _MOST_NAME = 200
 _CHUNK_BYTES = 1 << 20
-_LOCAL_HEADER = struct.Struct(
-    "<26xHH"
-)  # lengths of name and extra field, see PKWARE's APPNOTE 4.3.7
 _MAGIC = np.lib.format.MAGIC_PREFIX
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -39,63 +33,8 @@ _HEADERS = {
 }
 
 
-class RowFile:
-    """An array in a file, whose rows come into memory when they are indexed.
-
-    Args:
-        file: Closed when this is gone; read at offsets only, from any thread.
-        offset: Where the first row begins.
-        dtype: Element type.
-        shape: Rows first.
-    """
-
-    finite = False
-
-    def __init__(
-        self, file: BinaryIO, offset: int, dtype: np.dtype[Any], shape: tuple[int, ...]
-    ) -> None:
-        self._file, self._offset, self._stamp = file, offset, _stamp(file)
-        weakref.finalize(self, file.close)
-        self.dtype, self.shape, self.ndim = dtype, shape, len(shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice | npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
-        """The rows of a slice without steps, or those at the given indices.
-
-        Raises:
-            OSError: If the file was changed since it was opened, or ends before them.
-        """
-        if _stamp(self._file) != self._stamp:
-            raise OSError("the file was changed while its rows were being read")
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(len(self))
-            return self._read(start, max(stop - start, 0))
-        parts = [self._read(int(row), 1) for row in rows]
-        return np.concatenate(parts) if parts else self._read(0, 0)
-
-    def _read(self, start: int, count: int) -> npt.NDArray[Any]:
-        array = np.empty((count, *self.shape[1:]), self.dtype)
-        waiting = memoryview(array.reshape(-1).view(np.uint8).data)
-        position = self._offset + start * (array.nbytes // count if count else 0)
-        while waiting:
-            done = os.preadv(self._file.fileno(), [waiting], position)
-            if not done:
-                raise OSError(f"the file ends before row {start + count} of {len(self)}")
-            waiting, position = waiting[done:], position + done
-        return array
-
-
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
-    return status.st_mtime_ns, status.st_size
-
-
-def read_npz(file: BinaryIO) -> dict[str, Rows]:
-    """Every array in an open file by name: in memory up to 256 MiB altogether, then as `RowFile`.
-
-    A large compressed array is first unpacked into a temporary file that nobody else sees.
+def read_npz(file: BinaryIO) -> Arrays:
+    """Every array in an open file by name: in memory up to 256 MiB altogether, then mapped.
 
     Raises:
         ValueError: If it is no ``.npz``, holds Python objects, which would run code, claims sizes
@@ -105,17 +44,16 @@ def read_npz(file: BinaryIO) -> dict[str, Rows]:
     """
     if file.read(len(_MAGIC)) == _MAGIC:
         raise ValueError("it is a single array (.npy)")
-    arrays: dict[str, Rows] = {}
+    arrays: Arrays = {}
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         _check_members(members, os.fstat(file.fileno()).st_size)
         room = IN_MEMORY_BYTES
         for member in members:
-            array = _member(file, archive, member, room)
+            array = _member(archive, member, room)
             if array is not None:
                 arrays[member.filename.removesuffix(".npy")] = array
-            if isinstance(array, np.ndarray):
-                room -= array.nbytes
+                room -= 0 if isinstance(array, np.memmap) else array.nbytes
     return arrays
 
 
@@ -137,8 +75,8 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def _member(
-    file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipInfo, room: int
-) -> Rows | None:
+    archive: zipfile.ZipFile, member: zipfile.ZipInfo, room: int
+) -> npt.NDArray[Any] | None:
     with archive.open(member) as content:
         if content.read(len(_MAGIC)) != _MAGIC:
             return None  # something else than an array
@@ -159,29 +97,19 @@ def _member(
                 f"{member.filename} claims the shape {shape} of {dtype}, which its "
                 f"{member.file_size} bytes don't hold"
             )
-        undivided = dtype.hasobject or not shape or (fortran and len(shape) > 1)
-        if undivided or member.file_size <= room:
-            # Objects are refused there; the others have no rows to be read by themselves.
-            content.seek(0)
-            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
         content.seek(0)
-        if member.compress_type == zipfile.ZIP_STORED:
-            with Path(os.devnull).open("wb") as nowhere:  # reading to the end checks the CRC
-                shutil.copyfileobj(content, nowhere, _CHUNK_BYTES)
-            own = os.fdopen(os.dup(file.fileno()), "rb")
-            local = os.pread(own.fileno(), _LOCAL_HEADER.size, member.header_offset)
-            name, extra = _LOCAL_HEADER.unpack(local)
-            begin = member.header_offset + _LOCAL_HEADER.size + name + extra
-            return RowFile(own, begin + header, dtype, shape)
-        unpacked = tempfile.TemporaryFile(prefix="heimdall-npz-")  # noqa: SIM115 - lives on
+        # Objects are refused there; what has no axes can't be mapped.
+        if dtype.hasobject or not shape or member.file_size <= room:
+            return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
         try:
-            shutil.copyfileobj(content, unpacked, _CHUNK_BYTES)
-            unpacked.flush()
+            with tempfile.TemporaryFile(prefix="heimdall-npz-") as unpacked:
+                shutil.copyfileobj(content, unpacked, _CHUNK_BYTES)
+                unpacked.flush()
+                # Copied on writing: PyTorch warns of arrays that can't be written to.
+                order: Literal["F", "C"] = "F" if fortran else "C"
+                return np.memmap(unpacked, dtype, "c", header, shape, order)
         except OSError as error:
-            unpacked.close()
             raise OSError(
                 f"unpacking {member.filename} needs {member.file_size:,} bytes in "
-                f"{tempfile.gettempdir()} ({error.strerror}); free them, set TMPDIR, or write the "
-                "file with numpy.savez, which needs none"
+                f"{tempfile.gettempdir()} ({error.strerror}); free them, or set TMPDIR"
             ) from error
-        return RowFile(unpacked, header, dtype, shape)
