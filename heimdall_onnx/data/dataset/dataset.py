@@ -37,10 +37,10 @@ from heimdall_onnx.data.dataset.schema import (
     DATASET_VERSION,
     EVENT,
     EVENT_NAMES,
+    GROUP_FILE,
     HEADER,
     INPUTS,
     POSITIONS,
-    GroupFile,
     header_problems,
     label_problems,
 )
@@ -119,7 +119,7 @@ class Dataset:
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        header = read_zarr(files, HEADER, GroupFile, "dataset").attributes
+        header = read_zarr(files, HEADER, GROUP_FILE, "dataset").attributes
         self.arrays: dict[str, ArraySpec] = dict(header.arrays)
         refuse(files.address, header_problems(header))
         self.meta, self.receivers = dict(header.meta), dict(header.receivers)
@@ -146,17 +146,17 @@ class Dataset:
     @cached_property
     def positions(self) -> npt.NDArray[np.float64] | None:
         """True positions (N, 2) float64, degrees latitude and longitude, or None."""
-        return self.readers[POSITIONS].whole() if POSITIONS in self.arrays else None
+        return self.readers[POSITIONS][:] if POSITIONS in self.arrays else None
 
     @cached_property
     def event(self) -> npt.NDArray[np.int64]:
         """Number of each sample's event (N,), int64."""
-        return self.readers[EVENT].whole()
+        return self.readers[EVENT][:]
 
     @cached_property
     def event_names(self) -> tuple[str, ...]:
         """The events' names, in the order of their numbers."""
-        text = self.readers[EVENT_NAMES].whole().tobytes().decode(errors="replace")
+        text = self.readers[EVENT_NAMES][:].tobytes().decode(errors="replace")
         return tuple(text.split("\n")[:-1])
 
     def require_labels(self) -> None:

@@ -8,11 +8,11 @@ in a folder, in each process that the dataset is sent to: none is read half old,
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.common.errors import DataError
 
@@ -28,14 +28,28 @@ _GAP_BYTES = 64 << 10
 _MOST_RANGE_BYTES = 8 << 20
 
 
-class Files(Protocol):
-    """Where the files of a dataset are; can be pickled, and is then opened by each process anew."""
+class Files(ABC):
+    """Where the files of a dataset are; pickled, it is opened by each process anew.
 
-    @property
-    def address(self) -> str:
-        """Path of the folder, or ``s3://bucket/folder``."""
-        ...
+    Attributes:
+        address: Path of the folder, or ``s3://bucket/folder``.
+    """
 
+    address: str
+
+    @cached_property
+    def seen(self) -> dict[str, tuple[int, Any]]:
+        """Length and stamp of every file when it was first asked for; who is sent this has it too.
+
+        The stamp tells a file from another one of its name.
+        """
+        return self._list()
+
+    def sizes(self) -> dict[str, int]:
+        """Length in bytes of every file by its name."""
+        return {name: size for name, (size, _) in self.seen.items()}
+
+    @abstractmethod
     def content(self, name: str, limit: int) -> bytes:
         """A small file, or its first ``limit`` bytes.
 
@@ -43,29 +57,19 @@ class Files(Protocol):
             OSError: If there is none, or it can't be read.
             StoreError: If the store fails.
         """
-        ...
 
-    def sizes(self) -> dict[str, int]:
-        """Length in bytes of every file by its name."""
-        ...
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that are not there; the others are the ones to be read from now on."""
-        ...
-
-    def size(self, name: str) -> int:
-        """Length in bytes of a file that `missing` has seen."""
-        ...
-
+    @abstractmethod
     def read(self, name: str, spans: Sequence[Span]) -> Generator[bytes]:
         """The bytes of some spans of a file, one after the other.
 
         Raises:
-            DataError: If it is not the file that `missing` has seen.
+            DataError: If it is not the file that was there at first.
             OSError: If there is none, or it can't be read.
             StoreError: If the store fails.
         """
-        ...
+
+    @abstractmethod
+    def _list(self) -> dict[str, tuple[int, Any]]: ...
 
 
 def files_at(address: Path | str, client: S3Client | None = None) -> Files:
@@ -89,44 +93,19 @@ def files_at(address: Path | str, client: S3Client | None = None) -> Files:
     return _BucketFiles(bucket, folder.strip("/"), client)
 
 
-@dataclass(frozen=True)
-class _FolderFiles:
+class _FolderFiles(Files):
     """A dataset's files in a folder."""
 
-    address: str
-    # Length and time of change of each file that was seen.
-    stamps: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+    def __init__(self, address: str) -> None:
+        self.address = address
 
     def content(self, name: str, limit: int) -> bytes:
-        with self._path(name).open("rb") as file:
+        with Path(self.address, name).open("rb") as file:
             return file.read(limit)
 
-    def sizes(self) -> dict[str, int]:
-        root = Path(self.address)
-        return {
-            str(path.relative_to(root)): path.stat().st_size
-            for path in sorted(root.rglob("*"))
-            if path.is_file()
-        }
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        lost = []
-        for name in names:
-            try:
-                status = self._path(name).stat()
-            except OSError:
-                lost.append(name)
-            else:
-                self.stamps.setdefault(name, (status.st_size, status.st_mtime_ns))
-        return lost
-
-    def size(self, name: str) -> int:
-        return self.stamps[name][0]
-
     def read(self, name: str, spans: Sequence[Span]) -> Generator[bytes]:
-        with self._path(name).open("rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if self.stamps[name] != (status.st_size, status.st_mtime_ns):
+        with Path(self.address, name).open("rb", buffering=0) as file:
+            if self.seen[name] != _stamped(os.fstat(file.fileno())):
                 raise DataError(
                     f"{self.address}/{name} is not the file that was there when the dataset was "
                     "opened: let nothing write there, and where several machines read it, let them "
@@ -135,33 +114,32 @@ class _FolderFiles:
             for offset, length in spans:
                 yield os.pread(file.fileno(), length, offset)
 
-    def _path(self, name: str) -> Path:
-        return Path(self.address, name)
+    def _list(self) -> dict[str, tuple[int, Any]]:
+        root = Path(self.address)
+        files = (path for path in sorted(root.rglob("*")) if path.is_file())
+        return {str(path.relative_to(root)): _stamped(path.stat()) for path in files}
 
 
-@dataclass(frozen=True)
-class _BucketFiles:
+def _stamped(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+class _BucketFiles(Files):
     """A dataset's files in the bucket.
 
-    Attributes:
+    Args:
         name: The bucket's name.
         folder: What their keys begin with, without a slash at its end.
-        given: Client of the store; None for one of the environment's.
-        listed: Length and entity tag of each file, as they were when it was opened.
+        client: Client of the store; None for one of the environment's.
     """
 
-    name: str
-    folder: str
-    given: S3Client | None = field(default=None, repr=False, compare=False)
-    listed: dict[str, tuple[int, str]] = field(default_factory=dict, repr=False, compare=False)
+    def __init__(self, name: str, folder: str, client: S3Client | None) -> None:
+        self._name, self._folder, self._client = name, folder, client
+        self.address = f"{_S3}{name}/{folder}"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         # A client does not go to another process.
-        return _BucketFiles, (self.name, self.folder, None, self.listed)
-
-    @property
-    def address(self) -> str:
-        return f"{_S3}{self.name}/{self.folder}"
+        return {n: v for n, v in vars(self).items() if n != "bucket"} | {"_client": None}
 
     @cached_property
     def bucket(self) -> Bucket:
@@ -172,43 +150,27 @@ class _BucketFiles:
         from heimdall_onnx.services.settings import Settings
         from heimdall_onnx.services.store import Bucket
 
-        return Bucket(self.given or make_client(ensure_store(Settings.load())), self.name)
+        return Bucket(self._client or make_client(ensure_store(Settings.load())), self._name)
 
     def content(self, name: str, limit: int) -> bytes:
-        if name not in self._known():
+        if name not in self.seen:
             raise FileNotFoundError(2, "there is no such object", name)
-        return next(self.read(name, [(0, min(limit, self.size(name)))]))
-
-    def sizes(self) -> dict[str, int]:
-        return {name: size for name, (size, _) in self._known().items()}
-
-    def missing(self, names: Iterable[str]) -> list[str]:
-        known = self._known()
-        return [name for name in names if name not in known]
-
-    def size(self, name: str) -> int:
-        return self._known()[name][0]
+        return next(self.read(name, [(0, min(limit, self.seen[name][0]))]))
 
     def read(self, name: str, spans: Sequence[Span]) -> Generator[bytes]:
-        _, tag = self._known()[name]
+        key, (_, tag) = f"{self._folder}/{name}", self.seen[name]
         ranges, start, held = list(_joined(spans)), 0, b""
         for offset, length in spans:
             if not start <= offset <= offset + length <= start + len(held):
                 start, size = next(r for r in ranges if r[0] <= offset <= r[0] + r[1] - length)
                 # HTTP knows no empty range.
-                held = self.bucket.read_range(self.key(name), start, size, tag) if size else b""
+                held = self.bucket.read_range(key, start, size, tag) if size else b""
             yield held[offset - start : offset - start + length]
 
-    def key(self, name: str) -> str:
-        """The key of a file."""
-        return f"{self.folder}/{name}"
-
-    def _known(self) -> dict[str, tuple[int, str]]:
-        if not self.listed:
-            prefix = f"{self.folder}/"
-            found = self.bucket.list_objects(prefix) if self.bucket.is_there() else {}
-            self.listed.update({k.removeprefix(prefix): (o.size, o.tag) for k, o in found.items()})
-        return self.listed
+    def _list(self) -> dict[str, tuple[int, Any]]:
+        prefix = f"{self._folder}/"
+        found = self.bucket.list_objects(prefix) if self.bucket.is_there() else {}
+        return {key.removeprefix(prefix): (o.size, o.tag) for key, o in found.items()}
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from heimdall_onnx.common.arrays import parts
 from heimdall_onnx.common.errors import DataError, HeimdallError, UnavailableError
@@ -67,66 +67,8 @@ class ArraySpec(Strict):
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
 
-class _Grid(Strict):
-    chunk_shape: tuple[Annotated[int, Field(ge=1)], ...]
-
-
-class _RegularGrid(Strict):
-    name: Literal["regular"]
-    configuration: _Grid
-
-
-class _KeySeparator(Strict):
-    separator: Literal["/"]
-
-
-class _KeyEncoding(Strict):
-    name: Literal["default"]
-    configuration: _KeySeparator
-
-
-class _Endian(Strict):
-    endian: Literal["little"] = "little"
-
-
-class _Bytes(Strict):
-    name: Literal["bytes"]
-    configuration: _Endian = _Endian()
-
-
-class _Zstd(Strict):
-    name: Literal["zstd"]
-
-
-class _Crc(Strict):
-    name: Literal["crc32c"]
-
-
-class _Shards(_Grid):
-    codecs: tuple[_Bytes, _Zstd]
-    index_codecs: tuple[_Bytes, _Crc]
-    index_location: Literal["end"]
-
-
-class _Sharding(Strict):
-    name: Literal["sharding_indexed"]
-    configuration: _Shards
-
-
-class _ArrayFile(Strict):
-    """The one layout that is written, and so the only one that is read."""
-
-    zarr_format: Literal[3]
-    node_type: Literal["array"]
-    shape: tuple[int, ...]
-    data_type: Dtype
-    chunk_grid: _RegularGrid
-    chunk_key_encoding: _KeyEncoding
-    codecs: tuple[_Sharding]
-    storage_transformers: tuple[()] = ()
-
-
-_File = TypeVar("_File", bound=Strict)
+_JSON_OBJECT = TypeAdapter(dict[str, Any])
+_File = TypeVar("_File")
 
 
 class ArrayWriter:
@@ -212,18 +154,16 @@ class ArrayReader:
         self._files, self._name, self._root, self._spec = files, name, files.address, spec
         self.dtype, self.shape, self.ndim = np.dtype(spec.dtype), spec.shape, len(spec.shape)
         self._row = spec.shape[1:]
-        found = read_zarr(files, f"{name}/zarr.json", _ArrayFile, f"array {name}")
-        inner = found.codecs[0].configuration.chunk_shape
-        shard = found.chunk_grid.configuration.chunk_shape
-        refuse(self._root, _array_problems(name, spec, found, inner, shard))
-        self._chunk_rows, self.shard_rows = inner[0], shard[0]
+        found = read_zarr(files, f"{name}/zarr.json", _JSON_OBJECT, f"array {name}")
+        self._chunk_rows, self.shard_rows = _rows_of(found)
+        refuse(self._root, _array_problems(name, spec, found, self._chunk_rows, self.shard_rows))
         self._chunks = self.shard_rows // self._chunk_rows
         rest = "/0" * len(self._row)
         self.shards = [
             f"{name}/c/{number}{rest}"
             for number in range(math.ceil(spec.shape[0] / self.shard_rows))
         ]
-        refuse(self._root, [f"{lost} is missing" for lost in files.missing(self.shards)])
+        refuse(self._root, [f"{lost} is missing" for lost in self.shards if lost not in files.seen])
         self._checksum, self._zstd = import_codecs()
         self._indices: dict[int, npt.NDArray[np.uint64]] = {}
 
@@ -240,10 +180,6 @@ class ArrayReader:
             start, stop, _ = rows.indices(len(self))
             return self.rows(np.arange(start, max(start, stop)))
         return self.rows(np.asarray(rows, np.int64))
-
-    def whole(self) -> npt.NDArray[Any]:
-        """Every row."""
-        return self[:]
 
     def rows(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows in the order asked for; each chunk is read once.
@@ -315,13 +251,13 @@ class ArrayReader:
         offset, length = map(int, self._indices[shard][number])
         if offset == length == _ABSENT:
             return None
-        if offset + length > (size := self._files.size(self.shards[shard])):
+        if offset + length > (size := self._files.seen[self.shards[shard]][0]):
             raise ValueError(f"chunk {number} ends at byte {offset + length} of {size}")
         return offset, length
 
     def _read_index(self, name: str) -> npt.NDArray[np.uint64]:
         """Offset and length of each chunk of a shard (chunks, 2)."""
-        size, length = self._files.size(name), 16 * self._chunks + 4
+        size, length = self._files.seen[name][0], 16 * self._chunks + 4
         if size < length:
             raise ValueError(f"it is shorter than its index of {length} bytes")
         (content,) = self._files.read(name, [(size - length, length)])
@@ -386,7 +322,7 @@ def refuse(address: Path | str, problems: Iterable[str]) -> None:
         raise DataError(f"dataset {address} can't be used:" + listed(found))
 
 
-def read_zarr(files: Files, name: str, kind: type[_File], what: str) -> _File:
+def read_zarr(files: Files, name: str, kind: TypeAdapter[_File], what: str) -> _File:
     """A ``zarr.json``, held against what it should be.
 
     Args:
@@ -410,7 +346,7 @@ def read_zarr(files: Files, name: str, kind: type[_File], what: str) -> _File:
     if len(content) > _MOST_HEADER_BYTES:
         raise DataError(f"{what}: {place} is larger than {_MOST_HEADER_BYTES >> 20} MiB")
     try:
-        return kind.model_validate_json(content)
+        return kind.validate_json(content)
     except ValidationError as error:
         problems = [
             f"{shown('.'.join(map(str, e['loc'])) or 'content')}: {shown(e['msg'])}"
@@ -429,23 +365,65 @@ def _layout(row_bytes: int) -> tuple[int, int]:
     return chunk, chunk * max(1, min(_MOST_CHUNKS, _SHARD_BYTES // (chunk * size)))
 
 
+def _rows_of(found: dict[str, Any]) -> tuple[int, int]:
+    """Rows of a chunk and of a shard, as a ``zarr.json`` has them; zeros where it has none."""
+    try:
+        chunk = found["codecs"][0]["configuration"]["chunk_shape"][0]
+        shard = found["chunk_grid"]["configuration"]["chunk_shape"][0]
+    except (LookupError, TypeError):
+        return 0, 0
+    return (chunk, shard) if type(chunk) is type(shard) is int else (0, 0)
+
+
 def _array_problems(
-    name: str,
-    spec: ArraySpec,
-    found: _ArrayFile,
-    inner: tuple[int, ...],
-    shard: tuple[int, ...],
+    name: str, spec: ArraySpec, found: dict[str, Any], chunk: int, shard: int
 ) -> Iterator[str]:
-    if (found.data_type, found.shape) != (spec.dtype, spec.shape):
+    if (found.get("data_type"), found.get("shape")) != (spec.dtype, [*spec.shape]):
         yield (
-            f"{name} should be {spec.dtype} {spec.shape}, its zarr.json says {found.data_type} "
-            f"{found.shape}"
+            f"{name} should be {spec.dtype} {spec.shape}, its zarr.json says "
+            f"{shown(found.get('data_type'))} {shown(found.get('shape'))}"
         )
     elif (
-        inner[1:] != spec.shape[1:]
-        or shard[1:] != spec.shape[1:]
-        or shard[0] % inner[0]
-        or shard[0] // inner[0] > _MOST_CHUNKS
-        or inner[0] * spec.row_bytes > max(_CHUNK_BYTES, spec.row_bytes)
+        chunk < 1
+        or shard % chunk
+        or not chunk <= shard <= chunk * _MOST_CHUNKS
+        or chunk * spec.row_bytes > max(_CHUNK_BYTES, spec.row_bytes)
     ):
-        yield f"{name} has chunks {inner} in shards {shard}, which is not the layout of a dataset"
+        yield f"{name} has chunks of {chunk} rows in shards of {shard}, no layout of a dataset"
+    else:
+        yield from _differences(_zarr_json(spec, chunk, shard), found, name)
+
+
+def _zarr_json(spec: ArraySpec, chunk: int, shard: int) -> dict[str, Any]:
+    """The one layout that is written, and so the only one that is read."""
+    order = {"configuration": {"endian": "little"}}
+    values = {"name": "bytes", **(order if np.dtype(spec.dtype).itemsize > 1 else {})}
+    sharding = {
+        "chunk_shape": [chunk, *spec.shape[1:]],
+        "codecs": [values, {"name": "zstd"}],
+        "index_codecs": [{"name": "bytes", **order}, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [shard, *spec.shape[1:]]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "storage_transformers": [],
+    }
+
+
+def _differences(expected: Any, found: Any, where: str) -> Iterator[str]:
+    """Where ``found`` says something else; what only it says is of no consequence."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for name, value in expected.items():
+            yield from _differences(value, found.get(name), f"{where}.{name}")
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for number, (value, other) in enumerate(zip(expected, found, strict=True)):
+            yield from _differences(value, other, f"{where}.{number}")
+    elif expected != found:
+        yield f"{where} should be {expected!r}, found {shown(found)}"

@@ -330,12 +330,17 @@ class TestUntrusted:
         ("change", "says"),
         [
             (set_at("data_type", value="float64"), "its zarr.json says float64"),
-            (set_at("shape", value=[90, 2, 4]), r"says float32 \(90, 2, 4\)"),
-            (set_at(*INNER, "codecs", 1, "name", value="numcodecs.pickle"), "should be 'zstd'"),
+            (set_at("shape", value=[90, 2, 4]), r"says float32 \[90, 2, 4\]"),
+            (
+                set_at(*INNER, "codecs", 1, "name", value="numcodecs.pickle"),
+                "codecs.1.name should be 'zstd'",
+            ),
             (set_at(*INNER, "codecs", 0, "name", value="vlen-bytes"), "should be 'bytes'"),
-            (set_at(*INNER, "chunk_shape", value=[1, 1, 1]), "not the layout of a dataset"),
-            (set_at(*INNER, "chunk_shape", value=[0, 2, 3]), "chunk_shape"),
-            (set_at("chunk_grid", "configuration", "chunk_shape", value=[5, 2, 3]), "the layout"),
+            (set_at(*INNER, "chunk_shape", value=[1, 1, 1]), "chunk_shape.1 should be 2"),
+            (set_at(*INNER, "chunk_shape", value=[0, 2, 3]), "no layout of a dataset"),
+            (set_at(*INNER, "chunk_shape", value=[1.5, 2, 3]), "no layout of a dataset"),
+            (set_at("codecs", value=7), "no layout of a dataset"),
+            (set_at("chunk_grid", "configuration", "chunk_shape", value=[5, 2, 3]), "no layout of"),
             (set_at("storage_transformers", value=[{"name": "x"}]), "storage_transformers"),
         ],
     )
