@@ -245,38 +245,3 @@ def run_onnx(
         shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
         raise EvidenceError(f"ONNX Runtime can't run the model on {shapes}: {error}") from error
     return dict(zip(names, values, strict=True))
-
-
-class Contender:
-    """A model ready to be called, on fixed inputs.
-
-    Args:
-        run: Takes named arrays.
-        inputs: One call's inputs.
-        ran_on: Execution provider or device, as the runtime tells it.
-        precision: What it multiplies in, as the runtime tells it.
-        on_device: Calls the model on the same inputs, which lie on its device already, and leaves
-            the outputs there; None where the device is the processor.
-    """
-
-    def __init__(
-        self,
-        run: Callable[[Arrays], Arrays],
-        inputs: Arrays,
-        ran_on: str = "cpu",
-        precision: str = "f32",
-        on_device: Callable[[], None] | None = None,
-    ) -> None:
-        self.run, self.on_device = run, on_device
-        self.ran_on, self.precision = ran_on, precision
-        self._inputs: dict[int | None, Arrays] = {None: inputs}
-
-    def __call__(self, batch_size: int | None = None) -> Arrays:
-        """Call the model on the inputs, or on their rows repeated to a batch of another size."""
-        # Kept, so that only the first call of a size pays for it.
-        if batch_size is not None and batch_size not in self._inputs:
-            self._inputs[batch_size] = {
-                name: array[np.arange(batch_size) % len(array)]
-                for name, array in self._inputs[None].items()
-            }
-        return self.run(self._inputs[batch_size])

@@ -22,7 +22,7 @@ from heimdall_onnx.common.errors import EvidenceError, InvalidModelError, Unavai
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.model.examples import Examples
-from heimdall_onnx.model.inference import Contender, open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -129,15 +129,42 @@ def open_runner(path: Path, signature: Signature, settings: SessionSettings) -> 
     return _open_pytorch(path, signature, settings)
 
 
-def load_runner(
-    path: Path, inputs: Arrays, signature: Signature, settings: SessionSettings
-) -> Contender:
-    """Open a model to be called on ``inputs``, in a worker process for example."""
-    runner = open_runner(path, signature, settings)
-    on_device = None
-    if settings.on_gpu:
-        on_device = bound_call(runner.session, inputs, signature, "cuda")
-    return Contender(runner.run, inputs, runner.ran_on, runner.precision, on_device)
+class Contender:
+    """A model that is open and called on the same inputs again and again, in a worker for example.
+
+    Args:
+        path: The model, see `open_runner`.
+        inputs: One call's inputs.
+        signature: Names and order of inputs and outputs.
+        settings: With what it runs.
+
+    Attributes:
+        ran_on: See `Runner`.
+        precision: See `Runner`.
+        run: See `Runner`.
+        on_device: Calls the model on the same inputs, which lie on its device already, and leaves
+            the outputs there; None where the device is the processor.
+    """
+
+    def __init__(
+        self, path: Path, inputs: Arrays, signature: Signature, settings: SessionSettings
+    ) -> None:
+        runner = open_runner(path, signature, settings)
+        self.ran_on, self.precision, self.run = runner.ran_on, runner.precision, runner.run
+        self.on_device: Callable[[], None] | None = None
+        if settings.on_gpu:
+            self.on_device = bound_call(runner.session, inputs, signature, "cuda")
+        self._inputs: dict[int | None, Arrays] = {None: inputs}
+
+    def __call__(self, batch_size: int | None = None) -> Arrays:
+        """Call the model on the inputs, or on their rows repeated to a batch of another size."""
+        # Kept, so that only the first call of a size pays for it.
+        if batch_size is not None and batch_size not in self._inputs:
+            self._inputs[batch_size] = {
+                name: array[np.arange(batch_size) % len(array)]
+                for name, array in self._inputs[None].items()
+            }
+        return self.run(self._inputs[batch_size])
 
 
 def bound_call(

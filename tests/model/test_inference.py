@@ -23,7 +23,7 @@ from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
-from heimdall_onnx.model.runtimes import SessionSettings, load_runner
+from heimdall_onnx.model.runtimes import Contender, SessionSettings
 
 SIGNATURE = SmallNet.signature
 
@@ -188,11 +188,11 @@ def test_loaded_contenders_give_the_same_answers(small_onnx, inputs, tmp_path):
     torch.save(SmallNet(), tmp_path / "m.pkl")
     settings = SessionSettings(runtime="pytorch", threads=1)
     try:
-        pytorch = load_runner(tmp_path / "m.pkl", inputs, SIGNATURE, settings)()
+        pytorch = Contender(tmp_path / "m.pkl", inputs, SIGNATURE, settings)()
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    call = load_runner(small_onnx, inputs, SIGNATURE, SessionSettings(threads=1))
+    call = Contender(small_onnx, inputs, SIGNATURE, SessionSettings(threads=1))
     assert call.run.args[0].get_session_options().intra_op_num_threads == 1
     onnx = call()
     for name, array in pytorch.items():
@@ -201,7 +201,7 @@ def test_loaded_contenders_give_the_same_answers(small_onnx, inputs, tmp_path):
 
 def test_contender_repeats_its_rows_to_fill_a_batch(small_onnx):
     inputs = {"signal": np.random.default_rng(0).standard_normal((3, 2, 8, 8)).astype(np.float32)}
-    call = load_runner(small_onnx, inputs, SIGNATURE, SessionSettings(threads=1))
+    call = Contender(small_onnx, inputs, SIGNATURE, SessionSettings(threads=1))
     whole, filled = call(), call(8)
     for name, array in filled.items():
         np.testing.assert_allclose(array, whole[name][np.arange(8) % 3], atol=1e-6)

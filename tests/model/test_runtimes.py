@@ -22,10 +22,10 @@ from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.runtimes import (
+    Contender,
     OpenVINOSession,
     SessionSettings,
     bound_call,
-    load_runner,
     open_runner,
     require_runtime,
 )
@@ -75,7 +75,7 @@ def test_answers_are_not_overwritten_by_the_next_call(onnx_path, inputs):
 def test_pytorch_runs_a_pickled_model(tmp_path, inputs):
     torch.save(SmallNet(), tmp_path / "model.pkl")
     settings = SessionSettings(runtime="pytorch", threads=1)
-    call = load_runner(tmp_path / "model.pkl", inputs, SIGNATURE, settings)
+    call = Contender(tmp_path / "model.pkl", inputs, SIGNATURE, settings)
     assert call.ran_on == "cpu"
     assert call()["positions"].shape == (3, 2)
     assert call(5)["positions"].shape == (5, 2)

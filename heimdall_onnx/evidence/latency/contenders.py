@@ -30,7 +30,7 @@ from heimdall_onnx.evidence.latency.statistics import (
     early_stopping_estimate,
     percentiles_with_intervals,
 )
-from heimdall_onnx.model.runtimes import SessionSettings, load_runner
+from heimdall_onnx.model.runtimes import Contender, SessionSettings
 from heimdall_onnx.model.signature import Signature
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Contestant:
 
     def worker(self, inputs: Arrays, signature: Signature, folder: Path, place: str = "") -> Worker:
         """Its process, not started yet; ``place`` tells two of one name apart."""
-        job = partial(load_runner, self.path.absolute(), inputs, signature, self.settings)
+        job = partial(Contender, self.path.absolute(), inputs, signature, self.settings)
         return Worker(self.name, job, folder, self.settings.thread_count, place)
 
 

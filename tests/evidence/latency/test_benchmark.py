@@ -40,7 +40,7 @@ from heimdall_onnx.evidence.latency.statistics import (
 from heimdall_onnx.evidence.latency.timed import TimedSteps
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.onnx.export import export_model
-from heimdall_onnx.model.runtimes import SessionSettings, load_runner
+from heimdall_onnx.model.runtimes import Contender, SessionSettings
 from heimdall_onnx.report import tables
 
 SIGNATURE = SmallNet.signature
@@ -256,7 +256,7 @@ def test_onnx_contender_has_its_threads_and_no_pytorch(worker, onnx_path, tmp_pa
     found = {}
     for threads in (1, 3):
         settings = SessionSettings(threads=threads)
-        job = partial(load_runner, onnx_path, inputs, SIGNATURE, settings)
+        job = partial(Contender, onnx_path, inputs, SIGNATURE, settings)
         facts = tmp_path / "facts"
         with worker(partial(jobs.observe, job, facts)) as contender:
             contender.start()
