@@ -18,9 +18,7 @@ spectrum does not show them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -249,8 +247,8 @@ def simulate_dataset(
     with (
         create_dataset(path, meta=meta, receivers=RECEIVERS) as writer,
         ThreadPoolExecutor(usable_processors()) as pool,
-        _position_table(recordings) as write_position,
     ):
+        table = ["recording,latitude,longitude\n"]
         for first in range(0, events, _STEP):
             say(first / events, "simulating events")
             numbers = range(first, min(first + _STEP, events))
@@ -259,8 +257,10 @@ def simulate_dataset(
             positions = np.repeat([where for _, where, _ in made], windows_per_event, axis=0)
             names = [f"simulated-{seed}-{n}" for n in numbers for _ in range(windows_per_event)]
             writer.append({"mel_spectrogram": windows}, positions, names)
-            for _, where, files in made:
-                write_position(where, files)
+            table += [f"{f.name},{w[0]!r},{w[1]!r}\n" for _, w, files in made for f in files]
+        if recordings is not None:
+            with replace_file(Path(recordings) / "positions.csv") as file:
+                file.write("".join(table).encode())
     say(1.0, "simulating events")
     return open_dataset(path)
 
@@ -281,24 +281,6 @@ def write_recordings(event: SimulatedEvent, folder: Path | str) -> list[Path]:
         )
         paths.append(path)
     return paths
-
-
-@contextmanager
-def _position_table(
-    folder: Path | str | None,
-) -> Iterator[Callable[[tuple[float, float], list[Path]], None]]:
-    """What adds the recordings of an event to the table in their folder, if there is one."""
-    if folder is None:
-        yield lambda position, files: None
-        return
-    with replace_file(Path(folder) / "positions.csv") as file:
-        file.write(b"recording,latitude,longitude\n")
-
-        def write(position: tuple[float, float], files: list[Path]) -> None:
-            lines = (f"{path.name},{position[0]!r},{position[1]!r}\n" for path in files)
-            file.write("".join(lines).encode())
-
-        yield write
 
 
 def level_db(position: npt.ArrayLike, sites: Floats) -> Floats:
