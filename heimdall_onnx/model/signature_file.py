@@ -162,7 +162,10 @@ def write_signature_file(signature: Signature, path: Path | str) -> Path:
             for axis in signature.dynamic_axes
         ],
     }
-    text = yaml.dump(described, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=99)
+    # Lists of plain values on one line.
+    text = yaml.safe_dump(
+        described, default_flow_style=None, sort_keys=False, allow_unicode=True, width=99
+    )
     # What is written must be what is read, names that this form does not allow among it.
     _parse(text.encode(), target)
     try:
@@ -175,19 +178,6 @@ def write_signature_file(signature: Signature, path: Path | str) -> Path:
 def _described(spec: TensorSpec) -> dict[str, Any]:
     given = {name: value for name, value in asdict(spec).items() if value not in (None, ())}
     return {n: list(value) if isinstance(value, tuple) else value for n, value in given.items()}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Lists of plain values on one line."""
-
-    def represent_sequence(
-        self, tag: str, sequence: Any, flow_style: bool | None = None
-    ) -> yaml.SequenceNode:
-        plain = all(isinstance(item, str | int | float) for item in sequence)
-        return super().represent_sequence(tag, sequence, flow_style=plain)
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def _parse(content: bytes, source: Path) -> Signature:
