@@ -86,7 +86,8 @@ def make_demo(
     # Imported here and below: whoever has a checkpoint imports this too, and simulates nothing.
     from heimdall_onnx.localization.simulate import CHANNEL
 
-    _check(seconds, seed)
+    if not 0 < seconds < math.inf:
+        raise ParameterError(f"demo: seconds must be positive, found {seconds!r}")
     folder = Path(folder)
     recipe = {
         "version": _VERSION,
@@ -161,16 +162,6 @@ def _make(folder: Path, recipe: dict[str, Any], seconds: float, progress: OnProg
         _write(demo, result.best, result.eval_data, recipe)
     log.info("demo.made", **{k: v for k, v in asdict(demo).items() if not isinstance(v, Path)})
     return demo
-
-
-def _check(seconds: float, seed: int) -> None:
-    problems = []
-    if not (math.isfinite(seconds) and seconds > 0):
-        problems.append(f"seconds must be positive, found {seconds!r}")
-    if seed < 0:
-        problems.append(f"seed must not be negative, found {seed!r}")
-    if problems:
-        raise ParameterError("demo: " + "; ".join(problems))
 
 
 def _write(demo: Demo, checkpoint: Path, eval_data: Path, recipe: dict[str, Any]) -> None:

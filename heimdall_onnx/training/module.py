@@ -29,6 +29,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
+from torchmetrics.aggregation import CatMetric
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import ParameterError
@@ -205,7 +206,8 @@ class TrainingModule(LightningModule):
         # The seconds of earlier sittings; why the last one ended is no reason to end this one.
         self._carried, progress.stopped = progress.seconds, None
         self._sums = {"train": torch.zeros(2), "val": torch.zeros(2)}
-        self._errors: list[npt.NDArray[np.float64]] = []
+        # Of all devices: the mean of medians is no median.
+        self.errors = CatMetric(nan_strategy="disable").set_dtype(torch.float64)
         self._validation: dict[str, float] = {}
 
     @property
@@ -270,7 +272,7 @@ class TrainingModule(LightningModule):
         """Begin anew."""
         self._validation_began = time.monotonic()
         self._sums["val"] = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._errors = []
+        self.errors.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Likelihood and distance of a batch."""
@@ -279,15 +281,17 @@ class TrainingModule(LightningModule):
         _, nats = self.objective.losses(answers, deviations, targets)
         self._add("val", nats, len(targets))
         degrees = self.objective.degrees(answers, deviations)
-        self._errors.append(error_m(degrees, self.positions[rows.cpu().numpy()]))
+        self.errors.update(error_m(degrees, self.positions[rows.cpu().numpy()]))
 
     def on_validation_epoch_end(self) -> None:
         """Hand the loss to those who choose checkpoints."""
         self._validation = {
             "val_loss": self._mean("val"),
-            "val_median_error_m": float(np.median(self._all_errors())),
+            "val_median_error_m": float(np.median(self.errors.compute().cpu().numpy())),
         }
-        self.log("val_loss", self._validation["val_loss"], logger=False)
+        self.log("val_loss", self._validation["val_loss"], prog_bar=True, logger=False)
+        kilometres = self._validation["val_median_error_m"] / 1000
+        self.log("km", kilometres, prog_bar=True, logger=False)
         self._validated_in = time.monotonic() - self._validation_began
 
     def on_train_epoch_end(self) -> None:
@@ -325,19 +329,6 @@ class TrainingModule(LightningModule):
 
     def _add(self, part: str, nats: Tensor, count: int) -> None:
         self._sums[part] += torch.stack([nats.double() * count, nats.new_tensor(count).double()])
-
-    def _all_errors(self) -> npt.NDArray[np.float64]:
-        """The distances that all devices have found: the mean of medians is no median."""
-        own = np.concatenate([np.empty(0), *self._errors])
-        if self.trainer.world_size == 1:
-            return own
-        # The last share may be shorter, and only equal ones can be gathered.
-        counts: Any = self.all_gather(torch.tensor(len(own), device=self.device))
-        padded = torch.zeros(int(counts.max()), device=self.device)
-        padded[: len(own)] = torch.from_numpy(own)
-        gathered: Any = self.all_gather(padded)
-        shares = [row[:count] for row, count in zip(gathered, counts.tolist(), strict=True)]
-        return np.asarray(torch.cat(shares).cpu().numpy(), np.float64)
 
     def _mean(self, part: str) -> float:
         total, count = self.trainer.strategy.reduce(self._sums[part].clone(), reduce_op="sum")

@@ -11,14 +11,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader
@@ -84,15 +83,9 @@ class _State(_Strict):
     best_k_models: dict[str, Any] = {}
 
 
-class _Callbacks(_Strict):
-    callbacks: dict[str, _State] = {}
-
-
-class _Record(_Callbacks):
+class _Record(_Strict):
     training: _Training
-
-
-_File = TypeVar("_File", bound=_Strict)
+    callbacks: dict[str, _State] = {}
 
 
 def fit(
@@ -134,9 +127,12 @@ def fit(
         _Last(folder),
         _Watch(report, sink, speak=report is None and not interactive),
     ]
-    if interactive:
-        own.append(_Bar())
-    with quiet(), _sharing_by_name(chosen.devices > 1):
+    if chosen.devices > 1:
+        # By descriptor, PyTorch names the one of a storage that two tensors share twice, which
+        # Python refuses.
+        torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
+    # Standard output, where Lightning's bar would be, belongs to the result.
+    with quiet(), redirect_stdout(sys.stderr):
         trainer = Trainer(
             accelerator=chosen.accelerator,
             devices=chosen.devices,
@@ -227,7 +223,17 @@ def read_training(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     if not isinstance(content, Mapping) or "training" not in content:
         raise CheckpointError(f"{_FOREIGN.format(path)} it does not record the training. {_START}")
-    record = _checked(_Record, content, path)
+    try:
+        record = _Record.model_validate(dict(content))
+    except ValidationError as error:
+        problems = [
+            f"{shown('.'.join(map(str, e['loc'])))}: {shown(e['msg'])}, found {shown(e['input'])}"
+            for e in error.errors(include_url=False, include_context=False)
+        ]
+        raise CheckpointError(
+            f"{_FOREIGN.format(path)} what it records is not what is written for a training:"
+            f"{listed(problems)}\n{_START}"
+        ) from None
     paths = [s.best_model_path for n, s in record.callbacks.items() if n.startswith(_Best.__name__)]
     best = path.parent / Path(paths[0]).name if paths and paths[0] else None
     # One level deep: a small file can hold a value that is endless once it is copied.
@@ -238,21 +244,6 @@ def read_training(path: Path) -> dict[str, Any]:
         "best": best,
         "weights_only": "optimizer_states" not in content,
     }
-
-
-def _checked(kind: type[_File], content: Mapping[Any, Any], path: Path) -> _File:
-    """The part of a checkpoint that is used, of the types that it is used as."""
-    try:
-        return kind.model_validate({n: content[n] for n in kind.model_fields if n in content})
-    except ValidationError as error:
-        problems = [
-            f"{shown('.'.join(map(str, e['loc'])))}: {shown(e['msg'])}, found {shown(e['input'])}"
-            for e in error.errors(include_url=False, include_context=False)
-        ]
-        raise CheckpointError(
-            f"{_FOREIGN.format(path)} what it records is not what is written for a training:"
-            f"{listed(problems)}\n{_START}"
-        ) from None
 
 
 class PlainCheckpoints(TorchCheckpointIO):
@@ -271,14 +262,8 @@ class PlainCheckpoints(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read tensors and plain values, and nothing else.
-
-        Raises:
-            CheckpointError: If there is anything else in it, or not what callbacks leave.
-        """
-        read_weights(path)
+        """Read what `read_training` has found to be tensors and plain values."""
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        _checked(_Callbacks, loaded, Path(path))
         # Where the folder has been moved, its checkpoints have moved with it.
         for state in loaded.get("callbacks", {}).values():
             if "dirpath" in state:
@@ -348,37 +333,16 @@ class _Watch(Callback):
         if self._sink is not None:
             self._sink(history)
         if self._speak and history[-1]["epoch"] > self._spoken:
-            self._spoken = history[-1]["epoch"]
-            log.info("epoch", of=trainer.max_epochs, **_readable(history[-1]))
-
-
-class _Bar(TQDMProgressBar):
-    """Lightning's bar on standard error, with the losses of the last epoch."""
-
-    def init_train_tqdm(self) -> Tqdm:
-        # Standard output belongs to the result.
-        with redirect_stdout(sys.stderr):
-            return super().init_train_tqdm()
-
-    def init_validation_tqdm(self) -> Tqdm:
-        with redirect_stdout(sys.stderr):
-            return super().init_validation_tqdm()
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        assert isinstance(pl_module, TrainingModule)
-        history = pl_module.progress.history
-        return _readable(history[-1], "train_loss", "val_loss", "km") if history else {}
-
-
-def _readable(epoch: Mapping[str, float], *names: str) -> dict[str, Any]:
-    values = {
-        "epoch": int(epoch["epoch"]) + 1,
-        "train_loss": round(epoch["train_loss"], 4),
-        "val_loss": round(epoch["val_loss"], 4),
-        "km": round(epoch["val_median_error_m"] / 1000, 1),
-        "samples_per_s": round(epoch["samples_per_s"]),
-    }
-    return {name: values[name] for name in names or values}
+            epoch, self._spoken = history[-1], history[-1]["epoch"]
+            log.info(
+                "epoch",
+                of=trainer.max_epochs,
+                epoch=int(epoch["epoch"]) + 1,
+                train_loss=round(epoch["train_loss"], 4),
+                val_loss=round(epoch["val_loss"], 4),
+                km=round(epoch["val_median_error_m"] / 1000, 1),
+                samples_per_s=round(epoch["samples_per_s"]),
+            )
 
 
 def _move(state: dict[str, Any], folder: Path) -> None:
@@ -392,23 +356,6 @@ def _move(state: dict[str, Any], folder: Path) -> None:
         state[name] = moved(state.get(name))
     models = state.get("best_k_models")
     state["best_k_models"] = {moved(p): v for p, v in (models or {}).items()}
-
-
-@contextmanager
-def _sharing_by_name(wanted: bool) -> Iterator[None]:
-    """Hand tensors to spawned processes by name.
-
-    By descriptor, PyTorch names the one of a storage that two tensors share twice, which Python
-    refuses.
-    """
-    strategies: Any = torch.multiprocessing
-    before = strategies.get_sharing_strategy()
-    if wanted:
-        strategies.set_sharing_strategy("file_system")
-    try:
-        yield
-    finally:
-        strategies.set_sharing_strategy(before)
 
 
 @contextmanager

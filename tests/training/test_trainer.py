@@ -14,7 +14,7 @@ from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.localization.frame import LocalFrame
 from heimdall_onnx.training.module import Objective, TrainingModule, TrainingProgress
 from heimdall_onnx.training.parameters import TrainingParameters
-from heimdall_onnx.training.trainer import PlainCheckpoints, fit, read_training
+from heimdall_onnx.training.trainer import fit, read_training
 
 COUNT = 16
 
@@ -234,12 +234,6 @@ def test_neither_are_safetensors(tmp_path):
     save_file(Framed().state_dict(), path)
     with pytest.raises(CheckpointError, match="does not record the training"):
         read_training(path)
-
-
-def test_a_loader_of_checkpoints_trusts_no_callback(last, tmp_path):
-    path = changed(last, tmp_path / "last.ckpt", put("callbacks", value=[]))
-    with pytest.raises(CheckpointError, match="callbacks"):
-        PlainCheckpoints().load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
