@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from heimdall_onnx.report.warm_kernels import WarmKernels
     from heimdall_onnx.services.registry import MLflowTracker
 
-_TESTS = Path(__file__).parent
 # Those that take a percent of the whole or more, as measured; the order matters, not the place.
 _LONGEST = (
     "review/test_promotion",
@@ -107,7 +106,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = {"services", "slow"}
 
     def place(item: pytest.Item) -> tuple[int, bool]:
-        file = item.path.relative_to(_TESTS).with_suffix("").as_posix()
+        file = item.nodeid.partition(".py::")[0].removeprefix("tests/")
         marked = long & {mark.name for mark in item.iter_markers()}
         return (_LONGEST.index(file) if file in _LONGEST else len(_LONGEST), not marked)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
 from boto3.exceptions import Boto3Error
 from botocore import exceptions as aws
 from botocore.config import Config
+from botocore.session import get_session
 
 from heimdall_onnx.common.errors import (
     MissingObjectError,
@@ -98,7 +100,9 @@ def make_client(
             "ensure_store(settings) starts it and returns settings that do"
         )
     key_id, secret, token = settings.credentials or (None, None, None)
-    session = boto3.session.Session()
+    core = get_session()
+    core.register_component("data_loader", _descriptions())
+    session = boto3.session.Session(botocore_session=core)
     try:
         client = session.client(
             "s3",
@@ -123,6 +127,12 @@ def make_client(
         ) from error
     log_store_calls(client.meta.events)
     return client
+
+
+@functools.cache
+def _descriptions() -> Any:
+    """What botocore knows of AWS, megabytes of it, which each session would read anew."""
+    return get_session().get_component("data_loader")
 
 
 @contextlib.contextmanager

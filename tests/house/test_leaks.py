@@ -62,11 +62,11 @@ def test_a_secret_in_a_database_is_found_and_the_records_that_need_it_are_spared
 @pytest.mark.services
 def test_a_secret_in_an_object_or_around_it_is_found(s3, bucket):
     s3.put_object(Bucket=bucket.name, Key="a", Body=b"harmless")
-    assert leaks.search_store(s3, {"secret": "0123456789secret"}) == []
+    assert leaks.search_store(s3, {"secret": "0123456789secret"}, [bucket.name]) == []
     s3.put_object(Bucket=bucket.name, Key="b", Body=b"x" * 100 + b"0123456789secret")
     s3.put_object(Bucket=bucket.name, Key="c", Body=b"", Metadata={"note": "0123456789secret"})
     found = [f"secret in {bucket.uri()}{key}" for key in "bc"]
-    assert leaks.search_store(s3, {"secret": "0123456789secret"}) == found
+    assert leaks.search_store(s3, {"secret": "0123456789secret"}, [bucket.name]) == found
 
 
 @pytest.mark.services
@@ -90,7 +90,7 @@ def test_a_session_that_stored_a_credential_fails_and_names_the_place(tmp_path):
     test.write_text(
         "def test_leak(s3, bucket, embedded_settings, tmp_path):\n"
         "    secret = embedded_settings.s3_secret_access_key.get_secret_value()\n"
-        "    s3.put_object(Bucket=bucket, Key='report.ipynb', Body=secret.encode())\n"
+        "    s3.put_object(Bucket=bucket.name, Key='report.ipynb', Body=secret.encode())\n"
         "    (tmp_path / 'events.jsonl').write_text(secret)\n"
     )
     folder = Path(__file__).parents[1]

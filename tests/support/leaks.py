@@ -50,9 +50,16 @@ def search(file: BinaryIO, needles: Mapping[str, Iterable[bytes]]) -> set[str]:
     return found
 
 
-def search_store(client: S3Client, secrets: Mapping[str, str]) -> list[str]:
-    """Every object of every bucket that holds one of ``secrets``, in its content or around it."""
+def search_store(
+    client: S3Client, secrets: Mapping[str, str], buckets: Iterable[str] | None = None
+) -> list[str]:
+    """Every object that holds one of ``secrets``, in its content or around it.
+
+    Of objects of one name and one content, which releases of one model share, one is looked at.
+    """
     needles = {what: forms(secret) for what, secret in secrets.items()}
+    if buckets is None:
+        buckets = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
 
     def look(place: tuple[str, str]) -> list[str]:
         bucket, key = place
@@ -63,14 +70,18 @@ def search_store(client: S3Client, secrets: Mapping[str, str]) -> list[str]:
         return [f"{what} in s3://{bucket}/{key}" for what in sorted(found)]
 
     with ThreadPoolExecutor(4) as pool:
-        return list(chain.from_iterable(pool.map(look, _objects(client))))
+        return list(chain.from_iterable(pool.map(look, _objects(client, buckets))))
 
 
-def _objects(client: S3Client) -> Iterator[tuple[str, str]]:
-    for bucket in client.list_buckets()["Buckets"]:
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket["Name"])
-        for page in pages:
-            yield from ((bucket["Name"], entry["Key"]) for entry in page.get("Contents", []))
+def _objects(client: S3Client, buckets: Iterable[str]) -> Iterator[tuple[str, str]]:
+    seen = set()
+    for bucket in buckets:
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            for entry in page.get("Contents", []):
+                alike = (entry["Key"].rpartition("/")[2], entry["ETag"], entry["Size"])
+                if alike not in seen:
+                    seen.add(alike)
+                    yield bucket, entry["Key"]
 
 
 def search_files(folder: Path, secrets: Mapping[str, str]) -> list[str]:
