@@ -2,30 +2,18 @@
 
 A CycloneDX ML-BOM (specification 1.6, https://cyclonedx.org/docs/1.6/json/): components with hashes
 and package addresses, as other tools read them, and a model card whose figures are those of the
-notebook's record. The library has no model card and no data sets yet, so these two are added to the
-JSON that it writes.
+notebook's record. It is written as the JSON that it is: CycloneDX's library for Python has neither
+model cards nor data sets.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 from uuid import UUID, uuid5
 
-from cyclonedx.model import (
-    ExternalReference,
-    ExternalReferenceType,
-    HashAlgorithm,
-    HashType,
-    Property,
-    XsUri,
-)
-from cyclonedx.model.bom import Bom, BomMetaData
-from cyclonedx.model.component import Component, ComponentScope, ComponentType
-from cyclonedx.model.tool import ToolRepository
-from cyclonedx.output import make_outputter
-from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
 
 from heimdall_onnx.archive.manifest import (
@@ -45,15 +33,19 @@ from heimdall_onnx.services.store import format_uri
 if TYPE_CHECKING:
     from heimdall_onnx.archive.record import Record
     from heimdall_onnx.evidence.latency.figures import ContenderFigures, LatencyFigures, PairFigures
-    from heimdall_onnx.evidence.latency.statistics import Speedup
     from heimdall_onnx.evidence.parity.report import ParityFigures
     from heimdall_onnx.evidence.variants.figures import VariantFigures, VariantsFigures
+
+_Json = dict[str, Any]
 
 # Namespace of the serial numbers; drawn once.
 _NAMESPACE = UUID("6f0c1a52-7c0e-4f0e-9a3c-3d5b8c1e7a94")
 # Files of one machine: their content is a component, by its hash.
 _PATHS = {"checkpoint", "eval_data", "calibration_data", "output_dir"}
 _MODEL, _CHECKPOINT, _EVALUATION_DATA = "model", "checkpoint", "evaluation-data"
+_LEARNED = "machine-learning-model"
+# Of an environment that was there when the model was made, and is no part of it.
+_EXCLUDED = {"scope": "excluded"}
 
 
 def describe_release(manifest: Manifest, record: Record) -> bytes:
@@ -68,38 +60,27 @@ def describe_release(manifest: Manifest, record: Record) -> bytes:
     Returns:
         JSON of CycloneDX 1.6.
     """
-    bom = _bill(manifest, record)
-    written = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
-    described: dict[str, Any] = json.loads(written)
-    described["metadata"]["component"]["modelCard"] = _model_card(record)
-    for component in described["components"]:
-        if component["bom-ref"] == _EVALUATION_DATA:
-            component["data"] = [_data_set(record.evaluation_data)]
-    return (json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _bill(manifest: Manifest, record: Record) -> Bom:
-    model = _model(manifest, record)
-    inputs = (
+    environment = record.environment
+    inputs = [
         _checkpoint(manifest, record.checkpoint),
         _evaluation_data(manifest, record.evaluation_data),
         *_signature_file(manifest),
-    )
+    ]
     packages = {name: _package(name, v) for name, v in record.distributions.items()}
     ours = packages[DISTRIBUTION]
-    environment = record.environment
-    bom = Bom(
-        components=(*inputs, *packages.values(), *_platform(environment)),
-        serial_number=uuid5(_NAMESPACE, f"{manifest.model.sha256} {manifest.version}"),
-        metadata=BomMetaData(
-            component=model,
-            timestamp=manifest.said.created,
-            tools=ToolRepository(
-                components=[
-                    Component(type=ComponentType.APPLICATION, name=ours.name, version=ours.version)
-                ]
-            ),
-            properties=_properties(
+    named = [packages[name] for name in environment.packages if name != DISTRIBUTION]
+    tool = {"type": "application", "name": ours["name"], "version": ours["version"]}
+    described = {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "serialNumber": uuid5(_NAMESPACE, f"{manifest.model.sha256} {manifest.version}").urn,
+        "metadata": {
+            "timestamp": manifest.said.created.isoformat(),
+            "tools": {"components": [tool]},
+            "component": _model(manifest, record),
+            "properties": _properties(
                 {
                     "git:commit": environment.git_commit,
                     "git:dirty": environment.git_dirty,
@@ -108,36 +89,38 @@ def _bill(manifest: Manifest, record: Record) -> Bom:
                     **_parameters(manifest.said.parameters),
                 }
             ),
-        ),
-    )
-    bom.register_dependency(model, [*inputs, ours])
-    named = (packages[name] for name in environment.packages if name != DISTRIBUTION)
-    bom.register_dependency(ours, named)
-    return bom
+        },
+        "components": [*inputs, *packages.values(), *_platform(environment)],
+        "dependencies": [
+            {"ref": _MODEL, "dependsOn": [c["bom-ref"] for c in (*inputs, ours)]},
+            {"ref": ours["bom-ref"], "dependsOn": [c["bom-ref"] for c in named]},
+        ],
+    }
+    return (json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _model(manifest: Manifest, record: Record) -> Component:
+def _component(kind: str, reference: str, name: str, **further: Any) -> _Json:
+    """A component; of what is further said of it, nothing that is empty."""
+    given = {what: value for what, value in further.items() if value}
+    return {"type": kind, "bom-ref": reference, "name": name, **given}
+
+
+def _model(manifest: Manifest, record: Record) -> _Json:
     entry, version, said = manifest.model, manifest.version, manifest.said
     name, described = said.parameters["name"], _metadata(record)
-    return Component(
-        type=ComponentType.MACHINE_LEARNING_MODEL,
-        bom_ref=_MODEL,
-        name=name,
+    file = _reference(manifest, entry)
+    found = {"checksum": f"sha256:{entry.sha256}", "download_url": file["url"]}
+    return _component(
+        _LEARNED,
+        _MODEL,
+        name,
         version=version,
         description=f"{described['model_type']} as an ONNX model, opset {said.parameters['opset']}",
-        purl=PackageURL(
-            "generic",
-            name=name,
-            version=version,
-            qualifiers={
-                "checksum": f"sha256:{entry.sha256}",
-                "download_url": _address(manifest, entry),
-            },
-        ),
+        purl=PackageURL("generic", name=name, version=version, qualifiers=found).to_string(),
         hashes=_hashes(entry.sha256),
-        external_references=[
-            _reference(manifest, entry, ExternalReferenceType.DISTRIBUTION),
-            _reference(manifest, manifest.objects[REPORT_HTML], ExternalReferenceType.EVIDENCE),
+        externalReferences=[
+            file,
+            _reference(manifest, manifest.objects[REPORT_HTML], "evidence"),
         ],
         properties=_properties(
             {
@@ -150,25 +133,21 @@ def _model(manifest: Manifest, record: Record) -> Component:
                 **dict(_describe_variants(record.variants)),
             }
         ),
-        components=(*_weights(manifest), *_variant_files(manifest, record)),
+        components=[*_weights(manifest), *_variant_files(manifest, record)],
+        modelCard=_model_card(record),
     )
 
 
-def _metadata(record: Record) -> dict[str, Any]:
+def _metadata(record: Record) -> _Json:
     assert record.uploaded is not None  # else there is no release
     return record.uploaded.metadata
 
 
-def _weights(manifest: Manifest) -> Iterator[Component]:
+def _weights(manifest: Manifest) -> Iterator[_Json]:
     """The files beside the model that hold its weights, where it is too large for one file."""
     for name, entry in manifest.model_files.items():
         if name != MODEL:
-            yield Component(
-                type=ComponentType.FILE,
-                bom_ref=name,
-                name=name,
-                hashes=_hashes(entry.sha256),
-            )
+            yield _component("file", name, name, hashes=_hashes(entry.sha256))
 
 
 def _judged(record: Record) -> list[VariantFigures]:
@@ -192,48 +171,46 @@ def _describe_variants(variants: VariantsFigures | None) -> Iterator[tuple[str, 
             yield f"variant:{one.name}", {what: value for what, value in found.items() if value}
 
 
-def _variant_files(manifest: Manifest, record: Record) -> Iterator[Component]:
+def _variant_files(manifest: Manifest, record: Record) -> Iterator[_Json]:
     """The variants that are published in a file of their own."""
     for one in _judged(record):
         if not one.passed or one.file == MODEL:
             continue
         entry = manifest.objects[one.file]
-        yield Component(
-            type=ComponentType.MACHINE_LEARNING_MODEL,
-            bom_ref=f"variant-{one.name}",
-            name=f"{manifest.said.parameters['name']} {one.name}",
+        sessions = {f"session:{purpose}": s.to_dict() for purpose, s in one.sessions.items()}
+        yield _component(
+            _LEARNED,
+            f"variant-{one.name}",
+            f"{manifest.said.parameters['name']} {one.name}",
             version=manifest.version,
             description=f"Variant of the model: {one.what}",
             hashes=_hashes(entry.sha256),
-            external_references=[_reference(manifest, entry, ExternalReferenceType.DISTRIBUTION)],
+            externalReferences=[_reference(manifest, entry)],
             properties=_properties(
                 {
                     "size": entry.size,
                     "precision": one.precision,
                     "ran_on": one.ran_on,
                     "kept_in_float": one.kept_in_float,
-                    **{
-                        f"session:{purpose}": settings.to_dict()
-                        for purpose, settings in one.sessions.items()
-                    },
+                    **sessions,
                 }
             ),
         )
 
 
-def _checkpoint(manifest: Manifest, checkpoint: Checkpoint) -> Component:
-    return Component(
-        type=ComponentType.MACHINE_LEARNING_MODEL,
-        bom_ref=_CHECKPOINT,
-        name=checkpoint.file,
+def _checkpoint(manifest: Manifest, checkpoint: Checkpoint) -> _Json:
+    return _component(
+        _LEARNED,
+        _CHECKPOINT,
+        checkpoint.file,
         description="The trained weights that were exported",
         hashes=_hashes(checkpoint.sha256),
-        external_references=_content_references(manifest, "checkpoint"),
+        externalReferences=_content_references(manifest, "checkpoint"),
         components=[
-            Component(
-                type=ComponentType.MACHINE_LEARNING_MODEL,
-                bom_ref=f"member-{number}",
-                name=member.file,
+            _component(
+                _LEARNED,
+                f"member-{number}",
+                member.file,
                 description="The trained weights of one member, as the checkpoint records it",
                 hashes=_hashes(member.sha256),
             )
@@ -242,109 +219,84 @@ def _checkpoint(manifest: Manifest, checkpoint: Checkpoint) -> Component:
     )
 
 
-def _signature_file(manifest: Manifest) -> Iterator[Component]:
+def _signature_file(manifest: Manifest) -> Iterator[_Json]:
     """The file that declares inputs and outputs, where the model's class does not."""
     if (entry := manifest.content_of("signature")) is not None:
-        yield Component(
-            type=ComponentType.FILE,
-            bom_ref="signature",
-            name=entry.name,
+        yield _component(
+            "file",
+            "signature",
+            entry.name,
             description="The declared inputs and outputs of the model",
             hashes=_hashes(entry.sha256),
-            external_references=_content_references(manifest, "signature"),
+            externalReferences=_content_references(manifest, "signature"),
         )
 
 
-def _evaluation_data(manifest: Manifest, data: EvaluationInputs) -> Component:
-    return Component(
-        type=ComponentType.DATA,
-        bom_ref=_EVALUATION_DATA,
-        name=data.source,
+def _evaluation_data(manifest: Manifest, data: EvaluationInputs) -> _Json:
+    return _component(
+        "data",
+        _EVALUATION_DATA,
+        data.source,
         description=f"The inputs on which both models were compared: {data.provenance}",
         hashes=_hashes(data.sha256),
-        external_references=_content_references(manifest, "evaluation_data"),
+        externalReferences=_content_references(manifest, "evaluation_data"),
         properties=_properties({"samples": data.samples}),
+        data=[{"type": "dataset", "name": data.source, "description": data.provenance}],
     )
 
 
-def _package(name: str, version: str) -> Component:
-    purl = PackageURL("pypi", name=name, version=version)
-    return Component(
-        type=ComponentType.LIBRARY,
-        bom_ref=purl.to_string(),
-        name=name,
-        version=version,
-        purl=purl,
-        # It was there when the model was made; it is no part of the model.
-        scope=ComponentScope.EXCLUDED,
-    )
+def _package(name: str, version: str) -> _Json:
+    purl = PackageURL("pypi", name=name, version=version).to_string()
+    return _component("library", purl, name, version=version, purl=purl, **_EXCLUDED)
 
 
-def _platform(environment: Environment) -> Iterator[Component]:
-    for kind, reference, name, version in (
-        (ComponentType.PLATFORM, "python", "Python", environment.python),
-        (ComponentType.OPERATING_SYSTEM, "system", environment.system, None),
-        (ComponentType.DEVICE, "processor", environment.cpu, None),
-    ):
-        yield Component(
-            type=kind,
-            bom_ref=reference,
-            name=name,
-            version=version,
-            scope=ComponentScope.EXCLUDED,
-        )
+def _platform(environment: Environment) -> Iterator[_Json]:
+    yield _component("platform", "python", "Python", version=environment.python, **_EXCLUDED)
+    yield _component("operating-system", "system", environment.system, **_EXCLUDED)
+    yield _component("device", "processor", environment.cpu, **_EXCLUDED)
 
 
-def _hashes(sha256: str | None) -> list[HashType]:
-    return [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
+def _hashes(sha256: str | None) -> list[_Json]:
+    return [{"alg": "SHA-256", "content": sha256}] if sha256 else []
 
 
-def _address(manifest: Manifest, entry: Entry) -> str:
-    return format_uri(manifest.bucket, entry.key)
+def _url(address: str) -> str:
+    return quote(address, safe=":/")
 
 
-def _reference(manifest: Manifest, entry: Entry, kind: ExternalReferenceType) -> ExternalReference:
-    return ExternalReference(
-        type=kind, url=XsUri(_address(manifest, entry)), hashes=_hashes(entry.sha256)
-    )
+def _reference(manifest: Manifest, entry: Entry, kind: str = "distribution") -> _Json:
+    address = format_uri(manifest.bucket, entry.key)
+    return {"type": kind, "url": _url(address), "hashes": _hashes(entry.sha256)}
 
 
-def _content_references(manifest: Manifest, role: ContentRole) -> list[ExternalReference]:
-    return [
-        _reference(manifest, entry, ExternalReferenceType.DISTRIBUTION)
-        for entry in manifest.content
-        if entry.role == role
-    ] + [
-        ExternalReference(
-            type=ExternalReferenceType.DISTRIBUTION,
-            url=XsUri(dataset.address),
-            comment="a dataset of many files; its digest is the component's hash",
-        )
+def _content_references(manifest: Manifest, role: ContentRole) -> list[_Json]:
+    return [_reference(manifest, entry) for entry in manifest.content if entry.role == role] + [
+        {
+            "type": "distribution",
+            "url": _url(dataset.address),
+            "comment": "a dataset of many files; its digest is the component's hash",
+        }
         for dataset in manifest.said.datasets
         if dataset.role == role
     ]
 
 
-def _properties(values: Mapping[str, Any]) -> list[Property]:
+def _properties(values: Mapping[str, Any]) -> list[_Json]:
     """Properties in a namespace of this package's; text as it is, anything else as JSON."""
     return [
-        Property(
-            name=f"{DISTRIBUTION}:{name}",
-            value=value if isinstance(value, str) else json.dumps(value),
-        )
+        {
+            "name": f"{DISTRIBUTION}:{name}",
+            "value": value if isinstance(value, str) else json.dumps(value),
+        }
         for name, value in values.items()
     ]
 
 
-def _parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(parameters: Mapping[str, Any]) -> _Json:
     return {f"parameter:{name}": v for name, v in parameters.items() if name not in _PATHS}
 
 
-def _data_set(data: EvaluationInputs) -> dict[str, Any]:
-    return {"type": "dataset", "name": data.source, "description": data.provenance}
-
-
-def _model_card(record: Record) -> dict[str, Any]:
+def _model_card(record: Record) -> _Json:
     signature, backbone = record.model.signature, _metadata(record)["backbone"]
     position = signature.position_output
     task = {"task": f"regression of {position.name} in {DEGREES}"} if position else {}
@@ -382,42 +334,36 @@ def _format(spec: TensorSpec) -> str:
 
 
 def _metric(
-    kind: str, value: float | str, where: str, interval: Sequence[float | str] = ()
-) -> dict[str, Any]:
+    kind: str, value: float | str, where: str, low: float | None = None, high: float | None = None
+) -> _Json:
     """A performance metric; numbers in the fewest digits that read back as the same number."""
-    metric: dict[str, Any] = {"type": kind, "value": str(value), "slice": where}
-    if interval:
-        low, high = map(str, interval)
-        metric["confidenceInterval"] = {"lowerBound": low, "upperBound": high}
+    metric: _Json = {"type": kind, "value": str(value), "slice": where}
+    if low is not None:
+        metric["confidenceInterval"] = {"lowerBound": str(low), "upperBound": str(high)}
     return metric
 
 
-def _latency_metrics(latency: LatencyFigures | None) -> Iterator[dict[str, Any]]:
-    if latency is None:
-        return
-    where = (
-        f"batch {latency.batch_size}, {latency.threads} threads, {latency.confidence:.0%} interval"
-    )
-    yield _ratio_metric(latency.speedup, f"PyTorch over ONNX Runtime, {where}")
-    for contender in latency.contenders:
-        yield from _percentile_metrics(contender, where)
+def _latency_metrics(latency: LatencyFigures | None) -> Iterator[_Json]:
+    if latency is not None:
+        threads, sure = f"{latency.threads} threads", f"{latency.confidence:.0%} interval"
+        where = f"batch {latency.batch_size}, {threads}, {sure}"
+        yield from _turn_metrics(latency, latency.contenders, where)
 
 
-def _ratio_metric(speedup: Speedup, where: str) -> dict[str, Any]:
-    return _metric("speedup", speedup.ratio, where, (speedup.low, speedup.high))
+def _turn_metrics(
+    turns: LatencyFigures | PairFigures, of: Iterable[ContenderFigures], where: str
+) -> Iterator[_Json]:
+    """How much faster the second contender is, and the percentiles of some."""
+    speedup, (first, second) = turns.speedup, turns.contenders
+    against = f"{first.name} over {second.name}, {where}"
+    yield _metric("speedup", speedup.ratio, against, speedup.low, speedup.high)
+    for contender in of:
+        for p in contender.percentiles:
+            what = f"latency p{p.percentile:g} (ms)"
+            yield _metric(what, p.value_ms, f"{contender.name}, {where}", p.low_ms, p.high_ms)
 
 
-def _percentile_metrics(contender: ContenderFigures, where: str) -> Iterator[dict[str, Any]]:
-    for found in contender.percentiles:
-        yield _metric(
-            f"latency p{found.percentile:g} (ms)",
-            found.value_ms,
-            f"{contender.name}, {where}",
-            (found.low_ms, found.high_ms),
-        )
-
-
-def _parity_metrics(parity: ParityFigures) -> Iterator[dict[str, Any]]:
+def _parity_metrics(parity: ParityFigures) -> Iterator[_Json]:
     cell = parity.cells[0]
     for output in cell.outputs:
         unit = f" ({output.unit})" if output.unit else ""
@@ -430,7 +376,7 @@ def _parity_metrics(parity: ParityFigures) -> Iterator[dict[str, Any]]:
         yield _metric(f"p99 absolute error{unit}", output.p99, where)
 
 
-def _ground_metrics(parity: ParityFigures) -> Iterator[dict[str, Any]]:
+def _ground_metrics(parity: ParityFigures) -> Iterator[_Json]:
     for task in parity.ground.task if parity.ground else ():
         where = f"{task.who}, {parity.samples} evaluation samples with true positions"
         yield _metric("localization error, median (m)", task.median_m, where)
@@ -445,14 +391,15 @@ def _ground_metrics(parity: ParityFigures) -> Iterator[dict[str, Any]]:
                 f"coverage of the {coverage.nominal:.0%} ellipse",
                 coverage.observed,
                 f"{where}, 95% interval",
-                (coverage.low, coverage.high),
+                coverage.low,
+                coverage.high,
             )
         yield _metric("calibration error, mean absolute", calibration.calibration_error, where)
         yield _metric("negative log-likelihood (nats)", calibration.nll, where)
         yield _metric("median radius of the 90% ellipse (m)", calibration.radius_p50_m, where)
 
 
-def _variant_metrics(record: Record) -> Iterator[dict[str, Any]]:
+def _variant_metrics(record: Record) -> Iterator[_Json]:
     """What the gates of each variant measured, broken ones too, and how fast it is."""
     for one in _judged(record):
         for gate in one.gates:
@@ -466,11 +413,8 @@ def _variant_metrics(record: Record) -> Iterator[dict[str, Any]]:
         yield from _pair_metrics(record.variants.against_pytorch, "as recommended")
 
 
-def _pair_metrics(pair: PairFigures, how: str) -> Iterator[dict[str, Any]]:
-    first, second = pair.contenders
-    where = f"batch {pair.batch_size} {how}"
-    yield _ratio_metric(pair.speedup, f"{first.name} over {second.name}, {where}")
-    yield from _percentile_metrics(second, where)
+def _pair_metrics(pair: PairFigures, how: str) -> Iterator[_Json]:
+    yield from _turn_metrics(pair, pair.contenders[1:], f"batch {pair.batch_size} {how}")
 
 
 def _limitations(record: Record) -> Iterator[str]:
