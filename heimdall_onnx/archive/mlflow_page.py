@@ -24,7 +24,6 @@ from heimdall_onnx.common.text import (
     number,
     shown,
 )
-from heimdall_onnx.services.registry import NamedData
 from heimdall_onnx.services.store import MANIFEST, format_uri
 
 if TYPE_CHECKING:
@@ -39,8 +38,11 @@ _REVIEWS = "\n\n#### Reviews\n\n"
 _OLDEST_REVIEW = re.compile(re.escape(_REVIEWS) + r"- .*\n(?=- )")
 
 
-def name_data(record: Record, bucket: str, given: str) -> NamedData:
-    """The evaluation data of a run.
+def name_data(record: Record, bucket: str, given: str) -> dict[str, str]:
+    """The evaluation data of a run, as `MLflowTracker.log_dataset` takes them.
+
+    The digest is the first 36 digits of their SHA-256, as many as MLflow takes; of synthetic inputs
+    that of what is said about them here.
 
     Args:
         record: What the notebook has recorded.
@@ -48,10 +50,10 @@ def name_data(record: Record, bucket: str, given: str) -> NamedData:
         given: The parameter ``eval_data``.
     """
     data = record.evaluation_data
-    columns = tuple(
+    columns = [
         {"name": input_name, "type": f"{spec.dtype} {spec.shape}"}
         for input_name, spec in data.inputs.items()
-    )
+    ]
     profile = {
         "samples": data.samples,
         "true positions": "yes" if data.labelled else "no",
@@ -66,14 +68,14 @@ def name_data(record: Record, bucket: str, given: str) -> NamedData:
         kind, source = "s3", {"uri": kept}
     elif given.startswith("s3://"):
         kind = "s3"
-    return NamedData(
-        name=shown(data.source),
-        digest=digest[:_DIGEST_CHARACTERS],
-        source_type=kind,
-        source=source,
-        columns=columns,
-        profile=profile,
-    )
+    return {
+        "name": shown(data.source),
+        "digest": digest[:_DIGEST_CHARACTERS],
+        "source_type": kind,
+        "source": json.dumps(source),
+        "schema": json.dumps({"mlflow_colspec": columns}),
+        "profile": json.dumps(profile),
+    }
 
 
 def _kept_at(uploaded: UploadedRelease | None, bucket: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -218,19 +217,17 @@ class MLflowTracker:
         with self._errors("log metrics"):
             self._client.log_batch(run_id, metrics=logged)
 
-    def log_dataset(self, data: NamedData, *, run_id: str) -> None:
-        """Name the data that a run was evaluated on; naming them again changes nothing."""
-        dataset = Dataset(
-            name=data.name,
-            digest=data.digest,
-            source_type=data.source_type,
-            source=json.dumps(data.source),
-            schema=json.dumps({"mlflow_colspec": list(data.columns)}),
-            profile=json.dumps(data.profile),
-        )
+    def log_dataset(self, data: Mapping[str, str], *, run_id: str) -> None:
+        """Name the data that a run was evaluated on; naming them again changes nothing.
+
+        Args:
+            data: What MLflow says of a dataset: ``name``, ``digest``, ``source_type``, and as JSON
+                ``source``, ``schema`` and ``profile``.
+            run_id: The run.
+        """
         tag = InputTag(MLFLOW_DATASET_CONTEXT, "evaluation")
         with self._errors(f"name the evaluation data of run {run_id}"):
-            self._client.log_inputs(run_id, [DatasetInput(dataset, [tag])])
+            self._client.log_inputs(run_id, [DatasetInput(Dataset(**data), [tag])])
 
     def log_artifact(
         self, path: str | Path, artifact_path: str | None = None, *, run_id: str | None = None
@@ -642,25 +639,3 @@ def _describe_version(version: Any) -> RegisteredVersion:
         int(version.creation_timestamp),
         version.description or "",
     )
-
-
-@dataclass(frozen=True)
-class NamedData:
-    """Evaluation data as MLflow names the datasets of a run.
-
-    Attributes:
-        name: File or dataset, or ``"synthetic inputs"``.
-        digest: The first 36 digits of their SHA-256, as many as MLflow takes; of synthetic inputs
-            that of what is said about them here.
-        source_type: ``"s3"``, ``"local"`` where nothing was kept, ``"code"`` for synthetic inputs.
-        source: Where they are: ``{"uri": …}``.
-        columns: ``{"name", "type"}`` of each input, the type with dtype and shape of a sample.
-        profile: Number of samples and provenance.
-    """
-
-    name: str
-    digest: str
-    source_type: str
-    source: Mapping[str, Any]
-    columns: tuple[dict[str, str], ...]
-    profile: Mapping[str, Any]

@@ -151,30 +151,35 @@ def test_data_are_named_by_hash_and_address():
     roles = ("checkpoint", "evaluation_data")
     found = record(uploaded={"content": [{**kept, "role": role} for role in roles]})
     named = name_data(found, "models", "/data/eval.npz")
-    assert (named.name, named.digest) == ("eval.npz", SHA256[:36])
-    assert named.source_type == "s3"
-    assert named.source == {"uri": f"s3://models/objects/sha256/{SHA256}"}
-    assert named.columns == ({"name": "signal", "type": "float32 (2,)"},)
-    assert named.profile["samples"] == 64
+    assert (named["name"], named["digest"]) == ("eval.npz", SHA256[:36])
+    assert named["source_type"] == "s3"
+    assert json.loads(named["source"]) == {"uri": f"s3://models/objects/sha256/{SHA256}"}
+    columns = [{"name": "signal", "type": "float32 (2,)"}]
+    assert json.loads(named["schema"]) == {"mlflow_colspec": columns}
+    assert json.loads(named["profile"])["samples"] == 64
     dataset = {"role": "evaluation_data", "name": "x", "address": "s3://data/captures.zarr"}
     found = record(uploaded={"datasets": [{**dataset, "digest": SHA256}]})
-    assert name_data(found, "models", "x").source == {"uri": "s3://data/captures.zarr"}
+    named = name_data(found, "models", "x")
+    assert json.loads(named["source"]) == {"uri": "s3://data/captures.zarr"}
 
 
 def test_data_that_were_not_kept_are_named_as_they_were_given():
     failed = record(uploaded=None)
     named = name_data(failed, "models", "/data/eval.npz")
-    assert (named.source_type, named.source) == ("local", {"uri": "/data/eval.npz"})
-    assert name_data(failed, "models", "s3://data/captures.zarr").source_type == "s3"
+    assert (named["source_type"], json.loads(named["source"])) == (
+        "local",
+        {"uri": "/data/eval.npz"},
+    )
+    assert name_data(failed, "models", "s3://data/captures.zarr")["source_type"] == "s3"
 
 
 def test_synthetic_inputs_say_so():
     data = {"sha256": None, "source": "synthetic inputs"}
     named = name_data(record(evaluation_data=data), "models", "")
-    assert (named.name, named.source_type) == ("synthetic inputs", "code")
-    assert len(named.digest) == 36
+    assert (named["name"], named["source_type"]) == ("synthetic inputs", "code")
+    assert len(named["digest"]) == 36
     more = record(evaluation_data={**data, "samples": 65})
-    assert name_data(more, "models", "").digest != named.digest
+    assert name_data(more, "models", "")["digest"] != named["digest"]
 
 
 def test_metrics_have_the_same_paths_whatever_was_released():

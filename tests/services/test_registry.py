@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +44,6 @@ from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.embedded import ensure_store, services_down
 from heimdall_onnx.services.registry import (
     MLflowTracker,
-    NamedData,
     initialize_mlflow,
     open_registry,
 )
@@ -320,17 +318,17 @@ def test_pages_say_what_they_are_told_and_a_person_is_not_overwritten(
 
 def test_data_that_a_run_names_twice_are_named_once(tracker: MLflowTracker) -> None:
     run_id = tracker.create_run("release")
-    data = NamedData(
-        name="eval.npz",
-        digest="a" * 36,
-        source_type="s3",
-        source={"uri": "s3://models/objects/sha256/a"},
-        columns=({"name": "signal", "type": "float32 (2, 8)"},),
-        profile={"samples": 64},
-    )
+    data = {
+        "name": "eval.npz",
+        "digest": "a" * 36,
+        "source_type": "s3",
+        "source": json.dumps({"uri": "s3://models/objects/sha256/a"}),
+        "schema": '{"mlflow_colspec": [{"name": "signal", "type": "float32 (2, 8)"}]}',
+        "profile": '{"samples": 64}',
+    }
     for _ in range(2):
         tracker.log_dataset(data, run_id=run_id)
-    tracker.log_dataset(replace(data, digest="b" * 36), run_id=run_id)
+    tracker.log_dataset(data | {"digest": "b" * 36}, run_id=run_id)
     client = mlflow.MlflowClient(tracker._uri, tracker._uri)
     named = client.get_run(run_id).inputs.dataset_inputs
     assert sorted(one.dataset.digest[0] for one in named) == ["a", "b"]
