@@ -7,12 +7,11 @@ manifest is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.manifest import (
     BOM,
     RECOMMENDED,
@@ -23,7 +22,7 @@ from heimdall_onnx.archive.manifest import (
     parse_manifest,
 )
 from heimdall_onnx.archive.mlflow_page import describe_model, describe_version
-from heimdall_onnx.common.errors import HeimdallError, StoreError
+from heimdall_onnx.common.errors import StoreError
 from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.retention import Protection, retain
 from heimdall_onnx.services.store import MANIFEST, parse_uri, to_json
@@ -31,7 +30,7 @@ from heimdall_onnx.services.store import MANIFEST, parse_uri, to_json
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-    from heimdall_onnx.archive.record import Record, RegisteredRelease, UploadedRelease
+    from heimdall_onnx.archive.record import Record
     from heimdall_onnx.archive.signing import Signer
     from heimdall_onnx.common.parameters import ReleaseParameters
     from heimdall_onnx.services.store import StoredObject
@@ -41,8 +40,6 @@ _FEW_VERSIONS = 100
 
 def describe_manifest(
     record: Record,
-    uploaded: UploadedRelease,
-    registered: RegisteredRelease,
     parameters: ReleaseParameters,
     reports: Iterable[StoredObject],
     *,
@@ -54,9 +51,7 @@ def describe_manifest(
     """What the manifest of a release says.
 
     Args:
-        record: What the notebook has recorded.
-        uploaded: What it has uploaded.
-        registered: What it has registered.
+        record: What the notebook has recorded, its upload and registration among it.
         parameters: Of the release.
         reports: What was uploaded since.
         verdict: As it was judged from outside.
@@ -64,6 +59,9 @@ def describe_manifest(
         signer: Who signs the release, if anybody.
         protection: How the store keeps it.
     """
+    uploaded, registered = record.uploaded, record.registered
+    assert uploaded is not None
+    assert registered is not None
     recorded, signature = record.to_json(), None
     if signer is not None:
         folder = f"{parameters.prefix}/{uploaded.version}"
@@ -205,26 +203,3 @@ def present_release(connection: Connection, manifest: Manifest, record: Record) 
     # To say anything of a model, MLflow reads all its versions.
     if int(version) <= _FEW_VERSIONS:
         tracker.describe_model(name, describe_model(name))
-
-
-def assign_alias(connection: Connection, manifest: Manifest, alias: str, by: str) -> None:
-    """Point the alias at a complete release.
-
-    Raises:
-        ServiceError: If a service can't be reached or refuses.
-    """
-    log = AliasLog(connection.bucket(manifest.bucket), manifest.model_name, alias)
-    log.point(connection.tracker, manifest.model_version, manifest.uri, by)
-
-
-def unassign_alias(connection: Connection, manifest: Manifest, alias: str) -> Iterator[str]:
-    """Point the alias back at what it pointed at before, if it points at this release.
-
-    Yields:
-        What could not be done, in words.
-    """
-    log = AliasLog(connection.bucket(manifest.bucket), manifest.model_name, alias)
-    try:
-        log.withdraw(connection.tracker, manifest.model_version, manifest.uri)
-    except HeimdallError as error:
-        yield f"alias {alias} of {manifest.model_name}: {error}"

@@ -179,7 +179,6 @@ class ONNXExporter:
             path,
             object_name,
             metadata=object_metadata(described),
-            content_type="application/octet-stream",
         )
         return stored.uri
 

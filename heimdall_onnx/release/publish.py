@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.archive.content import keep_content, keep_dataset
-from heimdall_onnx.archive.manifest import Content, KeptDataset
+from heimdall_onnx.archive.manifest import Content
 from heimdall_onnx.archive.metadata import METADATA, object_metadata, release_metadata, version_tags
 from heimdall_onnx.archive.record import RegisteredRelease, Skipped, UploadedRelease
 from heimdall_onnx.common.errors import HeimdallError, ServiceError
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import MODEL
 from heimdall_onnx.evidence.metrics import run_metrics
 from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import MANIFEST, Bucket, StoredObject, to_json
+from heimdall_onnx.services.store import MANIFEST, Bucket, to_json
 
 if TYPE_CHECKING:
     from heimdall_onnx.common.parameters import ReleaseParameters
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from heimdall_onnx.model.onnx.export import ExportResult
     from heimdall_onnx.model.signature import Signature
     from heimdall_onnx.services.registry import MLflowTracker
+    from heimdall_onnx.services.store import StoredObject
 
 log = get_logger(__name__)
 
@@ -111,20 +113,26 @@ def upload_release(
         bucket = connection.bucket(parameters.bucket)
         bucket.ensure()
         content = _keep_content(bucket, parameters, loaded, data, variants)
-        datasets = [keep_dataset(bucket, dataset) for dataset in filter(None, [data.dataset])]
-        uploaded = _upload(
-            connection,
-            parameters,
-            journal,
-            described,
-            exported,
-            loaded.signature,
-            content=content,
-            datasets=tuple(datasets),
-            variants=variants,
-        )
+        datasets = tuple(keep_dataset(bucket, dataset) for dataset in filter(None, [data.dataset]))
+        version = _claim(bucket, parameters, journal, described)
+        folder = f"{parameters.prefix}/{version}"
+        files = _upload(bucket, folder, described, exported, loaded.signature, variants)
+        objects = (*files, bucket.head(f"{folder}/{METADATA}"))
+        connection.tracker.check_run(run_id)
         undo.pop_all()
-    return uploaded
+    folder_uri = bucket.uri(folder)
+    log.info("uploaded", version=version, folder=folder_uri, objects=len(objects))
+    return UploadedRelease(
+        version=version,
+        folder_uri=folder_uri,
+        s3_uri=f"{folder_uri}/{MODEL}",
+        sha256=exported.sha256,
+        run_id=run_id,
+        metadata={**described, "version": version},
+        objects=objects,
+        content=content,
+        datasets=datasets,
+    )
 
 
 def _keep_content(
@@ -156,84 +164,47 @@ def close_own_run(tracker: MLflowTracker, run_id: str, status: str) -> None:
         log.warning("MLflow run not ended", run_id=run_id, reason=str(error))
 
 
-def _upload(
-    connection: Connection,
-    parameters: ReleaseParameters,
-    journal: Journal,
-    described: Mapping[str, Any],
-    exported: ExportResult,
-    signature: Signature,
-    *,
-    content: tuple[Content, ...],
-    datasets: tuple[KeptDataset, ...],
-    variants: VariantsReport | None,
-) -> UploadedRelease:
-    bucket, prefix = connection.bucket(parameters.bucket), parameters.prefix
-    run_id, token = described["mlflow_run_id"], secrets.token_hex(16)
+def _claim(
+    bucket: Bucket, parameters: ReleaseParameters, journal: Journal, described: Mapping[str, Any]
+) -> str:
+    token = secrets.token_hex(16)
 
     def claim(version: str) -> bytes:
         journal.write(
             bucket=bucket.name,
-            prefix=prefix,
+            prefix=parameters.prefix,
             version=version,
-            run_id=run_id,
+            run_id=described["mlflow_run_id"],
             model_name=parameters.name,
             claim=token,
         )
         return to_json({**described, "version": version, "claim": token})
 
-    version = bucket.claim_version(prefix, name=METADATA, content=claim)
-    folder = f"{prefix}/{version}"
-    model = bucket.upload_file(
+    return bucket.claim_version(parameters.prefix, name=METADATA, content=claim)
+
+
+def _upload(
+    bucket: Bucket,
+    folder: str,
+    described: Mapping[str, Any],
+    exported: ExportResult,
+    signature: Signature,
+    variants: VariantsReport | None,
+) -> Iterator[StoredObject]:
+    """The model, what lets MLflow load it, and those variants that are no other way to run it."""
+    from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
+
+    yield bucket.upload_file(
         exported.path,
-        f"{folder}/model.onnx",
+        f"{folder}/{MODEL}",
         sha256=exported.sha256,
         metadata=object_metadata(described),
     )
-    connection.tracker.check_run(run_id)
-    objects = (
-        model,
-        *_upload_beside(bucket, folder, exported, signature, run_id),
-        *_upload_variants(bucket, folder, variants),
-        bucket.head(f"{folder}/{METADATA}"),
-    )
-    folder_uri = bucket.uri(folder)
-    log.info("uploaded", version=version, folder=folder_uri, objects=len(objects))
-    return UploadedRelease(
-        version=version,
-        folder_uri=folder_uri,
-        s3_uri=f"{folder_uri}/model.onnx",
-        sha256=model.sha256,
-        run_id=run_id,
-        metadata={**described, "version": version},
-        objects=objects,
-        content=content,
-        datasets=datasets,
-    )
-
-
-def _upload_beside(
-    bucket: Bucket,
-    folder: str,
-    exported: ExportResult,
-    signature: Signature,
-    run_id: str,
-) -> tuple[StoredObject, ...]:
-    """External data, and the files that let MLflow load the model."""
-    from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
-
     with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as beside:
-        write_mlmodel_folder(
-            Path(beside), signature, model_size_bytes=exported.size_bytes, run_id=run_id
-        )
-        paths = [*exported.external_data, *sorted(Path(beside).iterdir())]
-        return tuple(bucket.upload_file(p, f"{folder}/{p.name}") for p in paths)
-
-
-def _upload_variants(
-    bucket: Bucket, folder: str, variants: VariantsReport | None
-) -> Iterator[StoredObject]:
-    """The files of the variants that passed and are not the model run in another way."""
+        size, run_id = exported.size_bytes, described["mlflow_run_id"]
+        write_mlmodel_folder(Path(beside), signature, model_size_bytes=size, run_id=run_id)
+        for path in (*exported.external_data, *sorted(Path(beside).iterdir())):
+            yield bucket.upload_file(path, f"{folder}/{path.name}")
     for one in variants.judged if variants else ():
         if one.passed and one.has_own_file and one.path is not None:
             yield bucket.upload_file(one.path, f"{folder}/{one.file}", sha256=one.sha256)
@@ -298,9 +269,29 @@ def withdraw(connection: Connection, folder: Path) -> tuple[str, ...]:
     Returns:
         What could not be taken back, in words; empty when nothing is left.
     """
-    entries = Journal(folder).read()
+    claimed = Journal(folder).read()
+    if "version" not in claimed:
+        return ()
+    bucket, name = connection.bucket(claimed["bucket"]), claimed["model_name"]
+    place = f"{claimed['prefix']}/{claimed['version']}"
+    uri = bucket.uri(place)
+    # Its own: a run may be released into twice in one second.
+    delete = partial(_delete_own, bucket, f"{place}/", claimed["claim"])
+    # Without its manifest it is no release, whatever else can't be taken back.
+    steps: list[tuple[str, Callable[[], object]]] = [
+        (f"{uri}/{MANIFEST}", partial(delete, ending=f"/{MANIFEST}"))
+    ]
+    if claimed.get("registering"):
+        run_id = claimed["run_id"]
+        steps.append(
+            (
+                f"the version of {name} with source {uri}",
+                lambda: _delete_own_versions(connection.tracker, name, uri, run_id),
+            )
+        )
+    steps.append((uri, delete))
     left = []
-    for what, step in _withdrawals(connection, entries):
+    for what, step in steps:
         try:
             step()
         except HeimdallError as error:
@@ -311,41 +302,13 @@ def withdraw(connection: Connection, folder: Path) -> tuple[str, ...]:
     return tuple(left)
 
 
-def _withdrawals(
-    connection: Connection, entries: Mapping[str, Any]
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    if "version" not in entries:
-        return
-    bucket = connection.bucket(entries["bucket"])
-    folder, run_id = f"{entries['prefix']}/{entries['version']}/", entries["run_id"]
-    # Its own: a run may be released into twice in one second.
-    token = entries["claim"]
-    name, uri = entries["model_name"], bucket.uri(folder.rstrip("/"))
-    # Without its manifest it is no release, whatever else can't be taken back.
-    yield (
-        f"{uri}/{MANIFEST}",
-        partial(_delete_own, bucket, folder, token, _is_manifest),
-    )
-    if entries.get("registering"):
-        yield (
-            f"the version of {name} with source {uri}",
-            lambda: _delete_own_versions(connection.tracker, name, uri, run_id),
-        )
-    # Without the claim nobody would know whose the rest is.
-    yield uri, partial(_delete_own, bucket, folder, token, lambda key: True)
-
-
 def _delete_own_versions(tracker: MLflowTracker, name: str, source: str, run_id: str) -> None:
     # By its source: a kernel may die between registering and noting the version's number.
     for version in tracker.find_versions(name, source, run_id):
         tracker.delete_version(name, version)
 
 
-def _is_manifest(key: str) -> bool:
-    return key.endswith(f"/{MANIFEST}")
-
-
-def _delete_own(bucket: Bucket, folder: str, token: str, which: Callable[[str], bool]) -> None:
+def _delete_own(bucket: Bucket, folder: str, token: str, ending: str = "") -> None:
     # The journal is written before the claim, so the folder may be somebody else's, or nobody's.
     claim = folder + METADATA
     keys = bucket.list_keys(folder)
@@ -354,7 +317,8 @@ def _delete_own(bucket: Bucket, folder: str, token: str, which: Callable[[str], 
     claimed = bucket.read_json(claim)
     if not isinstance(claimed, dict) or claimed.get("claim") != token:
         return
-    chosen = [key for key in keys if which(key)]
+    chosen = [key for key in keys if key.endswith(ending)]
+    # The claim last: without it nobody would know whose the rest is.
     bucket.delete([key for key in chosen if key != claim])
     if claim in chosen:
         bucket.delete([claim])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heimdall_onnx.archive.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,29 @@ class ReleaseResult:
     costs: list[dict[str, Any]] = field(default_factory=list)
     local_report: str | None = None
     error: str | None = None
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> ReleaseResult:
+        """What a release that is there came to, as far as its manifest says."""
+        from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
+
+        return cls(
+            success=True,
+            exit_code=0,
+            verdict=manifest.verdict,
+            version=manifest.version,
+            s3_uri=f"{manifest.uri}/model.onnx",
+            report_uri=f"{manifest.uri}/{REPORT}",
+            report_html_uri=f"{manifest.uri}/{REPORT_HTML}",
+            manifest_uri=f"{manifest.uri}/manifest.json",
+            model_name=manifest.model_name,
+            model_version=manifest.model_version,
+            signer_sha256=manifest.signature.signer_sha256 if manifest.signature else None,
+            run_id=manifest.said.mlflow.run_id,
+            recommended=manifest.variants.recommended if manifest.variants else None,
+            gates=[gate.to_dict() for gate in manifest.said.gates],
+            costs=[cost.to_dict() for cost in manifest.said.costs],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy; without ``error`` on success."""

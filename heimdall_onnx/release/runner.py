@@ -17,10 +17,11 @@ from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
+from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML, Manifest
 from heimdall_onnx.archive.mlflow_page import name_data
 from heimdall_onnx.archive.signing import Signer, open_signer
@@ -40,11 +41,9 @@ from heimdall_onnx.data.evaluation import is_dataset
 from heimdall_onnx.evidence.costs import CostWatch
 from heimdall_onnx.release.complete import (
     add_bom,
-    assign_alias,
     complete_release,
     describe_manifest,
     present_release,
-    unassign_alias,
 )
 from heimdall_onnx.release.publish import close_own_run, withdraw
 from heimdall_onnx.release.result import ReleaseResult
@@ -64,13 +63,12 @@ from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.retention import Protection, prepare_bucket
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import MANIFEST, StoredObject
+from heimdall_onnx.services.store import StoredObject
 
 if TYPE_CHECKING:
     from jupyter_client.manager import AsyncKernelManager
 
     from heimdall_onnx.archive.record import Record
-    from heimdall_onnx.services.registry import MLflowTracker
 
 log = get_logger(__name__)
 
@@ -179,20 +177,17 @@ class _Run:
                     # Before the first upload: what is there already has no version.
                     connection.bucket(self.parameters.bucket).ensure()
                     self._protection = _protect(connection, self.parameters.bucket)
-                run_id = self._begin_run(connection.tracker)
+                given, tracker = self.parameters.run_id, connection.tracker
+                # Never the process's active run, which is its caller's, as are name and end of a
+                # given one.
+                if given:
+                    tracker.check_run(given)
+                run_id = given or tracker.create_run(f"release {self.id}")
             structlog.contextvars.bind_contextvars(run_id=run_id)
             self.result = replace(self.result, run_id=run_id, model_name=self.parameters.name)
-            given = self.parameters.run_id
             self.parameters = self.parameters.model_copy(update={"run_id": run_id})
             run_notebook = partial(self._run_notebook, notebook, kernel, cell_timeout, progress)
             return self._complete(connection, run_notebook, own_run=not given)
-
-    def _begin_run(self, tracker: MLflowTracker) -> str:
-        # Never the process's active run, which is its caller's, as are name and end of a given one.
-        given = self.parameters.run_id
-        if given:
-            tracker.check_run(given)
-        return given or tracker.create_run(f"release {self.id}")
 
     def _complete(
         self, connection: Connection, run_notebook: Callable[[], Judgement], *, own_run: bool
@@ -207,20 +202,17 @@ class _Run:
             else:
                 status = "FAILED"
                 result = self._keep_failed(connection, judgement)
-        except (HeimdallError, OSError) as error:
+        except BaseException as error:
+            # Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay.
             known = _known(error, self.folder)
-            if known is None:
-                self._give_up(connection, error)
-                raise
-            status = "FAILED"
+            status = "FAILED" if known else "KILLED"
             with uninterrupted():
                 left = self._take_back(connection)
-                upload = not isinstance(known, InputError)
-                self._mark_failed(connection, str(known), upload=upload)
+                upload = known is not None and not isinstance(known, InputError)
+                self._mark_failed(connection, str(known or type(error).__name__), upload=upload)
+            if known is None:
+                raise
             raise (_with_left(known, left) if left else known) from error
-        except BaseException as error:
-            self._give_up(connection, error)
-            raise
         finally:
             with uninterrupted():
                 if status != "FINISHED" and not self._taken_back:
@@ -232,12 +224,6 @@ class _Run:
                     model.unlink()
                 shutil.rmtree(self.folder / VARIANTS_FOLDER, ignore_errors=True)
         return result
-
-    def _give_up(self, connection: Connection, error: BaseException) -> None:
-        """Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay."""
-        with uninterrupted():
-            self._take_back(connection)
-            self._mark_failed(connection, type(error).__name__, upload=False)
 
     def _make_folder(self) -> None:
         try:
@@ -251,18 +237,15 @@ class _Run:
             ) from error
 
     def failed(self, error: HeimdallError) -> ReleaseResult:
+        report = self.folder / REPORT
         return replace(
             self.result,
             success=False,
             exit_code=error.exit_code,
             verdict=self._verdict(passed=False),
-            local_report=self.result.local_report or self._unrendered_report(),
+            local_report=self.result.local_report or (str(report) if report.is_file() else None),
             error=str(error),
         )
-
-    def _unrendered_report(self) -> str | None:
-        report = self.folder / REPORT
-        return str(report) if report.is_file() else None
 
     def _run_notebook(
         self,
@@ -280,42 +263,35 @@ class _Run:
             cell_timeout=cell_timeout,
             progress=progress,
         )
-        self._add_notebook_costs(judgement, time.perf_counter() - started)
-        self._judgement = judgement
-        return judgement
-
-    def _add_notebook_costs(self, judgement: Judgement, seconds: float) -> None:
-        """The notebook's own steps, and what its execution took beyond them."""
+        seconds = time.perf_counter() - started
         steps = judgement.record.costs if judgement.record else ()
-        beyond = seconds - sum(cost.seconds for cost in steps)
-        self._costs.add("kernel start and end", beyond)
+        self._costs.add("kernel start and end", seconds - sum(cost.seconds for cost in steps))
         for cost in steps:
             self._costs.add(cost.step, cost.seconds, cost.peak_memory_bytes)
+        self._judgement = judgement
+        return judgement
 
     def _finish(
         self, connection: Connection, judgement: Judgement, record: Record
     ) -> ReleaseResult:
         """Report, manifest and alias of a release whose model is uploaded and registered."""
-        uploaded, registered = record.uploaded, record.registered
-        if uploaded is None or registered is None:
+        uploaded = record.uploaded
+        if uploaded is None or record.registered is None:
             raise NotebookError(
                 "the notebook passed but has recorded no upload and no registration; it must call "
                 "upload_release, register_release and record_results as the release notebook does"
             )
-        version, folder_uri = uploaded.version, uploaded.folder_uri
         self._add_recorded(record)
         with self._costs.step("report"):
-            self._write_report(judgement, version, passed=True)
+            self._write_report(judgement, uploaded.version, passed=True)
             with ThreadPoolExecutor(1) as beside:
-                upload = partial(self._upload_reports, connection, version)
+                upload = partial(self._upload_reports, connection, uploaded.version)
                 reports = beside.submit(copy_context().run, upload)
                 self._log_to_run(connection, record)
                 written = reports.result()
         self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
         described = describe_manifest(
             record,
-            uploaded,
-            registered,
             self.parameters,
             written,
             verdict=self._verdict(passed=True),
@@ -323,22 +299,24 @@ class _Run:
             signer=self._signer,
             protection=self._protection or _protect(connection, self.parameters.bucket),
         )
-        self._publish_manifest(connection, record, described, folder_uri)
+        described = add_bom(connection, uploaded.folder_uri, described, record)
+        manifest = complete_release(connection, uploaded.folder_uri, described, self._signer)
+        self._manifest = manifest
+        present_release(connection, manifest, record)
+        # Only a complete release is offered.
+        with uninterrupted():
+            self._alias_log(connection).point(
+                connection.tracker,
+                manifest.model_version,
+                manifest.uri,
+                f"run {self.parameters.run_id}",
+            )
+            self._alias_moved = True
         return replace(
-            self.result,
-            success=True,
-            exit_code=0,
-            verdict=self._verdict(passed=True),
-            version=version,
-            recommended=record.variants.recommended if record.variants else None,
-            model_version=registered.model_version,
+            ReleaseResult.of_manifest(manifest),
             alias=self.parameters.alias,
-            signer_sha256=self._signer.sha256 if self._signer else None,
             retained_until=self._protection.retained_until if self._protection else None,
-            s3_uri=uploaded.s3_uri,
-            report_uri=f"{folder_uri}/{REPORT}",
-            report_html_uri=f"{folder_uri}/{REPORT_HTML}",
-            manifest_uri=f"{folder_uri}/{MANIFEST}",
+            speedup=record.speedup,
             local_report=str(self.folder / REPORT_HTML),
         )
 
@@ -357,21 +335,9 @@ class _Run:
             for name in (REPORT, REPORT_HTML)
         ]
 
-    def _publish_manifest(
-        self,
-        connection: Connection,
-        record: Record,
-        described: dict[str, Any],
-        folder_uri: str,
-    ) -> None:
-        """Complete the release, and only then move the alias."""
+    def _alias_log(self, connection: Connection) -> AliasLog:
         parameters = self.parameters
-        described = add_bom(connection, folder_uri, described, record)
-        self._manifest = complete_release(connection, folder_uri, described, self._signer)
-        present_release(connection, self._manifest, record)
-        with uninterrupted():
-            assign_alias(connection, self._manifest, parameters.alias, f"run {parameters.run_id}")
-            self._alias_moved = True
+        return AliasLog(connection.bucket(parameters.bucket), parameters.name, parameters.alias)
 
     def _keep_failed(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
         """Keep the report of a run that failed, since that is the one to be understood."""
@@ -472,8 +438,13 @@ class _Run:
 
     def _unassign_alias(self, connection: Connection) -> Iterator[str]:
         """Move the alias back if it was moved and the registry failed to say so."""
-        if self._manifest is not None:
-            yield from unassign_alias(connection, self._manifest, self.parameters.alias)
+        if (manifest := self._manifest) is not None:
+            try:
+                self._alias_log(connection).withdraw(
+                    connection.tracker, manifest.model_version, manifest.uri
+                )
+            except HeimdallError as error:
+                yield f"alias {self.parameters.alias} of {manifest.model_name}: {error}"
 
     def _verdict(self, *, passed: bool) -> str:
         word = "pass" if passed else "fail"
@@ -489,11 +460,11 @@ def _protect(connection: Connection, name: str) -> Protection:
     )
 
 
-def _known(error: HeimdallError | OSError, folder: Path) -> HeimdallError | None:
-    """The error in words; None for one that no full or broken disk explains."""
+def _known(error: BaseException, folder: Path) -> HeimdallError | None:
+    """An error of this package's, or of a full or broken disk in words; None for any other."""
     if isinstance(error, HeimdallError):
         return error
-    if error.errno not in _DISK_ERRORS:
+    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
         return None
     return SettingsError(
         f"HEIMDALL_HOME or the folder for temporary files can't be written to: {error.strerror} "

@@ -26,6 +26,7 @@ from pydantic import SecretStr
 from quick_release import Factory
 from structlog.testing import capture_logs
 
+from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.serving import ServedModel, _checked_inputs, _require_compatible
 from heimdall_onnx.common.errors import (
@@ -40,7 +41,6 @@ from heimdall_onnx.localization.network import LocalizationNet
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE, Signature, TensorSpec
-from heimdall_onnx.release.complete import assign_alias
 from heimdall_onnx.review.promotion import roll_back
 from heimdall_onnx.services.connection import connect
 
@@ -220,7 +220,7 @@ def test_no_request_is_lost_while_the_alias_moves(settings, connection, factory,
         threads = [threading.Thread(target=ask, args=(seen,)) for seen in answers]
         for thread in threads:
             thread.start()
-        assign_alias(connection, second, "production", "a run")
+        point(connection, second)
         assert wait_for(lambda: all(seen and seen[-1][0] == "2" for seen in answers), 60)
         ended.set()
         for thread in threads:
@@ -238,6 +238,11 @@ def test_no_request_is_lost_while_the_alias_moves(settings, connection, factory,
         for version, signal, positions in (*seen[:50], *seen[-50:]):
             (expected,) = sessions[version].run(["positions"], {"signal": signal})
             np.testing.assert_array_equal(positions, expected)
+
+
+def point(connection, release):
+    log = AliasLog(connection.bucket(BUCKET), release.model_name, "production")
+    log.point(connection.tracker, release.model_version, release.uri, "a run")
 
 
 def test_rollback_is_followed(settings, connection, factory, uri):
@@ -265,7 +270,7 @@ def test_version_that_does_not_verify_is_refused_until_it_does(
     restore = tamper(s3, second)
     with ServedModel(uri, settings=settings, refresh_seconds=0.1) as model:
         with capture_logs() as logs:
-            assign_alias(connection, second, "production", "a run")
+            point(connection, second)
             assert wait_for(lambda: (r := model.status.refused) and r.tries > 1, 30)
         status = model.status
         assert (status.model_version, status.refused.model_version) == ("1", "2")

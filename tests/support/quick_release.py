@@ -21,6 +21,7 @@ from models import POSITIONS
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import TypeAdapter
 
+from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.content import keep_content
 from heimdall_onnx.archive.manifest import Manifest
 from heimdall_onnx.archive.metadata import METADATA
@@ -31,7 +32,7 @@ from heimdall_onnx.evidence.variants.figures import VariantFigures
 from heimdall_onnx.evidence.variants.search import JudgedVariant
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
-from heimdall_onnx.release.complete import assign_alias, complete_release
+from heimdall_onnx.release.complete import complete_release
 from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.store import Bucket
 
@@ -126,7 +127,8 @@ class Factory:
         manifest = records.changed(manifest, told)
         released = complete_release(self.connection, uri, manifest, signer)
         if alias:
-            assign_alias(self.connection, released, alias, "a run")
+            log = AliasLog(Bucket(client, self.bucket), self.name, alias)
+            log.point(tracker, released.model_version, released.uri, "a run")
         return released
 
     def _evaluation_data(self, labelled: bool) -> Path:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML, Manifest, read_manifest
+from heimdall_onnx.archive.manifest import Manifest, read_manifest
 from heimdall_onnx.archive.metadata import METADATA
 from heimdall_onnx.common.environment import capture_environment, hash_of_module, hash_of_package
 from heimdall_onnx.common.errors import (
@@ -42,12 +42,13 @@ from heimdall_onnx.data.evaluation import is_dataset
 from heimdall_onnx.model.signature_file import signature_path
 from heimdall_onnx.release.fleet.plan import FleetItem
 from heimdall_onnx.release.publish import close_own_run
+from heimdall_onnx.release.result import ReleaseResult
 from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.report.notebook import kernel_environment
 from heimdall_onnx.report.warm_kernels import WarmKernels
 from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import MANIFEST, Bucket, to_json
+from heimdall_onnx.services.store import Bucket, to_json
 
 log = get_logger(__name__)
 
@@ -267,7 +268,7 @@ def _find(connection: Connection, bucket: Bucket, key: str) -> _Record | None:
     for version in connection.tracker.versions_of_run(record.run_id):
         found = _valid(connection, version.source) if version.name == record.model_name else None
         if found:
-            done = {"release": found.uri, "result": _of_manifest(found)}
+            done = {"release": found.uri, "result": ReleaseResult.of_manifest(found).to_dict()}
             record = record.model_copy(update=done)
             _write(bucket, key, record)
             return record
@@ -351,21 +352,3 @@ def _read_metrics(connection: Connection, result: Mapping[str, Any]) -> dict[str
 
 def _write(bucket: Bucket, key: str, record: _Record) -> None:
     bucket.upload_bytes(to_json(record.model_dump()), f"{RECORDS}/{key}.json")
-
-
-def _of_manifest(manifest: Manifest) -> dict[str, Any]:
-    """What `ReleaseResult` would have said of a release that is there."""
-    return {
-        "success": True,
-        "exit_code": 0,
-        "verdict": manifest.verdict,
-        "version": manifest.version,
-        "s3_uri": f"{manifest.uri}/model.onnx",
-        "report_uri": f"{manifest.uri}/{REPORT}",
-        "report_html_uri": f"{manifest.uri}/{REPORT_HTML}",
-        "manifest_uri": f"{manifest.uri}/{MANIFEST}",
-        "model_name": manifest.model_name,
-        "model_version": manifest.model_version,
-        "gates": [gate.to_dict() for gate in manifest.said.gates],
-        "costs": [cost.to_dict() for cost in manifest.said.costs],
-    }
