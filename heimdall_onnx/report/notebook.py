@@ -126,11 +126,7 @@ def notebook_path(name: str = "release") -> Path:
 
 def kernel_environment(settings: Settings) -> dict[str, str]:
     """The environment of a notebook's kernel, with the settings that are really in use."""
-    before = dict(os.environ)
-    try:
-        settings.apply()
-        # The notebook runs a stranger's model; it has no business with the key that vouches for it.
-        return {k: v for k, v in os.environ.items() if not k.startswith("HEIMDALL_SIGNING_")}
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    environment = dict(os.environ)
+    settings.apply(environment)
+    # The notebook runs a stranger's model; it has no business with the key that vouches for it.
+    return {k: v for k, v in environment.items() if not k.startswith("HEIMDALL_SIGNING_")}

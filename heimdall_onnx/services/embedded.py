@@ -314,22 +314,16 @@ def _ensure_mlflow(settings: Settings) -> None:
 
 def _mlflow_environment(settings: Settings) -> dict[str, str]:
     """The caller's, with the database and the store put where the server looks for them."""
+    applied = dict(os.environ)
+    settings.apply(applied)
     apart = ("MLFLOW_", "HEIMDALL_SIGNING_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(apart)}
-    environment |= {
+    return {k: v for k, v in applied.items() if not k.startswith(apart)} | {
         # Not on the command line, which every user of the machine can read.
         "MLFLOW_BACKEND_STORE_URI": _absolute_sqlite(settings.tracking_uri.get_secret_value()),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_S3_ENDPOINT_URL": settings.s3_endpoint_url or "",
     }
-    if credentials := settings.credentials:
-        environment["AWS_ACCESS_KEY_ID"] = credentials.access_key_id.get_secret_value()
-        environment["AWS_SECRET_ACCESS_KEY"] = credentials.secret_access_key.get_secret_value()
-        environment.pop("AWS_SESSION_TOKEN", None)
-        if credentials.session_token:
-            environment["AWS_SESSION_TOKEN"] = credentials.session_token.get_secret_value()
-    return environment
 
 
 def _absolute_sqlite(uri: str) -> str:

@@ -7,6 +7,7 @@ arguments. Secrets are `SecretStr`, so that printing a `Settings` never shows th
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -155,8 +156,8 @@ class Settings(BaseSettings):
                 f"the environment can't be used as configuration: {problems}"
             ) from None
 
-    def apply(self) -> None:
-        """Put every setting into the environment.
+    def apply(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        """Put every setting into the environment, or into the one of a process to be started.
 
         Child processes inherit it from there, and MLflow's own S3 client finds the store's
         address and credentials, and no proxy in front of a store on this machine.
@@ -165,15 +166,13 @@ class Settings(BaseSettings):
             SettingsError: If only one half of a pair of credentials is set.
         """
         credentials = self.credentials
-        os.environ |= {
-            "MLFLOW_TRACKING_URI": self.tracking_uri.get_secret_value(),
-            "MLFLOW_ARTIFACT_URI": self.artifact_uri,
-            "MLFLOW_EXPERIMENT_NAME": self.experiment_name,
-            "HEIMDALL_HOME": str(self.home),
-        }
+        environment["MLFLOW_TRACKING_URI"] = self.tracking_uri.get_secret_value()
+        environment["MLFLOW_ARTIFACT_URI"] = self.artifact_uri
+        environment["MLFLOW_EXPERIMENT_NAME"] = self.experiment_name
+        environment["HEIMDALL_HOME"] = str(self.home)
         if self.s3_endpoint_url is not None:
-            os.environ["MLFLOW_S3_ENDPOINT_URL"] = self.s3_endpoint_url
-        bypass_proxy(self.s3_endpoint_url or "")
+            environment["MLFLOW_S3_ENDPOINT_URL"] = self.s3_endpoint_url
+        bypass_proxy(self.s3_endpoint_url or "", environment)
         if credentials is not None:
             # Nothing stays of another pair, nor a token of other credentials.
             ours = self.s3_access_key_id is not None
@@ -184,10 +183,9 @@ class Settings(BaseSettings):
                 ("AWS_SECRET_ACCESS_KEY", credentials.secret_access_key),
                 ("AWS_SESSION_TOKEN", credentials.session_token),
             ):
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value.get_secret_value()
+                environment.pop(name, None)
+                if value is not None:
+                    environment[name] = value.get_secret_value()
 
 
 def is_loopback(address: str) -> bool:
@@ -198,12 +196,12 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def bypass_proxy(address: str) -> None:
+def bypass_proxy(address: str, environment: MutableMapping[str, str] = os.environ) -> None:
     """Let no proxy of the environment stand before an address of this machine."""
     if is_loopback(address):
-        beside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        beside = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
         hosts = (*filter(None, beside.split(",")), *LOOPBACK_HOSTS)
-        os.environ["no_proxy"] = ",".join(dict.fromkeys(hosts))
+        environment["no_proxy"] = ",".join(dict.fromkeys(hosts))
 
 
 def with_driver(uri: str) -> str:
