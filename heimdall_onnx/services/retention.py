@@ -5,19 +5,16 @@ Source: Amazon S3 API, PutBucketVersioning, PutObjectLockConfiguration and PutOb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import Any
 
 from botocore.exceptions import ClientError
 
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.services.client import error_code, store_errors
+from heimdall_onnx.services.client import error_code
 from heimdall_onnx.services.store import Bucket
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
 
 log = get_logger(__name__)
 
@@ -28,9 +25,11 @@ _LACKING = {
     "InvalidRequest",
     "InvalidBucketState",
     "ObjectLockConfigurationNotFoundError",
+    "NoSuchObjectLockConfiguration",
     "AccessDenied",
     "501",
     "405",
+    "404",
 }
 
 
@@ -66,31 +65,31 @@ def prepare_bucket(bucket: Bucket, *, versioning: bool, retention_days: int) -> 
     Raises:
         StoreError: If the store can't be reached, or refuses for another reason than having none.
     """
-    missing = []
+    lacking, client, name = "", bucket.client, bucket.name
     # Looked at first: who may release need not be allowed to change the bucket.
     if (versioning or retention_days) and not _is_versioned(bucket):
-        missing += _try(
-            bucket.client,
-            f"turn on versioning of {bucket.name}",
-            lambda: bucket.client.put_bucket_versioning(
-                Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"}
+        lacking = _turn_on(
+            bucket,
+            "versioning",
+            lambda: client.put_bucket_versioning(
+                Bucket=name, VersioningConfiguration={"Status": "Enabled"}
             ),
         )
-    if retention_days and not missing and not _is_locked(bucket):
-        missing += _try(
-            bucket.client,
-            f"turn on Object Lock of {bucket.name}",
-            lambda: bucket.client.put_object_lock_configuration(
-                Bucket=bucket.name, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled"}
+    if retention_days and not lacking and not _is_locked(bucket):
+        lacking = _turn_on(
+            bucket,
+            "Object Lock",
+            lambda: client.put_object_lock_configuration(
+                Bucket=name, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled"}
             ),
         )
     until = None
-    if retention_days and not missing:
+    if retention_days and not lacking:
         until = datetime.now(UTC) + timedelta(days=retention_days)
     return Protection(
         versioning=_is_versioned(bucket),
         retained_until=until.isoformat(timespec="seconds") if until else None,
-        note="; ".join(missing),
+        note=lacking,
     )
 
 
@@ -118,48 +117,50 @@ def retain(bucket: Bucket, keys: Iterable[str], protection: Protection) -> None:
 
 
 def _kept_until(bucket: Bucket, key: str) -> datetime | None:
-    with bucket.errors(f"look at the retention of {bucket.uri(key)}"):
-        try:
-            found = bucket.client.get_object_retention(Bucket=bucket.name, Key=key)
-        except ClientError as error:
-            if error_code(error) in {"NoSuchObjectLockConfiguration", "404"} | _LACKING:
-                return None
-            raise
-    return found.get("Retention", {}).get("RetainUntilDate")
+    found, _ = _ask(
+        bucket,
+        f"look at the retention of {bucket.uri(key)}",
+        lambda: bucket.client.get_object_retention(Bucket=bucket.name, Key=key),
+    )
+    until: datetime | None = found.get("Retention", {}).get("RetainUntilDate")
+    return until
 
 
 def _is_locked(bucket: Bucket) -> bool:
-    with bucket.errors(f"look at the Object Lock of {bucket.name}"):
-        try:
-            found = bucket.client.get_object_lock_configuration(Bucket=bucket.name)
-        except ClientError as error:
-            if error_code(error) in _LACKING:
-                return False
-            raise
-    return found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") == "Enabled"
+    found, _ = _ask(
+        bucket,
+        f"look at the Object Lock of {bucket.name}",
+        lambda: bucket.client.get_object_lock_configuration(Bucket=bucket.name),
+    )
+    return bool(found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") == "Enabled")
 
 
 def _is_versioned(bucket: Bucket) -> bool:
-    with bucket.errors(f"look at the versioning of {bucket.name}"):
-        try:
-            return (
-                bucket.client.get_bucket_versioning(Bucket=bucket.name).get("Status") == "Enabled"
-            )
-        except ClientError as error:
-            if error_code(error) in _LACKING:
-                return False
-            raise
+    found, _ = _ask(
+        bucket,
+        f"look at the versioning of {bucket.name}",
+        lambda: bucket.client.get_bucket_versioning(Bucket=bucket.name),
+    )
+    return bool(found.get("Status") == "Enabled")
 
 
-def _try(client: S3Client, doing: str, call: Callable[[], object]) -> list[str]:
+def _turn_on(bucket: Bucket, what: str, call: Callable[[], object]) -> str:
     """What the store says it has not; nothing if it did as it was told."""
-    with store_errors(client, doing):
+    doing = f"turn on {what} of {bucket.name}"
+    _, code = _ask(bucket, doing, call)
+    if not code:
+        return ""
+    reason = f"the store could not {doing}: {code}"
+    log.warning("not protected", reason=reason)
+    return reason
+
+
+def _ask(bucket: Bucket, doing: str, call: Callable[[], Any]) -> tuple[Mapping[str, Any], str]:
+    """What the store answers, or the code with which it says that it has no such thing."""
+    with bucket.errors(doing):
         try:
-            call()
+            return call(), ""
         except ClientError as error:
-            if error_code(error) not in _LACKING:
+            if (code := error_code(error)) not in _LACKING:
                 raise
-            reason = f"the store could not {doing}: {error_code(error)}"
-            log.warning("not protected", reason=reason)
-            return [reason]
-    return []
+            return {}, code

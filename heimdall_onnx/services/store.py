@@ -190,11 +190,9 @@ class Bucket:
         *,
         sha256: str | None = None,
         metadata: Mapping[str, str] | None = None,
-        content_type: str | None = None,
-        progress: Callable[[int], None] | None = None,
         delete_damaged: bool = True,
     ) -> StoredObject:
-        """Upload a file, read it back and compare; large files go in parts.
+        """Upload a file, read it back and compare; large files go in parts, and are logged.
 
         Args:
             path: The file.
@@ -202,9 +200,6 @@ class Bucket:
             sha256: SHA-256 that the file must have, which what is read back is held against; it is
                 computed where it isn't given.
             metadata: Object metadata; ``sha256`` is always added.
-            content_type: MIME type; what the key's suffix says by default.
-            progress: Called from transfer threads with the number of bytes sent since its last
-                call; by default every tenth of a large file is logged.
             delete_damaged: Delete the object if something else is read back.
 
         Raises:
@@ -213,14 +208,14 @@ class Bucket:
             StoreError: If the store fails, or returns something else than was sent.
         """
         expected = sha256 or hash_file(path)
-        extra = _extra_args(expected, metadata, content_type or media_type(key))
+        extra = _extra_args(expected, metadata, media_type(key))
         with self.errors(f"upload {path} to {self.uri(key)}"):
             self.client.upload_file(
                 str(path),
                 self.name,
                 key,
                 ExtraArgs={**extra, "ChecksumAlgorithm": "SHA256"},
-                Callback=progress or _logged(path),
+                Callback=_logged(path),
                 Config=_TRANSFER,
             )
         try:
@@ -238,7 +233,6 @@ class Bucket:
         data: bytes,
         key: str,
         *,
-        metadata: Mapping[str, str] | None = None,
         if_absent: bool = False,
         lock_until: datetime | None = None,
     ) -> StoredObject:
@@ -247,19 +241,17 @@ class Bucket:
         Args:
             data: Content.
             key: Key of the object.
-            metadata: Object metadata; ``sha256`` is always added.
             if_absent: Refuse to replace an existing object, atomically.
             lock_until: Until when the store shall refuse to delete it (Object Lock, governance
                 mode).
 
         Raises:
             ObjectExistsError: If ``if_absent`` and there is such an object.
-            ParameterError: If the metadata is not portable between stores.
             StoreError: If the store fails, or returns something else than was sent (the object is
                 deleted then).
         """
         sha256, write_id = hashlib.sha256(data).hexdigest(), secrets.token_hex(16)
-        extra: dict[str, Any] = _extra_args(sha256, metadata, media_type(key))
+        extra: dict[str, Any] = _extra_args(sha256, {}, media_type(key))
         if lock_until is not None:
             extra |= {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": lock_until}
         if if_absent:
@@ -339,13 +331,10 @@ class Bucket:
             with partial.open("xb") as file:
 
                 def save(answer: GetObjectOutputTypeDef) -> tuple[str, str]:
-                    digest = hashlib.sha256()
                     file.seek(0)
                     file.truncate()
-                    for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
-                        digest.update(chunk)
-                        file.write(chunk)
-                    return digest.hexdigest(), answer["Metadata"].get("sha256", "")
+                    found, _ = _hash_body(answer, file.write)
+                    return found, answer["Metadata"].get("sha256", "")
 
                 found, recorded = self._get(f"download {uri}", key, save)
             expected = sha256 or recorded or found
@@ -561,15 +550,7 @@ class Bucket:
 
     def hash_object(self, key: str) -> tuple[str, int]:
         """SHA-256 in hexadecimal and length in bytes of an object's content, as read back."""
-
-        def read(answer: GetObjectOutputTypeDef) -> tuple[str, int]:
-            digest, size = hashlib.sha256(), 0
-            for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-            return digest.hexdigest(), size
-
-        return self._get(f"read back {self.uri(key)}", key, read)
+        return self._get(f"read back {self.uri(key)}", key, _hash_body)
 
     def _get(
         self, doing: str, key: str, read: Callable[[GetObjectOutputTypeDef], T], **conditions: str
@@ -624,6 +605,18 @@ class Bucket:
             )
         log.debug("object stored", uri=uri, size_bytes=size, sha256=found)
         return StoredObject(uri, self.name, key, size, found)
+
+
+def _hash_body(
+    answer: GetObjectOutputTypeDef, write: Callable[[bytes], object] = lambda chunk: None
+) -> tuple[str, int]:
+    """SHA-256 and length of what a store answers, of which each part is written somewhere."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
+        write(chunk)
+    return digest.hexdigest(), size
 
 
 def _logged(path: Path) -> Callable[[int], None]:

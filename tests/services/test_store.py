@@ -186,13 +186,14 @@ def test_a_small_file_arrives_with_metadata_type_and_hash(
 
 
 def test_a_large_file_goes_in_parts_and_reports_progress(
-    s3: S3Client, bucket: Bucket, large_file: Path
+    s3: S3Client, bucket: Bucket, large_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
+    monkeypatch.setattr(store, "_logged", lambda _: sent.append)
     parts: list[str] = []
     s3.meta.events.register("before-call.s3.UploadPart", lambda **_: parts.append("part"), "count")
     try:
-        stored = bucket.upload_file(large_file, "large", progress=sent.append)
+        stored = bucket.upload_file(large_file, "large")
     finally:
         s3.meta.events.unregister("before-call.s3.UploadPart", unique_id="count")
     assert len(parts) == 5
@@ -258,7 +259,7 @@ def test_metadata_that_stores_rewrite_is_refused(
     s3: S3Client, bucket: Bucket, metadata: dict[str, str]
 ) -> None:
     with pytest.raises(ParameterError, match=re.escape(f"found {next(iter(metadata))}=")):
-        bucket.upload_bytes(b"x", "k", metadata=metadata)
+        bucket.upload_file(Path(__file__), "k", metadata=metadata)
     assert bucket.list_keys("") == ()
 
 
@@ -269,14 +270,12 @@ def test_an_interrupted_upload_leaves_no_object(
     script = """
 import sys
 from pathlib import Path
+from heimdall_onnx.services import store
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
-from heimdall_onnx.services.store import Bucket
-def progress(sent):
-    print("sending", flush=True)
-Bucket(make_client(Settings(_env_file=None)), sys.argv[2]).upload_file(
-    Path(sys.argv[1]), "k", progress=progress
-)
+store._logged = lambda path: lambda sent: print("sending", flush=True)
+bucket = store.Bucket(make_client(Settings(_env_file=None)), sys.argv[2])
+bucket.upload_file(Path(sys.argv[1]), "k")
 """
     embedded_settings.apply()
     process = subprocess.Popen(
@@ -296,13 +295,14 @@ Bucket(make_client(Settings(_env_file=None)), sys.argv[2]).upload_file(
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # boto3's, after its errors
 def test_an_upload_that_its_caller_breaks_off_leaves_nothing(
-    s3: S3Client, bucket: Bucket, large_file: Path
+    s3: S3Client, bucket: Bucket, large_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def give_up(_: int) -> None:
         raise RuntimeError("no more")
 
+    monkeypatch.setattr(store, "_logged", lambda _: give_up)
     with pytest.raises(RuntimeError, match="no more"):
-        bucket.upload_file(large_file, "k", progress=give_up)
+        bucket.upload_file(large_file, "k")
     assert not bucket.exists("k")
     assert "Uploads" not in s3.list_multipart_uploads(Bucket=bucket.name)
     gc.collect()
@@ -519,15 +519,13 @@ def test_transfers_hold_no_file_in_memory(
 def test_a_copy_keeps_metadata_type_and_content(
     s3: S3Client, bucket: Bucket, large_file: Path
 ) -> None:
-    for key, path in (("a", large_file), ("b", Path(__file__))):
-        original = bucket.upload_file(
-            path, key, metadata={"model-type": "m"}, content_type="application/x-m"
-        )
+    for key, path in (("a.html", large_file), ("b.html", Path(__file__))):
+        original = bucket.upload_file(path, key, metadata={"model-type": "m"})
         copied = bucket.copy(key, f"to/{key}")
         assert (copied.key, copied.sha256) == (f"to/{key}", original.sha256)
         response = s3.head_object(Bucket=bucket.name, Key=f"to/{key}")
         assert response["Metadata"] == {"model-type": "m", "sha256": original.sha256}
-        assert response["ContentType"] == "application/x-m"
+        assert response["ContentType"] == "text/html; charset=utf-8"
 
 
 def test_a_copy_of_a_damaged_object_is_refused(s3: S3Client, bucket: Bucket) -> None:
