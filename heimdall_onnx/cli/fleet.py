@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from heimdall_onnx.release.fleet.plan import FleetPlan
     from heimdall_onnx.release.fleet.report import StoredFleet
     from heimdall_onnx.release.fleet.run import FleetResult
-    from heimdall_onnx.services.settings import Settings
 
 
 @click.command(
@@ -80,10 +79,15 @@ def fleet(
         raise ParameterError(f"with a plan, parameters are in it; these were given beside: {given}")
 
     from heimdall_onnx.common.signals import first_signal_interrupts
+    from heimdall_onnx.release.fleet.plan import plan_checkpoints, read_plan
     from heimdall_onnx.services.settings import Settings
 
     settings = Settings.load()
-    planned = _plan(plan, checkpoints, values, memory, settings)
+    planned = (
+        plan_checkpoints(checkpoints, values, name="fleet", memory=memory)
+        if plan is None
+        else read_plan(plan)
+    )
     try:
         from heimdall_onnx.release.fleet.report import store_report
         from heimdall_onnx.release.fleet.run import run_fleet
@@ -113,28 +117,6 @@ def fleet(
     if as_json:
         click.echo(json.dumps(_end_of(result, stored), allow_nan=False))
     click.get_current_context().exit(result.exit_code)
-
-
-def _plan(
-    plan: Path | None,
-    checkpoints: Sequence[str],
-    values: dict[str, Any],
-    memory: str | None,
-    settings: Settings,
-) -> FleetPlan:
-    from heimdall_onnx.release.fleet.plan import plan_checkpoints, read_plan
-
-    def list_objects(bucket: str, prefix: str) -> Sequence[str]:
-        # Only a plan with checkpoints in a bucket needs the store before it is valid.
-        from heimdall_onnx.services.connection import open_for_reading
-
-        return open_for_reading(settings).bucket(bucket).list_keys(prefix)
-
-    if plan is not None:
-        return read_plan(plan, list_objects)
-    return plan_checkpoints(
-        checkpoints, values, name="fleet", list_objects=list_objects, memory=memory
-    )
 
 
 def _show_start(plan: FleetPlan, dashboard: str, workers: int) -> None:

@@ -13,12 +13,20 @@ import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from heimdall_onnx.common.errors import ParameterError, SettingsError
+from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.services.store import format_uri, parse_uri
 
 # Yields the keys of a bucket that begin with a prefix.
 ListObjects = Callable[[str, str], Iterable[str]]
+
+
+def list_stored(bucket: str, prefix: str) -> Iterable[str]:
+    """What a bucket of the configured store holds; that is opened only for plans that need it."""
+    from heimdall_onnx.services.connection import open_for_reading
+
+    return open_for_reading().bucket(bucket).list_keys(prefix)
+
 
 _WILDCARD = re.compile(r"[*?[]")
 _S3 = "s3://"
@@ -133,7 +141,7 @@ class Glob:
 class Checkpoints:
     """Finds the checkpoints that a plan names, on disk and in the bucket."""
 
-    def __init__(self, folder: Path, list_objects: ListObjects | None = None) -> None:
+    def __init__(self, folder: Path, list_objects: ListObjects = list_stored) -> None:
         self._folder, self._list_objects = folder, list_objects
 
     def matching(self, text: str) -> list[str]:
@@ -193,11 +201,6 @@ class Checkpoints:
         return missing
 
     def _keys(self, bucket: str, prefix: str) -> Iterable[str]:
-        if self._list_objects is None:
-            raise SettingsError(
-                f"the plan has checkpoints in the bucket {bucket}, and no store is configured to "
-                "look for them: set MLFLOW_S3_ENDPOINT_URL, or take files"
-            )
         # What ends in a slash is how some programs mark a folder.
         return sorted(k for k in self._list_objects(bucket, prefix) if not k.endswith("/"))
 

@@ -56,7 +56,14 @@ from heimdall_onnx.common.parameters import (
 )
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
-from heimdall_onnx.release.fleet.files import Checkpoints, Glob, ListObjects, absolute, require_data
+from heimdall_onnx.release.fleet.files import (
+    Checkpoints,
+    Glob,
+    ListObjects,
+    absolute,
+    list_stored,
+    require_data,
+)
 
 # Some ten times what 10,000 items take, and what a small matrix of many values makes at once.
 _MAX_BYTES = 64 << 20
@@ -237,17 +244,16 @@ class FleetPlan:
     text: str = field(repr=False)
 
 
-def read_plan(path: Path | str, list_objects: ListObjects | None = None) -> FleetPlan:
+def read_plan(path: Path | str, list_objects: ListObjects = list_stored) -> FleetPlan:
     """Read the plan of a fleet.
 
     Args:
         path: The file, YAML or JSON.
-        list_objects: Yields the keys of a bucket that begin with a prefix, as `Bucket.list_keys`
-            does for a client; called only if the plan names checkpoints in a bucket.
+        list_objects: Yields the keys of a bucket that begin with a prefix; called only if the plan
+            names checkpoints in a bucket.
 
     Raises:
         ParameterError: If it can't be read, or not be used; with every problem and its place.
-        SettingsError: If it names checkpoints in a bucket and ``list_objects`` is None.
         StoreError: If the bucket can't be listed.
     """
     source = Path(path)
@@ -262,7 +268,6 @@ def plan_checkpoints(
     values: Mapping[str, Any],
     *,
     name: str,
-    list_objects: ListObjects | None,
     memory: int | str | None = None,
 ) -> FleetPlan:
     """Plan one release of each checkpoint.
@@ -272,16 +277,14 @@ def plan_checkpoints(
             current folder.
         values: Parameters of every release, as ``parameters`` of a plan.
         name: Of the fleet.
-        list_objects: As for `read_plan`.
         memory: Limit of an item, in bytes or as text, e.g. ``"4GiB"``.
 
     Raises:
         ParameterError: If that can't be used; with every problem.
-        SettingsError: If checkpoints are in a bucket and ``list_objects`` is None.
         StoreError: If the bucket can't be listed.
     """
     data = {"checkpoints": list(patterns), "parameters": dict(values), "memory": memory}
-    return _Planner("this fleet", Path.cwd(), list_objects, None).plan(data, name)
+    return _Planner("this fleet", Path.cwd(), list_stored, None).plan(data, name)
 
 
 def _read(source: Path) -> bytes:
@@ -327,7 +330,7 @@ class _Planner:
     """One plan from its data to its items, with the problems that are found on the way."""
 
     def __init__(
-        self, what: str, folder: Path, list_objects: ListObjects | None, node: yaml.Node | None
+        self, what: str, folder: Path, list_objects: ListObjects, node: yaml.Node | None
     ) -> None:
         self._what, self._folder, self._node = what, folder, node
         self._checkpoints = Checkpoints(folder, list_objects)

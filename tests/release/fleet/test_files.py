@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from heimdall_onnx.common.errors import ParameterError, SettingsError
+from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.release.fleet.files import Checkpoints, Glob, absolute, require_data
 from heimdall_onnx.services.store import Bucket
 
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def checkpoints(folder):
-    return Checkpoints(folder, None)
+    return Checkpoints(folder)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +165,6 @@ def test_one_listing_finds_all_that_are_named_in_a_folder(folder):
     named = [f"s3://some/07/net-{n}.ckpt" for n in range(1001)]
     assert Checkpoints(folder, list_objects).missing(named) == {named[1000]}
     assert asked == [("some", "07/net-")]
-
-
-def test_without_a_store_only_files_can_be_found(checkpoints):
-    assert checkpoints.missing(["/a.ckpt"]) == set()
-    for find in (
-        lambda: checkpoints.matching("s3://some/*"),
-        lambda: checkpoints.missing(["s3://some/a"]),
-    ):
-        with pytest.raises(SettingsError, match=r"bucket some, .*MLFLOW_S3_ENDPOINT_URL"):
-            find()
 
 
 # Data

@@ -69,7 +69,6 @@ def test_items_are_released_kept_and_failed_each_by_itself(settings, bucket, tmp
         [str(folder / "small-*.pt")],
         values(bucket.name, model="models:SmallNet", eval_data=str(folder / "small.npz")),
         name="july",
-        list_objects=None,
     )
     seen: list[str] = []
     first = run_fleet(plan, settings, workers=2, on_outcome=lambda o: seen.append(o.status))
@@ -99,7 +98,6 @@ def test_latency_is_measured_on_processors_of_the_workers_own(
         [str(folder / "small-*.pt")],
         values(bucket.name, model="models:SmallNet", measure_latency=True),
         name="july",
-        list_objects=None,
     )
     processors, cores = len(os.sched_getaffinity(0)), len(physical_cores())
     with pytest.raises(ParameterError, match=r"needs cores 1 \(the most that one has is 0\)"):
@@ -121,7 +119,6 @@ def test_an_item_that_no_worker_can_hold_is_refused_before_anything_starts(
         [str(folder / "*.pt")],
         values(bucket.name, model="models:SmallNet"),
         name="july",
-        list_objects=None,
         memory="900TB",
     )
     with pytest.raises(ParameterError, match=r"no worker can take item 1: .*memory 9e"):
@@ -136,7 +133,6 @@ def test_a_scheduler_that_is_not_there_is_named(settings, bucket, tmp_path, monk
         [str(folder / "*.pt")],
         values(bucket.name, model="models:SmallNet"),
         name="july",
-        list_objects=None,
     )
     with pytest.raises(SchedulerError, match=r"no scheduler answers at tcp://127\.0\.0\.1:9"):
         run_fleet(plan, settings, scheduler="tcp://127.0.0.1:9")
@@ -157,7 +153,6 @@ def test_a_service_that_refuses_is_asked_again(settings, s3, bucket, tmp_path, m
         [str(folder / "*.pt")],
         values(bucket.name, model="models:SmallNet"),
         name="july",
-        list_objects=None,
     )
     try:
         (outcome,) = run_fleet(plan, settings, workers=1).outcomes

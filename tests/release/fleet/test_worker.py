@@ -54,7 +54,7 @@ def plan(bucket, tmp_path):
         torch.save(SmallNet().state_dict(), folder / f"net-{number}.pt")
     values = {"profile": "smoke", "opset": 14, "bucket": bucket.name, "name": "net-{stem}"}
     values |= {"model": "models:SmallNet", "measure_latency": False}
-    return plan_checkpoints([f"{folder}/*.pt"], values, name="july", list_objects=None)
+    return plan_checkpoints([f"{folder}/*.pt"], values, name="july")
 
 
 def test_a_worker_with_other_code_is_refused(cluster, environment, settings, plan, tmp_path):
