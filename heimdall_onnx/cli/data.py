@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli.help import Group, progress_bar
+from heimdall_onnx.cli.help import Group, json_option, progress_bar
 
 if TYPE_CHECKING:
     from heimdall_onnx.data.dataset.dataset import Dataset
@@ -25,7 +25,6 @@ _output = click.option(
     metavar="DATASET",
     help="The folder to make.",
 )
-_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 _share = click.FloatRange(min=0, max=1, max_open=True)
 
 
@@ -62,7 +61,7 @@ def data() -> None:
     metavar="DIR",
     help="Write the recordings too, three KiwiSDR files of each event, and positions.csv.",
 )
-@_json
+@json_option
 def simulate(
     output: Path, events: int, windows: int, seed: int, recordings: Path | None, as_json: bool
 ) -> None:
@@ -105,7 +104,7 @@ def simulate(
 @click.option(
     "--mixed-receivers", is_flag=True, help="Take events of different receivers, in any order."
 )
-@_json
+@json_option
 def features(
     recordings: tuple[Path, ...],
     output: Path,
@@ -139,7 +138,7 @@ def features(
 @click.option("--test-split", type=_share, default=0.1, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the split.")
 @click.option("--verify", is_flag=True, help="Read everything and hold it against the digest.")
-@_json
+@json_option
 def info(
     dataset: Path,
     validation_split: float,
@@ -168,7 +167,7 @@ def info(
 @data.command(example="heimdall-onnx data upload captures.zarr s3://datasets/captures.zarr")
 @click.argument("dataset", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("address", metavar="s3://BUCKET/FOLDER")
-@_json
+@json_option
 def upload(dataset: Path, address: str, as_json: bool) -> None:
     """Copy DATASET into a bucket, where workers can read it; what is there is not sent again."""
     from heimdall_onnx.archive.content import upload_dataset

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from heimdall_onnx.cli.help import Command
+from heimdall_onnx.cli.help import Command, json_option
 from heimdall_onnx.common.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="Port of --serve.  [default: a free one]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def gallery(
     bucket: str,
     prefix: str | None,

@@ -38,6 +38,9 @@ def all_of(*options: Callable[..., Any]) -> Callable[..., Any]:
     return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[float, str], None]]:
     """A bar on standard error, moved by the share that is done and what is being done."""

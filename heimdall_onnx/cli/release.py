@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli.help import Command, ParameterOption, all_of, progress_bar
+from heimdall_onnx.cli.help import Command, ParameterOption, all_of, json_option, progress_bar
 from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError, SettingsError
 from heimdall_onnx.common.signals import first_signal_interrupts
 from heimdall_onnx.common.text import visible_lines
@@ -84,7 +84,7 @@ release_options = all_of(
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="Another notebook.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    json_option,
     click.option(
         "--junit",
         "junit_file",

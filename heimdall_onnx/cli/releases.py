@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli.help import Command
+from heimdall_onnx.cli.help import Command, all_of, json_option
 from heimdall_onnx.common.errors import HeimdallError, VerificationError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _place_options(command: _Command) -> _Command:
 
         command(prefix=folder_of(name) if prefix is None else prefix, **options)
 
-    for option in (
+    return all_of(
         click.option("--bucket", default="heimdall-models", show_default=True),
         click.option("--prefix", help="Folder of the releases in it.  [default: as for --name]"),
         click.option(
@@ -44,44 +44,44 @@ def _place_options(command: _Command) -> _Command:
             default="",
             help="Model whose folder it is, models/NAME.  [default: the reference model]",
         ),
-    ):
-        option(placed)
-    return placed
+    )(placed)
 
 
 def _trust_options(command: _Command) -> _Command:
+    """Whose signature is asked for, as settings."""
+
+    @wraps(command)
+    def trusting(
+        *, public_key: Path | None, trusted_certificates: Path | None, **options: Any
+    ) -> None:
+        from heimdall_onnx.services.settings import Settings
+
+        given = {"public_key": public_key, "trusted_certificates": trusted_certificates}
+        # One given here takes the place of both in the environment.
+        update = given if any(given.values()) else {}
+        command(settings=Settings.load().model_copy(update=update), **options)
+
     file = click.Path(exists=True, dir_okay=False, path_type=Path)
-    command = click.option(
-        "--trusted-certificates",
-        type=file,
-        help="Root certificates (PEM) of its signer; by default HEIMDALL_TRUSTED_CERTIFICATES.",
-    )(command)
-    return click.option(
-        "--public-key",
-        type=file,
-        help="Public key (PEM) of its signer; by default HEIMDALL_PUBLIC_KEY.",
-    )(command)
+    return all_of(
+        click.option(
+            "--public-key",
+            type=file,
+            help="Public key (PEM) of its signer; by default HEIMDALL_PUBLIC_KEY.",
+        ),
+        click.option(
+            "--trusted-certificates",
+            type=file,
+            help="Root certificates (PEM) of its signer; by default HEIMDALL_TRUSTED_CERTIFICATES.",
+        ),
+    )(trusting)
 
 
-def _json_option(command: _Command) -> _Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
-        command
-    )
-
-
-def _decision_options(command: _Command) -> _Command:
-    for option in (
-        click.option("--reviewer", required=True, help="Who decides."),
-        click.option("--note", required=True, help="Why."),
-        _trust_options,
-        _json_option,
-    ):
-        command = option(command)
-    return command
-
-
-def _name_argument(command: _Command) -> _Command:
-    return click.argument("name", default=_reference_model)(command)
+_decision_options = all_of(
+    click.option("--reviewer", required=True, help="Who decides."),
+    click.option("--note", required=True, help="Why."),
+    _trust_options,
+    json_option,
+)
 
 
 def _reference_model() -> str:
@@ -90,35 +90,20 @@ def _reference_model() -> str:
     return REFERENCE_MODEL
 
 
-def _connect(
-    public_key: Path | None = None, trusted_certificates: Path | None = None
-) -> Connection:
+_name_argument = click.argument("name", default=_reference_model)
+
+
+def _connect(settings: Settings | None = None) -> Connection:
     from heimdall_onnx.services.connection import open_for_reading
 
-    return open_for_reading(_settings(public_key, trusted_certificates))
+    return open_for_reading(settings)
 
 
-def _settings(public_key: Path | None, trusted_certificates: Path | None) -> Settings:
-    from heimdall_onnx.services.settings import Settings
-
-    given = {"public_key": public_key, "trusted_certificates": trusted_certificates}
-    # One given here takes the place of both in the environment.
-    update = given if any(given.values()) else {}
-    return Settings.load().model_copy(update=update)
-
-
-def _release(
-    version: str,
-    bucket: str,
-    prefix: str,
-    public_key: Path | None = None,
-    trusted_certificates: Path | None = None,
-) -> Release:
+def _release(version: str, bucket: str, prefix: str, settings: Settings | None = None) -> Release:
     """A release: of a version, an address, or NAME@ALIAS and NAME/NUMBER."""
     from heimdall_onnx.archive.find import find_release
 
-    connection = _connect(public_key, trusted_certificates)
-    return find_release(connection, version, bucket=bucket, prefix=prefix)
+    return find_release(_connect(settings), version, bucket=bucket, prefix=prefix)
 
 
 def _say(text: str, indent: int = 0, err: bool = False) -> None:
@@ -183,7 +168,7 @@ def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
 @click.command(cls=Command, example="heimdall-onnx show detector@staging")
 @click.argument("version")
 @_place_options
-@_json_option
+@json_option
 def show(version: str, bucket: str, prefix: str, as_json: bool) -> None:
     """Print the manifest of VERSION, which may also be NAME@ALIAS or an s3:// address.
 
@@ -218,13 +203,12 @@ def _describe_variants(variants: Variants) -> Iterator[str]:
     is_flag=True,
     help="Leave out checkpoint and evaluation data, which a consumer may not read.",
 )
-@_json_option
+@json_option
 def verify(
     version: str,
     bucket: str,
     prefix: str,
-    public_key: Path | None,
-    trusted_certificates: Path | None,
+    settings: Settings,
     no_content: bool,
     as_json: bool,
 ) -> None:
@@ -233,7 +217,7 @@ def verify(
 
     from heimdall_onnx.archive.verify import verify_release
 
-    release = _release(version, bucket, prefix, public_key, trusted_certificates)
+    release = _release(version, bucket, prefix, settings)
     findings = verify_release(release, content=not no_content)
     wrong = [finding for finding in findings if not finding.holds]
     if as_json:
@@ -273,8 +257,7 @@ def promote(
     alias: str,
     reviewer: str,
     note: str,
-    public_key: Path | None,
-    trusted_certificates: Path | None,
+    settings: Settings,
     as_json: bool,
     no_compare: bool,
     max_error_growth: float | None,
@@ -287,7 +270,7 @@ def promote(
 
     given = {"error_growth": max_error_growth, "slowdown": max_slowdown, **limits}
     review = promote_release(
-        _release(version, bucket, prefix, public_key, trusted_certificates),
+        _release(version, bucket, prefix, settings),
         alias=alias,
         reviewer=reviewer,
         note=note,
@@ -318,8 +301,7 @@ def rollback(
     version: str | None,
     reviewer: str,
     note: str,
-    public_key: Path | None,
-    trusted_certificates: Path | None,
+    settings: Settings,
     as_json: bool,
 ) -> None:
     """Point the alias of the registered model NAME back at an earlier version that verifies."""
@@ -328,7 +310,7 @@ def rollback(
     if to_previous == (version is not None):
         raise click.UsageError("say where to: --to-previous, or --to VERSION")
     review = roll_back(
-        _connect(public_key, trusted_certificates),
+        _connect(settings),
         bucket,
         name,
         alias=alias,
@@ -359,7 +341,7 @@ def _show_review(review: Review, as_json: bool) -> None:
 @click.command(cls=Command, example="heimdall-onnx history detector")
 @_name_argument
 @click.option("--bucket", default="heimdall-models", show_default=True)
-@_json_option
+@json_option
 def history(name: str, bucket: str, as_json: bool) -> None:
     """Show where the aliases of the registered model NAME point and pointed, and who moved them."""
     from heimdall_onnx.review.promotion import alias_history
@@ -396,13 +378,12 @@ def history(name: str, bucket: str, as_json: bool) -> None:
 @_place_options
 @_trust_options
 @click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell.")
-@_json_option
+@json_option
 def reproduce(
     version: str,
     bucket: str,
     prefix: str,
-    public_key: Path | None,
-    trusted_certificates: Path | None,
+    settings: Settings,
     cell_timeout: int | None,
     as_json: bool,
 ) -> None:
@@ -412,7 +393,7 @@ def reproduce(
     from heimdall_onnx.review.reproduce.run import reproduce_release
 
     reproduction = reproduce_release(
-        _release(version, bucket, prefix, public_key, trusted_certificates),
+        _release(version, bucket, prefix, settings),
         cell_timeout=cell_timeout,
         progress=sys.stderr.isatty() or not as_json,
     )
@@ -445,7 +426,7 @@ def reproduce(
 @click.option("--store", is_flag=True, help="Store the report beside the newer release too.")
 @_trust_options
 @click.option("--cell-timeout", type=click.IntRange(min=1), help="Seconds for one cell.")
-@_json_option
+@json_option
 def compare(
     a: str,
     b: str,
@@ -456,8 +437,7 @@ def compare(
     calls: int | None,
     output: Path | None,
     store: bool,
-    public_key: Path | None,
-    trusted_certificates: Path | None,
+    settings: Settings,
     cell_timeout: int | None,
     as_json: bool,
 ) -> None:
@@ -491,7 +471,7 @@ def compare(
                     **{name: value for name, value in given.items() if value is not None},
                 },
             ),
-            _settings(public_key, trusted_certificates),
+            settings,
             store=store,
             cell_timeout=cell_timeout,
             progress=sys.stderr.isatty() or not as_json,
@@ -523,7 +503,7 @@ def compare(
     help="What is younger may belong to a release that is under way.",
 )
 @click.option("--fix", is_flag=True, help="Show what would be done, and do it.")
-@_json_option
+@json_option
 def doctor(bucket: str, prefix: str, older_than: float, fix: bool, as_json: bool) -> None:
     """Find what killed runs and lost services have left behind."""
     from heimdall_onnx.review.doctor import diagnose, mend_all

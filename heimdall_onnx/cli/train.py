@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli.help import Command, ParameterOption
+from heimdall_onnx.cli.help import Command, ParameterOption, json_option
 from heimdall_onnx.cli.release import parameter_options, show_result
 from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError
 from heimdall_onnx.common.text import visible_lines
@@ -63,7 +63,7 @@ _option = partial(
 @_option("--beta", type=float, help="Weight of the variance in the loss.")
 @click.option("--release/--no-release", default=True, help="Release the best checkpoint.")
 @parameter_options
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def train(extra: Sequence[tuple[str, str]], as_json: bool, **options: Any) -> None:
     """Train a model on a dataset, measure it on held-out events, and release it."""
     from heimdall_onnx.training.result import DIVERGED
