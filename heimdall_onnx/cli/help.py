@@ -33,7 +33,7 @@ class Command(click.Command):
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
-def all_of(*options: Callable[..., Any]) -> Callable[..., Any]:
+def all_of(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Several options as one decorator, in the order in which the help shows them."""
     return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
 
