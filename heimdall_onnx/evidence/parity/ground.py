@@ -63,8 +63,8 @@ def difference_degrees(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Floats:
     return difference
 
 
-def offset_km(positions: npt.NDArray[Any], origin: tuple[float, float]) -> Floats:
-    """East and north in kilometres (N, 2) of positions (N, 2) as seen from ``origin``.
+def offset_km(positions: npt.NDArray[Any], origin: tuple[npt.ArrayLike, npt.ArrayLike]) -> Floats:
+    """East and north in kilometres (N, 2) of positions (N, 2) as seen from ``origin``, or from N.
 
     Azimuthal equidistant: the distance from the origin is true, as is the direction.
     """

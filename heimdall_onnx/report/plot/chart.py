@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -22,7 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from heimdall_onnx.common.text import number
+from heimdall_onnx.common.text import number, unit_of
 
 
 class Color:
@@ -160,6 +161,19 @@ def new_figure(title: str, subtitle: str, *, width: float = WIDTH, height: float
     return figure
 
 
+def new_panels(
+    title: str, subtitle: str, count: int, *, height: float
+) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` panels, each ``height`` inches high, two in a row where they are."""
+    across = min(count, 2)
+    rows = math.ceil(count / across)
+    figure = new_figure(title, subtitle, height=height * rows)
+    panels = figure.subplots(rows, across, squeeze=False).ravel()
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, list(panels[:count])
+
+
 def _wrap(text: str, width: int) -> str:
     """``text`` in even lines of at most ``width`` characters, no number torn from its unit."""
     text = re.sub(rf"(?<=\d) (?=({_UNITS})\b)", "\N{NO-BREAK SPACE}", text)
@@ -230,13 +244,6 @@ def paired_bars(
     axes.grid(visible=False, axis="y")
 
 
-def mark(axes: Axes, x: float, y: float, marker: str, color: str, label: str, gid: str) -> None:
-    """A point that stands for a figure, as a percentile on its curve; the legend says which."""
-    axes.plot(
-        x, y, marker, color=color, mec=Color.INK, mew=0.8, ms=6, label=label, gid=gid, clip_on=False
-    )
-
-
 def note(
     axes: Axes, text: str, point: tuple[float, float], offset: tuple[float, float], **style: Any
 ) -> Annotation:
@@ -256,6 +263,12 @@ def say(axes: Axes, text: str) -> None:
     no_grid(axes)
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, plain(text), ha="center", va="center", transform=axes.transAxes, size=10)
+
+
+def labelled(what: str, unit: str | None) -> str:
+    """``what`` with its unit, as an axis is labelled."""
+    shown = unit_of(unit)
+    return plain(f"{what} ({shown})" if shown else what)
 
 
 def plain(text: str) -> str:

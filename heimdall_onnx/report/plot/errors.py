@@ -17,6 +17,7 @@ from heimdall_onnx.evidence.parity.statistics import worst_elements
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
+    labelled,
     log_axis,
     new_figure,
     note,
@@ -128,7 +129,7 @@ def _draw_magnitude(axes: Axes, column: OutputColumn, report: ParityReport) -> N
     log_axis(axes.xaxis)
     log_axis(axes.yaxis)
     axes.set_ylim(bottom=floor / 1.5, top=3 * max(float(allowed.max()), float(error[known].max())))
-    axes.set_xlabel(column.label("|PyTorch|"))
+    axes.set_xlabel(labelled("|PyTorch|", column.spec.unit))
     axes.legend(handlelength=1.4, frameon=True)
 
 

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 
 from heimdall_onnx.common.arrays import Floats
-from heimdall_onnx.common.text import DEGREES, after, count_of, name, number, unit_of
+from heimdall_onnx.common.text import DEGREES, after, count_of, name, number
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.model.signature import TensorSpec
-from heimdall_onnx.report.plot.chart import Color, plain
+from heimdall_onnx.report.plot.chart import Color
 
 _OUTPUTS_SHOWN = 4
 ELEMENT_MARKERS = ("o", "^", "s", "D")
@@ -49,11 +49,6 @@ class OutputColumn:
         width = self.reference.shape[1]
         names = element_names(self.spec, width, of_position=self.of_position)
         return names if 1 < width <= len(ELEMENT_MARKERS) else []
-
-    def label(self, what: str) -> str:
-        """``what`` with the unit."""
-        unit = unit_of(self.spec.unit)
-        return f"{what} ({plain(unit)})" if unit else what
 
 
 def element_names(spec: TensorSpec, width: int, *, of_position: bool) -> list[str]:

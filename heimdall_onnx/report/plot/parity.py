@@ -15,7 +15,16 @@ from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import name, number
 from heimdall_onnx.evidence.parity.report import ParityCell, ParityReport
 from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR
-from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, no_grid, plain, say, styled
+from heimdall_onnx.report.plot.chart import (
+    Chart,
+    Color,
+    labelled,
+    new_figure,
+    no_grid,
+    plain,
+    say,
+    styled,
+)
 from heimdall_onnx.report.plot.outputs import (
     ELEMENT_MARKERS,
     OutputColumn,
@@ -57,8 +66,8 @@ def parity_scatter(report: ParityReport) -> Chart:
     for index, (column, (above, below)) in enumerate(zip(columns, panels.T, strict=True)):
         _draw_parity(column, above, below, report)
         if index == 0 or single:
-            above.set_ylabel(column.label("ONNX"))
-            below.set_ylabel(column.label("ONNX − PyTorch"))
+            above.set_ylabel(labelled("ONNX", column.spec.unit))
+            below.set_ylabel(labelled("ONNX − PyTorch", column.spec.unit))
         if index == 0 or column.elements != columns[0].elements:
             _show_legend(above, "upper left")
         if "missing" in (line.get_gid() for line in below.lines):
@@ -82,7 +91,7 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
     low, high = _limits(np.concatenate([x, y]), report.tolerance)
     above.plot([low, high], [low, high], color=Color.QUIET, lw=1, zorder=1, gid="identity")
     above.set(xlim=(low, high), ylim=(low, high))
-    below.set(xlim=(low, high), xlabel=column.label("PyTorch"))
+    below.set(xlim=(low, high), xlabel=labelled("PyTorch", column.spec.unit))
     allowed = report.tolerance + report.rtol * np.abs(x)
     residual = np.subtract(y, x, where=finite, out=np.zeros_like(x))
     _scatter(column, above, elements[finite], x[finite], y[finite], named=True)

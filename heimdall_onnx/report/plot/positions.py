@@ -10,7 +10,6 @@ import numpy.typing as npt
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Ellipse, Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -28,10 +27,12 @@ from heimdall_onnx.report.plot.chart import (
     say,
     styled,
 )
+from heimdall_onnx.report.plot.outputs import worst_and_some
 
 _LABELLED_SHOWN = 60  # with true positions and the lines to them, more can't be read
 _UNLABELLED_SHOWN = 200
 _ELLIPSES_SHOWN = 10
+_MOVED_SHOWN = 2000
 _HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 
@@ -82,7 +83,9 @@ def position_map(report: ParityReport, data: EvaluationData) -> Chart | None:
     figure = new_figure(title, source + about, height=4.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
     _draw_map(left, positions, data)
-    draw_displacement(right, positions.pytorch, positions.onnx, report)
+    percentiles = report.ground.displacement_p50_m, report.ground.displacement_p99_m
+    allowed = _allowed_m(positions.pytorch, report)
+    draw_displacement(right, positions.pytorch, positions.onnx, percentiles, allowed)
     return Chart(figure, title, _map_alt(report, data))
 
 
@@ -297,63 +300,56 @@ def _round_down(value: float) -> float:
     return max(step for step in (1.0, 2.0, 5.0) if step * power <= value * (1 + 1e-9)) * power
 
 
-def draw_displacement(axes: Axes, pytorch: Floats, onnx: Floats, report: ParityReport) -> None:
-    """Draw the displacement from PyTorch's to ONNX's positions, both in degrees (N, 2).
+def draw_displacement(
+    axes: Axes,
+    before: Floats,
+    after: Floats,
+    percentiles: tuple[float, float],
+    allowed: tuple[float, float] | None = None,
+) -> None:
+    """Draw how far and in which direction positions move.
 
-    Each sample is a point; circles hold half and 99% of all samples, and a dashed box shows what
-    the tolerance allows.
+    Each sample is a point, of many the farthest and an even choice of the rest.
+
+    Args:
+        axes: Where to.
+        before: Finite positions in degrees (N, 2).
+        after: Where these have moved.
+        percentiles: Metres that half and 99% of all samples move by at most, drawn as circles.
+        allowed: Metres north and east that are tolerated, drawn as a box.
     """
-    ground = report.ground
-    assert ground is not None
-    moved = _moved_m(pytorch, onnx)
-    largest = float(np.hypot(moved[:, 0], moved[:, 1]).max(initial=0.0))
-    north, east = _allowed_m(pytorch, report)
-    factor, unit = metre_scale(largest or max(north, east))
-    axes.scatter(
-        moved[:, 0] / factor,
-        moved[:, 1] / factor,
-        s=18,
-        color=Color.INK,
-        alpha=0.35,
-        lw=0,
-        gid="moved",
-    )
-    handles = []
-    for label, radius, style in (
-        ("50%", ground.displacement_p50_m, "-"),
-        ("99%", ground.displacement_p99_m, "-."),
-    ):
-        text = f"{label}: {distance(radius)}"
-        handles.append(Line2D([], [], color=Color.QUIET, ls=style, lw=1.2, label=text))
-        if radius > 0 and math.isfinite(radius):
-            circle = Circle((0, 0), radius / factor, fill=False, ec=Color.QUIET, ls=style, lw=1.2)
-            circle.set_gid(label)
-            axes.add_patch(circle)
+    moved = 1000 * offset_km(after, (np.clip(before[:, 0], -90, 90), before[:, 1]))
+    radii = np.hypot(moved[:, 0], moved[:, 1])
+    largest = float(radii.max(initial=0.0))
+    factor, unit = metre_scale(largest or max(allowed or (1.0,)))
+    east, north = moved[worst_and_some(radii, _MOVED_SHOWN)].T / factor
+    axes.scatter(east, north, s=18, color=Color.INK, alpha=0.35, lw=0, gid="moved")
+    for who, metres, style in zip(("50%", "99%"), percentiles, ("-", "-."), strict=True):
+        radius = metres / factor if math.isfinite(metres) else 0.0
+        text = f"{who}: {distance(metres)}"
+        axes.add_patch(
+            Circle((0, 0), radius, fill=False, ec=Color.QUIET, ls=style, lw=1.2, label=text)
+        )
     reach = 1.25 * largest / factor
-    needed = 1.2 * max(north, east) / factor
-    # A box far beyond every displacement would shrink these to a dot: it is then only named.
-    outside = largest > 0 and needed > 5 * reach
-    _draw_allowed(axes, north / factor, east / factor)
-    where = ", out of view" if outside else ""
-    text = f"tolerance: ±{distance(north)} north,\n±{distance(east)} east{where}"
-    handles.append(Line2D([], [], color=Color.INK, ls="--", lw=1.2, label=text))
-    reach = reach if outside else max(reach, needed)
+    if allowed is not None:
+        up, across = (metres / factor for metres in allowed)
+        needed = 1.2 * max(up, across)
+        # A box far beyond every displacement would shrink these to a dot: it is then only named.
+        outside = largest > 0 and needed > 5 * reach
+        reach = reach if outside else max(reach, needed)
+        text = f"tolerance: ±{distance(allowed[0])} north,\n±{distance(allowed[1])} east"
+        text += ", out of view" * outside
+        box = Rectangle((-across, -up), 2 * across, 2 * up, fill=False, label=text, gid="tolerance")
+        box.set(edgecolor=Color.INK, linestyle="--", linewidth=1.2)
+        axes.add_patch(box)
+    reach = reach or 1.0
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
     axes.set_aspect("equal", anchor="N")
     axes.set(xlabel=f"moved east ({unit})", ylabel=f"moved north ({unit})")
     axes.set_title(f"Displacement, {count_of(len(moved), 'sample')}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
-    legend_below(axes, 0.22, handles=handles)
-
-
-def _moved_m(pytorch: Floats, onnx: Floats) -> Floats:
-    """East and north in metres (N, 2) of ONNX's positions as seen from PyTorch's."""
-    offsets = [
-        offset_km(b[None], (float(np.clip(a[0], -90, 90)), float(a[1])))[0]
-        for a, b in zip(pytorch, onnx, strict=True)
-    ]
-    return 1000 * np.array(offsets).reshape(-1, 2)
+    legend_below(axes, 0.22)
 
 
 def _allowed_m(pytorch: Floats, report: ParityReport) -> tuple[float, float]:
@@ -361,9 +357,3 @@ def _allowed_m(pytorch: Floats, report: ParityReport) -> tuple[float, float]:
     allowed = report.tolerance + report.rtol * np.median(np.abs(pytorch), axis=0)
     north, east = km_per_degree(float(np.clip(np.median(pytorch[:, 0]), -90, 90)))
     return 1000 * north * float(allowed[0]), 1000 * east * float(allowed[1])
-
-
-def _draw_allowed(axes: Axes, north: float, east: float) -> None:
-    box = Rectangle((-east, -north), 2 * east, 2 * north, fill=False, ec=Color.INK, ls="--", lw=1.2)
-    box.set_gid("tolerance")
-    axes.add_patch(box)

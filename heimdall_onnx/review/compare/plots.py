@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import (
@@ -17,8 +17,6 @@ from heimdall_onnx.common.text import (
     metre_scale,
     name,
     number,
-    share,
-    unit_of,
 )
 from heimdall_onnx.evidence.parity.ground import mean_place, offset_km
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
@@ -26,15 +24,22 @@ from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
     fitting_log_axis,
+    labelled,
     legend_below,
-    mark,
     new_figure,
+    new_panels,
     note,
     plain,
     say,
     styled,
 )
-from heimdall_onnx.report.plot.positions import coordinates, draw_lines, draw_places
+from heimdall_onnx.report.plot.distribution import draw_distribution
+from heimdall_onnx.report.plot.positions import (
+    coordinates,
+    draw_displacement,
+    draw_lines,
+    draw_places,
+)
 from heimdall_onnx.review.compare.answers import A, Answers, B, Displacement
 from heimdall_onnx.review.compare.comparison import RecordedParity
 from heimdall_onnx.review.compare.words import most_changed, ratio_words
@@ -42,7 +47,6 @@ from heimdall_onnx.review.compare.words import most_changed, ratio_words
 _MAPPED = 60  # with the lines between them, more can't be read
 _OUTPUTS_SHOWN = 4
 _COLORS, _MARKERS, _LINES = (Color.A, Color.B), ("o", "X"), ("-", "--")
-_MARKS = ("o", "s", "D", "v")
 _FEW = 100
 
 
@@ -51,8 +55,8 @@ def position_changes(answers: Answers) -> Chart | None:
     """Where do both releases answer, and how far apart?
 
     Left, some positions of both in kilometres about their middle, with lines from A's to B's and
-    the true positions where they are known; right, which share of all positions moves by at most
-    so many metres. None for models without positions.
+    the true positions where they are known; right, how far and in which direction all of them
+    move. None for models without positions.
     """
     moved = answers.displacement
     if moved is None or answers.positions is None:
@@ -78,7 +82,8 @@ def position_changes(answers: Answers) -> Chart | None:
     figure = new_figure(title, subtitle, height=4.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
     _draw_map(left, both, truth, origin)
-    _draw_moved(right, moved)
+    a, b = (side[rows] for side in answers.positions)
+    draw_displacement(right, a, b, (moved.p50_m, moved.p99_m))
     return Chart(figure, title, alt)
 
 
@@ -106,34 +111,6 @@ def _draw_map(
     legend_below(axes, 0.17, ncols=3)
 
 
-def _draw_moved(axes: Axes, moved: Displacement) -> None:
-    axes.set_title("How far they move")
-    known = np.sort(moved.metres[np.isfinite(moved.metres)])
-    if known[-1] == 0:
-        say(axes, "not at all")
-        return
-    factor, unit = metre_scale(float(known[-1]))
-    shares = 100 * np.arange(1, known.size + 1) / moved.metres.size
-    # What does not move at all has no place on a logarithmic axis: the curve begins above it.
-    axes.step(known / factor, shares, where="post", color=Color.INK, gid="moved share")
-    marks = [("half", moved.p50_m, 50.0)]
-    marks += [("99%", moved.p99_m, 99.0)] if moved.metres.size >= _FEW else []
-    marks.append(("largest", moved.max_m, 100.0))
-    for (label, value, level), marker in zip(marks, _MARKS, strict=False):
-        if math.isfinite(value) and value > 0:
-            text = f"{label}  {distance(value)}"
-            mark(axes, value / factor, level, marker, Color.ELEMENTS[3], text, label)
-    positive = known[known > 0] / factor
-    if positive[-1] > 20 * positive[0]:
-        axes.set_xscale("log")
-        fitting_log_axis(axes.xaxis)
-    else:
-        axes.set_xlim(0, 1.08 * positive[-1])
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set(ylim=(0, 104), xlabel=f"moved by at most ({unit})", ylabel="share of positions (%)")
-    legend_below(axes, 0.17)
-
-
 @styled
 def output_changes(answers: Answers) -> Chart:
     """How are the differences of each output distributed?
@@ -147,15 +124,10 @@ def output_changes(answers: Answers) -> Chart:
     subtitle = f"{name(answers.source, 60)}, {count_of(answers.samples, 'sample')}"
     if len(shown) < len(answers.outputs):
         subtitle += f" · the {len(shown)} outputs of {len(answers.outputs)} that change most"
-    across = min(len(shown), 2)
-    rows = math.ceil(len(shown) / across)
-    figure = new_figure(title, subtitle, height=2.9 * rows)
-    panels = figure.subplots(rows, across, squeeze=False).ravel()
-    for axes, output in zip(panels, shown, strict=False):
+    figure, panels = new_panels(title, subtitle, len(shown), height=2.9)
+    for axes, output in zip(panels, shown, strict=True):
         axes.set_title(plain(name(output.output)))
-        _draw_differences(axes, output)
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
+        draw_distribution(axes, output)
     alt = " ".join(
         f"{o.output}: {o.violations:,} of {o.count:,} elements differ, median {number(o.p50, 3)}, "
         f"p99 {number(o.p99, 3)}, largest {number(o.maximum, 3)}{after(o.unit)}."
@@ -182,43 +154,6 @@ def _changes_answer(answers: Answers) -> str:
         return f"The largest difference{where} is {largest}"
     bulk = f"{number(most.p99)}{after(most.unit)}"
     return f"99% of the differences{where} are at most {bulk}, the largest is {largest}"
-
-
-def _draw_differences(axes: Axes, output: ErrorStatistics) -> None:
-    edges, cdf = np.array(output.error_edges), np.array(output.error_cdf)
-    if np.isnan(cdf).any() or not output.maximum:
-        say(axes, "no finite values" if np.isnan(cdf).any() else "no difference")
-        return
-    # What is below the first edge is equal, for which a logarithmic axis has no place.
-    rising = np.flatnonzero(np.diff(cdf) > 0) + 1
-    if not rising.size:
-        say(axes, f"no difference above {number(edges[0])}")
-        return
-    first = max(int(rising[0]) - 5, 0)
-    last = min(int(rising[-1]) + 1, edges.size - 1)
-    axes.step(
-        edges[first : last + 1],
-        100 * cdf[first : last + 1],
-        where="post",
-        color=Color.INK,
-        gid=f"differences {output.output}",
-        label=f"{share(float(cdf[0]))} equal" if cdf[0] > 0 else "_",
-    )
-    marks = [("p50", output.p50, 50.0)]
-    marks += [("p99", output.p99, 99.0)] if output.count >= _FEW else []
-    marks += [("largest", output.maximum, 100.0)] if math.isfinite(output.maximum) else []
-    for (label, value, level), marker in zip(marks, _MARKS, strict=False):
-        if value > 0:
-            mark(axes, value, level, marker, Color.ELEMENTS[3], f"{label}  {number(value)}", label)
-    axes.set_xscale("log")
-    fitting_log_axis(axes.xaxis)
-    unit = unit_of(output.unit)
-    axes.set(
-        ylim=(0, 106),
-        xlabel=plain(f"absolute difference ({unit})" if unit else "absolute difference"),
-        ylabel="at or below (%)",
-    )
-    axes.legend(handletextpad=0.2, frameon=True, framealpha=1)
 
 
 @styled
@@ -310,14 +245,9 @@ def recorded_parity(parity: Sequence[RecordedParity]) -> Chart | None:
     subtitle = "Each ONNX model against its own PyTorch model, as its report records it"
     if len(shown) < len(parity):
         subtitle += f" · the first {len(shown)} outputs of {len(parity)}"
-    across = min(len(shown), 2)
-    rows = math.ceil(len(shown) / across)
-    figure = new_figure(title, subtitle, height=2.2 * rows + 0.4)
-    panels = figure.subplots(rows, across, squeeze=False).ravel()
-    for axes, one in zip(panels, shown, strict=False):
+    figure, panels = new_panels(title, subtitle, len(shown), height=2.4)
+    for axes, one in zip(panels, shown, strict=True):
         _draw_parity(axes, one)
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
     panels[0].legend(handlelength=3, frameon=True, framealpha=1)
     alt = " ".join(
         f"{one.output}, {who}: mean {number(side.mean, 3)}, "
@@ -358,8 +288,7 @@ def _draw_parity(axes: Axes, one: RecordedParity) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(_PERCENTILES)), [label for label, _ in _PERCENTILES])
     axes.set_ylim(len(_PERCENTILES) - 0.5, -0.5)
-    unit = unit_of(one.unit)
-    axes.set_xlabel(plain(f"error ({unit})" if unit else "error"))
+    axes.set_xlabel(labelled("error", one.unit))
 
 
 def _draw_percentiles(axes: Axes, side: ErrorStatistics, index: int, zero: float) -> None:
