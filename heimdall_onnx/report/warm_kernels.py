@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
@@ -127,46 +127,26 @@ class WarmKernels:
                 ) from error
 
 
-class _Forked:
+class _Forked(psutil.Process):
     """A kernel as `subprocess.Popen` shows one; how it ended is known to its parent only."""
 
     stdin = stdout = stderr = None
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._descriptor: int | None = None
-        with suppress(ProcessLookupError):
-            self._descriptor = os.pidfd_open(pid)
-
     def poll(self) -> int | None:
         """None while it runs."""
-        if self._descriptor is None:
-            return -1
-        ended = select.poll()
-        ended.register(self._descriptor, select.POLLIN)
-        if not ended.poll(0):
-            return None
-        os.close(self._descriptor)
-        self._descriptor = None
+        with suppress(psutil.NoSuchProcess):
+            if self.is_running() and self.status() != psutil.STATUS_ZOMBIE:
+                return None
         return -1
 
-    def wait(self) -> int:
+    def wait(self, _: float | None = None) -> int:
         """Only called for one that has ended."""
         return self.poll() or 0
 
     def send_signal(self, number: int) -> None:
         """Send a signal; none where it has ended."""
-        if self._descriptor is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._descriptor, number)
-
-    def kill(self) -> None:
-        """End it."""
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-        self.send_signal(signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            super().send_signal(number)
 
 
 class _Provisioner(LocalProvisioner):  # type: ignore[misc]
@@ -182,7 +162,10 @@ class _Provisioner(LocalProvisioner):  # type: ignore[misc]
         folder = options.get("cwd") or str(Path.cwd())
         # The first one waits until all is imported.
         pid = await asyncio.to_thread(self._kernels.fork, cmd[3:], environment, folder)
-        self.process = _Forked(pid)
+        try:
+            self.process = _Forked(pid)
+        except psutil.NoSuchProcess as error:
+            raise NotebookError("the notebook's kernel ended as it began") from error
         self.pid = self.pgid = pid
         self.cwd = folder
         info: dict[str, Any] = self.connection_info
