@@ -7,11 +7,9 @@ picture are dark on white, as the report's figures are, whatever the theme.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +17,18 @@ from typing import Any, NamedTuple
 import anywidget
 import ipywidgets as widgets
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 import plotly.graph_objects as go
+import plotly.io
+from jinja2 import Template
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import HeimdallError
 from heimdall_onnx.common.text import after, count_of, distance, name, number, unit_of
-from heimdall_onnx.evidence.parity.statistics import WorstElements, element_errors
+from heimdall_onnx.evidence.parity.statistics import element_errors
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report.explore.exploration import Exploration, ExploredCell, ExploredSample
-from heimdall_onnx.report.plot.chart import Color
 from heimdall_onnx.report.plot.errors import span_of
 from heimdall_onnx.report.plot.outputs import element_names
 from heimdall_onnx.report.plot.worst import sample_inputs
@@ -37,12 +36,10 @@ from heimdall_onnx.report.plot.worst import sample_inputs
 ALL = "all"
 _LISTED = 20
 _ELEMENTS_WRITTEN = 8
-# What kinds of input are told apart by, beside their colours.
-_CLASSES = (
-    (EVALUATION, "circle", Color.ELEMENTS[0]),
-    ("other lengths", "square", Color.ELEMENTS[2]),
-    ("adversarial inputs", "triangle-up", Color.ELEMENTS[1]),
-)
+# Traces of the figure: of the evaluation data, of other lengths, of adversarial inputs.
+_CLASSES = 3
+_HERE = Path(__file__).parent
+_SAMPLE = Template((_HERE / "sample.html.j2").read_text(encoding="utf-8"), autoescape=True)
 _WIDE = {"description_width": "initial"}
 
 
@@ -60,7 +57,7 @@ class _FrontEnd(anywidget.AnyWidget):  # type: ignore[misc]
     of a list choose cells instead.
     """
 
-    _esm = Path(__file__).with_name("front_end.js").read_text(encoding="utf-8")
+    _esm = (_HERE / "front_end.js").read_text(encoding="utf-8")
 
 
 class _Key(NamedTuple):
@@ -71,42 +68,32 @@ class _Key(NamedTuple):
     sample: int
 
 
-@dataclass(frozen=True)
-class _Points:
-    """One output of every sample that was chosen (N,)."""
-
-    cells: Sequence[ExploredCell]
-    cell: npt.NDArray[np.int64]
-    sample: npt.NDArray[np.int64]
-    worst: WorstElements
-    metres: Floats
-
-    @classmethod
-    def of(cls, cells: Sequence[ExploredCell], output: str) -> _Points:
-        metres = [np.full(len(c.samples), np.nan) if c.metres is None else c.metres for c in cells]
-        return cls(
-            cells,
-            np.repeat(np.arange(len(cells)), [len(cell.samples) for cell in cells]),
-            np.concatenate([cell.samples for cell in cells]),
-            WorstElements.joined([cell.outputs[output] for cell in cells]),
-            np.concatenate(metres),
+def _points(cells: Sequence[ExploredCell], output: str) -> pd.DataFrame:
+    """One output of every sample of some cells, a row each."""
+    parts = []
+    for cell in cells:
+        worst = cell.outputs[output]
+        part = pd.DataFrame(
+            {
+                "kind": cell.kind,
+                "batch_size": cell.batch_size,
+                "number": cell.samples,
+                "factor": cell.factor,
+                "trace": 0 if cell.kind == EVALUATION else 1 if cell.factor == 1.0 else 2,
+                "magnitude": np.abs(worst.reference),
+                "reference": worst.reference,
+                "value": worst.value,
+                "error": worst.error,
+                "excess": worst.excess,
+                "metres": math.nan if cell.metres is None else cell.metres,
+            }
         )
+        parts.append(part.sort_values("number"))
+    return pd.concat(parts, ignore_index=True)
 
-    @property
-    def magnitude(self) -> Floats:
-        return np.abs(self.worst.reference)
 
-    def key(self, row: int) -> _Key:
-        cell = self.cells[self.cell[row]]
-        return _Key(cell.kind, cell.batch_size, int(self.sample[row]))
-
-    def row(self, key: _Key) -> int | None:
-        """Where a sample is; None if it is not among these."""
-        for index, cell in enumerate(self.cells):
-            if (cell.kind, cell.batch_size) == key[:2]:
-                rows = np.flatnonzero((self.cell == index) & (self.sample == key.sample))
-                return int(rows[0]) if len(rows) else None
-        return None
+def _key(point: Any) -> _Key:
+    return _Key(point.kind, int(point.batch_size), int(point.number))
 
 
 def view(exploration: Exploration) -> widgets.VBox:
@@ -121,7 +108,6 @@ class _View:
         self._exploration, self._signature = exploration, exploration.signature
         self._quiet = False
         self._chosen: _Key | None = None
-        self._shown: npt.NDArray[np.intp] = np.empty(0, np.intp)
         worst = max(exploration.parity.evaluation, key=lambda output: output.excess)
         self._kind = widgets.Dropdown(
             options=[*((name(kind, 40), kind) for kind in exploration.kinds), ("all kinds", ALL)],
@@ -144,10 +130,8 @@ class _View:
             for text in ("|PyTorch|", "Error, × allowed")
         )
         self._said = widgets.HTML()
-        self._list = widgets.Select(
-            rows=12, layout=widgets.Layout(width="auto"), description="Worst first", style=_WIDE
-        )
-        self._list.layout.flex = "1 1 auto"
+        tall = widgets.Layout(width="auto", flex="1 1 auto")
+        self._list = widgets.Select(rows=12, layout=tall, description="Worst first", style=_WIDE)
         self._number = widgets.BoundedIntText(description="Sample", min=0, **_fitted("10em"))
         self._front_end = _FrontEnd()
         self._figure = self._new_figure()
@@ -188,50 +172,7 @@ class _View:
         return box
 
     def _new_figure(self) -> go.FigureWidget:
-        def points(name: str, symbol: str, color: str, **style: Any) -> go.Scatter:
-            marker = {"symbol": symbol, "color": color, **style}
-            return go.Scatter(x=[], y=[], mode="markers", name=name, marker=marker)
-
-        def line(name: str, color: str, dash: str) -> go.Scatter:
-            style = {"color": color, "dash": dash, "width": 1.5, "shape": "hv"}
-            return go.Scatter(x=[], y=[], mode="lines", name=name, line=style, hoverinfo="skip")
-
-        classes = [points(*shown, size=8, opacity=0.7) for shown in _CLASSES]
-        chosen = points("chosen", "circle-open", Color.INK, size=18, line={"width": 2.5})
-        for trace in classes:
-            trace.hovertemplate = "%{text}<extra></extra>"
-        chosen.hoverinfo = "skip"
-        figure = go.FigureWidget(
-            data=[
-                *classes,
-                line("allowed", Color.INK, "dash"),
-                line("allowed, adversarial", Color.INK, "dashdot"),
-                line("1 ULP", Color.QUIET, "dot"),
-                chosen,
-            ],
-            layout={
-                "template": "none",
-                "height": 420,
-                "autosize": True,
-                "margin": {"l": 70, "r": 15, "t": 45, "b": 60},
-                "paper_bgcolor": "white",
-                "plot_bgcolor": "white",
-                "font": {"color": Color.INK, "size": 13},
-                "hovermode": "closest",
-                "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"color": Color.INK}},
-                "legend": {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top"},
-                **{
-                    axis: {
-                        "type": "log",
-                        "gridcolor": "#E3E3E3",
-                        "linecolor": Color.QUIET,
-                        "exponentformat": "power",
-                        "ticks": "outside",
-                    }
-                    for axis in ("xaxis", "yaxis")
-                },
-            },
-        )
+        figure = plotly.io.read_json(_HERE / "figure.json", output_type="FigureWidget")
         # Plotly offers to send a chart to a server of its own; nothing here leaves the machine.
         figure._config = {
             "displaylogo": False,
@@ -244,7 +185,7 @@ class _View:
 
     @property
     def _points_of(self) -> list[go.Scatter]:
-        return list(self._figure.data[: len(_CLASSES)])
+        return list(self._figure.data[:_CLASSES])
 
     def _connect(self) -> None:
         for control, react in (
@@ -322,67 +263,59 @@ class _View:
         for kind, size in wanted:
             self._say(f"Running both models on {kind} at batch {size} …")
             cells.append(exploration.cell(kind, size))
-        self._points = _Points.of(cells, self._output.value)
+        self._several = len(cells) > 1
+        self._points = _points(cells, self._output.value)
         with self._setting():
-            _set_steps(self._magnitude, self._points.magnitude)
-            _set_steps(self._excess, self._points.worst.excess)
+            _set_steps(self._magnitude, self._points.magnitude.to_numpy())
+            _set_steps(self._excess, self._points.excess.to_numpy())
         self._refresh()
-        known = self._chosen is not None and self._points.row(self._chosen) is not None
-        if known and self._chosen is not None:
+        if self._chosen is not None and len(self._marked()):
             self._choose(self._chosen)
         elif len(self._shown):
-            self._choose(self._points.key(int(self._shown[0])))
+            self._choose(_key(next(self._shown.itertuples())))
 
     def _refresh(self) -> None:
         """Show the points within the limits, the worst first."""
         points = self._points
-        low, high = self._excess.value
-        some = (points.worst.excess >= low) & (points.worst.excess <= high)
-        low, high = self._magnitude.value
-        with np.errstate(invalid="ignore"):
-            inside = (points.magnitude >= low) & (points.magnitude <= high)
-        some &= inside | ~np.isfinite(points.magnitude)
-        rows = np.flatnonzero(some)
-        self._shown = rows[
-            np.lexsort((points.sample[rows], points.cell[rows], -points.worst.excess[rows]))
-        ]
-        listed = [int(row) for row in self._shown[:_LISTED]]
+        inside = points.magnitude.between(*self._magnitude.value) | ~np.isfinite(points.magnitude)
+        some = points[points.excess.between(*self._excess.value) & inside]
+        self._shown = some.sort_values("excess", ascending=False, kind="stable")
         with self._setting():
-            self._list.options = [(self._label(row), points.key(row)) for row in listed]
+            self._list.options = [
+                (self._label(point), _key(point))
+                for point in self._shown.head(_LISTED).itertuples()
+            ]
             self._list.value = None
             self._mark_listed()
         self._say(
-            f"{len(rows):,} of {count_of(len(points.sample), 'sample')} within the limits"
-            + (f"; the {_LISTED} worst are listed" if len(rows) > _LISTED else "")
+            f"{len(some):,} of {count_of(len(points), 'sample')} within the limits"
+            + (f"; the {_LISTED} worst are listed" if len(some) > _LISTED else "")
         )
-        self._draw(np.sort(rows))
+        self._draw(some)
 
     # What is drawn.
 
     def _spec(self) -> TensorSpec:
         return next(s for s in self._signature.outputs if s.name == self._output.value)
 
-    def _draw(self, rows: npt.NDArray[np.intp]) -> None:
-        points, parity = self._points, self._exploration.parity
-        x, y = points.magnitude[rows], points.worst.error[rows]
-        lowest, highest = span_of(x)
+    def _draw(self, some: pd.DataFrame) -> None:
+        parity, y = self._exploration.parity, some.error.to_numpy()
+        lowest, highest = span_of(some.magnitude.to_numpy())
         positive = y[(y > 0) & np.isfinite(y)]
         allowed = parity.tolerance + parity.rtol * np.array([lowest, highest])
         floor = float(min(positive.min(initial=math.inf), allowed.min())) / 3
         top = 3 * float(max(positive.max(initial=0.0), allowed.max()))
         self._limits = (lowest, highest, floor, top)
-        spec, cells = self._spec(), points.cells
-        self._rows = []
+        spec = self._spec()
         line = np.geomspace(lowest, highest, 300)
+        self._drawn = [some[some.trace == index] for index in range(_CLASSES)]
         with self._figure.batch_update():
-            for index, trace in enumerate(self._points_of):
-                mine = rows[[self._class_of(cells[c]) == index for c in points.cell[rows]]]
-                self._rows.append(mine)
+            for trace, mine in zip(self._points_of, self._drawn, strict=True):
                 trace.x, trace.y = self._at(mine)
-                trace.text = [self._hover_text(int(row)) for row in mine]
+                trace.text = [self._hover_text(point) for point in mine.itertuples()]
                 trace.showlegend = bool(len(mine))
-            factors = {cells[c].factor for c in points.cell[rows]}
-            usual, adversarial, ulp = self._figure.data[len(_CLASSES) : -1]
+            factors = set(some.factor)
+            usual, adversarial, ulp = self._figure.data[_CLASSES:-1]
             steep = max(factors, default=1.0)
             for trace, factor, drawn in (
                 (usual, 1.0, 1.0 in factors or not factors),
@@ -404,47 +337,38 @@ class _View:
             self._figure.layout.yaxis.range = [math.log10(floor / 1.5), math.log10(1.5 * top)]
             self._mark_point()
 
-    def _at(self, rows: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
+    def _at(self, points: pd.DataFrame) -> tuple[Floats, Floats]:
         """Where points are drawn: equal ones on the lowest line, incomparable ones on the top."""
         lowest, highest, floor, top = self._limits
-        x = np.nan_to_num(self._points.magnitude[rows], nan=lowest)
-        return x.clip(lowest, highest), self._points.worst.error[rows].clip(floor, top)
+        x = points.magnitude.fillna(lowest).clip(lowest, highest)
+        return x.to_numpy(), points.error.clip(floor, top).to_numpy()
 
-    def _class_of(self, cell: ExploredCell) -> int:
-        if cell.kind == EVALUATION:
-            return 0
-        return 1 if cell.factor == 1.0 else 2
-
-    def _hover_text(self, row: int) -> str:
-        points, unit = self._points, after(self._spec().unit)
-        key = points.key(row)
+    def _hover_text(self, point: Any) -> str:
+        unit = after(self._spec().unit)
         lines = [
-            f"sample {key.sample}, {_times(points.worst.excess[row])}",
-            f"{name(key.kind, 40)}, batch {key.batch_size}",
-            f"PyTorch {points.worst.reference[row]:.9g}, ONNX {points.worst.value[row]:.9g}{unit}",
-            f"difference {number(points.worst.error[row], 3)}{unit}",
+            f"sample {point.number}, {_times(point.excess)}",
+            f"{name(point.kind, 40)}, batch {point.batch_size}",
+            f"PyTorch {point.reference:.9g}, ONNX {point.value:.9g}{unit}",
+            f"difference {number(point.error, 3)}{unit}",
         ]
-        if np.isfinite(points.metres[row]):
-            lines.append(f"{distance(points.metres[row])} on the ground")
+        if np.isfinite(point.metres):
+            lines.append(f"{distance(point.metres)} on the ground")
         return "<br>".join(map(escape, lines))
 
-    def _label(self, row: int) -> str:
-        points = self._points
-        key = points.key(row)
-        excess = points.worst.excess[row]
-        parts = [f"{key.sample}: {f'{number(excess)}×' if excess else 'equal'}"]
-        if np.isfinite(points.metres[row]):
-            parts.append(distance(points.metres[row]))
-        if len(points.cells) > 1:
-            parts.append(f"{name(key.kind, 24)}, batch {key.batch_size}")
+    def _label(self, point: Any) -> str:
+        parts = [f"{point.number}: {f'{number(point.excess)}×' if point.excess else 'equal'}"]
+        if np.isfinite(point.metres):
+            parts.append(distance(point.metres))
+        if self._several:
+            parts.append(f"{name(point.kind, 24)}, batch {point.batch_size}")
         return " · ".join(parts)
 
     # One sample.
 
     def _pointed(self, trace: int, points: Any) -> None:
         if points.point_inds:
-            row = int(self._rows[trace][points.point_inds[0]])
-            self._react(lambda: self._choose(self._points.key(row)))
+            point = self._drawn[trace].iloc[points.point_inds[0]]
+            self._react(lambda: self._choose(_key(point)))
 
     def _hovered(self, trace: int, points: Any) -> None:
         if self._hover.value:
@@ -474,10 +398,18 @@ class _View:
         self._list.value = self._chosen if self._chosen in listed else None
 
     def _mark_point(self) -> None:
-        row = None if self._chosen is None else self._points.row(self._chosen)
-        ring = self._figure.data[-1]
-        ring.x, ring.y = ([], []) if row is None else self._at(np.array([row]))
-        ring.showlegend = row is not None
+        ring, marked = self._figure.data[-1], self._marked()
+        ring.x, ring.y = self._at(marked)
+        ring.showlegend = bool(len(marked))
+
+    def _marked(self) -> pd.DataFrame:
+        """The chosen sample, where it is among these."""
+        points = self._points
+        if self._chosen is None:
+            return points[:0]
+        kind, size, sample = self._chosen
+        same = (points.kind == kind) & (points.batch_size == size) & (points.number == sample)
+        return points[same][:1]
 
 
 def _set_steps(slider: widgets.SelectionRangeSlider, values: Floats) -> None:
@@ -510,35 +442,25 @@ def _times(excess: float) -> str:
 def _describe(sample: ExploredSample, exploration: Exploration) -> str:
     """A sample as HTML: where it is from, both models' answers, and how its inputs look."""
     heading = f"Sample {sample.index} · {sample.kind}, batch {sample.batch_size}"
-    facts = []
-    if sample.shard:
-        facts.append(f" · in {sample.shard}")
+    facts = [f"in {sample.shard}"] if sample.shard else []
     if sample.metres is not None:
         apart = f"positions {distance(sample.metres)} apart"
-        facts.append(f" · {apart if math.isfinite(sample.metres) else 'a position is NaN or Inf'}")
+        facts.append(apart if math.isfinite(sample.metres) else "a position is NaN or Inf")
     if sample.truth_m is not None:
         pytorch, onnx = map(distance, sample.truth_m)
-        facts.append(f" · true position {pytorch} from PyTorch's, {onnx} from ONNX's")
+        facts.append(f"true position {pytorch} from PyTorch's, {onnx} from ONNX's")
     rows = [
         row for spec in exploration.signature.outputs for row in _rows(spec, sample, exploration)
     ]
-    head = ("output", "element", "PyTorch", "ONNX", "difference", "× allowed")
-    table = "".join(
-        f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in row)}</tr>"
-        for tag, row in (("th", head), *(("td", row) for row in rows))
-    )
     chart = sample_inputs(sample.inputs, exploration.signature, f"Inputs of sample {sample.index}")
-    picture = ""
-    if chart is not None:
-        image = base64.b64encode(chart.to_png()).decode("ascii")
-        alt = escape(f"{chart.title}. {chart.alt}")
-        picture = f'<img style="max-width: 100%" alt="{alt}" src="data:image/png;base64,{image}">'
-    return (
-        '<div class="jp-RenderedHTMLCommon" style="contain: inline-size">'
-        f"<p><strong>{escape(heading)}</strong>{escape(''.join(facts))}</p>"
-        '<div style="overflow-x: auto"><table style="margin-left: 0">'
-        f"{table}</table></div>{picture}</div>"
+    found: str = _SAMPLE.render(
+        heading=heading,
+        facts=facts,
+        head=("output", "element", "PyTorch", "ONNX", "difference", "× allowed"),
+        rows=rows,
+        picture=None if chart is None else chart._repr_mimebundle_()[0],
     )
+    return found
 
 
 def _rows(
