@@ -212,26 +212,26 @@ def no_grid(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def paired_bars(
+def draw_bars(
     axes: Axes,
     rows: Sequence[str],
-    pairs: Sequence[tuple[str, str, Sequence[float]]],
+    sides: Sequence[tuple[str, str, Sequence[float]]],
     text: Callable[[float], str],
 ) -> None:
-    """Two horizontal bars a row, the first row on top; the second of a pair is hatched.
+    """One or two horizontal bars a row, the first row on top; the second of a pair is hatched.
 
     Args:
         axes: Where to.
         rows: Name of each row.
-        pairs: Label, colour, and a value for each row, of both sides.
+        sides: Label, colour, and a value for each row, of one side or of both.
         text: What is written behind a bar.
     """
-    places = np.arange(len(rows))
-    for offset, hatch, (label, color, values) in zip((-0.2, 0.2), ("", "////"), pairs, strict=True):
+    for index, (label, color, values) in enumerate(sides):
+        hatch = "////" * index
         bars = axes.barh(
-            places + offset,
+            np.arange(len(rows)) + 0.4 * index - 0.2 * (len(sides) - 1),
             values,
-            height=0.38,
+            height=0.76 / len(sides),
             facecolor=f"{color}66",
             edgecolor=color,
             hatch=hatch,
@@ -239,7 +239,7 @@ def paired_bars(
             gid=f"bars {label}",
         )
         axes.bar_label(bars, [text(value) for value in values], padding=3, fontsize=9)
-    axes.set_yticks(places, rows)
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from heimdall_onnx.common.text import number, share
 from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.evidence.latency.benchmark import LatencyReport
-from heimdall_onnx.report.plot.chart import Chart, Color, new_figure, note, styled
+from heimdall_onnx.report.plot.chart import Chart, Color, draw_bars, new_figure, note, styled
 
 _LATENCY = "latency"
 
@@ -44,37 +42,34 @@ def release_cost(costs: Sequence[StepCost], latency: LatencyReport | NotMeasured
     )
     figure = new_figure(title, subtitle, height=0.8 + 0.27 * len(costs))
     left, right = figure.subplots(1, 2, sharey=True)
-    rows = np.arange(len(costs))
-    seconds = left.barh(
-        rows, [c.seconds for c in costs], height=0.7, color=f"{Color.ELEMENTS[0]}88", gid="seconds"
+    steps = [c.step for c in costs]
+    draw_bars(left, steps, [("seconds", Color.ELEMENTS[0], [c.seconds for c in costs])], number)
+    right.barh(
+        range(len(steps)),
+        [*peaks.values()],
+        height=0.76,
+        color=f"{Color.QUIET}66",
+        label="notebook",
     )
-    left.bar_label(seconds, [number(c.seconds) for c in costs], padding=3, fontsize=9)
-    right.barh(rows, list(peaks.values()), height=0.7, color=f"{Color.QUIET}66", label="notebook")
     if beside and _LATENCY in peaks:
         start, row = peaks[_LATENCY], list(peaks).index(_LATENCY)
-        for amount, color, hatch, who in zip(
-            beside,
-            (Color.PYTORCH, Color.ONNX),
-            ("", "////"),
-            ("PyTorch", "ONNX Runtime"),
-            strict=True,
-        ):
+        colors, hatches = (Color.PYTORCH, Color.ONNX), ("", "////")
+        for side, amount, color, hatch in zip(sides, beside, colors, hatches, strict=True):
             right.barh(
                 row,
                 amount,
                 left=start,
-                height=0.7,
+                height=0.76,
                 facecolor=f"{color}66",
                 edgecolor=color,
                 hatch=hatch,
-                label=who,
-                gid=who,
+                label=side.name,
+                gid=side.name,
             )
             start += amount
     for row, amount in enumerate(together.values()):
         note(right, number(amount), (amount, row), (4, 0), va="center_baseline")
-    left.set_yticks(rows, [c.step for c in costs])
-    left.set(ylim=(len(costs) - 0.5, -0.5), xlabel="seconds")
+    left.set_xlabel("seconds")
     right.set_xlabel("largest memory (GB)")
     for axes in (left, right):
         axes.margins(x=0.16)

@@ -16,7 +16,15 @@ from heimdall_onnx.evidence.latency.benchmark import BatchLatency, LatencyReport
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.statistics import Speedup
 from heimdall_onnx.evidence.ratios import CONFIDENCE
-from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, paired_bars, styled
+from heimdall_onnx.report.plot.chart import (
+    Chart,
+    Color,
+    draw_bars,
+    log_axis,
+    new_figure,
+    note,
+    styled,
+)
 
 # Fewer pairs than this give no distribution-free 95% interval of a median, only a range.
 _PAIRS_FOR_INTERVAL = 6
@@ -53,14 +61,9 @@ def latency(report: LatencyReport) -> Chart:
     calls stand behind, with their intervals. The axis is logarithmic where the contenders, or
     the calls of one, differ by more than a factor of 3.
     """
-    title = _speed_answer(report)
     load = " → ".join(f"{value:.1f}" for value in report.load_average)
-    subtitle = (
-        ", ".join(f"{c.name} {count_of(c.samples_ms.size, 'call')}" for c in _both(report))
-        + f" · batch {report.batch_size} · {count_of(report.threads, 'thread')} each · "
-        f"load average {load}"
-    )
-    return _draw_latency(report, title, subtitle, report.confidence)
+    beside = f"{count_of(report.threads, 'thread')} each · load average {load}"
+    return _draw_latency(report, _speed_answer("ONNX", report.speedup, report.batch_size), beside)
 
 
 @unless_not_measured
@@ -71,28 +74,15 @@ def pair_latency(report: PairLatency) -> Chart:
     As `latency`; the one in the denominator of the ratio comes first.
     """
     second, first = _both(report)
-    ratio, batch = report.speedup, f"at batch {report.batch_size}"
-    if ratio.low <= 1 <= ratio.high:
-        title = (
-            f"No clear difference in speed {batch}: {first.name} takes {_ratio(ratio.ratio)}× as "
-            f"long as {second.name} ({_interval(ratio, CONFIDENCE, invert=False)})"
-        )
-    else:
-        faster = ratio.ratio < 1
-        title = (
-            f"{first.name} is {_ratio(1 / ratio.ratio if faster else ratio.ratio)}× "
-            f"{'faster' if faster else 'slower'} than {second.name} {batch} "
-            f"({_interval(ratio, CONFIDENCE, invert=faster)})"
-        )
-    subtitle = (
-        ", ".join(f"{c.name} {count_of(c.samples_ms.size, 'call')}" for c in (second, first))
-        + f" in turns · batch {report.batch_size} · load average "
-        f"{report.machine.load_before:.1f} → {report.machine.load_after:.1f}"
-    )
-    return _draw_latency(report, title, subtitle, CONFIDENCE)
+    title = _speed_answer(first.name, _inverse(report.speedup), report.batch_size, second.name)
+    machine = report.machine
+    beside = f"in turns · load average {machine.load_before:.1f} → {machine.load_after:.1f}"
+    return _draw_latency(report, title, beside)
 
 
-def _draw_latency(report: _Report, title: str, subtitle: str, confidence: float) -> Chart:
+def _draw_latency(report: _Report, title: str, beside: str) -> Chart:
+    counts = (f"{c.name} {count_of(c.samples_ms.size, 'call')}" for c in _both(report))
+    subtitle = f"{', '.join(counts)} · batch {report.batch_size} · {beside}"
     rows = sorted({p.percentile for c in _both(report) for p in c.percentiles})
     figure = new_figure(title, subtitle, height=2.9 + 0.36 * max(len(rows), 1))
     above, below = figure.subplots(
@@ -100,35 +90,39 @@ def _draw_latency(report: _Report, title: str, subtitle: str, confidence: float)
     )
     _draw_histograms(above, report)
     _draw_percentiles(below, report, rows)
-    below.set_xlabel(f"milliseconds per call (whiskers: {confidence:.0%} intervals)")
+    below.set_xlabel(f"milliseconds per call (whiskers: {CONFIDENCE:.0%} intervals)")
     return Chart(figure, title, _latency_alt(report))
 
 
-def _speed_answer(report: LatencyReport) -> str:
-    speedup, batch = report.speedup, f"at batch {report.batch_size}"
-    if not math.isfinite(speedup.ratio):
+def _speed_answer(who: str, found: Speedup, batch_size: int, other: str = "") -> str:
+    """How many times as fast ``who`` is, as ``other`` if that is not said by the figure."""
+    batch = f"at batch {batch_size}"
+    if not math.isfinite(found.ratio):
         return f"The speedup {batch} can't be told"
-    if speedup.low <= 1 <= speedup.high:
+    if found.low <= 1 <= found.high:
         return (
-            f"No clear difference in speed {batch}: ONNX {_ratio(speedup.ratio)}× as fast "
-            f"({_interval(speedup, report.confidence, invert=False)})"
+            f"No clear difference in speed {batch}: {who} {_ratio(found.ratio)}× as fast"
+            f"{other and f' as {other}'} ({_interval(found)})"
         )
-    slower = speedup.ratio < 1
-    ratio = 1 / speedup.ratio if slower else speedup.ratio
+    slower = found.ratio < 1
+    shown = _inverse(found) if slower else found
     return (
-        f"ONNX is {_ratio(ratio)}× {'slower' if slower else 'faster'} {batch} "
-        f"({_interval(speedup, report.confidence, invert=slower)})"
+        f"{who} is {_ratio(shown.ratio)}× {'slower' if slower else 'faster'}"
+        f"{other and f' than {other}'} {batch} ({_interval(shown)})"
     )
 
 
-def _interval(speedup: Speedup, confidence: float, *, invert: bool) -> str:
-    low, high = (1 / speedup.high, 1 / speedup.low) if invert else (speedup.low, speedup.high)
-    ends = f"{_ratio(low)} to {_ratio(high)}"
-    if _ratio(low) == _ratio(high):
-        ends = f"{low:.2f} to {high:.2f}"
-    if speedup.pairs < _PAIRS_FOR_INTERVAL:
-        return f"{ends} over {count_of(speedup.pairs, 'pair')} of blocks, too few for an interval"
-    return f"{confidence:.0%} interval {ends}"
+def _inverse(found: Speedup) -> Speedup:
+    return Speedup(1 / found.ratio, 1 / found.high, 1 / found.low, found.pairs)
+
+
+def _interval(found: Speedup) -> str:
+    ends = f"{_ratio(found.low)} to {_ratio(found.high)}"
+    if _ratio(found.low) == _ratio(found.high):
+        ends = f"{found.low:.2f} to {found.high:.2f}"
+    if found.pairs < _PAIRS_FOR_INTERVAL:
+        return f"{ends} over {count_of(found.pairs, 'pair')} of blocks, too few for an interval"
+    return f"{CONFIDENCE:.0%} interval {ends}"
 
 
 def _ratio(ratio: float) -> str:
@@ -196,15 +190,8 @@ def _draw_percentiles(axes: Axes, report: _Report, rows: list[float]) -> None:
     axes.set_yticks(range(len(rows)), [f"p{p:g}" for p in rows])
     axes.set_ylim(max(len(rows), 1) - 0.45, -0.55)
     if not rows:
-        axes.text(
-            0.5,
-            0.5,
-            "too few calls for percentiles",
-            ha="center",
-            va="center",
-            transform=axes.transAxes,
-            size=9,
-        )
+        said, middle = "too few calls for percentiles", (0.5, 0.5)
+        note(axes, said, middle, (0, 0), xycoords="axes fraction", ha="center", va="center")
 
 
 def _latency_alt(report: _Report) -> str:
@@ -407,7 +394,7 @@ def _draw_start(axes: Axes, report: LatencyReport) -> None:
         (who, color, [contender.load_ms, contender.first_call_ms, contender.median_ms])
         for (who, color, *_), contender in zip(_SIDES, (report.pytorch, report.onnx), strict=True)
     ]
-    paired_bars(axes, parts, pairs, lambda ms: f"{number(ms, 3)} ms")
+    draw_bars(axes, parts, pairs, lambda ms: f"{number(ms, 3)} ms")
     axes.set_xscale("log")
     axes.margins(x=0.15)
     log_axis(axes.xaxis)

@@ -16,9 +16,9 @@ from heimdall_onnx.evidence.variants.operators import OperatorTimes
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
+    draw_bars,
     log_axis,
     new_figure,
-    paired_bars,
     plain,
     styled,
 )
@@ -128,7 +128,7 @@ def operators(report: LevelReport) -> Chart:
             ("as deployed (all)", Color.ONNX, after),
         )
     ]
-    paired_bars(axes, shown, pairs, lambda count: f"{count:,}")
+    draw_bars(axes, shown, pairs, lambda count: f"{count:,}")
     axes.set_xlabel("nodes")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.08)
@@ -177,22 +177,13 @@ def operator_times(measured: Sequence[tuple[str, OperatorTimes]] | None) -> Char
         title, subtitle, height=0.8 + (0.36 if len(shown) > 1 else 0.25) * len(rows)
     )
     axes = figure.subplots()
+    sides = [
+        (plain(f"{label}, {number(times.total_ms)} ms"), color, ms)
+        for (label, times), color, ms in zip(shown, (Color.QUIET, Color.ONNX), values, strict=False)
+    ]
+    draw_bars(axes, rows, sides, _ms)
     if len(shown) > 1:
-        pairs = [
-            (plain(f"{label}, {number(times.total_ms)} ms"), color, ms)
-            for (label, times), color, ms in zip(
-                shown, (Color.QUIET, Color.ONNX), values, strict=True
-            )
-        ]
-        paired_bars(axes, rows, pairs, _ms)
         axes.legend(loc="lower right")
-    else:
-        places = range(len(rows))
-        bars = axes.barh(places, values[0], height=0.7, color=f"{Color.ONNX}66", gid="bars")
-        axes.bar_label(bars, [_ms(ms) for ms in values[0]], padding=3, fontsize=9)
-        axes.set_yticks(places, rows)
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
     axes.margins(x=0.1)
     axes.set_xlabel("milliseconds a call")
     alt = " ".join(
