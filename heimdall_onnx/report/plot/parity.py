@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import AsinhLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import name, number
@@ -36,7 +36,7 @@ from heimdall_onnx.report.plot.outputs import (
 )
 
 _ELEMENTS_SHOWN = 2000  # of one output
-_TICKS = FuncFormatter(lambda value, _: number(value).replace("-", "−", 1))
+_TICKS = FuncFormatter(lambda value, _: ("−" if value < 0 else "") + number(abs(value)))
 
 
 @styled
@@ -160,29 +160,16 @@ def _draw_tolerance(
     for sign in (1, -1):
         axes.plot(xs, sign * limit, "--", color=Color.INK, lw=1.2, gid="tolerance")
     axes.axhline(0, color=Color.QUIET, lw=1, zorder=1)
-    largest, top = float(np.abs(residual).max(initial=0.0)), 1.3 * float(limit.max())
-    if largest == 0 or 0.2 * limit.max() < largest < 10 * report.tolerance:
-        top = max(top, 1.15 * largest)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    else:
-        top = _use_symmetric_log(axes, residual, top)
-    axes.set_ylim(-top, top)
+    sizes = np.abs(residual)
+    largest = float(max(sizes.max(initial=0.0), limit.max()))
+    # Linear up to the bulk of the differences, logarithmic beyond.
+    bulk = float(np.median(sizes[sizes > 0])) if sizes.any() else largest
+    width = max(bulk, 1e-12 * largest)
+    axes.set_yscale("asinh", linear_width=width)
+    axes.set_ylim(-1.5 * largest, 1.5 * largest)
+    axes.yaxis.set_major_locator(AsinhLocator(width, numticks=5))
     axes.yaxis.set_major_formatter(_TICKS)
     axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _use_symmetric_log(axes: Axes, residual: Floats, top: float) -> float:
-    """Scale the y axis logarithmically outside the bulk of ``residual``; return its top."""
-    sizes = np.abs(residual)
-    top = max(top, 3 * float(sizes.max()))
-    last = math.floor(math.log10(top))
-    bulk = math.floor(math.log10(np.median(sizes[sizes > 0])))
-    start = max(min(bulk, last - 1), last - 12)
-    step = 1 + (last - start) // 4
-    powers = [10.0**p for p in range(last, start - 1, -step)]
-    axes.set_yscale("symlog", linthresh=powers[-1], linscale=step)
-    axes.yaxis.set_major_locator(FixedLocator([-p for p in powers] + [0.0] + powers))
-    return top
 
 
 def _draw_missing(axes: Axes, x: Floats, y: Floats) -> None:
