@@ -8,13 +8,13 @@ and batch sizes are run when they are asked for, so that nothing waits for what 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from onnxruntime import InferenceSession
 from torch import nn
 
@@ -25,32 +25,10 @@ from heimdall_onnx.evidence.parity.compare import first_rows, further_kinds
 from heimdall_onnx.evidence.parity.ground import error_m
 from heimdall_onnx.evidence.parity.one_pass import Models
 from heimdall_onnx.evidence.parity.report import ParityReport
-from heimdall_onnx.evidence.parity.statistics import WorstElements, worst_elements
+from heimdall_onnx.evidence.parity.statistics import worst_elements
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION, tolerance_factor
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
-
-
-@dataclass(frozen=True)
-class ExploredCell:
-    """Samples of one kind of input at one batch size, with their largest errors.
-
-    Attributes:
-        kind: As in `ParityCell`.
-        batch_size: Samples in a call.
-        factor: What the tolerance is multiplied by there.
-        samples: Index of each sample (N,); of evaluation data its row there.
-        outputs: By output, the elements that differ most, one for each sample.
-        metres: Between both models' positions (N,), NaN where one is not finite; None for a model
-            without positions.
-    """
-
-    kind: str
-    batch_size: int
-    factor: float
-    samples: npt.NDArray[np.int64] = field(repr=False)
-    outputs: Mapping[str, WorstElements] = field(repr=False)
-    metres: Floats | None = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -61,7 +39,7 @@ class ExploredSample:
         kind: As in `ParityCell`.
         batch_size: Samples in the call that it was part of.
         factor: What the tolerance is multiplied by there.
-        index: Its index, as in `ExploredCell`.
+        index: Its index; of evaluation data its row there.
         shard: The file of a dataset that it is in; empty where there is none.
         inputs: One array per input, without the batch axis.
         pytorch: The PyTorch model's outputs, without the batch axis.
@@ -106,7 +84,7 @@ class Exploration:
         self.parity, self.data, self.signature = parity, data, parity.signature
         self._model, self._onnx_path = model, onnx_path
         self._examples = Examples(parity.signature, model)
-        self._cells: dict[tuple[str, int], ExploredCell] = {}
+        self._cells: dict[tuple[str, int], pd.DataFrame] = {}
         self._known = {(cell.kind, cell.batch_size): cell for cell in parity.cells}
         position = self.signature.position_output
         self._position = position.name if position and position.shape[1:] == (2,) else None
@@ -125,10 +103,16 @@ class Exploration:
         cell = self._known[self._checked(kind, batch_size)]
         return min(cell.samples, self.data.count) if kind == EVALUATION else cell.samples
 
-    def cell(self, kind: str, batch_size: int) -> ExploredCell:
+    def cell(self, kind: str, batch_size: int) -> pd.DataFrame:
         """Largest errors of the samples of a kind at a batch size.
 
         Both models run over them, some ten samples, unless the report has kept their answers.
+
+        Returns:
+            A row for each output and sample: ``kind`` and ``batch_size``; ``factor`` that the
+            tolerance is multiplied by there; ``output``; ``number`` of the sample; ``reference``,
+            ``value``, ``error`` and ``excess`` of the element that differs most, as in
+            `WorstElements`; ``metres`` between both models' positions, NaN where there are none.
 
         Raises:
             DataError: If the data can't be read, or the model's own examples do not fit.
@@ -225,7 +209,7 @@ class Exploration:
         inputs = self._inputs(kind, size)
         return {name: array[part] for name, array in inputs.items()}, index - part.start
 
-    def _kept_cell(self) -> ExploredCell:
+    def _kept_cell(self) -> pd.DataFrame:
         parity = self.parity
         key = next(iter(self._known))
         kept = len(next(iter(parity.pytorch.values())))
@@ -237,9 +221,9 @@ class Exploration:
             batch, _ = self._batch_of(key, start)
             rows = start + np.arange(len(next(iter(batch.values()))))
             parts.append(self._explored(key, rows, *self._models.run(batch, self.signature)))
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        return pd.concat(parts, ignore_index=True)
 
-    def _run_cell(self, kind: str, size: int) -> ExploredCell:
+    def _run_cell(self, kind: str, size: int) -> pd.DataFrame:
         inputs, count = self._inputs(kind, size), self.count(kind, size)
         parts = []
         for start, batch in in_batches(inputs, size):
@@ -248,24 +232,25 @@ class Exploration:
             rows = np.arange(start, min(start + size, count))
             sides = ({n: a[: len(rows)] for n, a in side.items()} for side in (pytorch, onnx))
             parts.append(self._explored((kind, size), rows, *sides))
-        return _joined(parts)
+        return pd.concat(parts, ignore_index=True)
 
     def _explored(
         self, key: tuple[str, int], samples: npt.NDArray[Any], pytorch: Arrays, onnx: Arrays
-    ) -> ExploredCell:
-        factor = self._factor(key)
+    ) -> pd.DataFrame:
+        factor, metres = self._factor(key), self._metres(pytorch, onnx)
         limits = {"atol": factor * self.parity.tolerance, "rtol": factor * self.parity.rtol}
-        return ExploredCell(
-            kind=key[0],
-            batch_size=key[1],
-            factor=factor,
-            samples=samples.astype(np.int64),
-            outputs={
-                spec.name: worst_elements(pytorch[spec.name], onnx[spec.name], **limits)
-                for spec in self.signature.outputs
-            },
-            metres=self._metres(pytorch, onnx),
-        )
+        shared = {
+            "kind": key[0],
+            "batch_size": key[1],
+            "factor": factor,
+            "number": samples,
+            "metres": np.nan if metres is None else metres,
+        }
+        parts = []
+        for spec in self.signature.outputs:
+            worst = worst_elements(pytorch[spec.name], onnx[spec.name], **limits)
+            parts.append(pd.DataFrame({**shared, "output": spec.name, **vars(worst)}))
+        return pd.concat(parts, ignore_index=True)
 
     def _metres(self, pytorch: Arrays, onnx: Arrays) -> Floats | None:
         if self._position is None:
@@ -284,18 +269,3 @@ class Exploration:
         truth = self.data.positions[index : index + 1]
         off = [float(error_m(side[self._position], truth)[0]) for side in (pytorch, onnx)]
         return off[0], off[1]
-
-
-def _joined(parts: list[ExploredCell]) -> ExploredCell:
-    first = parts[0]
-    return ExploredCell(
-        first.kind,
-        first.batch_size,
-        first.factor,
-        np.concatenate([part.samples for part in parts]),
-        {
-            name: WorstElements.joined([part.outputs[name] for part in parts])
-            for name in first.outputs
-        },
-        None if first.metres is None else np.concatenate([p.metres for p in parts]),
-    )

@@ -8,7 +8,7 @@ picture are dark on white, as the report's figures are, whatever the theme.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -28,7 +28,7 @@ from heimdall_onnx.common.text import after, count_of, distance, name, number, u
 from heimdall_onnx.evidence.parity.statistics import element_errors
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION
 from heimdall_onnx.model.signature import TensorSpec
-from heimdall_onnx.report.explore.exploration import Exploration, ExploredCell, ExploredSample
+from heimdall_onnx.report.explore.exploration import Exploration, ExploredSample
 from heimdall_onnx.report.plot.errors import span_of
 from heimdall_onnx.report.plot.outputs import element_names
 from heimdall_onnx.report.plot.worst import sample_inputs
@@ -66,30 +66,6 @@ class _Key(NamedTuple):
     kind: str
     batch_size: int
     sample: int
-
-
-def _points(cells: Sequence[ExploredCell], output: str) -> pd.DataFrame:
-    """One output of every sample of some cells, a row each."""
-    parts = []
-    for cell in cells:
-        worst = cell.outputs[output]
-        part = pd.DataFrame(
-            {
-                "kind": cell.kind,
-                "batch_size": cell.batch_size,
-                "number": cell.samples,
-                "factor": cell.factor,
-                "trace": 0 if cell.kind == EVALUATION else 1 if cell.factor == 1.0 else 2,
-                "magnitude": np.abs(worst.reference),
-                "reference": worst.reference,
-                "value": worst.value,
-                "error": worst.error,
-                "excess": worst.excess,
-                "metres": math.nan if cell.metres is None else cell.metres,
-            }
-        )
-        parts.append(part.sort_values("number"))
-    return pd.concat(parts, ignore_index=True)
 
 
 def _key(point: Any) -> _Key:
@@ -264,10 +240,13 @@ class _View:
             self._say(f"Running both models on {kind} at batch {size} …")
             cells.append(exploration.cell(kind, size))
         self._several = len(cells) > 1
-        self._points = _points(cells, self._output.value)
+        found = pd.concat(cells, ignore_index=True)
+        self._points = points = found[found.output == self._output.value].assign(
+            magnitude=found.reference.abs()
+        )
         with self._setting():
-            _set_steps(self._magnitude, self._points.magnitude.to_numpy())
-            _set_steps(self._excess, self._points.excess.to_numpy())
+            _set_steps(self._magnitude, points.magnitude.to_numpy())
+            _set_steps(self._excess, points.excess.to_numpy())
         self._refresh()
         if self._chosen is not None and len(self._marked()):
             self._choose(self._chosen)
@@ -279,7 +258,7 @@ class _View:
         points = self._points
         inside = points.magnitude.between(*self._magnitude.value) | ~np.isfinite(points.magnitude)
         some = points[points.excess.between(*self._excess.value) & inside]
-        self._shown = some.sort_values("excess", ascending=False, kind="stable")
+        self._shown = some.sort_values(["excess", "number"], ascending=[False, True])
         with self._setting():
             self._list.options = [
                 (self._label(point), _key(point))
@@ -308,7 +287,8 @@ class _View:
         self._limits = (lowest, highest, floor, top)
         spec = self._spec()
         line = np.geomspace(lowest, highest, 300)
-        self._drawn = [some[some.trace == index] for index in range(_CLASSES)]
+        traces = np.select([some.kind == EVALUATION, some.factor == 1.0], [0, 1], 2)
+        self._drawn = [some[traces == index] for index in range(_CLASSES)]
         with self._figure.batch_update():
             for trace, mine in zip(self._points_of, self._drawn, strict=True):
                 trace.x, trace.y = self._at(mine)

@@ -82,9 +82,9 @@ def test_each_cell_has_the_errors_that_the_report_has_there(which, request):
     assert len(exploration.kinds) > 5
     for cell in found.parity.cells:
         explored = exploration.cell(cell.kind, cell.batch_size)
-        assert explored.factor == cell.factor
+        assert set(explored.factor) == {cell.factor}
         for statistics in cell.outputs:
-            worst = explored.outputs[statistics.output]
+            worst = explored[explored.output == statistics.output]
             assert worst.excess.max() == statistics.excess
             assert len(worst.error) == exploration.count(cell.kind, cell.batch_size)
 
@@ -92,7 +92,7 @@ def test_each_cell_has_the_errors_that_the_report_has_there(which, request):
 def test_first_cell_needs_no_model(compared, tmp_path):
     exploration = compared.explored(onnx=tmp_path / "none.onnx")
     cell = exploration.cell(EVALUATION, 8)
-    assert cell.samples.tolist() == list(range(21))
+    assert cell.number.tolist() == [*range(21)] * 2
     assert exploration.sample(EVALUATION, 8, 3).index == 3
     with pytest.raises(InvalidModelError, match=r"none\.onnx"):
         exploration.cell("zeros", 2)
@@ -112,7 +112,8 @@ def test_sample_has_its_inputs_both_answers_and_the_metres_between(compared):
         np.testing.assert_array_equal(sample.onnx[name], onnx[name][row - 8])
     apart = distance_m(onnx["positions"][5:6], pytorch["positions"][5:6])[0]
     assert sample.metres == apart
-    assert exploration.cell(EVALUATION, 8).metres[row] == apart
+    cell = exploration.cell(EVALUATION, 8)
+    assert set(cell.metres[cell.number == row]) == {apart}
     off = distance_m(onnx["positions"][5:6], compared.data.positions[row : row + 1])[0]
     assert sample.truth_m[1] == off
 
@@ -130,7 +131,7 @@ def test_rows_that_fill_a_batch_are_no_samples_of_their_own(tmp_path):
     exploration = compare(SmallNet(), tmp_path, labelled(5)).explored()
     assert exploration.batch_sizes(EVALUATION)[0] == 5
     for size in exploration.batch_sizes(EVALUATION):
-        assert exploration.cell(EVALUATION, size).samples.tolist() == list(range(5))
+        assert sorted(exploration.cell(EVALUATION, size).number) == sorted([*range(5)] * 2)
 
 
 def test_worst_of_many_samples_is_there_though_its_answers_were_not_kept(tmp_path):
@@ -142,12 +143,12 @@ def test_worst_of_many_samples_is_there_though_its_answers_were_not_kept(tmp_pat
     found = compare(SmallNet(), tmp_path, data)
     assert found.parity.place_of(lost) is None
     cell = found.explored().cell(EVALUATION, 8)
-    assert len(kept) < len(cell.samples) < 2100
-    place = cell.samples.tolist().index(lost)
+    cell = cell[cell.output == "positions"]
+    assert len(kept) < len(cell) < 2100
     (worst,) = [w for w in found.parity.evaluation[0].worst if w.sample == lost]
-    assert cell.outputs["positions"].error[place] == worst.error
+    assert cell.error[cell.number == lost].tolist() == [worst.error]
     # And any other can be looked up.
-    other = int(np.setdiff1d(rows, cell.samples)[0])
+    other = int(np.setdiff1d(rows, cell.number)[0])
     sample = found.explored().sample(EVALUATION, 8, other)
     np.testing.assert_array_equal(sample.inputs["signal"], data.inputs["signal"][other])
 
@@ -204,7 +205,8 @@ def view_class():
 
 def test_limits_leave_the_samples_within_them_the_worst_first(compared, view_class):
     view = view_class(compared.explored())
-    worst = compared.explored().cell(EVALUATION, 8).outputs[view._output.value]
+    cell = compared.explored().cell(EVALUATION, 8)
+    worst = cell[cell.output == view._output.value].reset_index()
     steps = [step for _, step in view._excess.options]
     assert steps[0] == 0
     assert steps[-1] >= worst.excess.max()
