@@ -236,7 +236,6 @@ def record_results(
     """
     import scrapbook
 
-    compared = _or_none(variants)
     record = Record(
         profile=verdict.profile,
         gates=verdict.gates,
@@ -265,7 +264,7 @@ def record_results(
         parity=parity,
         latency=_or_none(latency),
         latency_not_measured=latency.reason if isinstance(latency, NotMeasured) else None,
-        variants=compared and compared.figures(),
+        variants=_or_none(variants),
         roofline=_or_none(roofline),
         member=_or_none(member),
         members=tuple(members or ()),

@@ -140,14 +140,15 @@ class Factory:
 
 
 def _written(variant: JudgedVariant) -> dict[str, Any]:
-    return TypeAdapter(VariantFigures).dump_python(variant.figures(), mode="json")
+    return TypeAdapter(VariantFigures).dump_python(variant, mode="json")
 
 
 def _judge(folder: Path) -> Iterator[JudgedVariant]:
     """All `VARIANTS`; the files of those that passed are in ``folder`` then."""
     for name, (status, settings, offset) in VARIANTS.items():
         file = "model.onnx" if offset is None else f"variants/{name}/model.onnx"
-        variant = JudgedVariant(name, name, "int8", status, settings=settings, file=file)
+        sessions = dict.fromkeys(("latency", "throughput"), settings)
+        variant = JudgedVariant(name, name, "int8", status, sessions=sessions, file=file)
         if status != "passed":
             yield replace(variant, reason=f"a reason for {name}")
             continue

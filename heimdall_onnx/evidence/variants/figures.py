@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from heimdall_onnx.common.parameters import AccuracyLimits
+from heimdall_onnx.common.parameters import MODEL, AccuracyLimits
 from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.evidence.latency.figures import PairFigures
 from heimdall_onnx.evidence.variants.accuracy import AccuracyFigures
@@ -15,7 +15,7 @@ from heimdall_onnx.model.runtimes import SessionSettings
 
 @dataclass(frozen=True)
 class VariantFigures:
-    """A variant with its evidence; see `evidence.variants.search.JudgedVariant`.
+    """A variant with its evidence.
 
     Attributes:
         name: Its name.
@@ -24,7 +24,7 @@ class VariantFigures:
         status: ``"passed"``, ``"failed"`` (a gate) or ``"unavailable"``.
         reason: Why it is not passed, in words.
         file: Its name within the release folder.
-        sha256: SHA-256 of its file.
+        sha256: SHA-256 of its file, that of fp32 where it has none of its own.
         size_bytes: Its length.
         ran_on: Execution provider or device, as the runtime told it; empty where it never ran.
         sessions: What it is opened with, for latency and for throughput.
@@ -39,17 +39,17 @@ class VariantFigures:
     what: str
     precision: str
     status: str
-    reason: str
-    file: str
-    sha256: str
-    size_bytes: int
-    ran_on: str
-    sessions: dict[str, SessionSettings]
-    kept_in_float: tuple[str, ...]
-    gates: tuple[Gate, ...]
-    latency: PairFigures | None
-    accuracy: AccuracyFigures | None
-    tuning: dict[str, tuple[Trial, ...]]
+    reason: str = ""
+    file: str = MODEL
+    sha256: str = ""
+    size_bytes: int = 0
+    ran_on: str = ""
+    sessions: dict[str, SessionSettings] = field(default_factory=dict)
+    kept_in_float: tuple[str, ...] = ()
+    gates: tuple[Gate, ...] = field(default=(), repr=False)
+    latency: PairFigures | None = field(default=None, repr=False)
+    accuracy: AccuracyFigures | None = field(default=None, repr=False)
+    tuning: dict[str, tuple[Trial, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def passed(self) -> bool:
@@ -70,7 +70,7 @@ class VariantsFigures:
     """
 
     recommended: str
-    calibration: CalibrationFigures
+    calibration: CalibrationFigures = field(repr=False)
     limits: AccuracyLimits
-    against_pytorch: PairFigures
+    against_pytorch: PairFigures = field(repr=False)
     judged: tuple[VariantFigures, ...]

@@ -156,8 +156,8 @@ def profile_variants(
                 variant.path,
                 inputs,
                 signature,
-                threads=variant.settings_for(LATENCY).thread_count,
-                level=variant.settings_for(LATENCY).level,
+                threads=variant.sessions[LATENCY].thread_count,
+                level=variant.sessions[LATENCY].level,
                 calls=calls,
             ),
         )

@@ -9,7 +9,7 @@ The fastest that holds is recommended, if it is known to be faster than fp32.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from heimdall_onnx.common.errors import BenchmarkError, EvidenceError, UnavailableError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER, AccuracyLimits
+from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER
 from heimdall_onnx.common.processes import WorkerProcess, worker_process
 from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.data.evaluation import load_evaluation_data
@@ -44,7 +44,7 @@ from heimdall_onnx.evidence.variants.recipes import (
     make_variant,
 )
 from heimdall_onnx.evidence.variants.sensitivity import NoiseProfile, noise_profile
-from heimdall_onnx.evidence.variants.tuning import LATENCY, THROUGHPUT, Tuning, tune_session
+from heimdall_onnx.evidence.variants.tuning import LATENCY, THROUGHPUT, tune_session
 from heimdall_onnx.model.runtimes import CPU, SessionSettings, open_runner, require_runtime
 
 if TYPE_CHECKING:
@@ -61,49 +61,20 @@ _PROFILE_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class JudgedVariant:
-    """A variant with its evidence.
+class JudgedVariant(VariantFigures):
+    """A variant with its evidence, on the machine that judged it.
 
     Attributes:
-        name: Its name.
-        what: What it is, in a few words.
-        precision: Of its multiplications.
-        status: ``"passed"``, ``"failed"`` (a gate) or ``"unavailable"``.
-        reason: Why it is not passed, in words.
-        settings: What it was opened with.
+        settings: What it was opened with, before it was tuned.
         path: Its file on this machine; that of fp32 where it has none of its own.
-        sha256: SHA-256 of that file.
-        size_bytes: Its length.
-        file: Its name within the release folder.
-        kept_in_float: Modules whose nodes are kept in float.
-        gates: The gates of the task; empty for fp32, which has its own.
-        accuracy: How its answers differ from those of fp32.
         noise: Where it loses accuracy, with every node quantized; None where nodes can't be chosen.
-        latency: fp32 (first) and the variant in turns; None where it was not measured.
-        tunings: The options found for latency and throughput; only of the recommended one.
     """
 
-    name: str
-    what: str
-    precision: str
-    status: str
-    reason: str = ""
+    latency: PairLatency | None = field(default=None, repr=False)
+    accuracy: Accuracy | None = field(default=None, repr=False)
     settings: SessionSettings = field(default_factory=SessionSettings)
     path: Path | None = field(default=None, repr=False)
-    sha256: str = ""
-    size_bytes: int = 0
-    file: str = MODEL
-    kept_in_float: tuple[str, ...] = ()
-    gates: tuple[Gate, ...] = field(default=(), repr=False)
-    accuracy: Accuracy | None = field(default=None, repr=False)
     noise: NoiseProfile | None = field(default=None, repr=False)
-    latency: PairLatency | None = field(default=None, repr=False)
-    tunings: tuple[Tuning, ...] = field(default=(), repr=False)
-
-    @property
-    def passed(self) -> bool:
-        """Whether it may be used."""
-        return self.status == "passed"
 
     @property
     def multiplies_in(self) -> str:
@@ -124,50 +95,18 @@ class JudgedVariant:
         """Whether it has another file than fp32."""
         return self.file != MODEL
 
-    def settings_for(self, purpose: str) -> SessionSettings:
-        """What to open it with, for ``"latency"`` or ``"throughput"``."""
-        tuned = (tuning.settings for tuning in self.tunings if tuning.purpose == purpose)
-        return next(tuned, self.settings)
-
-    def figures(self) -> VariantFigures:
-        """What is recorded of it."""
-        return VariantFigures(
-            name=self.name,
-            what=self.what,
-            precision=self.precision,
-            status=self.status,
-            reason=self.reason,
-            file=self.file,
-            sha256=self.sha256,
-            size_bytes=self.size_bytes,
-            ran_on="" if self.latency is None else self.latency.second.ran_on,
-            sessions={purpose: self.settings_for(purpose) for purpose in (LATENCY, THROUGHPUT)},
-            kept_in_float=self.kept_in_float,
-            gates=self.gates,
-            latency=self.latency,
-            accuracy=self.accuracy,
-            tuning={tuning.purpose: tuning.trials for tuning in self.tunings},
-        )
-
 
 @dataclass(frozen=True)
-class VariantsReport:
+class VariantsReport(VariantsFigures):
     """Everything that `compare_variants` found.
 
     Attributes:
-        judged: Every variant that was asked for, fp32 first.
-        recommended: Name of the fastest that passed.
-        calibration: What ranges were calibrated on and what judged them.
-        limits: Of the gates.
-        against_pytorch: PyTorch (first) and the recommended variant, tuned, in turns.
         batch_size: The batch size that throughput is measured at.
     """
 
-    judged: tuple[JudgedVariant, ...]
-    recommended: str
     calibration: CalibrationSplit = field(repr=False)
-    limits: AccuracyLimits
     against_pytorch: PairLatency = field(repr=False)
+    judged: tuple[JudgedVariant, ...]
     batch_size: int
 
     def variant(self, name: str) -> JudgedVariant:
@@ -178,16 +117,6 @@ class VariantsReport:
     def best(self) -> JudgedVariant:
         """The recommended variant."""
         return self.variant(self.recommended)
-
-    def figures(self) -> VariantsFigures:
-        """What is recorded of them."""
-        return VariantsFigures(
-            recommended=self.recommended,
-            calibration=self.calibration,
-            limits=self.limits,
-            against_pytorch=self.against_pytorch,
-            judged=tuple(variant.figures() for variant in self.judged),
-        )
 
 
 def compare_variants(
@@ -238,11 +167,11 @@ def compare_variants(
     against = search.against_pytorch(best)
     log.info("recommended", variant=best.name, speedup=round(against.speedup.ratio, 2))
     return VariantsReport(
-        tuple(best if variant.name == best.name else variant for variant in timed),
         best.name,
         split,
         parameters.accuracy_limits,
         against,
+        tuple(best if variant.name == best.name else variant for variant in timed),
         parameters.batch_size,
     )
 
@@ -269,7 +198,6 @@ class _Search:
     ) -> None:
         self._model, self._onnx, self._split = model, onnx_path, split
         self._signature, self._parameters = signature, parameters
-        self._folder = onnx_path.parent / VARIANTS_FOLDER
         self._inputs: Arrays = dict(split.evaluation.inputs)  # type: ignore[arg-type]
         # A number, so that who opens the model elsewhere knows with how many it was measured.
         self._threads = SessionSettings(threads=parameters.threads or default_threads())
@@ -298,80 +226,79 @@ class _Search:
 
     def _described(self, recipe: Recipe) -> JudgedVariant:
         settings = recipe.settings.model_copy(update={"threads": self._threads.threads})
-        file = MODEL if recipe.make is None else f"{VARIANTS_FOLDER}/{recipe.name}/{MODEL}"
         return JudgedVariant(
-            recipe.name, recipe.what, recipe.precision, "failed", settings=settings, file=file
+            recipe.name,
+            recipe.what,
+            recipe.precision,
+            "failed",
+            file=MODEL if recipe.make is None else f"{VARIANTS_FOLDER}/{recipe.name}/{MODEL}",
+            settings=settings,
+            sessions=dict.fromkeys((LATENCY, THROUGHPUT), settings),
         )
 
     def _judge(self, recipe: Recipe, worker: WorkerProcess, cache: Path) -> JudgedVariant:
         variant = self._described(recipe)
-        path = self._onnx if recipe.make is None else self._folder / recipe.name / MODEL
         if recipe.name == FP32:
-            return _with_file(replace(variant, status="passed"), path)
+            return _with_file(replace(variant, status="passed"), self._onnx)
         # Before minutes are spent on making what can't run here.
         require_runtime(variant.settings)
-        for attempt in self._attempts(recipe, path, worker, cache):
-            if isinstance(attempt, NoiseProfile):
-                variant = replace(variant, noise=attempt)
-                continue
-            accuracy, gates = self._accuracy(recipe, path, variant.settings, worker)
-            variant = replace(variant, kept_in_float=attempt, accuracy=accuracy, gates=gates)
-            if all(gate.passed for gate in gates):
-                break
-        failed = [gate.summary() for gate in variant.gates if not gate.passed]
-        variant = replace(variant, status="failed" if failed else "passed")
-        return _with_file(replace(variant, reason="; ".join(failed)), path)
-
-    def _accuracy(
-        self, recipe: Recipe, path: Path, settings: SessionSettings, worker: WorkerProcess
-    ) -> tuple[Accuracy, tuple[Gate, ...]]:
-        found = worker(_answers, path, self._signature, settings, self._inputs)
-        accuracy = judge_accuracy(self._reference, found, self._split.evaluation, self._signature)
-        gates = accuracy_gates(accuracy, self._parameters.accuracy_limits)
-        if recipe.lossy and self._split.evaluation.synthetic:
-            noise = "the inputs are random numbers, on which rounding is nobody's loss"
-            gates = (*gates, Gate.none_of("evaluation data", [noise]))
-        return accuracy, gates
-
-    def _attempts(
-        self, recipe: Recipe, path: Path, worker: WorkerProcess, cache: Path
-    ) -> Iterator[tuple[str, ...] | NoiseProfile]:
-        """What is kept in float: nothing, then more and more; between, where that loses accuracy.
-
-        The profile comes from calibration inputs: those that judge have no part in the choice.
-        """
-        if recipe.make is None:
-            yield ()
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._onnx.parent / variant.file if variant.has_own_file else self._onnx
 
         def make(nodes: tuple[str, ...]) -> None:
             job = VariantJob(self._onnx, path, self._split.inputs, nodes, cache)
             worker(make_variant, recipe.name, job)
 
-        make(())
-        if not recipe.selective:
-            yield ()
-            return
-        noise = worker(
-            noise_profile,
-            recipe.name,
-            self._onnx,
-            path,
-            [name for name, _ in self._model.named_modules(remove_duplicate=False)],
-            {name: array[:_PROFILE_SAMPLES] for name, array in self._split.inputs.items()},
+        if recipe.make is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make(())
+        variant = self._held(variant, path, worker)
+        if recipe.selective:
+            # Of calibration inputs: those that judge have no part in what is kept in float.
+            noise = worker(
+                noise_profile,
+                recipe.name,
+                self._onnx,
+                path,
+                [name for name, _ in self._model.named_modules(remove_duplicate=False)],
+                {name: array[:_PROFILE_SAMPLES] for name, array in self._split.inputs.items()},
+            )
+            variant = replace(variant, noise=noise)
+            half = len(noise.groups) // 2
+            for count in sorted({*(2**n for n in range(half.bit_length())), half} - {0}):
+                if variant.passed:
+                    break
+                kept = noise.most_sensitive(count)
+                make(tuple(node for group in kept for node in group.nodes))
+                scopes = tuple(group.scope for group in kept)
+                variant = self._held(replace(variant, kept_in_float=scopes), path, worker)
+        return _with_file(variant, path)
+
+    def _held(self, variant: JudgedVariant, path: Path, worker: WorkerProcess) -> JudgedVariant:
+        """The variant held against the gates."""
+        accuracy, gates = self._accuracy(variant.name, path, variant.settings, worker)
+        failed = [gate.summary() for gate in gates if not gate.passed]
+        return replace(
+            variant,
+            accuracy=accuracy,
+            gates=gates,
+            status="failed" if failed else "passed",
+            reason="; ".join(failed),
         )
-        yield noise
-        yield ()
-        half = len(noise.groups) // 2
-        for count in sorted({*(2**n for n in range(half.bit_length())), half} - {0}):
-            kept = noise.most_sensitive(count)
-            make(tuple(node for group in kept for node in group.nodes))
-            yield tuple(group.scope for group in kept)
+
+    def _accuracy(
+        self, name: str, path: Path, settings: SessionSettings, worker: WorkerProcess
+    ) -> tuple[Accuracy, tuple[Gate, ...]]:
+        found = worker(_answers, path, self._signature, settings, self._inputs)
+        accuracy = judge_accuracy(self._reference, found, self._split.evaluation, self._signature)
+        gates = accuracy_gates(accuracy, self._parameters.accuracy_limits)
+        if RECIPES[name].lossy and self._split.evaluation.synthetic:
+            noise = "the inputs are random numbers, on which rounding is nobody's loss"
+            gates = (*gates, Gate.none_of("evaluation data", [noise]))
+        return accuracy, gates
 
     def time(self, variant: JudgedVariant) -> JudgedVariant:
         """Measure a variant that could be opened in turns with fp32, and fp32 with PyTorch."""
-        if variant.status == "unavailable" or variant.path is None:
+        if variant.path is None:
             return variant
         try:
             with self._opponent(variant) as opponent:
@@ -381,7 +308,7 @@ class _Search:
                 raise
             return replace(variant, status="failed", reason=str(error))
         log.info("timed", variant=variant.name, speedup=round(measured.speedup.ratio, 2))
-        return replace(variant, latency=measured)
+        return replace(variant, latency=measured, ran_on=measured.second.ran_on)
 
     def _opponent(self, variant: JudgedVariant) -> AbstractContextManager[Contestant]:
         if variant.name == FP32:
@@ -400,7 +327,7 @@ class _Search:
         assert variant.path is not None
         return measure_pair(
             first,
-            Contestant(variant.name, variant.path, variant.settings_for(LATENCY)),
+            Contestant(variant.name, variant.path, variant.sessions[LATENCY]),
             self._call,
             self._signature,
             calls=calls,
@@ -438,30 +365,30 @@ class _Search:
             LATENCY: self._parameters.latency_batch_size,
             THROUGHPUT: self._parameters.batch_size,
         }
-        tunings = [
-            tune_session(
+        tuned = {
+            purpose: tune_session(
                 contestant,
                 self._call,
                 self._signature,
-                purpose=purpose,
                 batch_size=size,
                 calls=self._parameters.limits.tuning_calls,
                 seed=self._parameters.seed,
             )
             for purpose, size in sizes.items()
-        ]
+        }
+        sessions, tuning = dict(variant.sessions), {}
         with worker_process() as worker:
-            # Another level of optimization runs other kernels, which have to be judged, too.
-            held = tuple(t for t in tunings if self._holds(variant, t.settings, worker))
-        return replace(variant, tunings=held)
+            for purpose, (settings, trials) in tuned.items():
+                # Another level of optimization runs other kernels, which have to be judged, too.
+                if settings == variant.settings or self._holds(variant, settings, worker):
+                    sessions[purpose], tuning[purpose] = settings, trials
+        return replace(variant, sessions=sessions, tuning=tuning)
 
     def _holds(
         self, variant: JudgedVariant, settings: SessionSettings, worker: WorkerProcess
     ) -> bool:
         assert variant.path is not None
-        if settings == variant.settings:
-            return True
-        _, gates = self._accuracy(RECIPES[variant.name], variant.path, settings, worker)
+        _, gates = self._accuracy(variant.name, variant.path, settings, worker)
         return all(gate.passed for gate in gates)
 
     def against_pytorch(self, variant: JudgedVariant) -> PairLatency:

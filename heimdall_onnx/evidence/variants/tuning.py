@@ -42,43 +42,27 @@ class Trial:
     kept: bool
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """The best options found for one purpose.
-
-    Attributes:
-        purpose: ``"latency"`` or ``"throughput"``.
-        batch_size: Samples in a call.
-        settings: What to open a session with.
-        trials: Every change that was tried, in order.
-    """
-
-    purpose: str
-    batch_size: int
-    settings: SessionSettings
-    trials: tuple[Trial, ...]
-
-
 def tune_session(
     contestant: Contestant,
     inputs: Arrays,
     signature: Signature,
     *,
-    purpose: str,
     batch_size: int,
-    calls: int = 40,
-    seed: int = 0,
-) -> Tuning:
+    calls: int,
+    seed: int,
+) -> tuple[SessionSettings, tuple[Trial, ...]]:
     """Find the session options that are fastest on this machine.
 
     Args:
         contestant: The model, and the options to begin with.
         inputs: One call's inputs; their rows are repeated to the batch size.
         signature: Names and order of inputs and outputs.
-        purpose: Recorded with the result.
         batch_size: Samples in a call.
         calls: Counted calls of each side of a trial.
         seed: Of the order in which they take turns.
+
+    Returns:
+        What to open a session with, and every change that was tried, in order.
 
     Raises:
         BenchmarkError: If a worker process dies, fails or does not answer in time.
@@ -107,8 +91,8 @@ def tune_session(
                     # The one before is of no use any more, and holds the model's memory.
                     held.close()
                     held.push(stack.pop_all())
-    log.info("tuned", purpose=purpose, kept=[trial.option for trial in trials if trial.kept])
-    return Tuning(purpose, batch_size, best, tuple(trials))
+    log.info("tuned", batch_size=batch_size, kept=[trial.option for trial in trials if trial.kept])
+    return best, tuple(trials)
 
 
 def _changes(settings: SessionSettings) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from heimdall_onnx.common.text import distance, escape_markdown
 from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.variants.roofline import Roofline, RooflineRow
 from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
+from heimdall_onnx.evidence.variants.tuning import LATENCY, THROUGHPUT
 from heimdall_onnx.report.tables.latency import percentile_text, ratio_text, throughput_text
 from heimdall_onnx.report.tables.table import fixed, megabytes, table, value_text
 
@@ -123,17 +124,18 @@ def tuning_table(report: VariantsReport | None) -> Markdown | None:
     """Which session options were tried on the recommended variant, and what they gained."""
     if report is None:
         return None
+    sizes = {LATENCY: report.against_pytorch.batch_size, THROUGHPUT: report.batch_size}
     return table(
         (f"options of {report.recommended}", "for", "speedup", "kept"),
         [
             (
                 trial.option,
-                f"{tuning.purpose}, batch {tuning.batch_size}",
+                f"{purpose}, batch {sizes[purpose]}",
                 ratio_text(trial.speedup),
                 "yes" if trial.kept else "no",
             )
-            for tuning in report.best.tunings
-            for trial in tuning.trials
+            for purpose, trials in report.best.tuning.items()
+            for trial in trials
         ],
     )
 

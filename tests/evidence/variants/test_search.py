@@ -16,7 +16,6 @@ from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.statistics import Speedup
 from heimdall_onnx.evidence.variants import search as module
 from heimdall_onnx.evidence.variants.search import compare_variants
-from heimdall_onnx.evidence.variants.tuning import Tuning
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
@@ -51,10 +50,10 @@ def bad_calibration(eval_data, tmp_path_factory):
     return path
 
 
-def untuned(contestant, inputs, signature, *, purpose, batch_size, calls, seed):
+def untuned(contestant, inputs, signature, *, batch_size, calls, seed):
     """As `tune_session` where nothing helps; what it does find has tests of its own."""
     assert (len(inputs["signal"]), calls, seed) == (1, 6, 0)
-    return Tuning(purpose, batch_size, contestant.settings, ())
+    return contestant.settings, ()
 
 
 @pytest.fixture
@@ -181,7 +180,7 @@ def test_the_fastest_that_passed_is_recommended_and_tuned(report):
     ]
     ratios = {v.name: v.latency.speedup.ratio for v in faster}
     assert best.name == (max(ratios, key=ratios.get) if ratios else "fp32")
-    assert [(t.purpose, t.batch_size) for t in best.tunings] == [("latency", 1), ("throughput", 4)]
+    assert best.tuning == {"latency": (), "throughput": ()}
     assert isinstance(report.against_pytorch, PairLatency)
     assert report.against_pytorch.first.name == "PyTorch"
     assert report.against_pytorch.second.name == best.name
@@ -202,7 +201,7 @@ def test_the_files_are_what_was_judged(report):
 
 
 def test_the_report_is_json(report):
-    record = records.record().model_copy(update={"variants": report.figures()})
+    record = records.record().model_copy(update={"variants": report})
     found = json.loads(json.dumps(record.to_json(), allow_nan=False))
     found = {entry["name"]: entry for entry in found["variants"]["judged"]}
     assert found["int8-minmax"]["file"] == "variants/int8-minmax/model.onnx"
@@ -238,10 +237,11 @@ def test_what_is_not_proven_faster_or_not_again_is_not_recommended(search, here)
 
 
 def test_options_that_were_found_fast_are_judged_too(search, here, monkeypatch):
-    def tune(contestant, *arguments, purpose, **options):
-        found = untuned(contestant, *arguments, purpose=purpose, **options)
-        level = "basic" if purpose == "latency" else "extended"
-        return replace(found, settings=contestant.settings.model_copy(update={"level": level}))
+    def tune(contestant, *arguments, batch_size, **options):
+        settings, trials = untuned(contestant, *arguments, batch_size=batch_size, **options)
+        # Latency is tuned for one sample a call.
+        level = "basic" if batch_size == 1 else "extended"
+        return settings.model_copy(update={"level": level}), trials
 
     def gates(accuracy, limits):
         settings = here[0][-1][1][2]
@@ -250,7 +250,11 @@ def test_options_that_were_found_fast_are_judged_too(search, here, monkeypatch):
     monkeypatch.setattr(module, "tune_session", tune)
     monkeypatch.setattr(module, "accuracy_gates", gates)
     best = search("fp32").best
-    assert [(t.purpose, t.settings.level) for t in best.tunings] == [("throughput", "extended")]
+    assert {purpose: s.level for purpose, s in best.sessions.items()} == {
+        "latency": "all",
+        "throughput": "extended",
+    }
+    assert best.tuning.keys() == {"throughput"}
 
 
 def test_limits_come_from_the_parameters():

@@ -5,7 +5,7 @@ from models import SmallNet
 from heimdall_onnx.evidence.latency.contenders import Contestant
 from heimdall_onnx.evidence.latency.statistics import paired_speedup
 from heimdall_onnx.evidence.variants import tuning
-from heimdall_onnx.evidence.variants.tuning import LATENCY, tune_session
+from heimdall_onnx.evidence.variants.tuning import tune_session
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.runtimes import SessionSettings
@@ -24,27 +24,27 @@ def tune(contestant):
         contestant,
         generic_inputs(signature, 1),
         signature,
-        purpose=LATENCY,
         batch_size=1,
         calls=12,
+        seed=0,
     )
 
 
 def test_every_option_is_tried_and_only_proven_gains_stay(contestant):
-    found = tune(contestant)
-    assert [trial.option for trial in found.trials] == [
+    settings, trials = tune(contestant)
+    assert [trial.option for trial in trials] == [
         "threads = 1",
         "spinning = False",
         "level = extended",
         "arena = False",
         "prepacking = False",
     ]
-    for trial in found.trials:
+    for trial in trials:
         assert trial.kept == (trial.speedup.low > 1)
         assert trial.speedup.pairs >= 6
-    kept = {trial.option for trial in found.trials if trial.kept}
-    assert (found.settings.threads == 1) == ("threads = 1" in kept)
-    assert found.settings.spinning == ("spinning = False" not in kept)
+    kept = {trial.option for trial in trials if trial.kept}
+    assert (settings.threads == 1) == ("threads = 1" in kept)
+    assert settings.spinning == ("spinning = False" not in kept)
 
 
 def test_changes_that_help_add_up(contestant, monkeypatch):
@@ -57,12 +57,12 @@ def test_changes_that_help_add_up(contestant, monkeypatch):
         return paired_speedup([np.full(3, gain)] * 6, [np.ones(3)] * 6)
 
     monkeypatch.setattr(tuning, "_compare", compare)
-    found = tune(contestant)
-    assert found.settings == SessionSettings(threads=1, level="extended")
-    assert [trial.kept for trial in found.trials] == list(helps.values())
+    found, trials = tune(contestant)
+    assert found == SessionSettings(threads=1, level="extended")
+    assert [trial.kept for trial in trials] == list(helps.values())
 
 
 def test_openvino_is_tuned_by_its_threads(contestant):
     settings = SessionSettings(runtime="openvino", provider="CPU", threads=2)
-    found = tune(Contestant("small", contestant.path, settings))
-    assert [trial.option for trial in found.trials] == ["threads = 1"]
+    _, trials = tune(Contestant("small", contestant.path, settings))
+    assert [trial.option for trial in trials] == ["threads = 1"]

@@ -14,10 +14,9 @@ from heimdall_onnx.evidence.variants.accuracy import accuracy_gates, judge_accur
 from heimdall_onnx.evidence.variants.calibration import split_calibration
 from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
 from heimdall_onnx.evidence.variants.sensitivity import GroupNoise, NoiseProfile
-from heimdall_onnx.evidence.variants.tuning import Trial, Tuning
+from heimdall_onnx.evidence.variants.tuning import Trial
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import run_pytorch
-from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.report import plot, tables
 
 SIGNATURE = BlockNet.signature
@@ -98,10 +97,10 @@ def report():
     trial = Trial("threads = 1", Speedup(1.2, 1.1, 1.3, 6), True)
     best = replace(
         judged("int8-minmax", 4.0, 0.0005, kept_in_float=("blocks.1",)),
-        tunings=(Tuning("latency", 1, SessionSettings(threads=1), (trial,)),),
+        tuning={"latency": (trial,)},
     )
     return VariantsReport(
-        (
+        judged=(
             JudgedVariant(
                 "fp32",
                 "as exported",
@@ -114,11 +113,11 @@ def report():
             judged("int4-weights", 3.0, -0.2),
             JudgedVariant("fp16-cuda", "on CUDA", "fp16", "unavailable", "no CUDA | here"),
         ),
-        "int8-minmax",
-        split,
-        AccuracyLimits(),
-        pair("PyTorch", 30.0, "int8-minmax", 4.0),
-        8,
+        recommended="int8-minmax",
+        calibration=split,
+        limits=AccuracyLimits(),
+        against_pytorch=pair("PyTorch", 30.0, "int8-minmax", 4.0),
+        batch_size=8,
     )
 
 
