@@ -243,10 +243,9 @@ class _Pair:
         count = next(iter(inputs.values())).shape[0]
         for start, batch in in_batches(inputs, size):
             expected, found = self.models.run(batch, self.signature)
-            for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True):
-                accumulator.update(expected[spec.name], found[spec.name], start)
             largest = max(
-                excess(expected[s.name], found[s.name], limit)[0] for s in self.signature.outputs
+                accumulator.update(expected[spec.name], found[spec.name], start)
+                for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True)
             )
             self.remember_worst(kind, factor, largest, batch)
         return ParityCell(kind, size, count, tuple(a.result() for a in accumulators), valid)

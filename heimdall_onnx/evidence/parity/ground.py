@@ -10,17 +10,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from pyproj import Geod
 
 from heimdall_onnx.common.arrays import Floats, Rows, parts
-from heimdall_onnx.evidence.parity.statistics import Accumulator, ExactSums, Quantiles
+from heimdall_onnx.evidence.parity.statistics import Accumulator, ExactSums, Quantiles, added
 
 MIDDLE = "always the middle"
-
+_ANSWERING = ("PyTorch", "ONNX", MIDDLE)
 
 _CANCELLED = 1e-9  # what rounding leaves of unit vectors that add up to nothing
 
@@ -187,7 +187,10 @@ class GroundAccumulator(Accumulator):
         dtype: Of the positions.
     """
 
-    added = ("_displacement", "_answers")
+    merging: ClassVar = {
+        **dict.fromkeys(("_displacement", "_answers", "_task"), added),
+        "_maximum": lambda mine, further: float(np.maximum(mine, further)),  # NaN stays
+    }
 
     def __init__(
         self,
@@ -199,12 +202,7 @@ class GroundAccumulator(Accumulator):
         self._answers = ExactSums(3)  # of unit vectors
         self._displacement = Quantiles()
         self._maximum = 0.0
-        self._task = {who: Quantiles() for who in ("PyTorch", "ONNX", MIDDLE)}
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """Middle, tolerance and dtype."""
-        return {"middle": self._middle, "tolerance": self._tolerance, "dtype": self._dtype}
+        self._task = tuple(Quantiles() for _ in _ANSWERING)
 
     def update(
         self,
@@ -220,15 +218,8 @@ class GroundAccumulator(Accumulator):
         if truth is None or self._middle is None:
             return
         answers = (pytorch, onnx, np.broadcast_to(self._middle, truth.shape))
-        for quantiles, answer in zip(self._task.values(), answers, strict=True):
+        for quantiles, answer in zip(self._task, answers, strict=True):
             quantiles.update(error_m(answer, truth))
-
-    def merge(self, other: Self) -> None:
-        """Add everything that was added to ``other``; see `Accumulator.merge`."""
-        super().merge(other)
-        self._maximum = float(np.maximum(self._maximum, other._maximum))
-        for who, quantiles in self._task.items():
-            quantiles.merge(other._task[who])
 
     def result(self) -> GroundReport:
         """The statistics of everything added so far."""
@@ -241,7 +232,10 @@ class GroundAccumulator(Accumulator):
             middle=self._middle,
             task=()
             if self._middle is None
-            else tuple(TaskError(who, q(0.5), q(0.95)) for who, q in self._task.items()),
+            else tuple(
+                TaskError(who, q(0.5), q(0.95))
+                for who, q in zip(_ANSWERING, self._task, strict=True)
+            ),
             resolution=resolution_at(place, self._tolerance, self._dtype)
             if place is not None and floating
             else None,

@@ -8,9 +8,10 @@ does not grow with the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,13 @@ from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import GroundAccumulator, GroundReport, middle_of
-from heimdall_onnx.evidence.parity.invariance import Limit, excess
 from heimdall_onnx.evidence.parity.report import THIS_PROCESS
-from heimdall_onnx.evidence.parity.statistics import Accumulator, ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.evidence.parity.statistics import (
+    Accumulator,
+    ErrorAccumulator,
+    ErrorStatistics,
+    added,
+)
 from heimdall_onnx.evidence.parity.tolerance import RTOL
 from heimdall_onnx.evidence.parity.uncertainty import (
     UncertaintyAccumulator,
@@ -100,8 +105,7 @@ def pass_settings(
     )
 
 
-@dataclass(frozen=True)
-class WorstBatch:
+class WorstBatch(NamedTuple):
     """The batch with the largest error in units of what is allowed.
 
     Attributes:
@@ -115,6 +119,11 @@ class WorstBatch:
     inputs: Arrays
 
 
+def _worse(one: WorstBatch, other: WorstBatch) -> WorstBatch:
+    """The one with the larger error; of equally bad ones the first of the data."""
+    return min(one, other, key=lambda found: (-found.excess, found.first))
+
+
 class EvaluationPass(Accumulator):
     """What was found on the samples that were added.
 
@@ -123,18 +132,22 @@ class EvaluationPass(Accumulator):
         evaluated_by: Who ran the models, in words.
     """
 
+    merging: ClassVar = {
+        **dict.fromkeys(("_outputs", "_ground", "_uncertainty"), added),
+        **dict.fromkeys(("_reference", "_kept"), operator.ior),
+        "worst": _worse,
+    }
+
     def __init__(self, settings: PassSettings) -> None:
         signature, tolerance = settings.signature, settings.tolerance
         self._settings = settings
-        self._outputs = [
+        self._outputs = tuple(
             ErrorAccumulator(spec, atol=tolerance, rtol=RTOL) for spec in signature.outputs
-        ]
-        position = signature.position_output
-        self._position = position.name if position and position.shape[1:] == (2,) else None
-        self._ground = (
-            GroundAccumulator(settings.middle, tolerance, position.dtype)
-            if position and self._position
-            else None
+        )
+        self._ground = tuple(
+            GroundAccumulator(settings.middle, tolerance, spec.dtype)
+            for spec in signature.outputs
+            if spec == signature.position_output and spec.shape[1:] == (2,)
         )
         self._uncertainty = tuple(
             UncertaintyAccumulator(who, signature)
@@ -152,11 +165,6 @@ class EvaluationPass(Accumulator):
         self._kept: dict[int, tuple[Arrays, Arrays]] = {}
         self.worst = WorstBatch(-1.0, 0, {})
         self.evaluated_by = THIS_PROCESS
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """Those of the pass."""
-        return vars(self._settings)
 
     def update(
         self,
@@ -176,17 +184,19 @@ class EvaluationPass(Accumulator):
             truth: The true positions (n, 2) in degrees where they are known.
         """
         signature = self._settings.signature
-        for spec, accumulator in zip(signature.outputs, self._outputs, strict=True):
+        largest = max(
             accumulator.update(expected[spec.name], found[spec.name], first)
-        if self._ground is not None and self._position is not None:
-            self._ground.update(expected[self._position], found[self._position], truth)
+            for spec, accumulator in zip(signature.outputs, self._outputs, strict=True)
+        )
+        self.worst = _worse(self.worst, WorstBatch(largest, first, batch))
+        for ground in self._ground:
+            position = signature.position_output
+            assert position is not None
+            ground.update(expected[position.name], found[position.name], truth)
         if truth is not None:
             for told, outputs in zip(self._uncertainty, (expected, found), strict=False):
                 told.update(outputs, truth, first)
         self._keep(first, batch, expected, found)
-        limit = Limit(self._settings.tolerance, RTOL)
-        largest = max(excess(expected[s.name], found[s.name], limit)[0] for s in signature.outputs)
-        self._keep_worst(WorstBatch(largest, first, batch))
 
     def _keep(self, first: int, batch: Arrays, expected: Arrays, found: Arrays) -> None:
         if first in self._plotted:
@@ -201,24 +211,6 @@ class EvaluationPass(Accumulator):
             )
             self._reference[first] = inputs, single, answers
 
-    def _keep_worst(self, other: WorstBatch) -> None:
-        # Of equally bad ones the first.
-        if (-other.excess, other.first) < (-self.worst.excess, self.worst.first):
-            self.worst = other
-
-    def merge(self, other: Self) -> None:
-        """Add everything that was added to ``other``; see `Accumulator.merge`."""
-        super().merge(other)
-        for mine, theirs in zip(self._outputs, other._outputs, strict=True):
-            mine.merge(theirs)
-        if self._ground is not None and other._ground is not None:
-            self._ground.merge(other._ground)
-        for own, further in zip(self._uncertainty, other._uncertainty, strict=True):
-            own.merge(further)
-        self._reference |= other._reference
-        self._kept |= other._kept
-        self._keep_worst(other.worst)
-
     def outputs(self, data: EvaluationData) -> tuple[ErrorStatistics, ...]:
         """Statistics per output, in the signature's order; the worst samples with their shards."""
         return tuple(
@@ -231,7 +223,7 @@ class EvaluationPass(Accumulator):
 
     def ground(self) -> GroundReport | None:
         """Positions in metres; None where no output holds positions."""
-        return self._ground.result() if self._ground else None
+        return self._ground[0].result() if self._ground else None
 
     def uncertainty(self) -> tuple[UncertaintyReport, ...]:
         """Of the PyTorch and of the ONNX model; empty without labels or positions."""

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -32,8 +31,6 @@ from datasketches import req_floats_sketch
 from pydantic import Field
 
 from heimdall_onnx.common.arrays import Floats
-from heimdall_onnx.common.errors import InputError
-from heimdall_onnx.common.text import listed
 from heimdall_onnx.model.signature import TensorSpec
 
 _T = TypeVar("_T")
@@ -50,51 +47,33 @@ _UNIT_BITS = _HIGH_BITS + _LOW_BITS - _LEAST_EXPONENT
 _SUMMED_AT_ONCE = 1 << 14  # far from the 2²⁶ of which float64 could no longer hold a sum of halves
 
 
-class Accumulator(ABC):
-    """Collects statistics batch by batch; to be pickled, and merged with others of its kind.
+class Accumulator:
+    """Collects statistics batch by batch; to be pickled, and merged with others made like it.
 
     Attributes:
-        added: Names of what is merged by its own ``merge``, or is added up.
+        merging: By the name of each attribute that grows, what makes one of two of them.
     """
 
-    added: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    @abstractmethod
-    def settings(self) -> Mapping[str, object]:
-        """What two of them must share so that they can be merged."""
+    merging: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {}
 
     def merge(self, other: Self) -> None:
         """Add everything that was added to ``other``, which stays as it is.
 
         The result is that of one accumulator to which all of it was added, in any order; see
         `Quantiles.rank_bounds` for the quantiles.
-
-        Raises:
-            InputError: If ``other`` is of another kind, has other settings, all of which are named,
-                or is this one.
         """
-        kind = type(self).__name__
-        if other is self:
-            raise InputError(f"{kind} can't be merged with itself: its samples would count twice")
-        if type(other) is not type(self):
-            raise InputError(f"{kind} can't be merged with {type(other).__name__}: expected {kind}")
-        differing = [
-            f"{name}: expected {mine!r}, found {other.settings[name]!r}"
-            for name, mine in self.settings.items()
-            if mine != other.settings[name]
-        ]
-        if differing:
-            raise InputError(
-                f"{kind} can't be merged with one of other settings; make both with the same:"
-                f"{listed(differing)}"
-            )
-        for name in self.added:
-            mine, further = getattr(self, name), getattr(other, name)
-            if hasattr(mine, "merge"):
-                mine.merge(further)
-            else:
-                setattr(self, name, mine + further)
+        for name, merged in self.merging.items():
+            setattr(self, name, merged(getattr(self, name), getattr(other, name)))
+
+
+def added(mine: Any, further: Any) -> Any:
+    """The sum of two numbers or arrays; of accumulators, or tuples of them, the first ones."""
+    if isinstance(mine, tuple):
+        return tuple(map(added, mine, further))
+    if not hasattr(mine, "merge"):
+        return mine + further
+    mine.merge(further)
+    return mine
 
 
 class ExactSums:
@@ -156,10 +135,8 @@ def _rounded(numerator: int, denominator: int) -> float:
         return math.inf if numerator > 0 else -math.inf
 
 
-class Quantiles(Accumulator):
+class Quantiles:
     """Streamed quantiles of non-negative numbers."""
-
-    added = ("_sketch",)
 
     def __init__(self) -> None:
         self._sketch = req_floats_sketch(_SKETCH_K)
@@ -170,10 +147,9 @@ class Quantiles(Accumulator):
     def __setstate__(self, state: bytes) -> None:
         self._sketch = req_floats_sketch.deserialize(state)
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """The sketch's precision."""
-        return {"k": self._sketch.k}
+    def merge(self, other: Quantiles) -> None:
+        """Add every value that was added to ``other``, which stays as it is."""
+        self._sketch.merge(other._sketch)
 
     @property
     def count(self) -> int:
@@ -243,6 +219,10 @@ def badness(sample: WorstSample) -> tuple[float, float, int]:
     The error decides between equal shares of what is allowed, infinite ones among them.
     """
     return -sample.excess, -sample.error, sample.sample
+
+
+def _worst_of(samples: Iterable[WorstSample]) -> list[WorstSample]:
+    return heapq.nsmallest(WORST_SAMPLES, samples, key=badness)
 
 
 @dataclass(frozen=True)
@@ -380,10 +360,13 @@ def _worst_of_rows(a: Floats, b: Floats, error: Floats, excess: Floats) -> Worst
 class ErrorAccumulator(Accumulator):
     """Collects `ErrorStatistics` of one output, batch by batch, in constant memory."""
 
-    added = (
-        *("_errors", "_ulps", "_sums"),
-        *("_count", "_finite", "_violations", "_mismatches", "_nonfinite"),
-    )
+    merging: ClassVar = {
+        **dict.fromkeys(("_errors", "_ulps", "_sums", "_count", "_finite"), added),
+        **dict.fromkeys(("_violations", "_mismatches", "_nonfinite"), added),
+        **dict.fromkeys(("_excess", "_maximum", "_highest"), max),
+        "_lowest": min,
+        "_worst": lambda mine, further: _worst_of((*mine, *further)),
+    }
 
     def __init__(self, spec: TensorSpec, *, atol: float, rtol: float) -> None:
         self._spec, self._atol, self._rtol = spec, atol, rtol
@@ -395,23 +378,21 @@ class ErrorAccumulator(Accumulator):
         self._lowest, self._highest = np.inf, -np.inf
         self._worst: list[WorstSample] = []
 
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """Output and tolerance."""
-        return {"output": self._spec, "atol": self._atol, "rtol": self._rtol}
-
     def update(
         self,
         reference: npt.NDArray[Any],
         value: npt.NDArray[Any],
         first: int,
-    ) -> None:
+    ) -> float:
         """Add a batch.
 
         Args:
             reference: The PyTorch model's output, sample axis first.
             value: The ONNX model's, of the same shape.
             first: Index of the first sample in the whole data.
+
+        Returns:
+            The largest error in it, in units of what is allowed.
         """
         a, b = reference.astype(np.float64), value.astype(np.float64)
         if a.shape != b.shape:
@@ -420,16 +401,18 @@ class ErrorAccumulator(Accumulator):
             self._mismatches += a.size
             self._violations += a.size
             self._excess = np.inf
-            return
+            return self._excess
         finite = np.isfinite(a) & np.isfinite(b)
         error, excess, allowed = element_errors(a, b, atol=self._atol, rtol=self._rtol)
         self._count += a.size
         self._mismatches += int((np.isinf(error) & ~finite).sum())
         self._nonfinite += int((~np.isfinite(b)).sum())
         self._violations += int((error > allowed).sum())
-        self._excess = max(self._excess, float(excess.max(initial=0.0)))
+        largest = float(excess.max(initial=0.0))
+        self._excess = max(self._excess, largest)
         self._add_finite(a[finite], b[finite], error[finite])
         self._add_worst(a, b, error, excess, first)
+        return largest
 
     def _add_finite(self, a: Floats, b: Floats, error: Floats) -> None:
         if a.size == 0:
@@ -455,7 +438,7 @@ class ErrorAccumulator(Accumulator):
         found = _worst_of_rows(*sides)
         # Stable, so that of equally bad samples the first are kept however the data is split.
         order = np.lexsort((-found.error, -found.excess))[:WORST_SAMPLES]
-        self._keep_worst(
+        rows = (
             WorstSample(
                 first + row,
                 float(found.error[row]),
@@ -466,18 +449,7 @@ class ErrorAccumulator(Accumulator):
             )
             for row in order.tolist()
         )
-
-    def _keep_worst(self, found: Iterable[WorstSample]) -> None:
-        self._worst = heapq.nsmallest(WORST_SAMPLES, [*self._worst, *found], key=badness)
-
-    def merge(self, other: Self) -> None:
-        """Add everything that was added to ``other``; see `Accumulator.merge`."""
-        super().merge(other)
-        self._excess = max(self._excess, other._excess)
-        self._maximum = max(self._maximum, other._maximum)
-        self._lowest = min(self._lowest, other._lowest)
-        self._highest = max(self._highest, other._highest)
-        self._keep_worst(other._worst)
+        self._worst = _worst_of((*self._worst, *rows))
 
     def result(self) -> ErrorStatistics:
         """The statistics of everything added so far."""

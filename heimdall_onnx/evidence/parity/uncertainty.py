@@ -18,14 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.evidence.parity.ground import difference_degrees, error_m, metres_per_degree
-from heimdall_onnx.evidence.parity.statistics import Accumulator, ExactSums, Quantiles
+from heimdall_onnx.evidence.parity.statistics import Accumulator, ExactSums, Quantiles, added
 from heimdall_onnx.evidence.ratios import CONFIDENCE
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.signature import Signature, signature_of
@@ -168,7 +168,9 @@ class UncertaintyAccumulator(Accumulator):
         signature: Which output is what; one of them holds positions.
     """
 
-    added = ("_samples", "_nonfinite", "_errors", "_radii", "_claims", "_inside", "_sums")
+    merging: ClassVar = dict.fromkeys(
+        ("_samples", "_nonfinite", "_errors", "_radii", "_claims", "_inside", "_sums"), added
+    )
 
     def __init__(self, who: str, signature: Signature) -> None:
         from scipy.stats import qmc
@@ -183,11 +185,6 @@ class UncertaintyAccumulator(Accumulator):
         self._draws = qmc.Halton(2, scramble=False)
         self._inside = np.zeros(len(NOMINAL), dtype=np.int64)
         self._sums = ExactSums(3)  # nats, squared scores of latitude and of longitude
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        """Whose answers these are, and the signature."""
-        return {"who": self._who, "signature": self._signature}
 
     def update(
         self,

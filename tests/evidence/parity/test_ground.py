@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts import partings, read_in_parts
 
-from heimdall_onnx.common.errors import InputError
 from heimdall_onnx.evidence.parity.ground import (
     GroundAccumulator,
     difference_degrees,
@@ -273,13 +272,3 @@ def test_many_positions_in_parts_have_the_extremes_and_the_mean_place_of_the_who
     assert found.resolution == expected.resolution
     assert found.displacement_max_m == expected.displacement_max_m
     assert found.displacement_p99_m == pytest.approx(expected.displacement_p99_m, rel=0.01)
-
-
-def test_accumulators_of_another_middle_or_type_are_not_merged():
-    whole = GroundAccumulator((51.0, 8.5))
-    with pytest.raises(InputError, match=r"middle: expected \(51\.0, 8\.5\), found None"):
-        whole.merge(GroundAccumulator(None))
-    with pytest.raises(InputError, match=r"(?s)tolerance.*dtype: expected 'float32'"):
-        whole.merge(GroundAccumulator((51.0, 8.5), 1e-3, "float64"))
-    with pytest.raises(InputError, match="twice"):
-        whole.merge(whole)

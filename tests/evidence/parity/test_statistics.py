@@ -15,7 +15,6 @@ from hypothesis.extra import numpy as hnp
 from parts import partings, read_in_parts
 from pydantic import TypeAdapter
 
-from heimdall_onnx.common.errors import InputError
 from heimdall_onnx.evidence.parity.statistics import (
     WORST_SAMPLES,
     ErrorAccumulator,
@@ -26,7 +25,6 @@ from heimdall_onnx.evidence.parity.statistics import (
 from heimdall_onnx.model.signature import TensorSpec
 
 SPEC = TensorSpec("positions", "float32", ("batch", 2), unit="metres")
-OTHER = TensorSpec("other", "float32", ("batch", 2))
 ATOL, RTOL = 1e-5, 1.3e-6
 FLOATS = st.floats(-1e6, 1e6, width=32)
 # Every kind of number, and pairs of rows among which many are equally bad.
@@ -440,36 +438,6 @@ def test_equally_bad_samples_come_in_the_order_of_the_data():
             part.update(zeros, zeros, first)
             whole.merge(part)
         assert [w.sample for w in whole.result().worst] == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (lambda: ErrorAccumulator(SPEC, atol=2e-5, rtol=RTOL), "atol: expected 1e-05, found 2e-05"),
-        (lambda: ErrorAccumulator(SPEC, atol=ATOL, rtol=0.1), "rtol: expected 1.3e-06, found 0.1"),
-        (lambda: ErrorAccumulator(OTHER, atol=ATOL, rtol=RTOL), "found TensorSpec(name='other'"),
-        (Quantiles, "can't be merged with Quantiles"),
-    ],
-)
-def test_accumulators_of_something_else_are_not_merged(make, named):
-    whole = accumulate(8)
-    before = whole.result()
-    with pytest.raises(InputError) as raised:
-        whole.merge(make())
-    assert named in str(raised.value)
-    assert whole.result() == before
-
-
-def test_every_setting_that_differs_is_named():
-    with pytest.raises(InputError, match=r"(?s)atol.*rtol"):
-        accumulate(8).merge(ErrorAccumulator(SPEC, atol=1, rtol=1))
-
-
-def test_an_accumulator_is_not_merged_with_itself():
-    whole = accumulate(8)
-    with pytest.raises(InputError, match="twice"):
-        whole.merge(whole)
-    assert whole.result().count == 16
 
 
 def test_an_accumulator_goes_on_in_another_process():

@@ -17,7 +17,6 @@ from pydantic_core import to_json
 from scipy import stats
 from torch import nn
 
-from heimdall_onnx.common.errors import InputError
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.data.evaluation import EvaluationData
@@ -283,16 +282,6 @@ def test_pickled_size_hardly_grows_with_the_samples():
         accumulator.update(*answers(count))
         sizes.append(len(pickle.dumps(accumulator)))
     assert sizes[1] < 2 * sizes[0] < 150_000
-
-
-def test_accumulators_of_another_model_or_signature_are_not_merged():
-    whole = UncertaintyAccumulator("ONNX", SIGNATURE)
-    with pytest.raises(InputError, match="who: expected 'ONNX', found 'PyTorch'"):
-        whole.merge(UncertaintyAccumulator("PyTorch", SIGNATURE))
-    with pytest.raises(InputError, match="signature: expected"):
-        whole.merge(UncertaintyAccumulator("ONNX", Signature((SIGNAL,), (POSITIONS,))))
-    with pytest.raises(InputError, match="twice"):
-        whole.merge(whole)
 
 
 # --- The gate ---
