@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +39,67 @@ _SHOWN_OPERATORS = 12
 _AT_ONCE = 8
 _NOWHERE = float("inf")
 _Array = npt.NDArray[Any]
+_excess = attrgetter("excess")
 
 
 @dataclass(frozen=True)
-class Departure:
-    """Where the ONNX graph leaves the PyTorch model.
+class LargestDifference:
+    """The largest difference between two arrays of one shape.
 
     Attributes:
-        scope: The module, as ``model.named_modules()`` calls it; ``"(model)"`` for the model
-            itself: something it does between its modules.
-        module_type: The module's class.
         max_abs_error: Largest absolute error; infinite where NaN or Inf are in other places.
         reference_magnitude: Largest absolute value on PyTorch's side.
-        tolerance: The error up to which it would have agreed.
-        operators: The ONNX nodes of the module, as ``"Op name"``; at most 12.
+        limit: The error up to which they agree.
         pytorch_value: PyTorch's element where the error is largest.
         onnx_value: The ONNX graph's element there.
     """
 
-    scope: str
-    module_type: str
     max_abs_error: float
     reference_magnitude: float
-    tolerance: float
-    operators: tuple[str, ...]
+    limit: float
     pytorch_value: float
     onnx_value: float
+
+    @property
+    def excess(self) -> float:
+        """The error in units of its limit."""
+        return self.max_abs_error / self.limit
+
+    @property
+    def departs(self) -> bool:
+        """Whether it is more than rounding explains."""
+        return self.excess > 1
+
+    @property
+    def healed(self) -> bool:
+        """Whether whatever differed before is gone here."""
+        return self.excess <= _HEALED
+
+
+@dataclass(frozen=True)
+class ModuleDifference(LargestDifference):
+    """The largest error in what one module returns.
+
+    Attributes:
+        scope: The module, as ``model.named_modules()`` calls it.
+        module_type: The module's class.
+    """
+
+    scope: str
+    module_type: str
+
+
+@dataclass(frozen=True)
+class Departure(ModuleDifference):
+    """Where the ONNX graph leaves the PyTorch model.
+
+    The scope is ``"(model)"`` for the model itself: something it does between its modules.
+
+    Attributes:
+        operators: The ONNX nodes of the module, as ``"Op name"``; at most 12.
+    """
+
+    operators: tuple[str, ...]
 
 
 def first_departure(
@@ -98,34 +134,18 @@ def first_departure(
 
 
 @dataclass(frozen=True)
-class LargestError:
-    """The largest difference between two arrays of one shape."""
-
-    error: float
-    magnitude: float
-    limit: float
-    pytorch_value: float
-    onnx_value: float
-
-    @property
-    def departs(self) -> bool:
-        """Whether it is more than rounding explains."""
-        return self.error > self.limit
-
-    @property
-    def healed(self) -> bool:
-        """Whether whatever differed before is gone here."""
-        return self.error <= _HEALED * self.limit
-
-
-@dataclass(frozen=True)
 class _Match:
-    """A module's tensors beside the graph's values of the same shapes."""
+    """A module's tensors beside the graph's values of the same shapes.
+
+    Attributes:
+        healed: Values in which whatever differed before is gone.
+        departing: Values that depart.
+        worst: The largest error; None where nothing can be compared.
+    """
 
     healed: frozenset[str]
     departing: frozenset[str]
-    worst: LargestError | None
-    compared: bool
+    worst: LargestDifference | None
 
 
 class _Search:
@@ -143,17 +163,12 @@ class _Search:
         signature = signature_of(self._model)
         reference = run_pytorch(self._model, self._inputs, signature)
         values = self._graph.compute(reference, self._inputs)
-        worst = None
-        for name, expected in reference.items():
-            difference = compare_values(expected, values[name], self._tolerance)
-            if difference.departs:
-                self._wrong_outputs.add(name)
-                worst = _larger(worst, difference)
-            elif difference.healed:
-                self._healed.add(name)
-        if worst is None:
+        found = {n: compare_values(a, values[n], self._tolerance) for n, a in reference.items()}
+        self._healed |= {name for name, error in found.items() if error.healed}
+        self._wrong_outputs |= {name for name, error in found.items() if error.departs}
+        if not self._wrong_outputs:
             return None
-        return self._descend("") or self._departure("", worst)
+        return self._descend("") or self._departure("", max(found.values(), key=_excess))
 
     def _descend(self, scope: str) -> Departure | None:
         """The first departure inside ``scope``, or None if no module there departs."""
@@ -177,12 +192,13 @@ class _Search:
 
     def _start(self, scope: str, match: _Match) -> float:
         """Where in the graph a module departs, or where it begins if nothing of it is known."""
-        if match.worst is not None:
-            reaching = [name for name in match.departing if self._matters(name)]
-            return min(map(self._graph.position, reaching), default=_NOWHERE)
-        if not match.compared and self._graph.has(scope):
-            return self._graph.first(scope)
-        return _NOWHERE
+        if match.worst is None:
+            return self._graph.first(scope) if self._graph.has(scope) else _NOWHERE
+        if not match.worst.departs:
+            return _NOWHERE
+        return min(
+            map(self._graph.position, filter(self._matters, match.departing)), default=_NOWHERE
+        )
 
     def _matters(self, name: str) -> bool:
         return self._graph.reaches(name, self._wrong_outputs, self._healed)
@@ -192,27 +208,24 @@ class _Search:
         matches = {}
         children = _children(scope, self._model.get_submodule(scope))
         for child, tensors, values in values_of(self._model, self._graph, children, self._inputs):
-            matches[child] = _match(tensors, values, self._tolerance)
+            matches[child] = match_values(tensors, values, self._tolerance)
             self._healed |= matches[child].healed
         return matches
 
-    def _input_difference(self, scope: str, start: float) -> LargestError | None:
+    def _input_difference(self, scope: str, start: float) -> LargestDifference | None:
         """How what enters the module differs already: then the fault lies before it."""
         tensors = record_tensors(self._model, self._inputs, [scope], before=True).get(scope, [])
         values = self._graph.compute(self._graph.entering(scope, int(start)), self._inputs)
-        match = _match(tensors, values, self._tolerance)
-        return match.worst if any(map(self._matters, match.departing)) else None
+        match = match_values(tensors, values, self._tolerance)
+        departs = match.worst is not None and match.worst.departs
+        return match.worst if departs and any(map(self._matters, match.departing)) else None
 
-    def _departure(self, scope: str, difference: LargestError) -> Departure:
+    def _departure(self, scope: str, difference: LargestDifference) -> Departure:
         return Departure(
+            **vars(difference),
             scope=scope or ROOT,
             module_type=type(self._model.get_submodule(scope)).__name__,
-            max_abs_error=difference.error,
-            reference_magnitude=difference.magnitude,
-            tolerance=difference.limit,
             operators=self._graph.operators(scope, _SHOWN_OPERATORS),
-            pytorch_value=difference.pytorch_value,
-            onnx_value=difference.onnx_value,
         )
 
 
@@ -285,51 +298,45 @@ def _to_numpy(tensor: torch.Tensor) -> _Array:
     return np.array(value.numpy(), copy=True)
 
 
-def _match(tensors: list[_Array], values: Mapping[str, _Array], tolerance: float) -> _Match:
+def match_values(tensors: list[_Array], values: Mapping[str, _Array], tolerance: float) -> _Match:
     """Pair tensors and values of one shape, whichever are closest.
 
     A module may return tensors that the graph has dropped, and the graph may have values that no
-    tensor stands for; only where neither side has any left over to explain it, it departs.
+    tensor stands for: of each shape only as many pairs count as there can be, the closest.
     """
     closest = {
         name: min(
             (compare_values(t, value, tolerance) for t in tensors if t.shape == value.shape),
-            key=lambda difference: difference.error,
+            key=lambda difference: difference.max_abs_error,
             default=None,
         )
         for name, value in values.items()
     }
     compared = {name: found for name, found in closest.items() if found is not None}
-    departing = {name for name, found in compared.items() if found.departs}
-    worst = None
-    for shape in {values[name].shape for name in departing}:
-        names = [name for name in compared if values[name].shape == shape]
+    counted = []
+    for shape in {values[name].shape for name in compared}:
+        alike = [found for name, found in compared.items() if values[name].shape == shape]
         count = sum(tensor.shape == shape for tensor in tensors)
-        if len([n for n in names if n not in departing]) < min(len(names), count):
-            for name in departing.intersection(names):
-                worst = _larger(worst, compared[name])
+        counted += sorted(alike, key=_excess)[:count]
     return _Match(
         healed=frozenset(name for name, found in compared.items() if found.healed),
-        departing=frozenset(departing),
-        worst=worst,
-        compared=bool(compared),
+        departing=frozenset(name for name, found in compared.items() if found.departs),
+        worst=max(counted, key=_excess, default=None),
     )
 
 
-def _larger(one: LargestError | None, other: LargestError) -> LargestError:
-    return other if one is None or other.error > one.error else one
-
-
-def compare_values(reference: _Array, value: _Array, tolerance: float) -> LargestError:
+def compare_values(reference: _Array, value: _Array, tolerance: float) -> LargestDifference:
     """The largest difference between two arrays; infinite where they can't be compared."""
     if reference.shape != value.shape:
         magnitude = float(np.abs(reference).max(initial=0))
-        return LargestError(np.inf, magnitude, tolerance, float("nan"), float("nan"))
+        return LargestDifference(np.inf, magnitude, tolerance, float("nan"), float("nan"))
     a, b = reference.astype(np.float64).ravel(), value.astype(np.float64).ravel()
     error, _, _ = element_errors(a, b, atol=tolerance, rtol=0.0)
     magnitude = float(np.abs(a[np.isfinite(a)]).max(initial=0))
     limit = _FACTOR * tolerance * max(1.0, magnitude)
     if a.size == 0:
-        return LargestError(0.0, magnitude, limit, float("nan"), float("nan"))
+        return LargestDifference(0.0, magnitude, limit, float("nan"), float("nan"))
     worst = int(error.argmax())
-    return LargestError(float(error[worst]), magnitude, limit, float(a[worst]), float(b[worst]))
+    return LargestDifference(
+        float(error[worst]), magnitude, limit, float(a[worst]), float(b[worst])
+    )

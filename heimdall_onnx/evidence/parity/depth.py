@@ -11,41 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.evidence.parity.departure import LargestError, compare_values, values_of
+from heimdall_onnx.evidence.parity.departure import ModuleDifference, match_values, values_of
 from heimdall_onnx.model.onnx.graph import ScopedGraph
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class ModuleError:
-    """The largest error in what one module returns.
-
-    Attributes:
-        scope: The module, as ``model.named_modules()`` calls it.
-        module_type: The module's class.
-        max_abs_error: Largest absolute error; infinite where NaN or Inf are in other places.
-        limit: The error from which on it departs, see `first_departure`.
-        pytorch_value: PyTorch's element where the error is largest.
-        onnx_value: The ONNX graph's element there.
-    """
-
-    scope: str
-    module_type: str
-    max_abs_error: float
-    limit: float
-    pytorch_value: float
-    onnx_value: float
-
-    @property
-    def excess(self) -> float:
-        """The error in units of its limit."""
-        return self.max_abs_error / self.limit
 
 
 @dataclass(frozen=True)
@@ -58,7 +31,7 @@ class DepthProfile:
         where: The inputs, in words.
     """
 
-    modules: tuple[ModuleError, ...]
+    modules: tuple[ModuleDifference, ...]
     skipped: int
     where: str
 
@@ -97,35 +70,9 @@ def depth_profile(
     ordered = sorted(innermost.values(), key=lambda s: max(map(graph.position, graph.leaving(s))))
     found = []
     for scope, tensors, values in values_of(model, graph, ordered, dict(inputs)):
-        worst = _largest(tensors, values, tolerance)
+        worst = match_values(tensors, values, tolerance).worst
         if worst is not None:
             kind = type(model.get_submodule(scope)).__name__
-            found.append(
-                ModuleError(
-                    scope, kind, worst.error, worst.limit, worst.pytorch_value, worst.onnx_value
-                )
-            )
+            found.append(ModuleDifference(**vars(worst), scope=scope, module_type=kind))
     log.info("error_along_depth", compared=len(found), modules=len(ordered))
     return DepthProfile(tuple(found), len(ordered) - len(found), where)
-
-
-def _largest(
-    tensors: list[npt.NDArray[Any]], values: Mapping[str, npt.NDArray[Any]], tolerance: float
-) -> LargestError | None:
-    """The largest difference between tensors and values that belong together.
-
-    A module may return more tensors than the graph has values, or the other way round; of each
-    shape only as many pairs count as there can be, the closest.
-    """
-    worst: LargestError | None = None
-    for shape in {value.shape for value in values.values()}:
-        alike = [tensor for tensor in tensors if tensor.shape == shape]
-        pairs = [
-            min((compare_values(t, v, tolerance) for t in alike), key=lambda d: d.error)
-            for v in values.values()
-            if v.shape == shape and alike
-        ]
-        for pair in sorted(pairs, key=lambda d: d.error)[: len(alike)]:
-            if worst is None or not np.less_equal(pair.error, worst.error):
-                worst = pair
-    return worst

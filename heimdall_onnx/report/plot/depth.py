@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from heimdall_onnx.common.text import count_of, name, number
-from heimdall_onnx.evidence.parity.departure import Departure
-from heimdall_onnx.evidence.parity.depth import DepthProfile, ModuleError
+from heimdall_onnx.evidence.parity.departure import Departure, ModuleDifference
+from heimdall_onnx.evidence.parity.depth import DepthProfile
 from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, plain, say, styled
 
 _LABELS = 14
@@ -66,7 +66,7 @@ def _answer(profile: DepthProfile, departure: Departure | None) -> str:
     return f"The error begins in {where}: {number(departure.max_abs_error)}{times}"
 
 
-def _draw(axes: Axes, modules: tuple[ModuleError, ...], departure: Departure | None) -> None:
+def _draw(axes: Axes, modules: tuple[ModuleDifference, ...], departure: Departure | None) -> None:
     excess = np.array([m.excess for m in modules])
     finite = excess[np.isfinite(excess) & (excess > 0)]
     low = min(float(finite.min(initial=1e-2)), 0.1) / 3
@@ -97,7 +97,7 @@ def _draw(axes: Axes, modules: tuple[ModuleError, ...], departure: Departure | N
 
 def _mark(
     axes: Axes,
-    modules: tuple[ModuleError, ...],
+    modules: tuple[ModuleDifference, ...],
     departure: Departure | None,
     drawn: np.ndarray[tuple[int], np.dtype[np.float64]],
 ) -> None:
@@ -130,7 +130,7 @@ def _mark(
     )
 
 
-def _ticks(modules: tuple[ModuleError, ...], departure: Departure | None) -> list[int]:
+def _ticks(modules: tuple[ModuleDifference, ...], departure: Departure | None) -> list[int]:
     """Evenly spaced modules, and the one that departs in place of its neighbours."""
     even = np.unique(np.linspace(0, len(modules) - 1, min(_LABELS, len(modules))).astype(int))
     at = next((i for i, m in enumerate(modules) if departure and m.scope == departure.scope), None)

@@ -51,7 +51,7 @@ class _Worst:
         if place is None or kept[0].shape != kept[1].shape:
             return None if known is None else (known.reference, known.value, known.error)
         pytorch, onnx = (array[place].ravel().astype(np.float64) for array in kept)
-        error = compare_values(pytorch, onnx, report.tolerance).error
+        error = compare_values(pytorch, onnx, report.tolerance).max_abs_error
         # The elements from the worst on, where there are too many to be shown.
         start = known.element if known and known.element >= shown else 0
         return tuple(map(float, pytorch[start:])), tuple(map(float, onnx[start:])), error

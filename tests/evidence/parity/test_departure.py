@@ -121,7 +121,7 @@ def test_planted_fault_is_named_by_its_deepest_module(
     path = plant(exported[opset], tmp_path / "a.onnx", node, position=position)
     found = first_departure(net, path, inputs)
     assert (found.scope, found.module_type) == (scope, module_type)
-    assert found.max_abs_error > found.tolerance
+    assert found.max_abs_error > found.limit
     assert any(operator.endswith(f" {node}") for operator in found.operators) or scope == ROOT
 
 
@@ -194,7 +194,7 @@ def test_departure_tells_the_values(net, exported, inputs, tmp_path, opset):
     assert found.max_abs_error == pytest.approx(1, abs=1e-5)
     assert found.onnx_value - found.pytorch_value == pytest.approx(1, abs=1e-5)
     assert found.reference_magnitude == pytest.approx(np.abs(left).max(), abs=1e-5)
-    assert found.tolerance == pytest.approx(2e-4 * max(1, np.abs(left).max()))
+    assert found.limit == pytest.approx(2e-4 * max(1, np.abs(left).max()))
 
 
 @BOTH

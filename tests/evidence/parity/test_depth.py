@@ -132,7 +132,7 @@ def test_memory_does_not_grow_with_the_depth(tmp_path):
         return compare(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("heimdall_onnx.evidence.parity.depth.compare_values", watch)
+        patch.setattr(departure, "compare_values", watch)
         found = depth_profile(model, path, inputs)
     assert len(found.modules) >= 80
     assert most - before < 600e6

@@ -38,8 +38,8 @@ from heimdall_onnx.evidence.latency.benchmark import (
 from heimdall_onnx.evidence.latency.contenders import PYTORCH, ContenderLatency
 from heimdall_onnx.evidence.latency.statistics import Speedup, paired_speedup
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure, trace_depth
-from heimdall_onnx.evidence.parity.departure import Departure
-from heimdall_onnx.evidence.parity.depth import DepthProfile, ModuleError
+from heimdall_onnx.evidence.parity.departure import Departure, ModuleDifference
+from heimdall_onnx.evidence.parity.depth import DepthProfile
 from heimdall_onnx.evidence.parity.ground import GroundAccumulator, distance_m, middle_of
 from heimdall_onnx.evidence.parity.optimization_levels import (
     LevelParity,
@@ -1310,13 +1310,14 @@ def test_operators_are_counted_before_and_after() -> None:
 
 def profile(*errors: float) -> DepthProfile:
     modules = (
-        ModuleError(f"block.{i}", "Linear", e, 1e-4, 1.0, 1 + e) for i, e in enumerate(errors)
+        ModuleDifference(e, 1.0, 1e-4, 1.0, 1 + e, f"block.{i}", "Linear")
+        for i, e in enumerate(errors)
     )
     return DepthProfile(tuple(modules), 2, "zeros, batch 8")
 
 
 def departed(scope: str) -> Departure:
-    return Departure(scope, "Linear", 0.5, 1.0, 1e-4, ("Gemm node_3", "Add node_4"), 1.0, 1.5)
+    return Departure(0.5, 1.0, 1e-4, 1.0, 1.5, scope, "Linear", ("Gemm node_3", "Add node_4"))
 
 
 def test_first_departing_module_is_marked_with_both_values_and_its_operators() -> None:

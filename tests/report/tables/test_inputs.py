@@ -60,7 +60,7 @@ def test_departure_table_names_the_module(exported):
         module_type="Conv2d",
         max_abs_error=0.5,
         reference_magnitude=2.0,
-        tolerance=1e-4,
+        limit=1e-4,
         operators=("Conv",),
         pytorch_value=1.0,
         onnx_value=1.5,
