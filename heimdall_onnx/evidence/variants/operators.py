@@ -7,13 +7,14 @@ there are many short nodes.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.common.logs import get_logger
@@ -23,7 +24,7 @@ from heimdall_onnx.model.inference import OptimizationLevel, open_session, run_o
 from heimdall_onnx.model.runtimes import CPU
 
 if TYPE_CHECKING:
-    from heimdall_onnx.common.arrays import Arrays
+    from heimdall_onnx.common.arrays import Arrays, Floats
     from heimdall_onnx.data.evaluation import EvaluationData
     from heimdall_onnx.evidence.variants.search import VariantsReport
     from heimdall_onnx.model.signature import Signature
@@ -178,36 +179,33 @@ def _nodes(events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _sum_up(runs: list[tuple[int, int]], events: list[dict[str, Any]]) -> OperatorTimes:
-    by_operator: dict[str, list[int]] = defaultdict(lambda: [0] * len(runs))
-    by_node: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0] * len(runs))
-    between = [end - start for start, end in runs]
-    for call, (start, end) in enumerate(runs):
-        for event in events:
-            if start <= event["ts"] < end:
-                operator = event["args"]["op_name"]
-                node = event["args"]["node_index"], event["name"].removesuffix(_KERNEL), operator
-                by_operator[operator][call] += event["dur"]
-                by_node[node][call] += event["dur"]
-                between[call] -= event["dur"]
-    total = _median_ms(end - start for start, end in runs)
+    starts, ends = np.array(runs).T
+    # Of each node, how long it took in each call.
+    by_node: dict[tuple[int, str, str], Floats] = defaultdict(lambda: np.zeros(len(runs)))
+    for event in events:
+        call = int(np.searchsorted(starts, event["ts"], side="right")) - 1
+        if call >= 0 and event["ts"] < ends[call]:
+            name, asked = event["name"].removesuffix(_KERNEL), event["args"]
+            by_node[asked["node_index"], name, asked["op_name"]][call] += event["dur"]
+    by_operator: dict[str, list[Floats]] = defaultdict(list)
+    for (_, _, operator), durations in by_node.items():
+        by_operator[operator].append(durations)
+    total = _median_ms(ends - starts)
     operators = [
         OperatorTime(
-            name=operator,
-            nodes=sum(node[2] == operator for node in by_node),
-            ms=(ms := _median_ms(durations)),
-            share=ms / total if total else 0.0,
+            operator, len(nodes), (ms := _median_ms(sum(nodes))), ms / total if total else 0.0
         )
-        for operator, durations in by_operator.items()
+        for operator, nodes in by_operator.items()
     ]
     nodes = [NodeTime(name, op, _median_ms(found)) for (_, name, op), found in by_node.items()]
     return OperatorTimes(
         total_ms=total,
         operators=tuple(sorted(operators, key=lambda found: -found.ms)),
         slowest=tuple(sorted(nodes, key=lambda found: -found.ms)[:_SLOWEST]),
-        between_ms=_median_ms(between),
+        between_ms=_median_ms(ends - starts - sum(by_node.values())),
         calls=len(runs),
     )
 
 
-def _median_ms(durations: Iterable[int]) -> float:
-    return statistics.median(durations) / 1000
+def _median_ms(durations: Any) -> float:
+    return float(np.median(durations)) / 1000
