@@ -140,7 +140,6 @@ class Contender:
 
     Attributes:
         ran_on: See `Runner`.
-        precision: See `Runner`.
         run: See `Runner`.
         on_device: Calls the model on the same inputs, which lie on its device already, and leaves
             the outputs there; None where the device is the processor.
@@ -150,7 +149,7 @@ class Contender:
         self, path: Path, inputs: Arrays, signature: Signature, settings: SessionSettings
     ) -> None:
         runner = open_runner(path, signature, settings)
-        self.ran_on, self.precision, self.run = runner.ran_on, runner.precision, runner.run
+        self.ran_on, self.run = runner.ran_on, runner.run
         self.on_device: Callable[[], None] | None = None
         if settings.on_gpu:
             self.on_device = bound_call(runner.session, inputs, signature, "cuda")

@@ -12,12 +12,11 @@ neighbouring calls of a real machine are not quite, so read them as lower bounds
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ from heimdall_onnx.evidence.latency.contenders import (
 from heimdall_onnx.evidence.latency.cores import usable_cores
 from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures
 from heimdall_onnx.evidence.latency.machine_state import MachineState, MachineWatch
-from heimdall_onnx.evidence.latency.statistics import Throughput, offline_throughput, paired_speedup
+from heimdall_onnx.evidence.latency.statistics import offline_throughput, paired_speedup
 from heimdall_onnx.evidence.ratios import CONFIDENCE
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature
@@ -62,8 +61,8 @@ class BatchLatency:
 
     Attributes:
         batch_size: Samples in a call.
-        pytorch_ms: Latency of every counted call, milliseconds.
-        onnx_ms: The same for ONNX Runtime.
+        pytorch_ms: Latency of every counted call of PyTorch, or the first contender, milliseconds.
+        onnx_ms: The same for ONNX Runtime, or the second.
     """
 
     batch_size: int
@@ -78,12 +77,12 @@ class LatencyReport(LatencyFigures):
     Attributes:
         contenders: The PyTorch model, eager, and the ONNX model on ONNX Runtime's CPU execution
             provider.
-        load_average: Of the machine over the last minute, before and after.
+        machine: What the machine did while they took turns.
         batches: Latency at this and the further batch sizes, ascending.
     """
 
     contenders: tuple[ContenderLatency, ContenderLatency]
-    load_average: tuple[float, float]
+    machine: MachineState
     batches: tuple[BatchLatency, ...] = ()
     confidence: float = CONFIDENCE
 
@@ -105,12 +104,12 @@ class PairLatency(PairFigures):
     Attributes:
         contenders: Both; the first one is in the numerator of the ratio.
         machine: What the machine did while they took turns.
-        larger: Size of a further, larger batch; 0 if none was asked for.
+        batches: Latency at this and the further batch sizes, ascending.
     """
 
     contenders: tuple[ContenderLatency, ContenderLatency]
     machine: MachineState
-    larger: int = 0
+    batches: tuple[BatchLatency, ...] = ()
 
     @property
     def first(self) -> ContenderLatency:
@@ -156,40 +155,34 @@ def measure_latency(
             answer in time.
     """
     settings = SessionSettings(threads=threads or default_threads())
-    before = os.getloadavg()[0]
-    onnx_side = Contestant(ONNX, onnx_path, settings)
-    with (
-        pytorch_contestant(model, settings) as pytorch_side,
-        _loaded(pytorch_side, onnx_side, inputs, signature) as workers,
-    ):
-        rng = random.Random(seed)
-        with MachineWatch() as watch:
-            rounds = take_turns(workers, calls, min_seconds, rng)
-        size = len(next(iter(inputs.values())))
-        pytorch, onnx = (worker.latency() for worker in workers)
-        batches = [BatchLatency(size, pytorch.samples_ms, onnx.samples_ms)]
-        batches += [
-            _at_batch_size(workers, other, batch_calls, rng)
-            for other in sorted({*batch_sizes} - {size})
-        ]
-        report = LatencyReport(
-            batch_size=size,
-            threads=settings.threads,
-            contenders=(pytorch, onnx),
-            speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
-            load_average=(before, os.getloadavg()[0]),
-            batches=tuple(sorted(batches, key=lambda found: found.batch_size)),
-            machine=watch.state,
-            cores=usable_cores(),
+    with pytorch_contestant(model, settings) as pytorch:
+        pair = measure_pair(
+            pytorch,
+            Contestant(ONNX, onnx_path, settings),
+            inputs,
+            signature,
+            calls=calls,
+            min_seconds=min_seconds,
+            seed=seed,
+            batch_sizes=batch_sizes,
+            batch_calls=batch_calls,
         )
     log.info(
         "measured",
-        speedup=round(report.speedup.ratio, 3),
-        rounds=rounds,
+        speedup=round(pair.speedup.ratio, 3),
+        pairs=pair.speedup.pairs,
         threads=settings.threads,
-        batch_size=report.batch_size,
+        batch_size=pair.batch_size,
     )
-    return report
+    return LatencyReport(
+        batch_size=pair.batch_size,
+        threads=settings.threads,
+        contenders=pair.contenders,
+        speedup=pair.speedup,
+        batches=pair.batches,
+        machine=pair.machine,
+        cores=usable_cores(),
+    )
 
 
 def benchmark_model(
@@ -235,10 +228,10 @@ def measure_pair(
     calls: int = 200,
     min_seconds: float = 0.0,
     seed: int = 0,
-    larger: int = 0,
-    larger_calls: int = 3,
+    batch_sizes: Sequence[int] = (),
+    batch_calls: int = 3,
 ) -> PairLatency:
-    """Measure one model against another, in turns, as `measure_latency` does.
+    """Measure one model against another, in turns.
 
     Args:
         first: The one whose latency is in the numerator of the ratio.
@@ -248,40 +241,13 @@ def measure_pair(
         calls: Counted calls of each, at least.
         min_seconds: Go on until the blocks have taken this long as well.
         seed: Of the order in which they take turns.
-        larger: A further batch size for the throughput, with the rows of ``inputs`` repeated.
-        larger_calls: Counted calls of each at that size.
+        batch_sizes: Further batch sizes to measure after that, with the rows of ``inputs``
+            repeated; the last one is that of the throughput.
+        batch_calls: Counted calls of each at each of them.
 
     Raises:
         BenchmarkError: If a worker process dies, fails or does not answer in time.
     """
-    with _loaded(first, second, inputs, signature) as workers:
-        rng = random.Random(seed)
-        with MachineWatch() as watch:
-            take_turns(workers, calls, min_seconds, rng)
-        on_device = None
-        if second.settings.on_gpu:
-            on_device = float(np.median(workers[1].time_calls(calls, on_device=True)))
-        throughput: tuple[Throughput, ...] = ()
-        if larger:
-            batch = _at_batch_size(workers, larger, larger_calls, rng)
-            sides = (batch.pytorch_ms, batch.onnx_ms)
-            throughput = tuple(offline_throughput(side, larger) for side in sides)
-        return PairLatency(
-            contenders=(workers[0].latency(), workers[1].latency()),
-            speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
-            batch_size=len(next(iter(inputs.values()))),
-            machine=watch.state,
-            larger=larger,
-            throughput=throughput,
-            on_device_ms=on_device,
-        )
-
-
-@contextmanager
-def _loaded(
-    first: Contestant, second: Contestant, inputs: Arrays, signature: Signature
-) -> Iterator[list[Worker]]:
-    """Both sides' processes, their models loaded and warm."""
     with tempfile.TemporaryDirectory(prefix="heimdall-latency-") as folder, ExitStack() as stack:
         workers = [
             stack.enter_context(contestant.worker(inputs, signature, Path(folder), place))
@@ -290,7 +256,31 @@ def _loaded(
         # ONNX Runtime needs twice the model's size while it loads, so it goes before PyTorch.
         for worker in reversed(workers):
             worker.start()
-        yield workers
+        rng = random.Random(seed)
+        with MachineWatch() as watch:
+            take_turns(workers, calls, min_seconds, rng)
+        on_device = None
+        if second.settings.on_gpu:
+            on_device = float(np.median(workers[1].time_calls(calls, on_device=True)))
+        sides = (workers[0].latency(), workers[1].latency())
+        size = len(next(iter(inputs.values())))
+        batches = {size: BatchLatency(size, *(side.samples_ms for side in sides))}
+        for other in sorted({*batch_sizes} - {size}):
+            batches[other] = _at_batch_size(workers, other, batch_calls, rng)
+    last = [batches[other] for other in batch_sizes[-1:]]
+    return PairLatency(
+        contenders=sides,
+        speedup=paired_speedup(workers[0].blocks, workers[1].blocks),
+        batch_size=size,
+        machine=watch.state,
+        batches=tuple(batches[other] for other in sorted(batches)),
+        throughput=tuple(
+            offline_throughput(ms, batch.batch_size)
+            for batch in last
+            for ms in (batch.pytorch_ms, batch.onnx_ms)
+        ),
+        on_device_ms=on_device,
+    )
 
 
 def take_turns(

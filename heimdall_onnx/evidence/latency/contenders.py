@@ -48,16 +48,12 @@ class ContenderLatency(ContenderFigures):
     Attributes:
         samples_ms: Latency of every counted call, in order, milliseconds.
         blocks: Index of the block that each call belongs to.
-        warmup_calls: Calls after the first one that were not counted.
         ran_on: Execution provider or device, as the runtime told it.
-        precision: What it multiplied in, as far as the runtime decides that.
     """
 
     samples_ms: Floats = field(repr=False)
     blocks: npt.NDArray[np.int64] = field(repr=False)
-    warmup_calls: int
     ran_on: str = ""
-    precision: str = ""
 
     @classmethod
     def of_calls(
@@ -216,10 +212,8 @@ class Worker:
             np.repeat(np.arange(len(self.blocks)), [b.size for b in self.blocks]),
             load_ms=self._loaded["load_ns"] / 1e6,
             first_call_ms=self._loaded["first_call_ns"] / 1e6,
-            warmup_calls=WARMUP_CALLS + len(self.blocks),
             peak_memory_bytes=self._peak,
             ran_on=self._loaded["ran_on"],
-            precision=self._loaded["precision"],
         )
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:

@@ -57,8 +57,8 @@ def _load(job: Path, warmup: int) -> tuple[Callable[..., Any], dict[str, Any]]:
     first = time.perf_counter_ns()
     for _ in range(warmup):
         call()
-    told = {name: getattr(call, name, "") for name in ("ran_on", "precision")}
-    return call, {"load_ns": loaded - start, "first_call_ns": first - loaded, **told}
+    ran_on = getattr(call, "ran_on", "")
+    return call, {"load_ns": loaded - start, "first_call_ns": first - loaded, "ran_on": ran_on}
 
 
 def _time_calls(call: Callable[[], Any], calls: int) -> dict[str, Any]:

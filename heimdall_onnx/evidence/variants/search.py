@@ -333,8 +333,8 @@ class _Search:
             calls=calls,
             min_seconds=min_seconds,
             seed=self._parameters.seed,
-            larger=self._parameters.batch_size,
-            larger_calls=self._parameters.limits.batch_calls,
+            batch_sizes=(self._parameters.batch_size,),
+            batch_calls=self._parameters.limits.batch_calls,
         )
 
     @property

@@ -61,7 +61,7 @@ def latency(report: LatencyReport) -> Chart:
     calls stand behind, with their intervals. The axis is logarithmic where the contenders, or
     the calls of one, differ by more than a factor of 3.
     """
-    load = " → ".join(f"{value:.1f}" for value in report.load_average)
+    load = f"{report.machine.load_before:.1f} → {report.machine.load_after:.1f}"
     beside = f"{count_of(report.threads, 'thread')} each · load average {load}"
     return _draw_latency(report, _speed_answer("ONNX", report.speedup, report.batch_size), beside)
 
@@ -226,7 +226,7 @@ def latency_over_time(report: LatencyReport) -> Chart:
     )
     if min(np.unique(c.blocks).size for c in _both(report)) < _BLOCKS_FOR_SPREAD:
         title = "Too few blocks of calls to tell whether the machine was quiet"
-    load = " → ".join(f"{value:.1f}" for value in report.load_average)
+    load = f"{report.machine.load_before:.1f} → {report.machine.load_after:.1f}"
     subtitle = (
         f"Quiet: within {_QUIET:.0%} · blocks in randomized ABBA order · batch "
         f"{report.batch_size}, {count_of(report.threads, 'thread')} each · load average {load}"

@@ -94,8 +94,6 @@ def machine_table(report: LatencyReport | PairLatency) -> Markdown:
     rows = [*_machine_rows(report.machine)]
     if isinstance(report, LatencyReport):
         rows = [*_core_rows(report.cores), *rows]
-    if not rows:
-        return Markdown("The machine was not watched.")
     return table(("machine", "while it was measured"), rows)
 
 
@@ -138,9 +136,7 @@ def _core_rows(cores: Cores | None) -> Iterator[tuple[str, str]]:
     )
 
 
-def _machine_rows(machine: MachineState | None) -> Iterator[tuple[str, str]]:
-    if machine is None:
-        return
+def _machine_rows(machine: MachineState) -> Iterator[tuple[str, str]]:
     yield "watched", f"{machine.seconds:.1f} s"
     yield (
         "load average before and after",

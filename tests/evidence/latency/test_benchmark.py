@@ -221,7 +221,6 @@ def test_worker_answers_with_every_latency_in_order(worker):
     assert (found.percentiles, found.percentile(50)) == ((), None)
     assert found.first_call_ms >= 2
     assert 0 <= found.load_ms < 1000
-    assert found.warmup_calls == 5 + 3
 
 
 def test_slower_contender_is_found_slower_by_about_as_much(worker):
@@ -436,7 +435,9 @@ def test_throughput_of_a_pair_is_in_its_order(worker, tmp_path):
         for name, seconds in (("slow", "0.1"), ("fast", "0"))
     )
     inputs = generic_inputs(SIGNATURE, 2)
-    found = benchmark.measure_pair(slow, fast, inputs, SIGNATURE, calls=6, larger=8, larger_calls=2)
+    found = benchmark.measure_pair(
+        slow, fast, inputs, SIGNATURE, calls=6, batch_sizes=(8,), batch_calls=2
+    )
     assert (found.first.name, found.second.name, found.batch_size) == ("slow", "fast", 2)
     assert found.speedup.low > 1
     assert [side.batch_size for side in found.throughput] == [8, 8]
@@ -487,8 +488,6 @@ def test_report_says_where_it_was_measured_and_who_else_could(onnx_path, tmp_pat
         assert f"| measured on | {report.cores} |" in text
         assert f"| exclusively ours | {words}" in text
         assert "processors busy" in text
-    unwatched = replace(report, cores=None, machine=None)
-    assert tables.machine_table(unwatched).data == "The machine was not watched."
 
 
 def test_model_of_a_script_is_measured(onnx_path, tmp_path):

@@ -36,6 +36,7 @@ from heimdall_onnx.evidence.latency.benchmark import (
     measure_latency,
 )
 from heimdall_onnx.evidence.latency.contenders import PYTORCH, ContenderLatency
+from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import Speedup, paired_speedup
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure, trace_depth
 from heimdall_onnx.evidence.parity.departure import Departure, ModuleDifference
@@ -205,7 +206,6 @@ def contender(who: str, samples: npt.NDArray[np.float64], block: int = 10) -> Co
         np.arange(samples.size) // block,
         load_ms=1.0,
         first_call_ms=1.0,
-        warmup_calls=5,
         peak_memory_bytes=1,
     )
 
@@ -220,7 +220,7 @@ def latency_of(
         threads=2,
         contenders=sides,
         speedup=paired_speedup(*blocks),
-        load_average=(0.5, 0.6),
+        machine=MachineState(1.0, 0.5, 0.6, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0),
     )
 
 

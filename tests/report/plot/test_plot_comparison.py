@@ -74,7 +74,7 @@ def latency() -> PairLatency:
     sides = []
     for who, mean in (("A", 2.0), ("B", 3.0)):
         calls = rng.normal(mean, 0.05, 60)
-        beside = {"load_ms": 1, "first_call_ms": 1, "warmup_calls": 5, "peak_memory_bytes": 1}
+        beside = {"load_ms": 1, "first_call_ms": 1, "peak_memory_bytes": 1}
         sides.append(ContenderLatency.of_calls(who, calls, np.arange(60) // 10, **beside))
     blocks = [[side.samples_ms[n : n + 10] for n in range(0, 60, 10)] for side in sides]
     machine = MachineState(1.0, 0.5, 0.6, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0)

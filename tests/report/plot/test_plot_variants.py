@@ -31,10 +31,8 @@ def latency(name, ms):
         np.repeat(np.arange(6), 10),
         load_ms=100.0,
         first_call_ms=2 * ms,
-        warmup_calls=5,
         peak_memory_bytes=10**8,
         ran_on="CPU",
-        precision="f32",
     )
 
 
@@ -47,7 +45,6 @@ def pair(first, ms_first, second, ms):
         speedup=Speedup(ratio, 0.9 * ratio, 1.1 * ratio, 12),
         batch_size=1,
         machine=watch.state,
-        larger=8,
         throughput=tuple(offline_throughput(np.full(3, 8 * m), 8) for m in (ms_first, ms)),
     )
 

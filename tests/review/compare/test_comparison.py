@@ -69,7 +69,7 @@ GATE = Gate.at_most("mean absolute error", 1e-5, 1e-6)
 
 
 def latency(ratio: float, low: float, high: float, calls=(2.0,) * 6) -> PairLatency:
-    beside = {"load_ms": 1.0, "first_call_ms": 1.0, "warmup_calls": 5, "peak_memory_bytes": 1}
+    beside = {"load_ms": 1.0, "first_call_ms": 1.0, "peak_memory_bytes": 1}
     calls = np.repeat(calls, 10)
     side = ContenderLatency.of_calls("A", calls, np.arange(60) // 10, **beside)
     quiet = MachineState(1.0, 0.1, 0.1, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0)
