@@ -7,10 +7,10 @@ of no consequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from heimdall_onnx.model.examples import (
     padded,
     permuted,
 )
-from heimdall_onnx.model.signature import Axis, Signature, TensorSpec
+from heimdall_onnx.model.signature import Signature, TensorSpec
 
 SAMPLES = 8
 
@@ -63,25 +63,26 @@ class MaskCheck:
         """What is wrong, in words; None if nothing is."""
         if self.samples == 0:
             return f"{self.side}: no example has an element that {self.mask} hides"
-        blind = f"{self.side}: no output depends on the elements that {self.mask} does not hide"
-        moved = (
-            f"{self.output} moves by {self.excess:.3g} times the tolerance with the elements that "
-            f"{self.mask} hides"
-        )
-        counted = (
-            f"{self.padded_output} moves by {self.padding:.3g} times the tolerance with the number "
-            f"of elements that {self.mask} hides: padding is counted"
-        )
-        if self.excess <= 1.0 and not self.seen:
-            return blind
-        if self.excess <= 1.0:
-            return None if self.padding <= 1.0 else f"{self.side}: {counted}"
-        if self.seen:
-            return f"{self.side}: {moved}"
-        return (
-            f"{self.side}: {moved}, and not at all with those it does not hide: its polarity is "
-            "inverted, True must mean hidden"
-        )
+        if self.excess > 1.0:
+            found = (
+                f"{self.output} moves by {self.excess:.3g} times the tolerance with the elements "
+                f"that {self.mask} hides"
+            )
+            if not self.seen:
+                found += (
+                    ", and not at all with those it does not hide: its polarity is inverted, True "
+                    "must mean hidden"
+                )
+        elif not self.seen:
+            found = f"no output depends on the elements that {self.mask} does not hide"
+        elif self.padding > 1.0:
+            found = (
+                f"{self.padded_output} moves by {self.padding:.3g} times the tolerance with the "
+                f"number of elements that {self.mask} hides: padding is counted"
+            )
+        else:
+            return None
+        return f"{self.side}: {found}"
 
 
 @dataclass(frozen=True)
@@ -129,38 +130,49 @@ def check_masks(
     bases = [data, valid, examples.adversarial(valid).get(ALL_BUT_ONE, valid)]
     checks = []
     for mask in masks:
-        pairs = list(_padded_pairs(mask, signature, examples, data))
+        padded_pairs = list(_padded_pairs(mask, signature, examples, data))
         for side, run in sides.items():
-            check = _check_mask(mask, side, run, signature, bases, limit)
-            padding, output = _check_padding(mask, run, signature, pairs, limit)
-            checks.append(replace(check, padding=padding, padded_output=output))
+            looks = [look for base in bases if (look := _look(mask, run, signature, base))]
+            moved = ((look.before, look.beneath) for look in looks)
+            counted = _padded_answers(mask, run, signature, padded_pairs)
+            checks.append(
+                MaskCheck(
+                    mask.name,
+                    side,
+                    *_largest_move(moved, signature, limit),
+                    any(look.seen for look in looks),
+                    sum(look.samples for look in looks),
+                    *_largest_move(counted, signature, limit),
+                )
+            )
     return tuple(checks)
 
 
-def _check_mask(
-    mask: TensorSpec,
-    side: str,
-    run: Callable[[Arrays], Arrays],
-    signature: Signature,
-    bases: Iterable[Arrays],
-    limit: Limit,
-) -> MaskCheck:
-    pairs, seen, samples = [], False, 0
-    for base in bases:
-        flat = base[mask.name].reshape(len(base[mask.name]), -1)
-        # A sample of which nothing is left has no answer that could stay.
-        partly = flat.any(axis=1) & ~flat.all(axis=1)
-        if not partly.any():
-            continue
-        samples += int(partly.sum())
-        part = {name: array[partly] for name, array in base.items()}
-        visible = partial(_visible, signature, mask, part[mask.name])
-        before = visible(run(part))
-        beneath = visible(run(garbled(signature, mask, part, hidden=True)))
-        beside = visible(run(garbled(signature, mask, part, hidden=False)))
-        pairs.append((before, beneath))
-        seen |= any(not np.array_equal(value, beside[name]) for name, value in before.items())
-    return MaskCheck(mask.name, side, *_largest_move(pairs, signature, limit), seen, samples)
+class _Look(NamedTuple):
+    """What a model answers, and what when the elements that a mask hides are others."""
+
+    before: Arrays
+    beneath: Arrays
+    seen: bool
+    samples: int
+
+
+def _look(
+    mask: TensorSpec, run: Callable[[Arrays], Arrays], signature: Signature, base: Arrays
+) -> _Look | None:
+    """Change what a mask hides, and what it does not; None where it hides nothing."""
+    flat = base[mask.name].reshape(len(base[mask.name]), -1)
+    # A sample of which nothing is left has no answer that could stay.
+    partly = flat.any(axis=1) & ~flat.all(axis=1)
+    if not partly.any():
+        return None
+    part = {name: array[partly] for name, array in base.items()}
+    visible = partial(_visible, signature, mask, part[mask.name])
+    before = visible(run(part))
+    beneath = visible(run(garbled(signature, mask, part, hidden=True)))
+    beside = visible(run(garbled(signature, mask, part, hidden=False)))
+    seen = any(not np.array_equal(value, beside[name]) for name, value in before.items())
+    return _Look(before, beneath, seen, int(partly.sum()))
 
 
 def _padded_pairs(
@@ -188,22 +200,17 @@ def _padded_pairs(
                 yield part, padded(signature, part, axis.name, min(longer))
 
 
-def _check_padding(
+def _padded_answers(
     mask: TensorSpec,
     run: Callable[[Arrays], Arrays],
     signature: Signature,
     pairs: Iterable[tuple[Arrays, Arrays]],
-    limit: Limit,
-) -> tuple[float, str]:
-    """The largest change with further hidden elements, and the output that has it."""
-
-    def answers() -> Iterator[tuple[Arrays, Arrays]]:
-        for base, more in pairs:
-            lengths = found_lengths(signature, base)
-            visible = partial(_visible, signature, mask, base[mask.name])
-            yield visible(run(base)), visible(_cut(run(more), signature, lengths))
-
-    return _largest_move(answers(), signature, limit)
+) -> Iterator[tuple[Arrays, Arrays]]:
+    """What is answered without and with further hidden elements, as far as both have it."""
+    for base, more in pairs:
+        lengths = found_lengths(signature, base)
+        visible = partial(_visible, signature, mask, base[mask.name])
+        yield visible(run(base)), visible(_cut(run(more), signature, lengths))
 
 
 def _cut(outputs: Arrays, signature: Signature, lengths: Mapping[str, int]) -> Arrays:
@@ -251,30 +258,20 @@ def check_orders(
         data: A few samples of the evaluation data.
         limit: How far an answer may move.
     """
-    axes = [axis for axis in signature.dynamic_axes if axis.permutable]
+    axes = [axis.name for axis in signature.dynamic_axes if axis.permutable]
     bases = [data, examples.valid(SAMPLES)] if axes else []
+
+    def answers(axis: str, run: Callable[[Arrays], Arrays]) -> Iterator[tuple[Arrays, Arrays]]:
+        for base in bases:
+            before = run(base)
+            expected = before | permuted(signature.outputs, before, axis)
+            yield expected, run(base | permuted(signature.inputs, base, axis))
+
     return tuple(
-        _check_order(axis, side, run, signature, bases, limit)
+        OrderCheck(axis, side, *_largest_move(answers(axis, run), signature, limit))
         for axis in axes
         for side, run in sides.items()
     )
-
-
-def _check_order(
-    axis: Axis,
-    side: str,
-    run: Callable[[Arrays], Arrays],
-    signature: Signature,
-    bases: Sequence[Arrays],
-    limit: Limit,
-) -> OrderCheck:
-    def answers() -> Iterator[tuple[Arrays, Arrays]]:
-        for base in bases:
-            before = run(base)
-            expected = before | permuted(signature.outputs, before, axis.name)
-            yield expected, run(base | permuted(signature.inputs, base, axis.name))
-
-    return OrderCheck(axis.name, side, *_largest_move(answers(), signature, limit))
 
 
 def excess(

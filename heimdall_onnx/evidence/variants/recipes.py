@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from heimdall_onnx.common.arrays import Arrays, in_batches
@@ -182,20 +183,10 @@ def _calibrate(job: VariantJob, method: Any, ranges: Path) -> None:
         calibrate_method=method,
     )
     for _, batch in in_batches(job.calibration, _CALIBRATION_BATCH):
-        calibrator.collect_data(_Reader(batch))
+        # It asks until it gets None.
+        calibrator.collect_data(SimpleNamespace(get_next=iter((batch, None)).__next__))
     save_tensors_data(calibrator.compute_data(), ranges)
     (job.cache / "augmented.onnx").unlink()
-
-
-class _Reader:
-    """One batch of calibration inputs, as ONNX Runtime asks for it."""
-
-    def __init__(self, batch: Arrays) -> None:
-        self._batch: Arrays | None = batch
-
-    def get_next(self) -> Arrays | None:
-        batch, self._batch = self._batch, None
-        return batch
 
 
 def _quantize_with_nncf(job: VariantJob) -> None:
@@ -300,19 +291,15 @@ RECIPES: dict[str, Recipe] = {
             selective=True,
             package="nncf",
         ),
-        Recipe(
-            "int8-weights",
-            "weights of linear layers in 8 bits",
-            "int8",
-            make=partial(_quantize_weights, bits=8),
-            selective=True,
-        ),
-        Recipe(
-            "int4-weights",
-            "weights of linear layers in 4 bits",
-            "int4",
-            make=partial(_quantize_weights, bits=4),
-            selective=True,
+        *(
+            Recipe(
+                f"int{bits}-weights",
+                f"weights of linear layers in {bits} bits",
+                f"int{bits}",
+                make=partial(_quantize_weights, bits=bits),
+                selective=True,
+            )
+            for bits in (8, 4)
         ),
         Recipe(
             "fp16-cuda",

@@ -10,7 +10,6 @@ another model or another machine can lower.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from heimdall_onnx.common.errors import BenchmarkError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.machine import instruction_sets, last_level_cache_bytes, usable_processors
 from heimdall_onnx.common.parameters import FP32
-from heimdall_onnx.evidence.latency.contenders import Worker
+from heimdall_onnx.common.processes import worker_process
 from heimdall_onnx.model.inference import open_session, run_pytorch
 
 if TYPE_CHECKING:
@@ -291,12 +291,13 @@ def measure_machine(threads: int | None = None, *, seconds: float = 1.0) -> Mach
         BenchmarkError: If the process dies or fails.
     """
     threads = threads or usable_processors()
-    with tempfile.TemporaryDirectory(prefix="heimdall-roofline-") as name:
-        folder = Path(name)
-        job = partial(_measure, folder, threads, seconds)
-        with Worker("the measurement of the machine", job, folder, threads) as worker:
-            worker.start()
-        rates: dict[str, float] = json.loads(_answer(folder).read_text(encoding="utf-8"))
+    with worker_process() as worker:
+        try:
+            rates = worker(_measure, threads, seconds)
+        except Exception as error:  # whatever the libraries raise there
+            raise BenchmarkError(
+                f"the measurement of the machine failed in its worker process: {error}"
+            ) from error
     machine = Machine(
         threads=threads,
         bandwidth_gb_s=rates.pop(_BANDWIDTH),
@@ -311,10 +312,6 @@ def measure_machine(threads: int | None = None, *, seconds: float = 1.0) -> Mach
         peaks={precision: round(peak, 1) for precision, peak in machine.peaks.items()},
     )
     return machine
-
-
-def _answer(folder: Path) -> Path:
-    return folder / "machine.json"
 
 
 @dataclass(frozen=True)
@@ -337,15 +334,15 @@ class _Measurement:
         return self.amount / fastest / 1e9
 
 
-def _measure(folder: Path, threads: int, seconds: float) -> Callable[[], None]:
-    """What the worker process does; its answers hold only times, so these rates go to a file."""
+def _measure(threads: int, seconds: float) -> dict[str, float]:
+    """What the worker process does: the fastest rate of each measurement."""
     import torch
 
     torch.set_num_threads(threads)
     makers: list[Callable[[int], _Measurement]] = [
         partial(_torch_product, "f32", torch.float32),
-        _onnx_product("f32", "MatMul", folder, threads),
-        _onnx_product("int8", "MatMulInteger", folder, threads),
+        _onnx_product("f32", "MatMul", threads),
+        _onnx_product("int8", "MatMulInteger", threads),
     ]
     if not _NATIVE_BF16.isdisjoint(instruction_sets()):
         makers.append(partial(_torch_product, "bf16", torch.bfloat16))
@@ -360,11 +357,7 @@ def _measure(folder: Path, threads: int, seconds: float) -> Callable[[], None]:
         rates[measurement.of] = max(rates[measurement.of], rate)
         if all(rates.values()) and (now - risen > seconds or now - start > _LONGEST * seconds):
             break
-    _answer(folder).write_text(json.dumps(rates), encoding="utf-8")
-    return _nothing
-
-
-def _nothing() -> None: ...
+    return rates
 
 
 def _passes() -> Iterator[_Measurement]:
@@ -398,12 +391,9 @@ def _torch_product(precision: str, dtype: torch.dtype, rows: int) -> _Measuremen
     return _Measurement(precision, 2 * rows * _SIDE**2, call)
 
 
-def _onnx_product(
-    precision: str, operator: str, folder: Path, threads: int
-) -> Callable[[int], _Measurement]:
+def _onnx_product(precision: str, operator: str, threads: int) -> Callable[[int], _Measurement]:
     import onnx
     import onnxruntime as ort
-    from onnx import helper, numpy_helper
 
     rng = np.random.default_rng(0)
 
@@ -415,20 +405,19 @@ def _onnx_product(
     # Weights that are part of the file are packed once, when the session is made.
     weights = values(_SIDE)
     result = np.float32 if precision == "f32" else np.int32
+    taken, given = "float", "float"
     if precision != "f32":
         weights = (weights.astype(np.int16) - 64).astype(np.int8)
-    left, product = (
-        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(d), ["rows", _SIDE])
-        for n, d in (("x", values(1).dtype), ("y", np.dtype(result)))
+        taken, given = "uint8", "int32"
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 14]> product ({taken}[rows, {_SIDE}] x)'
+        f" => ({given}[rows, {_SIDE}] y) {{ y = {operator}(x, w) }}"
     )
-    node = helper.make_node(operator, ["x", "w"], ["y"])
-    graph = helper.make_graph(
-        [node], operator, [left], [product], [numpy_helper.from_array(weights, "w")]
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-    path = folder / f"{operator}.onnx"
-    onnx.save(model, path)
-    session = open_session(path, threads=threads)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    with tempfile.TemporaryDirectory(prefix="heimdall-roofline-") as folder:
+        path = Path(folder) / "product.onnx"
+        onnx.save(model, path)
+        session = open_session(path, threads=threads)
 
     def make(rows: int) -> _Measurement:
         # Bound once: the product must not wait for fresh memory.
