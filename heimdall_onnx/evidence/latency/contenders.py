@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 PYTORCH = "PyTorch"
 WARMUP_CALLS = 5
 _WORKER_TIMEOUT_S = 600.0
+_ENDS_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ class Worker:
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=_ENDS_WITHIN_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

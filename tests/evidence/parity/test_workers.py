@@ -32,6 +32,7 @@ COUNT = 3000
 # Quantiles of that many values are estimates; everything else is exact.
 ESTIMATES = {"p50", "p99", "p999", "ulp_p50", "ulp_p999", "error_cdf"}
 TWO = EvaluationWorkers(count=2)
+SIGNATURE = SmallNet.signature
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,9 @@ def require_equal(found, expected):
     assert found.ground.resolution == expected.ground.resolution
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 2))]
+)
 def test_parts_in_any_order_merge_to_the_whole_bit_by_bit(model, onnx_path, alone, seed):
     data, _ = alone
     signature = model.signature
@@ -126,26 +129,42 @@ def test_parts_in_any_order_merge_to_the_whole_bit_by_bit(model, onnx_path, alon
     assert len(merged.reference()) == len(whole.reference())
 
 
-def test_workers_on_this_machine_say_what_one_process_says(model, onnx_path, alone):
+class Killer:
+    """Kills one of the workers at the first sign of progress, and writes down all of it."""
+
+    def __init__(self, count):
+        self.count, self.seen = count, []
+        self.others = psutil.Process().children(recursive=True)
+
+    def __call__(self, done, of):
+        if not self.seen:
+            started = set(psutil.Process().children(recursive=True)).difference(self.others)
+            workers = [p for p in started if "spawn_main" in str(p.cmdline())]
+            assert len(workers) == self.count
+            workers[0].kill()
+        self.seen.append((done, of))
+
+
+@pytest.mark.thorough
+def test_single_worker_that_is_lost_is_started_again(model, onnx_path, alone):
     data, expected = alone
-    signature = model.signature
+    one = EvaluationWorkers(count=1)
+    found = compare_outputs(model, onnx_path, data, SIGNATURE, workers=one, progress=Killer(1))
+    assert [o.count for o in found.evaluation] == [o.count for o in expected.evaluation]
+
+
+def test_workers_of_which_one_is_lost_say_what_one_process_says(model, onnx_path, alone):
+    data, expected = alone
     session = open_session(onnx_path, threads=1, spinning=False)
-    seen = []
-    found = compare_outputs(
-        model,
-        onnx_path,
-        data,
-        model.signature,
-        workers=TWO,
-        progress=lambda done, of: seen.append((done, of)),
-    )
-    require_equal(found, expected)
+    watch = Killer(2)
+    found = compare_outputs(model, onnx_path, data, SIGNATURE, workers=TWO, progress=watch)
+    require_equal(found, expected)  # each has one thread, as one process had
     for output in found.evaluation:
         errors = np.concatenate(
             [
                 np.abs(
-                    run_pytorch(model, batch, signature)[output.output].astype(np.float64)
-                    - run_onnx(session, batch, signature)[output.output]
+                    run_pytorch(model, batch, SIGNATURE)[output.output].astype(np.float64)
+                    - run_onnx(session, batch, SIGNATURE)[output.output]
                 ).ravel()
                 for _, batch in data.batches(8)
             ]
@@ -158,8 +177,8 @@ def test_workers_on_this_machine_say_what_one_process_says(model, onnx_path, alo
             assert (kept < value).mean() <= high
             assert (kept <= value).mean() >= low
     assert found.evaluated_by == "2 workers on this machine"
-    assert seen[-1] == (COUNT, COUNT)
-    assert len(seen) > 4
+    assert watch.seen[-1] == (COUNT, COUNT)
+    assert len(watch.seen) > 4
     worst = found.evaluation[0].worst[0]
     assert worst.shard == "inputs/signal/c/0/0/0/0"
     # The sample can be looked at where it is.
@@ -201,28 +220,6 @@ def test_workers_of_a_scheduler_read_a_dataset_in_the_bucket(
     for ours, theirs in zip(found.evaluation, expected.evaluation, strict=True):
         assert ours.mean == pytest.approx(theirs.mean, rel=0.5)
     assert [u.samples for u in found.uncertainty] == [COUNT, COUNT]
-
-
-# A single one is started again; of two the other one goes on.
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.thorough), 2])
-def test_lost_worker_s_samples_are_taken_by_another(model, onnx_path, alone, count):
-    data, expected = alone
-    killed, others = [], psutil.Process().children(recursive=True)
-
-    def kill(done, of):
-        if not killed:
-            started = set(psutil.Process().children(recursive=True)).difference(others)
-            workers = [p for p in started if "spawn_main" in str(p.cmdline())]
-            assert len(workers) == count
-            workers[0].kill()
-            killed.append(workers[0].pid)
-
-    workers = EvaluationWorkers(count=count)
-    found = compare_outputs(model, onnx_path, data, model.signature, workers=workers, progress=kill)
-    assert killed
-    if count == 2:
-        require_equal(found, expected)  # each has one thread, as one process had
-    assert [o.count for o in found.evaluation] == [o.count for o in expected.evaluation]
 
 
 @pytest.mark.services

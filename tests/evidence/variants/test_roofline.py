@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from heimdall_onnx.common.errors import BenchmarkError, EvidenceError
 from heimdall_onnx.common.machine import instruction_sets, last_level_cache_bytes, usable_processors
+from heimdall_onnx.evidence.variants import roofline as module
 from heimdall_onnx.evidence.variants.roofline import (
     Floor,
     Machine,
@@ -150,6 +152,12 @@ def test_roofs_are_of_the_size_that_this_process_sees_too(measured) -> None:
     assert here / 6 < measured.bandwidth_gb_s < most * here
 
 
-def test_failure_in_the_process_that_measures_is_named() -> None:
-    with pytest.raises(BenchmarkError, match="the measurement of the machine failed in its worker"):
-        measure_machine(-1)
+def test_failure_in_the_process_that_measures_is_named(monkeypatch) -> None:
+    def measure(*_: object) -> None:
+        raise RuntimeError("no matrix product")
+
+    monkeypatch.setattr(module, "worker_process", lambda: nullcontext(measure))
+    with pytest.raises(
+        BenchmarkError, match=r"measurement of the machine failed .*no matrix product"
+    ):
+        measure_machine()
