@@ -15,14 +15,6 @@ if TYPE_CHECKING:
     from heimdall_onnx.model.onnx.validate import ModelInfo
 
 
-def file_gates(info: ModelInfo, opset: int) -> tuple[Gate, ...]:
-    """The gates on the file itself: the opset that was asked for, and the signature."""
-    return (
-        Gate("opset", f"= {opset}", info.opset_version, info.opset_version == opset),
-        Gate.none_of("signature", info.signature_problems),
-    )
-
-
 def decide(
     parameters: ReleaseParameters,
     info: ModelInfo,
@@ -38,23 +30,19 @@ def decide(
         timed: What has run the steps that are timed, which knows whether the processors were
             exclusively this process's.
     """
-    gates = (
-        *file_gates(info, parameters.opset),
-        *parity.gates(),
-        *coverage_gates(parity.uncertainty, parameters.min_coverage),
-        *_core_gates(parameters, timed),
-    )
-    return Verdict(gates, parameters.profile)
-
-
-def _core_gates(parameters: ReleaseParameters, timed: TimedSteps | None) -> tuple[Gate, ...]:
-    """The gate on exclusive processors; none where they are not asked for, or nothing is timed."""
     from heimdall_onnx.evidence.latency.timed import TimedSteps
 
-    if not (parameters.exclusive_cores and parameters.measure_latency):
-        return ()
-    # A notebook that times nothing through it has held nothing.
-    return ((timed or TimedSteps(parameters)).gate(),)
+    opset = parameters.opset
+    gates = [
+        Gate("opset", f"= {opset}", info.opset_version, info.opset_version == opset),
+        Gate.none_of("signature", info.signature_problems),
+        *parity.gates(),
+        *coverage_gates(parity.uncertainty, parameters.min_coverage),
+    ]
+    if parameters.exclusive_cores and parameters.measure_latency:
+        # A notebook that times nothing through it has held nothing.
+        gates.append((timed or TimedSteps(parameters)).gate())
+    return Verdict(tuple(gates), parameters.profile)
 
 
 def coverage_gates(

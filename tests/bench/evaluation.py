@@ -23,7 +23,7 @@ from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evidence.parity.one_pass import EvaluationPass, Models, pass_over, pass_settings
 from heimdall_onnx.evidence.parity.workers import evaluate_on
-from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 
 # Estimates of a sketch; everything else must be equal to the last bit.
@@ -72,10 +72,7 @@ def main(count: int, rounds: int) -> None:
         write_dataset(Path(folder) / "data.zarr", count)
         data = load_evaluation_data(Path(folder) / "data.zarr", signature, verify=False)
         session = open_session(path, threads=1, spinning=False)
-        models = Models(
-            lambda batch: run_pytorch(model, batch, signature),
-            lambda batch: run_onnx(session, batch, signature),
-        )
+        models = Models.of(model, session, signature)
         settings = pass_settings(
             data, signature, tolerance=1e-5, batch_size=8, reference_samples=32
         )

@@ -40,3 +40,15 @@ def read_in_parts(make, feed, parting):
         assert repr(part.result()) == untouched
         accumulators = [*others, target] if as_tree else [target, *others]
     return accumulators[0]
+
+
+def rank_bounds(quantiles, rank):
+    """Between which true ranks the value given for ``rank`` lies, merged or not.
+
+    The sketch's own statement: less and plus three standard deviations, so that 99.7% of all
+    answers are within; both are ``rank`` where the sketch still has every value.
+    """
+    sketch = quantiles._sketch
+    if sketch.is_empty():
+        return rank, rank
+    return sketch.get_rank_lower_bound(rank, 3), sketch.get_rank_upper_bound(rank, 3)

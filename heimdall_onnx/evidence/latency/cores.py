@@ -20,16 +20,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
 
 import filelock
 
 from heimdall_onnx.common.errors import BenchmarkError
-from heimdall_onnx.common.logs import get_logger
 
-_Found = TypeVar("_Found")
-
-log = get_logger(__name__)
 # Not what TMPDIR says: everybody on a machine has to look in the same place.
 _FOLDERS = ("/run/lock", "/dev/shm", "/tmp")  # noqa: S108
 _LOCKS = Path("/proc/locks")

@@ -125,7 +125,7 @@ class MachineWatch:
         self._gpus = query_gpus()
         self._load = os.getloadavg()[0]
         self._throttled = throttled_periods()
-        self._times = processor_seconds()
+        self._times = psutil.cpu_times()._asdict()
         self._started = time.perf_counter()
         self._thread.start()
         return self
@@ -135,7 +135,7 @@ class MachineWatch:
         self._ended.set()
         self._thread.join()
         seconds = time.perf_counter() - self._started
-        shares = _shares(self._times, processor_seconds())
+        shares = _shares(self._times, psutil.cpu_times()._asdict())
         throttled = throttled_periods()
         load = os.getloadavg()[0]
         told = [frequency for look in self._frequencies for frequency in look]
@@ -175,11 +175,6 @@ def processor_frequencies() -> list[float]:
         return []
     # A processor that is offline tells 0.
     return [processor.current for processor in told or () if processor.current > 0]
-
-
-def processor_seconds() -> dict[str, float]:
-    """Seconds that all processors have spent in each state since the system started."""
-    return dict(psutil.cpu_times()._asdict())
 
 
 def _shares(before: dict[str, float], after: dict[str, float]) -> dict[str, float | None]:

@@ -82,30 +82,20 @@ class Throughput:
 
 
 @cache
-def min_queries(
-    percentile: float = SINGLE_STREAM_PERCENTILE, confidence: float = SINGLE_STREAM_CONFIDENCE
-) -> int:
-    """Queries needed before MLPerf's estimate of a percentile exists.
+def min_queries(percentile: float = SINGLE_STREAM_PERCENTILE) -> int:
+    """Queries needed before MLPerf's estimate of a percentile in (0, 100) exists.
 
-    The fewest of which, with more than this confidence, at least two lie beyond the percentile.
-    For 99% confidence these are 64 queries for the 90th percentile and 662 for the 99th.
-
-    Args:
-        percentile: In (0, 100).
-        confidence: In (0, 1).
+    The fewest of which, with more than 99% confidence, at least two lie beyond the percentile:
+    64 queries for the 90th percentile and 662 for the 99th.
     """
     from scipy import stats
 
     # Queries before the second one beyond the percentile follow a negative binomial distribution.
-    return 2 + int(stats.nbinom.ppf(confidence, 2, 1 - percentile / 100))
+    return 2 + int(stats.nbinom.ppf(SINGLE_STREAM_CONFIDENCE, 2, 1 - percentile / 100))
 
 
-def early_stopping_estimate(
-    samples_ms: Floats,
-    percentile: float = SINGLE_STREAM_PERCENTILE,
-    confidence: float = SINGLE_STREAM_CONFIDENCE,
-) -> EarlyStopping | None:
-    """MLPerf's early-stopping estimate of a percentile; None from too few queries.
+def early_stopping_estimate(samples_ms: Floats) -> EarlyStopping | None:
+    """MLPerf's early-stopping estimate of the 90th percentile; None from too few queries.
 
     With n queries, t is the largest number for which at most t of n queries are slower than a
     percentile p with a probability below 1 - c: I(p; n - t, t + 1) < 1 - c, where I is the
@@ -119,11 +109,10 @@ def early_stopping_estimate(
 
     Args:
         samples_ms: Latency of each query, milliseconds, shape (n,), in any order.
-        percentile: The percentile wanted, in (0, 100).
-        confidence: MLPerf's c, in (0, 1).
     """
     from scipy import stats
 
+    percentile, confidence = SINGLE_STREAM_PERCENTILE, SINGLE_STREAM_CONFIDENCE
     queries = samples_ms.size
     # ppf gives the fewest overlatency queries whose probability reaches 1 - c.
     overlatency = int(stats.binom.ppf(1 - confidence, queries, 1 - percentile / 100)) - 1
@@ -135,13 +124,11 @@ def early_stopping_estimate(
         confidence=confidence,
         queries=queries,
         overlatency=overlatency,
-        min_queries=min_queries(percentile, confidence),
+        min_queries=min_queries(percentile),
     )
 
 
-def offline_throughput(
-    batch_ms: Floats, batch_size: int, *, confidence: float = 0.95
-) -> Throughput:
+def offline_throughput(batch_ms: Floats, batch_size: int) -> Throughput:
     """Samples per second, from the times of calls of one batch size.
 
     The interval is that of the median time of a call, from order statistics (Conover, Practical
@@ -151,10 +138,9 @@ def offline_throughput(
     Args:
         batch_ms: Time of each call, milliseconds, shape (calls,), at least one.
         batch_size: Samples in a call.
-        confidence: Of the interval, in (0, 1).
     """
     # The range of n calls covers the median unless all lie on one side of it.
-    confidence = min(confidence, 1 - 2 * 0.5**batch_ms.size)
+    confidence = min(CONFIDENCE, 1 - 2 * 0.5**batch_ms.size)
     fastest, slowest = _interval(batch_ms, 0.5, max(confidence, 0.5))
     samples = batch_size * 1e3
     return Throughput(
@@ -213,22 +199,16 @@ class Stationarity:
             *first, last = (f"{median:.3g}" for median in self.medians_ms[-_COMPARED:])
             return (
                 "the machine was not stationary: the medians of the last three windows, "
-                f"{', '.join(first)} and {last} ms, are {_percent(self.spread)} apart "
+                f"{', '.join(first)} and {last} ms, are {self.spread:.1%} apart "
                 f"(limit {self.tolerance:.0%})"
             )
-        agree = f"the last three windows agree within {_percent(self.spread)}"
+        agree = f"the last three windows agree within {self.spread:.1%}"
         if self.early > self.tolerance:
-            agree += f", but earlier ones are up to {_percent(self.early)} off"
+            agree += f", but earlier ones are up to {self.early:.1%} off"
         return agree
 
 
-def check_stationarity(
-    samples_ms: Floats,
-    blocks: npt.NDArray[np.int64] | None = None,
-    *,
-    windows: int = WINDOWS,
-    tolerance: float = TOLERANCE,
-) -> Stationarity | None:
+def check_stationarity(samples_ms: Floats, blocks: npt.NDArray[np.int64]) -> Stationarity | None:
     """Compare the median latency of windows of time; None from too few calls for three windows.
 
     As NVIDIA's Perf Analyzer decides that a measurement is stable: the last three agree within
@@ -238,15 +218,10 @@ def check_stationarity(
     Args:
         samples_ms: Latency of every call in order of time, milliseconds, shape (calls,).
         blocks: Index of the block that each call belongs to, shape (calls,), ascending; no window
-            ends within a block. None: every call for itself.
-        windows: Into how many the calls are split; fewer where a window would have less than ten
-            calls.
-        tolerance: The largest spread that counts as stationary, as a fraction of the median.
+            ends within a block.
     """
-    if blocks is None:
-        blocks = np.arange(samples_ms.size)
     _, starts = np.unique(blocks, return_index=True)
-    count = min(windows, samples_ms.size // _MIN_WINDOW_CALLS, starts.size)
+    count = min(WINDOWS, samples_ms.size // _MIN_WINDOW_CALLS, starts.size)
     if count < _COMPARED:
         return None
     firsts = [int(part[0]) for part in np.array_split(starts, count)]
@@ -257,12 +232,8 @@ def check_stationarity(
         medians_ms=tuple(map(float, medians)),
         spread=float(np.ptp(last) / middle),
         early=float(np.abs(medians[:-_COMPARED] / middle - 1).max(initial=0)),
-        tolerance=tolerance,
+        tolerance=TOLERANCE,
     )
-
-
-def _percent(fraction: float) -> str:
-    return f"{fraction:.1%}"
 
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
@@ -308,16 +279,16 @@ def percentiles_with_intervals(samples_ms: Floats) -> tuple[Percentile, ...]:
     With the fewest samples allowed, at least two lie at or beyond the percentile with 99%
     confidence, so that it is not merely the largest value seen.
     """
-    found = []
-    for percentile in PERCENTILES:
-        if samples_ms.size < min_queries(percentile):
-            continue
-        value = float(np.percentile(samples_ms, percentile))
-        # With the fewest samples allowed a two-sided end can fall beyond the largest one.
-        found.append(
-            Percentile(percentile, value, *_interval(samples_ms, percentile / 100, CONFIDENCE))
+    return tuple(
+        Percentile(
+            percentile,
+            float(np.percentile(samples_ms, percentile)),
+            # With the fewest samples allowed a two-sided end can fall beyond the largest one.
+            *_interval(samples_ms, percentile / 100, CONFIDENCE),
         )
-    return tuple(found)
+        for percentile in PERCENTILES
+        if samples_ms.size >= min_queries(percentile)
+    )
 
 
 def paired_speedup(slow: Sequence[Floats], fast: Sequence[Floats]) -> Speedup:

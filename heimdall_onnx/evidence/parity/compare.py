@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from onnxruntime import InferenceSession
@@ -40,7 +41,7 @@ from heimdall_onnx.evidence.parity.report import (
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION, RTOL, tolerance_factor
 from heimdall_onnx.model.examples import Examples
-from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.inference import open_session, run_pytorch
 from heimdall_onnx.model.signature import Signature
 
 log = get_logger(__name__)
@@ -87,7 +88,9 @@ def compare_outputs(
     """
     session = open_session(onnx, spinning=False) if isinstance(onnx, Path) else onnx
     examples = Examples(signature, model)
-    run = _Pair(model, session, signature, tolerance, examples)
+    run = _Pair(
+        Models.of(model, session, signature), signature, tolerance, _Worst(-1.0, {}, "", 1.0)
+    )
     del session
     largest = max(batch_size, 1)
     settings = pass_settings(
@@ -111,22 +114,22 @@ def compare_outputs(
             ) from error
         found = evaluate_on(workers, model, onnx, data, settings, progress)
     cells = [ParityCell(EVALUATION, first, data.count, found.outputs(data))]
-    run.remember_worst(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)
+    run.remember(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)
     for size in sorted({1, 2, 3, largest} - {first}):
         cells.append(run.compare(EVALUATION, first_rows(data, size), size))
     for size in sorted({1, 2, 3, largest}):
         for kind, inputs, valid in further_kinds(data, examples, size):
             cells.append(run.compare(kind, inputs, size, valid=valid))
-    independence = _batch_independence(run, data)
+    independence = _batch_independence(run, data, examples)
     declared = (
-        {"PyTorch": run.pytorch, "ONNX": run.onnx},
+        dict(zip(("PyTorch", "ONNX"), run.models, strict=True)),
         signature,
         examples,
         data.rows(np.arange(SAMPLES)),
         Limit(tolerance, RTOL),
     )
     masks, orders = check_masks(*declared), check_orders(*declared)
-    del run.session
+    del run.models, declared
     report = ParityReport(
         signature=signature,
         source=data.source,
@@ -134,18 +137,18 @@ def compare_outputs(
         tolerance=tolerance,
         rtol=RTOL,
         cells=tuple(cells),
-        noise_floor=_noise_floor(run, found.reference()),
+        noise_floor=_noise_floor(model, signature, found.reference()),
         independence=independence,
         ground=found.ground(),
         pytorch=found.kept(0),
         onnx=found.kept(1),
-        worst_inputs=run.worst_inputs,
-        worst_where=run.worst_where,
+        worst_inputs=run.worst.inputs,
+        worst_where=run.worst.where,
         masks=masks,
         orders=orders,
         valid_inputs=examples.declared,
         uncertainty=found.uncertainty(),
-        worst_factor=run.worst_factor,
+        worst_factor=run.worst.factor,
         evaluated_by=found.evaluated_by,
         plotted=found.kept_rows(),
     )
@@ -209,29 +212,23 @@ def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> Dept
     )
 
 
+class _Worst(NamedTuple):
+    """The batch in which an element exceeded its tolerance most."""
+
+    excess: float
+    inputs: Arrays
+    where: str
+    factor: float
+
+
 @dataclass
 class _Pair:
     """Both models side by side, and what is remembered of them while batches stream by."""
 
-    model: nn.Module
-    session: InferenceSession
+    models: Models
     signature: Signature
     tolerance: float
-    examples: Examples
-    worst_inputs: Arrays = field(default_factory=dict)
-    worst_where: str = ""
-    worst_factor: float = 1.0
-    worst_excess: float = -1.0
-
-    @property
-    def models(self) -> Models:
-        return Models(self.pytorch, self.onnx)
-
-    def pytorch(self, inputs: Arrays) -> Arrays:
-        return run_pytorch(self.model, inputs, self.signature)
-
-    def onnx(self, inputs: Arrays) -> Arrays:
-        return run_onnx(self.session, inputs, self.signature)
+    worst: _Worst
 
     def compare(self, kind: str, inputs: Arrays, size: int, *, valid: bool = False) -> ParityCell:
         factor = tolerance_factor(kind, valid)
@@ -247,29 +244,28 @@ class _Pair:
                 accumulator.update(expected[spec.name], found[spec.name], start)
                 for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True)
             )
-            self.remember_worst(kind, factor, largest, batch)
+            self.remember(kind, factor, largest, batch)
         return ParityCell(kind, size, count, tuple(a.result() for a in accumulators), valid)
 
-    def remember_worst(self, kind: str, factor: float, largest: float, batch: Arrays) -> None:
-        if largest > self.worst_excess:
-            self.worst_excess = largest
-            self.worst_inputs, self.worst_factor = batch, factor
-            self.worst_where = f"{kind}, batch {next(iter(batch.values())).shape[0]}"
+    def remember(self, kind: str, factor: float, largest: float, batch: Arrays) -> None:
+        if largest > self.worst.excess:
+            where = f"{kind}, batch {len(next(iter(batch.values())))}"
+            self.worst = _Worst(largest, batch, where, factor)
 
 
 def _noise_floor(
-    run: _Pair, reference: Sequence[tuple[Arrays, Arrays, Arrays]]
+    model: nn.Module, signature: Signature, reference: Sequence[tuple[Arrays, Arrays, Arrays]]
 ) -> tuple[NoiseFloor, ...]:
-    double = copy.deepcopy(run.model).double()
+    double = copy.deepcopy(model).double()
     totals = {
         spec.name: np.zeros(4)  # ONNX error, PyTorch error, magnitude, elements
-        for spec in run.signature.outputs
+        for spec in signature.outputs
         if np.issubdtype(np.dtype(spec.dtype), np.floating)
     }
     samples = 0
     for batch, single, found in reference:
         samples += len(next(iter(batch.values())))
-        exact = _run_double(double, batch, run.signature)
+        exact = _run_double(double, batch, signature)
         for name, total in totals.items():
             # NaN and Inf have a gate of their own.
             finite = np.isfinite(exact[name]) & np.isfinite(single[name])
@@ -302,17 +298,17 @@ def _run_double(model: nn.Module, batch: Arrays, signature: Signature) -> Arrays
         ) from error
 
 
-def _batch_independence(run: _Pair, data: EvaluationData) -> BatchIndependence:
+def _batch_independence(run: _Pair, data: EvaluationData, examples: Examples) -> BatchIndependence:
     # A constant row must be among the neighbours: z-scored ones share mean and spread with the
     # row itself, which hides a normalization that runs over the batch.
     worst = BatchIndependence(0.0, 0.0, "none", run.signature.outputs[0].name, 0)
     comparisons = 0
     for row in range(min(3, data.count)):
         one = data.rows([row])
-        alone = run.onnx(one)
-        neighbours = {**run.examples.adversarial(one), EVALUATION: data.rows([row + 1])}
+        alone = run.models.onnx(one)
+        neighbours = {**examples.adversarial(one), EVALUATION: data.rows([row + 1])}
         for kind, other in neighbours.items():
-            beside = run.onnx(
+            beside = run.models.onnx(
                 {name: np.concatenate([other[name], one[name], other[name]]) for name in one}
             )
             for spec in run.signature.outputs:

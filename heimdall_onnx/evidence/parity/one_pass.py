@@ -11,7 +11,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,12 @@ from heimdall_onnx.evidence.parity.uncertainty import (
     UncertaintyReport,
     answers_positions,
 )
+from heimdall_onnx.model.inference import run_onnx, run_pytorch
 from heimdall_onnx.model.signature import Signature
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from torch import nn
 
 PLOTTED_SAMPLES = 2000
 
@@ -43,6 +49,14 @@ class Models(NamedTuple):
 
     pytorch: Callable[[Arrays], Arrays]
     onnx: Callable[[Arrays], Arrays]
+
+    @classmethod
+    def of(cls, model: nn.Module, session: InferenceSession, signature: Signature) -> Models:
+        """A PyTorch model and an open ONNX file."""
+        return cls(
+            partial(run_pytorch, model, signature=signature),
+            partial(run_onnx, session, signature=signature),
+        )
 
     def run(self, batch: Arrays, signature: Signature) -> tuple[Arrays, Arrays]:
         """What both answer.

@@ -175,8 +175,19 @@ class ParityReport(ParityFigures):
             self._mean_gate(evaluation),
             self._element_gate("elements on evaluation data", evaluation, 1.0),
             self._element_gate("elements on adversarial inputs", adversarial, ADVERSARIAL_FACTOR),
-            self._nonfinite_gate(),
-            *(self._noise_gate(floor) for floor in self.noise_floor),
+            Gate.none_of(
+                "NaN and Inf in the same places", self._places("nonfinite_mismatches", "")
+            ),
+            *(
+                Gate.at_most(
+                    f"noise floor of {floor.output}",
+                    floor.limit,
+                    floor.onnx_error,
+                    f"mean error against float64 over {floor.samples} samples; "
+                    f"PyTorch float32: {floor.pytorch_error:.3g}",
+                )
+                for floor in self.noise_floor
+            ),
             Gate.at_most(
                 "batch independence",
                 1.0,
@@ -213,11 +224,6 @@ class ParityReport(ParityFigures):
         limit = f"0 beyond {factor * self.tolerance:g} + {factor * self.rtol:g}·|reference|"
         return Gate(name, limit, count, not found, "; ".join(found))
 
-    def _nonfinite_gate(self) -> Gate:
-        return Gate.none_of(
-            "NaN and Inf in the same places", self._places("nonfinite_mismatches", "")
-        )
-
     def _places(self, counted: str, words: str) -> Iterator[str]:
         """Where elements were counted, and how many."""
         for cell in self.cells:
@@ -242,16 +248,6 @@ class ParityReport(ParityFigures):
                 worst.excess,
                 f"in units of the tolerance; {worst.output} of {worst.side}",
             )
-
-    @staticmethod
-    def _noise_gate(floor: NoiseFloor) -> Gate:
-        return Gate.at_most(
-            f"noise floor of {floor.output}",
-            floor.limit,
-            floor.onnx_error,
-            f"mean error against float64 over {floor.samples} samples; "
-            f"PyTorch float32: {floor.pytorch_error:.3g}",
-        )
 
     def _range_gates(self) -> list[Gate]:
         gates = []

@@ -7,11 +7,11 @@ quantiles are estimates.
 
 Quantiles come from REQ sketches (Cormode et al., "Relative Error Streaming Quantiles", PODS 2021;
 Apache DataSketches), which are most precise at high ranks, merged or not: exact up to some hundred
-values, and beyond that with a rank whose standard error is about 0.2% of (1 - rank), see
-`Quantiles.rank_bounds`. They are preferred to the better known KLL sketches (Karnin, Lang and
-Liberty, "Optimal Quantile Approximation in Streams", FOCS 2016), whose error is the same at every
-rank, and so as large as 1 - rank itself where errors are judged, at 0.99 and 0.999. The price is a
-size that grows with the logarithm of the number of values: some 30 kB after 10⁶, 60 kB after 10¹².
+values, and beyond that with a rank whose standard error is about 0.2% of (1 - rank). They are
+preferred to the better known KLL sketches (Karnin, Lang and Liberty, "Optimal Quantile
+Approximation in Streams", FOCS 2016), whose error is the same at every rank, and so as large as
+1 - rank itself where errors are judged, at 0.99 and 0.999. The price is a size that grows with the
+logarithm of the number of values: some 30 kB after 10⁶, 60 kB after 10¹².
 
 Sums are kept exactly, as whole numbers of the smallest unit there is: the superaccumulator of
 Neal ("Fast Exact Summation Using Small and Large Superaccumulators", arXiv:1505.05571, 2015).
@@ -59,8 +59,7 @@ class Accumulator:
     def merge(self, other: Self) -> None:
         """Add everything that was added to ``other``, which stays as it is.
 
-        The result is that of one accumulator to which all of it was added, in any order; see
-        `Quantiles.rank_bounds` for the quantiles.
+        The result is that of one accumulator to which all of it was added, in any order.
         """
         for name, merged in self.merging.items():
             setattr(self, name, merged(getattr(self, name), getattr(other, name)))
@@ -155,19 +154,6 @@ class Quantiles:
     def count(self) -> int:
         """Number of values added, without NaN."""
         return int(self._sketch.n)
-
-    def rank_bounds(self, rank: float) -> tuple[float, float]:
-        """Between which true ranks the value given for ``rank`` lies, merged or not.
-
-        The sketch's own statement: ``rank`` less and plus three standard deviations, so that 99.7%
-        of all answers are within; both are ``rank`` where the sketch still has every value.
-        """
-        if self._sketch.is_empty():
-            return rank, rank
-        sketch = self._sketch
-        return float(sketch.get_rank_lower_bound(rank, 3)), float(
-            sketch.get_rank_upper_bound(rank, 3)
-        )
 
     def update(self, values: npt.NDArray[Any]) -> None:
         """Add ``values``; NaN is left out, and what float32 can't hold counts as Inf."""

@@ -138,7 +138,7 @@ class EvaluationWorker(WorkerPlugin):  # type: ignore[misc]
 def _open(job: Job) -> Models:
     import torch
 
-    from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+    from heimdall_onnx.model.inference import open_session
 
     threads = usable_processors()
     torch.set_num_threads(threads)
@@ -149,15 +149,11 @@ def _open(job: Job) -> Models:
             f"a worker on {socket.gethostname()} can't open the model: {type(error).__name__}: "
             f"{shown(str(error))}; give it the model's code"
         ) from error
-    signature = job.settings.signature
     with TemporaryDirectory(prefix="heimdall-evaluation-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(job.onnx)
         session = open_session(path, threads=threads, spinning=False)
-    return Models(
-        lambda inputs: run_pytorch(model, inputs, signature),
-        lambda inputs: run_onnx(session, inputs, signature),
-    )
+    return Models.of(model, session, job.settings.signature)
 
 
 def _plugin(name: str) -> EvaluationWorker:

@@ -301,7 +301,11 @@ class _Search:
         if variant.path is None:
             return variant
         try:
-            with self._opponent(variant) as opponent:
+            with (
+                self._pytorch(variant)
+                if variant.name == FP32
+                else nullcontext(Contestant(FP32, self._onnx, self._threads))
+            ) as opponent:
                 measured = self._measure(opponent, variant, self._parameters.limits.variant_calls)
         except BenchmarkError as error:
             if variant.name == FP32:
@@ -309,11 +313,6 @@ class _Search:
             return replace(variant, status="failed", reason=str(error))
         log.info("timed", variant=variant.name, speedup=round(measured.speedup.ratio, 2))
         return replace(variant, latency=measured, ran_on=measured.second.ran_on)
-
-    def _opponent(self, variant: JudgedVariant) -> AbstractContextManager[Contestant]:
-        if variant.name == FP32:
-            return self._pytorch(variant)
-        return nullcontext(Contestant(FP32, self._onnx, self._threads))
 
     def _pytorch(self, variant: JudgedVariant) -> AbstractContextManager[Contestant]:
         """PyTorch on the device of what it is held against."""

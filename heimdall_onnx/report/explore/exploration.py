@@ -28,7 +28,7 @@ from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import worst_elements
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION, tolerance_factor
 from heimdall_onnx.model.examples import Examples
-from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.inference import open_session
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,7 @@ class Exploration:
 
     @property
     def _models(self) -> Models:
-        return Models(
-            lambda inputs: run_pytorch(self._model, inputs, self.signature),
-            lambda inputs: run_onnx(self._session, inputs, self.signature),
-        )
+        return Models.of(self._model, self._session, self.signature)
 
     def _inputs(self, kind: str, size: int) -> Arrays:
         """The inputs of a cell other than the first."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from distributed import LocalCluster, Status, default_client
 from models import SmallNet
+from parts import rank_bounds
 from runs import environment
 
 from heimdall_onnx.archive.content import upload_dataset
@@ -106,10 +107,7 @@ def test_parts_in_any_order_merge_to_the_whole_bit_by_bit(model, onnx_path, alon
     data, _ = alone
     signature = model.signature
     session = open_session(onnx_path, threads=1, spinning=False)
-    models = Models(
-        lambda batch: run_pytorch(model, batch, signature),
-        lambda batch: run_onnx(session, batch, signature),
-    )
+    models = Models.of(model, session, signature)
     settings = pass_settings(data, signature, tolerance=1e-5, batch_size=8, reference_samples=32)
     rng = random.Random(seed)
     cuts = [0, *sorted(rng.sample(range(8, COUNT, 8), 5)), COUNT]
@@ -172,7 +170,7 @@ def test_workers_of_which_one_is_lost_say_what_one_process_says(model, onnx_path
         stated = Quantiles()
         stated.update(errors)
         for rank, value in ((0.5, output.p50), (0.99, output.p99), (0.999, output.p999)):
-            low, high = stated.rank_bounds(rank)
+            low, high = rank_bounds(stated, rank)
             kept = np.float32(errors)
             assert (kept < value).mean() <= high
             assert (kept <= value).mean() >= low
