@@ -644,7 +644,7 @@ def test_ensemble_is_measured_beside_its_first_member(ensemble, tmp_path):
     assert found is not None
     assert found.members == 3
     assert found.latency.batch_size == 2
-    assert [side.name for side in found.sides] == ["Ensemble", "Single member"]
+    assert [side.name for side in found.latency.contenders] == ["Ensemble", "Single member"]
     assert found.latency.speedup.low <= found.latency.speedup.ratio <= found.latency.speedup.high
     assert found.size_bytes == path.stat().st_size > 2 * found.member_size_bytes > 0
     json.dumps(TypeAdapter(MemberFigures).dump_python(found, mode="json"))

@@ -77,7 +77,6 @@ class LatencyReport(LatencyFigures):
     Attributes:
         contenders: The PyTorch model, eager, and the ONNX model on ONNX Runtime's CPU execution
             provider.
-        machine: What the machine did while they took turns.
         batches: Latency at this and the further batch sizes, ascending.
     """
 
@@ -102,8 +101,6 @@ class PairLatency(PairFigures):
     """Two contenders, measured in turns.
 
     Attributes:
-        contenders: Both; the first one is in the numerator of the ratio.
-        machine: What the machine did while they took turns.
         batches: Latency at this and the further batch sizes, ascending.
     """
 

@@ -46,6 +46,15 @@ class ContenderFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class _Turns:
+    """Two contenders, in turns.
+
+    Attributes:
+        speedup: The first one's latency over the second one's.
+        batch_size: Samples in a call.
+        contenders: Both.
+        machine: What the machine did while they took turns.
+    """
+
     speedup: Speedup
     batch_size: int
     contenders: tuple[ContenderFigures, ContenderFigures]
@@ -65,10 +74,6 @@ class LatencyFigures(_Turns):
     """The PyTorch model and the ONNX model, in turns.
 
     Attributes:
-        speedup: PyTorch's latency over ONNX Runtime's.
-        batch_size: Samples in a call.
-        contenders: PyTorch and ONNX Runtime.
-        machine: What the machine did while they took turns.
         threads: Intra-op threads of each.
         confidence: Of every interval.
         cores: The processors that both ran on.
@@ -84,10 +89,6 @@ class PairFigures(_Turns):
     """Two models, in turns.
 
     Attributes:
-        speedup: The first one's latency over the second one's.
-        batch_size: Samples in a call.
-        contenders: Both.
-        machine: What the machine did while they took turns.
         throughput: Of both at a larger batch size; empty if none was asked for.
         on_device_ms: Median of the second one's calls without the way to its GPU and back; None
             where it runs on the processor.

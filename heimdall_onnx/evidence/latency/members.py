@@ -11,7 +11,7 @@ from torch import nn
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
-from heimdall_onnx.evidence.latency.contenders import ContenderLatency, Contestant, default_threads
+from heimdall_onnx.evidence.latency.contenders import Contestant, default_threads
 from heimdall_onnx.evidence.latency.figures import MemberFigures
 from heimdall_onnx.model.ensemble import Ensemble
 from heimdall_onnx.model.onnx.export import export_model
@@ -32,11 +32,6 @@ class MemberComparison(MemberFigures):
     """
 
     latency: PairLatency
-
-    @property
-    def sides(self) -> tuple[ContenderLatency, ContenderLatency]:
-        """The ensemble and the single member."""
-        return self.latency.first, self.latency.second
 
 
 def compare_member(

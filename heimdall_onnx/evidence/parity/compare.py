@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from onnxruntime import InferenceSession
@@ -31,7 +30,12 @@ from heimdall_onnx.evidence.parity.invariance import (
     check_orders,
     excess,
 )
-from heimdall_onnx.evidence.parity.one_pass import Models, pass_over, pass_settings
+from heimdall_onnx.evidence.parity.one_pass import (
+    Models,
+    WorstBatch,
+    pass_over,
+    pass_settings,
+)
 from heimdall_onnx.evidence.parity.report import (
     BatchIndependence,
     NoiseFloor,
@@ -88,9 +92,7 @@ def compare_outputs(
     """
     session = open_session(onnx, spinning=False) if isinstance(onnx, Path) else onnx
     examples = Examples(signature, model)
-    run = _Pair(
-        Models.of(model, session, signature), signature, tolerance, _Worst(-1.0, {}, "", 1.0)
-    )
+    models = Models.of(model, session, signature)
     del session
     largest = max(batch_size, 1)
     settings = pass_settings(
@@ -102,7 +104,7 @@ def compare_outputs(
     )
     first = settings.batch_size
     if workers is None:
-        found = pass_over(run.models, data, settings, range(data.count), progress)
+        found = pass_over(models, data, settings, range(data.count), progress)
     elif not isinstance(onnx, Path):
         raise ParameterError("workers need the ONNX file; a session can't be sent to them")
     else:
@@ -114,7 +116,8 @@ def compare_outputs(
             ) from error
         found = evaluate_on(workers, model, onnx, data, settings, progress)
     cells = [ParityCell(EVALUATION, first, data.count, found.outputs(data))]
-    run.remember(EVALUATION, 1.0, found.worst.excess, found.worst.inputs)
+    run = _Pair(models, signature, tolerance, found.worst)
+    del models
     for size in sorted({1, 2, 3, largest} - {first}):
         cells.append(run.compare(EVALUATION, first_rows(data, size), size))
     for size in sorted({1, 2, 3, largest}):
@@ -143,7 +146,7 @@ def compare_outputs(
         pytorch=found.kept(0),
         onnx=found.kept(1),
         worst_inputs=run.worst.inputs,
-        worst_where=run.worst.where,
+        worst_where=f"{run.worst.kind}, batch {len(next(iter(run.worst.inputs.values())))}",
         masks=masks,
         orders=orders,
         valid_inputs=examples.declared,
@@ -212,15 +215,6 @@ def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> Dept
     )
 
 
-class _Worst(NamedTuple):
-    """The batch in which an element exceeded its tolerance most."""
-
-    excess: float
-    inputs: Arrays
-    where: str
-    factor: float
-
-
 @dataclass
 class _Pair:
     """Both models side by side, and what is remembered of them while batches stream by."""
@@ -228,7 +222,7 @@ class _Pair:
     models: Models
     signature: Signature
     tolerance: float
-    worst: _Worst
+    worst: WorstBatch
 
     def compare(self, kind: str, inputs: Arrays, size: int, *, valid: bool = False) -> ParityCell:
         factor = tolerance_factor(kind, valid)
@@ -244,13 +238,9 @@ class _Pair:
                 accumulator.update(expected[spec.name], found[spec.name], start)
                 for spec, accumulator in zip(self.signature.outputs, accumulators, strict=True)
             )
-            self.remember(kind, factor, largest, batch)
+            if largest > self.worst.excess:
+                self.worst = WorstBatch(largest, start, batch, kind, factor)
         return ParityCell(kind, size, count, tuple(a.result() for a in accumulators), valid)
-
-    def remember(self, kind: str, factor: float, largest: float, batch: Arrays) -> None:
-        if largest > self.worst.excess:
-            where = f"{kind}, batch {len(next(iter(batch.values())))}"
-            self.worst = _Worst(largest, batch, where, factor)
 
 
 def _noise_floor(

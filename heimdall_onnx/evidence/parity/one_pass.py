@@ -28,7 +28,7 @@ from heimdall_onnx.evidence.parity.statistics import (
     ErrorStatistics,
     added,
 )
-from heimdall_onnx.evidence.parity.tolerance import RTOL
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION, RTOL
 from heimdall_onnx.evidence.parity.uncertainty import (
     UncertaintyAccumulator,
     UncertaintyReport,
@@ -126,11 +126,15 @@ class WorstBatch(NamedTuple):
         excess: That error.
         first: Index of its first sample.
         inputs: Its inputs.
+        kind: What kind of inputs they are.
+        factor: What the tolerance is multiplied by on these.
     """
 
     excess: float
     first: int
     inputs: Arrays
+    kind: str = EVALUATION
+    factor: float = 1.0
 
 
 def _worse(one: WorstBatch, other: WorstBatch) -> WorstBatch:

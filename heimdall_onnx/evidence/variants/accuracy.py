@@ -114,7 +114,8 @@ def judge_accuracy(
         accumulator = ErrorAccumulator(spec, atol=1e-5, rtol=1.3e-6)
         accumulator.update(a, b, 0)
         statistics.append(accumulator.result())
-        noise.append(_noise(a, b))
+        middle = a.astype(np.float64).mean(axis=0)
+        noise.append(relative_error(a - middle, b - middle))
         if problem := _problem(spec.range, a, b):
             broken.append(f"{spec.name}: {problem}")
     position = signature.position_output
@@ -217,11 +218,16 @@ def _score(
     return TaskScore(float(np.median(errors)), float(np.quantile(errors, 0.95)), nll), errors
 
 
-def _noise(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+def relative_error(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    """RMS of the difference over RMS of the reference; infinite where shapes or NaN differ."""
+    if reference.shape != found.shape:
+        return float("inf")
     a, b = reference.astype(np.float64), found.astype(np.float64)
-    spread = float(np.sqrt(np.mean((a - a.mean(axis=0)) ** 2)))
-    error = float(np.sqrt(np.mean((b - a) ** 2)))
-    return error / spread if spread > 0 else (0.0 if error == 0 else np.inf)
+    scale = float(np.linalg.norm(a))
+    error = float(np.linalg.norm(b - a))
+    if not np.isfinite(error):
+        return float("inf")
+    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
 
 
 def _problem(

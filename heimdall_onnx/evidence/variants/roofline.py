@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -215,27 +215,6 @@ def floor_of(
     )
 
 
-def roofline_report(
-    machine: Machine, work: Work, runs: Iterable[tuple[str, str, int, int, float]]
-) -> Roofline:
-    """Put each run beside its floor.
-
-    Args:
-        machine: Measured with the runs' number of threads.
-        work: What the model has to do for a sample.
-        runs: Name, precision, size of the file in bytes, batch size, and latency of a call in
-            milliseconds, of each.
-    """
-    rows = tuple(
-        RooflineRow(
-            name, precision, size, batch, ms, floor_of(work, size, precision, machine, batch)
-        )
-        for name, precision, size, batch, ms in runs
-    )
-    log.info("roofline", ratios={f"{row.name}, batch {row.batch_size}": row.ratio for row in rows})
-    return Roofline(machine, work, rows)
-
-
 def measure_roofline(
     model: nn.Module, signature: Signature, report: VariantsReport | None
 ) -> Roofline | None:
@@ -257,18 +236,19 @@ def measure_roofline(
     machine = measure_machine(report.variant(FP32).settings.thread_count)
     # Inputs as they were measured: how much there is to do depends on their lengths.
     work = work_of(model, report.calibration.evaluation.rows([0]), signature)
-    runs = []
+    rows = []
     for variant in report.judged:
         if variant.latency is None:
             continue
         sizes = {variant.latency.batch_size: variant.latency.second.median_ms}
         for rate in variant.latency.throughput[1:]:
             sizes[rate.batch_size] = 1000 * rate.batch_size / rate.samples_per_second
-        runs += [
-            (variant.name, variant.multiplies_in, variant.weight_bytes, batch, ms)
-            for batch, ms in sizes.items()
-        ]
-    return roofline_report(machine, work, runs)
+        name, precision, size = variant.name, variant.multiplies_in, variant.weight_bytes
+        for batch, ms in sizes.items():
+            floor = floor_of(work, size, precision, machine, batch)
+            rows.append(RooflineRow(name, precision, size, batch, ms, floor))
+    log.info("roofline", ratios={f"{row.name}, batch {row.batch_size}": row.ratio for row in rows})
+    return Roofline(machine, work, tuple(rows))
 
 
 def measure_machine(threads: int | None = None, *, seconds: float = 1.0) -> Machine:

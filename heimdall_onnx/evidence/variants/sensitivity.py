@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.evidence.variants.accuracy import relative_error
 from heimdall_onnx.model.onnx.graph import ScopedGraph
 
 log = get_logger(__name__)
@@ -132,18 +132,6 @@ def _place(graph: ScopedGraph, nodes: tuple[str, ...], scope: str | None) -> _Gr
         return _Group(nodes[0], nodes, *graph.around(nodes[0]))
     start = graph.first(scope) + 1
     return _Group(scope, nodes, graph.entering(scope, start), graph.leaving(scope))
-
-
-def relative_error(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
-    """RMS of the difference over RMS of the reference; infinite where shapes or NaN differ."""
-    if reference.shape != found.shape:
-        return float("inf")
-    a, b = reference.astype(np.float64), found.astype(np.float64)
-    scale = float(np.linalg.norm(a))
-    error = float(np.linalg.norm(b - a))
-    if not np.isfinite(error):
-        return float("inf")
-    return error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
 
 
 def _groups(graph: ScopedGraph) -> dict[tuple[str, ...], str | None]:

@@ -71,7 +71,7 @@ def member_table(found: MemberComparison | None) -> Markdown | None:
     """What an ensemble costs beside one of its members; None for a model without members."""
     if found is None:
         return None
-    latency, sides = found.latency, found.sides
+    latency, sides = found.latency, found.latency.contenders
     return table(
         (f"batch {latency.batch_size}", *(side.name for side in sides)),
         [

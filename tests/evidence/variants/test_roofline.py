@@ -22,7 +22,6 @@ from heimdall_onnx.evidence.variants.roofline import (
     Work,
     floor_of,
     measure_machine,
-    roofline_report,
     work_of,
 )
 from heimdall_onnx.model.examples import generic_inputs
@@ -112,16 +111,11 @@ def test_cache_of_unknown_size_keeps_nothing() -> None:
     assert floor == Floor(compute_ms=pytest.approx(10.0), memory_ms=pytest.approx(1.0))
 
 
-def test_report_holds_every_run_against_its_own_floor() -> None:
-    runs = [
-        ("fp32", "f32", 100_000_000, 1, 25.0),
-        ("int8-minmax", "int8", 25_000_000, 4, 20.0),
-        ("fp16-cuda", "f16", 50_000_000, 1, 3.0),
-    ]
-    report = roofline_report(MACHINE, WORK, runs)
-    assert [row.name for row in report.rows] == ["fp32", "int8-minmax", "fp16-cuda"]
-    assert [row.ratio for row in report.rows] == [pytest.approx(2.5), pytest.approx(2.0), None]
-    assert report.rows[2].floor is None
+def test_ratio_is_the_latency_over_the_floor_of_its_precision() -> None:
+    row = RooflineRow("fp32", "f32", 10**8, 1, 25.0, floor_of(WORK, 10**8, "f32", MACHINE, 1))
+    assert row.ratio == pytest.approx(2.5)
+    assert floor_of(WORK, 50_000_000, "f16", MACHINE, 1) is None
+    assert replace(row, precision="f16", floor=None).ratio is None
 
 
 def test_a_model_without_arithmetic_that_fits_into_the_cache_has_no_ratio() -> None:

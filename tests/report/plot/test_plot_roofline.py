@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from heimdall_onnx.evidence.variants.operators import NodeTime, OperatorTime, OperatorTimes
-from heimdall_onnx.evidence.variants.roofline import Machine, Roofline, Work, roofline_report
+from heimdall_onnx.evidence.variants.roofline import Machine, Roofline, RooflineRow, Work, floor_of
 from heimdall_onnx.report.plot.chart import Chart
 from heimdall_onnx.report.plot.operators import operator_times
 from heimdall_onnx.report.plot.roofline import roofline
@@ -27,8 +27,15 @@ INT8 = ("int8-minmax", "int8", 25_000_000, 1, 10.0)
 CUDA = ("fp16-cuda", "f16", 50_000_000, 1, 3.0)
 
 
-def report(*runs: tuple[str, str, int, int, float], machine: Machine = MACHINE) -> Roofline:
-    return roofline_report(machine, WORK, runs)
+def report(
+    *runs: tuple[str, str, int, int, float], machine: Machine = MACHINE, work: Work = WORK
+) -> Roofline:
+    rows = (
+        RooflineRow(*run, floor_of(work, size, precision, machine, batch))
+        for run in runs
+        for _, precision, size, batch, _ in [run]
+    )
+    return Roofline(machine, work, tuple(rows))
 
 
 def crowd() -> Roofline:
@@ -194,7 +201,7 @@ def test_a_run_below_its_floor_is_explained() -> None:
 
 def test_without_runs_or_arithmetic_there_is_no_roofline() -> None:
     assert roofline(report()) is None
-    assert roofline(roofline_report(MACHINE, Work(0.0, 10), [FP32])) is None
+    assert roofline(report(FP32, work=Work(0.0, 10))) is None
 
 
 def test_names_from_outside_can_not_break_the_figures() -> None:
