@@ -306,12 +306,6 @@ def test_what_keeps_a_worker_from_taking_part_is_said(model, onnx_path, dataset,
 
 
 LOST = r"connection to the scheduler .* was lost"
-ONE_WORKER = {
-    "n_workers": 1,
-    "threads_per_worker": 1,
-    "host": "127.0.0.1",
-    "dashboard_address": "127.0.0.1:0",
-}
 
 
 def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone):
@@ -322,10 +316,19 @@ def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone
         cluster.close()
         closed.append(time.monotonic())
 
-    with LocalCluster(**ONE_WORKER) as cluster:
+    # Scheduler and worker are threads of this process, which have everything imported.
+    with LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tcp",
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:
         workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
         with pytest.raises(SchedulerError, match=LOST):
             evaluate_on(workers, model, onnx_path, data, settings_of(data), close)
+    torch.set_num_threads(1)  # the worker has taken all processors
     # Dask would go on asking it for half a minute.
     assert time.monotonic() - closed[0] < 25
 
