@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from heimdall_onnx.common.verdict import Gate, Verdict
+from heimdall_onnx.evidence.latency.timed import TimedSteps
 
 if TYPE_CHECKING:
     from heimdall_onnx.common.parameters import ReleaseParameters
-    from heimdall_onnx.evidence.latency.timed import TimedSteps
     from heimdall_onnx.evidence.parity.report import ParityReport
     from heimdall_onnx.evidence.parity.uncertainty import UncertaintyReport
     from heimdall_onnx.model.onnx.validate import ModelInfo
@@ -30,8 +30,6 @@ def decide(
         timed: What has run the steps that are timed, which knows whether the processors were
             exclusively this process's.
     """
-    from heimdall_onnx.evidence.latency.timed import TimedSteps
-
     opset = parameters.opset
     gates = [
         Gate("opset", f"= {opset}", info.opset_version, info.opset_version == opset),

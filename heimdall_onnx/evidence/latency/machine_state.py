@@ -104,7 +104,12 @@ class MachineWatch:
 
     Args:
         interval_s: Seconds between two looks at the frequency, at least.
+
+    Attributes:
+        state: What was seen; there once the ``with`` block has ended.
     """
+
+    state: MachineState
 
     def __init__(self, interval_s: float = 1.0) -> None:
         self._interval_s = interval_s
@@ -112,13 +117,6 @@ class MachineWatch:
         self._thread = threading.Thread(target=self._watch, name="machine-watch", daemon=True)
         self._frequencies: list[list[float]] = []
         self._watch_seconds = 0.0
-        self._state: MachineState | None = None
-
-    @property
-    def state(self) -> MachineState:
-        """What was seen; there once the ``with`` block has ended."""
-        assert self._state is not None
-        return self._state
 
     def __enter__(self) -> MachineWatch:
         """Take down the start and start to watch."""
@@ -139,7 +137,7 @@ class MachineWatch:
         throttled = throttled_periods()
         load = os.getloadavg()[0]
         told = [frequency for look in self._frequencies for frequency in look]
-        self._state = MachineState(
+        self.state = MachineState(
             seconds=seconds,
             load_before=self._load,
             load_after=load,
@@ -259,7 +257,7 @@ def _pair_gpus(before: _Gpus | None, after: _Gpus | None) -> tuple[GpuState, ...
     if before is None or after is None:
         return None
     # Each has its clock and its power, before and after.
-    pairs = {
-        index: zip(before[index], after[index], strict=True) for index in before if index in after
-    }
-    return tuple(GpuState(index, *pairs[index]) for index in sorted(pairs))
+    return tuple(
+        GpuState(index, *zip(before[index], after[index], strict=True))
+        for index in sorted(before.keys() & after.keys())
+    )

@@ -139,8 +139,7 @@ class ParityReport(ParityFigures):
         worst_inputs: The batch in which an element exceeded its tolerance most.
         worst_where: Kind and batch size of that batch, in words.
         worst_factor: What the tolerance was multiplied by there.
-        plotted: Index of each sample of ``pytorch`` and ``onnx`` in the evaluation data; None for
-            its first ones.
+        plotted: Index of each sample of ``pytorch`` and ``onnx`` in the evaluation data.
         masks: Each mask of the signature, for both models.
         orders: Each permutable axis of the signature, for both models.
         valid_inputs: Whether signature or model say which inputs are valid, so that each of those
@@ -151,21 +150,18 @@ class ParityReport(ParityFigures):
     source: str
     pytorch: Arrays = field(repr=False)
     onnx: Arrays = field(repr=False)
+    plotted: npt.NDArray[np.int64] = field(repr=False)
     worst_inputs: Arrays = field(repr=False)
     worst_where: str
     masks: tuple[MaskCheck, ...] = ()
     orders: tuple[OrderCheck, ...] = ()
     valid_inputs: bool = False
     worst_factor: float = 1.0
-    plotted: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
     def place_of(self, sample: int) -> int | None:
         """Where a sample's outputs are in ``pytorch`` and ``onnx``; None if they were not kept."""
-        kept = len(next(iter(self.pytorch.values())))
-        if self.plotted is None:
-            return sample if sample < kept else None
         place = int(np.searchsorted(self.plotted, sample))
-        return place if place < kept and self.plotted[place] == sample else None
+        return place if sample in self.plotted[place : place + 1] else None
 
     def gates(self) -> tuple[Gate, ...]:
         """Every parity gate, evaluated."""
@@ -249,8 +245,7 @@ class ParityReport(ParityFigures):
                 f"in units of the tolerance; {worst.output} of {worst.side}",
             )
 
-    def _range_gates(self) -> list[Gate]:
-        gates = []
+    def _range_gates(self) -> Iterator[Gate]:
         for index, spec in enumerate(self.signature.outputs):
             if spec.range is None:
                 continue
@@ -261,13 +256,10 @@ class ParityReport(ParityFigures):
             if np.issubdtype(np.dtype(spec.dtype), np.floating):
                 # The limits as the graph's own dtype holds them: 0.01 is not a float32.
                 bottom, top = map(float, np.asarray(spec.range, spec.dtype))
-            gates.append(
-                Gate(
-                    f"range of {spec.name}",
-                    f"in [{spec.range[0]:g}, {spec.range[1]:g}]",
-                    f"[{low:.4g}, {high:.4g}]",
-                    bottom <= low <= high <= top and not nonfinite,
-                    f"{nonfinite} elements are NaN or Inf" if nonfinite else "",
-                )
+            yield Gate(
+                f"range of {spec.name}",
+                f"in [{spec.range[0]:g}, {spec.range[1]:g}]",
+                f"[{low:.4g}, {high:.4g}]",
+                bottom <= low <= high <= top and not nonfinite,
+                f"{nonfinite} elements are NaN or Inf" if nonfinite else "",
             )
-        return gates

@@ -190,7 +190,7 @@ class UncertaintyAccumulator(Accumulator):
         self,
         outputs: Mapping[str, npt.NDArray[Any]],
         truth: npt.NDArray[Any],
-        first: int | None = None,
+        first: int = 0,
     ) -> None:
         """Add a batch.
 
@@ -198,16 +198,14 @@ class UncertaintyAccumulator(Accumulator):
             outputs: The model's outputs by name, sample axis first.
             truth: The true positions (N, 2) in degrees.
             first: Index of the first sample in the whole data, which decides on the draws from the
-                claims: needed where the data is parted. Without it the samples follow those that
-                were added before.
+                claims.
         """
         positions = outputs[self._position]
-        start = self._samples if first is None else first
         self._samples += len(positions)
         self._errors.update(error_m(positions, truth))
         deviations = self._signature.deviations(outputs)
         if deviations is not None:
-            self._add(difference_degrees(positions, truth), deviations, positions[:, 0], start)
+            self._add(difference_degrees(positions, truth), deviations, positions[:, 0], first)
 
     def _add(
         self, residual: Floats, deviations: Floats, latitude: npt.NDArray[Any], start: int
@@ -330,5 +328,6 @@ def assess_model(
     assert data.positions is not None
     accumulator = UncertaintyAccumulator(who, signature)
     for part, batch in data.batches(batch_size):
-        accumulator.update(run_pytorch(model, batch, signature), data.positions[part])
+        outputs = run_pytorch(model, batch, signature)
+        accumulator.update(outputs, data.positions[part], part.start)
     return accumulator.result()

@@ -378,17 +378,13 @@ class _Search:
         sessions, tuning = dict(variant.sessions), {}
         with worker_process() as worker:
             for purpose, (settings, trials) in tuned.items():
+                gates: tuple[Gate, ...] = ()
                 # Another level of optimization runs other kernels, which have to be judged, too.
-                if settings == variant.settings or self._holds(variant, settings, worker):
+                if settings != variant.settings:
+                    _, gates = self._accuracy(variant.name, variant.path, settings, worker)
+                if all(gate.passed for gate in gates):
                     sessions[purpose], tuning[purpose] = settings, trials
         return replace(variant, sessions=sessions, tuning=tuning)
-
-    def _holds(
-        self, variant: JudgedVariant, settings: SessionSettings, worker: WorkerProcess
-    ) -> bool:
-        assert variant.path is not None
-        _, gates = self._accuracy(variant.name, variant.path, settings, worker)
-        return all(gate.passed for gate in gates)
 
     def against_pytorch(self, variant: JudgedVariant) -> PairLatency:
         """PyTorch and the variant with its options, in turns."""

@@ -209,9 +209,7 @@ class Exploration:
     def _kept_cell(self) -> pd.DataFrame:
         parity = self.parity
         key = next(iter(self._known))
-        kept = len(next(iter(parity.pytorch.values())))
-        samples = np.arange(kept) if parity.plotted is None else parity.plotted
-        parts = [self._explored(key, samples, parity.pytorch, parity.onnx)]
+        parts = [self._explored(key, parity.plotted, parity.pytorch, parity.onnx)]
         worst = {w.sample for output in parity.evaluation for w in output.worst}
         size = key[1]
         for start in sorted({s // size * size for s in worst if parity.place_of(s) is None}):

@@ -191,15 +191,14 @@ def _samples(column: OutputColumn, report: ParityReport) -> _Samples:
     found = worst_elements(
         column.reference, column.value, atol=report.tolerance, rtol=report.rtol
     ).excess
-    kept = np.arange(len(found)) if report.plotted is None else report.plotted[: len(found)]
-    by_sample = dict(zip(kept.tolist(), found.tolist(), strict=True))
+    by_sample = dict(zip(report.plotted.tolist(), found.tolist(), strict=True))
     by_sample |= {w.sample: w.excess for w in column.statistics.worst if w.sample not in by_sample}
     samples = sorted(by_sample)
     return _Samples(
         column,
         np.array(samples, np.int64),
         np.array([by_sample[sample] for sample in samples], np.float64),
-        len(kept),
+        len(found),
         float(np.median(found)) if len(found) else math.nan,
     )
 

@@ -110,8 +110,7 @@ def _positions(report: ParityReport, data: EvaluationData) -> _Positions:
     finite = np.isfinite(pytorch).all(axis=1) & np.isfinite(onnx).all(axis=1)
     rows = np.flatnonzero(finite)
     sigma = _sigma(report)
-    samples = rows if report.plotted is None else report.plotted[rows]
-    truth = None if data.positions is None else data.positions[samples]
+    truth = None if data.positions is None else data.positions[report.plotted[rows]]
     shown = min(rows.size, _UNLABELLED_SHOWN if truth is None else _LABELLED_SHOWN)
     mapped = np.linspace(0, rows.size - 1, shown).astype(np.intp)
     points = [pytorch[rows][mapped], *([] if truth is None else [truth[mapped]])]

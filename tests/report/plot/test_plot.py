@@ -177,6 +177,7 @@ def report_of(
         ground=ground,
         pytorch=pytorch,
         onnx=onnx,
+        plotted=np.arange(samples),
         worst_inputs={},
         worst_where="",
     )

@@ -47,6 +47,7 @@ def report_of(*uncertainty: UncertaintyReport) -> ParityReport:
         ground=None,
         pytorch={},
         onnx={},
+        plotted=np.arange(0),
         worst_inputs={},
         worst_where="",
         uncertainty=uncertainty,
