@@ -8,8 +8,9 @@ and where the signature declares more, that too.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -247,30 +248,26 @@ def _noise_floor(
     model: nn.Module, signature: Signature, reference: Sequence[tuple[Arrays, Arrays, Arrays]]
 ) -> tuple[NoiseFloor, ...]:
     double = copy.deepcopy(model).double()
-    totals = {
-        spec.name: np.zeros(4)  # ONNX error, PyTorch error, magnitude, elements
-        for spec in signature.outputs
-        if np.issubdtype(np.dtype(spec.dtype), np.floating)
-    }
-    samples = 0
-    for batch, single, found in reference:
-        samples += len(next(iter(batch.values())))
-        exact = _run_double(double, batch, signature)
-        for name, total in totals.items():
-            # NaN and Inf have a gate of their own.
-            finite = np.isfinite(exact[name]) & np.isfinite(single[name])
-            truth = exact[name][finite].astype(np.float64)
-            total += (
-                np.abs(found[name][finite] - truth).sum(),
-                np.abs(single[name][finite] - truth).sum(),
-                np.abs(truth).sum(),
-                truth.size,
-            )
+    batches, single, found = zip(*reference, strict=True)
+    exact = [_run_double(double, batch, signature) for batch in batches]
+    samples = sum(len(next(iter(batch.values()))) for batch in batches)
     floors = []
-    for name, sums in totals.items():
-        onnx, pytorch, magnitude = sums[:3] / sums[3] if sums[3] else np.full(3, np.nan)
-        ulp = float(np.spacing(magnitude.astype(found[name].dtype)))
-        floors.append(NoiseFloor(name, samples, float(onnx), float(pytorch), ulp))
+    for spec in signature.outputs:
+        if not np.issubdtype(np.dtype(spec.dtype), np.floating):
+            continue
+        truth, pytorch, onnx = (
+            np.concatenate([outputs[spec.name].ravel() for outputs in side])
+            for side in (exact, single, found)
+        )
+        # NaN and Inf have a gate of their own.
+        finite = np.isfinite(truth) & np.isfinite(pytorch)
+        truth = truth[finite].astype(np.float64)
+        compared = (np.abs(onnx[finite] - truth), np.abs(pytorch[finite] - truth), np.abs(truth))
+        ours, theirs, magnitude = (
+            float(each.mean()) if truth.size else math.nan for each in compared
+        )
+        ulp = float(np.spacing(onnx.dtype.type(magnitude)))
+        floors.append(NoiseFloor(spec.name, samples, ours, theirs, ulp))
     return tuple(floors)
 
 
@@ -291,8 +288,7 @@ def _run_double(model: nn.Module, batch: Arrays, signature: Signature) -> Arrays
 def _batch_independence(run: _Pair, data: EvaluationData, examples: Examples) -> BatchIndependence:
     # A constant row must be among the neighbours: z-scored ones share mean and spread with the
     # row itself, which hides a normalization that runs over the batch.
-    worst = BatchIndependence(0.0, 0.0, "none", run.signature.outputs[0].name, 0)
-    comparisons = 0
+    found = [BatchIndependence(0.0, 0.0, "none", run.signature.outputs[0].name, 0)]
     for row in range(min(3, data.count)):
         one = data.rows([row])
         alone = run.models.onnx(one)
@@ -302,11 +298,7 @@ def _batch_independence(run: _Pair, data: EvaluationData, examples: Examples) ->
                 {name: np.concatenate([other[name], one[name], other[name]]) for name in one}
             )
             for spec in run.signature.outputs:
-                comparisons += 1
                 allowed = Limit(run.tolerance, RTOL)
                 moved, error = excess(alone[spec.name], beside[spec.name][1:2], allowed)
-                if moved > worst.excess:
-                    worst = BatchIndependence(error, moved, kind, spec.name, 0)
-    return BatchIndependence(
-        worst.largest_error, worst.excess, worst.neighbour, worst.output, comparisons
-    )
+                found.append(BatchIndependence(error, moved, kind, spec.name, 0))
+    return replace(max(found, key=lambda one: one.excess), comparisons=len(found) - 1)

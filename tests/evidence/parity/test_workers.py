@@ -308,7 +308,7 @@ def test_what_keeps_a_worker_from_taking_part_is_said(model, onnx_path, dataset,
 LOST = r"connection to the scheduler .* was lost"
 
 
-def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone):
+def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone, monkeypatch):
     data, _ = alone
     closed = []
 
@@ -316,19 +316,16 @@ def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone
         cluster.close()
         closed.append(time.monotonic())
 
-    # Scheduler and worker are threads of this process, which have everything imported.
+    monkeypatch.setattr("heimdall_onnx.evidence.parity.workers._RECONNECTS_WITHIN_S", 0.5)
     with LocalCluster(
         n_workers=1,
         threads_per_worker=1,
-        processes=False,
-        protocol="tcp",
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
     ) as cluster:
         workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
         with pytest.raises(SchedulerError, match=LOST):
             evaluate_on(workers, model, onnx_path, data, settings_of(data), close)
-    torch.set_num_threads(1)  # the worker has taken all processors
     # Dask would go on asking it for half a minute.
     assert time.monotonic() - closed[0] < 25
 
