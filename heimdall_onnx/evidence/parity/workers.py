@@ -27,7 +27,7 @@ from heimdall_onnx.common.dask import connected, local_client, scheduler_client
 from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError, SchedulerError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import EvaluationWorkers
-from heimdall_onnx.common.text import shown
+from heimdall_onnx.common.text import count_of, shown
 from heimdall_onnx.data.dataset.shards import refuse
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.one_pass import EvaluationPass, PassSettings
@@ -109,12 +109,12 @@ def evaluate_on(
             if progress is not None:
                 progress(done, data.count)
         refuse(dataset.address, {problem for c in checks if (problem := _result_of(c))})
-    found.evaluated_by = f"{count} workers on this machine"
+    found.evaluated_by = f"{count_of(count, 'worker')} on this machine"
     if workers.scheduler:
         hosts = {host for host, _ in places.values()}
         processors = sorted({processor for _, processor in places.values()})
-        machines = f"{len(hosts)} machine{'s' if len(hosts) > 1 else ''}"
-        found.evaluated_by = f"{count} workers, {machines}: {', '.join(processors)}"
+        where = f"{count_of(len(hosts), 'machine')}: {', '.join(processors)}"
+        found.evaluated_by = f"{count_of(count, 'worker')}, {where}"
     log.info("evaluated on workers", workers=count, samples=done)
     return found
 

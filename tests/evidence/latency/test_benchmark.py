@@ -495,6 +495,7 @@ def test_report_says_where_it_was_measured_and_who_else_could(onnx_path, tmp_pat
         assert "processors busy" in text
 
 
+@pytest.mark.thorough
 def test_model_of_a_script_is_measured(onnx_path, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

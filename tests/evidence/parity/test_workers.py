@@ -186,9 +186,9 @@ def test_workers_of_which_one_is_lost_say_what_one_process_says(model, onnx_path
 
 @pytest.fixture(scope="module")
 def cluster(embedded_settings):
-    """Two workers of a scheduler that may read the store, for tests that leave them as they are."""
+    """A scheduler whose worker may read the store, for tests that leave both as they are."""
     with LocalCluster(
-        n_workers=2,
+        n_workers=1,
         threads_per_worker=1,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
@@ -210,11 +210,11 @@ def test_workers_of_a_scheduler_read_a_dataset_in_the_bucket(
     data = load_evaluation_data(address, model.signature, verify=False)
     found = compare_outputs(model, onnx_path, data, model.signature, workers=shared)
     expected = alone[1]
-    assert found.evaluated_by.startswith("2 workers, 1 machine: ")
+    assert found.evaluated_by.startswith("1 worker, 1 machine: ")
     assert [(o.count, o.violations) for o in found.evaluation] == [
         (o.count, o.violations) for o in expected.evaluation
     ]
-    # These workers share the processors, so that a sum may be rounded elsewhere.
+    # This worker has other processors, so that a sum may be rounded elsewhere.
     for ours, theirs in zip(found.evaluation, expected.evaluation, strict=True):
         assert ours.mean == pytest.approx(theirs.mean, rel=0.5)
     assert [u.samples for u in found.uncertainty] == [COUNT, COUNT]
