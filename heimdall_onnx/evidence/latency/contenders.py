@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
-import selectors
 import subprocess
 import sys
 import tempfile
@@ -13,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.errors import BenchmarkError
 from heimdall_onnx.common.machine import usable_processors
+from heimdall_onnx.evidence.latency import worker
 from heimdall_onnx.evidence.latency.figures import ContenderFigures
 from heimdall_onnx.evidence.latency.statistics import (
     Percentile,
@@ -134,12 +134,12 @@ def default_threads() -> int:
 
 
 class Worker:
-    """A contender in its own process, driven over pipes; ends when the pipe closes.
+    """A contender in its own process, driven over a pipe; ends when the pipe closes.
 
     Args:
         name: The contender's name.
         job: Picklable; called in the worker, it loads the model and returns the call to time.
-        folder: Where the job is handed over.
+        folder: Where its log goes.
         threads: Put into the environment for libraries that read it at import.
         place: Tells two contenders of one name apart.
     """
@@ -148,10 +148,8 @@ class Worker:
         self, name: str, job: Callable[[], Any], folder: Path, threads: int, place: str = ""
     ) -> None:
         self.name, self.blocks = name, list[Floats]()
-        stem = f"{name.replace(' ', '-')}{place}"
-        self._job = folder / f"{stem}.pkl"
-        self._job.write_bytes(pickle.dumps(job))
-        self._log = folder / f"{stem}.log"
+        self._job = pickle.dumps(job)
+        self._log = folder / f"{name.replace(' ', '-')}{place}.log"
         self._environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -161,33 +159,31 @@ class Worker:
 
     def __enter__(self) -> Worker:
         """Start the process."""
-        with self._log.open("wb") as errors:
+        self._pipe, theirs = Pipe()
+        # What a model prints must not mix with the caller's.
+        with theirs, self._log.open("wb") as said:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "heimdall_onnx.evidence.latency.worker", str(self._job)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                [sys.executable, "-m", worker.__name__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
                 env=self._environment,
-                text=True,
             )
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self._pipe.close()
         try:
             self._process.wait(timeout=_ENDS_WITHIN_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
 
     def start(self) -> None:
         """Load the model, make the first call and the warm-up."""
-        self._loaded = self._ask({"load": True, "warmup": WARMUP_CALLS})
+        self._loaded = self._ask({"job": self._job, "warmup": WARMUP_CALLS})
 
     def run_block(self, calls: int, batch_size: int | None = None) -> None:
         """Time ``calls`` calls after one uncounted, which brings the model back into cache."""
@@ -218,30 +214,20 @@ class Worker:
         )
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-            line = self._read_line()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise BenchmarkError(f"the worker process of {self.name} ended: {self._last_words()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise BenchmarkError(f"{self.name} failed in its worker process: {answer['error']}")
-        return answer
-
-    def _read_line(self) -> str:
-        assert self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(_WORKER_TIMEOUT_S):
+            self._pipe.send(question)
+            if not self._pipe.poll(_WORKER_TIMEOUT_S):
                 raise BenchmarkError(
                     f"the worker process of {self.name} gave no answer in {_WORKER_TIMEOUT_S:g} s"
                 )
-        return self._process.stdout.readline()
+            answer: dict[str, Any] = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise BenchmarkError(
+                f"the worker process of {self.name} ended: {self._last_words()}"
+            ) from error
+        if "error" in answer:
+            raise BenchmarkError(f"{self.name} failed in its worker process: {answer['error']}")
+        return answer
 
     def _last_words(self) -> str:
         with suppress(subprocess.TimeoutExpired):

@@ -1,13 +1,13 @@
 """The process that times a contender, driven directly; how it is driven is in test_benchmark."""
 
-import io
-import json
 import os
 import pickle
 import resource
 import signal
 import sys
+import threading
 from functools import partial
+from multiprocessing import Pipe
 
 import jobs
 import pytest
@@ -15,21 +15,34 @@ import pytest
 from heimdall_onnx.evidence.latency import worker
 
 
+class Asked:
+    """Stands where the pipe stands."""
+
+    def __init__(self, questions):
+        self.questions, self.answers = list(questions), []
+
+    def recv(self):
+        if not self.questions:
+            raise EOFError
+        return self.questions.pop(0)
+
+    def send(self, answer):
+        self.answers.append(answer)
+
+
 @pytest.fixture
-def ask(tmp_path):
+def ask():
     """A function that lets a job answer questions."""
 
     def ask(job, *questions):
-        path = tmp_path / "job.pkl"
-        path.write_bytes(pickle.dumps(job))
-        answers = io.StringIO()
-        worker.serve(path, io.StringIO("".join(json.dumps(q) + "\n" for q in questions)), answers)
-        return [json.loads(line) for line in answers.getvalue().splitlines()]
+        pipe = Asked({"job": pickle.dumps(job), **question} for question in questions)
+        worker.serve(pipe)
+        return pipe.answers
 
     return ask
 
 
-LOAD = {"load": True, "warmup": 3}
+LOAD = {"warmup": 3}
 
 
 class Counted:
@@ -111,26 +124,25 @@ def test_peak_memory_is_what_the_system_says(ask):
     assert block["peak_memory_bytes"] == pytest.approx(known, rel=0.005)
 
 
-def test_main_serves_over_the_standard_streams_and_keeps_noise_out(tmp_path, monkeypatch, capfd):
-    path = tmp_path / "job.pkl"
-    path.write_bytes(pickle.dumps(jobs.print_noise))
-    monkeypatch.setattr(sys, "argv", ["worker", str(path)])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(LOAD) + "\n"))
-    watched = []
+def test_main_serves_the_pipe_named_on_the_command_line(monkeypatch):
+    ours, theirs = Pipe()
+    monkeypatch.setattr(sys, "argv", ["worker", str(os.dup(theirs.fileno()))])
+    theirs.close()
+    watched, answers = [], []
     monkeypatch.setattr(worker, "exit_with_process", watched.append)
-    handler, output = signal.getsignal(signal.SIGINT), os.dup(1)
+
+    def drive():
+        with ours:
+            ours.send({"job": pickle.dumps(jobs.do_nothing), **LOAD})
+            answers.append(ours.recv())
+
+    handler, driver = signal.getsignal(signal.SIGINT), threading.Thread(target=drive)
+    driver.start()
     try:
-        with open(1, "w", closefd=False) as stdout:
-            monkeypatch.setattr(sys, "stdout", stdout)
-            worker.main()
+        worker.main()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert watched == [os.getppid()]
     finally:
         signal.signal(signal.SIGINT, handler)
-        os.dup2(output, 1)
-        os.close(output)
-    captured = capfd.readouterr()
-    (line,) = captured.out.splitlines()
-    assert set(json.loads(line)) == {"load_ns", "first_call_ns", "ran_on"}
-    assert captured.err.count("no answer but noise") == 1 + 3
-    assert captured.err.count("noise past Python") == 1 + 3
+        driver.join()
+    assert set(answers[0]) == {"load_ns", "first_call_ns", "ran_on"}
