@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -168,6 +169,17 @@ def warm_kernels() -> Iterator[Callable[[], WarmKernels]]:
 
     with ExitStack() as stack:
         yield functools.cache(lambda: stack.enter_context(WarmKernels(_CLEAN)))
+
+
+@pytest.fixture
+def shared_kernels(
+    warm_kernels: Callable[[], WarmKernels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever releases items of a fleet in this process imports nothing for their kernels."""
+    kernels = SimpleNamespace(
+        started=lambda environment: warm_kernels().started(environment), __exit__=lambda *_: None
+    )
+    monkeypatch.setattr("heimdall_onnx.release.fleet.item.WarmKernels", lambda _: kernels)
 
 
 @pytest.fixture(scope="session")

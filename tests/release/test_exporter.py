@@ -63,7 +63,9 @@ class TestONNXExporter:
         assert onnx_path.is_file()
         assert onnx.load(onnx_path).opset_import[0].version == 14
 
-    @pytest.mark.parametrize("opset", [14, 17, 18, 20])
+    @pytest.mark.parametrize(
+        "opset", [14, 20, *(pytest.param(n, marks=pytest.mark.thorough) for n in (17, 18))]
+    )
     def test_opset_of_the_file_is_the_one_asked_for(self, exporter, tmp_path, opset):
         path = exporter.export_to_onnx(
             SmallLocalizationNet(), tmp_path / "m.onnx", opset_version=opset
@@ -96,7 +98,10 @@ class TestONNXExporter:
             exporter.validate_onnx_model(tmp_path / "none.onnx")
 
     def test_test_onnx_inference(self, exporter, onnx_path, model):
+        model.train()
         metrics = exporter.test_onnx_inference(onnx_path, model, num_batches=2, batch_size=2)
+        assert model.training, "it computes in evaluation mode, and restores the one before"
+        model.eval()
         assert set(metrics) == {
             "positions_mae",
             "uncertainties_mae",
@@ -115,12 +120,6 @@ class TestONNXExporter:
         other = LocalizationNet(backbone_size="atto").eval()
         with pytest.raises(ParityError, match=r"first departing module: backbone\.0\.0\.0"):
             exporter.test_onnx_inference(onnx_path, other, num_batches=1, batch_size=2)
-
-    def test_inference_restores_the_training_mode(self, exporter, tmp_path):
-        small = SmallLocalizationNet().train()
-        path = exporter.export_to_onnx(small, tmp_path / "m.onnx")
-        exporter.test_onnx_inference(path, small, num_batches=1, batch_size=2)
-        assert small.training
 
     def test_upload_to_minio(self, exporter, bucket, s3, tmp_path):
         onnx_path = exporter.export_to_onnx(SmallLocalizationNet(), tmp_path / "model.onnx")
@@ -311,11 +310,6 @@ class TestONNXExportWorkflow:
             update={"home": tmp_path, "mlflow_tracking_uri": SecretStr(mlflow.get_tracking_uri())}
         )
         assert load_model(address, settings=settings).get_inputs()
-
-    def test_export_workflow_metrics(self, s3, sqlite_tracker, run_id, tmp_path):
-        result = export_and_register_model(
-            SmallLocalizationNet(), run_id, s3, sqlite_tracker, tmp_path
-        )
         metrics = result["inference_metrics"]
         assert metrics == result["metadata"]["inference_metrics"]
         # Medians of pairs and the pair of medians differ on a loaded machine, but not inverted.

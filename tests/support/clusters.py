@@ -11,9 +11,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distributed import Client, LocalCluster
 from servers import free_port
 
 _WAIT_S = 60.0
+
+
+@contextmanager
+def threads_as_workers(
+    count: int, *, resources: Mapping[str, float], environment: Mapping[str, str]
+) -> Iterator[Client]:
+    """As `local_client`, without processes, of which each would import everything anew."""
+    with (
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            processes=False,
+            dashboard_address=None,
+            resources=dict(resources),
+            memory_limit=None,
+            silence_logs="ERROR",
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 @dataclass

@@ -80,7 +80,7 @@ def test_a_worker_without_addresses_is_refused(make_settings):
 
 
 @pytest.fixture
-def settings(make_settings):
+def settings(make_settings, shared_kernels):
     """As every worker of a fleet has them."""
     made = make_settings("home")
     uri = SecretStr(f"sqlite:///{made.home}/mlflow.db")

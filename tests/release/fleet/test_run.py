@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from clusters import threads_as_workers
 from models import SmallLocalizationNet, SmallNet
 from pydantic import SecretStr
 from releases import versions
@@ -61,17 +62,24 @@ def settings(make_settings, mlflow_server):
     return make_settings("home").model_copy(update=update)
 
 
-def test_items_are_released_kept_and_failed_each_by_itself(settings, bucket, tmp_path):
+@pytest.fixture
+def own_threads(settings, shared_kernels, monkeypatch):
+    """Workers are threads of this process, which has imported everything already.
+
+    For items that need no kernel: Jupyter leaves an event loop in each thread that starts one.
+    """
+    settings.apply()
+    monkeypatch.setattr(fleet, "local_client", threads_as_workers)
+
+
+def test_items_are_released_kept_and_failed_each_by_itself(settings, bucket, tmp_path, request):
     folder = tmp_path / "checkpoints"
     make_checkpoints(folder, 2)
     (folder / "small-broken.pt").write_bytes(b"no checkpoint")
-    plan = plan_checkpoints(
-        [str(folder / "small-*.pt")],
-        values(bucket.name, model="models:SmallNet", eval_data=str(folder / "small.npz")),
-        name="july",
-    )
+    given = values(bucket.name, model="models:SmallNet", eval_data=str(folder / "small.npz"))
+    plan = plan_checkpoints([str(folder / "small-*.pt")], given, name="july")
     seen: list[str] = []
-    first = run_fleet(plan, settings, workers=2, on_outcome=lambda o: seen.append(o.status))
+    first = run_fleet(plan, settings, workers=1, on_outcome=lambda o: seen.append(o.status))
     assert [o.status for o in first.outcomes] == ["released", "failed"], first.outcomes
     assert sorted(seen) == ["failed", "released"]
     assert first.exit_code == 3
@@ -79,9 +87,11 @@ def test_items_are_released_kept_and_failed_each_by_itself(settings, bucket, tmp
     assert (first.outcomes[1].exit_code, first.outcomes[1].attempts) == (2, 1)
     assert "small-broken.pt" in first.outcomes[1].error
 
-    (folder / "small-broken.pt").write_bytes((folder / "small-00.pt").read_bytes())
-    second = run_fleet(plan, settings, workers=1)
-    assert [o.status for o in second.outcomes] == ["kept", "released"], second.outcomes
+    (folder / "small-broken.pt").unlink()
+    again = plan_checkpoints([str(folder / "small-*.pt")], given, name="july")
+    request.getfixturevalue("own_threads")
+    second = run_fleet(again, settings, workers=2)
+    assert [o.status for o in second.outcomes] == ["kept"], second.outcomes
     assert second.exit_code == 0
     assert second.outcomes[0].result == first.outcomes[0].result
     # Of thousands of items it would fill the client's memory.
@@ -111,7 +121,7 @@ def test_latency_is_measured_on_processors_of_the_workers_own(
 
 
 def test_an_item_that_no_worker_can_hold_is_refused_before_anything_starts(
-    settings, bucket, tmp_path
+    settings, own_threads, bucket, tmp_path
 ):
     folder = tmp_path / "checkpoints"
     make_checkpoints(folder, 1)
@@ -126,7 +136,7 @@ def test_an_item_that_no_worker_can_hold_is_refused_before_anything_starts(
 
 
 def test_a_scheduler_that_is_not_there_is_named(settings, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(dask_workers, "_SCHEDULER_TIMEOUT_S", 2)
+    monkeypatch.setattr(dask_workers, "_SCHEDULER_TIMEOUT_S", 0.5)
     folder = tmp_path / "checkpoints"
     make_checkpoints(folder, 1)
     plan = plan_checkpoints(
@@ -140,7 +150,9 @@ def test_a_scheduler_that_is_not_there_is_named(settings, bucket, tmp_path, monk
         run_fleet(plan, settings, scheduler="tls://127.0.0.1:9")
 
 
-def test_a_service_that_refuses_is_asked_again(settings, s3, bucket, tmp_path, monkeypatch):
+def test_a_service_that_refuses_is_asked_again(
+    settings, own_threads, s3, bucket, tmp_path, monkeypatch
+):
     monkeypatch.setattr(fleet, "_LONGEST_PAUSE_S", 0.1)
     folder = tmp_path / "checkpoints"
     make_checkpoints(folder, 1)
