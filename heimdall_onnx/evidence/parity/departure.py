@@ -193,12 +193,11 @@ class _Search:
     def _start(self, scope: str, match: _Match) -> float:
         """Where in the graph a module departs, or where it begins if nothing of it is known."""
         if match.worst is None:
-            return self._graph.first(scope) if self._graph.has(scope) else _NOWHERE
+            return min(self._graph.members.get(scope, ()), default=_NOWHERE)
         if not match.worst.departs:
             return _NOWHERE
-        return min(
-            map(self._graph.position, filter(self._matters, match.departing)), default=_NOWHERE
-        )
+        reaching = filter(self._matters, match.departing)
+        return min((self._graph.producer[name] for name in reaching), default=_NOWHERE)
 
     def _matters(self, name: str) -> bool:
         return self._graph.reaches(name, self._wrong_outputs, self._healed)

@@ -67,7 +67,9 @@ def depth_profile(
     for scope in graph.scopes:
         innermost[tuple(graph.leaving(scope))] = scope
     innermost.pop((), None)
-    ordered = sorted(innermost.values(), key=lambda s: max(map(graph.position, graph.leaving(s))))
+    ordered = sorted(
+        innermost.values(), key=lambda s: max(map(graph.producer.__getitem__, graph.leaving(s)))
+    )
     found = []
     for scope, tensors, values in values_of(model, graph, ordered, dict(inputs)):
         worst = match_values(tensors, values, tolerance).worst

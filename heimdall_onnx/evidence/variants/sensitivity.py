@@ -96,12 +96,12 @@ def noise_profile(
     known = tuple(modules)
     graph, other = ScopedGraph(reference, known), ScopedGraph(path, known)
     groups = [_place(graph, nodes, scope) for nodes, scope in _groups(graph).items()]
-    groups.sort(key=lambda group: graph.position(graph.around(group.nodes[0])[1][0]))
+    groups.sort(key=lambda group: graph.producer[graph.around(group.nodes[0])[1][0]])
     noise: dict[str, float] = {}
     for start in range(0, len(groups), _AT_ONCE):
         some = groups[start : start + _AT_ONCE]
         names = {name for group in some for name in (*group.entering, *group.leaving)}
-        wanted = [name for name in sorted(names) if name not in noise and other.produces(name)]
+        wanted = [name for name in sorted(names) if name not in noise and name in other.producer]
         expected, found = graph.compute(wanted, inputs), other.compute(wanted, inputs)
         for name in expected.keys() & found.keys():
             noise[name] = relative_error(expected[name], found[name])
@@ -130,7 +130,7 @@ class _Group(NamedTuple):
 def _place(graph: ScopedGraph, nodes: tuple[str, ...], scope: str | None) -> _Group:
     if scope is None:
         return _Group(nodes[0], nodes, *graph.around(nodes[0]))
-    start = graph.first(scope) + 1
+    start = graph.members[scope][0] + 1
     return _Group(scope, nodes, graph.entering(scope, start), graph.leaving(scope))
 
 

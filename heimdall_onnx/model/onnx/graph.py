@@ -33,6 +33,10 @@ class ScopedGraph:
         path: The ONNX file; its values are computed without graph optimization.
         modules: Every name in ``model.named_modules(remove_duplicate=False)``.
 
+    Attributes:
+        producer: Of each value that a node produces, where in the execution order it does.
+        members: Of each module that has nodes here, where in the execution order they are.
+
     Raises:
         InvalidModelError: If the file or a weight in it can't be read.
     """
@@ -45,77 +49,61 @@ class ScopedGraph:
             for node in model.graph.node
         ]
         resolver = _ScopeResolver(modules)
-        self._members: dict[str, list[int]] = defaultdict(list)
+        self.members: dict[str, list[int]] = defaultdict(list)
         for index, node in enumerate(model.graph.node):
             for scope in dict.fromkeys(resolver(node)):
-                self._members[scope].append(index)
+                self.members[scope].append(index)
         self._consumers: dict[str, list[int]] = defaultdict(list)
         for index, (_, _, consumed, _) in enumerate(self._nodes):
             for name in consumed:
                 self._consumers[name].append(index)
-        self._producer = {name: index for index, node in enumerate(self._nodes) for name in node[3]}
+        self.producer = {name: index for index, node in enumerate(self._nodes) for name in node[3]}
         self._outputs = {value.name for value in model.graph.output}
         self._weights = _Weights(path, {*self._consumers, *self._outputs})
 
     def leaving(self, scope: str) -> list[str]:
         """Values that the module's nodes produce and something outside it uses."""
-        members = set(self._members[scope])
+        members = set(self.members[scope])
         return [
             name
-            for index in self._members[scope]
+            for index in self.members[scope]
             for name in self._nodes[index][3]
             if name in self._outputs or any(c not in members for c in self._consumers[name])
         ]
 
     def entering(self, scope: str, before: int) -> list[str]:
         """Values that the module's nodes use and nodes outside it, up to ``before``, produce."""
-        members = set(self._members[scope])
-        used = (name for index in self._members[scope] for name in self._nodes[index][2])
+        members = set(self.members[scope])
+        used = (name for index in self.members[scope] for name in self._nodes[index][2])
         return [
             name
             for name in dict.fromkeys(used)
-            if self._producer.get(name, before) < before and self._producer[name] not in members
+            if self.producer.get(name, before) < before and self.producer[name] not in members
         ]
-
-    def position(self, name: str) -> int:
-        """Where in the graph's execution order the value is produced."""
-        return self._producer[name]
-
-    def first(self, scope: str) -> int:
-        """Where in the graph's execution order the module's nodes begin."""
-        return self._members[scope][0]
-
-    def has(self, scope: str) -> bool:
-        """Whether the graph has nodes of this module."""
-        return bool(self._members[scope])
 
     def operators(self, scope: str, count: int) -> tuple[str, ...]:
         """The first ``count`` nodes of the module, as ``"Op name"``, constants left out."""
-        nodes = [self._nodes[index] for index in self._members[scope]]
+        nodes = [self._nodes[index] for index in self.members[scope]]
         return tuple(f"{op} {name}".strip() for op, name, _, _ in nodes if op != "Constant")[:count]
 
     def nodes(self, scope: str, operators: Collection[str]) -> tuple[str, ...]:
         """Names of the module's nodes of these operators, in execution order."""
-        nodes = (self._nodes[index] for index in self._members[scope])
+        nodes = (self._nodes[index] for index in self.members[scope])
         return tuple(name for op, name, _, _ in nodes if op in operators)
 
     def around(self, node: str) -> tuple[list[str], list[str]]:
         """Values that a node of this name uses and others produce, and those that it produces."""
         _, _, used, made = next(found for found in self._nodes if found[1] == node)
-        return [name for name in dict.fromkeys(used) if name in self._producer], list(made)
+        return [name for name in dict.fromkeys(used) if name in self.producer], list(made)
 
     def unscoped(self, operators: Collection[str]) -> tuple[str, ...]:
         """Names of the model's own nodes of these operators, which are in none of its modules."""
-        inside = {index for scope in self.scopes for index in self._members[scope]}
+        inside = {index for scope in self.scopes for index in self.members[scope]}
         return tuple(
             name
             for index, (op, name, _, _) in enumerate(self._nodes)
             if op in operators and index not in inside
         )
-
-    def produces(self, name: str) -> bool:
-        """Whether a node of the graph computes the value."""
-        return name in self._producer
 
     def reaches(self, name: str, targets: set[str], blocked: set[str]) -> bool:
         """Whether one of ``targets`` depends on ``name`` other than through ``blocked`` values."""
@@ -133,7 +121,7 @@ class ScopedGraph:
     @property
     def scopes(self) -> list[str]:
         """Every module that has nodes here, but for the model itself."""
-        return [scope for scope, members in self._members.items() if scope and members]
+        return [scope for scope, members in self.members.items() if scope and members]
 
     def compute(self, names: Iterable[str], inputs: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """The named values for ``inputs``; those that are no tensors are left out.
@@ -159,7 +147,7 @@ class ScopedGraph:
         """The graph as far as ``names`` need it, with these as its outputs."""
         model = onnx.ModelProto()
         model.CopyFrom(self._structure)
-        end = max(1, *(1 + self._producer.get(name, 0) for name in names))
+        end = max(1, *(1 + self.producer.get(name, 0) for name in names))
         del model.graph.node[end:]
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
