@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from heimdall_onnx.common.errors import InvalidModelError
 from heimdall_onnx.common.logs import get_logger
@@ -129,29 +130,20 @@ def _weigh(path: Path, structure: onnx.ModelProto) -> tuple[list[str], int, int]
             location = path.parent / _external_entries(tensor)["location"]
             external[location] = location.stat().st_size
         problems += _non_finite(tensor, path.parent)
-    graphs = [structure.graph, *(t.algorithm for t in structure.training_info)]
-    graphs += [t.initialization for t in structure.training_info]
-    inner = [tensor for graph in graphs for tensor in _graph_tensors(graph)]
-    inner += [t for function in structure.functions for t in _node_tensors(function.node)]
-    problems += filter(None, (_external_problem(tensor, path.parent) for tensor in inner))
+    inner = (_external_problem(tensor, path.parent) for tensor in _tensors(structure))
+    problems += filter(None, inner)
     return problems, parameters, sum(external.values())
 
 
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _graph_tensors(graph)
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor in a model or a part of it, wherever it is."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if isinstance(value, Message) else value:
+                if isinstance(inner, onnx.TensorProto):
+                    yield inner
+                else:
+                    yield from _tensors(inner)
 
 
 def _external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
