@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -159,19 +159,19 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
                 *(tensors[name] for name in order.positional),
                 **{name: tensors[name] for name in order.keywords},
             )
-            with _plain_forward(model, order, result, signature) as names:
+            with _plain_forward(model, order, result, signature) as (taken, given):
                 export = partial(
                     torch.onnx.export,
                     model,
                     example,
                     opset_version=opset,
-                    input_names=names.inputs,
-                    output_names=names.outputs,
+                    input_names=taken,
+                    output_names=given,
                 )
                 if opset < _FIRST_TORCH_EXPORT_OPSET:
                     _torchscript(export, path, signature, fold)
                 else:
-                    shapes = _dynamic_shapes(model, signature, names.inputs)
+                    shapes = _dynamic_shapes(model, signature, taken)
                     _torch_export(export, path, signature, fold, shapes)
     except (OSError, ExportError):
         raise
@@ -183,18 +183,11 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
     return _suspicions(caught)
 
 
-class _Names(NamedTuple):
-    """Of the graph's inputs and outputs, in the order in which the model takes and gives them."""
-
-    inputs: list[str]
-    outputs: list[str]
-
-
 @contextlib.contextmanager
 def _plain_forward(
     model: nn.Module, order: InputOrder, result: Any, signature: Signature
-) -> Iterator[_Names]:
-    """Have ``model`` take its inputs by position and return plain tensors.
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Have ``model`` take its inputs by position and return plain tensors; the names of both.
 
     Nothing is done to a model that does so already. Where inputs go by name or outputs lie in one
     another, each exporter orders them in a way of its own, and none can be told their names.
@@ -204,7 +197,7 @@ def _plain_forward(
     except EvidenceError as error:
         raise ExportError(str(error)) from error
     if not order.keywords and _is_plain(result, len(outputs)):
-        yield _Names(list(order.positional), list(outputs))
+        yield list(order.positional), list(outputs)
         return
     forward, own = model.forward, vars(model).get("forward")
     count, names = len(order.positional), [spec.name for spec in signature.outputs]
@@ -216,7 +209,7 @@ def _plain_forward(
 
     model.forward = plain
     try:
-        yield _Names([*order.positional, *order.keywords], names)
+        yield [*order.positional, *order.keywords], names
     finally:
         if own is None:
             del model.forward
@@ -291,14 +284,10 @@ def _torchscript(
     if scattered or path.stat().st_size > _ONE_FILE_LIMIT:
         import onnx_ir as ir
 
-        raw = path.parent / "raw"
-        raw.mkdir()
-        for file in (path, *scattered):
-            file.replace(raw / file.name)
-        _write(ir.load(raw / path.name), path)
-        for file in raw.iterdir():
+        # Mapped until then: what is unlinked stays readable.
+        _write(ir.load(path), path)
+        for file in scattered:
             file.unlink()
-        raw.rmdir()
 
 
 @contextlib.contextmanager
@@ -345,26 +334,20 @@ def _write(model: ir.Model, path: Path) -> None:
 
 def _strip_machine(model: ir.Model) -> None:
     """Keep the module scopes; drop stack traces, source lines and the exporter's notes."""
-    for node in model.graph.all_nodes():
-        _strip_node(node)
-    for function in model.functions.values():
-        function.metadata_props.clear()
-        for node in function.all_nodes():
-            _strip_node(node)
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in graph.all_nodes():
+            scopes = node.metadata_props.get(_NAME_SCOPES)
+            node.metadata_props.clear()
+            if scopes is not None:
+                node.metadata_props[_NAME_SCOPES] = scopes
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
-    model.graph.metadata_props.clear()
     model.metadata_props.clear()
-
-
-def _strip_node(node: ir.Node) -> None:
-    scopes = node.metadata_props.get(_NAME_SCOPES)
-    node.metadata_props.clear()
-    if scopes is not None:
-        node.metadata_props[_NAME_SCOPES] = scopes
-    node.doc_string = None
-    for value in node.outputs:
-        value.metadata_props.clear()
 
 
 def _name_axes(model: ir.Model, signature: Signature) -> None:
