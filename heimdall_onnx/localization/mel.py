@@ -156,7 +156,6 @@ def normalize(features: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return scaled.astype(np.float32)
 
 
-@lru_cache(maxsize=16)
 def signed_mel_filters(sample_rate_hz: float, n_fft: int, n_mels: int) -> npt.NDArray[np.float64]:
     """Triangular bands equally spaced in sgn(f)·mel(|f|) from -fs/2 to +fs/2.
 
@@ -181,7 +180,6 @@ def signed_mel_filters(sample_rate_hz: float, n_fft: int, n_mels: int) -> npt.ND
             f"{empty.size} of {n_mels} mel bands hold no frequency with n_fft={n_fft} at "
             f"{sample_rate_hz:g} Hz; take n_fft={enough}"
         )
-    bank.flags.writeable = False
     return bank
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import inspect
 import pkgutil
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from heimdall_onnx.common.errors import CheckpointError, DataError, HeimdallError, ParameterError
+from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.model.pickles import check_pickles, is_zip
@@ -153,9 +153,8 @@ def load_checkpoint(
     """
     source = Path(path)
     model_class = import_model_class(model)
-    sha256 = _hash(source)
-    declared = find_signature_file(source)
     weights = read_weights(source)
+    sha256, declared = hash_file(source), find_signature_file(source)
     given = dict(model_kwargs or {})
     kwargs = _constructor_arguments(model, model_class, weights.hyper_parameters, given)
     # A file's own numbers must not decide how much memory a model takes.
@@ -350,16 +349,6 @@ def _build(
 
 def _shown_arguments(kwargs: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f"{name!r}: {shown(value)}" for name, value in kwargs.items()) + "}"
-
-
-def _hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(
-            f"expected a checkpoint at {path}, found: {error.strerror or error}"
-        ) from error
 
 
 def _is_safetensors(path: Path) -> bool:

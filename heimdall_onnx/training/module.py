@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_convert
 from torch.utils.data import Dataset as TorchDataset
 from torchmetrics.aggregation import CatMetric
 
@@ -444,11 +444,6 @@ class EpochOrder(Sampler[int]):
         return 0, 1
 
 
-def as_it_is(batch: Any) -> Any:
-    """A batch that was read as one needs no collating."""
-    return batch
-
-
 def make_loader(
     rows: TrainingRows,
     module: TrainingModule,
@@ -474,7 +469,7 @@ def make_loader(
         batch_size=size,
         sampler=EpochOrder(len(rows), module.chosen.seed, module, shuffled=shuffled),
         drop_last=shuffled,
-        collate_fn=as_it_is,
+        collate_fn=default_convert,  # a batch was read as one
         pin_memory=torch.cuda.is_available(),
         # Of its own: the draws of a loader must not move those of the epoch.
         generator=torch.Generator().manual_seed(module.chosen.seed),

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -165,7 +166,7 @@ class ArrayReader:
         ]
         refuse(self._root, [f"{lost} is missing" for lost in self.shards if lost not in files.seen])
         self._checksum, self._zstd = import_codecs()
-        self._indices: dict[int, npt.NDArray[np.uint64]] = {}
+        self._index = lru_cache(_MOST_INDICES)(self._read_index)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the indices that were read.
@@ -244,11 +245,7 @@ class ArrayReader:
 
     def _span(self, shard: int, number: int) -> Span | None:
         """Where a chunk is, offset and length; None for one that holds nothing but zeros."""
-        if shard not in self._indices:
-            if len(self._indices) == _MOST_INDICES:
-                del self._indices[next(iter(self._indices))]
-            self._indices[shard] = self._read_index(self.shards[shard])
-        offset, length = map(int, self._indices[shard][number])
+        offset, length = map(int, self._index(self.shards[shard])[number])
         if offset == length == _ABSENT:
             return None
         if offset + length > (size := self._files.seen[self.shards[shard]][0]):
