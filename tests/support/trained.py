@@ -138,7 +138,7 @@ MOMENTS = (in_the_epoch, before_the_best, before_the_last)
 
 
 def be_killed(data, base):
-    """In a process of its own: train once for each moment, in a child that kills itself then."""
+    """Train once for each moment, in a child that kills itself then."""
     save = PlainCheckpoints.save_checkpoint
 
     def die():
@@ -149,6 +149,7 @@ def be_killed(data, base):
         if pid:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
             continue
+        signal.alarm(120)  # rather than wait for ever
         batches = 0
 
         def report(share, what, moment=moment):
@@ -165,5 +166,7 @@ def be_killed(data, base):
             save(self, checkpoint, path, storage_options)
 
         PlainCheckpoints.save_checkpoint = save_or_die
-        train(options(data, Path(base) / moment.__name__), report=report)
-        os._exit(0)
+        try:
+            train(options(data, Path(base) / moment.__name__), report=report)
+        finally:
+            os._exit(0)

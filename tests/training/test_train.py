@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from trained import (
     MOMENTS,
     Framed,
     Plain,
+    be_killed,
     options,
     write_data,
 )
@@ -64,9 +63,7 @@ def same(history):
 @pytest.fixture(scope="module")
 def killed(data, tmp_path_factory):
     base = tmp_path_factory.mktemp("killed")
-    code = f"import {HERE}; {HERE}.be_killed({str(data)!r}, {str(base)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    be_killed(data, base)
     return base
 
 
@@ -437,7 +434,10 @@ def test_a_moved_folder_goes_on_where_it_is(result, data, tmp_path):
         ({"model": f"{HERE}:Nobody"}, ParameterError, "has no 'Nobody'"),
         ({"model_kwargs": {"breadth": 3}}, ParameterError, "breadth"),
         (
-            {"model": "heimdall_onnx:LocalizationNet"},
+            {
+                "model": "heimdall_onnx:LocalizationNet",
+                "model_kwargs": {"backbone_size": "atto"},
+            },
             DataError,
             "mel_spectrogram",
         ),
