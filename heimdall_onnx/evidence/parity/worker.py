@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import cloudpickle
 from distributed import WorkerPlugin, get_worker
@@ -71,32 +72,31 @@ class Job:
     """A pass that workers share.
 
     Attributes:
-        name: Of the plugin, another one for each pass.
         model: The PyTorch model, pickled.
-        module: Of its class.
         onnx: The ONNX file's bytes.
         settings: Of the pass.
         data: The whole data, which each process opens for itself.
-        code: What decides on the answers beside them.
     """
 
-    name: str
     model: bytes = field(repr=False)
-    module: str
     onnx: bytes = field(repr=False)
     settings: PassSettings
     data: EvaluationData = field(repr=False)
-    code: Code = field(repr=False)
 
 
 class EvaluationWorker(WorkerPlugin):  # type: ignore[misc]
-    """Gives a worker what all parts of a pass share."""
+    """Gives a worker what all parts of a pass share.
 
-    def __init__(self, job: Job) -> None:
-        self.name = job.name
+    Args:
+        job: The pass.
+        module: Of the PyTorch model's class.
+    """
+
+    def __init__(self, job: Job, module: str) -> None:
+        self.name = f"heimdall-evaluation-{uuid4().hex}"
         # Opened by the worker, so that what is wrong with it there is said as what it is.
         self._pickled: bytes = cloudpickle.dumps(job)
-        self._code, self._module = job.code, job.module
+        self._code, self._module = Code.here(module), module
         self.problem = ""
 
     def setup(self, worker: Worker) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import cloudpickle
 from distributed import Client, Future, as_completed
@@ -32,7 +31,6 @@ from heimdall_onnx.data.dataset.shards import refuse
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.one_pass import EvaluationPass, PassSettings
 from heimdall_onnx.evidence.parity.worker import (
-    Code,
     EvaluationWorker,
     Job,
     check_array,
@@ -83,27 +81,19 @@ def evaluate_on(
             f"workers share the samples of a dataset; {data.source} is none, or only its "
             "beginning is taken: leave eval_workers and eval_scheduler out"
         )
-    module = type(model).__module__
-    job = Job(
-        f"heimdall-evaluation-{uuid4().hex}",
-        cloudpickle.dumps(model),
-        module,
-        onnx_path.read_bytes(),
-        settings,
-        data,
-        Code.here(module),
-    )
+    job = Job(cloudpickle.dumps(model), onnx_path.read_bytes(), settings, data)
+    plugin = EvaluationWorker(job, type(model).__module__)
     opened = (
         scheduler_client(workers.scheduler) if workers.scheduler else local_client(workers.count)
     )
-    with opened as client, _prepared(client, EvaluationWorker(job)):
+    with opened as client, _prepared(client, plugin):
         if not (count := len(client.nthreads())):
             raise SchedulerError(f"the scheduler {workers.scheduler} has no workers: start some")
         places: Mapping[str, tuple[str, str]] = client.run(place)
-        checks = _submit_checks(client, job.name, data, places)
+        checks = _submit_checks(client, plugin.name, data, places)
         found = EvaluationPass(settings)
         done = 0
-        for rows, part in _parts(client, job.name, _ranges(data, settings, count), count):
+        for rows, part in _parts(client, plugin.name, _ranges(data, settings, count), count):
             found.merge(part)
             done += len(rows)
             if progress is not None:

@@ -20,8 +20,8 @@ from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import FP32
 from heimdall_onnx.evidence.variants.tuning import LATENCY
-from heimdall_onnx.model.inference import OptimizationLevel, open_session, run_onnx
-from heimdall_onnx.model.runtimes import CPU
+from heimdall_onnx.model.inference import open_session, run_onnx
+from heimdall_onnx.model.runtimes import CPU, SessionSettings
 
 if TYPE_CHECKING:
     from heimdall_onnx.common.arrays import Arrays, Floats
@@ -93,9 +93,8 @@ def measure_operator_times(
     path: Path,
     inputs: Arrays,
     signature: Signature,
+    settings: SessionSettings,
     *,
-    threads: int | None = None,
-    level: OptimizationLevel = "all",
     calls: int = 20,
 ) -> OperatorTimes:
     """Run the model under ONNX Runtime's profiler, and sum its record by operator and by node.
@@ -107,8 +106,7 @@ def measure_operator_times(
         path: The ONNX file.
         inputs: One call's inputs.
         signature: Names and order of inputs and outputs.
-        threads: Intra-op threads; None leaves the choice to ONNX Runtime.
-        level: How far ONNX Runtime rewrites the graph before it runs.
+        settings: With how many threads it runs, and how far ONNX Runtime rewrites it before.
         calls: Counted calls; a few more are made before them, to warm up.
 
     Raises:
@@ -116,7 +114,12 @@ def measure_operator_times(
         EvidenceError: If it can't run the model on the inputs, or its record is not complete.
     """
     with tempfile.TemporaryDirectory(prefix="heimdall-profile-") as folder:
-        session = open_session(path, threads=threads, level=level, profile=Path(folder) / "run")
+        session = open_session(
+            path,
+            threads=settings.thread_count,
+            level=settings.level,
+            profile=Path(folder) / "run",
+        )
         for _ in range(_WARMUP_CALLS + calls):
             run_onnx(session, inputs, signature)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -157,8 +160,7 @@ def profile_variants(
                 variant.path,
                 inputs,
                 signature,
-                threads=variant.sessions[LATENCY].thread_count,
-                level=variant.sessions[LATENCY].level,
+                variant.sessions[LATENCY],
                 calls=calls,
             ),
         )

@@ -15,9 +15,12 @@ from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.evidence.variants.operators import OperatorTimes, measure_operator_times
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
 TURNS = 50
+ONE_THREAD = SessionSettings(threads=1)
+UNFUSED = SessionSettings(threads=1, level="none")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def path(model: SmallNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def times(model: SmallNet, path: Path) -> OperatorTimes:
     inputs = generic_inputs(model.signature, 16)
-    return measure_operator_times(path, inputs, model.signature, threads=1, level="none", calls=7)
+    return measure_operator_times(path, inputs, model.signature, UNFUSED, calls=7)
 
 
 def test_every_node_of_the_file_is_counted_once(times, path) -> None:
@@ -67,7 +70,7 @@ def test_warm_up_is_left_out_and_no_record_left_behind(times, path, tmp_path, mo
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     signature = SmallNet.signature
     found = measure_operator_times(
-        path, generic_inputs(signature, 1), signature, threads=1, calls=2
+        path, generic_inputs(signature, 1), signature, ONE_THREAD, calls=2
     )
     assert (times.calls, found.calls) == (7, 2)
     assert list(tmp_path.iterdir()) == []
@@ -75,14 +78,14 @@ def test_warm_up_is_left_out_and_no_record_left_behind(times, path, tmp_path, mo
 
 def test_what_runs_is_what_the_optimization_level_makes_of_the_file(model, path, times) -> None:
     inputs = generic_inputs(model.signature, 2)
-    fused = measure_operator_times(path, inputs, model.signature, threads=1, calls=2)
+    fused = measure_operator_times(path, inputs, model.signature, ONE_THREAD, calls=2)
     assert sum(o.nodes for o in fused.operators) < sum(o.nodes for o in times.operators)
 
 
 def test_nodes_of_a_subgraph_count_for_the_node_that_runs_it(tmp_path) -> None:
     path, signature = loop(tmp_path / "loop.onnx")
     inputs = {"x": np.ones((2, 4), np.float32)}
-    found = measure_operator_times(path, inputs, signature, threads=1, level="none", calls=3)
+    found = measure_operator_times(path, inputs, signature, UNFUSED, calls=3)
     assert [(o.name, o.nodes) for o in found.operators] == [("Loop", 1)]
     assert found.operators[0].ms <= found.total_ms
 
@@ -124,8 +127,8 @@ def test_broken_files_and_unfit_inputs_are_refused(model, path, tmp_path) -> Non
     broken.write_bytes(path.read_bytes()[:100])
     inputs = generic_inputs(model.signature, 1)
     with pytest.raises(InvalidModelError, match=r"broken\.onnx"):
-        measure_operator_times(broken, inputs, model.signature)
+        measure_operator_times(broken, inputs, model.signature, UNFUSED)
     with pytest.raises(EvidenceError, match="can't run the model on"):
         measure_operator_times(
-            path, {"signal": np.zeros((1, 9, 8, 8), np.float32)}, model.signature
+            path, {"signal": np.zeros((1, 9, 8, 8), np.float32)}, model.signature, UNFUSED
         )
