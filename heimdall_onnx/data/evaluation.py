@@ -88,6 +88,11 @@ class EvaluationData:
             part = slice(start, min(start + size, self.count))
             yield part, {name: array[part] for name, array in self.inputs.items()}
 
+    @property
+    def row_bytes(self) -> int:
+        """What the inputs of a sample take."""
+        return sum(a.dtype.itemsize * math.prod(a.shape[1:]) for a in self.inputs.values())
+
     def shard_of(self, sample: int) -> str:
         """The file of a dataset that a sample's first input is in; empty where there is none."""
         if self.dataset is None:

@@ -10,7 +10,6 @@ every machine that has a folder of its own.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -152,8 +151,7 @@ def _submit_checks(
 
 def _ranges(data: EvaluationData, settings: PassSettings, workers: int) -> Iterator[range]:
     """The samples in parts that begin where batches do."""
-    row_bytes = sum(a.dtype.itemsize * math.prod(a.shape[1:]) for a in data.inputs.values())
-    wanted = min(_PART_BYTES // max(row_bytes, 1), data.count // (_PARTS_A_WORKER * workers))
+    wanted = min(_PART_BYTES // max(data.row_bytes, 1), data.count // (_PARTS_A_WORKER * workers))
     step = max(1, wanted // settings.batch_size) * settings.batch_size
     for start in range(0, data.count, step):
         yield range(start, min(start + step, data.count))
