@@ -11,8 +11,6 @@ import base64
 import binascii
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,8 @@ from heimdall_onnx.report.page import VERDICT
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+
+    from heimdall_onnx.archive.aliases import Move
 
 # Cells with this tag are for whoever doubts: the page folds what they show.
 DETAILS = "details"
@@ -33,32 +33,13 @@ _ERROR_MARKS = {"papermill-error-cell-tag"}
 _SHOWN = frozenset({"image/png", "text/html", "text/markdown", "text/plain"})
 
 
-@dataclass(frozen=True)
-class PageDecision:
-    """What a person has decided about a release, as its page shows it.
-
-    Attributes:
-        action: ``"promote"`` or ``"rollback"``.
-        alias: The alias that was moved to the release.
-        reviewer: Who decided.
-        note: Why.
-        time: When.
-    """
-
-    action: str
-    alias: str
-    reviewer: str
-    note: str
-    time: datetime
-
-
-def render_html(path: Path, title: str, decisions: Sequence[PageDecision] = ()) -> Path:
+def render_html(path: Path, title: str, decisions: Sequence[Move] = ()) -> Path:
     """Render an executed notebook beside itself as one HTML file that needs no network.
 
     Args:
         path: The notebook, with the verdict as its first cell or without.
         title: Title of the page.
-        decisions: Who has approved it since, the latest last.
+        decisions: Moves by which a person has approved it since, the latest last.
     """
     from nbconvert import HTMLExporter
 

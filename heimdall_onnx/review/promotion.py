@@ -43,7 +43,7 @@ from heimdall_onnx.common.errors import (
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import FP32, check_parameters
 from heimdall_onnx.common.signals import uninterrupted
-from heimdall_onnx.report.rendering import PageDecision, render_html
+from heimdall_onnx.report.rendering import render_html
 from heimdall_onnx.review.compare.answers import shared_signature
 from heimdall_onnx.review.compare.gates import Limits, verdict_reasons
 from heimdall_onnx.review.compare.head_to_head import HeadToHead, compare_models
@@ -427,14 +427,11 @@ def _page(release: Release, alias_log: AliasLog) -> bytes:
         for move in one.moves
         if move.release == release.uri and move.action in ("promote", "rollback")
     ]
-    decisions = [
-        PageDecision(move.action, move.alias, move.by, move.note, datetime.fromisoformat(move.time))
-        for move in sorted(moves, key=lambda move: move.time)
-    ]
+    moves.sort(key=lambda move: move.time)
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:
         path = Path(folder) / REPORT
         path.write_bytes(release.report)
-        return render_html(path, f"{name} {version}", decisions).read_bytes()
+        return render_html(path, f"{name} {version}", moves).read_bytes()
 
 
 def _check_words(reviewer: str, note: str) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
 import pytest
-from browser import DESKTOP, NARROW, chromium, open_in_chromium, violations
+from browser import DESKTOP, NARROW, chromium, violations, visit
 from bs4 import BeautifulSoup
 from nbformat.v4 import (
     new_code_cell,
@@ -21,9 +20,10 @@ from nbformat.v4 import (
 )
 from PIL import Image
 
+from heimdall_onnx.archive.aliases import Move
 from heimdall_onnx.common.verdict import Gate, Verdict
 from heimdall_onnx.report.page import put_verdict_first
-from heimdall_onnx.report.rendering import PageDecision, arrange, render_html
+from heimdall_onnx.report.rendering import arrange, render_html
 
 GATE = {"name": "mean absolute error", "limit": "≤ 1e-05", "measured": 1e-7, "detail": ""}
 WIDE = "| " + " | ".join(f"a quite long heading {n}" for n in range(20)) + " |\n|" + "---|" * 20
@@ -230,8 +230,19 @@ def test_words_of_the_verdict_are_inert(tmp_path, text):
 
 def test_who_decided_stands_at_the_head_as_inert_text(tmp_path):
     text = "<b>bold</b> [a](http://evil)"
-    when = datetime(2026, 11, 20, 14, 30, tzinfo=UTC)
-    decided = PageDecision("promote", "production", text, f"looked at, {text}", when)
+    decided = Move(
+        number=1,
+        model_name="net",
+        alias="production",
+        action="promote",
+        version="1",
+        release=None,
+        previous=None,
+        by=text,
+        note=f"looked at, {text}",
+        time="2026-11-20T14:30:00+00:00",
+        follows=None,
+    )
     page = soup(render_html(write(tmp_path, *CELLS, verdict=PASSED), "t", [decided]))
     found = page.find(class_="decisions").get_text()
     assert found.strip() == (
@@ -258,61 +269,62 @@ def test_notebook_of_an_older_format_is_rendered(tmp_path):
     assert soup(render_html(path, "t")).h2.get_text() == "A notebook"
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as started:
+        yield started
+
+
 @pytest.mark.parametrize("which", ["passed", "failed"])
-def test_axe_finds_nothing_wrong_folded_or_open_in_any_style(which, request):
+def test_axe_finds_nothing_wrong_folded_or_open_in_any_style(which, request, browser):
     page_file = request.getfixturevalue(which)
-    with chromium() as browser:
-        for scheme in ("light", "dark"):
-            for width, height in (DESKTOP, NARROW):
-                size = {"width": width, "height": height}
-                # axe is a script, which the page itself forbids.
-                context = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=True)
-                page = context.new_page()
-                page.goto(page_file.as_uri())
-                assert violations(page) == [], (scheme, width)
-                page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
-                assert violations(page) == [], (scheme, width)
-                assert page.evaluate("document.documentElement.scrollWidth") <= width
-                context.close()
+    for scheme, (width, height) in (("light", DESKTOP), ("dark", NARROW)):
+        size = {"width": width, "height": height}
+        # axe is a script, which the page itself forbids.
+        context = browser.new_context(viewport=size, color_scheme=scheme, bypass_csp=True)
+        page = context.new_page()
+        page.goto(page_file.as_uri())
+        assert violations(page) == [], (scheme, width)
+        page.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
+        assert violations(page) == [], (scheme, width)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        context.close()
 
 
-def test_page_needs_no_network_and_no_script(passed):
-    hosts, console, document = open_in_chromium(passed.as_uri())
+def test_page_needs_no_network_and_no_script(passed, browser):
+    hosts, console, document = visit(browser, passed.as_uri())
     assert (hosts, console) == (set(), [])
     assert not re.search(r"<script|https?://", document)
 
 
-def test_print_shows_details_and_leaves_the_code_out(passed):
-    with chromium() as browser:
-        page = browser.new_page()
+def test_print_shows_details_and_leaves_the_code_out(passed, browser):
+    page = browser.new_page()
+    page.goto(passed.as_uri())
+    page.emulate_media(media="print")
+    assert page.get_by_text("a quite long heading 19").is_visible()
+    assert not page.get_by_text("import this").is_visible()
+    assert not page.get_by_role("navigation").is_visible()
+
+
+def test_contents_stand_beside_a_wide_page_and_are_folded_on_a_narrow_one(passed, browser):
+    for (width, height), visible in ((DESKTOP, True), (NARROW, False)):
+        page = browser.new_page(viewport={"width": width, "height": height})
         page.goto(passed.as_uri())
-        page.emulate_media(media="print")
-        assert page.get_by_text("a quite long heading 19").is_visible()
-        assert not page.get_by_text("import this").is_visible()
-        assert not page.get_by_role("navigation").is_visible()
+        assert page.get_by_role("link", name="1. Section").is_visible() == visible
 
 
-def test_contents_stand_beside_a_wide_page_and_are_folded_on_a_narrow_one(passed):
-    with chromium() as browser:
-        for (width, height), visible in ((DESKTOP, True), (NARROW, False)):
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.goto(passed.as_uri())
-            assert page.get_by_role("link", name="1. Section").is_visible() == visible
+def test_keyboard_reaches_the_content_first(passed, browser):
+    page = browser.new_page()
+    page.goto(passed.as_uri())
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash") == "#content"
 
 
-def test_keyboard_reaches_the_content_first(passed):
-    with chromium() as browser:
-        page = browser.new_page()
-        page.goto(passed.as_uri())
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
-        page.keyboard.press("Enter")
-        assert page.evaluate("location.hash") == "#content"
-
-
-def test_browser_checks_see_requests_and_errors(tmp_path):
+def test_browser_checks_see_requests_and_errors(tmp_path, browser):
     page = tmp_path / "bad.html"
     page.write_text('<script src="http://cdn.test/x.js"></script><script>nope()</script>')
-    hosts, console, _ = open_in_chromium(page.as_uri())
+    hosts, console, _ = visit(browser, page.as_uri())
     assert "cdn.test" in hosts
     assert any("nope is not defined" in line for line in console)

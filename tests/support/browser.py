@@ -51,14 +51,19 @@ def violations(page: Page, **options: Any) -> list[str]:
 
 
 def open_in_chromium(address: str) -> tuple[set[str], list[str], str]:
-    """Hosts asked for, console messages and the resulting document of a page, without network."""
+    """As `visit`, in a browser of its own."""
     with chromium() as browser:
-        page = browser.new_context(offline=True).new_page()
-        urls: list[str] = []
-        console: list[str] = []
-        page.on("request", lambda request: urls.append(request.url))
-        page.on("console", lambda message: console.append(message.text))
-        page.on("pageerror", lambda error: console.append(str(error)))
-        page.goto(address)
-        hosts = {urlsplit(u).hostname or "" for u in urls if u.startswith(("http", "ws"))}
-        return hosts, console, page.content()
+        return visit(browser, address)
+
+
+def visit(browser: Browser, address: str) -> tuple[set[str], list[str], str]:
+    """Hosts asked for, console messages and the resulting document of a page, without network."""
+    page = browser.new_context(offline=True).new_page()
+    urls: list[str] = []
+    console: list[str] = []
+    page.on("request", lambda request: urls.append(request.url))
+    page.on("console", lambda message: console.append(message.text))
+    page.on("pageerror", lambda error: console.append(str(error)))
+    page.goto(address)
+    hosts = {urlsplit(u).hostname or "" for u in urls if u.startswith(("http", "ws"))}
+    return hosts, console, page.content()
