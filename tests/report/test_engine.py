@@ -1,8 +1,8 @@
 """What is on the disk while a notebook runs, and after it."""
 
-import os
 from dataclasses import dataclass
 
+import bare
 import nbformat
 import papermill
 import psutil
@@ -37,7 +37,7 @@ def execute(tmp_path, monkeypatch, written):
     def run(*cells, **options):
         write = engines.write_ipynb
         nbformat.write(new_notebook(cells=cells), tmp_path / "in.ipynb")
-        with started_kernel(os.environ) as kernel:
+        with started_kernel(bare.environment(tmp_path)) as kernel:
             pid = kernel.provisioner.pid
 
             def watched(notebook, path):

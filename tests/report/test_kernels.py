@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import bare
 import psutil
 import pytest
 from jupyter_client.manager import AsyncKernelManager
@@ -64,13 +65,17 @@ def test_kernel_ends_when_its_start_is_interrupted(monkeypatch):
     assert processes() == before
 
 
-def test_kernel_ends_with_a_killed_runner_before_and_after_it_has_started():
+def test_kernel_ends_with_a_killed_runner_before_and_after_it_has_started(tmp_path):
     code = "import os, sys; from heimdall_onnx.report.kernels import started_kernel\n"
     code += "with started_kernel(os.environ) as kernel:\n"
     code += "    print(kernel.provisioner.pid, flush=True); sys.stdin.read()"
-    for seconds in (0, 3):
+    for seconds in (0, 1.5):
         with subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            env=bare.environment(tmp_path),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         ) as runner:
             kernel = psutil.Process(int(runner.stdout.readline()))
             time.sleep(seconds)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import bare
 import psutil
 import pytest
 from jupyter_core.utils import run_sync
@@ -111,11 +112,13 @@ def test_kernel_can_be_interrupted(kernels):
         client.stop_channels()
 
 
-def test_lost_template_is_replaced(kernels):
-    kernels._template.kill()
-    kernels._template.wait()
-    with kernels.started(os.environ) as kernel:
-        assert ask(kernel, "print(6 * 7)") == "42"
+def test_lost_template_is_replaced(tmp_path):
+    environment = bare.environment(tmp_path)
+    with WarmKernels(environment) as kernels:
+        kernels._template.kill()
+        kernels._template.wait()
+        with kernels.started(environment) as kernel:
+            assert ask(kernel, "print(6 * 7)") == "42"
 
 
 def test_template_that_can_not_start_is_an_error_in_words():
@@ -128,12 +131,16 @@ def test_template_that_can_not_start_is_an_error_in_words():
         pass
 
 
-def test_all_end_with_a_killed_runner():
+def test_all_end_with_a_killed_runner(tmp_path):
     code = "import os, sys; from heimdall_onnx.report.warm_kernels import WarmKernels\n"
     code += "with WarmKernels(os.environ) as warm, warm.started(os.environ) as kernel:\n"
     code += "    print(warm._template.pid, kernel.provisioner.pid, flush=True); sys.stdin.read()"
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=bare.environment(tmp_path),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as runner:
         processes = [psutil.Process(int(pid)) for pid in runner.stdout.readline().split()]
         assert all(process.is_running() for process in processes)
