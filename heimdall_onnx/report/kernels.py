@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
 from jupyter_core.utils import run_sync
 
 # Takes the kernel's environment variables; the kernel ends with the block at the latest.
@@ -17,7 +18,10 @@ StartKernel = Callable[[Mapping[str, str]], AbstractContextManager[AsyncKernelMa
 
 
 @contextmanager
-def started_kernel(environment: Mapping[str, str]) -> Iterator[AsyncKernelManager]:
+def started_kernel(
+    environment: Mapping[str, str],
+    provision: Callable[[AsyncKernelManager], LocalProvisioner] | None = None,
+) -> Iterator[AsyncKernelManager]:
     """A kernel of this interpreter that imports what the notebook will need.
 
     Outside a virtual environment of the user's own, Jupyter prefers a kernel ``python3`` that is
@@ -25,6 +29,7 @@ def started_kernel(environment: Mapping[str, str]) -> Iterator[AsyncKernelManage
 
     Args:
         environment: Its environment variables.
+        provision: Makes what launches it, where that is not Jupyter's own.
 
     Yields:
         The running kernel, which ends with the block at the latest.
@@ -32,15 +37,8 @@ def started_kernel(environment: Mapping[str, str]) -> Iterator[AsyncKernelManage
     kernel = AsyncKernelManager(
         kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
     )
-    with running(kernel, environment):
-        yield kernel
-
-
-@contextmanager
-def running(
-    kernel: AsyncKernelManager, environment: Mapping[str, str]
-) -> Iterator[AsyncKernelManager]:
-    """Start ``kernel`` with these environment variables, and end it with the block."""
+    if provision is not None:
+        kernel.provisioner = provision(kernel)
     try:
         run_sync(kernel.start_kernel)(
             extra_arguments=[

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
-from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 from heimdall_onnx.common.errors import NotebookError
-from heimdall_onnx.report.kernels import running
+from heimdall_onnx.report.kernels import started_kernel
 
 # Beside the rooms of the release notebook: what is imported by the first use of it.
 _LIBRARIES = (
@@ -98,13 +97,12 @@ class WarmKernels:
         Raises:
             NotebookError: If no kernel can be forked.
         """
-        kernel = AsyncKernelManager(
-            kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
+        return started_kernel(
+            environment,
+            lambda kernel: _Provisioner(
+                kernels=self, kernel_spec=kernel.kernel_spec, parent=kernel
+            ),
         )
-        kernel.provisioner = _Provisioner(
-            kernels=self, kernel_spec=kernel.kernel_spec, parent=kernel
-        )
-        return running(kernel, environment)
 
     def fork(self, arguments: list[str], environment: Mapping[str, str], folder: str) -> int:
         """The process number of a new kernel."""
