@@ -5,7 +5,6 @@ From the record that the notebook keeps; a run that failed may have kept none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from heimdall_onnx.common.text import after, count_of, distance, number
@@ -74,7 +73,12 @@ def _speed(record: Record) -> str:
 def _origin(record: Record, alias: str | None) -> str:
     checkpoint = record.checkpoint
     made = f"It is made of {checkpoint.file} (SHA-256 {checkpoint.sha256[:12]}…) by {record.code}"
-    return f"{made}; {'; '.join(_decision(alias))}."
+    if alias is None:
+        return f"{made}; it is offered to nobody."
+    return (
+        f"{made}; its gates, and no person, have offered it as {alias}; who approves it later is "
+        "written in reviews/ of the release."
+    )
 
 
 def release_facts(
@@ -134,11 +138,3 @@ def _recommendation(record: Record) -> dict[str, str]:
         f"({against.low:.2f} to {against.high:.2f}); {passed} of {len(variants.judged)} "
         "variants passed"
     }
-
-
-def _decision(alias: str | None) -> Iterator[str]:
-    if alias is None:
-        yield "it is offered to nobody"
-        return
-    yield f"its gates, and no person, have offered it as {alias}"
-    yield "who approves it later is written in reviews/ of the release"

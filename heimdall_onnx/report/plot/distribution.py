@@ -21,7 +21,6 @@ from heimdall_onnx.report.plot.chart import (
     styled,
 )
 from heimdall_onnx.report.plot.outputs import (
-    OutputColumn,
     describe_errors,
     describe_source,
     parity_answer,
@@ -38,7 +37,9 @@ def error_distribution(report: ParityReport) -> Chart:
     whole evaluation data.
     """
     columns = worst_columns(report)
-    title = _distribution_answer(report, columns)
+    title, worst = parity_answer(report, columns), worst_output(columns)
+    if number(worst.p99) != number(worst.maximum) and not worst.nonfinite_mismatches:
+        title += f"; 99% of the differences are at most {number(worst.p99)}{after(worst.unit)}"
     subtitle = (
         f"{describe_source(report, columns)} · dashed: tolerance {number(report.tolerance)}; "
         f"shaded: further {number(report.rtol)}·|PyTorch| allowed where outputs are large"
@@ -53,25 +54,6 @@ def error_distribution(report: ParityReport) -> Chart:
         relative = report.rtol * max(abs(o.lowest), abs(o.highest))
         draw_distribution(axes, o, (report.tolerance, report.tolerance + relative))
     return Chart(figure, title, describe_errors(report))
-
-
-def _distribution_answer(report: ParityReport, columns: list[OutputColumn]) -> str:
-    worst = worst_output(columns)
-    count = sum(o.count for o in report.evaluation)
-    bad = sum(o.violations for o in report.evaluation)
-    mismatches = any(o.nonfinite_mismatches for o in report.evaluation)
-    if mismatches or math.isnan(worst.maximum):
-        return parity_answer(report, columns)
-    if all(o.maximum == 0 for o in report.evaluation):
-        return f"Every one of the {count:,} differences is exactly 0"
-    where = f" in {name(worst.output)}" if len(report.evaluation) > 1 else ""
-    bulk = f"99% of differences{where} are at most {number(worst.p99)}{after(worst.unit)}"
-    if not bad and number(worst.p99) == number(worst.maximum):
-        most = f"{number(worst.maximum)}{after(worst.unit)}"
-        return f"No difference{where} exceeds {most}: all {count:,} within tolerance"
-    if bad:
-        return f"{bad:,} of {count:,} differences exceed the tolerance; {bulk}"
-    return f"{bulk}, the largest is {number(worst.maximum)}: all {count:,} within tolerance"
 
 
 def draw_distribution(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import count_of, distance, metre_scale, name, number, share
@@ -201,8 +200,8 @@ def members_disagreement(report: ParityReport) -> Chart | None:
     The part of the deviation that more training would not take away (aleatoric) against the part
     that the members have not learnt alike (epistemic), one point a sample, both in metres: the
     roots of the summed squares of both axes. Above the dashed line the members' disagreement is
-    the larger part; beside it the share that it has of the variance. None for a model that does
-    not answer both parts in the shape and unit of its positions (batch, 2), as an ensemble does.
+    the larger part. None for a model that does not answer both parts in the shape and unit of its
+    positions (batch, 2), as an ensemble does.
     """
     position = report.signature.position_output
     if position is None or position.shape[1:] != (2,):
@@ -237,9 +236,7 @@ def members_disagreement(report: ParityReport) -> Chart | None:
         f"{share(high)} at the 95th percentile"
     )
     figure = new_figure(title, subtitle, height=3.4)
-    both, shares = figure.subplots(1, 2)
-    _draw_parts(both, noise, doubt)
-    _draw_shares(shares, part)
+    _draw_parts(figure.subplots(), noise, doubt)
     alt = (
         f"Aleatoric deviation: median {distance(float(np.median(noise)))}. Epistemic deviation: "
         f"median {distance(float(np.median(doubt)))}, largest {distance(float(doubt.max()))}. "
@@ -266,20 +263,6 @@ def _draw_parts(axes: Axes, noise: Floats, doubt: Floats) -> None:
     axes.set(
         xlim=(0, edge),
         ylim=(0, edge),
-        aspect="equal",
         xlabel=f"aleatoric: what the members claim ({unit})",
         ylabel=f"epistemic ({unit})",
     )
-
-
-def _draw_shares(axes: Axes, part: Floats) -> None:
-    percent = 100 * np.sort(part)
-    axes.ecdf(percent, color=Color.ONNX, gid="shares")
-    axes.axvline(50, ls="--", lw=1.2, color=Color.QUIET)
-    axes.set(
-        xlim=(0, 100),
-        ylim=(0, 1.02),
-        xlabel="epistemic share of the variance (%)",
-        ylabel="share of samples (%)",
-    )
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
