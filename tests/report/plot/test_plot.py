@@ -33,7 +33,6 @@ from heimdall_onnx.evidence.latency.benchmark import (
     ONNX,
     BatchLatency,
     LatencyReport,
-    measure_latency,
 )
 from heimdall_onnx.evidence.latency.contenders import PYTORCH, ContenderLatency
 from heimdall_onnx.evidence.latency.machine_state import MachineState
@@ -119,17 +118,9 @@ def moved_model(model: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def measured(model: nn.Module, onnx_path: Path) -> LatencyReport:
-    inputs = generic_inputs(LOCALIZATION_SIGNATURE, 2)
-    return measure_latency(
-        model,
-        onnx_path,
-        inputs,
-        LOCALIZATION_SIGNATURE,
-        calls=60,
-        threads=1,
-        batch_sizes=(1, 2, 4),
-    )
+def measured() -> LatencyReport:
+    batches = tuple(BatchLatency(n, n * calls(20.0, 60), n * calls(14.0, 60)) for n in (1, 2, 4))
+    return replace(latency_of(calls(20.0), calls(14.0)), batches=batches)
 
 
 def outputs(**shapes: tuple[int, ...]) -> Signature:
@@ -316,7 +307,7 @@ def test_every_chart_of_a_real_run_is_a_small_png_titled_with_its_answer(
         # Random numbers as spectrograms can't be compressed.
         pictures = any(axes.images for axes in chart.figure.axes)
         assert len(png) < (300_000 if pictures else 150_000), chart.title
-        assert len(np.unique(np.asarray(image.convert("L")))) > 20
+        assert sum(map(bool, image.convert("L").histogram())) > 20
         shown = next(iter(artists(chart.figure, "title"))).get_text()
         assert shown.replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ") == chart.title
         assert any(character.isdigit() for character in chart.alt)
@@ -325,7 +316,7 @@ def test_every_chart_of_a_real_run_is_a_small_png_titled_with_its_answer(
 def test_no_text_is_below_nine_points_or_cut_off(charts: list[plot.Chart]) -> None:
     for chart in charts:
         canvas = FigureCanvasAgg(chart.figure)
-        canvas.draw()
+        chart.figure.draw_without_rendering()
         width, height = chart.figure.bbox.size
         ticks = {
             label for tick in chart.figure.findobj(Tick) for label in (tick.label1, tick.label2)
@@ -545,14 +536,14 @@ def test_distribution_gives_the_bulk_and_the_largest_difference() -> None:
     b[0, 0] = 8e-6
     chart = plot.error_distribution(report_of(outputs(y=(2,)), {"y": a}, {"y": b}))
     assert chart.title == (
-        "99% of differences are at most 9.9e-7, the largest is 8e-6: all 2,000 within tolerance"
+        "Largest difference 8e-6: all 2,000 elements within tolerance; 99% of the differences are "
+        "at most 9.9e-7"
     )
 
 
 def test_distribution_counts_differences_beyond_tolerance(failing: ParityReport) -> None:
     assert plot.error_distribution(failing).title == (
-        "24 of 96 differences exceed the tolerance; 99% of differences in positions are at most "
-        "0.5 degrees"
+        "24 of 96 elements beyond tolerance; largest difference 0.5 degrees in positions"
     )
 
 
@@ -591,10 +582,10 @@ def test_distribution_names_the_share_of_exact_zeros_and_begins_above_them() -> 
 def test_distribution_of_exact_agreement_and_of_huge_errors_can_be_drawn() -> None:
     a = np.ones((6, 2), np.float32)
     same = plot.error_distribution(report_of(outputs(y=(2,)), {"y": a}, {"y": a}))
-    assert same.title == "Every one of the 12 differences is exactly 0"
+    assert same.title == "No difference: all 12 elements are equal"
     same.to_png()
     huge = plot.error_distribution(report_of(outputs(y=(2,)), {"y": a}, {"y": a * np.float32(1e9)}))
-    assert huge.title.startswith("12 of 12 differences exceed the tolerance")
+    assert huge.title.startswith("12 of 12 elements beyond tolerance")
     huge.to_png()
     assert huge.figure.axes[0].get_xlim()[1] > 1e9
 

@@ -108,7 +108,7 @@ def test_charts_are_legible_and_titled_with_their_answer(chart) -> None:
     shown = artists(chart.figure, "title")[0].get_text()
     assert shown.replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ") == chart.title
     canvas = FigureCanvasAgg(chart.figure)
-    canvas.draw()
+    chart.figure.draw_without_rendering()
     width, height = chart.figure.bbox.size
     (axes,) = chart.figure.axes
     tick_labels = [*axes.get_xticklabels(), *axes.get_yticklabels()]
@@ -175,7 +175,7 @@ def test_names_of_many_runs_cover_neither_each_other_nor_the_axes() -> None:
     found = crowd()
     chart = roofline(found)
     canvas = FigureCanvasAgg(chart.figure)
-    canvas.draw()
+    chart.figure.draw_without_rendering()
     names = chart.figure.findobj(lambda a: (a.get_gid() or "").startswith("name "))
     assert len(names) == len(found.rows) == 18
     # The box of the words alone, without the line that leads to the run.
