@@ -189,6 +189,7 @@ def render_page(rows: Sequence[Row], *, title: str, place: str, above: str | Non
         "ratio": lambda value: f"{value:.2f}×",
         "error": _error,
         "size": _size,
+        "shown": shown,
     }
     style, script = (
         (_TEMPLATES / f"gallery.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js")

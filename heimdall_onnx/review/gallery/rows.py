@@ -2,25 +2,24 @@
 
 A release and a failed run never change, so what was made of one is kept in the bucket, under the
 entity tags of the objects that it was made from, and the next call reads only what is new. What may
-change, who decided on a release and which alias points at it, comes from the review records and the
-log of each alias, each of which is an object that never changes either.
+change, who decided on a release and which alias points at it, comes from the log of each alias,
+whose entries never change either.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from heimdall_onnx.archive.aliases import ALIASES, Move
-from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML, REVIEWS, read_manifest
+from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML, read_manifest
 from heimdall_onnx.common.errors import MissingObjectError, StoreError, VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
@@ -42,34 +41,9 @@ KEPT = f"{GALLERY}/rows.json"
 
 _READERS = 8
 _MAX_REPORT_BYTES = 64 << 20
-_MAX_RECORD_BYTES = 4 << 20
-_LONGEST_NOTE = 300
+_MAX_ENTRY_BYTES = 4 << 20
 
 T = TypeVar("T")
-_Model = TypeVar("_Model", bound=BaseModel)
-
-
-_Text = Annotated[str, AfterValidator(shown)]
-
-
-class Decision(Frozen):
-    """That a reviewer has pointed an alias at a release, as the review record says.
-
-    Attributes:
-        action: How.
-        alias: The alias.
-        release: The release's folder, ``s3://bucket/prefix/version``.
-        reviewer: Who.
-        note: Why.
-        time: When (UTC, ISO 8601).
-    """
-
-    action: Literal["promote", "rollback"]
-    alias: _Text
-    release: str
-    reviewer: _Text
-    note: Annotated[str, AfterValidator(partial(shown, limit=_LONGEST_NOTE))]
-    time: _Text
 
 
 @dataclass(frozen=True)
@@ -82,14 +56,14 @@ class Row:
         report: Where its rendered report is, relative to the folder of the releases; None if there
             is none.
         aliases: The aliases that point at it.
-        decisions: Who pointed them at it, oldest first.
+        decisions: The moves by which reviewers pointed them at it, oldest first.
     """
 
     facts: Facts
     failed: bool
     report: str | None
     aliases: tuple[str, ...] = ()
-    decisions: tuple[Decision, ...] = ()
+    decisions: tuple[Move, ...] = ()
 
     @property
     def created(self) -> datetime | None:
@@ -106,8 +80,8 @@ class Collected:
 
     Attributes:
         rows: Releases and failed runs, newest first.
-        read: How many releases, failed runs, review records and log entries had to be read; the
-            others were kept from before.
+        read: How many releases, failed runs and log entries had to be read; the others were kept
+            from before.
     """
 
     rows: tuple[Row, ...]
@@ -124,9 +98,8 @@ class _Made(Frozen, Generic[T]):
 class _Kept(Frozen):
     """What is kept for the next call; releases and failed runs by folder, the rest by key."""
 
-    form: Literal[2] = 2
+    form: Literal[3] = 3
     facts: dict[str, _Made[Facts]] = Field(default_factory=dict)
-    reviews: dict[str, _Made[Decision]] = Field(default_factory=dict)
     moves: dict[str, _Made[Move]] = Field(default_factory=dict)
 
 
@@ -145,38 +118,29 @@ def collect_rows(bucket: Bucket, prefix: str) -> Collected:
     place = _Place(bucket, prefix.strip("/"))
     kept = place.read_kept()
     facts = place.each("releases and failed runs", kept.facts, place.folders(), place.facts_of)
-    reviews = place.each("review records", kept.reviews, place.reviews(), place.review_of)
     models = {one.made.model_name for one in facts.values()}
     moves = place.each("alias moves", kept.moves, place.log_entries(models), place.move_of)
     sound = {key: one for key, one in facts.items() if one.made.state != "broken"}
-    now = _Kept(facts=sound, reviews=reviews, moves=moves)
+    now = _Kept(facts=sound, moves=moves)
     if now != kept:
         place.write_kept(now)
     rows = _rows(
         place,
         {folder: one.made for folder, one in facts.items()},
-        [one.made for one in reviews.values()],
         sorted((one.made for one in moves.values()), key=lambda move: move.number),
     )
     newest_first = sorted(rows, key=lambda row: (row.facts.version, not row.failed), reverse=True)
     return Collected(tuple(newest_first), place.read)
 
 
-def _rows(
-    place: _Place, facts: Mapping[str, Facts], reviews: Iterable[Decision], moves: Sequence[Move]
-) -> Iterator[Row]:
+def _rows(place: _Place, facts: Mapping[str, Facts], moves: Sequence[Move]) -> Iterator[Row]:
     pointed: dict[str | None, list[str]] = {}
     for (_, alias), move in sorted({(m.model_name, m.alias): m for m in moves}.items()):
         pointed.setdefault(move.release, []).append(shown(alias))
-    # Of two reviewers who decide at once only one has decided: the one whose move is in the log.
-    completed = {
-        (m.release, m.action, shown(m.alias), shown(m.by), shown(m.note, _LONGEST_NOTE))
-        for m in moves
-    }
-    decided: dict[str, list[Decision]] = {}
-    for one in sorted(reviews, key=lambda one: one.time):
-        if (one.release, one.action, one.alias, one.reviewer, one.note) in completed:
-            decided.setdefault(one.release, []).append(one)
+    decided: dict[str | None, list[Move]] = {}
+    for move in sorted(moves, key=lambda move: move.time):
+        if move.action in ("promote", "rollback"):
+            decided.setdefault(move.release, []).append(move)
     for folder, found in facts.items():
         release = place.bucket.uri(f"{place.prefix}/{folder}")
         yield Row(
@@ -213,11 +177,6 @@ class _Place:
                 tags = " ".join(own.tag if own else "" for own in both)
                 found[folder] = tags if one.tag else ""
         return found
-
-    def reviews(self) -> dict[str, str]:
-        """The review records of releases."""
-        pattern = re.compile(rf"{VERSION}/{REVIEWS}/[^/]+\.json")
-        return {name: one.tag for name, one in self._listed.items() if pattern.fullmatch(name)}
 
     def log_entries(self, models: Collection[str]) -> dict[str, str]:
         """The entries of the logs of these models' aliases, by key."""
@@ -280,25 +239,17 @@ class _Place:
             return None
         return self.bucket.read_bytes(f"{self.prefix}/{name}")
 
-    def review_of(self, name: str) -> Decision | None:
-        """A review record; None if it can't be read."""
-        return self._parsed(Decision, f"{self.prefix}/{name}")
-
     def move_of(self, key: str) -> Move | None:
         """An entry of an alias's log; None if it can't be read or belongs elsewhere."""
-        move = self._parsed(Move, key)
-        if move is None or key.split("/")[1:3] == [move.model_name, move.alias]:
-            return move
-        log.warning("left out, it is an entry of another log", key=shown(key))
-        return None
-
-    def _parsed(self, model: type[_Model], key: str) -> _Model | None:
-        text = self.bucket.read_bytes(key, limit=_MAX_RECORD_BYTES)
         try:
-            return model.model_validate_json(text)
+            move = Move.model_validate_json(self.bucket.read_bytes(key, limit=_MAX_ENTRY_BYTES))
         except ValidationError as error:
             log.warning("left out, it can't be read", key=shown(key), problems=error.error_count())
             return None
+        if key.split("/")[1:3] == [move.model_name, move.alias]:
+            return move
+        log.warning("left out, it is an entry of another log", key=shown(key))
+        return None
 
     def read_kept(self) -> _Kept:
         """What was kept last time; nothing if there is none, or of another form."""

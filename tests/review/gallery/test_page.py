@@ -174,7 +174,7 @@ def test_every_release_and_failed_run_is_collected_newest_first(place):
     assert first.report == f"{first.facts.version}/report.html"
     assert first.aliases == ("production",)
     (decision,) = first.decisions
-    assert (decision.reviewer, decision.action, decision.alias) == (
+    assert (decision.by, decision.action, decision.alias) == (
         "the reviewer",
         "promote",
         "production",
