@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
@@ -27,6 +26,7 @@ from heimdall_onnx.common.text import (
 from heimdall_onnx.services.store import MANIFEST, format_uri
 
 if TYPE_CHECKING:
+    from heimdall_onnx.archive.aliases import Move
     from heimdall_onnx.archive.manifest import Manifest
     from heimdall_onnx.archive.record import Record, UploadedRelease
 
@@ -171,15 +171,13 @@ def _outside(text: str, limit: int = 60) -> str:
     return inert if len(inert) <= 2 * limit else escape_markdown(name(text, limit // 5))
 
 
-def review_line(
-    action: str, alias: str, *, reviewer: str, note: str, at: datetime, previous: str | None
-) -> str:
+def review_line(move: Move) -> str:
     """Who pointed an alias at a version, when and why, as a line of its page."""
-    pointed = f"**{escape_markdown(alias)}**"
-    did = f"promoted to {pointed}" if action == "promote" else f"{pointed} rolled back to it"
-    before = f", from version {previous}" if previous else ""
-    by = f"by {_outside(reviewer)}{before}: {_outside(note, 300)}"
-    return f"- {at:%Y-%m-%d %H:%M} UTC, {did} {by}"
+    pointed = f"**{escape_markdown(move.alias)}**"
+    did = f"promoted to {pointed}" if move.action == "promote" else f"{pointed} rolled back to it"
+    before = f", from version {move.previous}" if move.previous else ""
+    by = f"by {_outside(move.by)}{before}: {_outside(move.note, 300)}"
+    return f"- {move.time[:16].replace('T', ' ')} UTC, {did} {by}"
 
 
 def add_review(description: str, line: str) -> str:

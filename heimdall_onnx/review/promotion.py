@@ -11,10 +11,10 @@ import hashlib
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from heimdall_onnx.archive.aliases import AliasLog, Move, alias_logs
 from heimdall_onnx.archive.content import fetch_evaluation_data
@@ -47,7 +47,7 @@ from heimdall_onnx.report.rendering import render_html
 from heimdall_onnx.review.compare.answers import shared_signature
 from heimdall_onnx.review.compare.gates import Limits, verdict_reasons
 from heimdall_onnx.review.compare.head_to_head import HeadToHead, compare_models
-from heimdall_onnx.services.store import to_json
+from heimdall_onnx.services.store import Bucket, to_json
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.signing import Trust
@@ -56,6 +56,31 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 _MAX_NAME, _MAX_NOTE = 200, 10_000
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is decided about, as it was before anything else was looked at.
+
+    A move that comes after this look is somebody else's.
+    """
+
+    log: AliasLog
+    after: int
+    holder: str | None
+    reviewer: str
+    note: str
+
+    @classmethod
+    def of(
+        cls, connection: Connection, bucket: Bucket, name: str, alias: str, reviewer: str, note: str
+    ) -> _Case:
+        if problems := "; ".join(_word_problems(reviewer, note)):
+            raise ParameterError(problems)
+        alias_log = AliasLog(bucket, name, alias)
+        last = alias_log.moves[-1:]
+        holder = connection.tracker.alias_target(name, alias)
+        return cls(alias_log, last[0].number if last else 0, holder, reviewer, note)
 
 
 @dataclass(frozen=True)
@@ -86,10 +111,10 @@ class Review:
     previous: str | None
     reviewer: str
     note: str
-    record_uri: str = ""
-    page_uri: str | None = None
-    findings: tuple[Finding, ...] = field(default=(), repr=False)
-    comparison: HeadToHead | None = None
+    record_uri: str
+    page_uri: str | None
+    findings: tuple[Finding, ...] = field(repr=False)
+    comparison: HeadToHead | None
 
 
 def promote_release(
@@ -119,45 +144,26 @@ def promote_release(
         VerificationError: If there is no such release.
         ServiceError: If a service can't be reached or refuses.
     """
-    _check_words(reviewer, note)
     check_parameters({"alias": alias})
     limits = limits or Limits()
     name, version = release.manifest.model_name, release.manifest.model_version
-    # Before anything is looked at: a move that comes after this look is somebody else's.
-    alias_log = AliasLog(release.bucket, name, alias)
-    moves = alias_log.moves
-    holder = release.connection.tracker.alias_target(name, alias)
+    case = _Case.of(release.connection, release.bucket, name, alias, reviewer, note)
     findings = verify_release(release, trust=trust)
     reasons = differences(findings)
     verified = not reasons
     reasons += verdict_reasons(release.manifest.verdict, limits)
-    if holder == version:
+    if case.holder == version:
         reasons.append(f"version {version} holds the alias {alias} already")
     comparison = None
     # What does not verify is not run.
-    if compare and verified and holder != version:
-        comparison = _compare(release, holder, limits)
+    if compare and verified and case.holder != version:
+        comparison = _compare(release, case.holder, limits)
         reasons += comparison.worse
     if reasons:
         raise PromotionError(
             f"{release.uri} is not promoted to {alias}:\n  - " + "\n  - ".join(reasons)
         )
-    review = Review(
-        action="promote",
-        model_name=name,
-        alias=alias,
-        version=version,
-        release=release.uri,
-        previous=holder,
-        reviewer=reviewer,
-        note=note,
-        findings=findings,
-        comparison=comparison,
-    )
-    # A signal waits for the end: a decision that is half written is none.
-    with uninterrupted():
-        after = moves[-1].number if moves else 0
-        return _decide(release, alias_log, review, limits, after=after)
+    return _decide(case, release, "promote", findings, comparison, limits)
 
 
 def roll_back(
@@ -190,10 +196,8 @@ def roll_back(
         VerificationError: If the alias's log can't be read.
         ServiceError: If a service can't be reached or refuses.
     """
-    _check_words(reviewer, note)
-    alias_log = AliasLog(connection.bucket(bucket), model_name, alias)
-    moves = alias_log.moves
-    holder = connection.tracker.alias_target(model_name, alias)
+    case = _Case.of(connection, connection.bucket(bucket), model_name, alias, reviewer, note)
+    moves, holder = case.log.moves, case.holder
     if moves and moves[-1].version != holder:
         raise PromotionError(
             f"the alias {alias} of {model_name} points at version {holder or 'none'}, its log says "
@@ -228,19 +232,7 @@ def roll_back(
             f"{model_name} version {version} can't be gone back to, it does not verify:\n  - "
             + "\n  - ".join(reasons)
         )
-    review = Review(
-        action="rollback",
-        model_name=model_name,
-        alias=alias,
-        version=version,
-        release=release.uri,
-        previous=holder,
-        reviewer=reviewer,
-        note=note,
-        findings=findings,
-    )
-    with uninterrupted():
-        return _decide(release, alias_log, review, None, after=moves[-1].number)
+    return _decide(case, release, "rollback", findings)
 
 
 @dataclass(frozen=True)
@@ -328,69 +320,78 @@ def _compare(release: Release, holder: str | None, limits: Limits) -> HeadToHead
 
 
 def _decide(
-    release: Release, alias_log: AliasLog, review: Review, limits: Limits | None, *, after: int
+    case: _Case,
+    release: Release,
+    action: Literal["promote", "rollback"],
+    findings: tuple[Finding, ...],
+    comparison: HeadToHead | None = None,
+    limits: Limits | None = None,
 ) -> Review:
     """Review record, entry of the log, alias: each only after the one before."""
-    tracker, bucket = release.connection.tracker, release.bucket
-    name, version, now = review.model_name, review.version, datetime.now(UTC)
-    stamp = f"{now:%Y%m%d_%H%M%S}_{review.action}"
+    tracker, bucket, manifest = release.connection.tracker, release.bucket, release.manifest
+    name, version, now = manifest.model_name, manifest.model_version, datetime.now(UTC)
+    stamp = f"{now:%Y%m%d_%H%M%S}_{action}"
+    decided: dict[str, Any] = {
+        "action": action,
+        "model_name": name,
+        "alias": case.log.alias,
+        "release": release.uri,
+        "previous": case.holder,
+        "reviewer": case.reviewer,
+        "note": case.note,
+    }
     record = to_json(
         {
             "schema_version": 1,
             # Two who decide the same in one second have decided twice.
             "id": secrets.token_hex(8),
-            "action": review.action,
-            "model_name": name,
+            **decided,
             "model_version": version,
-            "release": review.release,
-            "manifest_sha256": release.manifest.sha256,
-            "alias": review.alias,
-            "previous": review.previous,
-            "reviewer": review.reviewer,
-            "note": review.note,
+            "manifest_sha256": manifest.sha256,
             "time": now.isoformat(timespec="seconds"),
-            "verified": [finding.what for finding in review.findings],
-            "comparison": review.comparison and asdict(review.comparison),
+            "verified": [finding.what for finding in findings],
+            "comparison": comparison and asdict(comparison),
             "limits": limits and vars(limits),
             "environment": asdict(capture_environment()),
         }
     )
-    key, tag = _keep(release, stamp, record, "json")
-    try:
-        alias_log.append(
-            action=review.action,
-            version=version,
-            release=review.release,
-            previous=review.previous,
-            by=review.reviewer,
-            note=review.note,
-            after=after,
-        )
-    except PromotionError:
-        # Of two who decide at once only one has decided. Where a reviewer may not delete, the
-        # record stays as one that was not completed.
-        tracker.delete_version_tag(name, version, tag)
-        with contextlib.suppress(StoreError):
-            bucket.delete([key])
-        raise
-    alias_log.follow(tracker)
-    log.info("alias moved", alias=review.alias, model_name=name, version=version)
-    line = review_line(
-        review.action,
-        review.alias,
-        reviewer=review.reviewer,
-        note=review.note,
-        at=now,
-        previous=review.previous,
+    # A signal waits for the end: a decision that is half written is none.
+    with uninterrupted():
+        key, tag = _keep(release, stamp, record, "json")
+        try:
+            move = case.log.append(
+                action=action,
+                version=version,
+                release=release.uri,
+                previous=case.holder,
+                by=case.reviewer,
+                note=case.note,
+                after=case.after,
+            )
+        except PromotionError:
+            # Of two who decide at once only one has decided. Where a reviewer may not delete, the
+            # record stays as one that was not completed.
+            tracker.delete_version_tag(name, version, tag)
+            with contextlib.suppress(StoreError):
+                bucket.delete([key])
+            raise
+        case.log.follow(tracker)
+        log.info("alias moved", alias=move.alias, model_name=name, version=version)
+        try:
+            described = tracker.get_version(name, version).description
+            tracker.describe_version(name, version, add_review(described, review_line(move)))
+        except RegistryError as error:
+            # The decision is made and recorded; this is only where MLflow shows it.
+            log.warning("review not shown in MLflow", model_name=name, reason=str(error))
+        page = _store_page(release, case.log, stamp)
+    return Review(
+        **decided,
+        version=version,
+        record_uri=bucket.uri(key),
+        page_uri=page,
+        findings=findings,
+        comparison=comparison,
     )
-    try:
-        described = tracker.get_version(name, version).description
-        tracker.describe_version(name, version, add_review(described, line))
-    except RegistryError as error:
-        # The decision is made and recorded; this is only where MLflow shows it.
-        log.warning("review not shown in MLflow", model_name=name, reason=str(error))
-    page = _store_page(release, alias_log, stamp)
-    return replace(review, record_uri=bucket.uri(key), page_uri=page)
 
 
 def _keep(release: Release, stamp: str, content: bytes, suffix: str) -> tuple[str, str]:
@@ -432,12 +433,6 @@ def _page(release: Release, alias_log: AliasLog) -> bytes:
         path = Path(folder) / REPORT
         path.write_bytes(release.report)
         return render_html(path, f"{name} {version}", moves).read_bytes()
-
-
-def _check_words(reviewer: str, note: str) -> None:
-    problems = list(_word_problems(reviewer, note))
-    if problems:
-        raise ParameterError("; ".join(problems))
 
 
 def _word_problems(reviewer: str, note: str) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """What MLflow's pages are told, short of MLflow itself."""
 
 import json
-from datetime import UTC, datetime
 
 import pytest
 import records
@@ -19,7 +18,6 @@ from heimdall_onnx.archive.mlflow_page import (
 from heimdall_onnx.archive.record import parse_record
 from heimdall_onnx.evidence.metrics import run_metrics
 
-AT = datetime(2026, 11, 20, 14, 30, tzinfo=UTC)
 RUN = {"experiment_id": "7", "run_id": "0123abc"}
 FOLDER = "s3://models/models/net/v20261120_143000"
 HOSTILE = "| <b>x</b> [y](http://z.example) `" + "|" * 500
@@ -104,9 +102,7 @@ def test_text_from_outside_is_inert_and_fits_the_database():
     for folder in (FOLDER, long):
         text = describe_version(hostile, manifest(folder), RUN)
         for _ in range(200):
-            line = review_line(
-                "promote", "staging", reviewer=HOSTILE, note=HOSTILE, at=AT, previous=None
-            )
+            line = review_line(records.move(by=HOSTILE, note=HOSTILE))
             text = add_review(text, line)
         assert len(text) <= MOST_CHARACTERS
         assert text.endswith(line)
@@ -118,14 +114,8 @@ def test_text_from_outside_is_inert_and_fits_the_database():
 def test_reviews_are_added_in_order_and_the_oldest_go():
     text = "PASS"
     for number in range(100):
-        line = review_line(
-            "promote" if number % 2 else "rollback",
-            "production",
-            reviewer="Ada",
-            note=f"note {number}",
-            at=AT,
-            previous="4",
-        )
+        action = "promote" if number % 2 else "rollback"
+        line = review_line(records.move(action=action, note=f"note {number}", previous="4"))
         text = add_review(text, line)
     head, *lines = [line for line in text.splitlines() if line]
     assert (head, lines[0]) == ("PASS", "#### Reviews")

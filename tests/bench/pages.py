@@ -27,7 +27,7 @@ from processes import Run
 
 from heimdall_onnx.review.gallery.facts import Interval, Thumbnail
 from heimdall_onnx.review.gallery.page import Gallery, render_page
-from heimdall_onnx.review.gallery.rows import KEPT, Decision, Row, collect_rows
+from heimdall_onnx.review.gallery.rows import KEPT, Row, collect_rows
 from heimdall_onnx.review.gallery.server import GalleryServer
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
@@ -260,6 +260,8 @@ def until_painted(page: Page, act: str) -> float:
 
 def make_rows(row: Row, count: int) -> tuple[Row, ...]:
     """So many rows, newest first, that differ from one in whatever a reader may sort by."""
+    import records
+
     rng = random.Random(0)
     made = []
     for number in range(count):
@@ -281,13 +283,9 @@ def make_rows(row: Row, count: int) -> tuple[Row, ...]:
                 "thumbnail": row.facts.thumbnail and _varied(row.facts.thumbnail, rng),
             }
         )
-        decision = Decision(
-            action="promote",
-            alias="production",
-            release="",
-            reviewer=f"reviewer {number % 5}",
+        decision = records.move(
+            by=f"reviewer {number % 5}",
             note="no worse than the one before on the evaluation data, and smaller",
-            time="2026-11-20T14:30:00+00:00",
         )
         folder = f"failed/{version}" if failed else version
         decided = (decision,) * (number % 5 == 1)

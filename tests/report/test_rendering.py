@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import records
 from browser import DESKTOP, NARROW, chromium, violations, visit
 from bs4 import BeautifulSoup
 from nbformat.v4 import (
@@ -20,7 +21,6 @@ from nbformat.v4 import (
 )
 from PIL import Image
 
-from heimdall_onnx.archive.aliases import Move
 from heimdall_onnx.common.verdict import Gate, Verdict
 from heimdall_onnx.report.page import put_verdict_first
 from heimdall_onnx.report.rendering import arrange, render_html
@@ -230,19 +230,7 @@ def test_words_of_the_verdict_are_inert(tmp_path, text):
 
 def test_who_decided_stands_at_the_head_as_inert_text(tmp_path):
     text = "<b>bold</b> [a](http://evil)"
-    decided = Move(
-        number=1,
-        model_name="net",
-        alias="production",
-        action="promote",
-        version="1",
-        release=None,
-        previous=None,
-        by=text,
-        note=f"looked at, {text}",
-        time="2026-11-20T14:30:00+00:00",
-        follows=None,
-    )
+    decided = records.move(by=text, note=f"looked at, {text}")
     page = soup(render_html(write(tmp_path, *CELLS, verdict=PASSED), "t", [decided]))
     found = page.find(class_="decisions").get_text()
     assert found.strip() == (

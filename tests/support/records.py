@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from heimdall_onnx.archive.aliases import Move
 from heimdall_onnx.archive.manifest import SCHEMA_VERSION
 from heimdall_onnx.archive.record import Record, parse_record, require_record
 from heimdall_onnx.model.runtimes import SessionSettings
@@ -39,6 +40,24 @@ def changed(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         nested = isinstance(value, Mapping) and isinstance(given.get(name), Mapping)
         found[name] = changed(given[name], value) if nested else value
     return found
+
+
+def move(**changes: Any) -> Move:
+    """That a reviewer has pointed an alias at a release."""
+    given = {
+        "number": 1,
+        "model_name": "net",
+        "alias": "production",
+        "action": "promote",
+        "version": "1",
+        "release": "s3://models/models/net/v20261120_143000",
+        "previous": None,
+        "by": "Ada",
+        "note": "looked at",
+        "time": "2026-11-20T14:30:00+00:00",
+        "follows": None,
+    }
+    return Move(**{**given, **changes})
 
 
 def output(name: str = "positions", **changes: Any) -> dict[str, Any]:
