@@ -198,7 +198,7 @@ def test_data_without_labels_leaves_accuracy_to_the_reviewer(connection, release
     promote(connection, release())
     review = promote(connection, release(labelled=False), limits=Limits(slowdown=1e6, calls=60))
     assert [ratio.what for ratio in review.comparison.ratios] == ["latency"]
-    assert "no labels" in review.comparison.notes[0]
+    assert "true positions are not known" in review.comparison.notes[0]
 
 
 def test_every_reason_is_given_at_once(connection, release, tmp_path):

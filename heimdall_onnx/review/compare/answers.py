@@ -125,6 +125,13 @@ class Answers:
     alone: tuple[str, ...] = ()
 
     @property
+    def error_unknown(self) -> str:
+        """Why the localization errors have no ratio, in words; empty if they have one."""
+        if self.errors is None:
+            return "true positions are not known" if self.positions else "there are no positions"
+        return "" if self.errors.ratio else "fewer than two samples are finite in both"
+
+    @property
     def lost(self) -> tuple[str, ...]:
         """What is NaN or Inf in one of the two alone, in words; empty if nothing is."""
         nonfinite = sum(output.nonfinite_mismatches for output in self.outputs)
@@ -271,10 +278,9 @@ def measure_both(
     data: EvaluationData,
     signature: Signature,
     *,
-    measure: bool = True,
     calls: int = 200,
     seed: int = 0,
-) -> PairLatency | NotMeasured:
+) -> PairLatency:
     """Time both models on the first sample in turns, as `measure_pair` does; B over A.
 
     Args:
@@ -282,15 +288,12 @@ def measure_both(
         b: That of B.
         data: Its first sample is the input of each call.
         signature: What both take and both give.
-        measure: False leaves it out.
         calls: Counted calls of each, at least.
         seed: Of the order in which they take turns.
 
     Raises:
         BenchmarkError: If one of them can't be timed.
     """
-    if not measure:
-        return NotMeasured("the parameter measure_latency is False")
     second, first = (Contestant(who, path, SessionSettings()) for who, path in ((A, a), (B, b)))
     return measure_pair(first, second, data.rows(range(1)), signature, calls=calls, seed=seed)
 

@@ -8,13 +8,15 @@ a latency by blocks of calls in turns.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
+from heimdall_onnx.archive.manifest import Manifest
+from heimdall_onnx.archive.record import Record
 from heimdall_onnx.common.text import name
 from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
@@ -28,6 +30,7 @@ from heimdall_onnx.review.compare.words import (
     gate_words,
     moved_words,
     ratio_words,
+    sentence_of,
     speed_words,
 )
 from heimdall_onnx.review.reproduce.figures import Difference
@@ -57,34 +60,39 @@ _LATENCY = TypeAdapter(PairFigures)
 
 
 @dataclass(frozen=True)
-class ComparedRelease:
-    """One of the two, as it is identified.
+class VerifiedRelease:
+    """A release that verifies, with its model on this machine.
 
     Attributes:
         who: ``"A"`` or ``"B"``.
-        uri: Its folder, ``s3://bucket/prefix/version``.
-        version: ``vYYYYMMDD_HHMMSS``.
-        model_name: Registered model.
-        model_version: Its version in the registry.
-        verdict: As it was judged when it was released.
-        created: When, as its manifest says.
-        manifest_sha256: SHA-256 of its manifest.
-        model_sha256: SHA-256 of its model.
-        model_bytes: Length of its model.
+        manifest: Its manifest.
+        record: What its notebook has recorded.
+        model: Its ONNX file.
         checks: Findings that were verified, all of which hold.
     """
 
     who: str
-    uri: str
-    version: str
-    model_name: str
-    model_version: str
-    verdict: str
-    created: str
-    manifest_sha256: str
-    model_sha256: str
-    model_bytes: int
+    manifest: Manifest = field(repr=False)
+    record: Record = field(repr=False)
+    model: Path
     checks: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """What identifies it, JSON-serialisable."""
+        manifest = self.manifest
+        return {
+            "who": self.who,
+            "uri": manifest.uri,
+            "version": manifest.version,
+            "model_name": manifest.model_name,
+            "model_version": manifest.model_version,
+            "verdict": manifest.verdict,
+            "created": manifest.said.created.isoformat(),
+            "manifest_sha256": manifest.sha256,
+            "model_sha256": manifest.model.sha256,
+            "model_bytes": manifest.model.size,
+            "checks": self.checks,
+        }
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,8 @@ class ReleaseComparison:
         limits: How much worse B may be.
     """
 
-    a: ComparedRelease
-    b: ComparedRelease
+    a: VerifiedRelease
+    b: VerifiedRelease
     answers: Answers
     latency: PairLatency | NotMeasured
     gates: tuple[GatePair, ...]
@@ -138,7 +146,7 @@ class ReleaseComparison:
                 for ratio in self.ratios
                 if not ratio.holds
             ),
-            *(f"B: {reason}" for reason in verdict_reasons(self.b.verdict, self.limits)),
+            *(f"B: {reason}" for reason in verdict_reasons(self.b.manifest.verdict, self.limits)),
             *(f"gate {name(g.name, 60)} {g.change}" for g in self.gates if g.worse),
             *self.answers.lost,
         )
@@ -146,46 +154,62 @@ class ReleaseComparison:
     @property
     def not_judged(self) -> tuple[str, ...]:
         """What a promotion asks for and is not known here, in words."""
-        answers = self.answers
-        found = []
-        if isinstance(self.latency, NotMeasured):
-            found.append(f"latency ({self.latency.reason})")
-        if answers.errors is None:
-            why = "true positions are not known" if answers.positions else "there are no positions"
-            found.append(f"localization error ({why})")
-        elif answers.errors.ratio is None:
-            found.append("localization error (fewer than two samples are finite in both)")
-        return tuple(found)
+        latency, unknown = self.latency, self.answers.error_unknown
+        return (
+            *([f"latency ({latency.reason})"] if isinstance(latency, NotMeasured) else []),
+            *([f"localization error ({unknown})"] if unknown else []),
+        )
 
     @property
     def sentence(self) -> str:
         """The comparison in one sentence, without a full stop."""
-        errors = self.answers.errors
-        parts = [
-            *speed_words(self.latency_ratio),
-            *([moved] if (moved := self._unsteady()) else ()),
-            *(error_words(errors) if errors else ["localization error was not compared"]),
-            *([moved_words(self.answers)]),
-            gate_words(self.changed_gates),
-        ]
-        text = ", ".join(parts)
-        return text[0].upper() + text[1:]
+        return sentence_of(
+            (
+                speed_words(self.latency_ratio),
+                self._unsteady,
+                *error_words(self.answers.errors),
+                moved_words(self.answers),
+                gate_words(self.changed_gates),
+            )
+        )
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a reviewer must see at once, by what it is called."""
+        limits, answers, latency = self.limits, self.answers, self.latency_ratio
+        sides = {
+            one.who: f"{one.manifest.uri}, {one.manifest.model_name} version "
+            f"{one.manifest.model_version}, {one.manifest.verdict}"
+            for one in (self.a, self.b)
+        }
+        measured = (ratio_words(latency), self._unsteady) if latency else (str(self.latency),)
+        return {
+            **sides,
+            "evaluation data": f"{answers.samples:,} samples, {answers.source}",
+            "latency of B over A": "; ".join(filter(None, measured)),
+            "B is worse in": "; ".join(self.worse) or "nothing that was judged",
+            **({"not judged": "; ".join(missing)} if (missing := self.not_judged) else {}),
+            "PASS allows": f"that B is worse: latency by {limits.slowdown:.0%}, median "
+            f"localization error by {limits.error_growth:.0%}, each by the whole of its interval; "
+            "no lost gate, and no value that is NaN or Inf in one of them",
+        }
+
+    @property
     def _unsteady(self) -> str:
-        measured = self.latency
-        return "" if isinstance(measured, NotMeasured) else measured.unsteady
+        return "" if isinstance(self.latency, NotMeasured) else self.latency.unsteady
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON without arrays; NaN and Inf as text, as JSON has neither."""
         answers, latency = self.answers, self.latency
         moved, errors, ratio = answers.displacement, answers.errors, self.latency_ratio
+        missing = latency.reason if isinstance(latency, NotMeasured) else None
         text = to_json(
             {
                 "sentence": self.sentence,
                 "worse": list(self.worse),
                 "not_judged": list(self.not_judged),
-                "a": asdict(self.a),
-                "b": asdict(self.b),
+                "a": self.a.to_dict(),
+                "b": self.b.to_dict(),
                 "evaluation_data": answers.source,
                 "samples": answers.samples,
                 "outputs": _OUTPUTS.dump_python(answers.outputs),
@@ -203,12 +227,10 @@ class ReleaseComparison:
                 if isinstance(latency, NotMeasured)
                 else {
                     "ratio": ratio and _ratio_dict(ratio),
-                    "unsteady": self._unsteady(),
+                    "unsteady": self._unsteady,
                     **_LATENCY.dump_python(latency),
                 },
-                "latency_not_measured": latency.reason
-                if isinstance(latency, NotMeasured)
-                else None,
+                "latency_not_measured": missing,
                 "gates": [
                     {
                         "name": gate.name,
@@ -219,13 +241,13 @@ class ReleaseComparison:
                     for gate in self.gates
                 ],
                 "parity": _PARITY.dump_python(self.parity),
-                "parameters": [asdict(one) for one in self.parameters],
-                "environment": [asdict(one) for one in self.environment],
-                "limits": asdict(self.limits),
+                "parameters": self.parameters,
+                "environment": self.environment,
+                "limits": self.limits,
             },
             inf_nan_mode="strings",
         )
-        found: dict[str, Any] = json.loads(text)
+        found: dict[str, Any] = from_json(text)
         return found
 
 

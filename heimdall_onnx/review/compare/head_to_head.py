@@ -81,16 +81,12 @@ def compare_models(
         return HeadToHead(version, f"{data.count}{of} samples, {data.source}", (), (note,))
     answers = compare_answers(holder, candidate, data, signature, limits=limits)
     latency = measure_both(holder, candidate, data, signature, calls=limits.calls)
-    notes = []
-    if answers.errors is None:
-        notes.append("localization error: the data has no labels, or the model no positions")
-    elif answers.errors.ratio is None:
-        notes.append("localization error: fewer than two samples are finite in both")
+    unknown = answers.error_unknown
     ratios = (answers.errors and answers.errors.ratio, latency_ratio(latency, limits))
     return HeadToHead(
         version,
         f"{data.count}{of} samples, {data.source}",
         tuple(ratio for ratio in ratios if ratio),
-        tuple(notes),
+        (f"localization error: {unknown}",) if unknown else (),
         answers.lost,
     )

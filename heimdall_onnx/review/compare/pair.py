@@ -10,20 +10,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field
 
 from heimdall_onnx.archive.content import fetch_evaluation_data
 from heimdall_onnx.archive.find import find_release
-from heimdall_onnx.archive.manifest import Manifest
-from heimdall_onnx.archive.record import Record
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import require_verified, verify_release
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.logs import configure_logs, get_logger
 from heimdall_onnx.common.parameters import BUCKET, FP32, PREFIX, REFERENCE_FOLDER, Parameters
 from heimdall_onnx.common.text import shown
+from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData, is_dataset, load_evaluation_data
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.report.workspace import new_run_folder
@@ -37,22 +36,23 @@ from heimdall_onnx.review.compare.answers import (
     shared_signature,
 )
 from heimdall_onnx.review.compare.comparison import (
-    ComparedRelease,
     RecordedParity,
     ReleaseComparison,
+    VerifiedRelease,
 )
 from heimdall_onnx.review.compare.gates import Limits, pair_gates
 from heimdall_onnx.review.reproduce.figures import Difference, Figure, environment_differences
 from heimdall_onnx.services.connection import open_for_reading
 
 if TYPE_CHECKING:
-    from heimdall_onnx.common.verdict import NotMeasured
     from heimdall_onnx.data.dataset.dataset import Dataset
     from heimdall_onnx.evidence.latency.benchmark import PairLatency
     from heimdall_onnx.services.connection import Connection
     from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
+
+_Side = TypeVar("_Side", Release, VerifiedRelease)
 
 COMPARISON_RECORD = "comparison"
 INPUTS = "inputs"
@@ -72,25 +72,6 @@ class ComparisonParameters(Parameters):
     calls: int = Field(200, ge=12, le=1_000_000)
     seed: int = Field(0, ge=0)
     output_dir: str = ""
-
-
-@dataclass(frozen=True)
-class VerifiedRelease:
-    """A release that verifies, with its model on this machine.
-
-    Attributes:
-        facts: What identifies it.
-        manifest: Its manifest.
-        model: Its ONNX file.
-        signature: What it takes and gives.
-        record: What its notebook has recorded.
-    """
-
-    facts: ComparedRelease
-    manifest: Manifest = field(repr=False)
-    model: Path
-    signature: Signature = field(repr=False)
-    record: Record = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -114,11 +95,6 @@ class Pair:
     verify_data: bool
 
     @property
-    def newer(self) -> VerifiedRelease:
-        """Whichever was released later; B of two of one second."""
-        return self.a if self.a.facts.version > self.b.facts.version else self.b
-
-    @property
     def sides(self) -> tuple[VerifiedRelease, VerifiedRelease]:
         """A and B."""
         return self.a, self.b
@@ -134,7 +110,7 @@ class Pair:
         return data.spread(MOST_SAMPLES)
 
 
-def newer_of(a: Release, b: Release) -> Release:
+def newer_of(a: _Side, b: _Side) -> _Side:
     """Whichever was released later; B of two of one second."""
     return a if a.manifest.version > b.manifest.version else b
 
@@ -199,7 +175,7 @@ def open_pair(parameters: ComparisonParameters, settings: Settings) -> Pair:
         _open(who, one, folder, content=one is newer and not parameters.eval_data)
         for who, one in zip((A, B), releases, strict=True)
     )
-    signature, alone = shared_signature(a.signature, b.signature)
+    signature, alone = shared_signature(*(one.manifest.said.model.signature for one in (a, b)))
     if parameters.eval_data:
         data: Path | str | Dataset | None = _given(parameters.eval_data)
     else:
@@ -221,20 +197,7 @@ def _open(who: str, release: Release, folder: Path, *, content: bool) -> Verifie
     require_verified(findings, f"{who}, {release.uri},")
     manifest, cache = release.manifest, release.connection.settings.home / "models"
     path, _ = release.fetch_model(manifest.variant(FP32), cache)
-    facts = ComparedRelease(
-        who,
-        manifest.uri,
-        manifest.version,
-        manifest.model_name,
-        manifest.model_version,
-        manifest.verdict,
-        manifest.said.created.isoformat(),
-        manifest.sha256,
-        manifest.model.sha256,
-        manifest.model.size,
-        len(findings),
-    )
-    return VerifiedRelease(facts, manifest, path, manifest.said.model.signature, release.record)
+    return VerifiedRelease(who, manifest, release.record, path, len(findings))
 
 
 def compare_pair(pair: Pair, data: EvaluationData) -> Answers:
@@ -246,12 +209,13 @@ def time_pair(
     pair: Pair, data: EvaluationData, parameters: ComparisonParameters
 ) -> PairLatency | NotMeasured:
     """How long both models take; raises as `measure_both` does."""
+    if not parameters.measure_latency:
+        return NotMeasured("the parameter measure_latency is False")
     return measure_both(
         pair.a.model,
         pair.b.model,
         data,
         pair.signature,
-        measure=parameters.measure_latency,
         calls=parameters.calls,
         seed=parameters.seed,
     )
@@ -260,8 +224,8 @@ def time_pair(
 def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -> ReleaseComparison:
     """All of it together, with what the two releases record of themselves."""
     found = ReleaseComparison(
-        a=pair.a.facts,
-        b=pair.b.facts,
+        a=pair.a,
+        b=pair.b,
         answers=answers,
         latency=latency,
         gates=pair_gates(*(one.record.gates for one in pair.sides)),
@@ -270,7 +234,8 @@ def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -
         environment=environment_differences(*(one.record for one in pair.sides)),
         limits=Limits(),
     )
-    log.info("compared", a=pair.a.facts.uri, b=pair.b.facts.uri, sentence=found.sentence)
+    a, b = (one.manifest.uri for one in pair.sides)
+    log.info("compared", a=a, b=b, sentence=found.sentence)
     return found
 
 
@@ -317,4 +282,6 @@ def record_comparison(found: ReleaseComparison) -> None:
     """Keep the comparison in the running notebook, for the process that judges it from outside."""
     import scrapbook
 
-    scrapbook.glue(COMPARISON_RECORD, found.to_dict(), encoder="json")
+    # nbformat sorts the keys of mappings.
+    record = {"figures": found.to_dict(), "facts": list(found.facts.items())}
+    scrapbook.glue(COMPARISON_RECORD, record, encoder="json")

@@ -40,14 +40,19 @@ from heimdall_onnx.report.plot.positions import (
     draw_lines,
     draw_places,
 )
-from heimdall_onnx.review.compare.answers import A, Answers, B, Displacement
+from heimdall_onnx.review.compare.answers import A, Answers, B
 from heimdall_onnx.review.compare.comparison import RecordedParity
-from heimdall_onnx.review.compare.words import most_changed, ratio_words
+from heimdall_onnx.review.compare.words import (
+    error_words,
+    most_changed,
+    moved_words,
+    output_words,
+    sentence_of,
+)
 
 _MAPPED = 60  # with the lines between them, more can't be read
 _OUTPUTS_SHOWN = 4
 _COLORS, _MARKERS, _LINES = (Color.A, Color.B), ("o", "X"), ("-", "--")
-_FEW = 100
 
 
 @styled
@@ -61,7 +66,7 @@ def position_changes(answers: Answers) -> Chart | None:
     moved = answers.displacement
     if moved is None or answers.positions is None:
         return None
-    title = _moved_answer(answers, moved)
+    title = sentence_of([moved_words(answers)])
     rows = np.flatnonzero(np.isfinite(moved.metres))
     subtitle = f"{name(answers.source, 60)}, {count_of(answers.samples, 'sample')}"
     alt = (
@@ -87,20 +92,6 @@ def position_changes(answers: Answers) -> Chart | None:
     return Chart(figure, title, alt)
 
 
-def _moved_answer(answers: Answers, moved: Displacement) -> str:
-    if math.isnan(moved.max_m):
-        return "No position is finite in A and B"
-    if moved.lost:
-        return f"{moved.lost:,} of {answers.samples:,} positions are NaN or Inf in A or B alone"
-    if moved.max_m == 0:
-        return f"No position moves: all {answers.samples:,} are equal in A and B"
-    most = f"B moves positions by at most {distance(moved.max_m)}"
-    if distance(moved.p99_m) == distance(moved.max_m):
-        half = f"by {distance(moved.p50_m)} or less" if moved.p50_m else "not at all"
-        return f"{most}, half of them {half}"
-    return f"{most}, 99% of them by at most {distance(moved.p99_m)}"
-
-
 def _draw_map(
     axes: Axes, both: Sequence[Floats], truth: Floats | None, origin: tuple[float, float]
 ) -> None:
@@ -118,7 +109,7 @@ def output_changes(answers: Answers) -> Chart:
     The cumulative share of elements by absolute difference, in the output's own unit, with the
     percentiles; of many outputs those that change most beside how far their values lie apart.
     """
-    title = _changes_answer(answers)
+    title = sentence_of([output_words(answers)])
     changed = {output.output for output in most_changed(answers)[:_OUTPUTS_SHOWN]}
     shown = [output for output in answers.outputs if output.output in changed]
     subtitle = f"{name(answers.source, 60)}, {count_of(answers.samples, 'sample')}"
@@ -136,26 +127,6 @@ def output_changes(answers: Answers) -> Chart:
     return Chart(figure, title, alt)
 
 
-def _changes_answer(answers: Answers) -> str:
-    most = most_changed(answers)[0]
-    where = f" in {name(most.output)}" if len(answers.outputs) > 1 else ""
-    if most.nonfinite_mismatches:
-        return (
-            f"{most.nonfinite_mismatches:,} of {most.count:,} values{where} are NaN or Inf in A or "
-            "B alone"
-        )
-    if math.isnan(most.maximum):
-        return "Nothing to compare: all values are NaN or Inf in A and B"
-    if not any(o.maximum for o in answers.outputs):
-        count = sum(o.count for o in answers.outputs)
-        return f"No output changes: all {count:,} values are equal in A and B"
-    largest = f"{number(most.maximum)}{after(most.unit)}"
-    if most.count < _FEW or number(most.p99) == number(most.maximum):
-        return f"The largest difference{where} is {largest}"
-    bulk = f"{number(most.p99)}{after(most.unit)}"
-    return f"99% of the differences{where} are at most {bulk}, the largest is {largest}"
-
-
 @styled
 def localization_errors(answers: Answers) -> Chart | None:
     """Which release is closer to the true positions?
@@ -167,15 +138,7 @@ def localization_errors(answers: Answers) -> Chart | None:
     if errors is None:
         return None
     medians = errors.medians_m
-    if errors.ratio is not None:
-        told = f"B's median error is {ratio_words(errors.ratio)} that of A"
-        clear = not errors.ratio.low <= 1 <= errors.ratio.high
-        title = told if clear else f"No clear difference in error: {told}"
-    else:
-        title = (
-            "The errors have no ratio, since some answers are NaN or Inf, or there is one sample"
-        )
-    title += f"; medians {distance(medians[0])} (A) and {distance(medians[1])} (B)"
+    title = sentence_of(error_words(errors))
     subtitle = (
         f"{name(answers.source, 60)}, {count_of(answers.samples, 'labelled sample')} · 95% interval"
         " of the ratio by a paired bootstrap · marked: medians"

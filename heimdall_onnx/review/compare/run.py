@@ -23,7 +23,6 @@ from heimdall_onnx.archive.verify import COMPARISON_TAG
 from heimdall_onnx.common.errors import ParameterError, SettingsError, VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
-from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.report.kernels import started_kernel
 from heimdall_onnx.report.notebook import (
     error_of,
@@ -41,14 +40,12 @@ from heimdall_onnx.review.compare.pair import (
     find_pair,
     newer_of,
 )
-from heimdall_onnx.review.compare.words import ratio_words
 from heimdall_onnx.services.connection import open_for_reading
 from heimdall_onnx.services.settings import Settings
 
 log = get_logger(__name__)
 
 NOTEBOOK = "compare"
-_RATIO = ("ratio", "low", "high", "limit")
 
 
 @dataclass(frozen=True)
@@ -145,21 +142,22 @@ def compare_releases(
     if judgement.problem:
         error = error_of(judgement)
         raise type(error)(f"{error}\nthe notebook, as far as it came: {folder / REPORT}")
-    figures = scrap_in((folder / REPORT).read_bytes(), COMPARISON_RECORD, REPORT)
+    record = scrap_in((folder / REPORT).read_bytes(), COMPARISON_RECORD, REPORT)
+    figures = record["figures"]
     _require_same(figures, releases)
     versions = " and ".join(release.manifest.version for release in releases)
     put_verdict_first(
         folder / REPORT,
         passed=not figures["worse"],
         title=figures["sentence"],
-        facts=_facts(figures),
+        facts=dict(record["facts"]),
     )
     html = render_html(folder / REPORT, f"comparison of {versions}")
     stored: dict[str, str] = {}
     if store:
-        a, b = releases
-        newer = newer_of(a, b)
-        stored = store_comparison(newer, b if newer is a else a, folder)
+        newer = newer_of(*releases)
+        (other,) = (one for one in releases if one is not newer)
+        stored = store_comparison(newer, other, folder)
     return ComparisonResult(
         sentence=figures["sentence"],
         worse=tuple(figures["worse"]),
@@ -208,37 +206,6 @@ def _require_same(figures: dict[str, Any], releases: tuple[Release, Release]) ->
                 f"{manifest.uri} was changed while it was compared: expected a manifest with "
                 f"SHA-256 {manifest.sha256}, found {found}"
             )
-
-
-def _facts(figures: dict[str, Any]) -> dict[str, str]:
-    """What a reviewer must see at once."""
-    limits = figures["limits"]
-    sides = {
-        who: f"{figures[key]['uri']}, {figures[key]['model_name']} version "
-        f"{figures[key]['model_version']}, {figures[key]['verdict']}"
-        for who, key in (("A", "a"), ("B", "b"))
-    }
-    allowed = (
-        f"latency by {limits['slowdown']:.0%}, median localization error by "
-        f"{limits['error_growth']:.0%}, each by the whole of its interval; no lost gate, and no "
-        "value that is NaN or Inf in one of them"
-    )
-    return {
-        **sides,
-        "evaluation data": f"{figures['samples']:,} samples, {figures['evaluation_data']}",
-        "latency of B over A": _latency_fact(figures),
-        "B is worse in": "; ".join(figures["worse"]) or "nothing that was judged",
-        **({"not judged": "; ".join(missing)} if (missing := figures["not_judged"]) else {}),
-        "PASS allows": f"that B is worse: {allowed}",
-    }
-
-
-def _latency_fact(figures: dict[str, Any]) -> str:
-    measured = figures["latency"]
-    if measured is None:
-        return f"not measured: {figures['latency_not_measured']}"
-    text = ratio_words(Ratio("latency", **{k: measured["ratio"][k] for k in _RATIO}))
-    return "; ".join(filter(None, (text, measured["unsteady"])))
 
 
 def store_comparison(newer: Release, other: Release, folder: Path) -> dict[str, str]:

@@ -10,9 +10,9 @@ from heimdall_onnx.common.text import DEGREES, count_of, distance, escape_markdo
 from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.report.tables.table import table
 from heimdall_onnx.review.compare.answers import Answers
-from heimdall_onnx.review.compare.comparison import ReleaseComparison
+from heimdall_onnx.review.compare.comparison import ReleaseComparison, VerifiedRelease
 from heimdall_onnx.review.compare.gates import GatePair
-from heimdall_onnx.review.compare.pair import Pair, VerifiedRelease
+from heimdall_onnx.review.compare.pair import Pair, newer_of
 from heimdall_onnx.review.compare.words import ratio_words
 from heimdall_onnx.review.reproduce.figures import Difference, Figure
 
@@ -22,27 +22,27 @@ _LONGEST = 120
 
 def releases_table(pair: Pair) -> Markdown:
     """Which two releases these are, and that they verify."""
-    newer = pair.newer
+    newer = newer_of(*pair.sides)
     return table(
         (
             "release",
-            *(f"{one.facts.who}{', the newer' if one is newer else ''}" for one in pair.sides),
+            *(f"{one.who}{', the newer' if one is newer else ''}" for one in pair.sides),
         ),
         [(label, a, b) for (label, a), (_, b) in zip(*map(_identity, pair.sides), strict=True)],
     )
 
 
 def _identity(one: VerifiedRelease) -> Iterator[tuple[str, str]]:
-    facts, manifest = one.facts, one.manifest
-    yield "address", facts.uri
-    yield "registered as", f"{facts.model_name} version {facts.model_version}"
-    yield "verdict when it was released", facts.verdict
-    yield "released", shown(facts.created)
-    yield "model, SHA-256", facts.model_sha256
-    yield "size of the model", f"{facts.model_bytes / 1e6:,.2f} MB"
+    manifest = one.manifest
+    yield "address", manifest.uri
+    yield "registered as", f"{manifest.model_name} version {manifest.model_version}"
+    yield "verdict when it was released", manifest.verdict
+    yield "released", manifest.said.created.isoformat()
+    yield "model, SHA-256", manifest.model.sha256
+    yield "size of the model", f"{manifest.model.size / 1e6:,.2f} MB"
     yield "recommended variant", f"{manifest.recommended}; here fp32 is compared"
     yield "signed", "yes" if manifest.signature else "no"
-    yield "verified", f"all {count_of(facts.checks, 'check')} hold"
+    yield "verified", f"all {count_of(one.checks, 'check')} hold"
 
 
 def changes_table(answers: Answers) -> Markdown:
@@ -84,9 +84,7 @@ def errors_table(answers: Answers) -> Markdown:
     """How far both models are from the truth, with the ratio of their medians."""
     errors = answers.errors
     if errors is None:
-        missing = "true positions are not known" if answers.positions else "there are no positions"
-        return Markdown(f"Localization errors can't be compared: {missing}.")
-    ratio = "not known: fewer than two samples are finite in both"
+        return Markdown(f"Localization errors can't be compared: {answers.error_unknown}.")
     return table(
         (f"{answers.samples:,} labelled samples", "A", "B"),
         [
@@ -95,7 +93,9 @@ def errors_table(answers: Answers) -> Markdown:
             (
                 "median beside A's (paired 95% interval)",
                 "1",
-                ratio_words(errors.ratio) if errors.ratio else ratio,
+                ratio_words(errors.ratio)
+                if errors.ratio
+                else f"not known: {answers.error_unknown}",
             ),
             ("left out of that: NaN or Inf in A or B", "", count_of(errors.left_out, "sample")),
         ],

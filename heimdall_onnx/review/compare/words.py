@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from heimdall_onnx.common.text import after, count_of, distance, name, number
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
@@ -13,6 +13,12 @@ from heimdall_onnx.review.compare.gates import GatePair
 
 # With fewer samples the 99th percentile is the largest by another name.
 _SAMPLES_FOR_P99 = 100
+
+
+def sentence_of(parts: Iterable[str]) -> str:
+    """These parts as one sentence, without a full stop."""
+    text = ", ".join(filter(None, parts))
+    return text[0].upper() + text[1:]
 
 
 def ratio_words(ratio: Ratio) -> str:
@@ -30,20 +36,19 @@ def _clear(ratio: Ratio) -> bool:
     return not ratio.low <= 1 <= ratio.high
 
 
-def speed_words(ratio: Ratio | None) -> Iterator[str]:
+def speed_words(ratio: Ratio | None) -> str:
     """How the two compare in latency, in words."""
     if ratio is None:
-        yield "latency was not compared"
-    elif not _clear(ratio):
-        yield (
+        return "latency was not compared"
+    if not _clear(ratio):
+        return (
             "no clear difference in speed (B takes "
             f"{_near_one(ratio.low, 2)} to {_near_one(ratio.high, 2)} times as long)"
         )
-    elif ratio.ratio > 1:
-        yield f"B is {_growth(ratio.ratio, ratio.low, ratio.high, 'slower')}"
-    else:
-        # Twice as fast is 100% faster, as twice as slow is 100% slower.
-        yield f"B is {_growth(1 / ratio.ratio, 1 / ratio.high, 1 / ratio.low, 'faster')}"
+    if ratio.ratio > 1:
+        return f"B is {_growth(ratio.ratio, ratio.low, ratio.high, 'slower')}"
+    # Twice as fast is 100% faster, as twice as slow is 100% slower.
+    return f"B is {_growth(1 / ratio.ratio, 1 / ratio.high, 1 / ratio.low, 'faster')}"
 
 
 def _growth(ratio: float, low: float, high: float, word: str) -> str:
@@ -54,8 +59,11 @@ def _growth(ratio: float, low: float, high: float, word: str) -> str:
     return f"{growth}% {word} ({least} to {most})"
 
 
-def error_words(errors: LocalizationErrors) -> Iterator[str]:
+def error_words(errors: LocalizationErrors | None) -> Iterator[str]:
     """How the two compare in localization error, in words."""
+    if errors is None:
+        yield "localization error was not compared"
+        return
     ratio = errors.ratio
     a, b = errors.medians_m
     if ratio is None:
@@ -79,7 +87,7 @@ def moved_words(answers: Answers) -> str:
     """How far the answers lie apart, in words."""
     moved = answers.displacement
     if moved is None:
-        return _output_words(answers)
+        return output_words(answers)
     if moved.lost:
         return f"{moved.lost:,} of {answers.samples:,} positions are NaN or Inf in one of them"
     if math.isnan(moved.max_m):
@@ -104,7 +112,8 @@ def most_changed(answers: Answers) -> list[ErrorStatistics]:
     return [answers.outputs[index] for index in order]
 
 
-def _output_words(answers: Answers) -> str:
+def output_words(answers: Answers) -> str:
+    """How much the output changes that changes most, in words."""
     most = most_changed(answers)[0]
     called, unit = f"the output {name(most.output)}", after(most.unit)
     if most.nonfinite_mismatches:
@@ -112,6 +121,8 @@ def _output_words(answers: Answers) -> str:
             f"{most.nonfinite_mismatches:,} of {most.count:,} values of {called} are NaN or Inf in "
             "one of them"
         )
+    if math.isnan(most.maximum):
+        return f"no value of {called} is finite in both"
     if not any(output.maximum for output in answers.outputs):
         return "no output changes"
     several = "most, " if len(answers.outputs) > 1 else ""

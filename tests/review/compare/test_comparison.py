@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import records
 from pydantic import TypeAdapter
 from quick_release import SIGNATURE, make_model
 
+from heimdall_onnx.archive.manifest import parse_manifest
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.common.verdict import Gate, NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
@@ -29,9 +31,8 @@ from heimdall_onnx.review.compare.answers import (
     measure_both,
     shared_signature,
 )
-from heimdall_onnx.review.compare.comparison import ComparedRelease, ReleaseComparison
+from heimdall_onnx.review.compare.comparison import ReleaseComparison, VerifiedRelease
 from heimdall_onnx.review.compare.gates import GatePair, Limits, pair_gates
-from heimdall_onnx.review.compare.run import _facts
 from heimdall_onnx.review.compare.tables import conclusion
 from heimdall_onnx.review.compare.words import ratio_words
 from heimdall_onnx.review.reproduce.figures import Difference
@@ -64,7 +65,13 @@ def compare(models, data):
     return run
 
 
-SIDE = ComparedRelease("A", "s3://b/p/v1", "v1", "net", "1", "pass", "", "a" * 64, "b" * 64, 10, 9)
+def side(who: str, verdict: str = "pass") -> VerifiedRelease:
+    model = {"key": "p/v1/model.onnx", "size": 10, "sha256": "b" * 64}
+    said = json.dumps(records.manifest_json(objects=[model], verdict=verdict)).encode()
+    manifest = parse_manifest(said, "s3://b/p/v1")
+    return VerifiedRelease(who, manifest, records.record(), Path("model.onnx"), 9)
+
+
 GATE = Gate.at_most("mean absolute error", 1e-5, 1e-6)
 
 
@@ -83,8 +90,8 @@ def latency(ratio: float, low: float, high: float, calls=(2.0,) * 6) -> PairLate
 
 def comparison(answers, **changes) -> ReleaseComparison:
     given = {
-        "a": SIDE,
-        "b": replace(SIDE, who="B"),
+        "a": side("A"),
+        "b": side("B"),
         "answers": answers,
         "latency": NotMeasured("not asked for"),
         "gates": pair_gates([GATE], [GATE]),
@@ -300,9 +307,7 @@ def test_everything_is_json(compare):
     assert told["gates"][0]["change"] == ""
 
 
-def test_latency_is_left_out_on_request_and_measured_in_turns(models, data):
-    left_out = measure_both(models["one"], models["two"], data, SIGNATURE, measure=False)
-    assert isinstance(left_out, NotMeasured)
+def test_latency_is_measured_in_turns(models, data):
     path = models["one"].with_name("slow.onnx")
     onnx.save(make_model(0.01, products=40), path)
     found = measure_both(models["one"], path, data, SIGNATURE, calls=60)
@@ -332,9 +337,9 @@ def test_sample_that_is_lost_in_both_leaves_the_others_compared(compare, data):
     ],
 )
 def test_release_that_is_not_promoted_for_its_verdict_is_worse(compare, verdict, words):
-    found = comparison(compare("one", "one"), b=replace(SIDE, who="B", verdict=verdict))
+    found = comparison(compare("one", "one"), b=side("B", verdict))
     assert found.worse == (words,)
-    assert comparison(compare("one", "one"), a=replace(SIDE, verdict=verdict)).worse == ()
+    assert comparison(compare("one", "one"), a=side("A", verdict)).worse == ()
 
 
 def test_what_is_not_judged_is_named(compare):
@@ -347,13 +352,13 @@ def test_what_is_not_judged_is_named(compare):
     said = conclusion(found).data
     assert "Not judged: latency" in said
     assert "localization error was not compared" in found.sentence
-    facts = _facts(found.to_dict())
+    facts = found.facts
     assert facts["not judged"] == "; ".join(found.not_judged)
     assert facts["B is worse in"] == "nothing that was judged"
     whole = comparison(compare("one", "one"), latency=latency(1.0, 0.9, 1.1))
     assert whole.not_judged == ()
     assert "Not judged" not in conclusion(whole).data
-    assert "not judged" not in _facts(whole.to_dict())
+    assert "not judged" not in whole.facts
 
 
 def test_machine_that_was_not_steady_is_said_with_the_speed(compare):
@@ -361,7 +366,7 @@ def test_machine_that_was_not_steady_is_said_with_the_speed(compare):
     drifting = latency(0.5, 0.4, 0.6, calls=np.arange(2.0, 8.0))
     for found in (steady, drifting):
         measured = comparison(compare("one", "one"), latency=found)
-        told = (measured.sentence, _facts(measured.to_dict())["latency of B over A"])
+        told = (measured.sentence, measured.facts["latency of B over A"])
         assert [("not steady" in text) for text in told] == [found is drifting] * 2
         timed = TypeAdapter(PairFigures).dump_python(found, mode="json")
         record = records.record(latency={"contenders": timed["contenders"]})

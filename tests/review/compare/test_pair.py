@@ -1,7 +1,6 @@
 """Two releases are found by any of their addresses, and none is run that does not verify."""
 
 import json
-from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -24,6 +23,7 @@ from heimdall_onnx.review.compare.pair import (
     ComparisonParameters,
     compare_pair,
     conclude,
+    newer_of,
     open_pair,
     prepare,
     recorded_parity,
@@ -104,9 +104,9 @@ def test_every_form_of_an_address_finds_the_same_two(opened, releases):
         ("net/1", "models:/net/2"),
     ):
         pair = opened(a, b)
-        assert (pair.a.facts.uri, pair.b.facts.uri) == (old.uri, new.uri)
-    assert pair.newer is pair.b
-    assert opened(new, old).newer.facts.uri == new.uri
+        assert (pair.a.manifest.uri, pair.b.manifest.uri) == (old.uri, new.uri)
+    assert newer_of(pair.a, pair.b) is pair.b
+    assert newer_of(*opened(new, old).sides).manifest.uri == new.uri
 
 
 def test_what_is_compared_is_what_the_releases_say(opened, releases):
@@ -114,6 +114,8 @@ def test_what_is_compared_is_what_the_releases_say(opened, releases):
     data = pair.load_data()
     answers = compare_pair(pair, data)
     found = conclude(pair, answers, time_pair(pair, data, ComparisonParameters(calls=12)))
+    left_out = time_pair(pair, data, ComparisonParameters(measure_latency=False))
+    assert isinstance(left_out, NotMeasured)
     assert found.answers.errors.ratio.ratio == pytest.approx(2, rel=1e-3)
     assert found.latency.first.samples_ms.size >= 12
     assert [gate.change for gate in found.gates] == ["", "fails now"]
@@ -256,7 +258,7 @@ def test_release_on_synthetic_inputs_is_compared_on_such(opened, factory, releas
     assert data.synthetic
     assert compare_pair(pair, data).errors is None
     # The newer release's data count, on whichever side it is.
-    assert replace(pair, a=pair.b, b=pair.a).newer is pair.b
+    assert newer_of(pair.b, pair.a) is pair.b
 
 
 def test_releases_must_be_named(settings):
