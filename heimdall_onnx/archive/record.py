@@ -8,12 +8,12 @@ numbers that JSON has no form for, NaN and Inf, are text in the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from heimdall_onnx.archive.manifest import (
     SCHEMA_VERSION,
@@ -293,7 +293,7 @@ def record_in(notebook: bytes, where: str) -> Record | None:
     Raises:
         VerificationError: If they can't be read, or what is there is no record of this version.
     """
-    found = scrap_in(notebook, RECORD, where)
+    found = read_executed(notebook, where).scrap(RECORD)
     return None if found is None else parse_record(found, where)
 
 
@@ -324,38 +324,69 @@ def parse_record(found: object, where: str) -> Record:
         ) from error
 
 
-class _Output(BaseModel):
+class CellOutput(BaseModel):
+    """What is relied on of an output of a cell."""
+
+    output_type: str = ""
     data: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
+    ename: str = ""
+    evalue: str = ""
 
 
-class _Cell(BaseModel):
-    outputs: list[_Output] = []
+def _joined(lines: object) -> object:
+    """A notebook's file has text line by line."""
+    return "".join(map(str, lines)) if isinstance(lines, list) else lines
 
 
-class _Notebook(BaseModel):
-    cells: list[_Cell] = []
+class NotebookCell(BaseModel):
+    """What is relied on of a cell."""
+
+    id: str = ""
+    cell_type: str = ""
+    source: Annotated[str, BeforeValidator(_joined)] = ""
+    execution_count: int | None = None
+    outputs: list[CellOutput] = []
 
 
-def scrap_in(notebook: bytes, name: str, where: str) -> Any:
-    """What the bytes of an executed notebook keep under a name; None if there is nothing.
+class ExecutedNotebook(BaseModel):
+    """An executed notebook. nbformat's own validation of one takes as long as reading ten so."""
+
+    cells: list[NotebookCell] = []
+    metadata: dict[str, Any] = {}
+
+    @property
+    def code(self) -> list[NotebookCell]:
+        """The code cells that aren't empty."""
+        return [cell for cell in self.cells if cell.cell_type == "code" and cell.source.strip()]
+
+    def scrap(self, name: str) -> Any:
+        """What it keeps under a name; None if there is nothing."""
+        kept = (
+            output.data.get("application/scrapbook.scrap.json+json")
+            for cell in self.cells
+            for output in cell.outputs
+        )
+        found = [s for s in kept if isinstance(s, dict) and s.get("name") == name]
+        return found[-1].get("data") if found else None
+
+
+def read_executed(notebook: bytes, where: str) -> ExecutedNotebook:
+    """Read the bytes of an executed notebook; nothing about them is taken for granted.
+
+    Args:
+        notebook: The bytes.
+        where: Where they were found, for messages.
 
     Raises:
         VerificationError: If they can't be read.
     """
     try:
-        cells = _Notebook.model_validate_json(notebook).cells
+        return ExecutedNotebook.model_validate_json(notebook)
     except ValidationError as error:
         raise VerificationError(
             f"{where} is no executed notebook that can be read: {describe_problems(error)}"
         ) from error
-    return scrap_of((output.data for cell in cells for output in cell.outputs), name)
-
-
-def scrap_of(outputs: Iterable[Mapping[str, Any]], name: str) -> Any:
-    """What the outputs of a notebook's cells keep under a name; None if there is nothing."""
-    scraps = (data.get("application/scrapbook.scrap.json+json") for data in outputs)
-    found = [s for s in scraps if isinstance(s, dict) and s.get("name") == name]
-    return found[-1].get("data") if found else None
 
 
 def read_notebook(path: Path) -> NotebookNode:

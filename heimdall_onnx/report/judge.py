@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from heimdall_onnx.archive.record import RECORD, Record, parse_record, read_notebook, scrap_of
+from heimdall_onnx.archive.record import (
+    RECORD,
+    ExecutedNotebook,
+    NotebookCell,
+    Record,
+    parse_record,
+    read_executed,
+)
 from heimdall_onnx.common.errors import VerificationError
 from heimdall_onnx.common.verdict import Verdict
 
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
 NO_CELL = "no cell"
 
 
@@ -44,7 +48,12 @@ class Judgement:
 
 
 def judge_notebook(path: Path, record: str = RECORD) -> Judgement:
-    """Judge an executed notebook from its file alone.
+    """Judge an executed notebook from its file alone, as `judge`."""
+    return judge(_read(path), path.name, record)
+
+
+def judge(notebook: ExecutedNotebook, where: str, record: str = RECORD) -> Judgement:
+    """Judge what an executed notebook says of its run.
 
     papermill marks every cell of a dead kernel ``completed`` and takes ``sys.exit(0)`` for
     success, so neither its status nor its return is believed: each code cell must have been
@@ -52,32 +61,20 @@ def judge_notebook(path: Path, record: str = RECORD) -> Judgement:
     holds its gates.
 
     Args:
-        path: The notebook.
+        notebook: The notebook.
+        where: Where it was found, for messages.
         record: What it calls its record, of which that of a release is read; empty if it keeps
             none.
     """
-    cells, found, missing = _code_cells(path), None, ""
-    kept = scrap_of((o.get("data", {}) for cell in cells for o in cell.outputs), record)
+    cells, found, missing = notebook.code, None, ""
+    kept = notebook.scrap(record)
     if kept is None and record:
         missing = f"the notebook recorded no {'gates' if record == RECORD else record}"
     elif record == RECORD:
         try:
-            found = parse_record(kept, path.name)
+            found = parse_record(kept, where)
         except VerificationError as error:
             missing = str(error)
-    return judge_cells(cells, found, missing)
-
-
-def judge_cells(
-    cells: Sequence[NotebookNode], found: Record | None, missing: str = ""
-) -> Judgement:
-    """Judge the code cells of an executed notebook that is read already, as `judge_notebook`.
-
-    Args:
-        cells: Code cells that aren't empty, as nbformat gives them.
-        found: What the notebook of a release recorded.
-        missing: Why that is not there; empty if it is.
-    """
     for number, cell in enumerate(cells, start=1):
         error = next((o for o in cell.outputs if o.output_type == "error"), None)
         where = _where(number, cells)
@@ -98,15 +95,15 @@ def judge_cells(
 
 def last_started(path: Path) -> str:
     """The last code cell of an executed notebook that began to run, in words, or `NO_CELL`."""
-    cells = _code_cells(path)
+    cells = _read(path).code
     started = [n for n, cell in enumerate(cells, start=1) if cell.execution_count is not None]
     return _where(started[-1], cells) if started else NO_CELL
 
 
-def _code_cells(path: Path) -> list[NotebookNode]:
-    return [c for c in read_notebook(path).cells if c.cell_type == "code" and c.source.strip()]
+def _read(path: Path) -> ExecutedNotebook:
+    return read_executed(path.read_bytes(), path.name)
 
 
-def _where(number: int, cells: Sequence[NotebookNode]) -> str:
+def _where(number: int, cells: Sequence[NotebookCell]) -> str:
     first_line = cells[number - 1].source.strip().splitlines()[0]
     return f"code cell {number} of {len(cells)} ({first_line!r})"

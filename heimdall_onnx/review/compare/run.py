@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from heimdall_onnx.archive.manifest import COMPARISONS, REPORT, REPORT_HTML
-from heimdall_onnx.archive.record import scrap_in
+from heimdall_onnx.archive.record import read_executed
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import COMPARISON_TAG
 from heimdall_onnx.common.errors import ParameterError, SettingsError, VerificationError
@@ -142,7 +142,7 @@ def compare_releases(
     if judgement.problem:
         error = error_of(judgement)
         raise type(error)(f"{error}\nthe notebook, as far as it came: {folder / REPORT}")
-    record = scrap_in((folder / REPORT).read_bytes(), COMPARISON_RECORD, REPORT)
+    record = read_executed((folder / REPORT).read_bytes(), REPORT).scrap(COMPARISON_RECORD)
     figures = record["figures"]
     _require_same(figures, releases)
     versions = " and ".join(release.manifest.version for release in releases)

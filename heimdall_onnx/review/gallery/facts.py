@@ -9,17 +9,16 @@ from __future__ import annotations
 import base64
 import io
 import math
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heimdall_onnx.archive.manifest import REPORT, Manifest
-from heimdall_onnx.archive.record import RECORD, Record, parse_record, scrap_of
+from heimdall_onnx.archive.record import ExecutedNotebook, Record, read_executed
 from heimdall_onnx.common.errors import VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
-from heimdall_onnx.report.judge import judge_cells
+from heimdall_onnx.report.judge import Judgement, judge
 
 log = get_logger(__name__)
 
@@ -146,31 +145,35 @@ def read_failed(version: str, report: bytes) -> Facts:
         version: Its folder's name.
         report: The executed notebook.
     """
-    notebook = _read_notebook(report)
-    if notebook is None:
+    try:
+        notebook = read_executed(report, REPORT)
+        given = _Papermill.model_validate(notebook.metadata.get("papermill", {})).parameters
+    except (VerificationError, ValidationError):
         return Facts(version=version, state="broken", problem="its report can't be read")
-    given = notebook.metadata.papermill.parameters
+    judged = judge(notebook, REPORT)
     facts = Facts(
         version=version,
         state="fail",
         smoke=given.profile == "smoke",
         model_name=shown(given.name),
         checkpoint=shown(given.checkpoint.rpartition("/")[2]),
-        problem=shown(notebook.problem(), 300),
+        problem=shown(_problem(judged), 300),
     )
-    return _with_measured(facts, notebook)
+    return _with_measured(facts, notebook, judged.record)
 
 
 def with_measured(facts: Facts, report: bytes) -> Facts:
     """The facts with what a report has measured, as far as that can be read."""
-    notebook = _read_notebook(report)
-    return facts if notebook is None else _with_measured(facts, notebook)
+    try:
+        notebook = read_executed(report, REPORT)
+    except VerificationError:
+        return facts
+    return _with_measured(facts, notebook, judge(notebook, REPORT).record)
 
 
-def _with_measured(facts: Facts, notebook: _Notebook) -> Facts:
-    record = notebook.record
+def _with_measured(facts: Facts, notebook: ExecutedNotebook, record: Record | None) -> Facts:
     if record is None:
-        return facts.model_copy(update={"thumbnail": notebook.thumbnail()})
+        return facts.model_copy(update={"thumbnail": _thumbnail(notebook)})
     outputs = record.parity.cells[0].outputs if record.parity.cells else ()
     tolerance = max(record.parity.tolerance, 0.0) or math.nan
     return facts.model_copy(
@@ -179,7 +182,7 @@ def _with_measured(facts: Facts, notebook: _Notebook) -> Facts:
             "mean_error": max((_far(one.mean / tolerance) for one in outputs), default=None),
             "max_error": max((_far(one.excess) for one in outputs), default=None),
             "median_error_m": record.metrics.get("error_onnx_median_m"),
-            "thumbnail": notebook.thumbnail(),
+            "thumbnail": _thumbnail(notebook),
         }
     )
 
@@ -200,30 +203,6 @@ def _far(error: float) -> float:
     return error if error >= 0 else math.inf
 
 
-# What is relied on of an executed notebook.
-
-
-class _CellOutput(Frozen):
-    output_type: str = ""
-    data: dict[str, Any] = {}
-    metadata: dict[str, Any] = {}
-    ename: str = ""
-    evalue: str = ""
-
-
-def _joined(lines: object) -> object:
-    """A notebook's file has text line by line."""
-    return "".join(map(str, lines)) if isinstance(lines, list) else lines
-
-
-class _NotebookCell(Frozen):
-    id: str = ""
-    cell_type: str = ""
-    source: Annotated[str, BeforeValidator(_joined)] = ""
-    execution_count: int | None = None
-    outputs: list[_CellOutput] = []
-
-
 class _Given(Frozen):
     name: str = ""
     profile: str = ""
@@ -234,60 +213,24 @@ class _Papermill(Frozen):
     parameters: _Given = _Given()
 
 
-class _Metadata(Frozen):
-    papermill: _Papermill = _Papermill()
+def _problem(judged: Judgement) -> str:
+    """Why a run failed, in words."""
+    if judged.verdict is not None and not judged.verdict.passed:
+        return judged.verdict.summary()
+    if not judged.problem:
+        return "the release was not completed"
+    return ": ".join(filter(None, (judged.problem, judged.error_message)))
 
 
-class _Notebook(Frozen):
-    """An executed notebook. nbformat's own validation of one takes as long as reading ten so."""
-
-    cells: list[_NotebookCell] = []
-    metadata: _Metadata = _Metadata()
-
-    @cached_property
-    def record(self) -> Record | None:
-        """What `archive.record.record_results` kept in it; None if none can be read."""
-        try:
-            return self._parsed()
-        except VerificationError as error:
-            log.warning("a record can't be read", reason=str(error))
-            return None
-
-    def _parsed(self) -> Record | None:
-        found = scrap_of((o.data for cell in self.cells for o in cell.outputs), RECORD)
-        return None if found is None else parse_record(found, REPORT)
-
-    def problem(self) -> str:
-        """Why it failed, in words."""
-        code = [c for c in self.cells if c.cell_type == "code" and c.source.strip()]
-        found, missing = None, "the notebook recorded no gates"
-        try:
-            found = self._parsed()
-        except VerificationError as error:
-            missing = str(error)
-        judged = judge_cells(code, found, "" if found else missing)
-        if judged.verdict is not None and not judged.verdict.passed:
-            return judged.verdict.summary()
-        if not judged.problem:
-            return "the release was not completed"
-        return ": ".join(filter(None, (judged.problem, judged.error_message)))
-
-    def thumbnail(self) -> Thumbnail | None:
-        """The figure of both models' outputs, small; None if there is none that can be read."""
-        outputs = (o for cell in self.cells if cell.id == PARITY_CELL for o in cell.outputs)
-        output = next((o for o in outputs if "image/png" in o.data), None)
-        if output is None:
-            return None
-        described = output.metadata.get("image/png")
-        alt = described.get("alt") if isinstance(described, dict) else None
-        return shrink(str(output.data["image/png"]), alt if isinstance(alt, str) else "")
-
-
-def _read_notebook(text: bytes) -> _Notebook | None:
-    try:
-        return _Notebook.model_validate_json(text)
-    except ValidationError:
+def _thumbnail(notebook: ExecutedNotebook) -> Thumbnail | None:
+    """The figure of both models' outputs, small; None if there is none that can be read."""
+    outputs = (o for cell in notebook.cells if cell.id == PARITY_CELL for o in cell.outputs)
+    output = next((o for o in outputs if "image/png" in o.data), None)
+    if output is None:
         return None
+    described = output.metadata.get("image/png")
+    alt = described.get("alt") if isinstance(described, dict) else None
+    return shrink(str(output.data["image/png"]), alt if isinstance(alt, str) else "")
 
 
 def shrink(png: str, alt: str) -> Thumbnail | None:
