@@ -12,14 +12,16 @@ import contextlib
 import hashlib
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from heimdall_onnx.common.errors import MissingObjectError, ParameterError
 from heimdall_onnx.common.parameters import NAME
 from heimdall_onnx.common.text import count_of, distance, number, shown
+from heimdall_onnx.review.gallery.facts import Facts
 from heimdall_onnx.review.gallery.rows import Row, collect_rows
 from heimdall_onnx.services.store import GALLERY, Bucket
 
@@ -34,42 +36,6 @@ _STATES = {
 # More curves than these say less than the table.
 _MOST_CURVES = 24
 _CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_MARGIN = 240, 44, 4
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A figure of a model over its releases, as the points of an SVG.
-
-    Attributes:
-        name: What it is.
-        title: The same with first, last, smallest and largest value, for who can't see it.
-        last: The last value.
-        line: Points of the line.
-        band: Points around the interval; empty for none.
-        end: The last point.
-    """
-
-    name: str
-    title: str
-    last: str
-    line: str
-    band: str
-    end: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class ModelCurves:
-    """A model's figures over its releases.
-
-    Attributes:
-        name: The registered model.
-        count: How many releases they are of.
-        curves: The figures.
-    """
-
-    name: str
-    count: int
-    curves: tuple[Curve, ...]
 
 
 @dataclass(frozen=True)
@@ -209,7 +175,7 @@ def render_page(rows: Sequence[Row], *, title: str, place: str, above: str | Non
         models=models,
         aliases=aliases,
         summary=summary(rows),
-        curves=list(model_curves(rows, models)),
+        curves=list(model_curves(rows)),
         count_of=count_of,
     )
     return page.encode()
@@ -245,24 +211,23 @@ def _size(count: float) -> str:
     return f"{number(count / 1e6)} MB"
 
 
-def model_curves(rows: Sequence[Row], models: Sequence[str]) -> Iterator[ModelCurves]:
+def model_curves(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """How each model's figures went over its releases; test runs and failed runs left out.
 
-    Those with the most releases, of which at least two were measured.
+    Those with the most releases, of which at least two were measured: name of the model, count of
+    its releases, and its curves.
     """
-    by_model: dict[str, list[Row]] = {name: [] for name in models}
+    by_model: dict[str, list[Facts]] = defaultdict(list)
     for row in reversed(rows):
         if row.facts.state == "pass" and row.facts.model_name:
-            by_model[row.facts.model_name].append(row)
+            by_model[row.facts.model_name].append(row.facts)
     most = sorted(by_model.items(), key=lambda item: (-len(item[1]), item[0]))[:_MOST_CURVES]
     for name, releases in sorted(most):
-        curves = tuple(_curves(releases))
-        if curves:
-            yield ModelCurves(name, len(releases), curves)
+        if curves := list(_curves(releases)):
+            yield {"name": name, "count": len(releases), "curves": curves}
 
 
-def _curves(releases: Sequence[Row]) -> Iterator[Curve]:
-    facts = [row.facts for row in releases]
+def _curves(facts: Sequence[Facts]) -> Iterator[dict[str, Any]]:
     speedups = [one.speedup for one in facts if one.speedup is not None]
     if len(speedups) > 1:
         yield _curve(
@@ -285,7 +250,8 @@ def _curve(
     values: Sequence[float],
     write: Callable[[float], str],
     interval: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> Curve:
+) -> dict[str, Any]:
+    """The points of an SVG, with the figure in words for who can't see it."""
     low, high = interval or (values, values)
     bottom, top = min(0.0, *low), max(high) or 1.0
 
@@ -306,7 +272,14 @@ def _curve(
         f"{name} over {count_of(len(values), 'release')}: first {first}, last {last}, "
         f"between {write(min(values))} and {write(max(values))}"
     )
-    return Curve(name, title, last, _written(line), _written(band), line[-1])
+    return {
+        "name": name,
+        "title": title,
+        "last": last,
+        "line": _written(line),
+        "band": _written(band),
+        "end": line[-1],
+    }
 
 
 def _written(points: Sequence[tuple[float, float]]) -> str:
