@@ -9,21 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
-from heimdall_onnx.common.parameters import MODEL
-from heimdall_onnx.common.text import (
-    count_of,
-    distance,
-    escape_markdown,
-    markdown_table,
-    name,
-    number,
-    shown,
-)
-from heimdall_onnx.services.store import MANIFEST, format_uri
+from heimdall_onnx.common.templates import render
+from heimdall_onnx.common.text import escape_markdown, name, shown
+from heimdall_onnx.services.store import format_uri
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.aliases import Move
@@ -34,6 +26,7 @@ if TYPE_CHECKING:
 MOST_CHARACTERS, _MOST_OF_RELEASE = 5_000, 4_000
 _DIGEST_CHARACTERS = 36
 _MOST_OUTPUTS = 4
+_TEMPLATE = Path(__file__).with_suffix(".md.j2")
 _REVIEWS = "\n\n#### Reviews\n\n"
 _OLDEST_REVIEW = re.compile(re.escape(_REVIEWS) + r"- .*\n(?=- )")
 
@@ -107,62 +100,13 @@ def describe_version(record: Record, manifest: Manifest, run: Mapping[str, Any])
         manifest: Of the release.
         run: Its MLflow run, as `MLflowTracker.get_run_info` describes it.
     """
-    model, verdict = f"models:/{manifest.model_name}/{manifest.model_version}", manifest.verdict
-    # MLflow's list of versions shows how it begins, as it is written.
-    facts = [escape_markdown(verdict.upper()), f"{count_of(len(record.gates), 'gate')} held"]
-    if (speedup := record.speedup) is not None:
-        facts.insert(1, f"speedup {speedup:.2f}×")
-    if "smoke" in verdict:
-        facts.append("a test run, not evidence")
-    load = f'`heimdall_onnx.load_model("{model}")` opens it if it verifies.'
-    for rows in (_rows(record, manifest.uri, run), _rows(record, manifest.uri, run, brief=True)):
-        # MLflow draws tables without any space between their columns.
-        lines = ((f"{what}&emsp;", found) for what, found in rows)
-        text = f"{', '.join(facts)}. {load}\n\n{markdown_table(('', ''), lines)}"
+    for brief in (False, True):
+        # In brief without those whose length others decide on.
+        values = {"record": record, "manifest": manifest, "run": run, "brief": brief}
+        text = render(_TEMPLATE, {"outside": _outside}, **values, most_outputs=_MOST_OUTPUTS)
         if len(text) <= _MOST_OF_RELEASE:
             break
     return text
-
-
-def _rows(
-    record: Record, folder_uri: str, run: Mapping[str, Any], *, brief: bool = False
-) -> Iterator[tuple[str, str]]:
-    """The facts; in brief without those whose length others decide on."""
-    artifacts = f"#/experiments/{run['experiment_id']}/runs/{run['run_id']}/artifacts/report"
-    yield "speedup", escape_markdown(record.speedup_text)
-    if record.variants is not None:
-        yield "recommended variant", escape_markdown(record.variants.recommended)
-    if not brief:
-        yield from _accuracy(record)
-    yield "report", f"[open]({artifacts}/{REPORT_HTML}) · `{folder_uri}/{REPORT_HTML}`"
-    yield "notebook", f"[open]({artifacts}/{REPORT}) · `{folder_uri}/{REPORT}`"
-    yield "manifest", f"`{folder_uri}/{MANIFEST}`"
-    yield "model", f"`{folder_uri}/{MODEL}`"
-    checkpoint, data = record.checkpoint, record.evaluation_data
-    yield "checkpoint", f"{_outside(checkpoint.file)} · SHA-256 `{checkpoint.sha256}`"
-    digest = f" · SHA-256 `{data.sha256}`" if data.sha256 else ""
-    said = "" if brief else f" · {_outside(data.provenance, 200)}"
-    samples = count_of(data.samples, "sample")
-    yield "evaluation data", f"{_outside(data.source)} · {samples}{said}{digest}"
-    if commit := record.environment.git_commit:
-        changed = ", with changes that are not committed" if record.environment.git_dirty else ""
-        yield "code", f"commit `{commit}`{changed}"
-
-
-def _accuracy(record: Record) -> Iterator[tuple[str, str]]:
-    metrics, outputs = record.metrics, record.model.signature.outputs
-    for output in outputs[:_MOST_OUTPUTS]:
-        called = output.name
-        if (mean := metrics.get(f"{called}_mae")) is not None:
-            unit = f" {_outside(output.unit)}" if output.unit else ""
-            largest = metrics[f"{called}_max_abs_error"]
-            found = f"mean error {number(mean)}, largest {number(largest)}{unit}"
-            yield f"parity of {_outside(called)}", found
-    if (more := len(outputs) - _MOST_OUTPUTS) > 0:
-        yield "parity", f"{count_of(more, 'output')} more in the report"
-    here, there = (metrics.get(f"error_{who}_median_m") for who in ("onnx", "pytorch"))
-    if here is not None and there is not None:
-        yield "localization error", f"median {distance(here)}, of PyTorch {distance(there)}"
 
 
 def _outside(text: str, limit: int = 60) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from heimdall_onnx.common.errors import MissingObjectError, ParameterError
 from heimdall_onnx.common.parameters import NAME
+from heimdall_onnx.common.templates import render
 from heimdall_onnx.common.text import count_of, distance, number, shown
 from heimdall_onnx.review.gallery.facts import Facts
 from heimdall_onnx.review.gallery.rows import Row, collect_rows
@@ -141,28 +142,14 @@ def render_page(rows: Sequence[Row], *, title: str, place: str, above: str | Non
         place: Address of the folder of the releases.
         above: What leads from the page to that folder; None for a page without links.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "distance": distance,
-        "ratio": lambda value: f"{value:.2f}×",
-        "error": _error,
-        "size": _size,
-        "shown": shown,
-    }
     style, script = (
         (_TEMPLATES / f"gallery.{suffix}").read_text(encoding="utf-8") for suffix in ("css", "js")
     )
     models = sorted({row.facts.model_name for row in rows} - {""})
     aliases = sorted({alias for row in rows for alias in row.aliases})
-    page = environment.get_template("gallery.html").render(
+    page = render(
+        _TEMPLATES / "gallery.html",
+        {"ratio": lambda value: f"{value:.2f}×", "error": _error, "size": _size},
         policy=_policy(style, script),
         style=style,
         script=script,
@@ -176,7 +163,6 @@ def render_page(rows: Sequence[Row], *, title: str, place: str, above: str | Non
         aliases=aliases,
         summary=summary(rows),
         curves=list(model_curves(rows)),
-        count_of=count_of,
     )
     return page.encode()
 

@@ -38,6 +38,7 @@ from heimdall_onnx.common.parameters import (
     check_parameters,
 )
 from heimdall_onnx.common.signals import first_signal_interrupts
+from heimdall_onnx.common.templates import render
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.model.onnx.diff import describe_differences
 from heimdall_onnx.model.signature_file import signature_path
@@ -66,6 +67,7 @@ _CREDENTIALS = ("AWS_", "HEIMDALL_SIGNING_", "MLFLOW_S3_", "MLFLOW_TRACKING_")
 # What is shown even where it is as recorded, and how many failures an error names.
 _MAIN = (", mean (all ", ", maximum (all ", "localization error", "speedup", ", status")
 _SHOWN = 12
+_TEXT = Path(__file__).with_name("reproduction.txt.j2")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Reproduction:
 
     def to_text(self) -> str:
         """What a person wants to know of it."""
-        return "\n".join(_describe(self))
+        filters = {"short": _short, "counted": _counted}
+        return render(_TEXT, filters, {"main": _is_main}, **vars(self), reproduced=self.reproduced)
 
 
 def reproduce_release(
@@ -338,45 +341,6 @@ def _short(figure: Figure) -> str:
     return f"{figure:.6g}" if isinstance(figure, float) else shown(figure)
 
 
-def _describe(result: Reproduction) -> Iterator[str]:
-    yield f"{'REPRODUCES' if result.reproduced else 'DOES NOT REPRODUCE'}  {result.folder_uri}"
-    yield ""
-    model = result.model
-    if model.identical:
-        yield f"{MODEL} is the same, SHA-256 {model.found_sha256}"
-    else:
-        why = "" if result.exact else ", which other versions or processors may make of it"
-        yield f"{MODEL} is another one{why}"
-        yield f"  SHA-256 was {model.recorded_sha256}, is {model.found_sha256}"
-        yield from (f"  {difference}" for difference in model.differences)
-    elsewhere = "since the environment is another one"
-    how = (
-        "must be the same here"
-        if result.exact
-        else f"may differ by the tolerances of the gates, {elsewhere}"
-    )
-    yield ""
-    yield f"accuracy, which {how}: {_counted(result.accuracy)}"
-    yield from _rows(c for c in result.accuracy if c.judgement == "differs" or _is_main(c))
-    yield ""
-    if result.variants:
-        how = "must be the same here" if result.exact else f"may differ, {elsewhere}"
-        yield f"variants, which {how}: {_counted(result.variants)}"
-        shown_too = ("differs", "flagged")
-        yield from _rows(c for c in result.variants if c.judgement in shown_too or _is_main(c))
-        yield ""
-    yield f"latency, which may differ: {_counted(result.latency) or 'not measured'}"
-    yield from _rows(c for c in result.latency if c.judgement == "flagged" or _is_main(c))
-    yield ""
-    yield f"environment, differences: {len(result.environment) or 'none'}"
-    for difference in result.environment:
-        mark = "  figures may differ for it" if difference.numerical else ""
-        both = f"{_short(difference.recorded)} -> {_short(difference.found)}"
-        yield f"  {shown(difference.what):<28}{both}{mark}"
-    yield ""
-    yield f"executed notebook: {result.report}"
-
-
 def _is_main(comparison: Comparison) -> bool:
     return any(part in comparison.what for part in _MAIN) or comparison.what.endswith("p50 (ms)")
 
@@ -384,8 +348,3 @@ def _is_main(comparison: Comparison) -> bool:
 def _counted(comparisons: Iterable[Comparison]) -> str:
     counts = Counter(c.judgement for c in comparisons)
     return ", ".join(f"{count} {judgement}" for judgement, count in counts.most_common())
-
-
-def _rows(comparisons: Iterable[Comparison]) -> Iterator[str]:
-    for c in comparisons:
-        yield f"  {c.judgement:<12}{shown(c.what)}: {_short(c.recorded)} -> {_short(c.found)}"
