@@ -106,7 +106,6 @@ class Answers:
         source: What both were run on, in words.
         samples: How many samples.
         outputs: Of each output that both give, B's values beside A's as the reference.
-        spans: How far apart A's and B's finite values of each output lie at most, in its unit.
         positions: Those of A and of B (N, 2) in degrees; None for models without positions.
         truth: True positions (N, 2) in degrees, where they are known and there are positions.
         displacement: How far the positions move; None for models without.
@@ -117,7 +116,6 @@ class Answers:
     source: str
     samples: int
     outputs: tuple[ErrorStatistics, ...]
-    spans: tuple[float, ...]
     positions: tuple[Floats, Floats] | None = field(repr=False)
     truth: Floats | None = field(repr=False)
     displacement: Displacement | None
@@ -216,20 +214,14 @@ def compare_answers(
         InvalidModelError: If one of them can't be opened.
     """
     accumulators = [ErrorAccumulator(spec, atol=0.0, rtol=0.0) for spec in signature.outputs]
-    lowest, highest = ([bound] * len(accumulators) for bound in (math.inf, -math.inf))
     output = signature.position_output
     wanted = output.name if output is not None and output.shape[1:] == (2,) else None
     positions: tuple[list[Any], list[Any]] = ([], [])
     first = 0
     pairs = zip(*(_run_batches(side, data, signature) for side in (a, b)), strict=True)
     for ours, theirs in pairs:
-        for index, accumulator in enumerate(accumulators):
-            name = signature.outputs[index].name
-            accumulator.update(ours[name], theirs[name], first)
-            for values in (ours[name], theirs[name]):
-                finite = values[np.isfinite(values)].astype(np.float64)
-                lowest[index] = min(lowest[index], float(finite.min(initial=math.inf)))
-                highest[index] = max(highest[index], float(finite.max(initial=-math.inf)))
+        for spec, accumulator in zip(signature.outputs, accumulators, strict=True):
+            accumulator.update(ours[spec.name], theirs[spec.name], first)
         if wanted is not None:
             for who, kept, side in zip((A, B), positions, (ours, theirs), strict=True):
                 kept.append(_checked_positions(side[wanted], who))
@@ -242,7 +234,6 @@ def compare_answers(
         source=data.source,
         samples=data.count,
         outputs=tuple(accumulator.result() for accumulator in accumulators),
-        spans=tuple(max(0.0, high - low) for low, high in zip(lowest, highest, strict=True)),
         positions=both,
         truth=truth,
         displacement=None if both is None else Displacement.between(*both),

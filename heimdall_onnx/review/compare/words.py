@@ -100,16 +100,15 @@ def moved_words(answers: Answers) -> str:
 
 
 def most_changed(answers: Answers) -> list[ErrorStatistics]:
-    """The outputs by how much they change beside how far their values lie apart, most first."""
+    """The outputs by how much they change beside how far B's values lie apart, most first."""
 
-    def change(index: int) -> float:
-        output, span = answers.outputs[index], answers.spans[index]
+    def change(output: ErrorStatistics) -> float:
         if output.nonfinite_mismatches:
             return math.inf
-        return output.p99 / span if span and not math.isnan(output.p99) else 0.0
+        span = output.highest - output.lowest
+        return output.p99 / (span or math.ulp(0.0)) if output.p99 > 0 else 0.0
 
-    order = sorted(range(len(answers.outputs)), key=change, reverse=True)
-    return [answers.outputs[index] for index in order]
+    return sorted(answers.outputs, key=change, reverse=True)
 
 
 def output_words(answers: Answers) -> str:

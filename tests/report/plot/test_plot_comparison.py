@@ -59,8 +59,7 @@ def answers_of(moved_degrees: float, names=("positions",), unit: str | None = DE
         error_m(a, truth), error_m(b, truth), error_ratio(error_m(b, truth), error_m(a, truth), 1)
     )
     moved = Displacement.between(a, b)
-    spans = (3.0,) * len(names)
-    return Answers("eval.npz", COUNT, tuple(found), spans, (a, b), truth, moved, errors)
+    return Answers("eval.npz", COUNT, tuple(found), (a, b), truth, moved, errors)
 
 
 @pytest.fixture(scope="module")
