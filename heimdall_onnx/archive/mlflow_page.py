@@ -102,8 +102,15 @@ def describe_version(record: Record, manifest: Manifest, run: Mapping[str, Any])
     """
     for brief in (False, True):
         # In brief without those whose length others decide on.
-        values = {"record": record, "manifest": manifest, "run": run, "brief": brief}
-        text = render(_TEMPLATE, {"outside": _outside}, **values, most_outputs=_MOST_OUTPUTS)
+        text = render(
+            _TEMPLATE,
+            {"outside": _outside},
+            record=record,
+            manifest=manifest,
+            run=run,
+            brief=brief,
+            most_outputs=_MOST_OUTPUTS,
+        )
         if len(text) <= _MOST_OF_RELEASE:
             break
     return text

@@ -76,18 +76,18 @@ def judge(notebook: ExecutedNotebook, where: str, record: str = RECORD) -> Judge
         except VerificationError as error:
             missing = str(error)
     for number, cell in enumerate(cells, start=1):
-        error = next((o for o in cell.outputs if o.output_type == "error"), None)
+        raised = next((o for o in cell.outputs if o.output_type == "error"), None)
         where = _where(number, cells)
-        if error is not None:
-            problem = f"{where} raised {error.ename}"
-            return Judgement(problem, error.ename, error.evalue, found)
+        if raised is not None:
+            problem = f"{where} raised {raised.ename}"
+            return Judgement(problem, raised.ename, raised.evalue, found)
         if cell.execution_count is None:
             problem = (
                 f"{where} never finished: the kernel died, the cell ran out of time, or an "
                 "earlier cell ended the kernel"
             )
             return Judgement(problem, "", "", found)
-    counts = [cell.execution_count for cell in cells]
+    counts = [cell.execution_count or 0 for cell in cells]
     if counts != sorted(counts):
         return Judgement("the code cells ran out of order", "", "", found)
     return Judgement(missing, "", "", found)

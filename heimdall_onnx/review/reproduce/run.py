@@ -146,8 +146,13 @@ class Reproduction:
 
     def to_text(self) -> str:
         """What a person wants to know of it."""
-        filters = {"short": _short, "counted": _counted}
-        return render(_TEXT, filters, {"main": _is_main}, **vars(self), reproduced=self.reproduced)
+        return render(
+            _TEXT,
+            {"short": _short, "counted": _counted},
+            {"main": _is_main},
+            **vars(self),
+            reproduced=self.reproduced,
+        )
 
 
 def reproduce_release(
