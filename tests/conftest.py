@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import secrets
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -148,6 +149,17 @@ def _quick_exporter() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick_clients() -> Iterator[None]:
+    """Each client reads botocore's description of S3 anew, which is most of what it takes."""
+    import botocore.session
+
+    with pytest.MonkeyPatch.context() as patch:
+        loader = functools.cache(botocore.session.create_loader)
+        patch.setattr(botocore.session, "create_loader", loader)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """What a test, or a fixture of its module, puts into environment and logging ends with it."""
@@ -271,7 +283,15 @@ def mlflow_environment(embedded_settings: Settings, _environment: None) -> None:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite file with MLflow's tables in it, to be copied: making them takes seconds."""
     import mlflow
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
 
+    def unsynced(connection: Any, _: object) -> None:
+        # What a test writes need not outlive the machine, and each commit waits for its disk.
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", unsynced)
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
