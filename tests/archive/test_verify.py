@@ -56,8 +56,8 @@ def folder(released) -> str:
     return released.s3_uri.removesuffix("/model.onnx")
 
 
-@pytest.fixture
-def connection(settings, reset_mlflow):
+@pytest.fixture(scope="module")
+def connection(settings):
     return connect(settings)
 
 
@@ -66,19 +66,22 @@ def tampered(s3, folder):
     """Change objects of the release; everything is put back afterwards."""
     prefix = folder.removeprefix(f"s3://{BUCKET}/")
     before = {}
-    for key in Bucket(s3, BUCKET).list_keys(prefix):
-        stored = s3.get_object(Bucket=BUCKET, Key=key)
-        before[key] = (stored["Body"].read(), stored["Metadata"])
 
     def change(name: str, body: bytes | None) -> None:
         key = f"{prefix}/{name}"
+        if key not in before:
+            with contextlib.suppress(s3.exceptions.NoSuchKey):
+                stored = s3.get_object(Bucket=BUCKET, Key=key)
+                before[key] = (stored["Body"].read(), stored["Metadata"])
         if body is None:
             s3.delete_object(Bucket=BUCKET, Key=key)
         else:
             s3.put_object(Bucket=BUCKET, Key=key, Body=body)
+            added.add(key)
 
+    added = set[str]()
     yield change
-    for key in set(Bucket(s3, BUCKET).list_keys(prefix)) - set(before):
+    for key in added - before.keys():
         s3.delete_object(Bucket=BUCKET, Key=key)
     for key, (body, metadata) in before.items():
         s3.put_object(Bucket=BUCKET, Key=key, Body=body, Metadata=metadata)

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from processes import Run
 
-from heimdall_onnx.review.gallery.facts import Interval, Thumbnail
+from heimdall_onnx.evidence.latency.statistics import Speedup
+from heimdall_onnx.review.gallery.facts import Thumbnail
 from heimdall_onnx.review.gallery.page import Gallery, render_page
 from heimdall_onnx.review.gallery.rows import KEPT, Row, collect_rows
 from heimdall_onnx.review.gallery.server import GalleryServer
@@ -275,7 +276,7 @@ def make_rows(row: Row, count: int) -> tuple[Row, ...]:
                 "problem": "2 of 17 gates failed: mean absolute error, elements" * failed,
                 "model_name": f"net-{number % 3}",
                 "model_version": "" if failed else str(number),
-                "speedup": Interval(ratio=ratio, low=0.95 * ratio, high=1.04 * ratio),
+                "speedup": Speedup(ratio, 0.95 * ratio, 1.04 * ratio, 20),
                 "max_error": rng.uniform(0.01, 0.9),
                 "mean_error": rng.uniform(0.001, 0.01),
                 "median_error_m": rng.uniform(50, 5000),

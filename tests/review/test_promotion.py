@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
 
@@ -29,22 +29,50 @@ pytestmark = pytest.mark.services
 QUICK = Limits(calls=60)
 
 
-@pytest.fixture
-def connection(make_settings, reset_mlflow):
-    return connect(make_settings("review"))
-
-
-@pytest.fixture
-def release(connection, bucket, tmp_path):
-    """Makes releases; what is decided here is about another alias than they are offered under."""
-    return partial(Factory(connection, bucket.name, tmp_path), alias=None)
+BUCKET = "test-promotion"
 
 
 @pytest.fixture(scope="module")
-def untouched(make_settings, tmp_path_factory):
-    """A release that nobody promotes, and where it is."""
-    connection = connect(make_settings("untouched"))
-    return connection, Factory(connection, "test-untouched", tmp_path_factory.mktemp("made"))()
+def connection(make_settings):
+    return connect(make_settings("review"))
+
+
+@pytest.fixture(scope="module")
+def fresh(connection, tmp_path_factory):
+    """Makes releases; what is decided here is about another alias than they are offered under."""
+    return partial(Factory(connection, BUCKET, tmp_path_factory.mktemp("made")), alias=None)
+
+
+@pytest.fixture(scope="module")
+def _made():
+    return defaultdict(list)
+
+
+@pytest.fixture
+def release(fresh, _made):
+    """Gives releases that all tests share, so that they may be decided on and not be changed."""
+    given = Counter()
+
+    def get(**options):
+        key = repr(options)
+        if given[key] == len(_made[key]):
+            _made[key].append(fresh(**options))
+        given[key] += 1
+        return _made[key][given[key] - 1]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def _undecided(connection):
+    """No test knows what another one has decided."""
+    yield
+    bucket, tracker = connection.bucket(BUCKET), connection.tracker
+    if bucket.is_there():
+        bucket.delete(bucket.list_keys("aliases/"))
+    for name in tracker.model_names():
+        for alias in tracker.aliases(name):
+            tracker.delete_alias(name, alias)
 
 
 def promote(connection, manifest, **changes):
@@ -74,13 +102,14 @@ def test_promotion_moves_alias_and_stage_and_leaves_a_record(connection, release
     first, second = release(), release()
     review = promote(connection, first)
     assert (review.version, review.previous, review.comparison.notes) == (
-        "1",
+        first.model_version,
         None,
         ("nothing holds the alias yet",),
     )
     review = promote(connection, second, note="better\nby far")
-    assert (pointed_at(connection), review.previous) == ("2", "1")
-    stages = [connection.tracker.get_version("net", v).stage for v in ("1", "2")]
+    versions = [first.model_version, second.model_version]
+    assert [review.previous, pointed_at(connection)] == versions
+    stages = [connection.tracker.get_version("net", v).stage for v in versions]
     assert stages == ["Archived", "Production"]
     record = json.loads(read(connection, review.record_uri))
     assert record["reviewer"] == "reviewer"
@@ -108,8 +137,8 @@ def test_page_of_a_decision_says_at_its_head_who_has_decided(connection, release
     assert holds(connection, first)
 
 
-def test_changed_page_of_a_decision_is_found_out(connection, release):
-    first = release()
+def test_changed_page_of_a_decision_is_found_out(connection, fresh):
+    first = fresh()
     review = promote(connection, first, compare=False)
     bucket, key = parse_uri(review.page_uri)
     connection.client.put_object(Bucket=bucket, Key=key, Body=b"<h1>approved</h1>")
@@ -146,7 +175,7 @@ def test_decision_stands_where_its_page_can_not_be_kept(connection, release, mon
 
     monkeypatch.setattr(Bucket, "upload_bytes", refused)
     review = promote(connection, first, compare=False)
-    assert (pointed_at(connection), review.page_uri) == ("1", None)
+    assert (pointed_at(connection), review.page_uri) == (first.model_version, None)
     assert holds(connection, first)
 
 
@@ -166,7 +195,8 @@ def test_page_names_no_decision_that_the_log_does_not_have(connection, release, 
 
 
 def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, release):
-    promote(connection, release(error_degrees=0.01))
+    held = release()
+    promote(connection, held)
     worse = release(error_degrees=0.02, products=20)
     with pytest.raises(PromotionError) as raised:
         promote(connection, worse)
@@ -174,14 +204,14 @@ def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, 
     assert error.startswith("  - median localization error: 2.0")
     assert "limit 1.050" in error
     assert latency.startswith("  - latency: ")
-    assert pointed_at(connection) == "1"
+    assert pointed_at(connection) == held.model_version
     assert not connection.bucket(worse.bucket).list_keys(f"{worse.folder}/reviews/")
     loose = Limits(error_growth=2, slowdown=1e6, calls=60)
-    assert promote(connection, worse, limits=loose).version == "2"
+    assert promote(connection, worse, limits=loose).version == worse.model_version
 
 
 def test_test_run_that_is_worse_is_refused_for_both(connection, release):
-    promote(connection, release(error_degrees=0.01))
+    promote(connection, release())
     with pytest.raises(PromotionError) as raised:
         promote(connection, release(error_degrees=0.02, verdict="pass (smoke)"))
     assert "it is a test run" in str(raised.value)
@@ -189,7 +219,7 @@ def test_test_run_that_is_worse_is_refused_for_both(connection, release):
 
 
 def test_promotion_can_be_made_without_a_comparison(connection, release):
-    promote(connection, release(error_degrees=0.01))
+    promote(connection, release())
     review = promote(connection, release(error_degrees=1), compare=False)
     assert review.comparison is None
 
@@ -201,8 +231,8 @@ def test_data_without_labels_leaves_accuracy_to_the_reviewer(connection, release
     assert "true positions are not known" in review.comparison.notes[0]
 
 
-def test_every_reason_is_given_at_once(connection, release, tmp_path):
-    manifest = release(verdict="fail (smoke)")
+def test_every_reason_is_given_at_once(connection, fresh, tmp_path):
+    manifest = fresh(verdict="fail (smoke)")
     s3 = connection.client
     s3.put_object(Bucket=manifest.bucket, Key=f"{manifest.folder}/report.html", Body=b"changed")
     with pytest.raises(PromotionError) as raised:
@@ -219,28 +249,32 @@ def test_what_holds_the_alias_is_not_promoted_again(connection, release):
         promote(connection, manifest)
 
 
-def test_damaged_holder_does_not_stand_in_the_way(connection, release):
-    first, second = release(), release()
+def test_damaged_holder_does_not_stand_in_the_way(connection, fresh, release):
+    first, second = fresh(), release()
     promote(connection, first)
     connection.client.delete_object(Bucket=first.bucket, Key=first.model.key)
     review = promote(connection, second)
-    assert "version 1 does not verify" in review.comparison.notes[0]
+    assert f"version {first.model_version} does not verify" in review.comparison.notes[0]
 
 
 def test_holder_of_other_inputs_does_not_stand_in_the_way(connection, release):
     wider = Signature((replace(SIGNATURE.inputs[0], shape=("batch", 3)),), SIGNATURE.outputs)
-    promote(connection, release(signature=wider))
+    held = release(signature=wider)
+    promote(connection, held)
     comparison = promote(connection, release()).comparison
-    assert (comparison.holder, comparison.ratios) == ("1", ())
-    assert "version 1 does not take the candidate's inputs" in comparison.notes[0]
+    assert (comparison.holder, comparison.ratios) == (held.model_version, ())
+    assert (
+        f"version {held.model_version} does not take the candidate's inputs" in comparison.notes[0]
+    )
     assert "of A: signal: float32 (batch, 3)" in comparison.notes[0]
 
 
 def test_answers_that_are_no_numbers_refuse_a_promotion(connection, release):
-    promote(connection, release())
+    held = release()
+    promote(connection, held)
     with pytest.raises(PromotionError, match="64 values are NaN or Inf in one of them"):
         promote(connection, release(error_degrees=math.nan), limits=Limits(slowdown=9, calls=60))
-    assert pointed_at(connection) == "1"
+    assert pointed_at(connection) == held.model_version
 
 
 @pytest.mark.parametrize(
@@ -256,17 +290,17 @@ def test_answers_that_are_no_numbers_refuse_a_promotion(connection, release):
         {"alias": "../x"},
     ],
 )
-def test_words_that_can_not_be_kept_are_refused(untouched, words):
+def test_words_that_can_not_be_kept_are_refused(connection, release, words):
     with pytest.raises(ParameterError):
-        promote(*untouched, **words)
+        promote(connection, release(), **words)
 
 
-def test_hostile_words_stay_what_they_are(connection, bucket, release):
+def test_hostile_words_stay_what_they_are(connection, release):
     note = "<script>alert(1)</script> [x](javascript:alert(1)) ../../../ %2e%2e\n| a | b |"
     review = promote(connection, release(), reviewer="<b>reviewer</b>", note=note)
     record = json.loads(read(connection, review.record_uri))
     assert (record["reviewer"], record["note"]) == ("<b>reviewer</b>", note)
-    (move,) = AliasLog(bucket, "net", "production").moves
+    (move,) = AliasLog(connection.bucket(BUCKET), "net", "production").moves
     assert (move.by, move.note) == ("<b>reviewer</b>", note)
     said = connection.tracker.get_version("net", review.version).description
     assert "&#60;b&#62;reviewer&#60;/b&#62;: &#60;script&#62;" in said
@@ -278,58 +312,63 @@ def test_decision_stands_that_mlflow_can_not_show(connection, release, monkeypat
 
     manifest = release()
     monkeypatch.setattr(MLflowTracker, "describe_version", fail)
-    assert promote(connection, manifest).version == pointed_at(connection) == "1"
+    assert promote(connection, manifest).version == pointed_at(connection) == manifest.model_version
     assert holds(connection, manifest)
 
 
 def test_rollback_goes_back_one_version_each_time(connection, release):
-    manifests = [release(alias=None) for _ in range(3)]
+    manifests = [release() for _ in range(3)]
+    one, two, _ = (manifest.model_version for manifest in manifests)
     for manifest in manifests:
         promote(connection, manifest, compare=False)
-    assert go_back(connection, manifests[0]).version == "2"
-    assert go_back(connection, manifests[0]).version == "1"
+    assert go_back(connection, manifests[0]).version == two
+    assert go_back(connection, manifests[0]).version == one
     with pytest.raises(PromotionError, match="no version to go back to"):
         go_back(connection, manifests[0])
-    assert pointed_at(connection) == "1"
-    said = connection.tracker.get_version("net", "1").description
-    assert re.findall(r"UTC, (.*) by reviewer(.*): ", said) == [
+    assert pointed_at(connection) == one
+    said = connection.tracker.get_version("net", one).description
+    assert re.findall(r"UTC, (.*) by reviewer(.*): ", said)[-2:] == [
         ("promoted to **production**", ""),
-        ("**production** rolled back to it", ", from version 2"),
+        ("**production** rolled back to it", f", from version {two}"),
     ]
     promote(connection, manifests[2], compare=False)
-    assert go_back(connection, manifests[0]).version == "1"
+    assert go_back(connection, manifests[0]).version == one
     assert all(holds(connection, manifest) for manifest in manifests)
 
 
 def test_rollback_to_a_chosen_version(connection, release):
-    manifests = [release(alias=None) for _ in range(4)]
+    manifests = [release() for _ in range(4)]
+    one, two, three, four = (manifest.model_version for manifest in manifests)
     for manifest in manifests[:3]:
         promote(connection, manifest, compare=False)
-    with pytest.raises(PromotionError, match="has not pointed at version 4 before; it has at 1, 2"):
-        go_back(connection, manifests[0], version="4")
-    assert go_back(connection, manifests[0], version="1").previous == "3"
-    assert go_back(connection, manifests[0], version="3").previous == "1"
+    with pytest.raises(
+        PromotionError, match=f"not pointed at version {four} before; it has at {one}, {two}"
+    ):
+        go_back(connection, manifests[0], version=four)
+    assert go_back(connection, manifests[0], version=one).previous == three
+    assert go_back(connection, manifests[0], version=three).previous == one
 
 
 def test_rollback_waits_for_log_and_registry_to_agree(connection, release):
-    manifests = [release(alias=None) for _ in range(2)]
+    manifests = [release() for _ in range(2)]
     for manifest in manifests:
         promote(connection, manifest, compare=False)
-    connection.tracker.set_alias("net", "1", "production")
-    with pytest.raises(PromotionError, match="points at version 1, its log says 2"):
+    one, two = (manifest.model_version for manifest in manifests)
+    connection.tracker.set_alias("net", one, "production")
+    with pytest.raises(PromotionError, match=f"points at version {one}, its log says {two}"):
         go_back(connection, manifests[0])
 
 
-def test_rollback_passes_over_versions_that_are_gone(connection, release):
-    manifests = [release(alias=None) for _ in range(3)]
+def test_rollback_passes_over_versions_that_are_gone(connection, fresh, release):
+    manifests = [release(), fresh(), release()]
     for manifest in manifests:
         promote(connection, manifest, compare=False)
-    connection.tracker.delete_version("net", "2")
-    assert go_back(connection, manifests[0]).version == "1"
+    connection.tracker.delete_version("net", manifests[1].model_version)
+    assert go_back(connection, manifests[0]).version == manifests[0].model_version
 
 
-def test_damaged_release_is_not_gone_back_to(connection, release):
-    first, second = release(), release()
+def test_damaged_release_is_not_gone_back_to(connection, fresh, release):
+    first, second = fresh(), release()
     for manifest in (first, second):
         promote(connection, manifest, compare=False)
     connection.client.put_object(Bucket=first.bucket, Key=first.model.key, Body=b"x")
@@ -338,11 +377,11 @@ def test_damaged_release_is_not_gone_back_to(connection, release):
     connection.client.delete_object(Bucket=first.bucket, Key=first.key)
     with pytest.raises(PromotionError, match="is not a release"):
         go_back(connection, first)
-    assert pointed_at(connection) == "2"
+    assert pointed_at(connection) == second.model_version
 
 
-def test_of_two_who_decide_at_once_one_is_told(connection, release, monkeypatch):
-    first, second = release(), release()
+def test_of_two_who_decide_at_once_one_is_told(connection, fresh, release, monkeypatch):
+    first, second = release(), fresh()
 
     def meanwhile(*arguments, **options):
         monkeypatch.undo()
@@ -352,25 +391,26 @@ def test_of_two_who_decide_at_once_one_is_told(connection, release, monkeypatch)
     monkeypatch.setattr("heimdall_onnx.review.promotion.verify_release", meanwhile)
     with pytest.raises(PromotionError, match="was moved meanwhile"):
         promote(connection, second, compare=False)
-    assert pointed_at(connection) == "1"
+    assert pointed_at(connection) == first.model_version
     assert holds(connection, second)
     keys = connection.bucket(second.bucket).list_keys(f"{second.folder}/reviews/")
     assert keys == ()
 
 
-def test_history_tells_who_moved_what_and_where_mlflow_does_not_follow(connection, release):
-    first, second = release(alias="staging"), release(alias="staging")
+def test_history_tells_who_moved_what_and_where_mlflow_does_not_follow(connection, fresh):
+    first, second = (fresh(alias="staging") for _ in range(2))
+    one, two = first.model_version, second.model_version
     promote(connection, first)
     production, staging = alias_history(connection, first.bucket, "net")
-    assert (production.alias, production.points_at, production.problem) == ("production", "1", "")
+    assert (production.alias, production.points_at, production.problem) == ("production", one, "")
     assert [(m.action, m.version, m.by) for m in staging.moves] == [
-        ("release", "1", "a run"),
-        ("release", "2", "a run"),
+        ("release", one, "a run"),
+        ("release", two, "a run"),
     ]
-    connection.tracker.set_alias("net", second.model_version, "production")
-    connection.tracker.set_alias("net", "1", "other")
+    connection.tracker.set_alias("net", two, "production")
+    connection.tracker.set_alias("net", one, "other")
     problems = {h.alias: h.problem for h in alias_history(connection, first.bucket, "net")}
-    assert problems["production"] == "its log says version 1, MLflow 2"
+    assert problems["production"] == f"its log says version {one}, MLflow {two}"
     assert "no entry of a log" in problems["other"]
     connection.client.put_object(
         Bucket=first.bucket, Key="aliases/net/staging/00000001.json", Body=json.dumps({}).encode()

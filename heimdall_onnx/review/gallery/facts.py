@@ -18,6 +18,7 @@ from heimdall_onnx.archive.record import ExecutedNotebook, Record, read_executed
 from heimdall_onnx.common.errors import VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
+from heimdall_onnx.evidence.latency.statistics import Speedup
 from heimdall_onnx.report.judge import Judgement, judge
 
 log = get_logger(__name__)
@@ -39,23 +40,9 @@ class Frozen(BaseModel):
 
 
 # More than any program is faster than another.
-_Ratio = Annotated[float, Field(ge=0, le=1e6)]
+_FASTEST = 1e6
 # More than any store holds.
 _MAX_BYTES = 1 << 62
-
-
-class Interval(Frozen):
-    """A ratio with its confidence interval.
-
-    Attributes:
-        ratio: The ratio.
-        low: Lower end.
-        high: Upper end.
-    """
-
-    ratio: _Ratio
-    low: _Ratio
-    high: _Ratio
 
 
 class Thumbnail(Frozen):
@@ -108,7 +95,7 @@ class Facts(Frozen):
     problem: str = ""
     commit: str = ""
     checkpoint: str = ""
-    speedup: Interval | None = None
+    speedup: Speedup | None = None
     mean_error: float | None = None
     max_error: float | None = None
     median_error_m: float | None = None
@@ -187,15 +174,9 @@ def _with_measured(facts: Facts, notebook: ExecutedNotebook, record: Record | No
     )
 
 
-def _speedup(record: Record) -> Interval | None:
-    if record.latency is None:
-        return None
-    found = record.latency.speedup
-    try:
-        return Interval(ratio=found.ratio, low=found.low, high=found.high)
-    except ValidationError as error:
-        log.warning("a speedup can't be", problems=error.error_count())
-        return None
+def _speedup(record: Record) -> Speedup | None:
+    found = record.latency.speedup if record.latency else None
+    return found if found and 0 <= found.low <= found.ratio <= found.high <= _FASTEST else None
 
 
 def _far(error: float) -> float:

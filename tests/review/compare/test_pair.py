@@ -23,6 +23,7 @@ from heimdall_onnx.review.compare.pair import (
     ComparisonParameters,
     compare_pair,
     conclude,
+    find_pair,
     newer_of,
     open_pair,
     prepare,
@@ -38,7 +39,7 @@ from heimdall_onnx.review.compare.tables import (
     parameters_table,
     releases_table,
 )
-from heimdall_onnx.services.connection import connect
+from heimdall_onnx.services.connection import connect, open_for_reading
 from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
@@ -94,7 +95,7 @@ def opened(settings, tmp_path, reset_mlflow):
     return run
 
 
-def test_every_form_of_an_address_finds_the_same_two(opened, releases):
+def test_every_form_of_an_address_finds_the_same_two(settings, opened, releases):
     old, new = releases
     for a, b in (
         (old.version, new.version),
@@ -103,8 +104,10 @@ def test_every_form_of_an_address_finds_the_same_two(opened, releases):
         ("net@production", "net@staging"),
         ("net/1", "models:/net/2"),
     ):
-        pair = opened(a, b)
-        assert (pair.a.manifest.uri, pair.b.manifest.uri) == (old.uri, new.uri)
+        parameters = ComparisonParameters(a=a, b=b, bucket=BUCKET)
+        found = find_pair(open_for_reading(settings), parameters)
+        assert [one.uri for one in found] == [old.uri, new.uri]
+    pair = opened(old, new)
     assert newer_of(pair.a, pair.b) is pair.b
     assert newer_of(*opened(new, old).sides).manifest.uri == new.uri
 
