@@ -154,10 +154,10 @@ def list_(bucket: str, prefix: str, limit: int | None, after: str) -> None:
             _say(f"{version}  {error}")
             continue
         _say(
-            f"{version}  {manifest.verdict:<14}"
-            f"{'signed' if manifest.signature else 'unsigned':<10}"
+            f"{version}  {manifest.said.verdict:<14}"
+            f"{'signed' if manifest.said.signature else 'unsigned':<10}"
             f"{manifest.model_name} version {manifest.model_version}"
-            + (f"  recommended {manifest.recommended}" if manifest.variants else "")
+            + (f"  recommended {manifest.recommended}" if manifest.said.variants else "")
         )
     if limit and found[limit:]:
         click.echo(f"there are more: --after {found[limit - 1]}", err=True)
@@ -177,8 +177,8 @@ def show(version: str, bucket: str, prefix: str, as_json: bool) -> None:
     """
     manifest = _release(version, bucket, prefix).manifest
     click.echo(json.dumps(manifest.data, indent=None if as_json else 2))
-    if manifest.variants is not None and not as_json:
-        for line in _describe_variants(manifest.variants):
+    if manifest.said.variants is not None and not as_json:
+        for line in _describe_variants(manifest.said.variants):
             _say(line, err=True)
 
 
@@ -481,14 +481,14 @@ def compare(
             _print_json({"success": False, "error": str(error)})
         raise
     if as_json:
-        _print_json(result.to_dict())
+        _print_json(result)
         return
-    _say(f"{result.sentence}.")
-    for reason in result.worse:
+    _say(f"{result['sentence']}.")
+    for reason in result["worse"]:
         _say(f"worse than a promotion allows: {reason}")
-    _say(f"report    {result.report}")
-    _say(f"rendered  file://{result.report_html}")
-    for address in filter(None, (result.report_uri, result.report_html_uri)):
+    _say(f"report    {result['report']}")
+    _say(f"rendered  file://{result['report_html']}")
+    for address in filter(None, (result["report_uri"], result["report_html_uri"])):
         _say(f"stored    {address}")
 
 

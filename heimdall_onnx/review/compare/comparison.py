@@ -86,7 +86,7 @@ class VerifiedRelease:
             "version": manifest.version,
             "model_name": manifest.model_name,
             "model_version": manifest.model_version,
-            "verdict": manifest.verdict,
+            "verdict": manifest.said.verdict,
             "created": manifest.said.created.isoformat(),
             "manifest_sha256": manifest.sha256,
             "model_sha256": manifest.model.sha256,
@@ -146,7 +146,10 @@ class ReleaseComparison:
                 for ratio in self.ratios
                 if not ratio.holds
             ),
-            *(f"B: {reason}" for reason in verdict_reasons(self.b.manifest.verdict, self.limits)),
+            *(
+                f"B: {reason}"
+                for reason in verdict_reasons(self.b.manifest.said.verdict, self.limits)
+            ),
             *(f"gate {name(g.name, 60)} {g.change}" for g in self.gates if g.worse),
             *self.answers.lost,
         )
@@ -176,10 +179,10 @@ class ReleaseComparison:
     @property
     def facts(self) -> dict[str, str]:
         """What a reviewer must see at once, by what it is called."""
-        limits, answers, latency = self.limits, self.answers, self.latency_ratio
+        answers, latency = self.answers, self.latency_ratio
         sides = {
             one.who: f"{one.manifest.uri}, {one.manifest.model_name} version "
-            f"{one.manifest.model_version}, {one.manifest.verdict}"
+            f"{one.manifest.model_version}, {one.manifest.said.verdict}"
             for one in (self.a, self.b)
         }
         measured = (ratio_words(latency), self._unsteady) if latency else (str(self.latency),)
@@ -189,9 +192,7 @@ class ReleaseComparison:
             "latency of B over A": "; ".join(filter(None, measured)),
             "B is worse in": "; ".join(self.worse) or "nothing that was judged",
             **({"not judged": "; ".join(missing)} if (missing := self.not_judged) else {}),
-            "PASS allows": f"that B is worse: latency by {limits.slowdown:.0%}, median "
-            f"localization error by {limits.error_growth:.0%}, each by the whole of its interval; "
-            "no lost gate, and no value that is NaN or Inf in one of them",
+            "PASS allows": f"that B is worse: {self.limits.in_words}",
         }
 
     @property

@@ -28,17 +28,22 @@ class Limits:
     calls: int = 200
     allow_smoke: bool = False
 
+    @property
+    def in_words(self) -> str:
+        """In what it may be worse, and by how much."""
+        return (
+            f"latency by {self.slowdown:.0%}, median localization error by {self.error_growth:.0%},"
+            " each by the whole of its interval; no lost gate, and no value that is NaN or Inf in "
+            "one of them"
+        )
 
-def verdict_reasons(verdict: str, limits: Limits) -> tuple[str, ...]:
-    """Why a release of this verdict is not promoted; empty if its verdict is no reason."""
-    return (
-        *([] if verdict.startswith("pass") else [f"its verdict is {verdict!r}"]),
-        *(
-            ["it is a test run (profile smoke), which is no evidence"]
-            if "smoke" in verdict and not limits.allow_smoke
-            else []
-        ),
-    )
+
+def verdict_reasons(verdict: str, limits: Limits) -> Iterator[str]:
+    """Why a release of this verdict is not promoted."""
+    if not verdict.startswith("pass"):
+        yield f"its verdict is {verdict!r}"
+    if "smoke" in verdict and not limits.allow_smoke:
+        yield "it is a test run (profile smoke), which is no evidence"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import (
@@ -19,16 +18,13 @@ from heimdall_onnx.common.text import (
     number,
 )
 from heimdall_onnx.evidence.parity.ground import mean_place, offset_km
-from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
     fitting_log_axis,
-    labelled,
     legend_below,
     new_figure,
     new_panels,
-    note,
     plain,
     say,
     styled,
@@ -41,7 +37,6 @@ from heimdall_onnx.report.plot.positions import (
     draw_places,
 )
 from heimdall_onnx.review.compare.answers import A, Answers, B
-from heimdall_onnx.review.compare.comparison import RecordedParity
 from heimdall_onnx.review.compare.words import (
     error_words,
     most_changed,
@@ -169,7 +164,7 @@ def localization_errors(answers: Answers) -> Chart | None:
             ms=(13, 8)[index],
             mfc="none" if index == 0 else _COLORS[index],
             mew=1.6,
-            label=f"{who}  median {distance(median)}",
+            label=f"{who}  median {distance(median)}, 95% within {distance(errors.p95s_m[index])}",
             gid=f"median {who}",
             zorder=4,
         )
@@ -189,85 +184,3 @@ def localization_errors(answers: Answers) -> Chart | None:
         for who, median, p95 in zip((A, B), medians, errors.p95s_m, strict=True)
     )
     return Chart(figure, title, alt)
-
-
-_PERCENTILES = (("p50", "p50"), ("p99", "p99"), ("p99.9", "p999"), ("largest", "maximum"))
-
-
-@styled
-def recorded_parity(parity: Sequence[RecordedParity]) -> Chart | None:
-    """Is each release as close to its own PyTorch model as the other?
-
-    Percentiles of the error that each report records, on the evaluation data of its own release.
-    None where neither records any.
-    """
-    shown = [one for one in parity if one.a or one.b][:_OUTPUTS_SHOWN]
-    if not shown:
-        return None
-    title = _parity_answer(shown)
-    subtitle = "Each ONNX model against its own PyTorch model, as its report records it"
-    if len(shown) < len(parity):
-        subtitle += f" · the first {len(shown)} outputs of {len(parity)}"
-    figure, panels = new_panels(title, subtitle, len(shown), height=2.4)
-    for axes, one in zip(panels, shown, strict=True):
-        _draw_parity(axes, one)
-    panels[0].legend(handlelength=3, frameon=True, framealpha=1)
-    alt = " ".join(
-        f"{one.output}, {who}: mean {number(side.mean, 3)}, "
-        + ", ".join(f"{label} {number(getattr(side, what), 3)}" for label, what in _PERCENTILES)
-        + f"{after(one.unit)}."
-        for one in shown
-        for who, side in ((A, one.a), (B, one.b))
-        if side is not None
-    )
-    return Chart(figure, title, alt)
-
-
-def _parity_answer(shown: Sequence[RecordedParity]) -> str:
-    first = shown[0]
-    if first.a is None or first.b is None:
-        return f"Only {A if first.b is None else B} records its parity"
-    where = f" in {name(first.output)}" if len(shown) > 1 else ""
-    told = [f"{number(side.p99)} ({who})" for who, side in ((A, first.a), (B, first.b))]
-    return f"99% of the export's errors{where} are at most {' and '.join(told)}{after(first.unit)}"
-
-
-def _draw_parity(axes: Axes, one: RecordedParity) -> None:
-    axes.set_title(plain(name(one.output)), pad=8)
-    sides = (one.a, one.b)
-    values = [getattr(side, what) for side in sides if side is not None for _, what in _PERCENTILES]
-    known = [value for value in values if math.isfinite(value) and value > 0]
-    if not known:
-        say(axes, "no errors" if any(value == 0 for value in values) else "no finite errors")
-        return
-    # Zero has no place on a logarithmic axis, so it stands left of everything that is on it.
-    zero = min(known) / 5
-    for index, side in enumerate(sides):
-        if side is not None:
-            _draw_percentiles(axes, side, index, zero)
-    axes.set_xscale("log")
-    axes.set_xlim(zero / 2, 3 * max(known))
-    fitting_log_axis(axes.xaxis)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_yticks(range(len(_PERCENTILES)), [label for label, _ in _PERCENTILES])
-    axes.set_ylim(len(_PERCENTILES) - 0.5, -0.5)
-    axes.set_xlabel(labelled("error", one.unit))
-
-
-def _draw_percentiles(axes: Axes, side: ErrorStatistics, index: int, zero: float) -> None:
-    found = [getattr(side, what) for _, what in _PERCENTILES]
-    axes.plot(
-        [max(value, zero) if math.isfinite(value) else math.nan for value in found],
-        np.arange(len(found)) + (-0.12, 0.12)[index],
-        marker=_MARKERS[index],
-        color=_COLORS[index],
-        ls=_LINES[index],
-        lw=1,
-        ms=7,
-        mfc="white" if index == 0 else _COLORS[index],
-        label=(A, B)[index],
-        gid=f"parity {(A, B)[index]}",
-    )
-    for place in np.flatnonzero(np.array(found) == 0):
-        at = zero, float(place) + (-0.12, 0.12)[index]
-        note(axes, "0", at, (-7, 0), ha="right", va="center")

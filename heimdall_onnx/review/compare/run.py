@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from heimdall_onnx.archive.manifest import COMPARISONS, REPORT, REPORT_HTML
 from heimdall_onnx.archive.record import read_executed
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import COMPARISON_TAG
-from heimdall_onnx.common.errors import ParameterError, SettingsError, VerificationError
+from heimdall_onnx.common.errors import ParameterError, SettingsError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
 from heimdall_onnx.report.kernels import started_kernel
@@ -48,41 +47,6 @@ log = get_logger(__name__)
 NOTEBOOK = "compare"
 
 
-@dataclass(frozen=True)
-class ComparisonResult:
-    """A comparison that came to its end.
-
-    Attributes:
-        sentence: What came out.
-        worse: In what B is worse than a promotion allows, in words; empty if in nothing.
-        report: The executed notebook on this machine.
-        report_html: Its rendering.
-        report_uri: The notebook in the bucket; None where it was not stored.
-        report_html_uri: Its rendering there.
-        figures: Everything as `ReleaseComparison.to_dict` gives it.
-    """
-
-    sentence: str
-    worse: tuple[str, ...]
-    report: Path
-    report_html: Path
-    report_uri: str | None
-    report_html_uri: str | None
-    figures: dict[str, Any] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable copy: the figures, and where the report is."""
-        return {
-            "success": True,
-            "sentence": self.sentence,
-            **self.figures,
-            "report": str(self.report),
-            "report_html": str(self.report_html),
-            "report_uri": self.report_uri,
-            "report_html_uri": self.report_html_uri,
-        }
-
-
 def compare_releases(
     parameters: ComparisonParameters,
     settings: Settings,
@@ -90,7 +54,7 @@ def compare_releases(
     store: bool = False,
     cell_timeout: int | None = None,
     progress: bool = False,
-) -> ComparisonResult:
+) -> dict[str, Any]:
     """Compare two releases and write the report.
 
     What an alias points at is looked up once, before anything else, so that all of it is about the
@@ -103,9 +67,13 @@ def compare_releases(
         cell_timeout: Seconds that one cell of the notebook may take; six hours by default.
         progress: Show a progress bar by cell on standard error.
 
+    Returns:
+        Everything as `ReleaseComparison.to_dict` gives it, and where the executed notebook and its
+        rendering are: on this machine, and in the bucket or None.
+
     Raises:
         ParameterError: If both are one release, one is not named, or a report is in the folder.
-        VerificationError: If one of them is no release, does not verify, or was changed meanwhile.
+        VerificationError: If one of them is no release, or does not verify.
         InvalidModelError: If they have other inputs, or no output in common.
         HeimdallError: As the notebook raised it.
         ServiceError: If a service can't be reached or refuses.
@@ -144,7 +112,6 @@ def compare_releases(
         raise type(error)(f"{error}\nthe notebook, as far as it came: {folder / REPORT}")
     record = read_executed((folder / REPORT).read_bytes(), REPORT).scrap(COMPARISON_RECORD)
     figures = record["figures"]
-    _require_same(figures, releases)
     versions = " and ".join(release.manifest.version for release in releases)
     put_verdict_first(
         folder / REPORT,
@@ -158,15 +125,14 @@ def compare_releases(
         newer = newer_of(*releases)
         (other,) = (one for one in releases if one is not newer)
         stored = store_comparison(newer, other, folder)
-    return ComparisonResult(
-        sentence=figures["sentence"],
-        worse=tuple(figures["worse"]),
-        report=folder / REPORT,
-        report_html=html,
-        report_uri=stored.get(REPORT),
-        report_html_uri=stored.get(REPORT_HTML),
-        figures=figures,
-    )
+    return {
+        "success": True,
+        **figures,
+        "report": str(folder / REPORT),
+        "report_html": str(html),
+        "report_uri": stored.get(REPORT),
+        "report_html_uri": stored.get(REPORT_HTML),
+    }
 
 
 def _make_folder(parameters: ComparisonParameters, settings: Settings) -> Path:
@@ -196,16 +162,6 @@ def _environment(settings: Settings) -> dict[str, str]:
         if path is not None:
             environment[name] = str(path.absolute())
     return environment
-
-
-def _require_same(figures: dict[str, Any], releases: tuple[Release, Release]) -> None:
-    for side, release in zip(("a", "b"), releases, strict=True):
-        manifest, found = release.manifest, figures[side]["manifest_sha256"]
-        if found != manifest.sha256:
-            raise VerificationError(
-                f"{manifest.uri} was changed while it was compared: expected a manifest with "
-                f"SHA-256 {manifest.sha256}, found {found}"
-            )
 
 
 def store_comparison(newer: Release, other: Release, folder: Path) -> dict[str, str]:

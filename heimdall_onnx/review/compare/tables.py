@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 
 from IPython.display import Markdown
 
-from heimdall_onnx.common.text import DEGREES, count_of, distance, escape_markdown, number, shown
+from heimdall_onnx.common.text import count_of, escape_markdown, number, shown, unit_of
 from heimdall_onnx.common.verdict import Gate
-from heimdall_onnx.report.tables.table import table
-from heimdall_onnx.review.compare.answers import Answers
-from heimdall_onnx.review.compare.comparison import ReleaseComparison, VerifiedRelease
+from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
+from heimdall_onnx.report.tables.table import table, value_text
+from heimdall_onnx.review.compare.answers import A, Answers, B
+from heimdall_onnx.review.compare.comparison import (
+    RecordedParity,
+    ReleaseComparison,
+    VerifiedRelease,
+)
 from heimdall_onnx.review.compare.gates import GatePair
 from heimdall_onnx.review.compare.pair import Pair, newer_of
-from heimdall_onnx.review.compare.words import ratio_words
 from heimdall_onnx.review.reproduce.figures import Difference, Figure
 
 _DIGITS = 3
@@ -36,12 +40,12 @@ def _identity(one: VerifiedRelease) -> Iterator[tuple[str, str]]:
     manifest = one.manifest
     yield "address", manifest.uri
     yield "registered as", f"{manifest.model_name} version {manifest.model_version}"
-    yield "verdict when it was released", manifest.verdict
+    yield "verdict when it was released", manifest.said.verdict
     yield "released", manifest.said.created.isoformat()
     yield "model, SHA-256", manifest.model.sha256
     yield "size of the model", f"{manifest.model.size / 1e6:,.2f} MB"
     yield "recommended variant", f"{manifest.recommended}; here fp32 is compared"
-    yield "signed", "yes" if manifest.signature else "no"
+    yield "signed", "yes" if manifest.said.signature else "no"
     yield "verified", f"all {count_of(one.checks, 'check')} hold"
 
 
@@ -59,45 +63,28 @@ def changes_table(answers: Answers) -> Markdown:
     found = table(
         (
             f"B beside A, {count_of(answers.samples, 'sample')}",
-            *(
-                f"{o.output} ({'degrees' if o.unit == DEGREES else o.unit or 'no unit'})"
-                for o in answers.outputs
-            ),
+            *map(_called, answers.outputs),
         ),
-        [(label, *(_number(getattr(o, what)) for o in answers.outputs)) for label, what in labels],
+        [(label, *(value_text(o, what) for o in answers.outputs)) for label, what in labels],
     )
-    lines = [found.data]
-    if (moved := answers.displacement) is not None:
-        lines.append(
-            f"Positions move on the ground by {distance(moved.p50_m)} (median), "
-            f"{distance(moved.p99_m)} (p99) and {distance(moved.max_m)} (largest)."
-        )
-    lines += [f"{escape_markdown(text)}, and not compared." for text in answers.alone]
-    return Markdown("\n\n".join(lines))
+    alone = [f"{escape_markdown(text)}, and not compared." for text in answers.alone]
+    return Markdown("\n\n".join((found.data, *alone)))
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else number(value, _DIGITS)
+def _called(one: ErrorStatistics | RecordedParity) -> str:
+    return f"{one.output} ({unit_of(one.unit) or 'no unit'})"
 
 
-def errors_table(answers: Answers) -> Markdown:
-    """How far both models are from the truth, with the ratio of their medians."""
-    errors = answers.errors
-    if errors is None:
-        return Markdown(f"Localization errors can't be compared: {answers.error_unknown}.")
+def parity_table(parity: Sequence[RecordedParity]) -> Markdown:
+    """How far each ONNX model is from its own PyTorch model, as the two reports record it."""
+    figures = {"mean": "mean", "p50": "median", "p99": "p99", "p999": "p99.9", "maximum": "maximum"}
     return table(
-        (f"{answers.samples:,} labelled samples", "A", "B"),
+        ("error of", "release", *figures.values()),
         [
-            ("median error", *map(distance, errors.medians_m)),
-            ("p95 of the error", *map(distance, errors.p95s_m)),
-            (
-                "median beside A's (paired 95% interval)",
-                "1",
-                ratio_words(errors.ratio)
-                if errors.ratio
-                else f"not known: {answers.error_unknown}",
-            ),
-            ("left out of that: NaN or Inf in A or B", "", count_of(errors.left_out, "sample")),
+            (_called(one), who, *(value_text(side, what) for what in figures))
+            for one in parity
+            for who, side in ((A, one.a), (B, one.b))
+            if side is not None
         ],
     )
 
@@ -176,10 +163,8 @@ def conclusion(comparison: ReleaseComparison) -> Markdown:
         lines.append("\n".join(f"- {escape_markdown(reason)}" for reason in comparison.worse))
     else:
         lines.append(
-            "B is in nothing that was judged worse than a promotion allows: latency by "
-            f"{comparison.limits.slowdown:.0%}, median localization error by "
-            f"{comparison.limits.error_growth:.0%}, each by the whole of its interval; no gate "
-            "that A holds."
+            "B is in nothing that was judged worse than a promotion allows: "
+            f"{comparison.limits.in_words}."
         )
     if missing := comparison.not_judged:
         lines.append(f"Not judged: {escape_markdown('; '.join(missing))}.")

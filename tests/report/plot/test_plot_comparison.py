@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import records
 from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
@@ -17,30 +16,20 @@ from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import paired_speedup
 from heimdall_onnx.evidence.parity.ground import error_m
-from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
 from heimdall_onnx.evidence.ratios import error_ratio
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report import plot
 from heimdall_onnx.report.plot.chart import Color
 from heimdall_onnx.review.compare.answers import Answers, Displacement
 from heimdall_onnx.review.compare.answers import LocalizationErrors as Errors
-from heimdall_onnx.review.compare.comparison import RecordedParity
 from heimdall_onnx.review.compare.plots import (
     localization_errors,
     output_changes,
     position_changes,
-    recorded_parity,
 )
 
 COUNT = 300
-PARITY = (
-    RecordedParity(
-        "positions",
-        DEGREES,
-        ErrorStatistics(**records.output(mean=1e-7, p50=0.0, p99=1e-6, p999=2e-6, maximum=3e-6)),
-        ErrorStatistics(**records.output(mean=2e-7, p50=1e-8, p99=2e-6, p999=3e-6, maximum=4e-6)),
-    ),
-)
 
 
 def answers_of(moved_degrees: float, names=("positions",), unit: str | None = DEGREES) -> Answers:
@@ -100,7 +89,6 @@ def test_no_text_is_below_nine_points_or_cut_off(answers, latency):
         output_changes(answers),
         output_changes(answers_of(0.01, ("$\\frac{", "<b>", "c", "d", "e"), "dB")),
         localization_errors(answers),
-        recorded_parity(PARITY),
         plot.pair_latency(latency),
     ]
     for chart in charts:
@@ -179,15 +167,6 @@ def test_errors_are_titled_with_their_ratio(answers):
     )
     unknown = replace(answers, errors=replace(answers.errors, ratio=None))
     assert localization_errors(unknown).title.endswith(" (B), not compared")
-
-
-def test_recorded_parity_shows_both_and_a_zero_that_no_logarithm_has():
-    chart = recorded_parity(PARITY)
-    assert chart.title == ("99% of the export's errors are at most 1e-6 (A) and 2e-6 (B) degrees")
-    assert [text.get_text() for text in chart.figure.axes[0].texts] == ["0"]
-    assert recorded_parity(()) is None
-    one = (replace(PARITY[0], b=None),)
-    assert recorded_parity(one).title == "Only A records its parity"
 
 
 def test_latency_of_a_pair_names_both_and_keeps_what_was_not_measured(latency):

@@ -34,9 +34,9 @@ from heimdall_onnx.review.compare.tables import (
     changes_table,
     conclusion,
     environment_table,
-    errors_table,
     gates_table,
     parameters_table,
+    parity_table,
     releases_table,
 )
 from heimdall_onnx.services.connection import connect, open_for_reading
@@ -142,8 +142,11 @@ def test_tables_show_only_what_differs_and_nothing_as_markup(opened, releases):
     assert parameters_table(found).data.count("\n") == 2
     assert "2.14.0" in environment_table(found).data
     assert "python" not in environment_table(found).data.lower().replace("package", "")
-    assert "1.1 km" in errors_table(answers).data
-    assert "1.1 km (p99)" in changes_table(answers).data
+    assert "| p99 | 0.01" in changes_table(answers).data
+    parity = parity_table(recorded_parity(pair)).data
+    assert [line.split(" | ")[1:] for line in parity.splitlines()[2:]] == [
+        [who, "1e-07", "0", "1e-06", "2e-06", "inf |"] for who in "AB"
+    ]
     assert releases_table(pair).data.splitlines()[0] == "| release | A | B, the newer |"
     assert "fails now" in conclusion(found).data
 
