@@ -381,11 +381,6 @@ class Manifest:
         return data
 
     @property
-    def verdict(self) -> str:
-        """What was judged."""
-        return self.said.verdict
-
-    @property
     def objects(self) -> dict[str, Entry]:
         """The release's objects by their name within its folder."""
         return {entry.key.removeprefix(f"{self.folder}/"): entry for entry in self.said.objects}
@@ -401,20 +396,15 @@ class Manifest:
         return self._files(MODEL)
 
     @property
-    def variants(self) -> Variants | None:
-        """The variants and what became of them; None where none were asked for."""
-        return self.said.variants
-
-    @property
     def files_of_variants(self) -> set[str]:
         """Names of everything that some variant is opened from, the model itself among it."""
-        passed = self.variants.passed if self.variants else ()
+        passed = self.said.variants.passed if self.said.variants else ()
         return {name for one in (FP32, *passed) for name in self.variant(one).files}
 
     @property
     def recommended(self) -> str:
         """Name of the variant to be used where nothing speaks against it."""
-        return self.variants.recommended if self.variants else FP32
+        return self.said.variants.recommended if self.said.variants else FP32
 
     def variant(self, name: str) -> Variant:
         """A variant that can be opened.
@@ -426,7 +416,7 @@ class Manifest:
         Raises:
             ParameterError: If the release has no such variant, or it did not pass.
         """
-        passed = self.variants.passed if self.variants else {}
+        passed = self.said.variants.passed if self.said.variants else {}
         wanted = self.recommended if name == RECOMMENDED else name
         found = passed.get(wanted)
         if found is None and wanted != FP32:
@@ -439,7 +429,7 @@ class Manifest:
         return Variant(wanted, self._files(file), found.sessions if found else None)
 
     def _why_not(self, name: str) -> str:
-        judged = self.variants.judged if self.variants else ()
+        judged = self.said.variants.judged if self.said.variants else ()
         for one in judged:
             if one.name == name and isinstance(one, OtherVariant):
                 why = f", {shown(one.reason)}" if one.reason else ""
@@ -455,16 +445,6 @@ class Manifest:
             if name.startswith(f"{file}.") and "/" not in name.removeprefix(file)
         }
         return {file: objects[file], **beside}
-
-    @property
-    def content(self) -> tuple[Content, ...]:
-        """Checkpoint, declared signature and data, as far as they were files of their own."""
-        return tuple(self.said.content)
-
-    @property
-    def signature(self) -> SignatureEntry | None:
-        """Where the signature is; None for an unsigned release."""
-        return self.said.signature
 
     @property
     def model_name(self) -> str:
@@ -483,7 +463,7 @@ class Manifest:
 
     def content_of(self, role: str) -> Content | None:
         """The content of a role, or None."""
-        return next((entry for entry in self.content if entry.role == role), None)
+        return next((entry for entry in self.said.content if entry.role == role), None)
 
 
 def dataset_folder(digest: str) -> str:
@@ -612,7 +592,7 @@ def _misplaced(known: Said, folder: str) -> list[str]:
 
 def _wrong_variants(manifest: Manifest) -> Iterator[str]:
     """Variants that contradict the rest of the manifest, or that nothing may be opened with."""
-    variants, objects = manifest.variants, manifest.objects
+    variants, objects = manifest.said.variants, manifest.objects
     if variants is None:
         return
     names = Counter(one.name for one in variants.judged)

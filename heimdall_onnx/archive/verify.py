@@ -129,7 +129,7 @@ def _check_objects(
 ) -> tuple[dict[str, str], list[Finding]]:
     """The hashes by name that were found, and how they compare."""
     manifest, folder = release.manifest, f"{release.folder}/"
-    beside = {MANIFEST} | ({SIGNATURE} if manifest.signature else set())
+    beside = {MANIFEST} | ({SIGNATURE} if manifest.said.signature else set())
     there = {key.removeprefix(folder) for key in release.bucket.list_keys(folder)}
     there = {name for name in there if name not in beside and not _is_review(name)}
     found, findings = {MANIFEST: manifest.sha256}, []
@@ -164,7 +164,7 @@ def _compare(release: Release, entry: Entry) -> Finding:
 
 
 def _check_content(release: Release) -> Iterator[Finding]:
-    for entry in release.manifest.content:
+    for entry in release.manifest.said.content:
         try:
             yield _compare(release, entry)
         except MissingObjectError:
@@ -190,7 +190,7 @@ def _check_notebook(release: Release, found: Mapping[str, str]) -> Iterator[Find
     if report is None or found.get(REPORT) != report.sha256:
         return
     recorded, missing = _recorded(release.stored_report)
-    passed = manifest.variants.passed if manifest.variants else {}
+    passed = manifest.said.variants.passed if manifest.said.variants else {}
     for name, what, expected in (
         (MODEL, MODEL, manifest.model.sha256),
         *((name, f"variant {name}", one.sha256) for name, one in passed.items()),
@@ -228,13 +228,13 @@ def _check_registry(
         missing = Finding(f"{name} version {version}", False, "a registered version", "none")
         return None, [missing]
     tags = registered.tags
-    recommended = [manifest.recommended] if manifest.variants else []
+    recommended = [manifest.recommended] if manifest.said.variants else []
     compared = (
         ("source", manifest.uri, registered.source),
         ("tag manifest_sha256", manifest.sha256, tags.get("manifest_sha256", "none")),
         ("tag manifest_uri", f"{manifest.uri}/{MANIFEST}", tags.get("manifest_uri", "none")),
         ("tag report_uri", f"{manifest.uri}/{REPORT}", tags.get("report_uri", "none")),
-        ("tag verdict", manifest.verdict, tags.get("verdict", "none")),
+        ("tag verdict", manifest.said.verdict, tags.get("verdict", "none")),
         *((f"tag {RECOMMENDED}", one, tags.get(RECOMMENDED, "none")) for one in recommended),
         ("tag sha256", manifest.model.sha256, tags.get("sha256", "none")),
     )
@@ -278,7 +278,7 @@ def _check_signature(
     tags: Mapping[str, str] | None,
     trust: Trust,
 ) -> Iterator[Finding]:
-    key, entry = f"{release.folder}/{SIGNATURE}", release.manifest.signature
+    key, entry = f"{release.folder}/{SIGNATURE}", release.manifest.said.signature
     if entry is None:
         if trust:
             yield Finding(key, False, "a signature", "none: the release is unsigned")

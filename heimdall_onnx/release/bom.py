@@ -124,7 +124,7 @@ def _model(manifest: Manifest, record: Record) -> _Json:
         ],
         properties=_properties(
             {
-                "verdict": manifest.verdict,
+                "verdict": manifest.said.verdict,
                 "profile": record.profile,
                 "size": entry.size,
                 "trained_parameters": described["pytorch_params"]["total"],
@@ -270,7 +270,9 @@ def _reference(manifest: Manifest, entry: Entry, kind: str = "distribution") -> 
 
 
 def _content_references(manifest: Manifest, role: ContentRole) -> list[_Json]:
-    return [_reference(manifest, entry) for entry in manifest.content if entry.role == role] + [
+    return [
+        _reference(manifest, entry) for entry in manifest.said.content if entry.role == role
+    ] + [
         {
             "type": "distribution",
             "url": _url(dataset.address),

@@ -139,9 +139,9 @@ def complete_release(
         "manifest_uri": f"{manifest.uri}/{MANIFEST}",
         "manifest_sha256": manifest.sha256,
         "report_uri": f"{manifest.uri}/{REPORT}",
-        "verdict": manifest.verdict,
+        "verdict": manifest.said.verdict,
     }
-    if manifest.variants is not None:
+    if manifest.said.variants is not None:
         tags[RECOMMENDED] = manifest.recommended
     if signer is not None:
         digests = {name: entry.sha256 for name, entry in manifest.objects.items()}
@@ -152,12 +152,12 @@ def complete_release(
     tags["sha256"] = manifest.model.sha256
     connection.tracker.set_version_tags(manifest.model_name, manifest.model_version, tags)
     protection = Protection(**described["protection"])
-    kept = [entry.key for entry in (*manifest.objects.values(), *manifest.content)]
-    if manifest.signature is not None:
-        kept.append(manifest.signature.key)
+    kept = [entry.key for entry in (*manifest.objects.values(), *manifest.said.content)]
+    if manifest.said.signature is not None:
+        kept.append(manifest.said.signature.key)
     kept += _own_dataset(connection.client, manifest)
     retain(bucket, kept, protection)
-    for entry in manifest.content:
+    for entry in manifest.said.content:
         if not bucket.exists(entry.key):
             raise StoreError(
                 f"{bucket.uri(entry.key)} has vanished since it was uploaded; run again"

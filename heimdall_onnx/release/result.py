@@ -65,7 +65,7 @@ class ReleaseResult:
         return cls(
             success=True,
             exit_code=0,
-            verdict=manifest.verdict,
+            verdict=manifest.said.verdict,
             version=manifest.version,
             s3_uri=f"{manifest.uri}/model.onnx",
             report_uri=f"{manifest.uri}/{REPORT}",
@@ -73,9 +73,11 @@ class ReleaseResult:
             manifest_uri=f"{manifest.uri}/manifest.json",
             model_name=manifest.model_name,
             model_version=manifest.model_version,
-            signer_sha256=manifest.signature.signer_sha256 if manifest.signature else None,
+            signer_sha256=manifest.said.signature.signer_sha256
+            if manifest.said.signature
+            else None,
             run_id=manifest.said.mlflow.run_id,
-            recommended=manifest.variants.recommended if manifest.variants else None,
+            recommended=manifest.said.variants.recommended if manifest.said.variants else None,
             gates=[gate.to_dict() for gate in manifest.said.gates],
             costs=[cost.to_dict() for cost in manifest.said.costs],
         )

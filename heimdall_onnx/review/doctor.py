@@ -104,7 +104,7 @@ class _Place:
         """The addresses of content and datasets that manifests name."""
         kept = self.manifests.values()
         return {
-            *(self.bucket.uri(entry.key) for manifest in kept for entry in manifest.content),
+            *(self.bucket.uri(entry.key) for manifest in kept for entry in manifest.said.content),
             *(manifest.dataset.address for manifest in kept if manifest.dataset is not None),
         }
 

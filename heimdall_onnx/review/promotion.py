@@ -151,7 +151,7 @@ def promote_release(
     findings = verify_release(release, trust=trust)
     reasons = differences(findings)
     verified = not reasons
-    reasons += verdict_reasons(release.manifest.verdict, limits)
+    reasons += verdict_reasons(release.manifest.said.verdict, limits)
     if case.holder == version:
         reasons.append(f"version {version} holds the alias {alias} already")
     comparison = None

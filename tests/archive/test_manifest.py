@@ -37,7 +37,7 @@ def test_what_is_relied_on():
     assert (read.model_name, read.model_version, read.model.sha256) == ("net", "3", HASH)
     assert read.content_of("checkpoint").name == "model.ckpt"
     assert read.content_of("evaluation_data") is None
-    assert read.signature.signer_sha256 == HASH
+    assert read.said.signature.signer_sha256 == HASH
 
 
 def test_what_records_say_is_read_as_they_say_it():
@@ -162,8 +162,12 @@ def with_variants(where: str = "", **changes) -> bytes:
 def test_variants_that_passed_are_found_by_name():
     read = parse_manifest(with_variants(), URI)
     assert read.recommended == "int8-minmax"
-    assert [one.status for one in read.variants.judged][2:] == ["passed", "failed", "unavailable"]
-    assert list(read.variants.passed) == ["fp32", "fp32-openvino", "int8-minmax"]
+    assert [one.status for one in read.said.variants.judged][2:] == [
+        "passed",
+        "failed",
+        "unavailable",
+    ]
+    assert list(read.said.variants.passed) == ["fp32", "fp32-openvino", "int8-minmax"]
     assert read.variant("recommended") == read.variant("int8-minmax")
     own = read.variant("int8-minmax")
     assert list(own.files) == ["variants/int8-minmax/model.onnx"]
@@ -183,7 +187,7 @@ def test_variant_that_is_the_model_has_its_weights_too():
 
 def test_manifest_without_variants_has_its_model_alone():
     read = parse_manifest(manifest(variants=None), URI)
-    assert read.variants is None
+    assert read.said.variants is None
     assert read.recommended == "fp32"
     for name in ("fp32", "recommended"):
         assert (read.variant(name).name, read.variant(name).sessions) == ("fp32", None)

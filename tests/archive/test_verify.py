@@ -56,8 +56,8 @@ def folder(released) -> str:
     return released.s3_uri.removesuffix("/model.onnx")
 
 
-@pytest.fixture(scope="module")
-def connection(settings):
+@pytest.fixture
+def connection(settings, reset_mlflow):
     return connect(settings)
 
 
@@ -132,7 +132,7 @@ def test_every_object_is_checked_and_any_byte_of_it(connection, folder, s3, tamp
 
 
 def test_content_that_was_changed_or_is_gone_is_named(connection, folder, s3):
-    for entry in read_manifest(*locate(connection.client, folder)).content:
+    for entry in read_manifest(*locate(connection.client, folder)).said.content:
         before = s3.get_object(Bucket=BUCKET, Key=entry.key)["Body"].read()
         s3.put_object(Bucket=BUCKET, Key=entry.key, Body=b"x" + before[1:])
         assert differing(connection, folder) == {entry.sha256}

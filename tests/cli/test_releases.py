@@ -103,7 +103,7 @@ def test_show_says_what_became_of_each_variant(call, releases):
     assert json.loads(shown.stdout) == varied.data
     rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in shown.stderr.splitlines()}
     size = varied.objects["variants/int8-minmax/model.onnx"].size
-    assert set(rows) == {one.name for one in varied.variants.judged}
+    assert set(rows) == {one.name for one in varied.said.variants.judged}
     assert rows["int8-minmax"].split() == [
         "passed",
         f"{size / 1e6:.2f}",

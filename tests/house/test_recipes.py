@@ -155,7 +155,7 @@ def test_gitlab_releases_and_reports_its_gates(runner, s3):
         k for k in Bucket(s3, runner.bucket).list_keys("") if k.endswith("manifest.json")
     ]
     folder = f"s3://{runner.bucket}/{manifest.removesuffix('/manifest.json')}"
-    assert read_manifest(*locate(s3, folder)).verdict == "pass (smoke)"
+    assert read_manifest(*locate(s3, folder)).said.verdict == "pass (smoke)"
     suite = runner.gates()
     assert (suite.get("failures"), suite.get("errors")) == ("0", "0")
     assert f"{manifest.split('/')[-2]} |" in runner.summary()

@@ -69,8 +69,12 @@ def read_parameters(path: Path) -> None:
 def read_manifest(path: Path) -> None:
     manifest = parse_manifest(path.read_bytes(), FOLDER_URI)
     assert manifest.model.key == manifest.objects["model.onnx"].key
-    assert all(entry.key.endswith(entry.sha256) for entry in manifest.content)
-    for name in ("fp32", "recommended", *(manifest.variants.passed if manifest.variants else ())):
+    assert all(entry.key.endswith(entry.sha256) for entry in manifest.said.content)
+    for name in (
+        "fp32",
+        "recommended",
+        *(manifest.said.variants.passed if manifest.said.variants else ()),
+    ):
         variant = manifest.variant(name)
         assert all(entry.key.startswith(manifest.folder) for entry in variant.files.values())
         settings = variant.sessions and variant.sessions.latency

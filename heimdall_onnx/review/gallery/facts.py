@@ -107,9 +107,9 @@ class Facts(Frozen):
 
 def read_release(manifest: Manifest) -> Facts:
     """What the manifest of a release says; what was measured is not in it."""
-    variants = manifest.variants
-    smoke = "smoke" in manifest.verdict
-    passed = manifest.verdict.startswith("pass")
+    variants = manifest.said.variants
+    smoke = "smoke" in manifest.said.verdict
+    passed = manifest.said.verdict.startswith("pass")
     best = variants.passed.get(variants.recommended) if variants else None
     return Facts(
         version=manifest.version,
