@@ -33,14 +33,19 @@ BUCKET = "test-promotion"
 
 
 @pytest.fixture(scope="module")
-def connection(make_settings):
-    return connect(make_settings("review"))
+def settings(make_settings):
+    return make_settings("review")
 
 
-@pytest.fixture(scope="module")
-def fresh(connection, tmp_path_factory):
+@pytest.fixture
+def connection(settings, reset_mlflow):
+    return connect(settings)
+
+
+@pytest.fixture
+def fresh(connection, tmp_path):
     """Makes releases; what is decided here is about another alias than they are offered under."""
-    return partial(Factory(connection, BUCKET, tmp_path_factory.mktemp("made")), alias=None)
+    return partial(Factory(connection, BUCKET, tmp_path), alias=None)
 
 
 @pytest.fixture(scope="module")
