@@ -74,13 +74,11 @@ def name_data(record: Record, bucket: str, given: str) -> dict[str, str]:
 def _kept_at(uploaded: UploadedRelease | None, bucket: str) -> str | None:
     if uploaded is None:
         return None
-    kept = [dataset.address for dataset in uploaded.datasets]
-    kept += [
-        format_uri(bucket, entry.key)
-        for entry in uploaded.content
-        if entry.role == "evaluation_data"
-    ]
-    return kept[0] if kept else None
+    kept = (
+        *(dataset.address for dataset in uploaded.datasets),
+        *(format_uri(bucket, e.key) for e in uploaded.content if e.role == "evaluation_data"),
+    )
+    return next(iter(kept), None)
 
 
 def describe_model(model_name: str) -> str:

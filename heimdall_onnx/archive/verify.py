@@ -131,7 +131,7 @@ def _check_objects(
     manifest, folder = release.manifest, f"{release.folder}/"
     beside = {MANIFEST} | ({SIGNATURE} if manifest.said.signature else set())
     there = {key.removeprefix(folder) for key in release.bucket.list_keys(folder)}
-    there = {name for name in there if name not in beside and not _is_review(name)}
+    there = {name for name in there if name not in beside and not name.startswith(f"{REVIEWS}/")}
     found, findings = {MANIFEST: manifest.sha256}, []
     for name in sorted(manifest.objects.keys() | there):
         key, entry = folder + name, manifest.objects.get(name)
@@ -306,7 +306,3 @@ def _check_signature(
         yield _same(key, signer, signer)
     except VerificationError as error:
         yield Finding(key, False, f"{signer} for what is here", str(error))
-
-
-def _is_review(name: str) -> bool:
-    return name.startswith(f"{REVIEWS}/")

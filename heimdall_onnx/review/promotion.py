@@ -261,23 +261,21 @@ def alias_history(connection: Connection, bucket: str, model_name: str) -> tuple
     """
     there = connection.tracker.aliases(model_name)
     logs = alias_logs(connection.bucket(bucket), model_name)
-    return tuple(
-        _history(logs.get(alias), alias, there.get(alias)) for alias in sorted({*logs, *there})
-    )
-
-
-def _history(alias_log: AliasLog | None, alias: str, points_at: str | None) -> AliasHistory:
-    try:
-        moves = alias_log.moves if alias_log else ()
-    except VerificationError as error:
-        return AliasHistory(alias, (), points_at, str(error))
-    expected = moves[-1].version if moves else None
-    problem = ""
-    if not moves:
-        problem = f"it points at version {points_at}, which no entry of a log says"
-    elif points_at != expected:
-        problem = f"its log says version {expected or 'none'}, MLflow {points_at or 'none'}"
-    return AliasHistory(alias, moves, points_at, problem)
+    found = []
+    for alias in sorted({*logs, *there}):
+        points_at, problem = there.get(alias), ""
+        moves: tuple[Move, ...] = ()
+        try:
+            moves = logs[alias].moves if alias in logs else moves
+        except VerificationError as error:
+            problem = str(error)
+        expected = moves[-1].version if moves else None
+        if not moves:
+            problem = problem or f"it points at version {points_at}, which no entry of a log says"
+        elif points_at != expected:
+            problem = f"its log says version {expected or 'none'}, MLflow {points_at or 'none'}"
+        found.append(AliasHistory(alias, moves, points_at, problem))
+    return tuple(found)
 
 
 def _held(moves: Sequence[Move]) -> list[str]:

@@ -172,7 +172,7 @@ def open_pair(parameters: ComparisonParameters, settings: Settings) -> Pair:
     newer = newer_of(*releases)
     a, b = (
         # Of what it was made of only the evaluation data that are used have to be right.
-        _open(who, one, folder, content=one is newer and not parameters.eval_data)
+        _open(who, one, content=one is newer and not parameters.eval_data)
         for who, one in zip((A, B), releases, strict=True)
     )
     signature, alone = shared_signature(*(one.manifest.said.model.signature for one in (a, b)))
@@ -191,7 +191,7 @@ def _given(path: str) -> Path | str:
     return Path(path)
 
 
-def _open(who: str, release: Release, folder: Path, *, content: bool) -> VerifiedRelease:
+def _open(who: str, release: Release, *, content: bool) -> VerifiedRelease:
     # In the store, whatever may be here already of an earlier look.
     findings = verify_release(release, content=content)
     require_verified(findings, f"{who}, {release.uri},")

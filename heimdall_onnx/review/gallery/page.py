@@ -149,7 +149,11 @@ def render_page(rows: Sequence[Row], *, title: str, place: str, above: str | Non
     aliases = sorted({alias for row in rows for alias in row.aliases})
     page = render(
         _TEMPLATES / "gallery.html",
-        {"ratio": lambda value: f"{value:.2f}×", "error": _error, "size": _size},
+        {
+            "ratio": lambda value: f"{value:.2f}×",
+            "error": lambda value: "∞" if math.isinf(value) else number(value),
+            "size": lambda count: f"{number(count / 1e6)} MB",
+        },
         policy=_policy(style, script),
         style=style,
         script=script,
@@ -186,15 +190,6 @@ def summary(rows: Sequence[Row]) -> str:
     if tests := sum(row.facts.state == "smoke" for row in rows):
         told.append(f"{count_of(tests, 'test run')} among the releases")
     return ", ".join(told)
-
-
-def _error(value: float) -> str:
-    return "∞" if math.isinf(value) else number(value)
-
-
-def _size(count: float) -> str:
-    """Bytes in megabytes."""
-    return f"{number(count / 1e6)} MB"
 
 
 def model_curves(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:

@@ -146,7 +146,7 @@ def _rows(place: _Place, facts: Mapping[str, Facts], moves: Sequence[Move]) -> I
         yield Row(
             facts=found,
             failed=folder.startswith(f"{FAILED}/"),
-            report=f"{folder}/{REPORT_HTML}" if place.has(f"{folder}/{REPORT_HTML}") else None,
+            report=f"{folder}/{REPORT_HTML}" if f"{folder}/{REPORT_HTML}" in place.listed else None,
             aliases=tuple(pointed.get(release, ())),
             decisions=tuple(decided.get(release, ())),
         )
@@ -159,21 +159,17 @@ class _Place:
         self.bucket, self.prefix = bucket, prefix
         self.read = 0
         listed = bucket.list_objects(f"{prefix}/")
-        self._listed = {key.removeprefix(f"{prefix}/"): one for key, one in listed.items()}
-
-    def has(self, name: str) -> bool:
-        """Whether there is such an object."""
-        return name in self._listed
+        self.listed = {key.removeprefix(f"{prefix}/"): one for key, one in listed.items()}
 
     def folders(self) -> dict[str, str]:
         """Releases and failed runs, each with the tags of what its facts are read from."""
         found = {}
-        for path, one in self._listed.items():
+        for path, one in self.listed.items():
             folder, _, name = path.rpartition("/")
             if (name == MANIFEST and re.fullmatch(VERSION, folder)) or (
                 name == REPORT and re.fullmatch(f"{FAILED}/{VERSION}", folder)
             ):
-                both = (self._listed.get(f"{folder}/{own}") for own in (MANIFEST, REPORT))
+                both = (self.listed.get(f"{folder}/{own}") for own in (MANIFEST, REPORT))
                 tags = " ".join(own.tag if own else "" for own in both)
                 found[folder] = tags if one.tag else ""
         return found
@@ -235,7 +231,7 @@ class _Place:
     def _report(self, folder: str) -> bytes | None:
         """The executed notebook; None if there is none of a size that can be."""
         name = f"{folder}/{REPORT}"
-        if not self.has(name) or self._listed[name].size > _MAX_REPORT_BYTES:
+        if name not in self.listed or self.listed[name].size > _MAX_REPORT_BYTES:
             return None
         return self.bucket.read_bytes(f"{self.prefix}/{name}")
 
@@ -253,7 +249,7 @@ class _Place:
 
     def read_kept(self) -> _Kept:
         """What was kept last time; nothing if there is none, or of another form."""
-        if not self.has(KEPT):
+        if KEPT not in self.listed:
             return _Kept()
         try:
             text = self.bucket.read_bytes(f"{self.prefix}/{KEPT}")

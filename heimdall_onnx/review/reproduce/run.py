@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heimdall_onnx.archive.content import fetch_content, fetch_dataset
-from heimdall_onnx.archive.manifest import REPORT, Manifest
+from heimdall_onnx.archive.manifest import REPORT
 from heimdall_onnx.archive.record import Record, read_notebook
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import require_verified, verify_release
 from heimdall_onnx.common.errors import (
     GateError,
-    HeimdallError,
     NotebookError,
     SettingsError,
     VerificationError,
@@ -197,7 +196,12 @@ def reproduce_release(
             )
         # A gate that fails here is one of the figures.
         if judgement.problem and judgement.error_name != GateError.__name__:
-            raise _not_repeated(manifest, error_of(judgement))
+            error = error_of(judgement)
+            raise type(error)(
+                f"the notebook of {manifest.uri} does not run here, so nothing can be said of it. "
+                "It needs the model's class and whatever else it imports as it had them: "
+                f"{error}"
+            )
         if (found := judgement.record) is None:
             raise VerificationError(
                 f"the repetition of {manifest.uri} has recorded nothing to hold against it"
@@ -308,13 +312,6 @@ def _fetch_inputs(release: Release, folder: Path) -> ReleaseParameters:
         fetched = fetch_content(release.bucket, declared, inputs)
         fetched.rename(signature_path(updates["checkpoint"]))
     return check_parameters({**known.parameters, **updates})
-
-
-def _not_repeated(manifest: Manifest, error: HeimdallError) -> HeimdallError:
-    return type(error)(
-        f"the notebook of {manifest.uri} does not run here, so nothing can be said of it. It needs "
-        f"the model's class and whatever else it imports as it had them: {error}"
-    )
 
 
 def _compare_model(release: Release, path: Path) -> ModelComparison:
