@@ -289,7 +289,14 @@ class AliasLog:
     def _entry(self, key: str) -> tuple[Move, str]:
         if key not in self._entries:
             text = self._bucket.read_bytes(key)
-            move = _parse(text, self._bucket.uri(key))
+            try:
+                move = Move.model_validate_json(text)
+            except ValidationError as error:
+                raise VerificationError(
+                    f"{self._bucket.uri(key)} is no entry of an alias's log "
+                    f"({error.error_count()} fields are wrong); look who wrote it, and delete or "
+                    "restore it"
+                ) from error
             self._entries[key] = (move, hashlib.sha256(text).hexdigest())
         return self._entries[key]
 
@@ -308,13 +315,3 @@ def alias_logs(bucket: Bucket, model_name: str) -> dict[str, AliasLog]:
 
 def _entries(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if re.fullmatch(r"\d{8}\.json", key.rpartition("/")[2])]
-
-
-def _parse(text: bytes, where: str) -> Move:
-    try:
-        return Move.model_validate_json(text)
-    except ValidationError as error:
-        raise VerificationError(
-            f"{where} is no entry of an alias's log ({error.error_count()} fields are wrong); "
-            "look who wrote it, and delete or restore it"
-        ) from error

@@ -189,7 +189,16 @@ def _check_notebook(release: Release, found: Mapping[str, str]) -> Iterator[Find
     # Not read a second time where it is a finding already.
     if report is None or found.get(REPORT) != report.sha256:
         return
-    recorded, missing = _recorded(release.stored_report)
+    from heimdall_onnx.archive.record import record_in
+
+    try:
+        record, missing = record_in(release.stored_report, REPORT), "none"
+    except VerificationError as error:
+        record, missing = None, f"none that can be read: {error}"
+    judged = record.variants.judged if record and record.variants else ()
+    recorded = {one.name: one.sha256 for one in judged if one.passed}
+    if record and record.uploaded:
+        recorded[MODEL] = record.uploaded.sha256
     passed = manifest.said.variants.passed if manifest.said.variants else {}
     for name, what, expected in (
         (MODEL, MODEL, manifest.model.sha256),
@@ -197,24 +206,6 @@ def _check_notebook(release: Release, found: Mapping[str, str]) -> Iterator[Find
     ):
         where = f"{report.key}, its record of {what}"
         yield _same(where, expected, recorded.get(name, missing))
-
-
-def _recorded(report: bytes) -> tuple[dict[str, str], str]:
-    """The hashes that an executed notebook has recorded, and why one is not there.
-
-    That of the model is named after its file, those of the variants that passed by their names.
-    """
-    from heimdall_onnx.archive.record import record_in
-
-    try:
-        record = record_in(report, REPORT)
-    except VerificationError as error:
-        return {}, f"none that can be read: {error}"
-    if record is None or record.uploaded is None:
-        return {}, "none"
-    judged = record.variants.judged if record.variants else ()
-    passed = {one.name: one.sha256 for one in judged if one.passed}
-    return {**passed, MODEL: record.uploaded.sha256}, "none"
 
 
 def _check_registry(

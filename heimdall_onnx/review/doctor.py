@@ -41,24 +41,14 @@ class Leftover:
         what: Which one.
         why: What is wrong with it.
         remedy: What would be done about it; empty where a person has to decide.
+        mend: Does what ``remedy`` says, unless it is not left over any more; None without one.
     """
 
     kind: str
     what: str
     why: str
     remedy: str = ""
-    _mend: Callable[[], object] | None = field(default=None, repr=False, compare=False)
-
-    def mend(self) -> None:
-        """Do what ``remedy`` says.
-
-        Raises:
-            VerificationError: If it is not left over any more.
-            ServiceError: If a service can't be reached or refuses.
-        """
-        if self._mend is not None:
-            self._mend()
-            log.info("mended", kind=self.kind, what=self.what)
+    mend: Callable[[], object] | None = field(default=None, repr=False, compare=False)
 
 
 class _Place:
@@ -429,7 +419,9 @@ def mend_all(leftovers: tuple[Leftover, ...]) -> tuple[str, ...]:
     failed = []
     for leftover in leftovers:
         try:
-            leftover.mend()
+            if leftover.mend is not None:
+                leftover.mend()
+                log.info("mended", kind=leftover.kind, what=leftover.what)
         except (HeimdallError, OSError) as error:
             failed.append(f"{leftover.what}: {error}")
     return tuple(failed)
