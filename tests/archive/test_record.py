@@ -86,18 +86,22 @@ def test_exit_with_zero_never_passes(tmp_path):
 
 
 def test_cell_out_of_time_never_passes(tmp_path):
-    executed = execute(tmp_path, RECORDED, "import time; time.sleep(60)", execution_timeout=2)
-    assert not judge_notebook(executed).passed
+    executed = execute(tmp_path, "import time; time.sleep(60)", execution_timeout=1)
+    # It is interrupted, or is found where it was.
+    assert judge_notebook(executed).problem.startswith("code cell 1 of 1 ")
 
 
-def test_notebook_without_a_record_never_passes(tmp_path):
-    judgement = judge_notebook(execute(tmp_path, "1"))
-    assert judgement.problem == "the notebook recorded no gates"
+def changed(complete, folder, change) -> Path:
+    """A copy of a complete notebook whose record is another one."""
+    notebook, path = nbformat.read(complete, 4), folder / "report.ipynb"
+    change(notebook.cells[0].outputs[0].data["application/scrapbook.scrap.json+json"].data)
+    nbformat.write(notebook, path)
+    return path
 
 
-def test_failed_gate_never_passes(tmp_path):
-    failing = RECORDED.replace('"passed": true', '"passed": false')
-    judgement = judge_notebook(execute(tmp_path, failing))
+def test_failed_gate_never_passes(complete, tmp_path):
+    failing = changed(complete, tmp_path, lambda kept: kept.gates[0].update(passed=False))
+    judgement = judge_notebook(failing)
     assert judgement.problem == ""
     assert not judgement.passed
 
@@ -195,9 +199,8 @@ def test_notebook_that_recorded_nothing_has_no_record(tmp_path):
         require_record(b"{", "report.ipynb")
 
 
-def test_record_that_can_not_be_read_never_passes(tmp_path):
-    broken = RECORDED.replace('"gates"', '"other"')
-    judgement = judge_notebook(execute(tmp_path, broken))
+def test_record_that_can_not_be_read_never_passes(complete, tmp_path):
+    judgement = judge_notebook(changed(complete, tmp_path, lambda kept: kept.pop("gates")))
     assert not judgement.passed
     assert "report.ipynb holds no record of a release" in judgement.problem
 
