@@ -80,20 +80,24 @@ def simulate(
     _say_written(made, as_json)
 
 
-@data.command(
-    example="heimdall-onnx data features *_iq.wav -o captures.zarr --positions positions.csv"
-)
-@click.argument(
-    "recordings", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORDING…"
-)
-@_output
-@click.option(
+position_option = click.option(
     "--position",
     nargs=2,
     type=float,
     metavar="LAT LON",
-    help="True position of the transmitter of all recordings, degrees.",
+    help="True position of the transmitter, of all recordings, degrees.",
 )
+recordings_argument = click.argument(
+    "recordings", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORDING…"
+)
+
+
+@data.command(
+    example="heimdall-onnx data features *_iq.wav -o captures.zarr --positions positions.csv"
+)
+@recordings_argument
+@_output
+@position_option
 @click.option(
     "--positions",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -14,7 +14,7 @@ import click
 
 from heimdall_onnx.cli import release as cli_release
 from heimdall_onnx.cli import releases as cli_releases
-from heimdall_onnx.cli.data import data, receivers_option
+from heimdall_onnx.cli.data import data, position_option, receivers_option, recordings_argument
 from heimdall_onnx.cli.fleet import fleet
 from heimdall_onnx.cli.gallery import gallery
 from heimdall_onnx.cli.help import Group
@@ -68,9 +68,7 @@ for command in (train, data, fleet, gallery, *cli_release.COMMANDS, *cli_release
           --position 50.0152 9.0112
     """
 )
-@click.argument(
-    "recordings", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RECORDING…"
-)
+@recordings_argument
 @click.option(
     "-o",
     "--output",
@@ -86,13 +84,7 @@ for command in (train, data, fleet, gallery, *cli_release.COMMANDS, *cli_release
     show_default=True,
     help="Three receivers, or I, Q and magnitude of one.",
 )
-@click.option(
-    "--position",
-    nargs=2,
-    type=float,
-    metavar="LAT LON",
-    help="True position of the transmitter, degrees.",
-)
+@position_option
 @receivers_option
 @click.option("--n-fft", type=int, help="Samples in a Fourier transform.")
 @click.option("--hop-length", type=int, help="Samples between frames.")

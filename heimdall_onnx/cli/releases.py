@@ -454,23 +454,18 @@ def compare(
     from heimdall_onnx.review.compare.run import compare_releases
 
     given = {
+        "a": a,
+        "b": b,
+        "bucket": bucket,
+        "prefix": prefix.strip("/"),
+        "measure_latency": not no_latency,
         "eval_data": eval_data,
         "calls": calls,
         "output_dir": output and str(output),
     }
     try:
         result = compare_releases(
-            check_as(
-                ComparisonParameters,
-                {
-                    "a": a,
-                    "b": b,
-                    "bucket": bucket,
-                    "prefix": prefix.strip("/"),
-                    "measure_latency": not no_latency,
-                    **{name: value for name, value in given.items() if value is not None},
-                },
-            ),
+            check_as(ComparisonParameters, {n: v for n, v in given.items() if v is not None}),
             settings,
             store=store,
             cell_timeout=cell_timeout,

@@ -289,17 +289,8 @@ def check_as(kind: type[_Parameters], values: Mapping[str, Any]) -> _Parameters:
         return kind.model_validate(dict(values))
     except ValidationError as error:
         raise ParameterError(
-            f"these parameters can't be used:{listed(_explained(kind, error))}"
+            f"these parameters can't be used:{listed(explained(kind, error))}"
         ) from None
-
-
-def parameter_problems(values: Mapping[str, Any]) -> list[str]:
-    """What `check_parameters` finds wrong with ``values``, each on one line; none if nothing is."""
-    try:
-        ReleaseParameters.model_validate(dict(values))
-    except ValidationError as error:
-        return _explained(ReleaseParameters, error)
-    return []
 
 
 def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
@@ -350,7 +341,8 @@ def _parsed(source: str) -> list[ast.stmt]:
         ) from error
 
 
-def _explained(kind: type[BaseModel], error: ValidationError) -> list[str]:
+def explained(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    """What is wrong with parameters of a ``kind``, each on one line."""
     return [explain(kind, entry) for entry in error.errors(include_url=False)]
 
 

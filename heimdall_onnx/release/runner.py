@@ -285,8 +285,9 @@ class _Run:
         with self._costs.step("report"):
             self._write_report(judgement, uploaded.version, passed=True)
             with ThreadPoolExecutor(1) as beside:
-                upload = partial(self._upload_reports, connection, uploaded.version)
-                reports = beside.submit(copy_context().run, upload)
+                reports = beside.submit(
+                    copy_context().run, self._upload_reports, connection, uploaded.folder_uri
+                )
                 self._log_to_run(connection, record)
                 written = reports.result()
         self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
@@ -327,13 +328,10 @@ class _Run:
             gates=[gate.to_dict() for gate in record.gates],
         )
 
-    def _upload_reports(self, connection: Connection, version: str) -> list[StoredObject]:
-        folder = f"{self.parameters.prefix}/{version}"
-        bucket = connection.bucket(self.parameters.bucket)
-        return [
-            bucket.upload_file(self.folder / name, f"{folder}/{name}")
-            for name in (REPORT, REPORT_HTML)
-        ]
+    def _upload_reports(self, connection: Connection, folder_uri: str) -> list[StoredObject]:
+        bucket, folder = connection.locate(folder_uri)
+        names = (REPORT, REPORT_HTML)
+        return [bucket.upload_file(self.folder / name, f"{folder}/{name}") for name in names]
 
     def _alias_log(self, connection: Connection) -> AliasLog:
         parameters = self.parameters

@@ -50,9 +50,8 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.parameters import (
     ReleaseParameters,
-    check_parameters,
     explain,
-    parameter_problems,
+    explained,
 )
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
@@ -417,7 +416,8 @@ class _Planner:
 
     def _named(self, given: object, default: str) -> str:
         name = given if isinstance(given, str) else default
-        for said in parameter_problems({"name": name}):
+        found = _checked({"name": name})
+        for said in found if isinstance(found, list) else ():
             hint = "the name of the file can't be the fleet's, so give one"
             self._refuse(("name",), said if given is not None else f"{said}; {hint}")
         return name
@@ -478,11 +478,9 @@ class _Planner:
 
     def _made(self, values: Mapping[str, Any], checkpoint: str) -> ReleaseParameters | list[str]:
         """The parameters of an item, or what is wrong with them."""
-        filled = _filled(values, checkpoint)
-        try:
-            made = check_parameters(filled)
-        except ParameterError:
-            return parameter_problems(filled)
+        made = _checked(_filled(values, checkpoint))
+        if isinstance(made, list):
+            return made
         return self._parameters.setdefault(json.dumps(_written(made)), made)
 
     def _add(
@@ -501,6 +499,14 @@ class _Planner:
             limit = None if memory is None else int(memory)
             item = FleetItem(len(self._items) + 1, checkpoint, made, limit)
             self._items[checkpoint, id(made)] = item
+
+
+def _checked(values: Mapping[str, Any]) -> ReleaseParameters | list[str]:
+    """The parameters of a release, or what is wrong with them."""
+    try:
+        return ReleaseParameters.model_validate(values)
+    except ValidationError as error:
+        return explained(ReleaseParameters, error)
 
 
 def _filled(values: Mapping[str, Any], checkpoint: str) -> dict[str, Any]:
@@ -525,21 +531,16 @@ def _written(parameters: ReleaseParameters) -> dict[str, Any]:
 def _text(name: str, items: Sequence[FleetItem]) -> str:
     """The plan as `FleetPlan.text` has it."""
     distinct = {id(item.parameters): _written(item.parameters) for item in items}
-    first, memory = items[0], {item.memory_bytes for item in items}
-    # Compared as text, which tells 1 from true.
-    common = {
-        name: value
-        for name, value in distinct[id(first.parameters)].items()
-        if len({repr(values[name]) for values in distinct.values()}) == 1
-    }
-    plan: dict[str, Any] = {"name": name}
-    if len(memory) == 1 and first.memory_bytes is not None:
-        plan["memory"] = first.memory_bytes
-    plan["parameters"] = common
+    common, memory = distinct[id(items[0].parameters)], items[0].memory_bytes
+    plan: dict[str, Any] = {"name": name, "parameters": common}
+    same = all(item.memory_bytes == memory for item in items)
+    if same and memory is not None:
+        plan["memory"] = memory
     plan["include"] = [
         {"checkpoint": item.checkpoint}
-        | {k: v for k, v in distinct[id(item.parameters)].items() if k not in common}
-        | ({} if len(memory) == 1 else {"memory": item.memory_bytes})
+        # Compared as text, which tells 1 from true.
+        | {k: v for k, v in distinct[id(item.parameters)].items() if repr(v) != repr(common[k])}
+        | ({} if same else {"memory": item.memory_bytes})
         for item in items
     ]
     return json.dumps(plan, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
