@@ -44,7 +44,13 @@ from heimdall_onnx.data.dataset.schema import (
     header_problems,
     label_problems,
 )
-from heimdall_onnx.data.dataset.shards import ArrayReader, ArraySpec, import_zarr, read_zarr, refuse
+from heimdall_onnx.data.dataset.shards import (
+    ArrayReader,
+    ArraySpec,
+    import_extra,
+    read_zarr,
+    refuse,
+)
 from heimdall_onnx.data.dataset.writer import DatasetWriter, create_dataset
 
 if TYPE_CHECKING:
@@ -98,7 +104,8 @@ def open_dataset(
     """
     dataset = Dataset(files_at(address, client))
     if labels:
-        dataset.require_labels()
+        found = label_problems(dataset.positions, dataset.event, dataset.event_names)
+        refuse(dataset.address, found)
     return dataset
 
 
@@ -159,14 +166,6 @@ class Dataset:
         text = self.readers[EVENT_NAMES][:].tobytes().decode(errors="replace")
         return tuple(text.split("\n")[:-1])
 
-    def require_labels(self) -> None:
-        """Read labels and events.
-
-        Raises:
-            DataError: If they are not on the globe, or don't fit each other.
-        """
-        refuse(self.address, label_problems(self.positions, self.event, self.event_names))
-
     def __len__(self) -> int:
         return self.count
 
@@ -184,7 +183,9 @@ class Dataset:
     @property
     def inputs(self) -> dict[str, Any]:
         """The inputs as ``zarr.Array``, samples first, e.g. for Dask; `rows` is much faster."""
-        group = import_zarr().open_group(self.path, mode="r", zarr_format=3, use_consolidated=False)
+        group = import_extra("zarr").open_group(
+            self.path, mode="r", zarr_format=3, use_consolidated=False
+        )
         return {name.removeprefix(INPUTS): group[name] for name in self._input_names()}
 
     def rows(self, indices: npt.ArrayLike) -> Arrays:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -119,10 +120,6 @@ class ArrayWriter:
         shape = [self._rows, *self._row]
         return {"dtype": self._dtype.name, "shape": shape, "sha256": self._hash.hexdigest()}
 
-    def describe(self) -> str:
-        """Dtype and shape of a row."""
-        return describe_rows(np.empty((0, *self._row), self._dtype))
-
     def _flush(self) -> None:
         if self._waiting:
             self._array.resize((self._rows, *self._row))
@@ -165,7 +162,8 @@ class ArrayReader:
             for number in range(math.ceil(spec.shape[0] / self.shard_rows))
         ]
         refuse(self._root, [f"{lost} is missing" for lost in self.shards if lost not in files.seen])
-        self._checksum, self._zstd = import_codecs()
+        self._checksum = import_extra("numcodecs.checksum32").CRC32C
+        self._zstd = import_extra("numcodecs.zstd")
         self._index = lru_cache(_MOST_INDICES)(self._read_index)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -273,35 +271,19 @@ class ArrayReader:
         return values
 
 
-def import_codecs() -> tuple[Any, Any]:
-    """The codecs that datasets are read with, checksum and compression.
-
-    Raises:
-        UnavailableError: If their package is not installed; with the extra that brings it.
-    """
-    try:
-        from numcodecs import zstd  # type: ignore[import-untyped]
-        from numcodecs.checksum32 import CRC32C  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise UnavailableError(
-            "datasets need the package numcodecs: pip install 'heimdall-onnx[train]'"
-        ) from error
-    return CRC32C, zstd
-
-
-def import_zarr() -> Any:
-    """The package Zarr.
+def import_extra(name: str) -> Any:
+    """A module that datasets need, of a package that not everybody has.
 
     Raises:
         UnavailableError: If it is not installed; with the extra that brings it.
     """
     try:
-        import zarr
+        return importlib.import_module(name)
     except ImportError as error:
         raise UnavailableError(
-            "datasets need the package zarr: pip install 'heimdall-onnx[train]'"
+            f"datasets need the package {name.partition('.')[0]}: pip install "
+            "'heimdall-onnx[train]'"
         ) from error
-    return zarr
 
 
 def describe_rows(array: npt.NDArray[Any]) -> str:

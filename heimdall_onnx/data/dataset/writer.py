@@ -24,7 +24,7 @@ from heimdall_onnx.data.dataset.schema import (
     digest_of,
     sample_problems,
 )
-from heimdall_onnx.data.dataset.shards import ArrayWriter, describe_rows, import_zarr
+from heimdall_onnx.data.dataset.shards import ArrayWriter, describe_rows, import_extra
 
 log = get_logger(__name__)
 
@@ -51,7 +51,7 @@ def create_dataset(
             no JSON.
         UnavailableError: Without the package Zarr.
     """
-    import_zarr()
+    import_extra("zarr")
     path = Path(path)
     if path.exists():
         raise DataError(f"dataset {path} exists already; delete it, or write to another folder")
@@ -83,8 +83,9 @@ class DatasetWriter:
     def __init__(
         self, folder: Path, meta: dict[str, Any], receivers: dict[str, tuple[float, float]]
     ) -> None:
-        self._root = import_zarr().create_group(folder, zarr_format=3)
+        self._root = import_extra("zarr").create_group(folder, zarr_format=3)
         self._arrays: dict[str, ArrayWriter] = {}
+        self._rows: dict[str, str] = {}
         self._events: dict[str, int] = {}
         self._receivers = receivers
         self.meta = meta
@@ -111,14 +112,21 @@ class DatasetWriter:
         if positions is not None:
             rows[POSITIONS] = np.asarray(positions, np.float64)
         problems = sample_problems(rows, events)
-        if self._arrays:
-            problems += self._changes(rows)
+        now = {name: describe_rows(array) for name, array in rows.items()}
+        before = self._rows or now
+        problems += [
+            f"{name} was {before.get(name, 'absent')} in the samples before, "
+            f"now it is {now.get(name, 'absent')}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
         if problems:
             raise DataError(
                 f"samples from number {self.count} on can't be written:" + listed(problems)
             )
         if not events:
             return
+        self._rows = now
         numbers = [self._events.setdefault(name, len(self._events)) for name in events]
         rows[EVENT] = np.array(numbers, np.int64)
         for name, array in rows.items():
@@ -151,13 +159,3 @@ class DatasetWriter:
             raise DataError(f"the dataset's `meta` can't be written as JSON: {error}") from error
         self._root.update_attributes({**header, "digest": digest})
         return digest
-
-    def _changes(self, rows: Mapping[str, npt.NDArray[Any]]) -> Iterator[str]:
-        before = {n: a.describe() for n, a in self._arrays.items() if n != EVENT}
-        now = {name: describe_rows(array) for name, array in rows.items()}
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                yield (
-                    f"{name} was {before.get(name, 'absent')} in the samples before, "
-                    f"now it is {now.get(name, 'absent')}"
-                )

@@ -1,6 +1,7 @@
 """Datasets in the bucket: read by ranges, as the folder they came from; sent once."""
 
 import pickle
+import secrets
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from heimdall_onnx.common.errors import DataError, StoreError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.data.dataset import files as dataset_files
 from heimdall_onnx.data.dataset.dataset import open_dataset
+from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
 
@@ -25,9 +27,18 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def stored(s3, bucket, dataset):
+    """A copy in the bucket to damage."""
     address = upload_dataset(bucket, dataset, "sets/own")
     assert address == f"{bucket.uri()}sets/own"
     return open_dataset(address, client=s3)
+
+
+@pytest.fixture(scope="module")
+def left_alone(s3, dataset):
+    """A copy in the bucket that nobody changes."""
+    bucket = Bucket(s3, f"test-{secrets.token_hex(6)}")
+    bucket.ensure()
+    return open_dataset(upload_dataset(bucket, dataset, "sets/own"), client=s3)
 
 
 def requests(client, call):
@@ -42,7 +53,8 @@ def requests(client, call):
     return seen
 
 
-def test_rows_are_those_of_the_folder(stored, dataset):
+def test_rows_are_those_of_the_folder(left_alone, dataset):
+    stored = left_alone
     assert (stored.digest, stored.count) == (dataset.digest, dataset.count)
     assert stored.event_names == dataset.event_names
     np.testing.assert_array_equal(stored.positions, dataset.positions)
@@ -75,9 +87,9 @@ def test_neighbours_are_joined_up_to_the_most_at_once(monkeypatch):
 
 
 def test_dataset_goes_to_other_processes_without_a_client(
-    stored, embedded_settings, mlflow_environment
+    left_alone, embedded_settings, mlflow_environment
 ):
-    sent = pickle.dumps(stored)
+    stored, sent = left_alone, pickle.dumps(left_alone)
     secret = embedded_settings.credentials[1].get_secret_value().encode()
     assert secret not in sent
     np.testing.assert_array_equal(pickle.loads(sent).rows([5])["mask"], stored.rows([5])["mask"])
@@ -131,11 +143,12 @@ def test_damage_in_the_bucket_is_named(s3, bucket, stored, dataset):
         open_dataset(stored.address, client=s3)
 
 
-def test_another_dataset_is_not_overwritten(s3, bucket, stored, tmp_path):
+def test_another_dataset_is_not_overwritten(s3, left_alone, tmp_path):
     other = write(tmp_path / "other", samples(6, seed=1))
+    bucket = Bucket(s3, left_alone.address.split("/")[2])
     with pytest.raises(DataError, match="is another dataset: expected digest"):
         upload_dataset(bucket, other, "sets/own")
-    open_dataset(stored.address, client=s3).verify()
+    open_dataset(left_alone.address, client=s3).verify()
 
 
 def test_what_broke_off_is_no_dataset(s3, bucket, dataset, monkeypatch):
