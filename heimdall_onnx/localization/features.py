@@ -140,7 +140,7 @@ def event_provenance(
                 "sha256": r.sha256,
                 "start": r.start.isoformat() if r.start else None,
                 "receiver": r.receiver,
-                "position": _pair(sites.get(r.receiver or "")),
+                "position": [*map(float, site)] if (site := sites.get(r.receiver or "")) else None,
                 "frequency_hz": r.frequency_hz,
                 "sample_rate_hz": r.sample_rate_hz,
                 "gnss_start_s": r.gnss_start_s,
@@ -151,10 +151,6 @@ def event_provenance(
             for r, skipped in zip(event.recordings, event.skipped_samples, strict=True)
         ],
     }
-
-
-def _pair(position: tuple[float, float] | None) -> list[float] | None:
-    return None if position is None else [float(value) for value in position]
 
 
 def too_short(recordings: Sequence[Recording], parameters: FeatureParameters) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,26 +102,17 @@ class LocalFrame(nn.Module):
         return np.asarray(difference_degrees(degrees, centroid) / per_unit)
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where the labels of a training set lie.
-
-    Attributes:
-        centroid: Mean position, degrees latitude and longitude.
-        scale_m: Root mean square of the offsets north and east of it, metres.
-    """
-
-    centroid: tuple[float, float]
-    scale_m: float
-
-
-def placement_of(positions: npt.ArrayLike) -> Placement:
-    """Centroid and scale of the labels that a model is trained on.
+def placement_of(positions: npt.ArrayLike) -> tuple[tuple[float, float], float]:
+    """Where the labels lie that a model is trained on.
 
     An area across the date line has its centroid in it.
 
     Args:
         positions: (N, 2) degrees latitude and longitude.
+
+    Returns:
+        Their mean, degrees latitude and longitude, and the root mean square of the offsets north
+        and east of it, metres.
 
     Raises:
         DataError: If there are no positions.
@@ -138,7 +128,7 @@ def placement_of(positions: npt.ArrayLike) -> Placement:
     metres = difference_degrees(degrees, np.array(centroid)) * along
     scale = float(np.sqrt(np.mean(np.square(metres))))
     # All in one place: any scale does, and one kilometre keeps the numbers small.
-    return Placement(centroid, scale or 1000.0)
+    return centroid, scale or 1000.0
 
 
 def calibration_of(residuals: npt.ArrayLike, deviations: npt.ArrayLike) -> Floats:

@@ -308,8 +308,8 @@ class TrainingRun:
         model_class = import_model_class(spec)
         known = inspect.signature(model_class).parameters
         if {"centroid", "scale_m"} <= known.keys() and not {"centroid", "scale_m"} & given.keys():
-            placed = placement_of(positions)
-            given |= {"centroid": list(placed.centroid), "scale_m": placed.scale_m}
+            centroid, scale_m = placement_of(positions)
+            given |= {"centroid": list(centroid), "scale_m": scale_m}
         try:
             return model_class(**given).train(), given
         except HeimdallError:

@@ -60,13 +60,13 @@ class Bench:
         self.folder, self.positions = folder, positions
         self.dataset = open_dataset(folder / "data")
         self.inputs = torch.from_numpy(inputs)
-        self.placed = placement_of(positions)
+        self.centroid, self.scale_m = placement_of(positions)
         model = self.model()
         self.targets = torch.from_numpy(Objective(model, model.signature, 0.5).targets(positions))
 
     def model(self) -> LocalizationNet:
         torch.manual_seed(0)
-        place = {"centroid": self.placed.centroid, "scale_m": self.placed.scale_m}
+        place = {"centroid": self.centroid, "scale_m": self.scale_m}
         return LocalizationNet(backbone_size="atto", **place).train()
 
     def entry(self) -> Rate:
