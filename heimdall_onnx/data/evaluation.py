@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays, Rows, parts
+from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays, Rows, in_batches, parts
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
@@ -26,6 +26,7 @@ from heimdall_onnx.model.signature import Signature
 log = get_logger(__name__)
 
 SYNTHETIC_SAMPLES = 64
+_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,25 @@ class EvaluationData:
         wrapped = np.asarray(indices) % self.count
         return {name: array[wrapped] for name, array in self.inputs.items()}
 
-    def batches(self, size: int) -> Iterator[tuple[slice, Arrays]]:
-        """All samples in order, at most ``size`` at a time."""
-        for start in range(0, self.count, size):
-            part = slice(start, min(start + size, self.count))
-            yield part, {name: array[part] for name, array in self.inputs.items()}
+    def batches(
+        self, size: int, rows: range | None = None
+    ) -> Iterator[tuple[slice, Arrays, npt.NDArray[np.float64] | None]]:
+        """Samples in order, at most ``size`` at a time: which, their inputs and true positions.
+
+        Args:
+            size: Samples in a batch.
+            rows: Which samples; all by default.
+        """
+        rows = range(self.count) if rows is None else rows
+        step = size * max(1, _READ_BYTES // max(size * self.row_bytes, 1))
+        for first in range(rows.start, rows.stop, step):
+            # Some megabytes at a time: of data in a bucket every read is a request.
+            read = slice(first, min(first + step, rows.stop))
+            inputs = {name: array[read] for name, array in self.inputs.items()}
+            positions = None if self.positions is None else self.positions[read]
+            for start, batch in in_batches(inputs, size):
+                part = slice(first + start, min(first + start + size, read.stop))
+                yield part, batch, None if positions is None else positions[start : start + size]
 
     @property
     def row_bytes(self) -> int:

@@ -112,11 +112,16 @@ def test_rows_wrap_around(file):
     np.testing.assert_array_equal(load(file).rows([4, 5, 11])["k"], [4, 0, 1])
 
 
-def test_batches_cover_every_sample_once_in_order(file):
+@pytest.mark.parametrize("read", [1, 8 << 20])
+def test_batches_cover_every_sample_once_in_order(file, monkeypatch, read):
+    monkeypatch.setattr("heimdall_onnx.data.evaluation._READ_BYTES", read)
     data = load(file)
-    parts = list(data.batches(2))
-    assert [(p.start, p.stop) for p, _ in parts] == [(0, 2), (2, 4), (4, 5)]
-    np.testing.assert_array_equal(np.concatenate([b["x"] for _, b in parts]), data.inputs["x"])
+    parts, batches, truth = zip(*data.batches(2), strict=True)
+    assert [(p.start, p.stop) for p in parts] == [(0, 2), (2, 4), (4, 5)]
+    np.testing.assert_array_equal(np.concatenate([b["x"] for b in batches]), data.inputs["x"])
+    np.testing.assert_array_equal(np.concatenate(truth), data.positions)
+    (only,) = data.batches(2, range(2, 4))
+    assert only[0] == slice(2, 4)
 
 
 def test_head_keeps_labels_and_provenance(file):
@@ -313,7 +318,9 @@ def test_large_arrays_are_used_from_their_file(file, monkeypatch):
     for rows in ([0], [22, 23, 24], range(8)):
         for name, array in expected.rows(rows).items():
             np.testing.assert_array_equal(found.rows(rows)[name], array)
-    for (part, ours), (other, theirs) in zip(found.batches(5), expected.batches(5), strict=True):
+    for (part, ours, _), (other, theirs, _) in zip(
+        found.batches(5), expected.batches(5), strict=True
+    ):
         assert part == other
         for name, array in theirs.items():
             np.testing.assert_array_equal(ours[name], array)

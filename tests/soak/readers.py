@@ -42,7 +42,7 @@ def read_session(path: Path) -> None:
 
 def read_evaluation(path: Path) -> None:
     data = load_evaluation_data(path, SmallNet.signature)
-    assert sum(part.stop - part.start for part, _ in data.batches(64)) == data.count
+    assert sum(part.stop - part.start for part, _, _ in data.batches(64)) == data.count
     json.dumps([data.provenance, data.receivers]).encode()
 
 

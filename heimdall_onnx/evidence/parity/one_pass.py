@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import Arrays, in_batches
+from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import GroundAccumulator, GroundReport, middle_of
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 PLOTTED_SAMPLES = 2000
-_READ_BYTES = 8 << 20
 
 
 class Models(NamedTuple):
@@ -293,17 +292,9 @@ def pass_over(
         StoreError: If the store of a dataset fails.
     """
     found = EvaluationPass(settings)
-    size = settings.batch_size
-    step = size * max(1, _READ_BYTES // max(size * data.row_bytes, 1))
-    for first in range(rows.start, rows.stop, step):
-        # Of data in a bucket every read is a request.
-        part = slice(first, min(first + step, rows.stop))
-        inputs = {name: array[part] for name, array in data.inputs.items()}
-        positions = None if data.positions is None else data.positions[part]
-        for start, batch in in_batches(inputs, size):
-            expected, answers = models.run(batch, settings.signature)
-            truth = None if positions is None else positions[start : start + size]
-            found.update(first + start, batch, expected, answers, truth)
-            if progress is not None:
-                progress(min(first + start + size, part.stop) - rows.start, len(rows))
+    for part, batch, truth in data.batches(settings.batch_size, rows):
+        expected, answers = models.run(batch, settings.signature)
+        found.update(part.start, batch, expected, answers, truth)
+        if progress is not None:
+            progress(part.stop - rows.start, len(rows))
     return found

@@ -325,9 +325,8 @@ def assess_model(
     Raises:
         EvidenceError: If the model can't run on the data.
     """
-    assert data.positions is not None
     accumulator = UncertaintyAccumulator(who, signature)
-    for part, batch in data.batches(batch_size):
-        outputs = run_pytorch(model, batch, signature)
-        accumulator.update(outputs, data.positions[part], part.start)
+    for part, batch, truth in data.batches(batch_size):
+        assert truth is not None
+        accumulator.update(run_pytorch(model, batch, signature), truth, part.start)
     return accumulator.result()

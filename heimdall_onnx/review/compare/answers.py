@@ -244,7 +244,7 @@ def compare_answers(
 
 def _run_batches(path: Path, data: EvaluationData, signature: Signature) -> Iterator[Arrays]:
     session = open_session(path)
-    return (run_onnx(session, inputs, signature) for _, inputs in data.batches(_BATCH))
+    return (run_onnx(session, inputs, signature) for _, inputs, _ in data.batches(_BATCH))
 
 
 def _checked_positions(found: npt.NDArray[Any], who: str) -> Floats:

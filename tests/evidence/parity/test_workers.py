@@ -164,7 +164,7 @@ def test_workers_of_which_one_is_lost_say_what_one_process_says(model, onnx_path
                     run_pytorch(model, batch, SIGNATURE)[output.output].astype(np.float64)
                     - run_onnx(session, batch, SIGNATURE)[output.output]
                 ).ravel()
-                for _, batch in data.batches(8)
+                for _, batch, _ in data.batches(8)
             ]
         )
         stated = Quantiles()
