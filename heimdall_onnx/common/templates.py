@@ -9,19 +9,13 @@ from typing import Any
 from heimdall_onnx.common.text import count_of, distance, escape_markdown, number, shown
 
 
-def render(
-    template: Path,
-    filters: dict[str, Callable[..., str]],
-    tests: dict[str, Callable[..., bool]] | None = None,
-    **values: object,
-) -> str:
+def render(template: Path, filters: dict[str, Callable[..., object]], **values: object) -> str:
     """A template with these values; all that it names must be there.
 
     Args:
         template: The template; of others than ``.html`` nothing is escaped by itself.
         filters: Further ones than ``distance``, ``inert`` (`escape_markdown`), ``number`` and
             ``shown``.
-        tests: Further ones.
         **values: What it is about.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
@@ -36,5 +30,4 @@ def render(
     environment.globals["count_of"] = count_of
     ours: dict[str, Any] = {"distance": distance, "number": number, "shown": shown}
     environment.filters |= {**ours, "inert": escape_markdown, **filters}
-    environment.tests |= tests or {}
     return environment.get_template(template.name).render(**values)

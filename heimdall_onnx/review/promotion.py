@@ -300,11 +300,10 @@ def _compare(release: Release, holder: str | None, limits: Limits) -> HeadToHead
         theirs = Release.at(connection, connection.tracker.get_version(name, holder).source)
         # What does not verify is not run, and is no measure for anything.
         require_verified(verify_release(theirs, content=False), theirs.uri)
-        before = theirs.manifest.said.model.signature
+        models = (one.manifest.said.model for one in (theirs, release))
+        signature, _ = shared_signature(*(model.signature for model in models))
     except (VerificationError, NotRegisteredError) as error:
         return HeadToHead(holder, "", (), (f"version {holder} does not verify: {error}",))
-    try:
-        signature, _ = shared_signature(before, release.manifest.said.model.signature)
     except InvalidModelError as error:
         note = f"version {holder} does not take the candidate's inputs: {error}"
         return HeadToHead(holder, "", (), (note,))

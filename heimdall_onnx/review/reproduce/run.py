@@ -147,8 +147,7 @@ class Reproduction:
         """What a person wants to know of it."""
         return render(
             _TEXT,
-            {"short": _short, "counted": _counted},
-            {"main": _is_main},
+            {"short": _short, "counted": _counted, "main": _is_main},
             **vars(self),
             reproduced=self.reproduced,
         )
