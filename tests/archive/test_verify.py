@@ -13,17 +13,15 @@ from keys import make_key
 from models import SmallNet
 from pydantic import SecretStr
 from quick_release import Factory
-from releases import changed_notebook, smoke
 from structlog.testing import capture_logs
 
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.manifest import read_manifest
 from heimdall_onnx.archive.release import Release
-from heimdall_onnx.archive.signing import Trust
+from heimdall_onnx.archive.signing import Trust, open_signer
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, RegistryError, StoreError, VerificationError
 from heimdall_onnx.model.onnx.export import export_model
-from heimdall_onnx.release.runner import release_checkpoint
 from heimdall_onnx.services.connection import connect
 from heimdall_onnx.services.store import Bucket, locate
 
@@ -43,17 +41,15 @@ def keys(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def released(settings, small, keys, tmp_path_factory):
-    notebook = changed_notebook(tmp_path_factory.mktemp("notebook"))
-    signing = settings.model_copy(update={"signing_key": keys.private})
-    result = release_checkpoint(smoke(small, BUCKET), signing, notebook=notebook)
-    assert result.success, result.error
-    return result
+def released(settings, keys, tmp_path_factory):
+    signer = open_signer(settings.model_copy(update={"signing_key": keys.private}))
+    made = tmp_path_factory.mktemp("made")
+    return Factory(connect(settings), BUCKET, made, name="test-model")(signer=signer)
 
 
 @pytest.fixture
 def folder(released) -> str:
-    return released.s3_uri.removesuffix("/model.onnx")
+    return released.uri
 
 
 @pytest.fixture
@@ -114,7 +110,7 @@ def test_signature_holds_with_the_signers_key_alone(connection, folder, keys, tm
 def test_every_object_is_checked_and_any_byte_of_it(connection, folder, s3, tampered, keys):
     prefix = folder.removeprefix(f"s3://{BUCKET}/") + "/"
     names = [key.removeprefix(prefix) for key in Bucket(s3, BUCKET).list_keys(prefix)]
-    assert {"model.onnx", "MLmodel", "report.ipynb", "bom.cdx.json", "model.sig"} < set(names)
+    assert {"model.onnx", "MLmodel", "report.ipynb", "report.html", "model.sig"} < set(names)
     trust, rng = Trust(keys.public), np.random.default_rng(0)
     for name in names:
         body = bytearray(s3.get_object(Bucket=BUCKET, Key=prefix + name)["Body"].read())
@@ -327,7 +323,7 @@ def test_damaged_local_copy_is_fetched_again(settings, folder, released):
     (kept,) = Path(settings.home, "models").glob("*/model.onnx")
     kept.write_bytes(b"damaged")
     again = load_model(folder, settings=settings)
-    x = {"signal": np.ones((2, 2, 8, 8), np.float32)}
+    x = {"signal": np.ones((2, 2), np.float32)}
     np.testing.assert_array_equal(session.run(None, x)[0], again.run(None, x)[0])
 
 
