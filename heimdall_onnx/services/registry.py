@@ -75,6 +75,16 @@ class RegisteredVersion:
     description: str = ""
 
 
+class _Unless(contextlib.AbstractContextManager[None]):
+    """Goes on where MLflow answers with a certain error, which says that there is nothing to do."""
+
+    def __init__(self, code: str) -> None:
+        self._code = code
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        return isinstance(error, MlflowException) and error.error_code == self._code
+
+
 class _Client(mlflow.MlflowClient):  # type: ignore[misc]  # it is untyped
     def _raise_if_prompt(self, name: str) -> None:
         """Nothing: to see that a model is no prompt, MLflow asks for the model before each call."""
@@ -291,12 +301,8 @@ class MLflowTracker:
 
     def _ensure_model(self, name: str) -> None:
         # Only where it is missing: to say that it is there, MLflow reads every version of it.
-        try:
+        with _Unless("RESOURCE_ALREADY_EXISTS"):  # somebody else has made it since
             self._client.create_registered_model(name)
-        except MlflowException as error:
-            # Somebody else has made it since.
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
 
     def transition_model_stage(self, name: str, version: str, stage: str) -> bool:
         """Move a version to a stage.
@@ -315,16 +321,12 @@ class MLflowTracker:
         with self._errors(f"move version {version} of {name} to {stage}"):
             if not hasattr(self._client, "transition_model_version_stage"):
                 return False
-            try:
-                with warnings.catch_warnings():
-                    # The announcement itself; there is nothing the user could do about it.
-                    warnings.simplefilter("ignore", FutureWarning)
-                    self._client.transition_model_version_stage(name, version, stage)
-            except MlflowException as error:
-                if error.error_code != "ENDPOINT_NOT_FOUND":
-                    raise
-                return False
-        return True
+            with _Unless("ENDPOINT_NOT_FOUND"), warnings.catch_warnings():
+                # The announcement itself; there is nothing the user could do about it.
+                warnings.simplefilter("ignore", FutureWarning)
+                self._client.transition_model_version_stage(name, version, stage)
+                return True
+        return False
 
     def get_run_info(self, run_id: str) -> dict[str, Any]:
         """What is known of a run.
@@ -437,16 +439,12 @@ class MLflowTracker:
 
     def alias_target(self, name: str, alias: str) -> str | None:
         """The version that an alias points at, or None."""
-        with self._errors(f"look at alias {alias} of {name}"):
-            try:
-                # Not by `aliases`, for which MLflow reads every version of the model.
-                version = self._client.get_model_version_by_alias(name, alias).version
-            except MlflowException as error:
-                # There is no such alias; of a model that is missing it says something else.
-                if error.error_code != "INVALID_PARAMETER_VALUE":
-                    raise
-                return None
-        return str(version)
+        looking = self._errors(f"look at alias {alias} of {name}")
+        # There is no such alias; of a model that is missing it says something else.
+        with looking, _Unless("INVALID_PARAMETER_VALUE"):
+            # Not by `aliases`, for which MLflow reads every version of the model.
+            return str(self._client.get_model_version_by_alias(name, alias).version)
+        return None
 
     def aliases(self, name: str) -> dict[str, str]:
         """The versions that a model's aliases point at."""
@@ -503,12 +501,9 @@ class MLflowTracker:
 
     def delete_version(self, name: str, version: str) -> None:
         """Delete a version and the aliases that point at it; one that is gone is no error."""
-        with self._errors(f"delete version {version} of {name}"):
-            try:
-                self._client.delete_model_version(name, version)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
+        deleting = self._errors(f"delete version {version} of {name}")
+        with deleting, _Unless("RESOURCE_DOES_NOT_EXIST"):
+            self._client.delete_model_version(name, version)
 
     def _active_run_id(self) -> str:
         active = mlflow.active_run()
@@ -520,13 +515,9 @@ class MLflowTracker:
         with self._errors(f"open experiment {name}"):
             experiment = self._client.get_experiment_by_name(name)
             if experiment is None:
-                try:
+                with _Unless("RESOURCE_ALREADY_EXISTS"):  # somebody else has made it since
                     return str(self._client.create_experiment(name, artifact_uri))
-                except MlflowException as error:
-                    # Somebody else has made it since.
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                        raise
-                    experiment = self._client.get_experiment_by_name(name)
+                experiment = self._client.get_experiment_by_name(name)
         if experiment.lifecycle_stage != "active":
             raise RegistryError(
                 f"experiment {name!r} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME"

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         CopySourceTypeDef,
         GetObjectOutputTypeDef,
         HeadObjectOutputTypeDef,
+        ObjectTypeDef,
     )
 
 log = get_logger(__name__)
@@ -450,15 +451,18 @@ class Bucket:
 
     def list_objects(self, prefix: str = "") -> dict[str, Listed]:
         """The objects whose keys begin with ``prefix``, by their keys."""
+        return {
+            o["Key"]: Listed(o["Key"], o["Size"], o.get("ETag", ""), o["LastModified"])
+            for o in self._list(prefix)
+        }
+
+    def _list(self, prefix: str, **query: str) -> Iterator[ObjectTypeDef]:
         with self.errors(f"list {self.uri(prefix)}"):
             pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.name, Prefix=prefix
+                Bucket=self.name, Prefix=prefix, **query
             )
-            return {
-                o["Key"]: Listed(o["Key"], o["Size"], o.get("ETag", ""), o["LastModified"])
-                for page in pages
-                for o in page.get("Contents", [])
-            }
+            for page in pages:
+                yield from page.get("Contents", [])
 
     def list_versions(
         self, prefix: str, *, after: str = "", limit: int | None = None
@@ -483,14 +487,10 @@ class Bucket:
         # All versions begin with v, which leaves out the reports in failed/. No key within a
         # version's folder is behind its name with a 0, which comes next to the slash.
         start = f"{folder}{after}0" if after else f"{folder}v"
-        with self.errors(f"list {self.uri(folder)}"):
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.name, Prefix=folder, StartAfter=start
-            )
-            for entry in (entry for page in pages for entry in page.get("Contents", [])):
-                version, _, name = entry["Key"].removeprefix(folder).partition("/")
-                if name == MANIFEST:
-                    yield version
+        for entry in self._list(folder, StartAfter=start):
+            version, _, name = entry["Key"].removeprefix(folder).partition("/")
+            if name == MANIFEST:
+                yield version
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; one that is gone is no error.
