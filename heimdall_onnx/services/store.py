@@ -456,7 +456,7 @@ class Bucket:
             for o in self._list(prefix)
         }
 
-    def _list(self, prefix: str, **query: str) -> Iterator[ObjectTypeDef]:
+    def _list(self, prefix: str, **query: Any) -> Iterator[ObjectTypeDef]:
         with self.errors(f"list {self.uri(prefix)}"):
             pages = self.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.name, Prefix=prefix, **query
