@@ -28,7 +28,7 @@ DETAILS = "details"
 OPTIONAL = "optional"
 _TEMPLATE = Path(__file__).parent / "template"
 # papermill's own words on a failure, which the verdict says better.
-_ERROR_MARKS = {"papermill-error-cell-tag"}
+_ERROR_MARK = "papermill-error-cell-tag"
 # What a page without scripts can show.
 _SHOWN = frozenset({"image/png", "text/html", "text/markdown", "text/plain"})
 
@@ -70,14 +70,20 @@ def arrange(notebook: NotebookNode) -> dict[str, Any]:
     for number, cell in enumerate(notebook.cells):
         # Notebooks of an older format have none.
         cell.setdefault("id", f"cell-{number}")
-    verdict = next((c.metadata[VERDICT] for c in notebook.cells if _is_verdict(c)), None)
-    notebook.cells = [c for c in notebook.cells if not _is_apart(c)]
+    verdict = next((c.metadata[VERDICT] for c in notebook.cells if VERDICT in c.metadata), None)
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if VERDICT not in cell.metadata and _ERROR_MARK not in cell.metadata.get("tags", [])
+    ]
     # Without scripts a widget is what it carries as picture or text.
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        cell.page = {"name": _name(cell)}
+        injected = "injected-parameters" in cell.metadata.get("tags", [])
+        cell.page = {"name": "injected parameters" if injected else cell.id}
         if "outputs" in cell:
-            cell.outputs = [o for o in cell.outputs if not _is_record(o)]
+            # Records are for programs.
+            cell.outputs = [o for o in cell.outputs if "scrapbook" not in o.get("metadata", {})]
             for output in cell.outputs:
                 _arrange_output(cell, output)
     contents: list[dict[str, Any]] = []
@@ -94,24 +100,6 @@ def arrange(notebook: NotebookNode) -> dict[str, Any]:
             contents.append({**head, "id": block[0].id})
         _arrange_block(block, outputs)
     return {"verdict": verdict, "contents": contents, "left_out": left_out}
-
-
-def _name(cell: NotebookNode) -> str:
-    injected = "injected-parameters" in cell.metadata.get("tags", [])
-    return "injected parameters" if injected else str(cell.id)
-
-
-def _is_verdict(cell: NotebookNode) -> bool:
-    return VERDICT in cell.metadata
-
-
-def _is_apart(cell: NotebookNode) -> bool:
-    return _is_verdict(cell) or not _ERROR_MARKS.isdisjoint(cell.metadata.get("tags", []))
-
-
-def _is_record(output: NotebookNode) -> bool:
-    """Records are for programs."""
-    return "scrapbook" in output.get("metadata", {})
 
 
 def _blocks(cells: list[NotebookNode]) -> Iterator[list[NotebookNode]]:
