@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,11 +83,13 @@ def _draw(axes: Axes, modules: tuple[ModuleDifference, ...], departure: Departur
         (beyond, Color.ONNX, "X", "departs"),
     ):
         axes.plot(xs[mask], drawn[mask], marker, color=color, label=label, gid=label, zorder=3)
-    _mark(axes, modules, departure, drawn)
+    at = next((i for i, m in enumerate(modules) if departure and m.scope == departure.scope), None)
+    if departure is not None:
+        _mark(axes, departure, None if at is None else (at, drawn[at]), len(modules))
     axes.set(yscale="log", ylim=(low / 2, high * 3), xlim=(-0.7, len(modules) - 0.3))
     log_axis(axes.yaxis)
     axes.set_ylabel("error / what rounding explains")
-    ticks = _ticks(modules, departure)
+    ticks = _ticks(len(modules), at)
     axes.set_xticks(
         ticks, [plain(_short(modules[i].scope)) for i in ticks], rotation=35, ha="right"
     )
@@ -95,31 +98,22 @@ def _draw(axes: Axes, modules: tuple[ModuleDifference, ...], departure: Departur
     axes.legend(loc="lower right", ncols=2, frameon=True)
 
 
-def _mark(
-    axes: Axes,
-    modules: tuple[ModuleDifference, ...],
-    departure: Departure | None,
-    drawn: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> None:
-    if departure is None:
-        return
-    at = next((i for i, m in enumerate(modules) if m.scope == departure.scope), None)
+def _mark(axes: Axes, departure: Departure, point: tuple[int, float] | None, modules: int) -> None:
     around = departure.operators[:_OPERATORS_SHOWN]
     more = ", …" if len(departure.operators) > len(around) else ""
     text = (
         f"{name(departure.scope, 48)}\nPyTorch {departure.pytorch_value:.7g}, "
         f"ONNX {departure.onnx_value:.7g}\n{name(', '.join(around), 60)}{more}"
     )
-    if at is None:  # folded into others: it is named, and has no point of its own
+    if point is None:  # folded into others: it is named, and has no point of its own
         axes.text(0.02, 0.97, plain(text), va="top", size=9, transform=axes.transAxes)
         return
-    axes.plot(
-        at, drawn[at], "o", ms=15, mfc="none", mec=Color.INK, mew=1.6, gid="departure", zorder=4
-    )
-    left = at > len(modules) / 2
+    ring: dict[str, Any] = {"ms": 15, "mfc": "none", "mec": Color.INK, "mew": 1.6}
+    axes.plot(*point, "o", gid="departure", zorder=4, **ring)
+    left = point[0] > modules / 2
     axes.annotate(
         plain(text),
-        (at, drawn[at]),
+        point,
         xytext=(0.02 if left else 0.98, 0.97),
         textcoords="axes fraction",
         ha="left" if left else "right",
@@ -130,13 +124,12 @@ def _mark(
     )
 
 
-def _ticks(modules: tuple[ModuleDifference, ...], departure: Departure | None) -> list[int]:
+def _ticks(modules: int, at: int | None) -> list[int]:
     """Evenly spaced modules, and the one that departs in place of its neighbours."""
-    even = np.unique(np.linspace(0, len(modules) - 1, min(_LABELS, len(modules))).astype(int))
-    at = next((i for i, m in enumerate(modules) if departure and m.scope == departure.scope), None)
+    even = np.unique(np.linspace(0, modules - 1, min(_LABELS, modules)).astype(int))
     if at is None:
         return [int(i) for i in even]
-    gap = math.ceil(len(modules) / (2 * _LABELS))
+    gap = math.ceil(modules / (2 * _LABELS))
     return sorted({at, *(int(i) for i in even if abs(i - at) > gap)})
 
 

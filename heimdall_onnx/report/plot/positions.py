@@ -170,7 +170,6 @@ def _draw_map(axes: Axes, positions: _Positions, data: EvaluationData) -> None:
     sides = (pytorch, "PyTorch", Color.PYTORCH), (onnx, "ONNX", Color.ONNX)
     draw_places(axes, sides, truth, 1.0 if len(mapped) <= _LABELLED_SHOWN else 0.5)
     _draw_receivers(axes, data, origin)
-    _draw_scale_bar(axes)
     legend_below(axes, 0.17, ncols=3)
 
 
@@ -264,39 +263,6 @@ def _draw_receivers(axes: Axes, data: EvaluationData, origin: tuple[float, float
     for receiver, place in zip(data.receivers, places, strict=True):
         at = float(place[0]), float(place[1])
         note(axes, name(receiver, 20), at, (0, 8), ha="center", path_effects=_HALO, zorder=6)
-
-
-def _draw_scale_bar(axes: Axes) -> None:
-    low, high = axes.get_xlim()
-    # Counting the margin as data adds another one below it, a strip of the bar's own.
-    axes.update_datalim([((low + high) / 2, axes.get_ylim()[0])])
-    length = _round_down((high - low) / 4)
-    start, transform = low + 0.03 * (high - low), axes.get_xaxis_transform()
-    axes.plot(
-        [start, start + length],
-        [0.03, 0.03],
-        color=Color.INK,
-        lw=3,
-        solid_capstyle="butt",
-        transform=transform,
-        gid="scale bar",
-        zorder=6,
-    )
-    axes.text(
-        start,
-        0.045,
-        distance(1000 * length),
-        size=9,
-        transform=transform,
-        path_effects=_HALO,
-        zorder=6,
-    )
-
-
-def _round_down(value: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten up to ``value``."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return max(step for step in (1.0, 2.0, 5.0) if step * power <= value * (1 + 1e-9)) * power
 
 
 def draw_displacement(

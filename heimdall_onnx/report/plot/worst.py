@@ -184,8 +184,7 @@ def _draw_many(
     panels = list(band.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
     for axes, spec, width in zip(panels, drawn, widths, strict=False):
         values = np.atleast_1d(inputs[spec.name])
-        no_grid(axes)
-        axes.set(xticks=[], yticks=[])
+        axes.set_axis_off()
         image = values.reshape(len(values), -1)
         # What is masked is dark.
         cells = _scaled(~image if spec.masks else image)
@@ -241,18 +240,17 @@ def _channels(values: npt.NDArray[np.generic]) -> list[npt.NDArray[np.generic]]:
 
 
 def _draw_channel(axes: Axes, channel: npt.NDArray[np.generic]) -> None:
-    no_grid(axes)
     if channel.ndim == 1:
+        no_grid(axes)
         axes.plot(channel, color=Color.INK, lw=1.0)
         axes.tick_params(labelsize=9)
         return
+    axes.set_axis_off()
     axes.imshow(channel, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
 
 
 def _write(axes: Axes, sample: _Worst, report: ParityReport) -> None:
-    no_grid(axes)
-    axes.set(xticks=[], yticks=[])
+    axes.set_axis_off()
     # Several inputs leave less room beside them.
     shown = _VALUES_SHOWN if len(report.signature.inputs) == 1 else _VALUES_SHOWN // 2
     lines = [f"sample {sample.index}: {number(sample.most[1].excess)}× the tolerance"]
