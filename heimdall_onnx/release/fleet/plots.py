@@ -7,7 +7,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from heimdall_onnx.common.text import count_of, metre_scale, name, number
-from heimdall_onnx.report.plot.chart import Chart, Color, fitting_log_axis, new_figure, note, styled
+from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, note, styled
 from heimdall_onnx.report.plot.variants import front
 
 _NAMED = 20
@@ -79,7 +79,7 @@ def _wide(values: pd.Series[float]) -> bool:
 
 def _write(axis: Axis) -> None:
     if axis.get_scale() == "log":
-        fitting_log_axis(axis)
+        log_axis(axis)
         return
     # Two ticks beside each other must not read alike.
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

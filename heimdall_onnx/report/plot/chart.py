@@ -184,25 +184,16 @@ def _wrap(text: str, width: int) -> str:
 
 
 def log_axis(axis: Axis) -> None:
-    """Label a logarithmic axis as `number` writes, without marks between its powers of ten.
+    """Label a logarithmic axis, whose limits are there, as `number` writes.
 
-    These, and powers set as formulas, take a quarter of a second for each axis.
+    Its powers of ten are marked, and 2 and 5 between them where it spans less than two. Further
+    marks, and powers set as formulas, take a quarter of a second for each axis.
     """
-    axis.set_major_locator(LogLocator(numticks=7))
+    low, high = axis.get_view_interval()
+    fine = low > 0 and high < 100 * low
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if fine else (1.0,), numticks=9))
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axis.set_minor_locator(NullLocator())
-
-
-def fine_log_axis(axis: Axis) -> None:
-    """`log_axis` with marks at 2 and 5 as well, for values within a few powers of ten."""
-    log_axis(axis)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
-
-
-def fitting_log_axis(axis: Axis) -> None:
-    """`fine_log_axis` where what is drawn spans less than two powers of ten, else `log_axis`."""
-    low, high = axis.get_view_interval()
-    (fine_log_axis if low > 0 and high < 100 * low else log_axis)(axis)
 
 
 def no_grid(axes: Axes) -> None:
@@ -260,8 +251,7 @@ def legend_below(axes: Axes, down: float, **style: Any) -> None:
 
 def say(axes: Axes, text: str) -> None:
     """Put words where there is nothing to draw."""
-    no_grid(axes)
-    axes.set(xticks=[], yticks=[])
+    axes.set_axis_off()
     axes.text(0.5, 0.5, plain(text), ha="center", va="center", transform=axes.transAxes, size=10)
 
 

@@ -13,8 +13,8 @@ from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
-    fitting_log_axis,
     labelled,
+    log_axis,
     new_panels,
     plain,
     say,
@@ -111,7 +111,7 @@ def draw_distribution(
     if allowed is not None:
         axes.axvspan(*allowed, color=Color.INK, alpha=0.08, lw=0)
         axes.axvline(allowed[0], ls="--", color=Color.INK, lw=1.2, gid="tolerance")
-    fitting_log_axis(axes.xaxis)
+    log_axis(axes.xaxis)
     axes.set(
         ylim=(0, 106), xlabel=labelled("absolute difference", o.unit), ylabel="at or below (%)"
     )

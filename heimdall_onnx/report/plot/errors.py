@@ -126,9 +126,9 @@ def _draw_magnitude(axes: Axes, column: OutputColumn, report: ParityReport) -> N
     for label, values, color, style in lines:
         axes.plot(xs, values, color=color, ls=style, lw=1.2, label=label, gid=label)
     axes.set(xscale="log", yscale="log", xlim=(low, high))
+    axes.set_ylim(bottom=floor / 1.5, top=3 * max(float(allowed.max()), float(error[known].max())))
     log_axis(axes.xaxis)
     log_axis(axes.yaxis)
-    axes.set_ylim(bottom=floor / 1.5, top=3 * max(float(allowed.max()), float(error[known].max())))
     axes.set_xlabel(labelled("|PyTorch|", column.spec.unit))
     axes.legend(handlelength=1.4, frameon=True)
 

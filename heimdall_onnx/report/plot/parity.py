@@ -162,12 +162,12 @@ def _draw_tolerance(
     axes.axhline(0, color=Color.QUIET, lw=1, zorder=1)
     sizes = np.abs(residual)
     largest = float(max(sizes.max(initial=0.0), limit.max()))
-    # Linear up to the bulk of the differences, logarithmic beyond.
-    bulk = float(np.median(sizes[sizes > 0])) if sizes.any() else largest
-    width = max(bulk, 1e-12 * largest)
-    axes.set_yscale("asinh", linear_width=width)
+    if sizes.any():
+        # Linear up to the bulk of the differences, logarithmic beyond.
+        width = max(float(np.median(sizes[sizes > 0])), 1e-12 * largest)
+        axes.set_yscale("asinh", linear_width=width)
+        axes.yaxis.set_major_locator(AsinhLocator(width, numticks=5))
     axes.set_ylim(-1.5 * largest, 1.5 * largest)
-    axes.yaxis.set_major_locator(AsinhLocator(width, numticks=5))
     axes.yaxis.set_major_formatter(_TICKS)
     axes.yaxis.set_minor_locator(NullLocator())
 

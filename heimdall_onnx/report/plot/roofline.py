@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from heimdall_onnx.common.text import count_of, name, number
 from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.variants.roofline import Roofline, RooflineRow
-from heimdall_onnx.report.plot.chart import Chart, Color, fine_log_axis, new_figure, plain, styled
+from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, plain, styled
 
 # Of each precision: colour, marker, line.
 _STYLES = dict(
@@ -60,7 +60,7 @@ def roofline(report: Roofline | None) -> Chart | None:
     _draw_roofs(axes, report, low, high)
     _draw_points(axes, points)
     for axis in (axes.xaxis, axes.yaxis):
-        fine_log_axis(axis)
+        log_axis(axis)
     axes.set_xlabel("operations per byte of weights")
     axes.set_ylabel("10⁹ operations a second")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, handlelength=2.6)

@@ -17,7 +17,6 @@ from heimdall_onnx.model.ensemble import ALEATORIC, EPISTEMIC
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
-    fine_log_axis,
     legend_below,
     log_axis,
     new_figure,
@@ -174,7 +173,7 @@ def _draw_distributions(
     ):
         _curve(axes, quantiles, factor, label, Color.INK, style)
     axes.set(xscale="log", xlim=(low / 1.15, high * 1.15), ylim=(0, 100))
-    (fine_log_axis if high < 30 * low else log_axis)(axes.xaxis)
+    log_axis(axes.xaxis)
     axes.set(xlabel=f"distance ({unit})", ylabel="samples at or below (%)")
     axes.set_title("Error and claim")
     _legend(axes)

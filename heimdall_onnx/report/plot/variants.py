@@ -14,8 +14,7 @@ from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
-    fine_log_axis,
-    fitting_log_axis,
+    log_axis,
     new_figure,
     note,
     plain,
@@ -62,8 +61,8 @@ def variants(report: VariantsReport | None) -> Chart | None:
         yscale="log",
     )
     axes.margins(x=0.16, y=0.14)
-    fine_log_axis(axes.xaxis)
-    fitting_log_axis(axes.yaxis)
+    log_axis(axes.xaxis)
+    log_axis(axes.yaxis)
     alt = "; ".join(
         f"{v.name} {'passed' if v.passed else 'failed'}: {number(p[0], 3)} ms, {cost} "
         f"{distance(p[1]) if unit else number(p[1])}, {v.size_bytes / 1e6:,.0f} MB"
@@ -171,7 +170,7 @@ def noise_along_depth(report: VariantsReport | None) -> Chart | None:
         drawn = _draw_noise(axes, variant, scopes, index) or drawn
     if drawn:
         axes.set_yscale("log")
-        fitting_log_axis(axes.yaxis)
+        log_axis(axes.yaxis)
         step = -(-len(scopes) // _TICKS)
         axes.set_xticks(
             range(0, len(scopes), step), map(plain, scopes[::step]), rotation=60, ha="right"

@@ -10,7 +10,7 @@ from heimdall_onnx.model.checkpoint import LoadedModel
 from heimdall_onnx.model.onnx.export import ExportResult
 from heimdall_onnx.model.onnx.validate import ModelInfo
 from heimdall_onnx.model.signature import Axis, TensorSpec
-from heimdall_onnx.report.tables.table import counts_text, megabytes, shape_text, table
+from heimdall_onnx.report.tables.table import megabytes, shape_text, table
 
 
 def parameters_table(parameters: BaseModel) -> Markdown:
@@ -83,13 +83,14 @@ def export_table(exported: ExportResult) -> Markdown:
 def validation_table(info: ModelInfo) -> Markdown:
     """What the file says of itself."""
     most = sorted(info.operators.items(), key=lambda item: -item[1])[:8]
+    counts = ", ".join(f"{count} {name}" for name, count in most)
     return table(
         ("file", "value"),
         [
             ("opset", info.opset_version),
             ("IR version", info.ir_version),
             ("producer", f"{info.producer_name} {info.producer_version}"),
-            ("operators", f"{sum(info.operators.values())}: {counts_text(most)}, …"),
+            ("operators", f"{sum(info.operators.values())}: {counts}, …"),
             *(("input", f"{t.name}: {t.dtype} {shape_text(t.shape)}") for t in info.inputs),
             *(("output", f"{t.name}: {t.dtype} {shape_text(t.shape)}") for t in info.outputs),
             ("signature", "; ".join(info.signature_problems) or "as declared"),

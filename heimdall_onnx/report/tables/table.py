@@ -40,8 +40,3 @@ def fixed(value: float) -> str:
 def shape_text(shape: Sequence[int | str]) -> str:
     """A shape as a tuple."""
     return f"({', '.join(map(str, shape))})"
-
-
-def counts_text(counts: Iterable[tuple[str, int]]) -> str:
-    """Counts with what they count."""
-    return ", ".join(f"{count} {name}" for name, count in counts)

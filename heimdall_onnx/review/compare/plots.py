@@ -21,8 +21,8 @@ from heimdall_onnx.evidence.parity.ground import mean_place, offset_km
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
-    fitting_log_axis,
     legend_below,
+    log_axis,
     new_figure,
     new_panels,
     plain,
@@ -172,7 +172,7 @@ def localization_errors(answers: Answers) -> Chart | None:
     positive = positive[positive > 0]
     if positive.size and positive.max() > 20 * positive.min():
         axes.set_xscale("log")
-        fitting_log_axis(axes.xaxis)
+        log_axis(axes.xaxis)
     axes.set(
         ylim=(0, 104),
         xlabel=f"distance to the true position ({unit})",
