@@ -451,8 +451,13 @@ def test_a_damaged_download_leaves_nothing_behind(
 
 
 def test_a_download_that_breaks_off_is_a_store_error(
-    embedded_settings: Settings, s3: S3Client, bucket: Bucket, large_file: Path, tmp_path: Path
+    embedded_settings: Settings,
+    bucket: Bucket,
+    large_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(store.random, "uniform", lambda low, high: low)  # of each pause
     bucket.upload_file(large_file, "k")
     with cutting_proxy(embedded_settings.s3_endpoint_url, after=1 << 20) as address:
         client = make_client(embedded_settings.model_copy(update={"s3_endpoint_url": address}))
