@@ -662,7 +662,7 @@ def test_departure_is_looked_for_on_the_worst_inputs(compare, exported):
 
 def test_memory_does_not_grow_with_the_number_of_samples(compare):
     model, peaks = SmallNet(), []
-    for count in (3 * PLOTTED_SAMPLES, 20 * PLOTTED_SAMPLES):
+    for count in (2 * PLOTTED_SAMPLES, 10 * PLOTTED_SAMPLES):
         # One sample seen many times takes no memory itself.
         signal = np.broadcast_to(generic_inputs(SIGNATURE, 1)["signal"], (count, 2, 8, 8))
         data = evaluation(1)

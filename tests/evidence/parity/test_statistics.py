@@ -143,18 +143,18 @@ def test_memory_does_not_grow_with_the_number_of_samples():
     retained, sizes = [], []
     tracemalloc.start()
     try:
-        for part in range(100):
+        for part in range(40):
             accumulator.update(reference, value + np.float32(part * 1e-7), part * 1000)
-            if part in (9, 99):
+            if part in (3, 39):
                 retained.append(accumulator._errors._sketch.num_retained)
                 gc.collect()
                 sizes.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert accumulator.result().count == 200_000
+    assert accumulator.result().count == 80_000
     assert retained[1] < 3 * retained[0] < 20_000
     # Other threads of the process allocate too; to keep the errors would take ten times this.
-    assert sizes[1] - sizes[0] < 90 * reference.nbytes / 10
+    assert sizes[1] - sizes[0] < 36 * reference.nbytes / 10
     assert len(accumulator.result().worst) == WORST_SAMPLES
 
 
