@@ -18,19 +18,17 @@ _PART_BYTES = 8 << 20
 
 
 class RowReader(Protocol):
-    """An array whose rows come into memory when they are indexed, as those of a dataset.
+    """An array whose rows come into memory when they are indexed, and have no NaN or Inf then.
 
     Attributes:
         dtype: Element type.
         shape: Rows first.
         ndim: Number of axes.
-        finite: Whether reading a row with NaN or Inf is refused, so that none need be looked for.
     """
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     ndim: int
-    finite: bool
 
     def __len__(self) -> int: ...
 

@@ -387,7 +387,7 @@ def _array_problems(spec: TensorSpec, array: Rows) -> list[str]:
         problems.append(f"{spec.name} has shape {array.shape}, expected {spec.shape}")
     elif array.shape[0] == 0:
         problems.append(f"{spec.name} has no samples")
-    elif np.issubdtype(array.dtype, np.floating) and not getattr(array, "finite", False):
+    elif isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.floating):
         rows = _nonfinite_rows(array)
         if rows.size:
             problems.append(

@@ -218,7 +218,8 @@ def _said(entry: Any, path: Sequence[str | int]) -> str:
     kind, found = entry["type"], shown(entry["input"])
     last = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
-        known = list(_known_keys(path))
+        model = _KNOWN.get(str(path[0]), _File) if len(path) > 1 else _File
+        known = list(model.model_fields)
         near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         return f"is not known here; {hint}"
@@ -246,11 +247,6 @@ _EXPECTED = {
     "lengths": f"a list of 1 to 20 lengths, whole numbers from 1 to {_MAX_ELEMENTS:,}",
     "permutable": "true or false",
 }
-
-
-def _known_keys(path: Sequence[str | int]) -> Iterator[str]:
-    model = _KNOWN.get(str(path[0])) if len(path) > 1 else _File
-    yield from (model or _File).model_fields
 
 
 def _too_large(signature: Signature) -> Iterator[str]:

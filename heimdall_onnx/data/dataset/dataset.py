@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import DataError, ParameterError
@@ -37,10 +38,10 @@ from heimdall_onnx.data.dataset.schema import (
     DATASET_VERSION,
     EVENT,
     EVENT_NAMES,
-    GROUP_FILE,
     HEADER,
     INPUTS,
     POSITIONS,
+    GroupFile,
     header_problems,
     label_problems,
 )
@@ -126,7 +127,7 @@ class Dataset:
 
     def __init__(self, files: Files) -> None:
         self.files = files
-        header = read_zarr(files, HEADER, GROUP_FILE, "dataset").attributes
+        header = read_zarr(files, HEADER, TypeAdapter(GroupFile), "dataset").attributes
         self.arrays: dict[str, ArraySpec] = dict(header.arrays)
         refuse(files.address, header_problems(header))
         self.meta, self.receivers = dict(header.meta), dict(header.receivers)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter
 
 from heimdall_onnx.common.arrays import Rows, parts
 from heimdall_onnx.common.text import shown
@@ -51,9 +50,6 @@ class GroupFile(Strict):
     zarr_format: Literal[3]
     node_type: Literal["group"]
     attributes: Header
-
-
-GROUP_FILE = TypeAdapter(GroupFile)
 
 
 def digest_of(header: Mapping[str, Any]) -> str:

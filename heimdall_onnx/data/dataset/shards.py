@@ -146,8 +146,6 @@ class ArrayReader:
         DataError: If its ``zarr.json`` says something else, or a shard is missing.
     """
 
-    finite = True
-
     def __init__(self, files: Files, name: str, spec: ArraySpec) -> None:
         self._files, self._name, self._root, self._spec = files, name, files.address, spec
         self.dtype, self.shape, self.ndim = np.dtype(spec.dtype), spec.shape, len(spec.shape)
