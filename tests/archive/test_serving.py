@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
+import mlflow
 import numpy as np
 import onnx
 import pytest
@@ -463,7 +465,26 @@ def require_answers_of(net, settings, features):
     np.testing.assert_allclose(answer.deviations, expected["uncertainties"], atol=1e-5)
 
 
+def require_numbers_of_mlflow(theirs, settings, features):
+    with ServedModel("models:/localization@production", settings=settings) as model:
+        ours = model.predict({"mel_spectrogram": features}).outputs
+    assert theirs.keys() == ours.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(theirs[name], array, rtol=1e-6)
+
+
+def test_mlflow_gives_the_same_numbers(settings, localization, reset_mlflow):
+    settings.apply()
+    boto3.setup_default_session()
+    mlflow.set_tracking_uri(settings.tracking_uri.get_secret_value())
+    features, _ = simulate_captures(np.random.default_rng(1), 4)
+    loaded = mlflow.pyfunc.load_model("models:/localization@production")
+    theirs = loaded.predict({"mel_spectrogram": features})
+    require_numbers_of_mlflow(theirs, settings, features)
+
+
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_mlflow_serves_the_same_numbers(settings, localization, tmp_path):
     features, _ = simulate_captures(np.random.default_rng(1), 4)
     with served_by_mlflow("models:/localization@production", settings, tmp_path) as address:
@@ -473,11 +494,7 @@ def test_mlflow_serves_the_same_numbers(settings, localization, tmp_path):
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             theirs = json.load(response)["predictions"]
-    with ServedModel("models:/localization@production", settings=settings) as model:
-        ours = model.predict({"mel_spectrogram": features}).outputs
-    assert theirs.keys() == ours.keys()
-    for name, array in ours.items():
-        np.testing.assert_allclose(theirs[name], array, rtol=1e-6)
+    require_numbers_of_mlflow(theirs, settings, features)
 
 
 @contextmanager
