@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from bs4 import BeautifulSoup
@@ -17,7 +18,9 @@ from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.signing import Trust
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, PromotionError, RegistryError, StoreError
+from heimdall_onnx.evidence.latency.statistics import Speedup
 from heimdall_onnx.model.signature import Signature
+from heimdall_onnx.review.compare import head_to_head
 from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.promotion import alias_history, promote_release, roll_back
 from heimdall_onnx.services.connection import connect
@@ -78,6 +81,13 @@ def _undecided(connection):
     for name in tracker.model_names():
         for alias in tracker.aliases(name):
             tracker.delete_alias(name, alias)
+
+
+@pytest.fixture
+def equally_fast(monkeypatch):
+    """How long both models take is not measured where nothing is decided by it."""
+    timed = SimpleNamespace(speedup=Speedup(1.0, 0.9, 1.1, 6))
+    monkeypatch.setattr(head_to_head, "measure_both", lambda *_, **__: timed)
 
 
 def promote(connection, manifest, **changes):
@@ -150,7 +160,7 @@ def test_changed_page_of_a_decision_is_found_out(connection, fresh):
     assert not holds(connection, first)
 
 
-def test_manifest_record_and_log_are_read_once(connection, release):
+def test_manifest_record_and_log_are_read_once(connection, release, equally_fast):
     promote(connection, release(), compare=False)
     candidate, read = release(), Counter()
     events = connection.client.meta.events
@@ -215,7 +225,7 @@ def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, 
     assert promote(connection, worse, limits=loose).version == worse.model_version
 
 
-def test_test_run_that_is_worse_is_refused_for_both(connection, release):
+def test_test_run_that_is_worse_is_refused_for_both(connection, release, equally_fast):
     promote(connection, release())
     with pytest.raises(PromotionError) as raised:
         promote(connection, release(error_degrees=0.02, verdict="pass (smoke)"))
@@ -229,7 +239,7 @@ def test_promotion_can_be_made_without_a_comparison(connection, release):
     assert review.comparison is None
 
 
-def test_data_without_labels_leaves_accuracy_to_the_reviewer(connection, release):
+def test_data_without_labels_leaves_accuracy_to_the_reviewer(connection, release, equally_fast):
     promote(connection, release())
     review = promote(connection, release(labelled=False), limits=Limits(slowdown=1e6, calls=60))
     assert [ratio.what for ratio in review.comparison.ratios] == ["latency"]
@@ -274,7 +284,7 @@ def test_holder_of_other_inputs_does_not_stand_in_the_way(connection, release):
     assert "of A: signal: float32 (batch, 3)" in comparison.notes[0]
 
 
-def test_answers_that_are_no_numbers_refuse_a_promotion(connection, release):
+def test_answers_that_are_no_numbers_refuse_a_promotion(connection, release, equally_fast):
     held = release()
     promote(connection, held)
     with pytest.raises(PromotionError, match="64 values are NaN or Inf in one of them"):
