@@ -7,6 +7,7 @@ else.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -64,7 +65,7 @@ def test_every_block_is_run_by_a_test():
     assert len(run) == len(BLOCKS)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Workshop:
     """A folder of somebody who follows the README, with services of its own."""
 
@@ -98,6 +99,11 @@ class Workshop:
     @property
     def home(self) -> Path:
         return self.folder / ".heimdall"
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        """That of the first release."""
+        return json.loads(self.shell("heimdall-onnx show detector/1"))
 
 
 def own_release() -> str:
@@ -143,7 +149,7 @@ def test_the_two_commands_are_targets_of_make():
 
 def test_release_is_what_the_readme_draws(reviewed):
     tree = block("What did just happen?", "s3://")
-    folder = json.loads(reviewed.shell("heimdall-onnx show detector/1"))["objects"][0]["key"]
+    folder = reviewed.manifest["objects"][0]["key"]
     folder = folder[: folder.index("/v") + 17]
     there = {
         key.removeprefix(f"{folder}/") for key in Bucket(reviewed.client, BUCKET).list_keys(folder)
@@ -252,9 +258,9 @@ def test_dataset_is_made_trained_on_uploaded_and_evaluated(workshop):
 
 
 def test_recommended_variant_and_model_are_opened(reviewed):
-    for source in (block("Variants", "import"), block("Opening", "import")):
-        printed = reviewed.python(f"{source}\nprint([i.name for i in session.get_inputs()])")
-        assert printed == "['image']\n"
+    said = "print([i.name for i in session.get_inputs()])"
+    variant, model = block("Variants", "import"), block("Opening", "import")
+    assert reviewed.python(f"{variant}\n{said}\n{model}\n{said}") == "['image']\n" * 2
 
 
 def test_model_is_served_in_a_process(reviewed):
@@ -322,13 +328,19 @@ def test_help_ends_with_an_example_of_that_command(name):
 AS_IT_STANDS = ("doctor", "history", "link", "list", "policy", "services status", "show", "verify")
 
 
-@pytest.mark.parametrize("name", AS_IT_STANDS)
-def test_example_works_as_it_stands(reviewed, name):
-    reviewed.shell(commands()[f"heimdall-onnx {name}"].example)
+def test_examples_work_as_they_stand(reviewed):
+    # In one process, which starts as slowly as each of them would.
+    examples = [commands()[f"heimdall-onnx {name}"].example for name in AS_IT_STANDS]
+    assert not [example for example in examples if re.search(r"[\n$|*~]", example)]
+    reviewed.python(
+        "import shlex\nfrom heimdall_onnx.cli.main import main\n"
+        f"for example in {examples}:\n"
+        "    assert not main(shlex.split(example)[1:], standalone_mode=False), example\n"
+    )
 
 
 def test_gates_of_a_release_are_all_explained(reviewed):
-    gates = json.loads(reviewed.shell("heimdall-onnx show detector/1"))["gates"]
+    gates = reviewed.manifest["gates"]
     (text,) = [page for f in READMES if "| gate | holds when" in (page := f.read_text())]
     explained = re.findall(r"^\| ([^|]+?) \|", text[text.index("| gate | holds when") :], re.M)
     for gate in gates:
