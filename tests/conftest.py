@@ -149,17 +149,6 @@ def _quick_exporter() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _quick_clients() -> Iterator[None]:
-    """Each client reads botocore's description of S3 anew, which is most of what it takes."""
-    import botocore.session
-
-    with pytest.MonkeyPatch.context() as patch:
-        loader = functools.cache(botocore.session.create_loader)
-        patch.setattr(botocore.session, "create_loader", loader)
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """What a test, or a fixture of its module, puts into environment and logging ends with it."""
