@@ -116,9 +116,16 @@ def upload_release(
         datasets = tuple(keep_dataset(bucket, dataset) for dataset in filter(None, [data.dataset]))
         version = _claim(bucket, parameters, journal, described)
         folder = f"{parameters.prefix}/{version}"
-        files = _upload(bucket, folder, described, exported, loaded.signature, variants)
-        objects = (*files, bucket.head(f"{folder}/{METADATA}"))
+        model = bucket.upload_file(
+            exported.path,
+            f"{folder}/{MODEL}",
+            sha256=exported.sha256,
+            metadata=object_metadata(described),
+        )
+        # Waits for MLflow, which is not to be imported by this thread at the same time.
         connection.tracker.check_run(run_id)
+        files = _upload_beside(bucket, folder, described, exported, loaded.signature, variants)
+        objects = (model, *files, bucket.head(f"{folder}/{METADATA}"))
         undo.pop_all()
     folder_uri = bucket.uri(folder)
     log.info("uploaded", version=version, folder=folder_uri, objects=len(objects))
@@ -183,7 +190,7 @@ def _claim(
     return bucket.claim_version(parameters.prefix, name=METADATA, content=claim)
 
 
-def _upload(
+def _upload_beside(
     bucket: Bucket,
     folder: str,
     described: Mapping[str, Any],
@@ -191,15 +198,9 @@ def _upload(
     signature: Signature,
     variants: VariantsReport | None,
 ) -> Iterator[StoredObject]:
-    """The model, what lets MLflow load it, and those variants that are no other way to run it."""
+    """What lets MLflow load the model, and those variants that are no other way to run it."""
     from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
 
-    yield bucket.upload_file(
-        exported.path,
-        f"{folder}/{MODEL}",
-        sha256=exported.sha256,
-        metadata=object_metadata(described),
-    )
     with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as beside:
         size, run_id = exported.size_bytes, described["mlflow_run_id"]
         write_mlmodel_folder(Path(beside), signature, model_size_bytes=size, run_id=run_id)
