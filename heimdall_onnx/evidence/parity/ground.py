@@ -189,7 +189,7 @@ class GroundAccumulator(Accumulator):
 
     merging: ClassVar = {
         **dict.fromkeys(("_displacement", "_answers", "_task"), added),
-        "_maximum": lambda mine, further: float(np.maximum(mine, further)),  # NaN stays
+        "_maximum": np.maximum,  # NaN stays
     }
 
     def __init__(
@@ -228,7 +228,7 @@ class GroundAccumulator(Accumulator):
         return GroundReport(
             displacement_p50_m=self._displacement(0.5),
             displacement_p99_m=self._displacement(0.99),
-            displacement_max_m=self._maximum,
+            displacement_max_m=float(self._maximum),
             middle=self._middle,
             task=()
             if self._middle is None

@@ -23,6 +23,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from datasketches import req_floats_sketch
 from pydantic import Field
 
 from heimdall_onnx.common.arrays import Floats
+from heimdall_onnx.common.errors import InputError
 from heimdall_onnx.model.signature import TensorSpec
 
 _T = TypeVar("_T")
@@ -60,7 +62,15 @@ class Accumulator:
         """Add everything that was added to ``other``, which stays as it is.
 
         The result is that of one accumulator to which all of it was added, in any order.
+
+        Raises:
+            InputError: If ``other`` is of another kind, or is this one.
         """
+        kind = type(self).__name__
+        if other is self:
+            raise InputError(f"{kind} can't be merged with itself: its samples would count twice")
+        if type(other) is not type(self):
+            raise InputError(f"{kind} can't be merged with {type(other).__name__}: expected {kind}")
         for name, merged in self.merging.items():
             setattr(self, name, merged(getattr(self, name), getattr(other, name)))
 
@@ -207,8 +217,8 @@ def badness(sample: WorstSample) -> tuple[float, float, int]:
     return -sample.excess, -sample.error, sample.sample
 
 
-def _worst_of(samples: Iterable[WorstSample]) -> list[WorstSample]:
-    return heapq.nsmallest(WORST_SAMPLES, samples, key=badness)
+def _worst_of(*parts: Iterable[WorstSample]) -> list[WorstSample]:
+    return heapq.nsmallest(WORST_SAMPLES, chain(*parts), key=badness)
 
 
 @dataclass(frozen=True)
@@ -351,7 +361,7 @@ class ErrorAccumulator(Accumulator):
         **dict.fromkeys(("_violations", "_mismatches", "_nonfinite"), added),
         **dict.fromkeys(("_excess", "_maximum", "_highest"), max),
         "_lowest": min,
-        "_worst": lambda mine, further: _worst_of((*mine, *further)),
+        "_worst": _worst_of,
     }
 
     def __init__(self, spec: TensorSpec, *, atol: float, rtol: float) -> None:
@@ -435,7 +445,7 @@ class ErrorAccumulator(Accumulator):
             )
             for row in order.tolist()
         )
-        self._worst = _worst_of((*self._worst, *rows))
+        self._worst = _worst_of(self._worst, rows)
 
     def result(self) -> ErrorStatistics:
         """The statistics of everything added so far."""

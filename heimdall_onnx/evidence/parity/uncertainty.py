@@ -190,7 +190,7 @@ class UncertaintyAccumulator(Accumulator):
         self,
         outputs: Mapping[str, npt.NDArray[Any]],
         truth: npt.NDArray[Any],
-        first: int = 0,
+        first: int,
     ) -> None:
         """Add a batch.
 

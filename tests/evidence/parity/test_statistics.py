@@ -15,6 +15,8 @@ from hypothesis.extra import numpy as hnp
 from parts import partings, rank_bounds, read_in_parts
 from pydantic import TypeAdapter
 
+from heimdall_onnx.common.errors import InputError
+from heimdall_onnx.evidence.parity.ground import GroundAccumulator
 from heimdall_onnx.evidence.parity.statistics import (
     WORST_SAMPLES,
     ErrorAccumulator,
@@ -438,6 +440,21 @@ def test_equally_bad_samples_come_in_the_order_of_the_data():
             part.update(zeros, zeros, first)
             whole.merge(part)
         assert [w.sample for w in whole.result().worst] == [0, 1, 2]
+
+
+def test_an_accumulator_of_another_kind_is_not_merged():
+    whole = accumulate(8)
+    before = whole.result()
+    with pytest.raises(InputError, match="merged with GroundAccumulator: expected ErrorAcc"):
+        whole.merge(GroundAccumulator(None))
+    assert whole.result() == before
+
+
+def test_an_accumulator_is_not_merged_with_itself():
+    whole = accumulate(8)
+    with pytest.raises(InputError, match="twice"):
+        whole.merge(whole)
+    assert whole.result().count == 16
 
 
 def test_an_accumulator_goes_on_in_another_process():

@@ -209,7 +209,7 @@ def test_memory_does_not_grow_with_the_samples():
     sketches = (accumulator._errors, accumulator._radii, accumulator._claims)
     sizes = []
     for seed in range(3):
-        accumulator.update(*answers(100_000, seed=seed))
+        accumulator.update(*answers(100_000, seed=seed), 100_000 * seed)
         sizes.append(sum(q._sketch.num_retained for q in sketches))
     assert sizes[2] < 1.3 * sizes[0] < 30_000
     found = accumulator.result().calibration
@@ -280,7 +280,7 @@ def test_pickled_size_hardly_grows_with_the_samples():
     sizes = []
     for count in (12_500, 125_000):
         accumulator = UncertaintyAccumulator("ONNX", SIGNATURE)
-        accumulator.update(*answers(count))
+        accumulator.update(*answers(count), 0)
         sizes.append(len(pickle.dumps(accumulator)))
     assert sizes[1] < 2 * sizes[0] < 150_000
 

@@ -30,7 +30,7 @@ def assessed(
     }
     outputs["spread"][:broken] = np.nan
     accumulator = UncertaintyAccumulator(who, SIGNATURE)
-    accumulator.update(outputs, truth)
+    accumulator.update(outputs, truth, 0)
     return accumulator.result()
 
 
@@ -119,5 +119,5 @@ def test_any_scale_and_few_samples_can_be_drawn(scale: float) -> None:
 def test_without_labels_or_deviations_there_is_no_figure() -> None:
     assert reliability(report_of()) is None
     accumulator = UncertaintyAccumulator("ONNX", Signature((SIGNAL,), (POSITIONS,)))
-    accumulator.update({"positions": np.zeros((3, 2))}, np.zeros((3, 2)))
+    accumulator.update({"positions": np.zeros((3, 2))}, np.zeros((3, 2)), 0)
     assert reliability(report_of(accumulator.result())) is None
