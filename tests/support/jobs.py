@@ -53,6 +53,10 @@ def allocate(size: int) -> Call:
     return lambda: len(b"x" * size)
 
 
+def allocate_by_batch(size: int) -> Call:
+    return lambda batch=1: len(b"x" * (size * batch))
+
+
 def print_noise() -> Call:
     def call() -> None:
         print('{"error": "no answer but noise"}', flush=True)  # noqa: T201
@@ -61,8 +65,20 @@ def print_noise() -> Call:
     return call
 
 
+def measure_environment(found: Path, threads: int, seconds: float) -> Call:
+    """Stands where the machine is measured; its rates are threads."""
+    os.write(1, b"noise\n")
+    rates = {"bandwidth": threads, "f32": int(os.environ["OMP_NUM_THREADS"])}
+    found.write_text(json.dumps(rates))
+    return do_nothing()
+
+
 def fail_to_load(words: str) -> Call:
     raise ValueError(words)
+
+
+def fail_to_measure(*_: object) -> Call:
+    return fail_to_load("no product")
 
 
 def fail_to_run(words: str) -> Call:

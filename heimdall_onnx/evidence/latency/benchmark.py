@@ -259,6 +259,7 @@ def measure_pair(
         on_device = None
         if second.settings.on_gpu:
             on_device = float(np.median(workers[1].time_calls(calls, on_device=True)))
+        # Before the further sizes, whose memory is not that of these calls.
         sides = (workers[0].latency(), workers[1].latency())
         size = len(next(iter(inputs.values())))
         batches = {size: BatchLatency(size, *(side.samples_ms for side in sides))}

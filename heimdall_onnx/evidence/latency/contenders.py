@@ -139,7 +139,7 @@ class Worker:
     Args:
         name: The contender's name.
         job: Picklable; called in the worker, it loads the model and returns the call to time.
-        folder: Where its log goes.
+        folder: Where the job is handed over, and its log goes.
         threads: Put into the environment for libraries that read it at import.
         place: Tells two contenders of one name apart.
     """
@@ -148,8 +148,11 @@ class Worker:
         self, name: str, job: Callable[[], Any], folder: Path, threads: int, place: str = ""
     ) -> None:
         self.name, self.blocks = name, list[Floats]()
-        self._job = pickle.dumps(job)
-        self._log = folder / f"{name.replace(' ', '-')}{place}.log"
+        stem = f"{name.replace(' ', '-')}{place}"
+        # What a pipe can't hold would wait, without limit, for the process to read it.
+        self._job = folder / f"{stem}.pkl"
+        self._job.write_bytes(pickle.dumps(job))
+        self._log = folder / f"{stem}.log"
         self._environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -161,15 +164,19 @@ class Worker:
         """Start the process."""
         self._pipe, theirs = Pipe()
         # What a model prints must not mix with the caller's.
-        with theirs, self._log.open("wb") as said:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                env=self._environment,
-            )
+        try:
+            with theirs, self._log.open("wb") as said:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", worker.__name__, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=said,
+                    env=self._environment,
+                )
+        except BaseException:
+            self._pipe.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -29,7 +29,8 @@ class ContenderFigures:
         mean_ms: Their mean.
         load_ms: Reading the model.
         first_call_ms: The first call after that.
-        peak_memory_bytes: Largest resident size of its process.
+        peak_memory_bytes: Largest resident size of its process up to the last counted call;
+            further batch sizes come after that and have no part in it.
     """
 
     name: str

@@ -1,9 +1,9 @@
 """The process in which one contender is timed, ``python -m heimdall_onnx.evidence.latency.worker``.
 
 Its argument is the descriptor of a pipe, over which it answers one question after the other; it
-ends when the pipe does, or at once when the process ends that started it. The first question is the
-job, which gives a call without arguments; that may take a batch size where it is asked for one, and
-may have an ``on_device`` that leaves out the way to a GPU and back.
+ends when the pipe does, or at once when the process ends that started it. The first question names
+the file of the job, which gives a call without arguments; that may take a batch size where it is
+asked for one, and may have an ``on_device`` that leaves out the way to a GPU and back.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from heimdall_onnx.common.machine import peak_memory_bytes
@@ -46,10 +47,10 @@ def _chosen(call: Any, question: dict[str, Any]) -> Callable[[], Any]:
     return partial(call, question["batch"]) if "batch" in question else call
 
 
-def _load(job: bytes, warmup: int) -> tuple[Callable[..., Any], dict[str, Any]]:
-    # Pickled by the parent process, so it is no untrusted pickle. It is read before the clock
-    # starts: imports are not part of loading a model.
-    load = pickle.loads(job)  # noqa: S301
+def _load(job: Path, warmup: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+    # Written by the parent process into a folder of its own, so it is no untrusted pickle. It
+    # is read before the clock starts: imports are not part of loading a model.
+    load = pickle.loads(job.read_bytes())  # noqa: S301
     start = time.perf_counter_ns()
     call = load()
     loaded = time.perf_counter_ns()

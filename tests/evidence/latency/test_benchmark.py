@@ -318,6 +318,23 @@ def test_worker_that_hangs_is_given_up_and_ended(worker, monkeypatch):
     assert not psutil.pid_exists(pid)
 
 
+def test_job_that_nobody_reads_is_given_up_however_large(worker, monkeypatch):
+    monkeypatch.setattr(contenders, "_WORKER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(contenders, "_ENDS_WITHIN_S", 0.0)
+    with worker(partial(jobs.fail_to_load, "x" * 10_000_000)) as contender:
+        os.kill(contender._process.pid, signal.SIGSTOP)
+        with pytest.raises(BenchmarkError, match=r"contender gave no answer in 0\.2 s"):
+            contender.start()
+
+
+def test_pipe_is_closed_where_the_process_can_not_be_started(worker, monkeypatch):
+    contender = worker(jobs.do_nothing)
+    monkeypatch.setattr(contenders.sys, "executable", "no such program")
+    with pytest.raises(FileNotFoundError):
+        contender.__enter__()
+    assert contender._pipe.closed
+
+
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     code = (
         "import sys, time; from functools import partial; from pathlib import Path; import jobs\n"
@@ -447,6 +464,20 @@ def test_throughput_of_a_pair_is_in_its_order(worker, tmp_path):
     assert (
         found.throughput[0].samples_per_second < 8 / 0.04 < found.throughput[1].samples_per_second
     )
+
+
+def test_peak_memory_is_that_of_the_calls_that_count(worker, tmp_path):
+    class Allocator(Contestant):
+        def worker(self, inputs, signature, folder, place=""):
+            return worker(partial(jobs.allocate_by_batch, 50_000_000), self.name)
+
+    sides = (Allocator(name, tmp_path, SessionSettings()) for name in ("first", "second"))
+    inputs = generic_inputs(SIGNATURE, 1)
+    found = benchmark.measure_pair(
+        *sides, inputs, SIGNATURE, calls=6, batch_sizes=(8,), batch_calls=1
+    )
+    for side in found.contenders:
+        assert 50e6 < side.peak_memory_bytes < 400e6
 
 
 @pytest.mark.parametrize("profile", ["smoke", "audit"])

@@ -31,11 +31,13 @@ class Asked:
 
 
 @pytest.fixture
-def ask():
+def ask(tmp_path):
     """A function that lets a job answer questions."""
 
     def ask(job, *questions):
-        pipe = Asked({"job": pickle.dumps(job), **question} for question in questions)
+        path = tmp_path / "job.pkl"
+        path.write_bytes(pickle.dumps(job))
+        pipe = Asked({"job": path, **question} for question in questions)
         worker.serve(pipe)
         return pipe.answers
 
@@ -124,7 +126,9 @@ def test_peak_memory_is_what_the_system_says(ask):
     assert block["peak_memory_bytes"] == pytest.approx(known, rel=0.005)
 
 
-def test_main_serves_the_pipe_named_on_the_command_line(monkeypatch):
+def test_main_serves_the_pipe_named_on_the_command_line(monkeypatch, tmp_path):
+    job = tmp_path / "job.pkl"
+    job.write_bytes(pickle.dumps(jobs.do_nothing))
     ours, theirs = Pipe()
     monkeypatch.setattr(sys, "argv", ["worker", str(os.dup(theirs.fileno()))])
     theirs.close()
@@ -133,7 +137,7 @@ def test_main_serves_the_pipe_named_on_the_command_line(monkeypatch):
 
     def drive():
         with ours:
-            ours.send({"job": pickle.dumps(jobs.do_nothing), **LOAD})
+            ours.send({"job": job, **LOAD})
             answers.append(ours.recv())
 
     handler, driver = signal.getsignal(signal.SIGINT), threading.Thread(target=drive)
