@@ -10,6 +10,7 @@ another model or another machine can lower.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.errors import BenchmarkError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.machine import instruction_sets, last_level_cache_bytes, usable_processors
 from heimdall_onnx.common.parameters import FP32
-from heimdall_onnx.common.processes import worker_process
+from heimdall_onnx.evidence.latency.contenders import Worker
 from heimdall_onnx.model.inference import open_session, run_pytorch
 
 if TYPE_CHECKING:
@@ -268,16 +268,15 @@ def measure_machine(threads: int | None = None, *, seconds: float = 1.0) -> Mach
             times that; starting the process comes on top.
 
     Raises:
-        BenchmarkError: If the process dies or fails.
+        BenchmarkError: If the process dies, fails or does not answer in time.
     """
     threads = threads or usable_processors()
-    with worker_process() as worker:
-        try:
-            rates = worker(_measure, threads, seconds)
-        except Exception as error:  # whatever the libraries raise there
-            raise BenchmarkError(
-                f"the measurement of the machine failed in its worker process: {error}"
-            ) from error
+    with tempfile.TemporaryDirectory(prefix="heimdall-roofline-") as folder:
+        found = Path(folder) / "rates.json"
+        job = partial(_measure, found, threads, seconds)
+        with Worker("the measurement of the machine", job, Path(folder), threads) as worker:
+            worker.start()
+        rates: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))
     machine = Machine(
         threads=threads,
         bandwidth_gb_s=rates.pop(_BANDWIDTH),
@@ -314,8 +313,8 @@ class _Measurement:
         return self.amount / fastest / 1e9
 
 
-def _measure(threads: int, seconds: float) -> dict[str, float]:
-    """What the worker process does: the fastest rate of each measurement."""
+def _measure(found: Path, threads: int, seconds: float) -> Callable[[], None]:
+    """What the worker process does; its answers hold only times, so the rates go to a file."""
     import torch
 
     torch.set_num_threads(threads)
@@ -337,7 +336,8 @@ def _measure(threads: int, seconds: float) -> dict[str, float]:
         rates[measurement.of] = max(rates[measurement.of], rate)
         if all(rates.values()) and (now - risen > seconds or now - start > _LONGEST * seconds):
             break
-    return rates
+    found.write_text(json.dumps(rates), encoding="utf-8")
+    return lambda: None
 
 
 def _passes() -> Iterator[_Measurement]:

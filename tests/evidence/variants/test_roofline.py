@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -14,6 +18,7 @@ from torch import nn
 
 from heimdall_onnx.common.errors import BenchmarkError, EvidenceError
 from heimdall_onnx.common.machine import instruction_sets, last_level_cache_bytes, usable_processors
+from heimdall_onnx.evidence.latency import contenders
 from heimdall_onnx.evidence.variants import roofline as module
 from heimdall_onnx.evidence.variants.roofline import (
     Floor,
@@ -147,11 +152,34 @@ def test_roofs_are_of_the_size_that_this_process_sees_too(measured) -> None:
 
 
 def test_failure_in_the_process_that_measures_is_named(monkeypatch) -> None:
-    def measure(*_: object) -> None:
-        raise RuntimeError("no matrix product")
-
-    monkeypatch.setattr(module, "worker_process", lambda: nullcontext(measure))
-    with pytest.raises(
-        BenchmarkError, match=r"measurement of the machine failed .*no matrix product"
-    ):
+    monkeypatch.setattr(module, "_measure", jobs.fail_to_measure)
+    with pytest.raises(BenchmarkError, match=r"measurement of the machine failed .*no product"):
         measure_machine()
+
+
+def test_measurement_that_hangs_is_given_up(monkeypatch) -> None:
+    monkeypatch.setattr(contenders, "_WORKER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(contenders, "_ENDS_WITHIN_S", 0.0)
+    with pytest.raises(BenchmarkError, match=r"of the machine gave no answer in 0\.2 s"):
+        measure_machine()
+
+
+def test_script_needs_no_main_guard_and_sees_its_own_output_only(tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import jobs\n"
+        "from heimdall_onnx.evidence.variants import roofline\n"
+        "roofline._measure = jobs.measure_environment\n"
+        "machine = roofline.measure_machine(3)\n"
+        "print(machine.threads, machine.bandwidth_gb_s, machine.peaks)\n"
+    )
+    support = Path(jobs.__file__).parent
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(support), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "noise" not in done.stdout + done.stderr
+    assert "3 3 {'f32': 3}" in done.stdout, done.stderr
