@@ -183,8 +183,8 @@ def _calibrate(job: VariantJob, method: Any, ranges: Path) -> None:
         calibrate_method=method,
     )
     for _, batch in in_batches(job.calibration, _CALIBRATION_BATCH):
-        # It asks until it gets None.
-        calibrator.collect_data(SimpleNamespace(get_next=iter((batch, None)).__next__))
+        answers = iter((batch, None))  # it asks until it gets None
+        calibrator.collect_data(SimpleNamespace(get_next=partial(next, answers)))
     save_tensors_data(calibrator.compute_data(), ranges)
     (job.cache / "augmented.onnx").unlink()
 

@@ -301,11 +301,7 @@ class _Search:
         if variant.path is None:
             return variant
         try:
-            with (
-                self._pytorch(variant)
-                if variant.name == FP32
-                else nullcontext(Contestant(FP32, self._onnx, self._threads))
-            ) as opponent:
+            with self._opponent(variant) as opponent:
                 measured = self._measure(opponent, variant, self._parameters.limits.variant_calls)
         except BenchmarkError as error:
             if variant.name == FP32:
@@ -313,6 +309,12 @@ class _Search:
             return replace(variant, status="failed", reason=str(error))
         log.info("timed", variant=variant.name, speedup=round(measured.speedup.ratio, 2))
         return replace(variant, latency=measured, ran_on=measured.second.ran_on)
+
+    def _opponent(self, variant: JudgedVariant) -> AbstractContextManager[Contestant]:
+        """PyTorch for fp32, and fp32 for every other variant."""
+        if variant.name == FP32:
+            return self._pytorch(variant)
+        return nullcontext(Contestant(FP32, self._onnx, self._threads))
 
     def _pytorch(self, variant: JudgedVariant) -> AbstractContextManager[Contestant]:
         """PyTorch on the device of what it is held against."""
