@@ -15,6 +15,10 @@ from heimdall_onnx.common.text import shown
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# Several times those of the largest models. A node takes 300 bytes of memory, and two of the file.
+MAX_FIELDS = 5_000_000
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
 
 def read_structure(path: Path | str) -> onnx.ModelProto:
     """The model in ``path`` without its graph's initializers.
@@ -40,12 +44,48 @@ def read_initializers(path: Path | str) -> Iterator[onnx.TensorProto]:
 
 
 def _read(path: Path | str) -> onnx.ModelProto:
+    content = Path(path).read_bytes()
     try:
-        return onnx.ModelProto.FromString(Path(path).read_bytes())
-    except DecodeError as error:
+        if _has_too_many_fields(content):
+            raise InvalidModelError(
+                f"{path} is not an ONNX model: it has more than {MAX_FIELDS:,} fields"
+            )
+        return onnx.ModelProto.FromString(content)
+    except (DecodeError, IndexError) as error:
         raise InvalidModelError(
             f"{path} is truncated or not an ONNX model: {shown(str(error))}"
         ) from error
+
+
+def _has_too_many_fields(content: bytes) -> bool:
+    """Whether a model and all messages in it have more than `MAX_FIELDS`; found unparsed."""
+    count, waiting = 0, [(onnx.ModelProto.DESCRIPTOR, 0, len(content))]
+    while waiting:
+        kind, position, end = waiting.pop()
+        while position < end:
+            count += 1
+            if count > MAX_FIELDS:
+                return True
+            tag, position = _varint(content, position)
+            length = {_FIXED64: 8, _FIXED32: 4}.get(tag & 7, 0)
+            if tag & 7 in (_VARINT, _BYTES):
+                value, position = _varint(content, position)
+                length = value if tag & 7 == _BYTES else 0
+                field = kind.fields_by_number.get(tag >> 3) if length else None
+                if field and field.message_type:
+                    waiting.append((field.message_type, position, min(position + length, end)))
+            position += length
+    return False
+
+
+def _varint(content: bytes, position: int) -> tuple[int, int]:
+    """The number that begins at a position, and where it ends."""
+    value, shift = content[position] & 0x7F, 0
+    while content[position] >= 0x80 and shift < 63:
+        position += 1
+        shift += 7
+        value |= (content[position] & 0x7F) << shift
+    return value, position + 1
 
 
 def write_model(model: ir.Model, path: Path, *, external_data: str, limit: int) -> None:

@@ -344,6 +344,25 @@ def test_input_that_is_no_tensor_is_refused(path):
         validate_model(path)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_model_of_more_parts_than_any_has_is_refused(path, monkeypatch, inside):
+    monkeypatch.setattr("heimdall_onnx.model.onnx.file.MAX_FIELDS", 100)
+    validate_model(path)
+    model = onnx.load(path)
+    if inside:
+        model.graph.node[0].attribute.extend(onnx.AttributeProto() for _ in range(100))
+    path.write_bytes(model.SerializeToString() + (b"" if inside else b"\x08\x08" * 100))
+    with pytest.raises(InvalidModelError, match="it has more than 100 fields"):
+        validate_model(path)
+
+
+@pytest.mark.parametrize("content", [b"\x3a", b"\x3a\x02\x0a", b"\xff" * 50, b"\x0a\x05x"])
+def test_file_that_ends_within_a_field_is_refused(path, content):
+    path.write_bytes(content)
+    with pytest.raises(InvalidModelError, match="is truncated or not an ONNX model"):
+        validate_model(path)
+
+
 def test_operators_inside_branches_are_counted(tmp_path):
     branch = helper.make_graph(
         [helper.make_node("Neg", ["x"], ["n"])],
