@@ -208,7 +208,7 @@ class TrainingModule(LightningModule):
         self._sums = {"train": torch.zeros(2), "val": torch.zeros(2)}
         # Of all devices: the mean of medians is no median.
         self.errors = CatMetric(nan_strategy="disable").set_dtype(torch.float64)
-        self._validation: dict[str, float] = {}
+        self._found: dict[str, float] = {}
 
     @property
     def epoch(self) -> int:
@@ -284,14 +284,11 @@ class TrainingModule(LightningModule):
         self.errors.update(error_m(degrees, self.positions[rows.cpu().numpy()]))
 
     def on_validation_epoch_end(self) -> None:
-        """Hand the loss to those who choose checkpoints."""
-        self._validation = {
-            "val_loss": self._mean("val"),
-            "val_median_error_m": float(np.median(self.errors.compute().cpu().numpy())),
-        }
-        self.log("val_loss", self._validation["val_loss"], prog_bar=True, logger=False)
-        kilometres = self._validation["val_median_error_m"] / 1000
-        self.log("km", kilometres, prog_bar=True, logger=False)
+        """Hand the losses to the bar, and to those who choose checkpoints."""
+        losses = {"train_loss": self._mean("train"), "val_loss": self._mean("val")}
+        median = float(np.median(self.errors.compute().cpu().numpy()))
+        self.log_dict(losses | {"km": median / 1000}, prog_bar=True, logger=False)
+        self._found = losses | {"val_median_error_m": median}
         self._validated_in = time.monotonic() - self._validation_began
 
     def on_train_epoch_end(self) -> None:
@@ -301,8 +298,7 @@ class TrainingModule(LightningModule):
         self.progress.history.append(
             {
                 "epoch": float(self.current_epoch),
-                "train_loss": self._mean("train"),
-                **self._validation,
+                **self._found,
                 "learning_rate": float(self.optimizers().param_groups[0]["lr"]),  # type: ignore[union-attr]
                 "seconds": seconds,
                 "samples_per_s": samples / max(seconds - self._validated_in, 1e-9),

@@ -17,7 +17,8 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader
@@ -126,13 +127,11 @@ def fit(
         _Best(folder),
         _Last(folder),
         _Watch(report, sink, speak=report is None and not interactive),
+        *([_Bar()] if interactive else []),
     ]
-    if chosen.devices > 1:
-        # By descriptor, PyTorch names the one of a storage that two tensors share twice, which
-        # Python refuses.
-        torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
-    # Standard output, where Lightning's bar would be, belongs to the result.
-    with quiet(), redirect_stdout(sys.stderr):
+    sharing: Any = torch.multiprocessing
+    strategy = sharing.get_sharing_strategy()
+    with quiet():
         trainer = Trainer(
             accelerator=chosen.accelerator,
             devices=chosen.devices,
@@ -151,6 +150,10 @@ def fit(
             default_root_dir=folder,
         )
         try:
+            if chosen.devices > 1:
+                # By descriptor, PyTorch names the one of a storage that two tensors share twice,
+                # which Python refuses.
+                sharing.set_sharing_strategy("file_system")
             trainer.fit(
                 module, train, validation, ckpt_path=resume and str(resume), weights_only=True
             )
@@ -171,6 +174,8 @@ def fit(
                 f"{resume} can't be gone on from: restoring it failed with "
                 f"{type(error).__name__}: {shown(str(error), 1000)}. {_START}"
             ) from error
+        finally:
+            sharing.set_sharing_strategy(strategy)
 
 
 def precision_of(accelerator: str) -> str:
@@ -223,17 +228,7 @@ def read_training(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     if not isinstance(content, Mapping) or "training" not in content:
         raise CheckpointError(f"{_FOREIGN.format(path)} it does not record the training. {_START}")
-    try:
-        record = _Record.model_validate(dict(content))
-    except ValidationError as error:
-        problems = [
-            f"{shown('.'.join(map(str, e['loc'])))}: {shown(e['msg'])}, found {shown(e['input'])}"
-            for e in error.errors(include_url=False, include_context=False)
-        ]
-        raise CheckpointError(
-            f"{_FOREIGN.format(path)} what it records is not what is written for a training:"
-            f"{listed(problems)}\n{_START}"
-        ) from None
+    record = _record_of(content, path)
     paths = [s.best_model_path for n, s in record.callbacks.items() if n.startswith(_Best.__name__)]
     best = path.parent / Path(paths[0]).name if paths and paths[0] else None
     # One level deep: a small file can hold a value that is endless once it is copied.
@@ -244,6 +239,21 @@ def read_training(path: Path) -> dict[str, Any]:
         "best": best,
         "weights_only": "optimizer_states" not in content,
     }
+
+
+def _record_of(content: Mapping[str, Any], path: Path) -> _Record:
+    """The part of a checkpoint that is used, of the types that it is used as."""
+    try:
+        return _Record.model_validate(dict(content))
+    except ValidationError as error:
+        problems = [
+            f"{shown('.'.join(map(str, e['loc'])))}: {shown(e['msg'])}, found {shown(e['input'])}"
+            for e in error.errors(include_url=False, include_context=False)
+        ]
+        raise CheckpointError(
+            f"{_FOREIGN.format(path)} what it records is not what is written for a training:"
+            f"{listed(problems)}\n{_START}"
+        ) from None
 
 
 class PlainCheckpoints(TorchCheckpointIO):
@@ -262,8 +272,13 @@ class PlainCheckpoints(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read what `read_training` has found to be tensors and plain values."""
+        """Read tensors and plain values, and nothing else.
+
+        Raises:
+            CheckpointError: If it does not record what is written for a training.
+        """
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        _record_of(loaded, Path(path))
         # Where the folder has been moved, its checkpoints have moved with it.
         for state in loaded.get("callbacks", {}).values():
             if "dirpath" in state:
@@ -343,6 +358,18 @@ class _Watch(Callback):
                 km=round(epoch["val_median_error_m"] / 1000, 1),
                 samples_per_s=round(epoch["samples_per_s"]),
             )
+
+
+class _Bar(TQDMProgressBar):
+    """Lightning's bar on standard error, in each process: standard output is the result's."""
+
+    def init_train_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_train_tqdm()
+
+    def init_validation_tqdm(self) -> Tqdm:
+        with redirect_stdout(sys.stderr):
+            return super().init_validation_tqdm()
 
 
 def _move(state: dict[str, Any], folder: Path) -> None:

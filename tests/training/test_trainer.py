@@ -1,10 +1,12 @@
 """The loop: each step counts, going on is exact, and what a checkpoint records is not trusted."""
 
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -14,7 +16,7 @@ from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.localization.frame import LocalFrame
 from heimdall_onnx.training.module import Objective, TrainingModule, TrainingProgress
 from heimdall_onnx.training.parameters import TrainingParameters
-from heimdall_onnx.training.trainer import fit, read_training
+from heimdall_onnx.training.trainer import PlainCheckpoints, fit, read_training
 
 COUNT = 16
 
@@ -41,7 +43,9 @@ class Framed(nn.Module):
         return self.frame(*self.local(x))
 
 
-def fitted(folder, *, epochs, resume=None, scale=1.0, batch=COUNT):
+def fitted(
+    folder, *, epochs, resume=None, scale=1.0, batch=COUNT, devices=1, report=lambda *_: None
+):
     """Train a little on a few rows; the module."""
     torch.manual_seed(0)
     model = Framed()
@@ -59,7 +63,9 @@ def fitted(folder, *, epochs, resume=None, scale=1.0, batch=COUNT):
         ({"x": x[i : i + batch]}, targets[i : i + batch], torch.arange(COUNT)[i : i + batch])
         for i in range(0, COUNT, batch)
     ]
-    chosen = TrainingParameters(learning_rate=0.1, epochs=epochs, patience=100, accelerator="cpu")
+    chosen = TrainingParameters(
+        learning_rate=0.1, epochs=epochs, patience=100, accelerator="cpu", devices=devices
+    )
     module = TrainingModule(model, objective, chosen, {}, progress, positions, time.monotonic())
     fit(
         module,
@@ -67,7 +73,7 @@ def fitted(folder, *, epochs, resume=None, scale=1.0, batch=COUNT):
         folder=folder,
         precision="32-true",
         resume=resume,
-        report=lambda share, what: None,
+        report=report,
         sink=None,
     )
     return module
@@ -126,6 +132,30 @@ def test_going_on_is_exact(tmp_path, last):
     assert histories[0] == histories[1]
     assert len(histories[0]) == 4
     assert torch.equal(whole.model.net.weight, resumed.model.net.weight)
+
+
+def test_the_bar_has_the_losses_and_leaves_standard_output_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    module = fitted(tmp_path, epochs=2, report=None)
+    out, err = capsys.readouterr()
+    assert out == ""
+    for name in ("train_loss", "val_loss"):
+        assert f"{name}={module.progress.history[0][name]:.3g}" in err
+    assert "km=" in err
+
+
+def test_how_tensors_are_shared_is_as_it_was_afterwards(tmp_path, monkeypatch):
+    before, during = torch.multiprocessing.get_sharing_strategy(), []
+
+    def fail(*_, **__):
+        during.append(torch.multiprocessing.get_sharing_strategy())
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(Trainer, "fit", fail)
+    with pytest.raises(RuntimeError, match="no such device"):
+        fitted(tmp_path, epochs=1, devices=2)
+    assert during == ["file_system"]
+    assert torch.multiprocessing.get_sharing_strategy() == before
 
 
 def test_an_old_calibration_is_in_no_checkpoint_of_a_new_training(last):
@@ -234,6 +264,12 @@ def test_neither_are_safetensors(tmp_path):
     save_file(Framed().state_dict(), path)
     with pytest.raises(CheckpointError, match="does not record the training"):
         read_training(path)
+
+
+def test_a_loader_of_checkpoints_trusts_no_callback(last, tmp_path):
+    path = changed(last, tmp_path / "last.ckpt", put("callbacks", value=[]))
+    with pytest.raises(CheckpointError, match="callbacks"):
+        PlainCheckpoints().load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
