@@ -294,8 +294,7 @@ class Dataset:
     @property
     def stored_bytes(self) -> int:
         """Bytes of these files."""
-        shards = {shard for file in self.readers.values() for shard in file.shards}
-        return sum(size for name, size in self.files.sizes().items() if name in shards)
+        return sum(self.files.seen[s][0] for file in self.readers.values() for s in file.shards)
 
     def _input_names(self) -> list[str]:
         return [name for name in self.arrays if name.startswith(INPUTS)]

@@ -7,6 +7,7 @@ in a folder, in each process that the dataset is sent to: none is read half old,
 
 from __future__ import annotations
 
+import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -39,15 +40,15 @@ class Files(ABC):
 
     @cached_property
     def seen(self) -> dict[str, tuple[int, Any]]:
-        """Length and stamp of every file when it was first asked for; who is sent this has it too.
+        """Length and stamp of the files when first asked for; who is sent this has it too.
 
         The stamp tells a file from another one of its name.
         """
         return self._list()
 
-    def sizes(self) -> dict[str, int]:
-        """Length in bytes of every file by its name."""
-        return {name: size for name, (size, _) in self.seen.items()}
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of the files that are not there; the others are in `seen` from now on."""
+        return [name for name in names if name not in self.seen]
 
     @abstractmethod
     def content(self, name: str, limit: int) -> bytes:
@@ -114,10 +115,16 @@ class _FolderFiles(Files):
             for offset, length in spans:
                 yield os.pread(file.fileno(), length, offset)
 
+    def missing(self, names: Sequence[str]) -> list[str]:
+        for name in super().missing(names):
+            with contextlib.suppress(OSError):
+                if (path := Path(self.address, name)).is_file():
+                    self.seen[name] = _stamped(path.stat())
+        return super().missing(names)
+
     def _list(self) -> dict[str, tuple[int, Any]]:
-        root = Path(self.address)
-        files = (path for path in sorted(root.rglob("*")) if path.is_file())
-        return {str(path.relative_to(root)): _stamped(path.stat()) for path in files}
+        # Each is looked up when it is asked for: links may lead anywhere, and in circles.
+        return {}
 
 
 def _stamped(status: os.stat_result) -> tuple[int, int]:

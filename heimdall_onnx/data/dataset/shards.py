@@ -159,7 +159,7 @@ class ArrayReader:
             f"{name}/c/{number}{rest}"
             for number in range(math.ceil(spec.shape[0] / self.shard_rows))
         ]
-        refuse(self._root, [f"{lost} is missing" for lost in self.shards if lost not in files.seen])
+        refuse(self._root, [f"{lost} is missing" for lost in files.missing(self.shards)])
         self._checksum = import_extra("numcodecs.checksum32").CRC32C
         self._zstd = import_extra("numcodecs.zstd")
         self._index = lru_cache(_MOST_INDICES)(self._read_index)
