@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import math
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -42,6 +42,8 @@ Dtype = Literal[
 ]
 # fmt: on
 DTYPES = frozenset(get_args(Dtype))
+# Where a ``zarr.json`` need not say it, it means what is written here.
+_OPTIONAL = frozenset({"configuration", "endian", "storage_transformers"})
 
 
 class Strict(BaseModel):
@@ -160,9 +162,9 @@ class ArrayReader:
             for number in range(math.ceil(spec.shape[0] / self.shard_rows))
         ]
         refuse(self._root, [f"{lost} is missing" for lost in files.missing(self.shards)])
-        self._checksum = import_extra("numcodecs.checksum32").CRC32C
         self._zstd = import_extra("numcodecs.zstd")
-        self._index = lru_cache(_MOST_INDICES)(self._read_index)
+        # Of a function that does not hold this reader, which would be kept by its own indices.
+        self._index = lru_cache(_MOST_INDICES)(partial(_read_index, files, self._chunks))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the indices that were read.
@@ -248,15 +250,6 @@ class ArrayReader:
             raise ValueError(f"chunk {number} ends at byte {offset + length} of {size}")
         return offset, length
 
-    def _read_index(self, name: str) -> npt.NDArray[np.uint64]:
-        """Offset and length of each chunk of a shard (chunks, 2)."""
-        size, length = self._files.seen[name][0], 16 * self._chunks + 4
-        if size < length:
-            raise ValueError(f"it is shorter than its index of {length} bytes")
-        (content,) = self._files.read(name, [(size - length, length)])
-        # The codec raises where the checksum at the end does not fit.
-        return np.frombuffer(self._checksum(location="end").decode(content), "<u8").reshape(-1, 2)
-
     def _decoded(self, content: bytes | None) -> npt.NDArray[Any]:
         values = np.zeros((self._chunk_rows, *self._row), self.dtype.newbyteorder("<"))
         if content is None:
@@ -267,6 +260,17 @@ class ArrayReader:
         if values.dtype == np.bool_:
             np.not_equal(flat, 0, out=values.reshape(-1))
         return values
+
+
+def _read_index(files: Files, chunks: int, name: str) -> npt.NDArray[np.uint64]:
+    """Offset and length of each chunk of a shard (chunks, 2)."""
+    size, length = files.seen[name][0], 16 * chunks + 4
+    if size < length:
+        raise ValueError(f"it is shorter than its index of {length} bytes")
+    (content,) = files.read(name, [(size - length, length)])
+    # The codec raises where the checksum at the end does not fit.
+    codec = import_extra("numcodecs.checksum32").CRC32C(location="end")
+    return np.frombuffer(codec.decode(content), "<u8").reshape(-1, 2)
 
 
 def import_extra(name: str) -> Any:
@@ -398,7 +402,8 @@ def _differences(expected: Any, found: Any, where: str) -> Iterator[str]:
     """Where ``found`` says something else; what only it says is of no consequence."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for name, value in expected.items():
-            yield from _differences(value, found.get(name), f"{where}.{name}")
+            if name in found or name not in _OPTIONAL:
+                yield from _differences(value, found.get(name), f"{where}.{name}")
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for number, (value, other) in enumerate(zip(expected, found, strict=True)):
             yield from _differences(value, other, f"{where}.{number}")

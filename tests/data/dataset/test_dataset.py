@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import shutil
 import sys
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from datasets import COUNT, META, RECEIVERS, samples, write, write_in_small_shards
 
 from heimdall_onnx.common.errors import DataError, ParameterError, UnavailableError
+from heimdall_onnx.data.dataset import files as dataset_files
 from heimdall_onnx.data.dataset.dataset import open_dataset
 from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
@@ -349,6 +351,16 @@ class TestUntrusted:
         with pytest.raises(DataError, match=says):
             open_dataset(own.path)
 
+    def test_what_zarr_need_not_say_may_be_left_out(self, own, data):
+        def leave_out(content):
+            del content["storage_transformers"]
+            sharding = content["codecs"][0]["configuration"]
+            del sharding["codecs"][0]["configuration"]
+            sharding["index_codecs"][0]["configuration"] = {}
+
+        change_json(own.path / "inputs" / "features" / "zarr.json", leave_out)
+        same(open_dataset(own.path).rows([3, 80]), data[0], np.array([3, 80]))
+
     def test_a_folder_without_one_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="expected a folder that `heimdall-onnx data`"):
             open_dataset(tmp_path / "missing")
@@ -361,6 +373,30 @@ class TestUntrusted:
         shard.unlink()
         with pytest.raises(DataError, match="inputs/iq/c/1/0 is missing"):
             open_dataset(own.path)
+
+    def test_what_is_linked_there_is_read(self, own, data, tmp_path):
+        # As onto another disk.
+        shutil.move(own.path / "inputs" / "iq", tmp_path / "elsewhere")
+        (own.path / "inputs" / "iq").symlink_to(tmp_path / "elsewhere")
+        (own.path / "circle").symlink_to(own.path)
+        found = open_dataset(own.path)
+        same(found.rows(range(COUNT)), data[0], np.arange(COUNT))
+        assert found.stored_bytes == own.stored_bytes
+
+    def test_a_shard_that_is_out_of_reach_is_missing(self, own, monkeypatch):
+        def refused(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(dataset_files, "_stamped", refused)
+        with pytest.raises(DataError, match="features/c/0/0/0 is missing"):
+            open_dataset(own.path)
+
+    def test_a_reader_goes_with_the_indices_that_it_keeps(self, own):
+        reader = own.readers["inputs/iq"]
+        reader[:1]
+        gone, own.readers = weakref.ref(reader), {}
+        del reader
+        assert gone() is None
 
     @pytest.mark.parametrize("offset", [3, 200, -3, -30])
     def test_a_changed_byte_is_found(self, own, offset):
