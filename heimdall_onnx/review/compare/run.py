@@ -19,7 +19,7 @@ from heimdall_onnx.archive.manifest import COMPARISONS, REPORT, REPORT_HTML
 from heimdall_onnx.archive.record import read_executed
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import COMPARISON_TAG
-from heimdall_onnx.common.errors import ParameterError, SettingsError
+from heimdall_onnx.common.errors import ParameterError, SettingsError, VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
 from heimdall_onnx.report.kernels import started_kernel
@@ -73,7 +73,7 @@ def compare_releases(
 
     Raises:
         ParameterError: If both are one release, one is not named, or a report is in the folder.
-        VerificationError: If one of them is no release, or does not verify.
+        VerificationError: If one of them is no release, does not verify, or was changed meanwhile.
         InvalidModelError: If they have other inputs, or no output in common.
         HeimdallError: As the notebook raised it.
         ServiceError: If a service can't be reached or refuses.
@@ -112,6 +112,7 @@ def compare_releases(
         raise type(error)(f"{error}\nthe notebook, as far as it came: {folder / REPORT}")
     record = read_executed((folder / REPORT).read_bytes(), REPORT).scrap(COMPARISON_RECORD)
     figures = record["figures"]
+    _require_same(figures, releases)
     versions = " and ".join(release.manifest.version for release in releases)
     put_verdict_first(
         folder / REPORT,
@@ -122,9 +123,9 @@ def compare_releases(
     html = render_html(folder / REPORT, f"comparison of {versions}")
     stored: dict[str, str] = {}
     if store:
-        newer = newer_of(*releases)
-        (other,) = (one for one in releases if one is not newer)
-        stored = store_comparison(newer, other, folder)
+        a, b = releases
+        newer = newer_of(a, b)
+        stored = store_comparison(newer, b if newer is a else a, folder)
     return {
         "success": True,
         **figures,
@@ -162,6 +163,16 @@ def _environment(settings: Settings) -> dict[str, str]:
         if path is not None:
             environment[name] = str(path.absolute())
     return environment
+
+
+def _require_same(figures: dict[str, Any], releases: tuple[Release, Release]) -> None:
+    for side, release in zip(("a", "b"), releases, strict=True):
+        manifest, found = release.manifest, figures[side]["manifest_sha256"]
+        if found != manifest.sha256:
+            raise VerificationError(
+                f"{manifest.uri} was changed while it was compared: expected a manifest with "
+                f"SHA-256 {manifest.sha256}, found {found}"
+            )
 
 
 def store_comparison(newer: Release, other: Release, folder: Path) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """A comparison on the command line: judged from outside, stored beside the newer release."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
@@ -15,6 +17,8 @@ from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.cli.main import main
 from heimdall_onnx.model.signature import Signature, TensorSpec
+from heimdall_onnx.report.judge import Judgement
+from heimdall_onnx.review.compare import run as runner
 from heimdall_onnx.services.connection import connect
 from heimdall_onnx.services.store import Bucket, parse_uri
 
@@ -191,6 +195,30 @@ def test_release_that_does_not_verify_ends_with_3(call, settings, releases, tmp_
     assert "model.onnx: expected" in answer["error"]
     assert "the notebook, as far as it came: " in refused.stderr
     assert not Bucket(s3, BUCKET).list_keys(f"{damaged.folder}/{COMPARISONS}/")
+
+
+def test_other_manifest_than_the_kernel_verified_stores_nothing(
+    call, told, releases, s3, monkeypatch
+):
+    """Whoever writes to the bucket may show the two of them different ones."""
+
+    def executed(_, report, *__, **___):
+        shutil.copy(told["report"], report)
+        return Judgement("", "", "", None)
+
+    monkeypatch.setattr(runner, "started_kernel", lambda _: nullcontext())
+    monkeypatch.setattr(runner, "execute_notebook", executed)
+    old, new = releases
+    place = Bucket(s3, BUCKET)
+    manifest, keys = place.read_bytes(new.key), place.list_keys(new.folder)
+    s3.put_object(Bucket=BUCKET, Key=new.key, Body=manifest + b"\n")
+    try:
+        refused = call("compare", old.version, new.version, "--store", "--json")
+    finally:
+        s3.put_object(Bucket=BUCKET, Key=new.key, Body=manifest)
+    assert refused.exit_code == 3
+    assert f"{new.uri} was changed while it was compared" in json.loads(refused.stdout)["error"]
+    assert place.list_keys(new.folder) == keys
 
 
 def test_models_of_other_inputs_end_with_3(call, settings, releases, tmp_path):
