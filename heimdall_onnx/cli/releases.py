@@ -59,7 +59,12 @@ def _trust_options(command: _Command) -> _Command:
         given = {"public_key": public_key, "trusted_certificates": trusted_certificates}
         # One given here takes the place of both in the environment.
         update = given if any(given.values()) else {}
-        command(settings=Settings.load().model_copy(update=update), **options)
+        try:
+            settings = Settings.load().model_copy(update=update)
+        except HeimdallError as error:
+            _print_failed(error, options["as_json"])
+            raise
+        command(settings=settings, **options)
 
     file = click.Path(exists=True, dir_okay=False, path_type=Path)
     return all_of(
@@ -116,6 +121,11 @@ def _say(text: str, indent: int = 0, err: bool = False) -> None:
 def _print_json(result: Any) -> None:
     # ASCII: what it holds of a bucket's must not steer a terminal.
     click.echo(json.dumps(result, allow_nan=False))
+
+
+def _print_failed(error: HeimdallError, as_json: bool) -> None:
+    if as_json:
+        _print_json({"success": False, "error": str(error)})
 
 
 @click.command("list", cls=Command, example="heimdall-onnx list --after v20261120 --limit 20")
@@ -472,8 +482,7 @@ def compare(
             progress=sys.stderr.isatty() or not as_json,
         )
     except HeimdallError as error:
-        if as_json:
-            _print_json({"success": False, "error": str(error)})
+        _print_failed(error, as_json)
         raise
     if as_json:
         _print_json(result)

@@ -156,3 +156,24 @@ def test_verify_checks_every_variant_and_names_the_one_that_was_changed(call, re
     assert changed.exit_code == 3
     found = json.loads(changed.stdout.splitlines()[-1])
     assert [f["what"] for f in found["findings"] if not f["holds"]] == [key]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compare", "net/1", "net/2"),
+        ("verify", "net/1"),
+        ("reproduce", "net/1"),
+        ("promote", "net/1", "--reviewer", "a person", "--note", "looked at"),
+        ("rollback", "net", "--to-previous", "--reviewer", "a person", "--note", "looked at"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_unusable_settings_are_told_as_json_too(arguments, monkeypatch):
+    monkeypatch.setenv("HEIMDALL_RETENTION_DAYS", "many")
+    refused = CliRunner().invoke(main, [*arguments, "--json"])
+    assert refused.exit_code == 2
+    answer = json.loads(refused.stdout.splitlines()[-1])
+    assert answer["success"] is False
+    assert "HEIMDALL_RETENTION_DAYS" in answer["error"]
+    assert CliRunner().invoke(main, arguments).stdout == ""
