@@ -9,6 +9,7 @@ model cards nor data sets.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -69,6 +70,9 @@ def describe_release(manifest: Manifest, record: Record) -> bytes:
     packages = {name: _package(name, v) for name, v in record.distributions.items()}
     ours = packages[DISTRIBUTION]
     named = [packages[name] for name in environment.packages if name != DISTRIBUTION]
+    model = _model(manifest, record)
+    components = [*inputs, *packages.values(), *_platform(environment)]
+    alone = {*_references([model, *components])} - {_MODEL, ours["bom-ref"]}
     tool = {"type": "application", "name": ours["name"], "version": ours["version"]}
     described = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -79,7 +83,7 @@ def describe_release(manifest: Manifest, record: Record) -> bytes:
         "metadata": {
             "timestamp": manifest.said.created.isoformat(),
             "tools": {"components": [tool]},
-            "component": _model(manifest, record),
+            "component": model,
             "properties": _properties(
                 {
                     "git:commit": environment.git_commit,
@@ -90,13 +94,22 @@ def describe_release(manifest: Manifest, record: Record) -> bytes:
                 }
             ),
         },
-        "components": [*inputs, *packages.values(), *_platform(environment)],
+        "components": components,
         "dependencies": [
             {"ref": _MODEL, "dependsOn": [c["bom-ref"] for c in (*inputs, ours)]},
             {"ref": ours["bom-ref"], "dependsOn": [c["bom-ref"] for c in named]},
+            # What is not among them would count as unknown, and not as needing nothing.
+            *({"ref": reference} for reference in sorted(alone)),
         ],
     }
     return (json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _references(components: Iterable[_Json]) -> Iterator[str]:
+    """Those of components and of what these are made of."""
+    for one in components:
+        yield one["bom-ref"]
+        yield from _references(one.get("components", ()))
 
 
 def _component(kind: str, reference: str, name: str, **further: Any) -> _Json:
@@ -261,7 +274,8 @@ def _hashes(sha256: str | None) -> list[_Json]:
 
 
 def _url(address: str) -> str:
-    return quote(address, safe=":/")
+    # What is quoted already stays so; a percent sign alone quotes nothing.
+    return quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", address), safe=":/?#@!$&()*+,;=%")
 
 
 def _reference(manifest: Manifest, entry: Entry, kind: str = "distribution") -> _Json:

@@ -183,6 +183,32 @@ def test_checkpoint_and_data_are_named_by_hash(released):
     assert {"checkpoint", "evaluation-data"} < set(depends["model"])
 
 
+def test_every_component_says_what_it_needs_if_only_nothing(released):
+    bom = json.loads(valid(*with_variants(released)))
+    model = bom["metadata"]["component"]
+    components = [model, *model["components"], *bom["components"]]
+    named = [needed["ref"] for needed in bom["dependencies"]]
+    assert sorted(named) == sorted(c["bom-ref"] for c in components)
+    assert "variant-int8-minmax" in named
+
+
+@pytest.mark.parametrize(
+    ("address", "written"),
+    [
+        ("s3://data/a%20b/c#part", "s3://data/a%20b/c#part"),
+        ("s3://data/a b/[c]", "s3://data/a%20b/%5Bc%5D"),
+        ("s3://data/100% new", "s3://data/100%25%20new"),
+    ],
+)
+def test_address_is_quoted_once(released, address, written):
+    manifest = copy.deepcopy(released.manifest)
+    dataset = {"role": "evaluation_data", "name": "d", "address": address, "digest": "a" * 64}
+    manifest["datasets"] = [{**dataset, "samples": 1}]
+    bom = json.loads(valid(manifest, released.record))
+    found = component(bom, "evaluation-data")["externalReferences"]
+    assert written in [reference["url"] for reference in found]
+
+
 def test_environment_is_complete(released):
     purls = {c["purl"] for c in released.bom["components"] if "purl" in c}
     expected = {
