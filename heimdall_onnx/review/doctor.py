@@ -41,14 +41,14 @@ class Leftover:
         what: Which one.
         why: What is wrong with it.
         remedy: What would be done about it; empty where a person has to decide.
-        mend: Does what ``remedy`` says, unless it is not left over any more; None without one.
+        mend: Does what ``remedy`` says, unless it is not left over any more; else nothing.
     """
 
     kind: str
     what: str
     why: str
     remedy: str = ""
-    mend: Callable[[], object] | None = field(default=None, repr=False, compare=False)
+    mend: Callable[[], object] = field(default=lambda: None, repr=False, compare=False)
 
 
 class _Place:
@@ -419,7 +419,7 @@ def mend_all(leftovers: tuple[Leftover, ...]) -> tuple[str, ...]:
     failed = []
     for leftover in leftovers:
         try:
-            if leftover.mend is not None:
+            if leftover.remedy:
                 leftover.mend()
                 log.info("mended", kind=leftover.kind, what=leftover.what)
         except (HeimdallError, OSError) as error:

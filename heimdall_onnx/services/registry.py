@@ -41,6 +41,7 @@ with warnings.catch_warnings():
 log = get_logger(__name__)
 
 STAGES = ("None", "Staging", "Production", "Archived")
+_DATASET = ("name", "digest", "source_type", "source", "schema", "profile")
 
 # MLflow looks whether an alias is there, then adds or changes it: what another writer does in
 # between makes that fail, and the next look sees it.
@@ -234,7 +235,12 @@ class MLflowTracker:
             data: What MLflow says of a dataset: ``name``, ``digest``, ``source_type``, and as JSON
                 ``source``, ``schema`` and ``profile``.
             run_id: The run.
+
+        Raises:
+            ParameterError: If one of these is missing, or another one is given.
         """
+        if set(data) != set(_DATASET):
+            raise ParameterError(f"expected {', '.join(_DATASET)}, found {', '.join(data)}")
         tag = InputTag(MLFLOW_DATASET_CONTEXT, "evaluation")
         with self._errors(f"name the evaluation data of run {run_id}"):
             self._client.log_inputs(run_id, [DatasetInput(Dataset(**data), [tag])])

@@ -212,6 +212,9 @@ def test_alias_that_nobody_logged_is_left_to_a_person(connection, complete, rele
     connection.tracker.set_alias("net", second.model_version, "staging")
     (leftover,) = found(connection, bucket.name)
     assert (leftover.kind, leftover.remedy) == ("alias beside its log", "")
+    leftover.mend()
+    assert mend_all((leftover,)) == ()
+    assert found(connection, bucket.name) == (leftover,)
 
 
 def test_alias_that_points_at_no_release_is_for_a_person_to_decide(connection, complete, bucket):

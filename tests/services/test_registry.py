@@ -330,6 +330,11 @@ def test_data_that_a_run_names_twice_are_named_once(tracker: MLflowTracker) -> N
     for _ in range(2):
         tracker.log_dataset(data, run_id=run_id)
     tracker.log_dataset(data | {"digest": "b" * 36}, run_id=run_id)
+    for wrong in (data | {"columns": "[]"}, {"name": "eval.npz"}):
+        with pytest.raises(
+            ParameterError, match=r"expected name, digest, source_type, .*found name"
+        ):
+            tracker.log_dataset(wrong, run_id=run_id)
     client = mlflow.MlflowClient(tracker._uri, tracker._uri)
     named = client.get_run(run_id).inputs.dataset_inputs
     assert sorted(one.dataset.digest[0] for one in named) == ["a", "b"]
