@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from IPython.display import Markdown
 
-from heimdall_onnx.common.text import count_of, escape_markdown, number, shown, unit_of
+from heimdall_onnx.common.text import count_of, distance, escape_markdown, number, shown, unit_of
 from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.report.tables.table import table, value_text
@@ -67,8 +67,14 @@ def changes_table(answers: Answers) -> Markdown:
         ),
         [(label, *(value_text(o, what) for o in answers.outputs)) for label, what in labels],
     )
-    alone = [f"{escape_markdown(text)}, and not compared." for text in answers.alone]
-    return Markdown("\n\n".join((found.data, *alone)))
+    lines = [found.data]
+    if (moved := answers.displacement) is not None:
+        lines.append(
+            f"Positions move on the ground by {distance(moved.p50_m)} (median), "
+            f"{distance(moved.p99_m)} (p99) and {distance(moved.max_m)} (largest)."
+        )
+    lines += [f"{escape_markdown(text)}, and not compared." for text in answers.alone]
+    return Markdown("\n\n".join(lines))
 
 
 def _called(one: ErrorStatistics | RecordedParity) -> str:
@@ -147,7 +153,7 @@ def _values(one: Difference) -> tuple[str, str]:
     whole = str(one.recorded), str(one.found)
     differing = (place for place, (m, n) in enumerate(zip(*whole, strict=False)) if m != n)
     start = max(0, next(differing, min(map(len, whole))) - _LONGEST // 4)
-    a, b = ("…" * bool(start) + shown(text[start:], _LONGEST) for text in whole)
+    a, b = (("…" if start else "") + shown(text[start:], _LONGEST) for text in whole)
     return a, b
 
 

@@ -70,10 +70,10 @@ def error_words(errors: LocalizationErrors | None) -> Iterator[str]:
         yield f"median localization error {distance(a)} (A) and {distance(b)} (B), not compared"
     elif not _clear(ratio):
         yield f"no clear difference in localization error (median {distance(b)})"
+    elif ratio.ratio >= 2:
+        yield f"B's median error is {ratio_words(ratio)} that of A"
     elif ratio.ratio > 1:
-        grown = _growth(ratio.ratio, ratio.low, ratio.high, "larger")
-        grown = f"{ratio_words(ratio)} that of A" if ratio.ratio >= 2 else grown
-        yield f"B's median error is {grown}"
+        yield f"B's median error is {_growth(ratio.ratio, ratio.low, ratio.high, 'larger')}"
     else:
         less, least, most = (
             number(100 * (1 - end)) for end in (ratio.ratio, ratio.high, ratio.low)
@@ -136,6 +136,5 @@ def gate_words(changed: Sequence[GatePair]) -> str:
         return "no gate changes"
     told = "; ".join(f"{name(gate.name, 40)} {gate.change}" for gate in changed[:3])
     more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return f"{count_of(len(changed), 'gate')} {'changes' if len(changed) == 1 else 'change'} " + (
-        f"({told}{more})"
-    )
+    verb = "changes" if len(changed) == 1 else "change"
+    return f"{count_of(len(changed), 'gate')} {verb} ({told}{more})"

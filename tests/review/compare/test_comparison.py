@@ -33,7 +33,7 @@ from heimdall_onnx.review.compare.answers import (
 )
 from heimdall_onnx.review.compare.comparison import ReleaseComparison, VerifiedRelease
 from heimdall_onnx.review.compare.gates import GatePair, Limits, pair_gates
-from heimdall_onnx.review.compare.tables import conclusion
+from heimdall_onnx.review.compare.tables import changes_table, conclusion
 from heimdall_onnx.review.compare.words import ratio_words
 from heimdall_onnx.review.reproduce.figures import Difference
 
@@ -110,6 +110,10 @@ def test_positions_move_by_what_one_model_is_off_the_other(compare):
     assert 1111 < moved.p50_m < 1112.5
     assert moved.p50_m <= moved.p99_m <= moved.max_m < 1113
     assert (moved.lost, moved.metres.size) == (0, SAMPLES)
+    last = changes_table(found).data.splitlines()[-1]
+    assert last == (
+        "Positions move on the ground by 1.1 km (median), 1.1 km (p99) and 1.1 km (largest)."
+    )
     (output,) = found.outputs
     assert output.mean == pytest.approx(0.005, rel=1e-3)  # of latitude and longitude together
     assert output.violations == SAMPLES
