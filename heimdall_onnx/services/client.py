@@ -100,9 +100,11 @@ def make_client(
             "ensure_store(settings) starts it and returns settings that do"
         )
     key_id, secret, token = settings.credentials or (None, None, None)
-    core = get_session()
-    core.register_component("data_loader", _descriptions())
+    core, descriptions = get_session(), _descriptions()
+    core.register_component("data_loader", descriptions)
     session = boto3.session.Session(botocore_session=core)
+    # boto3 has added its own folder, as it does for each session.
+    descriptions.search_paths[:] = dict.fromkeys(descriptions.search_paths)
     try:
         client = session.client(
             "s3",

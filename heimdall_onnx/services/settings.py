@@ -183,8 +183,9 @@ class Settings(BaseSettings):
                 ("AWS_SECRET_ACCESS_KEY", credentials.secret_access_key),
                 ("AWS_SESSION_TOKEN", credentials.session_token),
             ):
-                environment.pop(name, None)
-                if value is not None:
+                if value is None:
+                    environment.pop(name, None)
+                else:
                     environment[name] = value.get_secret_value()
 
 

@@ -224,6 +224,14 @@ def test_a_token_does_not_stay_beside_credentials_it_was_not_made_for(
     assert "AWS_SESSION_TOKEN" not in os.environ
     assert plain(Settings.load().credentials) == ["id", "secret", None]
 
+    class Watched(dict[str, str]):
+        def pop(self, name: str, *default: str | None) -> str | None:
+            # Other threads would be without it for a moment.
+            assert name == "AWS_SESSION_TOKEN"
+            return super().pop(name, *default)
+
+    settings.apply(Watched(os.environ))
+
 
 @pytest.mark.parametrize(
     ("endpoint", "expected"),
