@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heimdall_onnx.archive.manifest import REPORT, Manifest
-from heimdall_onnx.archive.record import ExecutedNotebook, Record, read_executed
+from heimdall_onnx.archive.record import RECORD, ExecutedNotebook, Record, read_executed
 from heimdall_onnx.common.errors import VerificationError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
@@ -146,7 +146,7 @@ def read_failed(version: str, report: bytes) -> Facts:
         checkpoint=shown(given.checkpoint.rpartition("/")[2]),
         problem=shown(_problem(judged), 300),
     )
-    return _with_measured(facts, notebook, judged.record)
+    return _with_measured(facts, notebook, judged)
 
 
 def with_measured(facts: Facts, report: bytes) -> Facts:
@@ -155,17 +155,20 @@ def with_measured(facts: Facts, report: bytes) -> Facts:
         notebook = read_executed(report, REPORT)
     except VerificationError:
         return facts
-    return _with_measured(facts, notebook, judge(notebook, REPORT).record)
+    return _with_measured(facts, notebook, judge(notebook, REPORT))
 
 
-def _with_measured(facts: Facts, notebook: ExecutedNotebook, record: Record | None) -> Facts:
+def _with_measured(facts: Facts, notebook: ExecutedNotebook, judged: Judgement) -> Facts:
+    record = judged.record
     if record is None:
+        if notebook.scrap(RECORD) is not None:
+            log.warning("a record can't be read", version=facts.version, problem=judged.problem)
         return facts.model_copy(update={"thumbnail": _thumbnail(notebook)})
     outputs = record.parity.cells[0].outputs if record.parity.cells else ()
     tolerance = max(record.parity.tolerance, 0.0) or math.nan
     return facts.model_copy(
         update={
-            "speedup": _speedup(record),
+            "speedup": _speedup(record, facts.version),
             "mean_error": max((_far(one.mean / tolerance) for one in outputs), default=None),
             "max_error": max((_far(one.excess) for one in outputs), default=None),
             "median_error_m": record.metrics.get("error_onnx_median_m"),
@@ -174,9 +177,12 @@ def _with_measured(facts: Facts, notebook: ExecutedNotebook, record: Record | No
     )
 
 
-def _speedup(record: Record) -> Speedup | None:
+def _speedup(record: Record, version: str) -> Speedup | None:
     found = record.latency.speedup if record.latency else None
-    return found if found and 0 <= found.low <= found.ratio <= found.high <= _FASTEST else None
+    if found and not 0 <= found.low <= found.ratio <= found.high <= _FASTEST:
+        log.warning("a speedup can't be", version=version, speedup=str(found))
+        return None
+    return found
 
 
 def _far(error: float) -> float:

@@ -24,6 +24,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import records
+import structlog
 from browser import DESKTOP, NARROW, chromium, violations
 from click.testing import CliRunner, Result
 from hostile import EVERYTHING, HOST, MARK
@@ -33,7 +34,7 @@ from quick_release import PREFIX, Factory, make_notebook
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.cli.main import main
 from heimdall_onnx.review.doctor import diagnose
-from heimdall_onnx.review.gallery.facts import shrink
+from heimdall_onnx.review.gallery.facts import read_failed, shrink
 from heimdall_onnx.review.gallery.page import make_gallery, store_gallery
 from heimdall_onnx.review.gallery.rows import KEPT, collect_rows
 from heimdall_onnx.review.gallery.server import GalleryServer
@@ -301,6 +302,27 @@ def test_gallery_is_no_release_and_nothing_left_over(place, call):
 def test_what_is_no_figure_gives_no_thumbnail(png):
     assert shrink(base64.b64encode(png).decode(), "") is None
     assert shrink("not base64", "") is None
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [
+        (
+            measured(2.0, 0.5) | {"latency": {"speedup": records.speedup(2, 3, 1)}},
+            "a speedup can't be",
+        ),
+        (measured(2.0, 0.5) | {"schema_version": 3}, "a record can't be read"),
+        (measured(2.0, 0.5), None),
+    ],
+    ids=["speedup", "record", "neither"],
+)
+def test_what_can_not_be_read_of_a_report_is_logged(recorded, said):
+    report = make_notebook(records.record_json(**recorded)).encode()
+    with structlog.testing.capture_logs() as events:
+        facts = read_failed("v20200101_000000", report)
+    assert (facts.speedup is None) == (said is not None)
+    expected = [] if said is None else [(said, "warning", "v20200101_000000")]
+    assert [(e["event"], e["log_level"], e["version"]) for e in events] == expected
 
 
 @pytest.mark.parametrize("size", [(50_000, 900), (2, 100_000)], ids=["large", "tall"])
