@@ -21,6 +21,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -145,6 +146,10 @@ class _Forked(psutil.Process):
         """Send a signal; none where it has ended."""
         with suppress(psutil.NoSuchProcess):
             super().send_signal(number)
+
+    # psutil's own send it another way.
+    terminate = partialmethod(send_signal, signal.SIGTERM)
+    kill = partialmethod(send_signal, signal.SIGKILL)
 
 
 class _Provisioner(LocalProvisioner):  # type: ignore[misc]

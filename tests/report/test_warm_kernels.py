@@ -1,6 +1,7 @@
 """Forked kernels: as fresh as started ones, and gone when they should be."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from jupyter_core.utils import run_sync
 
 from heimdall_onnx.common.errors import NotebookError
 from heimdall_onnx.report.preload import ROOMS
-from heimdall_onnx.report.warm_kernels import WarmKernels
+from heimdall_onnx.report.warm_kernels import WarmKernels, _Forked
 
 
 @pytest.fixture
@@ -110,6 +111,17 @@ def test_kernel_can_be_interrupted(kernels):
             reply = run_sync(client.get_shell_msg)(timeout=20)
         assert reply["content"]["ename"] == "KeyboardInterrupt"
         client.stop_channels()
+
+
+def test_signals_to_a_kernel_that_has_ended_are_no_error():
+    process = subprocess.Popen(["sleep", "60"])
+    kernel = _Forked(process.pid)
+    kernel.kill()
+    assert process.wait(timeout=10) == -signal.SIGKILL
+    kernel.kill()
+    kernel.terminate()
+    kernel.send_signal(signal.SIGINT)
+    assert kernel.poll() == -1
 
 
 def test_lost_template_is_replaced(tmp_path):
