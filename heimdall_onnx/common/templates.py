@@ -13,7 +13,7 @@ def render(template: Path, filters: dict[str, Callable[..., object]], **values: 
     """A template with these values; all that it names must be there.
 
     Args:
-        template: The template; of others than ``.html`` nothing is escaped by itself.
+        template: The template; of others than HTML's nothing is escaped by itself.
         filters: Further ones than ``distance``, ``inert`` (`escape_markdown`), ``number`` and
             ``shown``.
         **values: What it is about.
@@ -22,7 +22,7 @@ def render(template: Path, filters: dict[str, Callable[..., object]], **values: 
 
     environment = Environment(
         loader=FileSystemLoader(template.parent),
-        autoescape=select_autoescape(["html"]),
+        autoescape=select_autoescape(["html", "html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -20,15 +20,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
-from jinja2 import Template
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import HeimdallError
+from heimdall_onnx.common.templates import render
 from heimdall_onnx.common.text import after, count_of, distance, name, number, unit_of
 from heimdall_onnx.evidence.parity.statistics import element_errors
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report.explore.exploration import Exploration, ExploredSample
+from heimdall_onnx.report.plot.chart import Color
 from heimdall_onnx.report.plot.errors import span_of
 from heimdall_onnx.report.plot.outputs import element_names
 from heimdall_onnx.report.plot.worst import sample_inputs
@@ -39,7 +40,6 @@ _ELEMENTS_WRITTEN = 8
 # Traces of the figure: of the evaluation data, of other lengths, of adversarial inputs.
 _CLASSES = 3
 _HERE = Path(__file__).parent
-_SAMPLE = Template((_HERE / "sample.html.j2").read_text(encoding="utf-8"), autoescape=True)
 _WIDE = {"description_width": "initial"}
 
 
@@ -148,7 +148,8 @@ class _View:
         return box
 
     def _new_figure(self) -> go.FigureWidget:
-        figure = plotly.io.read_json(_HERE / "figure.json", output_type="FigureWidget")
+        described = render(_HERE / "figure.json.j2", {}, color=Color, evaluation=EVALUATION)
+        figure = plotly.io.from_json(described, output_type="FigureWidget")
         # Plotly offers to send a chart to a server of its own; nothing here leaves the machine.
         figure._config = {
             "displaylogo": False,
@@ -433,14 +434,15 @@ def _describe(sample: ExploredSample, exploration: Exploration) -> str:
         row for spec in exploration.signature.outputs for row in _rows(spec, sample, exploration)
     ]
     chart = sample_inputs(sample.inputs, exploration.signature, f"Inputs of sample {sample.index}")
-    found: str = _SAMPLE.render(
+    return render(
+        _HERE / "sample.html.j2",
+        {},
         heading=heading,
         facts=facts,
         head=("output", "element", "PyTorch", "ONNX", "difference", "× allowed"),
         rows=rows,
         picture=None if chart is None else chart._repr_mimebundle_()[0],
     )
-    return found
 
 
 def _rows(

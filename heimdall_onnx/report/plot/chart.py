@@ -42,6 +42,7 @@ class Color:
     ELEMENTS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")
     INK = "#222222"
     QUIET = "#595959"
+    GRID = "#E3E3E3"
 
 
 WIDTH = 8.0  # inches; legible at half of it, so no text is below 9 points
@@ -62,7 +63,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#E3E3E3",
+    "grid.color": Color.GRID,
     "grid.linewidth": 0.7,
     "axes.titlepad": 8,
     "lines.linewidth": 1.6,
@@ -218,7 +219,7 @@ def draw_bars(
         text: What is written behind a bar.
     """
     for index, (label, color, values) in enumerate(sides):
-        hatch = "////" * index
+        hatch = "////" if index else ""
         bars = axes.barh(
             np.arange(len(rows)) + 0.4 * index - 0.2 * (len(sides) - 1),
             values,

@@ -100,15 +100,17 @@ def _speed_answer(who: str, found: Speedup, batch_size: int, other: str = "") ->
     if not math.isfinite(found.ratio):
         return f"The speedup {batch} can't be told"
     if found.low <= 1 <= found.high:
+        beside = f" as {other}" if other else ""
         return (
             f"No clear difference in speed {batch}: {who} {_ratio(found.ratio)}× as fast"
-            f"{other and f' as {other}'} ({_interval(found)})"
+            f"{beside} ({_interval(found)})"
         )
     slower = found.ratio < 1
     shown = _inverse(found) if slower else found
+    beside = f" than {other}" if other else ""
     return (
-        f"{who} is {_ratio(shown.ratio)}× {'slower' if slower else 'faster'}"
-        f"{other and f' than {other}'} {batch} ({_interval(shown)})"
+        f"{who} is {_ratio(shown.ratio)}× {'slower' if slower else 'faster'}{beside} {batch} "
+        f"({_interval(shown)})"
     )
 
 

@@ -303,7 +303,8 @@ def draw_displacement(
         outside = largest > 0 and needed > 5 * reach
         reach = reach if outside else max(reach, needed)
         text = f"tolerance: ±{distance(allowed[0])} north,\n±{distance(allowed[1])} east"
-        text += ", out of view" * outside
+        if outside:
+            text += ", out of view"
         box = Rectangle((-across, -up), 2 * across, 2 * up, fill=False, label=text, gid="tolerance")
         box.set(edgecolor=Color.INK, linestyle="--", linewidth=1.2)
         axes.add_patch(box)

@@ -26,7 +26,7 @@ from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.report.explore import entry as explore_entry
 from heimdall_onnx.report.explore.entry import INSTALL, Explorable, explore_parity
 from heimdall_onnx.report.explore.exploration import Exploration
-from heimdall_onnx.report.plot.chart import Chart
+from heimdall_onnx.report.plot.chart import Chart, Color
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,7 @@ def test_all_kinds_are_shown_together_with_both_limits(compared, view_class):
     )
     assert f"{count} of {count} samples" in view._said.value
     evaluation, _, adversarial = view._points_of
+    assert (evaluation.name, evaluation.marker.color) == (EVALUATION, Color.ELEMENTS[0])
     assert len(evaluation.x) + len(adversarial.x) == count
     usual, wider = view._figure.data[3:5]
     assert wider.y[0] == pytest.approx(10 * usual.y[0])
