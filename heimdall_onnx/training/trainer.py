@@ -278,11 +278,12 @@ class PlainCheckpoints(TorchCheckpointIO):
             CheckpointError: If it does not record what is written for a training.
         """
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        _record_of(loaded, Path(path))
-        # Where the folder has been moved, its checkpoints have moved with it.
-        for state in loaded.get("callbacks", {}).values():
-            if "dirpath" in state:
-                _move(state, Path(path).parent)
+        if "callbacks" in loaded:  # not in the weights that spawned processes hand back
+            _record_of(loaded, Path(path))
+            # Where the folder has been moved, its checkpoints have moved with it.
+            for state in loaded["callbacks"].values():
+                if "dirpath" in state:
+                    _move(state, Path(path).parent)
         return loaded
 
 

@@ -272,6 +272,13 @@ def test_a_loader_of_checkpoints_trusts_no_callback(last, tmp_path):
         PlainCheckpoints().load_checkpoint(path)
 
 
+def test_a_loader_of_checkpoints_reads_what_spawned_processes_hand_back(tmp_path):
+    path = tmp_path / ".temp.ckpt"
+    PlainCheckpoints().save_checkpoint(Framed().state_dict(), path)
+    found = PlainCheckpoints().load_checkpoint(path)
+    assert found.keys() == Framed().state_dict().keys()
+
+
 @pytest.mark.parametrize(
     "change",
     [
