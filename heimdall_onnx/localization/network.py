@@ -106,9 +106,10 @@ class LocalizationNet(nn.Module):
         size = _checked_size(backbone_size)
         _check_limits(uncertainty_min, uncertainty_max)
         self.backbone_size = backbone_size
-        self.uncertainty_min = uncertainty_min
-        self.uncertainty_max = uncertainty_max
-        self.signature = localization_signature((uncertainty_min, uncertainty_max))
+        # JSON knows 10 where 10.0 is meant, and clamp can't be exported with one of each.
+        self.uncertainty_min = float(uncertainty_min)
+        self.uncertainty_max = float(uncertainty_max)
+        self.signature = localization_signature((self.uncertainty_min, self.uncertainty_max))
         features = _features(size)
         if pretrained is not False:
             _load_features(features, size, pretrained)

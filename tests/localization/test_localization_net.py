@@ -267,6 +267,13 @@ def test_with_a_frame_the_answers_are_those_of_the_heads_in_degrees():
     assert (positions - torch.tensor(CENTROID)).abs().max() < 20  # near the centroid from the start
 
 
+def test_a_limit_that_json_gives_as_a_whole_number_can_be_exported():
+    # `clamp` has no form that takes a whole and a broken number.
+    model = framed(uncertainty_max=10)
+    assert [type(end) for end in (model.uncertainty_min, model.uncertainty_max)] == [float, float]
+    assert model.signature.outputs[1].range == (0.01, 10.0)
+
+
 @pytest.mark.parametrize(("bias", "limit"), [(-50.0, 0.6), (50.0, 0.8)])
 @pytest.mark.parametrize("training", [True, False])
 def test_with_a_frame_the_limits_are_in_degrees(bias, limit, training):

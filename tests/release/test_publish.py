@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from threading import Event
+from types import ModuleType, SimpleNamespace
 
 import mlflow
 import pytest
 from models import SmallNet
 from releases import smoke
 
+from heimdall_onnx.archive import mlmodel
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.manifest import CONTENT
 from heimdall_onnx.archive.record import Skipped
@@ -29,7 +33,7 @@ from heimdall_onnx.evidence.variants.search import JudgedVariant
 from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.release.publish import Journal, register_release, upload_release, withdraw
-from heimdall_onnx.services import store
+from heimdall_onnx.services import registry, store
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.store import Bucket, to_json
@@ -105,6 +109,32 @@ def upload(settings, parameters, exported, verdict=PASSED, variants=None):
 def folder_keys(s3, bucket) -> set[str]:
     """What is there beside what releases have in common."""
     return {key for key in Bucket(s3, bucket).list_keys("") if not key.startswith(f"{CONTENT}/")}
+
+
+def test_what_imports_mlflow_waits_until_it_is_reached(
+    settings, parameters, exported, reset_mlflow, monkeypatch
+):
+    # Two threads that import it at once find it half made.
+    reached = Event()
+    initialize = registry.initialize_mlflow
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        tracker = initialize(*arguments)
+        reached.set()
+        return tracker
+
+    class Guarded(ModuleType):
+        def __getattr__(self, name):
+            assert reached.is_set()
+            return getattr(mlmodel, name)
+
+    monkeypatch.setattr(registry, "initialize_mlflow", slowly)
+    monkeypatch.setitem(sys.modules, mlmodel.__name__, Guarded(mlmodel.__name__))
+    run_id = connect(settings).tracker.create_run("release")
+    reached.clear()
+    own = parameters.model_copy(update={"run_id": run_id})
+    assert upload(settings, own, exported).run_id == run_id
 
 
 def test_nothing_is_uploaded_without_being_asked(settings, parameters, exported, s3, bucket):
