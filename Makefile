@@ -30,11 +30,12 @@ else
 	$(BIN)/heimdall-onnx demo $(OPTIONS)
 endif
 
+# Three at once on two processors: half of the time they wait for services and kernels.
 test: $(VENV)/.installed ## Run the tests on real services
-	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+	$(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(OPTIONS)
 
 test-all: $(VENV)/.installed ## Run those too that show the same of further models and faults, and measure coverage
-	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder -m '' --cov --cov-report=term $(OPTIONS)
+	$(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder -m '' --cov --cov-report=term $(OPTIONS)
 
 # Parts can be chosen: OPTIONS='startup steps tiny large growth training variants-tiny variants-large fleet evaluation pages --pairs 3'
 bench: $(VENV)/.installed ## Measure what a release costs, on services of its own
