@@ -59,7 +59,7 @@ def shown(settings, tmp_path_factory) -> Shown:
         named = dict(arrays) | {"meta": json.dumps({"provenance": HOSTILE})}
     np.savez(inputs.eval_data, **named)
     notebook = changed_notebook(tmp_path_factory.mktemp("changed"), figure="parity-scatter")
-    quick = smoke(inputs, BUCKET, measure_latency=False)
+    quick = smoke(inputs, BUCKET)
     result = release_checkpoint(quick, settings, notebook=notebook)
     assert result.error is None
     connection = connect(settings)

@@ -101,24 +101,26 @@ def test_notebook_runs_with_its_defaults_and_publishes_nothing(demo_home, tmp_pa
 
 
 @pytest.mark.slow
-def test_papermill_alone_gives_a_report_and_publishes_nothing(demo_home, tmp_path):
+def test_papermill_alone_gives_a_report_and_publishes_nothing(small, tmp_path):
+    home = tmp_path / "home"
     executed = tmp_path / "out.ipynb"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "papermill", str(notebook_path()), str(executed)),
             *("-p", "profile", "smoke", "-p", "output_dir", str(tmp_path / "run")),
-            "--no-progress-bar",
+            *("-p", "checkpoint", str(small.checkpoint), "-p", "eval_data", str(small.eval_data)),
+            *("-p", "model", small.model, "-p", "opset", "14", "--no-progress-bar"),
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "HEIMDALL_HOME": str(demo_home)},
+        env={**os.environ, "HEIMDALL_HOME": str(home)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert judge_notebook(executed).passed
     assert records.read(executed).uploaded is None
     assert (tmp_path / "run" / "model.onnx").is_file()
-    assert not (demo_home / "store").exists()
-    assert not (demo_home / "mlflow.db").exists()
+    assert not (home / "store").exists()
+    assert not (home / "mlflow.db").exists()
 
 
 def test_bad_parameters_through_papermill_stop_the_notebook(tmp_path):

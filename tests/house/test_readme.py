@@ -187,6 +187,7 @@ def test_addresses_of_services_are_read_from_the_file(tmp_path):
     }
 
 
+@pytest.mark.thorough
 def test_two_releases_are_compared(reviewed):
     reviewed.shell(own_release().replace("--profile quick", "--profile smoke -p opset 14"))
     script = block("Comparing", "heimdall-onnx compare").rstrip()
@@ -347,6 +348,7 @@ def test_gates_of_a_release_are_all_explained(reviewed):
         assert any(gate["name"].startswith(name) for name in explained), gate["name"]
 
 
+@pytest.mark.thorough
 def test_training_script_exports_and_registers(workshop):
     # The last one: `doctor` reports what has no manifest.
     before = """

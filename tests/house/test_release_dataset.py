@@ -64,7 +64,6 @@ def released(settings, s3, inputs, dataset):
         BUCKET,
         eval_data=str(dataset.path),
         profile="quick",
-        measure_latency=False,
         eval_workers=2,
     )
     result = release_checkpoint(parameters, settings)

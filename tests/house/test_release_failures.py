@@ -152,7 +152,7 @@ def test_release_whose_page_can_not_be_written_is_taken_back(
         raise RegistryError("the description was refused")
 
     monkeypatch.setattr(MLflowTracker, "describe_version", fail)
-    quick = smoke(small, bucket.name, measure_latency=False)
+    quick = smoke(small, bucket.name)
     result = release_checkpoint(quick, settings, notebook=changed_notebook(tmp_path))
     assert result.exit_code == 4
     assert "the description was refused" in result.error

@@ -48,7 +48,7 @@ class Released:
 def untimed(make_settings, s3, small) -> Released:
     """One complete release without latency, with all figures."""
     settings, bucket = make_settings("untimed"), "test-untimed"
-    result = release_checkpoint(smoke(small, bucket, measure_latency=False), settings)
+    result = release_checkpoint(smoke(small, bucket), settings)
     assert result.success, result.error
     return Released(result, settings, bucket)
 
@@ -122,7 +122,7 @@ def test_cores_that_another_measurement_holds_fail_their_gate_and_no_other(
     settings, small, s3, bucket, tmp_path, no_other_measurement
 ):
     number = max(os.sched_getaffinity(0))
-    parameters = smoke(small, bucket.name, exclusive_cores=True)
+    parameters = smoke(small, bucket.name, exclusive_cores=True, measure_latency=True)
     with holder(lock_folder(), number) as process:
         result = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert result.exit_code == 3
@@ -146,7 +146,7 @@ def test_cores_that_another_measurement_holds_fail_their_gate_and_no_other(
 def test_cores_of_its_own_are_named_where_the_latency_is(
     settings, small, s3, bucket, tmp_path, no_other_measurement
 ):
-    parameters = smoke(small, bucket.name, exclusive_cores=True)
+    parameters = smoke(small, bucket.name, exclusive_cores=True, measure_latency=True)
     result = release_checkpoint(parameters, settings, notebook=changed_notebook(tmp_path))
     assert result.success, result.error
     assert result.speedup > 0

@@ -39,7 +39,9 @@ def released(make_settings, s3, tmp_path_factory) -> Released:
     positions = np.random.default_rng(1).uniform((46, 4), (51, 11), (12, 2))
     np.savez(inputs.eval_data, positions=positions, **np.load(inputs.eval_data))
     result = release_checkpoint(
-        smoke(inputs, "test-bom"), make_settings("bom"), notebook=changed_notebook(folder)
+        smoke(inputs, "test-bom", measure_latency=True),
+        make_settings("bom"),
+        notebook=changed_notebook(folder),
     )
     assert result.success, result.error
     manifest = Bucket(s3, "test-bom").read_json(f"{PREFIX}/{result.version}/manifest.json")

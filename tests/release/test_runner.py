@@ -111,7 +111,7 @@ def released(make_settings, s3, inputs, another_kernel) -> Released:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bucket, "upload_bytes", watched)
         patch.setenv("JUPYTER_PATH", str(another_kernel))
-        result = release_checkpoint(smoke(inputs, bucket, opset=20), settings)
+        result = release_checkpoint(smoke(inputs, bucket, opset=20, measure_latency=True), settings)
     assert result.success, result.error
     return Released(result, settings, bucket, f"{PREFIX}/{result.version}", *seen)
 

@@ -56,7 +56,9 @@ def released(make_settings, s3, tmp_path_factory) -> Released:
     np.savez(inputs.eval_data, positions=positions, **np.load(inputs.eval_data))
     settings = make_settings("reproduce")
     notebook = changed_notebook(folder, after="checkpoint", source=SHIFTED)
-    result = release_checkpoint(smoke(inputs, BUCKET), settings, notebook=notebook)
+    result = release_checkpoint(
+        smoke(inputs, BUCKET, measure_latency=True), settings, notebook=notebook
+    )
     assert result.success, result.error
     # A repetition must not need what only the releasing machine had.
     inputs.checkpoint.unlink()
