@@ -14,7 +14,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float64]
 
 IN_MEMORY_BYTES = 256 << 20
-_PART_BYTES = 8 << 20
+PART_BYTES = 8 << 20
 
 
 class RowReader(Protocol):
@@ -41,7 +41,7 @@ Rows = npt.NDArray[Any] | RowReader
 def parts(array: Rows) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     """All rows in order, some megabytes at a time, each part with the index of its first row."""
     row_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
-    step = max(1, _PART_BYTES // max(row_bytes, 1))
+    step = max(1, PART_BYTES // max(row_bytes, 1))
     for start in range(0, array.shape[0], step):
         yield start, array[start : start + step]
 

@@ -16,7 +16,7 @@ from distributed.worker import Worker
 from heimdall_onnx.common.errors import SchedulerError, SettingsError
 from heimdall_onnx.common.machine import physical_cores, usable_processors
 
-_SCHEDULER_TIMEOUT_S = 30
+SCHEDULER_TIMEOUT_S = 30
 _LOOK_S = 0.2
 
 
@@ -29,7 +29,7 @@ def scheduler_client(address: str) -> Iterator[Client]:
         SettingsError: If certificates are needed and none are set.
     """
     try:
-        client = Client(address, timeout=_SCHEDULER_TIMEOUT_S)
+        client = Client(address, timeout=SCHEDULER_TIMEOUT_S)
     except TypeError as error:  # Dask's own for certificates that it has not got
         raise SettingsError(
             f"the scheduler {address} can't be connected to: {error}; for tls:// set "

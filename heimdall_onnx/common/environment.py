@@ -16,7 +16,7 @@ from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.machine import instruction_sets, usable_processors
 
 # A checkout on a dead network disk never answers.
-_GIT_TIMEOUT_S = 60
+GIT_TIMEOUT_S = 60
 DISTRIBUTION = "heimdall-onnx"
 PACKAGES = (
     DISTRIBUTION,
@@ -132,7 +132,7 @@ def _git(*arguments: str) -> str | None:
                 capture_output=True,
                 text=True,
                 check=True,
-                timeout=_GIT_TIMEOUT_S,
+                timeout=GIT_TIMEOUT_S,
             )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -26,7 +26,7 @@ from heimdall_onnx.model.signature import Signature
 log = get_logger(__name__)
 
 SYNTHETIC_SAMPLES = 64
-_READ_BYTES = 8 << 20
+READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class EvaluationData:
             rows: Which samples; all by default.
         """
         rows = range(self.count) if rows is None else rows
-        step = size * max(1, _READ_BYTES // max(size * self.row_bytes, 1))
+        step = size * max(1, READ_BYTES // max(size * self.row_bytes, 1))
         for first in range(rows.start, rows.stop, step):
             # Some megabytes at a time: of data in a bucket every read is a request.
             read = slice(first, min(first + step, rows.stop))

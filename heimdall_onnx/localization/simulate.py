@@ -80,7 +80,7 @@ _MARGIN = 256  # samples before and after, which delays and filters reach into
 _ROLL_OFF_HZ = 300.0
 _FULL_SCALE = 2.0**15
 _FINE = 128
-_STEP = 64  # events between reports of progress
+EVENTS_A_STEP = 64  # events between reports of progress
 
 
 @dataclass(frozen=True)
@@ -249,9 +249,9 @@ def simulate_dataset(
         ThreadPoolExecutor(usable_processors()) as pool,
     ):
         table = ["recording,latitude,longitude\n"]
-        for first in range(0, events, _STEP):
+        for first in range(0, events, EVENTS_A_STEP):
             say(first / events, "simulating events")
-            numbers = range(first, min(first + _STEP, events))
+            numbers = range(first, min(first + EVENTS_A_STEP, events))
             made = list(pool.map(make, numbers))
             windows = np.concatenate([features for features, _, _ in made])
             positions = np.repeat([where for _, where, _ in made], windows_per_event, axis=0)

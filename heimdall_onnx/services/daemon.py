@@ -25,7 +25,7 @@ LOOPBACK = "127.0.0.1"
 _PORTS = range(11_000, 21_000)
 _LOCK_TIMEOUT_S = 180.0
 _MARKER = "HEIMDALL_SERVICE"
-_STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 5.0
 _DETACH = 'umask 077; log=$1; shift; "$@" >>"$log" 2>&1 &'
 
 
@@ -146,7 +146,7 @@ class Daemon:
 
 def _wait_for_end(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Wait for processes and return those that have not ended in time."""
-    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    deadline = time.monotonic() + STOP_TIMEOUT_S
     while processes and time.monotonic() < deadline:
         time.sleep(0.05)
         processes = [process for process in processes if _is_alive(process)]

@@ -33,8 +33,8 @@ from heimdall_onnx.services.settings import Settings
 log = get_logger(__name__)
 
 _START_TIMEOUT_S = 90.0
-_ANSWER_TIMEOUT_S = 15.0
-_CALL_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 15.0
+CALL_TIMEOUT_S = 5.0
 _START_TRIES = 3
 _STORE_PORTS = ("master", "volume", "filer", "s3", "admin")
 # SeaweedFS finds its own gRPC ports at this distance, whatever it was told for some of them.
@@ -77,7 +77,7 @@ def ensure_store(settings: Settings) -> Settings:
         record = _store_record(service)
         if service.processes():
             filled = _with_store(settings, record)
-            if service.wait(partial(_store_answers, filled, record), _ANSWER_TIMEOUT_S):
+            if service.wait(partial(_store_answers, filled, record), ANSWER_TIMEOUT_S):
                 return filled
             log.warning("embedded store does not answer and is started again")
         _stop_store(service)
@@ -240,7 +240,7 @@ def _store_answers(settings: Settings, record: Mapping[str, Any]) -> bool:
     if not is_listening(record["ports"].get("s3", 0)):
         return False
     try:
-        make_client(settings, read_timeout_s=_CALL_TIMEOUT_S, attempts=1).list_buckets()
+        make_client(settings, read_timeout_s=CALL_TIMEOUT_S, attempts=1).list_buckets()
         return _has_volumes(record["ports"]["master"])
     except (BotoCoreError, ClientError, OSError, ValueError) as error:
         log.debug("embedded store does not answer yet", reason=type(error).__name__)
@@ -286,9 +286,7 @@ def _ensure_mlflow(settings: Settings) -> None:
         record = service.read_record()
         if service.processes():
             same = record.get("fingerprint") == fingerprint
-            if same and service.wait(
-                partial(_mlflow_answers, record["address"]), _ANSWER_TIMEOUT_S
-            ):
+            if same and service.wait(partial(_mlflow_answers, record["address"]), ANSWER_TIMEOUT_S):
                 return
             service.stop()
         port = free_ports({"mlflow": record.get("port", 5000)}, ("mlflow",))["mlflow"]
@@ -341,5 +339,5 @@ def _mlflow_answers(address: str) -> bool:
 def _fetch(url: str) -> bytes:
     # Without the proxies of the environment, which know nothing of this machine's loopback.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=_CALL_TIMEOUT_S) as response:
+    with opener.open(url, timeout=CALL_TIMEOUT_S) as response:
         return bytes(response.read())

@@ -62,7 +62,7 @@ MAX_READ_BYTES = 256 << 20
 _TRANSFER = TransferConfig(
     multipart_threshold=64 << 20, multipart_chunksize=16 << 20, max_concurrency=4
 )
-_CLAIM_TRIES = 120
+CLAIM_TRIES = 120
 _READS = 3
 _BROKEN_OFF = (
     ResponseStreamingError,
@@ -295,7 +295,7 @@ class Bucket:
             StoreError: If the store fails, or two minutes' worth of versions are taken.
         """
         start = now or datetime.now(UTC)
-        for second in range(_CLAIM_TRIES):
+        for second in range(CLAIM_TRIES):
             version = f"v{(start + timedelta(seconds=second)).astimezone(UTC):%Y%m%d_%H%M%S}"
             try:
                 self.upload_bytes(
@@ -308,7 +308,7 @@ class Bucket:
             log.info("version claimed", version=version, bucket=self.name)
             return version
         raise StoreError(
-            f"no free version below {self.uri(prefix)}: the {_CLAIM_TRIES} seconds from "
+            f"no free version below {self.uri(prefix)}: the {CLAIM_TRIES} seconds from "
             f"{start:%Y-%m-%d %H:%M:%S} UTC are all taken"
         )
 

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 # Rows below this are read once and kept; above it they are streamed.
-_CACHE_BYTES = 1 << 30
+CACHE_BYTES = 1 << 30
 
 
 class TrainingRun:
@@ -263,7 +263,7 @@ class TrainingRun:
         module = TrainingModule(
             model, objective, chosen, kwargs, self.progress, positions, self._began
         )
-        cache = _row_bytes(dataset, names) * (dataset.count - len(split.test)) <= _CACHE_BYTES
+        cache = _row_bytes(dataset, names) * (dataset.count - len(split.test)) <= CACHE_BYTES
         parts = [
             TrainingRows(dataset, rows, objective.targets(positions[rows]), names, cache=cache)
             for rows in (split.train, split.validation)

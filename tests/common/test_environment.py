@@ -28,7 +28,7 @@ def test_git_that_never_answers_leaves_the_commit_unknown(monkeypatch, tmp_path)
     (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "git").chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(environment, "_GIT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(environment, "GIT_TIMEOUT_S", 0.2)
     found = environment.capture_environment()
     assert (found.git_commit, found.git_dirty) == (None, None)
 

@@ -114,7 +114,7 @@ def test_rows_wrap_around(file):
 
 @pytest.mark.parametrize("read", [1, 8 << 20])
 def test_batches_cover_every_sample_once_in_order(file, monkeypatch, read):
-    monkeypatch.setattr("heimdall_onnx.data.evaluation._READ_BYTES", read)
+    monkeypatch.setattr("heimdall_onnx.data.evaluation.READ_BYTES", read)
     data = load(file)
     parts, batches, truth = zip(*data.batches(2), strict=True)
     assert [(p.start, p.stop) for p in parts] == [(0, 2), (2, 4), (4, 5)]
@@ -330,7 +330,7 @@ def test_large_arrays_are_used_from_their_file(file, monkeypatch):
 
 def test_values_in_a_large_array_are_checked_too(file, monkeypatch):
     monkeypatch.setattr(npz, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr("heimdall_onnx.common.arrays._PART_BYTES", 24)
+    monkeypatch.setattr("heimdall_onnx.common.arrays.PART_BYTES", 24)
     bad = np.zeros((5, 3), np.float32)
     bad[3, 1] = np.nan
     assert "NaN or Inf in 1 samples, first in sample 3" in refusal(file, x=bad)

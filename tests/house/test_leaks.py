@@ -40,7 +40,7 @@ def test_a_secret_is_found_in_every_form(hide):
 
 
 def test_a_secret_across_two_parts_of_a_file_is_found(monkeypatch):
-    monkeypatch.setattr(leaks, "_CHUNK", 16)
+    monkeypatch.setattr(leaks, "CHUNK", 16)
     assert leaks.search(io.BytesIO(b"x" * 9 + SECRET.encode()), {"s": leaks.forms(SECRET)})
 
 

@@ -204,7 +204,7 @@ class TestDataset:
         one.verify()
 
     def test_the_first_events_of_a_longer_one_are_the_same(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(simulate, "_STEP", 3)
+        monkeypatch.setattr(simulate, "EVENTS_A_STEP", 3)
         longer = simulate_dataset(tmp_path / "long", events=7, seed=1)
         shorter = simulate_dataset(tmp_path / "short", events=4, seed=1)
         rows = np.arange(4)

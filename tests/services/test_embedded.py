@@ -220,9 +220,9 @@ def test_a_store_that_hangs_is_replaced(bare: Settings, monkeypatch: pytest.Monk
     put(before, "a")
     hanging = store_process(bare)
     hanging.suspend()
-    monkeypatch.setattr(services, "_ANSWER_TIMEOUT_S", 1)
-    monkeypatch.setattr(services, "_CALL_TIMEOUT_S", 1)
-    monkeypatch.setattr("heimdall_onnx.services.daemon._STOP_TIMEOUT_S", 1)
+    monkeypatch.setattr(services, "ANSWER_TIMEOUT_S", 1)
+    monkeypatch.setattr(services, "CALL_TIMEOUT_S", 1)
+    monkeypatch.setattr("heimdall_onnx.services.daemon.STOP_TIMEOUT_S", 1)
     after = ensure_store(bare)
     assert [p.pid for p in processes_of(bare.home)] != [hanging.pid]
     assert get(after, "a") == b"a"
@@ -240,7 +240,7 @@ def test_a_damaged_record_costs_the_credentials_not_the_data(
     if damage == "{":
         store_process(bare).kill()
     (bare.home / "store" / "service.json").write_text(damage)
-    monkeypatch.setattr(services, "_ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(services, "ANSWER_TIMEOUT_S", 0.5)
     after = ensure_store(bare)
     assert after.s3_secret_access_key != before.s3_secret_access_key
     assert get(after, "a") == b"a"

@@ -374,7 +374,7 @@ def test_sixteen_claims_at_once_get_sixteen_versions(
 def test_claiming_gives_up_when_every_second_is_taken(
     s3: S3Client, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "_CLAIM_TRIES", 2)
+    monkeypatch.setattr(store, "CLAIM_TRIES", 2)
     claim = {"name": "a", "content": lambda _: b"", "now": datetime(2026, 1, 1, tzinfo=UTC)}
     for _ in range(2):
         bucket.claim_version("m", **claim)

@@ -41,6 +41,6 @@ def write(path, data, step=COUNT, **changes):
 def write_in_small_shards(path, data):
     """So that little data has many chunks and many shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "_CHUNK_BYTES", 96)
-        patch.setattr(shards, "_SHARD_BYTES", 700)
+        patch.setattr(shards, "CHUNK_BYTES", 96)
+        patch.setattr(shards, "SHARD_BYTES", 700)
         return write(path, data, step=7)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 IN_USE: dict[str, str] = {}
 # These hold them on purpose, readable by their owner alone; `data` is what the store itself writes.
 SPARED = {"service.json", "s3.json"}
-_CHUNK = 8 << 20
+CHUNK = 8 << 20
 _LARGE = 64 << 20
 
 
@@ -43,7 +43,7 @@ def search(file: BinaryIO, needles: Mapping[str, Iterable[bytes]]) -> set[str]:
     """Which secrets are in a stream."""
     longest = max((len(n) for forms in needles.values() for n in forms), default=0)
     found, tail = set[str](), b""
-    while chunk := file.read(_CHUNK):
+    while chunk := file.read(CHUNK):
         text = tail + chunk
         found |= {what for what, forms in needles.items() if any(n in text for n in forms)}
         tail = text[-longest:]
@@ -108,8 +108,8 @@ def _ends(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     if size <= _LARGE:
         return file
-    first = file.read(_CHUNK)
-    file.seek(-_CHUNK, os.SEEK_END)
+    first = file.read(CHUNK)
+    file.seek(-CHUNK, os.SEEK_END)
     return io.BytesIO(first + file.read())
 
 

@@ -317,7 +317,7 @@ def test_nothing_reaches_standard_output(data, tmp_path, capfd):
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_streamed_by_workers_it_is_the_same_training(result, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training_run, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(training_run, "CACHE_BYTES", 0)
     streamed = train(options(data, tmp_path / "here", num_workers=0, epochs=8))
     assert same(streamed.history) == same(result.history)
     seen = []

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _S3 = "s3://"
 Span = tuple[int, int]  # offset and length
 # What lies this near together comes with one request, as long as it is no more than the most.
-_GAP_BYTES = 64 << 10
-_MOST_RANGE_BYTES = 8 << 20
+GAP_BYTES = 64 << 10
+MOST_RANGE_BYTES = 8 << 20
 
 
 class Files(ABC):
@@ -184,8 +184,8 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Ascending spans, with neighbours made one."""
     start = end = -1
     for offset, length in sorted(spans):
-        near = start >= 0 and offset - end <= _GAP_BYTES
-        if near and offset + length - start <= _MOST_RANGE_BYTES:
+        near = start >= 0 and offset - end <= GAP_BYTES
+        if near and offset + length - start <= MOST_RANGE_BYTES:
             end = max(end, offset + length)
             continue
         if start >= 0:

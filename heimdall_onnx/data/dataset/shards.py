@@ -27,8 +27,8 @@ from heimdall_onnx.common.errors import DataError, HeimdallError, UnavailableErr
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.data.dataset.files import Files, Span
 
-_SHARD_BYTES = 64 << 20  # before compression; also what is kept in memory of each array
-_CHUNK_BYTES = 64 << 10
+SHARD_BYTES = 64 << 20  # before compression; also what is kept in memory of each array
+CHUNK_BYTES = 64 << 10
 _MOST_CHUNK_ROWS = _MOST_CHUNKS = 4096  # in a chunk, in a shard
 _MOST_HEADER_BYTES = 64 << 20
 _MOST_INDICES = 1024  # of shards, kept in memory; 64 KiB each at most
@@ -342,8 +342,8 @@ def read_zarr(files: Files, name: str, kind: TypeAdapter[_File], what: str) -> _
 def _layout(row_bytes: int) -> tuple[int, int]:
     """Rows of a chunk and of a shard."""
     size = max(row_bytes, 1)
-    chunk = max(1, min(_MOST_CHUNK_ROWS, _CHUNK_BYTES // size))
-    return chunk, chunk * max(1, min(_MOST_CHUNKS, _SHARD_BYTES // (chunk * size)))
+    chunk = max(1, min(_MOST_CHUNK_ROWS, CHUNK_BYTES // size))
+    return chunk, chunk * max(1, min(_MOST_CHUNKS, SHARD_BYTES // (chunk * size)))
 
 
 def _rows_of(found: dict[str, Any]) -> tuple[int, int]:
@@ -368,7 +368,7 @@ def _array_problems(
         chunk < 1
         or shard % chunk
         or not chunk <= shard <= chunk * _MOST_CHUNKS
-        or chunk * spec.row_bytes > max(_CHUNK_BYTES, spec.row_bytes)
+        or chunk * spec.row_bytes > max(CHUNK_BYTES, spec.row_bytes)
     ):
         yield f"{name} has chunks of {chunk} rows in shards of {shard}, no layout of a dataset"
     else:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 PYTORCH = "PyTorch"
 WARMUP_CALLS = 5
-_WORKER_TIMEOUT_S = 600.0
-_ENDS_WITHIN_S = 5.0
+WORKER_TIMEOUT_S = 600.0
+ENDS_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ class Worker:
         """End the process."""
         self._pipe.close()
         try:
-            self._process.wait(timeout=_ENDS_WITHIN_S)
+            self._process.wait(timeout=ENDS_WITHIN_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -223,9 +223,9 @@ class Worker:
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
         try:
             self._pipe.send(question)
-            if not self._pipe.poll(_WORKER_TIMEOUT_S):
+            if not self._pipe.poll(WORKER_TIMEOUT_S):
                 raise BenchmarkError(
-                    f"the worker process of {self.name} gave no answer in {_WORKER_TIMEOUT_S:g} s"
+                    f"the worker process of {self.name} gave no answer in {WORKER_TIMEOUT_S:g} s"
                 )
             answer: dict[str, Any] = self._pipe.recv()
         except (EOFError, OSError) as error:

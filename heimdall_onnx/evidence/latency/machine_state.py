@@ -24,7 +24,7 @@ from heimdall_onnx.common.machine import control_groups
 
 _Gpus = dict[int, tuple[float | None, float | None]]
 
-_NVIDIA_SMI_TIMEOUT_S = 5.0
+NVIDIA_SMI_TIMEOUT_S = 5.0
 # Of one processor, for the looks between the first and the last.
 _LARGEST_SHARE = 0.01
 _IDLE = ("idle", "iowait")
@@ -238,7 +238,7 @@ def query_gpus() -> _Gpus | None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=_NVIDIA_SMI_TIMEOUT_S,
+            timeout=NVIDIA_SMI_TIMEOUT_S,
         ).stdout
         rows = [line.split(",") for line in told.splitlines() if line.strip()]
         return {int(index): (_number(clock), _number(power)) for index, clock, power in rows}

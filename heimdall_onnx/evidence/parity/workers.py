@@ -44,7 +44,7 @@ _PART_BYTES = 64 << 20
 _PARTS_A_WORKER = 4
 # So many parts are with the scheduler for each that can run: no worker waits for this process.
 _AHEAD = 2
-_RECONNECTS_WITHIN_S = 5
+RECONNECTS_WITHIN_S = 5
 
 
 def evaluate_on(
@@ -125,7 +125,7 @@ def _prepared(client: Client, plugin: Any) -> Iterator[None]:
     finally:
         # One that only the connection to was lost would keep model and data for good; to ask one
         # that is gone takes half a minute.
-        if connected(client, within_s=_RECONNECTS_WITHIN_S):
+        if connected(client, within_s=RECONNECTS_WITHIN_S):
             with suppress(Exception):
                 client.unregister_worker_plugin(plugin.name)
 

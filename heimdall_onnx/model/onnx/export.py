@@ -46,7 +46,7 @@ log = get_logger(__name__)
 
 OPSETS = range(9, 24)
 _FIRST_TORCH_EXPORT_OPSET = 18
-_ONE_FILE_LIMIT = 2**31 - 1  # protobuf's largest message
+ONE_FILE_LIMIT = 2**31 - 1  # protobuf's largest message
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 # What torch.export says of an axis that two inputs share, as the signature says they do.
 _ALIKE = re.compile(r"axis name: (.+) will not be used, .* with another axis: \1\.")
@@ -281,7 +281,7 @@ def _torchscript(
     with plain_attention():
         export(f=str(path), dynamo=False, do_constant_folding=fold, dynamic_axes=axes)
     scattered = [p for p in path.parent.iterdir() if p != path]
-    if scattered or path.stat().st_size > _ONE_FILE_LIMIT:
+    if scattered or path.stat().st_size > ONE_FILE_LIMIT:
         import onnx_ir as ir
 
         # Mapped until then: what is unlinked stays readable.
@@ -329,7 +329,7 @@ def _dynamic_shapes(model: nn.Module, signature: Signature, names: list[str]) ->
 
 
 def _write(model: ir.Model, path: Path) -> None:
-    write_model(model, path, external_data=f"{path.stem}.onnx.data", limit=_ONE_FILE_LIMIT)
+    write_model(model, path, external_data=f"{path.stem}.onnx.data", limit=ONE_FILE_LIMIT)
 
 
 def _strip_machine(model: ir.Model) -> None:

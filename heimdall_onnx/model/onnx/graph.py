@@ -23,7 +23,7 @@ from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.model.onnx.file import read_initializers, read_structure
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
-_INLINE_BYTES = 1024
+INLINE_BYTES = 1024
 
 
 class ScopedGraph:
@@ -224,7 +224,7 @@ class _Weights:
             if tensor.name not in used:
                 continue
             array = _array(tensor, path)
-            if array.nbytes < _INLINE_BYTES:  # shapes and axes, which must be known when it loads
+            if array.nbytes < INLINE_BYTES:  # shapes and axes, which must be known when it loads
                 self._inline.append(onnx.numpy_helper.from_array(array, tensor.name))
                 continue
             stub = onnx.TensorProto(

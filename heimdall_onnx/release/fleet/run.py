@@ -47,10 +47,10 @@ from heimdall_onnx.services.settings import Settings
 log = get_logger(__name__)
 
 ITEM_ATTEMPTS = 5
-_LONGEST_PAUSE_S = 60.0
+LONGEST_PAUSE_S = 60.0
 _LOOK_S = 1.0
 # Workers of a cluster come and go.
-_COUNT_WORKERS_S = 5.0
+COUNT_WORKERS_S = 5.0
 # What stays free for the system, the store and the client.
 _MEMORY_SHARE = 0.9
 
@@ -188,7 +188,7 @@ class _Pool:
 
     def slots(self) -> int:
         """How many items the workers can have at a time, at least one."""
-        if time.monotonic() - self._counted >= _COUNT_WORKERS_S:
+        if time.monotonic() - self._counted >= COUNT_WORKERS_S:
             found, _ = self._takers()
             before, self._slots = self._slots, int(sum(has[RELEASE] for has in found.values()))
             self._counted = time.monotonic()
@@ -286,7 +286,7 @@ def _outcomes(pool: _Pool, plan: FleetPlan, *, force: bool) -> Iterator[ItemOutc
             item, tried = running.pop(future)
             outcome = replace(_outcome_of(future, item), attempts=tried)
             if outcome.service_failed and tried < ITEM_ATTEMPTS:
-                pause = min(_LONGEST_PAUSE_S, 2.0**tried) * random.uniform(0.5, 1)
+                pause = min(LONGEST_PAUSE_S, 2.0**tried) * random.uniform(0.5, 1)
                 log.warning(
                     "item is tried again", item=item.label, seconds=pause, reason=outcome.error
                 )

@@ -309,8 +309,8 @@ def test_worker_killed_between_blocks_is_noticed(worker):
 
 
 def test_worker_that_hangs_is_given_up_and_ended(worker, monkeypatch):
-    monkeypatch.setattr(contenders, "_WORKER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(contenders, "_ENDS_WITHIN_S", 0.0)
+    monkeypatch.setattr(contenders, "WORKER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(contenders, "ENDS_WITHIN_S", 0.0)
     with worker(partial(jobs.load_sleeper, 600)) as contender:
         with pytest.raises(BenchmarkError, match="contender gave no answer in 1 s"):
             contender.start()
@@ -319,8 +319,8 @@ def test_worker_that_hangs_is_given_up_and_ended(worker, monkeypatch):
 
 
 def test_job_that_nobody_reads_is_given_up_however_large(worker, monkeypatch):
-    monkeypatch.setattr(contenders, "_WORKER_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(contenders, "_ENDS_WITHIN_S", 0.0)
+    monkeypatch.setattr(contenders, "WORKER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(contenders, "ENDS_WITHIN_S", 0.0)
     with worker(partial(jobs.fail_to_load, "x" * 10_000_000)) as contender:
         os.kill(contender._process.pid, signal.SIGSTOP)
         with pytest.raises(BenchmarkError, match=r"contender gave no answer in 0\.2 s"):

@@ -117,7 +117,7 @@ def test_holder_that_the_system_does_not_tell_is_unknown(tmp_path, monkeypatch, 
     locks = tmp_path / "proc-locks"
     if listed is not None:
         locks.write_text(listed)
-    monkeypatch.setattr(cores, "_LOCKS", locks)
+    monkeypatch.setattr(cores, "LOCKS", locks)
     folder = tmp_path / "locks"
     folder.mkdir()
     with (
@@ -143,9 +143,9 @@ def test_folder_is_one_that_every_user_can_write_to_whatever_theirs_for_temporar
     shared.mkdir()
     shared.chmod(0o1777)
     monkeypatch.setenv("TMPDIR", str(own))
-    monkeypatch.setattr(cores, "_FOLDERS", (str(tmp_path / "none"), str(own), str(shared)))
+    monkeypatch.setattr(cores, "FOLDERS", (str(tmp_path / "none"), str(own), str(shared)))
     assert lock_folder() == shared
-    monkeypatch.setattr(cores, "_FOLDERS", ())
+    monkeypatch.setattr(cores, "FOLDERS", ())
     monkeypatch.setattr(cores.tempfile, "tempdir", str(own))
     assert lock_folder() == own
 
@@ -276,7 +276,7 @@ def test_what_was_not_measured_is_shown_instead():
 
 def test_system_lists_locks_as_they_are_read_here(tmp_path):
     """What names the holder is there on a Linux machine, and this is its form."""
-    file = Path(cores._LOCKS)
+    file = Path(cores.LOCKS)
     assert file.is_file()
     with exclusive_cores(tmp_path):
         lock = next(iter(tmp_path.iterdir()))

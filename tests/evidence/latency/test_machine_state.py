@@ -259,7 +259,7 @@ def test_no_gpus_where_the_program_fails(nvidia_smi, script):
 
 
 def test_no_gpus_where_the_program_hangs(nvidia_smi, monkeypatch):
-    monkeypatch.setattr(machine_watch, "_NVIDIA_SMI_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(machine_watch, "NVIDIA_SMI_TIMEOUT_S", 0.2)
     nvidia_smi("exec /bin/sleep 30")
     started = time.monotonic()
     assert query_gpus() is None

@@ -284,7 +284,7 @@ def test_weights_in_external_data_are_used(net, exported, inputs, tmp_path, opse
 
 
 def test_large_weights_are_handed_over_unchanged(net, exported, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(heimdall_onnx.model.onnx.graph, "_INLINE_BYTES", 100)
+    monkeypatch.setattr(heimdall_onnx.model.onnx.graph, "INLINE_BYTES", 100)
     assert first_departure(net, exported[20], inputs) is None
     path = plant(exported[20], tmp_path / "a.onnx", "node_linear_3")
     assert first_departure(net, path, inputs).scope == "blocks.1.inner.2"

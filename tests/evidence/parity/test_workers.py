@@ -260,7 +260,7 @@ def test_only_a_whole_dataset_is_shared(model, onnx_path, alone):
 
 
 def test_scheduler_that_is_not_there_is_named(model, onnx_path, alone, unused_port, monkeypatch):
-    monkeypatch.setattr("heimdall_onnx.common.dask._SCHEDULER_TIMEOUT_S", 1)
+    monkeypatch.setattr("heimdall_onnx.common.dask.SCHEDULER_TIMEOUT_S", 1)
     workers = EvaluationWorkers(scheduler=f"tcp://127.0.0.1:{unused_port}")
     with pytest.raises(SchedulerError, match="no scheduler answers at tcp://"):
         evaluate_on(workers, model, onnx_path, alone[0], settings_of(alone[0]))
@@ -316,7 +316,7 @@ def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone
         cluster.close()
         closed.append(time.monotonic())
 
-    monkeypatch.setattr("heimdall_onnx.evidence.parity.workers._RECONNECTS_WITHIN_S", 0.5)
+    monkeypatch.setattr("heimdall_onnx.evidence.parity.workers.RECONNECTS_WITHIN_S", 0.5)
     with LocalCluster(
         n_workers=1,
         threads_per_worker=1,

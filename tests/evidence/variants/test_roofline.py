@@ -158,8 +158,8 @@ def test_failure_in_the_process_that_measures_is_named(monkeypatch) -> None:
 
 
 def test_measurement_that_hangs_is_given_up(monkeypatch) -> None:
-    monkeypatch.setattr(contenders, "_WORKER_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(contenders, "_ENDS_WITHIN_S", 0.0)
+    monkeypatch.setattr(contenders, "WORKER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(contenders, "ENDS_WITHIN_S", 0.0)
     with pytest.raises(BenchmarkError, match=r"of the machine gave no answer in 0\.2 s"):
         measure_machine()
 

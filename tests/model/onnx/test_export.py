@@ -535,7 +535,7 @@ def test_model_above_the_limit_has_one_file_of_weights_beside_it(
     net, exported, tmp_path, monkeypatch, opset
 ):
     limit = exported(opset).size_bytes - 1
-    monkeypatch.setattr(heimdall_onnx.model.onnx.export, "_ONE_FILE_LIMIT", limit)
+    monkeypatch.setattr(heimdall_onnx.model.onnx.export, "ONE_FILE_LIMIT", limit)
     net.head = nn.Linear(6, 6)
     net.body[0] = nn.Linear(6, 600)
     net.body[1] = nn.BatchNorm1d(600)
@@ -553,7 +553,7 @@ def test_model_above_the_limit_has_one_file_of_weights_beside_it(
 
 def test_model_of_exactly_the_limit_is_one_file(net, exported, tmp_path, monkeypatch):
     size = exported(14).size_bytes
-    monkeypatch.setattr(heimdall_onnx.model.onnx.export, "_ONE_FILE_LIMIT", size)
+    monkeypatch.setattr(heimdall_onnx.model.onnx.export, "ONE_FILE_LIMIT", size)
     found = export_model(net, tmp_path / "b.onnx", opset=14)
     assert (found.size_bytes, found.external_data) == (size, ())
 

@@ -136,7 +136,7 @@ def test_an_item_that_no_worker_can_hold_is_refused_before_anything_starts(
 
 
 def test_a_scheduler_that_is_not_there_is_named(settings, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(dask_workers, "_SCHEDULER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(dask_workers, "SCHEDULER_TIMEOUT_S", 0.5)
     folder = tmp_path / "checkpoints"
     make_checkpoints(folder, 1)
     plan = plan_checkpoints(
@@ -153,7 +153,7 @@ def test_a_scheduler_that_is_not_there_is_named(settings, bucket, tmp_path, monk
 def test_a_service_that_refuses_is_asked_again(
     settings, own_threads, s3, bucket, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(fleet, "_LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(fleet, "LONGEST_PAUSE_S", 0.1)
     folder = tmp_path / "checkpoints"
     make_checkpoints(folder, 1)
     refused = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}

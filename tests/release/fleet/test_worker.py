@@ -78,7 +78,7 @@ def test_what_a_worker_lacks_is_said_each_time(cluster, incomplete, settings, pl
 
 @pytest.mark.thorough
 def test_a_worker_that_joins_is_given_items(cluster, environment, settings, monkeypatch):
-    monkeypatch.setattr(fleet, "_COUNT_WORKERS_S", 0)
+    monkeypatch.setattr(fleet, "COUNT_WORKERS_S", 0)
     cluster.start_worker({**os.environ, "PYTHONPATH": TESTS}, resources="other=1")
     cluster.start_worker(environment)
     with fleet._connected(settings, cluster.address, 0) as pool:
@@ -91,8 +91,8 @@ def test_a_worker_that_joins_is_given_items(cluster, environment, settings, monk
 def test_a_worker_that_joins_and_can_not_release_fails_no_item(
     cluster, environment, incomplete, settings, plan, monkeypatch
 ):
-    monkeypatch.setattr(fleet, "_LONGEST_PAUSE_S", 0.1)
-    monkeypatch.setattr(fleet, "_COUNT_WORKERS_S", 0)
+    monkeypatch.setattr(fleet, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(fleet, "COUNT_WORKERS_S", 0)
     cluster.start_worker(environment)
     done = run_fleet(
         plan,
