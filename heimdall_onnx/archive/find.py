@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.common.errors import ParameterError, VerificationError
 from heimdall_onnx.common.parameters import MODEL
+from heimdall_onnx.services.store import MANIFEST
 
 if TYPE_CHECKING:
     from heimdall_onnx.services.connection import Connection
@@ -29,7 +30,7 @@ def find_release(connection: Connection, address: str, *, bucket: str, prefix: s
         prefix: Its folder in the bucket.
 
     Raises:
-        ParameterError: If ``address`` is empty.
+        ParameterError: If ``address`` is empty, or nothing is there.
         VerificationError: If a registered version is of no release, or of another one.
         ServiceError: If a service can't be reached or refuses, or has no such version.
     """
@@ -58,7 +59,7 @@ def release_of(connection: Connection, found: RegisteredVersion | None, uri: str
     """The release that ``uri`` names, which is the one of the registered version if there is one.
 
     Raises:
-        ParameterError: If ``uri`` is no address of a release.
+        ParameterError: If ``uri`` is no address of a release, or nothing is there.
         VerificationError: If the registered version is of no release, or of another one.
         ServiceError: If the store can't be reached or refuses.
     """
@@ -68,7 +69,15 @@ def release_of(connection: Connection, found: RegisteredVersion | None, uri: str
                 f"{uri!r} is no address of a model; expected models:/NAME@ALIAS, "
                 "models:/NAME/VERSION or s3://BUCKET/…"
             )
-        return Release.at(connection, uri.removesuffix(f"/{MODEL}"))
+        release = Release.at(connection, uri.removesuffix(f"/{MODEL}"))
+        place, folder = release.bucket, f"{release.folder}/"
+        there = place.exists(folder + MANIFEST) or (place.is_there() and place.list_keys(folder))
+        # A release that has lost its manifest is broken; here the name is wrong.
+        if not there:
+            raise ParameterError(
+                f"there is no release at {release.uri}; `heimdall-onnx list` shows those there are"
+            )
+        return release
     if "manifest_sha256" not in found.tags:
         raise VerificationError(
             f"the registered version with source {found.source} records no manifest_sha256, so it "

@@ -200,8 +200,8 @@ def test_links_open_the_report_and_policies_are_printed(released, configured):
 
 def test_reproducing_what_is_no_release_says_so(configured, bucket):
     missing = call("reproduce", "v20200101_000000", "--bucket", bucket.name)
-    assert missing.exit_code == 3
-    assert "is not a release" in missing.stderr
+    assert missing.exit_code == 2
+    assert "there is no release at" in missing.stderr
 
 
 def test_release_is_listed_shown_verified_and_noticed_when_changed(released, configured, s3):
@@ -255,8 +255,8 @@ def test_bad_parameter_of_the_demo_is_answered_before_it_is_trained(tmp_path):
 
 def test_show_of_no_release_says_so(configured, bucket):
     result = call("show", "v20000101_000000", "--bucket", bucket.name)
-    assert result.exit_code == 3
-    assert "is not a release" in result.output
+    assert result.exit_code == 2
+    assert "there is no release at" in result.output
 
 
 def test_store_out_of_reach_is_a_service_failure(configured):

@@ -57,8 +57,21 @@ def test_list_names_the_recommended_variant(call, releases):
 def test_a_version_is_looked_for_in_the_folder_of_its_model(call, options, folder):
     for command in ("show", "verify", "link", "reproduce"):
         result = call(command, "v20200101_000000", *options)
+        assert result.exit_code == 2, command
+        missing = f"there is no release at s3://{BUCKET}/{folder}/v20200101_000000;"
+        assert missing in result.stderr, command
+
+
+def test_a_release_without_its_manifest_is_broken_and_no_wrong_name(call, settings):
+    folder = "models/localization/v20200101_000001"
+    bucket = connect(settings).bucket(BUCKET)
+    bucket.upload_bytes(b"{}", f"{folder}/metadata.json")
+    for command in ("show", "verify"):
+        result = call(command, "v20200101_000001")
         assert result.exit_code == 3, command
-        assert f"s3://{BUCKET}/{folder}/v20200101_000000 has no manifest" in result.stderr, command
+        assert f"s3://{BUCKET}/{folder} has no manifest" in result.stderr, command
+    bucket.delete([f"{folder}/metadata.json"])
+    assert call("show", f"s3://no-such-bucket/{folder}").exit_code == 2
 
 
 def test_list_of_a_folder_without_releases_says_which_that_is(call):

@@ -183,7 +183,7 @@ def test_signature_is_asked_for_where_a_key_is_trusted(settings, releases, tmp_p
     [
         ("net@production", "net/1", ParameterError, "are one release"),
         ("", "net/1", ParameterError, "expected a release"),
-        ("v20200101_000000", "net/1", VerificationError, "is not a release"),
+        ("v20200101_000000", "net/1", ParameterError, "there is no release at"),
         ("net@nobody", "net/1", RegistryError, "nobody"),
         ("models:/net", "net/1", ParameterError, "no address of a model"),
     ],

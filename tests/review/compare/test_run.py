@@ -233,7 +233,7 @@ def test_models_of_other_inputs_end_with_3(call, settings, releases, tmp_path):
     ("arguments", "code", "words"),
     [
         (("net@staging", "net/2"), 2, "are one release"),
-        (("v20200101_000000", "net/2"), 3, "is not a release"),
+        (("v20200101_000000", "net/2"), 2, "there is no release at"),
         (("net@nobody", "net/2"), 2, "nobody"),
         (("net/1", "net/2", "--calls", "1"), 2, "calls"),
         (("net/1", "net/2", "--eval-data", "missing.npz"), 2, "found no such file"),
