@@ -65,7 +65,7 @@ def pareto(
     for axis in (axes.xaxis, axes.yaxis):
         _write(axis)
     for x, y in best[:_NAMED]:
-        note(axes, labels[x, y].partition(":")[0], (x, y), (6, 6), size=10)
+        note(axes, labels[x, y].split(":")[0].removesuffix(" (smoke)"), (x, y), (6, 6), size=10)
     alt = "; ".join(
         f"{labels[x, y]}: {words} {number(y, 4)} at {cost_words} {number(x, 4)}" for x, y in best
     )

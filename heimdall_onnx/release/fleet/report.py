@@ -80,6 +80,9 @@ def outcomes_frame(
         items: The items; parameters in which they differ become columns ``parameter_NAME``.
     """
     frame = pd.DataFrame([dict(_row(o)) for o in outcomes]).sort_values("number", ignore_index=True)
+    # Beside its number, where no shortened name loses it.
+    told = frame.label.str.replace(":", " (smoke):", n=1)
+    frame.label = frame.label.mask(frame.verdict.str.contains("smoke"), told)
     written = {id(i.parameters): i.parameters.model_dump(mode="json") for i in items}
     given = pd.DataFrame([written[id(i.parameters)] for i in items], [i.number for i in items])
     texts = given.map(_text).sort_index(axis=1).add_prefix("parameter_")
@@ -138,13 +141,15 @@ def store_report(bucket: Bucket, plan: FleetPlan, result: FleetResult, home: Pat
     frame.to_csv(folder / CSV, index=False)
     frame.to_parquet(folder / PARQUET, index=False)
     _execute(folder, bucket.name, result)
+    smoke = " (smoke)" if frame.verdict.str.contains("smoke").any() else ""
+    title = f"fleet {plan.name}{smoke}"
     put_verdict_first(
         folder / REPORT,
         passed=result.exit_code == 0,
-        title=f"fleet {plan.name}",
+        title=title,
         facts=facts(frame, result.seconds, result.workers),
     )
-    render_html(folder / REPORT, f"fleet {plan.name}")
+    render_html(folder / REPORT, title)
     bucket.ensure()
     prefix = f"{_PREFIX}/{plan.name}"
     text = plan.text.encode()

@@ -44,7 +44,9 @@ def facts(frame: pd.DataFrame, seconds: float, workers: int) -> dict[str, str]:
         workers: That it began with.
     """
     counts = frame.status.value_counts()
-    ended = (f"{counts.get(status, 0):,} {status}" for status in ("released", "kept", "failed"))
+    ended = [f"{counts.get(status, 0):,} {status}" for status in ("released", "kept", "failed")]
+    if smoke := frame.verdict.str.contains("smoke").sum():
+        ended.append(f"{smoke:,} of them smoke runs, which are no evidence")
     far = outliers(frame).label.drop_duplicates()
     shown = "; ".join(far.head(3)) + (f" and {len(far) - 3:,} more" if len(far) > 3 else "")
     done, column, words = ranked(frame)

@@ -118,6 +118,20 @@ def test_what_somebody_must_see_is_first(frame):
     assert (without["stands out"], "best" in without) == ("none", False)
 
 
+def test_smoke_runs_are_called_so(outcomes):
+    for one in outcomes[3:6]:
+        one.result["verdict"] = "pass (smoke)"
+    frame = outcomes_frame(outcomes)
+    found = facts(frame, 12.0, 2)
+    assert found["items"].endswith("1 failed, 3 of them smoke runs, which are no evidence")
+    assert found["best"].startswith("6 (smoke): net-6.pt")
+    assert "| 6 (smoke): net-6.pt |" in ranking(frame).data
+    assert "| 1: net-1.pt |" in every_item(frame).data
+    done, column, words = ranked(frame)
+    chart = pareto(done.head(1), column, words, *cost_of(done))
+    assert chart.title == "One model beats the others in both: 6 (smoke): net-6.pt"
+
+
 def test_failures_come_with_what_was_measured(frame):
     text = failures(frame).data
     assert "1 of 2 gates failed: batch independence: expected ≤ 1, measured 7" in text
@@ -240,13 +254,20 @@ def test_a_report_that_can_not_be_made_says_where_its_table_is(outcomes, tmp_pat
 @pytest.mark.services
 def test_report_is_stored_beside_plan_and_table(outcomes, s3, bucket, tmp_path):
     plan = FleetPlan("july", (), json.dumps({"name": "july"}))
+    outcomes[5].result["verdict"] = "pass (smoke)"
     result = FleetResult("july", tuple(outcomes), 12.0, 2)
     stored = store_report(bucket, plan, result, tmp_path)
     names = {key.rpartition("/")[2] for key in bucket.list_keys("fleets/july/")}
     assert names == {PLAN, CSV, PARQUET, "report.ipynb", "report.html"}
     assert stored.report_html_uri == f"{stored.folder_uri}/report.html"
     page = stored.local_report.read_text()
-    for text in ("✘ FAIL", "fleet july", "net-6.pt", "batch independence", "What failed, and why?"):
+    for text in (
+        "✘ FAIL",
+        "fleet july (smoke)",
+        "6 (smoke): net-6.pt",
+        "batch independence",
+        "What failed, and why?",
+    ):
         assert text in page
     executed = nbformat.read(stored.local_report.with_suffix(".ipynb"), 4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
