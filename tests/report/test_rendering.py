@@ -294,6 +294,18 @@ def test_print_shows_details_and_leaves_the_code_out(passed, browser):
     assert not page.get_by_role("navigation").is_visible()
 
 
+def test_print_breaks_long_words_and_leaves_no_heading_alone(passed, browser):
+    page = browser.new_page()
+    page.goto(passed.as_uri())
+    page.emulate_media(media="print")
+    # What stands between a heading and its figure would let them part.
+    assert not any(cell.is_visible() for cell in page.locator(".silent").all())
+    style = "e => [getComputedStyle(e).breakAfter, getComputedStyle(e).overflowWrap]"
+    assert page.locator("main h2").first.evaluate(style)[0] == "avoid"
+    assert page.locator("summary").first.evaluate(style)[0] == "avoid"
+    assert page.locator("td:last-child").first.evaluate(style)[1] == "anywhere"
+
+
 def test_contents_stand_beside_a_wide_page_and_are_folded_on_a_narrow_one(passed, browser):
     for (width, height), visible in ((DESKTOP, True), (NARROW, False)):
         page = browser.new_page(viewport={"width": width, "height": height})
