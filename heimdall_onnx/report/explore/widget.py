@@ -74,10 +74,10 @@ def _key(point: Any) -> _Key:
 
 def view(exploration: Exploration) -> widgets.VBox:
     """The widget of an exploration; it shows the evaluation data, with the worst sample chosen."""
-    return _View(exploration).box
+    return View(exploration).box
 
 
-class _View:
+class View:
     """The widget's parts, and what happens between them."""
 
     def __init__(self, exploration: Exploration) -> None:
@@ -85,13 +85,13 @@ class _View:
         self._quiet = False
         self._chosen: _Key | None = None
         worst = max(exploration.parity.evaluation, key=lambda output: output.excess)
-        self._kind = widgets.Dropdown(
+        self.kind = widgets.Dropdown(
             options=[*((name(kind, 40), kind) for kind in exploration.kinds), ("all kinds", ALL)],
             description="Inputs",
             **_fitted("18em"),
         )
         self._size = widgets.Dropdown(description="Batch size", **_fitted("10em"))
-        self._output = widgets.Dropdown(
+        self.output = widgets.Dropdown(
             options=[(name(spec.name), spec.name) for spec in self._signature.outputs],
             value=worst.output,
             description="Output",
@@ -99,19 +99,19 @@ class _View:
         )
         self._hover = widgets.Checkbox(value=False, description="choose by pointing", indent=False)
         wide = widgets.Layout(width="auto", flex="1 1 320px")
-        self._magnitude, self._excess = (
+        self._magnitude, self.excess = (
             widgets.SelectionRangeSlider(
                 options=[("0", 0.0), ("1", 1.0)], description=text, style=_WIDE, layout=wide
             )
             for text in ("|PyTorch|", "Error, × allowed")
         )
-        self._said = widgets.HTML()
+        self.said = widgets.HTML()
         tall = widgets.Layout(width="auto", flex="1 1 auto")
-        self._list = widgets.Select(rows=12, layout=tall, description="Worst first", style=_WIDE)
-        self._number = widgets.BoundedIntText(description="Sample", min=0, **_fitted("10em"))
-        self._front_end = _FrontEnd()
-        self._figure = self._new_figure()
-        self._details = widgets.HTML()
+        self.list = widgets.Select(rows=12, layout=tall, description="Worst first", style=_WIDE)
+        self.number = widgets.BoundedIntText(description="Sample", min=0, **_fitted("10em"))
+        self.front_end = _FrontEnd()
+        self.figure = self._new_figure()
+        self.details = widgets.HTML()
         self.box = self._laid_out()
         self._set_sizes()
         self._load()
@@ -125,11 +125,11 @@ class _View:
             )
 
         self._plot = widgets.VBox(
-            [self._front_end, self._figure],
+            [self.front_end, self.figure],
             layout=widgets.Layout(flex="3 1 420px", min_width="0", overflow="hidden"),
         )
         choice = widgets.VBox(
-            [self._number, self._list],
+            [self.number, self.list],
             layout=widgets.Layout(flex="1 1 250px", min_width="0"),
         )
         beside = widgets.Box(
@@ -137,11 +137,11 @@ class _View:
         )
         box = widgets.VBox(
             [
-                row(self._kind, self._size, self._output, self._hover),
-                row(self._magnitude, self._excess),
-                self._said,
+                row(self.kind, self._size, self.output, self._hover),
+                row(self._magnitude, self.excess),
+                self.said,
                 beside,
-                self._details,
+                self.details,
             ]
         )
         box.add_class("heimdall-explore")
@@ -161,34 +161,34 @@ class _View:
         return figure
 
     @property
-    def _points_of(self) -> list[go.Scatter]:
-        return list(self._figure.data[:_CLASSES])
+    def _clouds(self) -> list[go.Scatter]:
+        return list(self.figure.data[:_CLASSES])
 
     def _connect(self) -> None:
         for control, react in (
-            (self._kind, self._kind_changed),
+            (self.kind, self._kind_changed),
             (self._size, self._load),
-            (self._output, self._load),
+            (self.output, self._load),
             (self._magnitude, self._refresh),
-            (self._excess, self._refresh),
-            (self._list, self._listed),
-            (self._number, self._numbered),
+            (self.excess, self._refresh),
+            (self.list, self._listed),
+            (self.number, self._numbered),
         ):
             control.observe(lambda _, react=react: self._react(react), "value")
-        self._front_end.on_msg(lambda *_: self._draw_anew())
+        self.front_end.on_msg(lambda *_: self._draw_anew())
         self._connect_figure()
 
     def _connect_figure(self) -> None:
-        for index, trace in enumerate(self._points_of):
+        for index, trace in enumerate(self._clouds):
             trace.on_click(lambda _, points, __, i=index: self._pointed(i, points))
             trace.on_hover(lambda _, points, __, i=index: self._hovered(i, points))
 
     def _draw_anew(self) -> None:
         """Put another figure in the place of one that the browser could not load."""
-        self._figure = self._new_figure()
+        self.figure = self._new_figure()
         self._connect_figure()
         self._refresh()
-        self._plot.children = [self._front_end, self._figure]
+        self._plot.children = [self.front_end, self.figure]
 
     def _react(self, react: Any) -> None:
         """Do what a control is for, unless its value was set by the program; say what is wrong."""
@@ -208,16 +208,16 @@ class _View:
             self._quiet = before
 
     def _say(self, text: str) -> None:
-        self._said.value = f'<span role="status">{escape(text)}</span>'
+        self.said.value = f'<span role="status">{escape(text)}</span>'
 
     # What is chosen.
 
     def _set_sizes(self) -> None:
         exploration = self._exploration
-        kinds = exploration.kinds if self._kind.value == ALL else (self._kind.value,)
+        kinds = exploration.kinds if self.kind.value == ALL else (self.kind.value,)
         sizes = list(dict.fromkeys(s for kind in kinds for s in exploration.batch_sizes(kind)))
         # Of the evaluation data the batch size at which all of it was compared.
-        first = sizes[0] if self._kind.value == EVALUATION else ALL
+        first = sizes[0] if self.kind.value == EVALUATION else ALL
         with self._setting():
             self._size.options = [*((str(size), size) for size in sorted(sizes)), (ALL, ALL)]
             self._size.value = first
@@ -229,7 +229,7 @@ class _View:
     def _load(self) -> None:
         """Take the chosen cells, which may have to be run, and all of their errors."""
         exploration = self._exploration
-        kinds = exploration.kinds if self._kind.value == ALL else (self._kind.value,)
+        kinds = exploration.kinds if self.kind.value == ALL else (self.kind.value,)
         wanted = [
             (kind, size)
             for kind in kinds
@@ -242,12 +242,12 @@ class _View:
             cells.append(exploration.cell(kind, size))
         self._several = len(cells) > 1
         found = pd.concat(cells, ignore_index=True)
-        self._points = points = found[found.output == self._output.value].assign(
+        self._points = points = found[found.output == self.output.value].assign(
             magnitude=found.reference.abs()
         )
         with self._setting():
             _set_steps(self._magnitude, points.magnitude.to_numpy())
-            _set_steps(self._excess, points.excess.to_numpy())
+            _set_steps(self.excess, points.excess.to_numpy())
         self._refresh()
         if self._chosen is not None and len(self._marked()):
             self._choose(self._chosen)
@@ -258,14 +258,14 @@ class _View:
         """Show the points within the limits, the worst first."""
         points = self._points
         inside = points.magnitude.between(*self._magnitude.value) | ~np.isfinite(points.magnitude)
-        some = points[points.excess.between(*self._excess.value) & inside]
+        some = points[points.excess.between(*self.excess.value) & inside]
         self._shown = some.sort_values(["excess", "number"], ascending=[False, True])
         with self._setting():
-            self._list.options = [
+            self.list.options = [
                 (self._label(point), _key(point))
                 for point in self._shown.head(_LISTED).itertuples()
             ]
-            self._list.value = None
+            self.list.value = None
             self._mark_listed()
         self._say(
             f"{len(some):,} of {count_of(len(points), 'sample')} within the limits"
@@ -276,7 +276,7 @@ class _View:
     # What is drawn.
 
     def _spec(self) -> TensorSpec:
-        return next(s for s in self._signature.outputs if s.name == self._output.value)
+        return next(s for s in self._signature.outputs if s.name == self.output.value)
 
     def _draw(self, some: pd.DataFrame) -> None:
         parity, y = self._exploration.parity, some.error.to_numpy()
@@ -290,13 +290,13 @@ class _View:
         line = np.geomspace(lowest, highest, 300)
         traces = np.select([some.kind == EVALUATION, some.factor == 1.0], [0, 1], 2)
         self._drawn = [some[traces == index] for index in range(_CLASSES)]
-        with self._figure.batch_update():
-            for trace, mine in zip(self._points_of, self._drawn, strict=True):
+        with self.figure.batch_update():
+            for trace, mine in zip(self._clouds, self._drawn, strict=True):
                 trace.x, trace.y = self._at(mine)
                 trace.text = [self._hover_text(point) for point in mine.itertuples()]
                 trace.showlegend = bool(len(mine))
             factors = set(some.factor)
-            usual, adversarial, ulp = self._figure.data[_CLASSES:-1]
+            usual, adversarial, ulp = self.figure.data[_CLASSES:-1]
             steep = max(factors, default=1.0)
             for trace, factor, drawn in (
                 (usual, 1.0, 1.0 in factors or not factors),
@@ -312,10 +312,10 @@ class _View:
             ulp.showlegend = bool(floating)
             unit = unit_of(spec.unit)
             units = f" ({escape(unit)})" if unit else ""
-            self._figure.layout.xaxis.title = f"|PyTorch|{units}"
-            self._figure.layout.yaxis.title = f"absolute difference{units}"
-            self._figure.layout.xaxis.range = [math.log10(lowest / 1.3), math.log10(1.3 * highest)]
-            self._figure.layout.yaxis.range = [math.log10(floor / 1.5), math.log10(1.5 * top)]
+            self.figure.layout.xaxis.title = f"|PyTorch|{units}"
+            self.figure.layout.yaxis.title = f"absolute difference{units}"
+            self.figure.layout.xaxis.range = [math.log10(lowest / 1.3), math.log10(1.3 * highest)]
+            self.figure.layout.yaxis.range = [math.log10(floor / 1.5), math.log10(1.5 * top)]
             self._mark_point()
 
     def _at(self, points: pd.DataFrame) -> tuple[Floats, Floats]:
@@ -356,30 +356,30 @@ class _View:
             self._pointed(trace, points)
 
     def _listed(self) -> None:
-        if self._list.value is not None:
-            self._choose(self._list.value)
+        if self.list.value is not None:
+            self._choose(self.list.value)
 
     def _numbered(self) -> None:
         assert self._chosen is not None
-        self._choose(self._chosen._replace(sample=self._number.value))
+        self._choose(self._chosen._replace(sample=self.number.value))
 
     def _choose(self, key: _Key) -> None:
         sample = self._exploration.sample(*key)
         self._chosen = key
         with self._setting():
-            self._number.max = self._exploration.count(key.kind, key.batch_size) - 1
-            self._number.value = key.sample
+            self.number.max = self._exploration.count(key.kind, key.batch_size) - 1
+            self.number.value = key.sample
             self._mark_listed()
-        with self._figure.batch_update():
+        with self.figure.batch_update():
             self._mark_point()
-        self._details.value = _describe(sample, self._exploration)
+        self.details.value = _describe(sample, self._exploration)
 
     def _mark_listed(self) -> None:
-        listed = [key for _, key in self._list.options]
-        self._list.value = self._chosen if self._chosen in listed else None
+        listed = [key for _, key in self.list.options]
+        self.list.value = self._chosen if self._chosen in listed else None
 
     def _mark_point(self) -> None:
-        ring, marked = self._figure.data[-1], self._marked()
+        ring, marked = self.figure.data[-1], self._marked()
         ring.x, ring.y = self._at(marked)
         ring.showlegend = bool(len(marked))
 

@@ -198,39 +198,44 @@ def test_worst_element_of_each_sample_is_found_in_units_of_what_is_allowed():
 @pytest.fixture(scope="module")
 def view_class():
     pytest.importorskip("plotly", reason="the extra lab is not installed")
-    from heimdall_onnx.report.explore.widget import _View
+    from heimdall_onnx.report.explore.widget import View
 
-    return _View
+    return View
+
+
+def shown(widget):
+    """All that a widget is made of."""
+    return [widget, *(part for child in getattr(widget, "children", ()) for part in shown(child))]
 
 
 def test_limits_leave_the_samples_within_them_the_worst_first(compared, view_class):
     view = view_class(compared.explored())
     cell = compared.explored().cell(EVALUATION, 8)
-    worst = cell[cell.output == view._output.value].reset_index()
-    steps = [step for _, step in view._excess.options]
+    worst = cell[cell.output == view.output.value].reset_index()
+    steps = [step for _, step in view.excess.options]
     assert steps[0] == 0
     assert steps[-1] >= worst.excess.max()
     middle = len(steps) // 2
-    view._excess.index = (middle, len(steps) - 1)
+    view.excess.index = (middle, len(steps) - 1)
     inside = np.flatnonzero(worst.excess >= steps[middle])
-    assert f"{len(inside)} of 21 samples" in view._said.value
-    listed = [key.sample for _, key in view._list.options]
+    assert f"{len(inside)} of 21 samples" in view.said.value
+    listed = [key.sample for _, key in view.list.options]
     order = sorted(inside.tolist(), key=lambda sample: (-worst.excess[sample], sample))
     assert listed == order[:20]
-    assert sum(len(trace.x) for trace in view._points_of) == len(inside)
+    assert sum(len(trace.x) for trace in view.figure.data[:3]) == len(inside)
 
 
 def test_all_kinds_are_shown_together_with_both_limits(compared, view_class):
     view = view_class(compared.explored())
-    view._kind.value = "all"
+    view.kind.value = "all"
     count = sum(
         compared.explored().count(cell.kind, cell.batch_size) for cell in compared.parity.cells
     )
-    assert f"{count} of {count} samples" in view._said.value
-    evaluation, _, adversarial = view._points_of
+    assert f"{count} of {count} samples" in view.said.value
+    evaluation, _, adversarial = view.figure.data[:3]
     assert (evaluation.name, evaluation.marker.color) == (EVALUATION, Color.ELEMENTS[0])
     assert len(evaluation.x) + len(adversarial.x) == count
-    usual, wider = view._figure.data[3:5]
+    usual, wider = view.figure.data[3:5]
     assert wider.y[0] == pytest.approx(10 * usual.y[0])
 
 
@@ -239,37 +244,39 @@ def test_models_without_positions_are_shown(model, view_class, tmp_path):
     found = compare(model().eval(), tmp_path)
     view = view_class(found.explored())
     for kind in (EVALUATION, found.explored().kinds[-1]):
-        view._kind.value = kind
-        view._number.value = 1
-        assert "Sample 1 ·" in view._details.value
-        assert "apart" not in view._details.value
-        assert "<img" in view._details.value
+        view.kind.value = kind
+        view.number.value = 1
+        assert "Sample 1 ·" in view.details.value
+        assert "apart" not in view.details.value
+        assert "<img" in view.details.value
 
 
 def test_several_inputs_are_drawn_and_their_lengths_kept_apart(several, view_class):
     view = view_class(several.explored())
-    view._kind.value = "receivers = 3"
-    view._number.value = 1
-    assert "receiver_features: 3 × 6" in view._details.value
-    assert len(view._points_of[1].x) > 0
-    assert "log_variance" in view._details.value
+    view.kind.value = "receivers = 3"
+    view.number.value = 1
+    assert "receiver_features: 3 × 6" in view.details.value
+    assert len(view.figure.data[:3][1].x) > 0
+    assert "log_variance" in view.details.value
 
 
 def test_what_can_not_be_run_is_said_in_the_widget(compared, view_class, tmp_path):
     view = view_class(compared.explored(onnx=tmp_path / "gone.onnx"))
-    view._kind.value = "zeros"
-    assert "Not shown: ONNX Runtime can" in view._said.value
+    view.kind.value = "zeros"
+    assert "Not shown: ONNX Runtime can" in view.said.value
 
 
 def test_figure_that_the_browser_could_not_load_is_replaced_by_a_whole_one(compared, view_class):
     view = view_class(compared.explored())
-    before = view._figure
-    view._front_end._handle_custom_msg({"kind": "empty"}, [])
-    assert view._figure is not before
-    assert view._plot.children[1] is view._figure
-    assert sum(len(trace.x) for trace in view._points_of) == 21
-    view._number.value = 4
-    assert len(view._figure.data[-1].x) == 1
+    before = view.figure
+    asks = {"method": "custom", "content": {"kind": "empty"}}
+    view.front_end.comm.handle_msg({"content": {"data": asks}, "buffers": []})
+    assert view.figure is not before
+    assert view.figure in shown(view.box)
+    assert before not in shown(view.box)
+    assert sum(len(trace.x) for trace in view.figure.data[:3]) == 21
+    view.number.value = 4
+    assert len(view.figure.data[-1].x) == 1
 
 
 def test_names_from_outside_are_inert(tmp_path, view_class):
@@ -289,12 +296,12 @@ def test_names_from_outside_are_inert(tmp_path, view_class):
 
     found = compare(Net().eval(), tmp_path)
     view = view_class(found.explored())
-    view._kind.value = hostile
+    view.kind.value = hostile
     texts = [
-        view._details.value,
-        view._said.value,
-        view._figure.layout.yaxis.title.text,
-        *view._points_of[2].text,
+        view.details.value,
+        view.said.value,
+        view.figure.layout.yaxis.title.text,
+        *view.figure.data[:3][2].text,
     ]
     assert any("&lt;img" in text for text in texts)
     assert not any("<img src=x" in text for text in texts)
