@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from heimdall_onnx.cli.data import data
-from heimdall_onnx.cli.main import _Group
+from heimdall_onnx.cli.main import main
 from heimdall_onnx.data.dataset.dataset import open_dataset
 
 
 def call(*arguments):
-    main = _Group(commands={"data": data})
     return CliRunner().invoke(main, ["data", *map(str, arguments)])
 
 

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -19,6 +20,11 @@ def double(values):
 
 def refuse(words):
     raise DataError(words)
+
+
+def begin_and_sleep(begun):
+    begun.touch()
+    time.sleep(60)
 
 
 def die():
@@ -51,11 +57,14 @@ def test_a_process_that_dies_is_named_with_what_it_did():
     assert issubclass(BenchmarkError, EvidenceError)
 
 
-def test_what_is_under_way_ends_with_the_block():
-    started = time.monotonic()
-    with worker_process() as process:
-        process(double, 1)
-        process._pool.submit(time.sleep, 60)
+def test_what_is_under_way_ends_with_the_block(tmp_path):
+    started, begun = time.monotonic(), tmp_path / "begun"
+    with ThreadPoolExecutor(1) as beside:
+        with worker_process() as process:
+            asked = beside.submit(process, begin_and_sleep, begun)
+            while not begun.exists():
+                time.sleep(0.05)
+        assert isinstance(asked.exception(timeout=30), BenchmarkError)
     assert time.monotonic() - started < 30
 
 

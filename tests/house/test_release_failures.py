@@ -227,14 +227,14 @@ def test_run_interrupted_while_it_measures_ends_its_children(settings, small, s3
     nothing_is_offered(s3, settings, bucket.name)
 
 
-def store_is_gone(*_):
+def store_is_gone(*_, **__):
     raise StoreError("the store is gone")
 
 
 @pytest.mark.parametrize(
     ("happens", "status"),
     [
-        (lambda *_: signal.raise_signal(signal.SIGTERM), "KILLED"),
+        (lambda *_, **__: signal.raise_signal(signal.SIGTERM), "KILLED"),
         (store_is_gone, "FAILED"),
     ],
     ids=["interrupted", "service failed"],
@@ -250,7 +250,7 @@ def test_signal_does_not_break_off_the_taking_back(
         return ()
 
     monkeypatch.setattr(release, "withdraw", impatient)
-    monkeypatch.setattr(release._Run, "_run_notebook", happens)
+    monkeypatch.setattr(release, "execute_notebook", happens)
     with pytest.raises(KeyboardInterrupt) if status == "KILLED" else nullcontext():
         assert release_checkpoint(smoke(small, bucket.name), settings).exit_code == 4
     assert steps == ["withdrawn"]

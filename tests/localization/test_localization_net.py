@@ -1,7 +1,9 @@
+import math
 import re
 
 import pytest
 import torch
+from torch import nn
 
 from heimdall_onnx.common.errors import CheckpointError, ParameterError
 from heimdall_onnx.localization.frame import calibration_advice
@@ -317,14 +319,19 @@ def test_in_mixed_precision_degrees_stay_fine():
 def test_in_training_an_uncertainty_finds_back_into_its_limits(wanted):
     """Descent moves the head's answer towards what the loss wants, whichever side it starts on."""
     for start in (0.001, 5.0):
-        spread = torch.full((1,), start, requires_grad=True)
-        model = LocalizationNet(backbone_size="atto").train()
-        (model._limited(spread, 0.01, 1.0) - wanted).square().backward()
+        model = LocalizationNet(
+            backbone_size="atto", uncertainty_min=0.01, uncertainty_max=1.0
+        ).train()
+        last = model.uncertainty_head[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, math.log(math.expm1(start)))  # what softplus makes start of
+        _, uncertainties = model(torch.zeros(2, 3, 32, 32))
+        (uncertainties - wanted).square().sum().backward()
         limited = min(max(start, 0.01), 1.0)
         if limited == wanted or (start < 0.01 > wanted) or (start > 1.0 < wanted):
-            assert spread.grad == 0  # nothing to be gained outside
+            assert (last.bias.grad == 0).all()  # nothing to be gained outside
         else:
-            assert torch.sign(spread.grad) == (1 if limited > wanted else -1)
+            assert (last.bias.grad.sign() == (1 if limited > wanted else -1)).all()
 
 
 def test_mirrored_inputs_are_the_same_inputs_mirrored():

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from heimdall_onnx.localization import modulation
 from heimdall_onnx.localization.modulation import MODULATIONS
 
 RATE = 12_000.0
@@ -59,7 +58,7 @@ def test_the_phases_power_removes_phase_keying(name, phases):
 
 def test_a_matched_filter_finds_symbols_without_interference():
     rng = np.random.default_rng(0)
-    sent = modulation._phase_keying(rng, 12_000, RATE, 2)
+    sent = MODULATIONS["bpsk"](rng, 12_000, RATE)
     spacing = int(RATE / np.random.default_rng(0).uniform(50, 1200))
     frequency = np.abs(np.fft.fftfreq(sent.size)) * spacing
     edge = np.clip((frequency - (1 - 0.35) / 2) / 0.35, 0, 1)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
+import structlog
 from botocore.awsrequest import AWSPreparedRequest
 from botocore.exceptions import (
     ClientError,
@@ -186,18 +187,19 @@ def test_a_small_file_arrives_with_metadata_type_and_hash(
 
 
 def test_a_large_file_goes_in_parts_and_reports_progress(
-    s3: S3Client, bucket: Bucket, large_file: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Client, bucket: Bucket, large_file: Path
 ) -> None:
-    sent: list[int] = []
-    monkeypatch.setattr(store, "_logged", lambda _: sent.append)
     parts: list[str] = []
     s3.meta.events.register("before-call.s3.UploadPart", lambda **_: parts.append("part"), "count")
     try:
-        stored = bucket.upload_file(large_file, "large")
+        with structlog.testing.capture_logs() as logs:
+            stored = bucket.upload_file(large_file, "large")
     finally:
         s3.meta.events.unregister("before-call.s3.UploadPart", unique_id="count")
     assert len(parts) == 5
-    assert sum(sent) == LARGE
+    told = [one for one in logs if one["event"] == "uploading"]
+    assert [one["percent"] for one in told] == [*range(10, 101, 10)]
+    assert {(one["file"], one["size_bytes"]) for one in told} == {(large_file.name, LARGE)}
     assert stored.size_bytes == LARGE
     assert stored.sha256 == hash_file(large_file)
     assert bucket.head("large") == stored
@@ -273,19 +275,17 @@ from pathlib import Path
 from heimdall_onnx.services import store
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
-store._logged = lambda path: lambda sent: print("sending", flush=True)
 bucket = store.Bucket(make_client(Settings(_env_file=None)), sys.argv[2])
 bucket.upload_file(Path(sys.argv[1]), "k")
 """
     embedded_settings.apply()
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(large_file), bucket.name],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
     with process:
-        assert "sending" in process.stdout.readline()
+        assert "uploading" in process.stderr.readline()
         process.send_signal(by)
         process.communicate(timeout=60)
     assert process.returncode != 0
@@ -295,12 +295,12 @@ bucket.upload_file(Path(sys.argv[1]), "k")
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # boto3's, after its errors
 def test_an_upload_that_its_caller_breaks_off_leaves_nothing(
-    s3: S3Client, bucket: Bucket, large_file: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Client, bucket: Bucket, large_file: Path
 ) -> None:
-    def give_up(_: int) -> None:
+    def give_up(*_: object) -> None:
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(store, "_logged", lambda _: give_up)
+    structlog.configure(processors=[give_up])  # it says how far it is
     with pytest.raises(RuntimeError, match="no more"):
         bucket.upload_file(large_file, "k")
     assert not bucket.exists("k")

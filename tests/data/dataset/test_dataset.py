@@ -8,13 +8,13 @@ import shutil
 import sys
 import weakref
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import COUNT, META, RECEIVERS, samples, write, write_in_small_shards
 
 from heimdall_onnx.common.errors import DataError, ParameterError, UnavailableError
-from heimdall_onnx.data.dataset import files as dataset_files
 from heimdall_onnx.data.dataset.dataset import open_dataset
 from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
@@ -384,10 +384,14 @@ class TestUntrusted:
         assert found.stored_bytes == own.stored_bytes
 
     def test_a_shard_that_is_out_of_reach_is_missing(self, own, monkeypatch):
-        def refused(path):
-            raise PermissionError(13, "Permission denied", str(path))
+        stat = Path.stat
 
-        monkeypatch.setattr(dataset_files, "_stamped", refused)
+        def refused(path, **options):
+            if "c" in path.parts:
+                raise PermissionError(13, "Permission denied", str(path))
+            return stat(path, **options)
+
+        monkeypatch.setattr(Path, "stat", refused)
         with pytest.raises(DataError, match="features/c/0/0/0 is missing"):
             open_dataset(own.path)
 
@@ -429,8 +433,10 @@ class TestUntrusted:
 
         shard = own.path / "event" / "c" / "0"
         bomb = zstd.compress(bytes(1 << 24), 1)
-        chunks = own.readers["event"]._chunks
-        index = np.tile(np.array([[0, len(bomb)]], "<u8"), (chunks, 1))
+        header = json.loads((own.path / "event" / "zarr.json").read_bytes())
+        (shard_rows,) = header["chunk_grid"]["configuration"]["chunk_shape"]
+        (chunk_rows,) = header["codecs"][0]["configuration"]["chunk_shape"]
+        index = np.tile(np.array([[0, len(bomb)]], "<u8"), (shard_rows // chunk_rows, 1))
         shard.write_bytes(bomb + CRC32C(location="end").encode(index.tobytes()).tobytes())
         with pytest.raises(DataError, match="destination buffer too small"):
             open_dataset(own.path)

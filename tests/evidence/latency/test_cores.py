@@ -4,7 +4,6 @@ import os
 import signal
 import stat
 import threading
-from pathlib import Path
 
 import pytest
 from holder import holder
@@ -272,12 +271,3 @@ def test_what_was_not_measured_is_shown_instead():
     missing = NotMeasured("a <reason>")
     assert shown(missing, factor=2) is missing
     assert "<" not in missing._repr_markdown_()
-
-
-def test_system_lists_locks_as_they_are_read_here(tmp_path):
-    """What names the holder is there on a Linux machine, and this is its form."""
-    file = Path(cores.LOCKS)
-    assert file.is_file()
-    with exclusive_cores(tmp_path):
-        lock = next(iter(tmp_path.iterdir()))
-        assert cores._holders()[cores._identity(lock)] == os.getpid()

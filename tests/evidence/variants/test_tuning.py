@@ -1,3 +1,4 @@
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -58,13 +59,17 @@ def test_changes_that_help_add_up(contestant, monkeypatch):
         gain = 1.5 if helps[next(turns)] else 0.7
         return paired_speedup([np.full(3, gain)] * 6, [np.ones(3)] * 6)
 
-    monkeypatch.setattr(tuning, "_compare", compare)
+    monkeypatch.setattr(tuning, "paired_speedup", compare)
     monkeypatch.setattr(Contestant, "worker", lambda *_: MagicMock())  # nothing is timed
     found, trials = tune(contestant)
     assert found == SessionSettings(threads=1, level="extended")
     assert [trial.kept for trial in trials] == list(helps.values())
 
 
-def test_openvino_is_tuned_by_its_threads():
+def test_openvino_is_tuned_by_its_threads(contestant, monkeypatch):
+    no_gain = paired_speedup([np.ones(3)] * 6, [np.ones(3)] * 6)
+    monkeypatch.setattr(tuning, "paired_speedup", lambda *_: no_gain)
+    monkeypatch.setattr(Contestant, "worker", lambda *_: MagicMock())  # nothing is timed
     settings = SessionSettings(runtime="openvino", provider="CPU", threads=4)
-    assert list(tuning._changes(settings)) == [{"threads": 2}, {"threads": 1}]
+    _, trials = tune(replace(contestant, settings=settings))
+    assert [trial.option for trial in trials] == ["threads = 2", "threads = 1"]

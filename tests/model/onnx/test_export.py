@@ -478,11 +478,12 @@ def test_file_that_cannot_be_loaded_is_not_published(net, tmp_path):
 SCRIPT = """
 import sys, torch
 from heimdall_onnx.model.onnx.export import export_model
-from heimdall_onnx.localization.network import _Block
+from heimdall_onnx.localization.network import LocalizationNet
 from heimdall_onnx.model.signature import Signature, TensorSpec
 torch.manual_seed(0)
-model = torch.nn.Sequential(_Block(8, 0.1), torch.nn.Conv2d(8, 8, 1)).eval()
-shape = ("batch", 8, 4, 4)
+stage = LocalizationNet(backbone_size="atto").backbone[0][1]
+shape = ("batch", len(stage[0].layer_scale), 4, 4)
+model = torch.nn.Sequential(stage[0], torch.nn.Conv2d(shape[1], shape[1], 1)).eval()
 x, y = (TensorSpec(name, "float32", shape) for name in "xy")
 model.signature = Signature((x,), (y,))
 for name, opset in (("a", 14), ("b", 14), ("a", 20), ("b", 20)):

@@ -24,7 +24,7 @@ from heimdall_onnx.evidence.latency.statistics import Speedup
 from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.model.signature import Signature, TensorSpec
-from heimdall_onnx.report.summary import _speed
+from heimdall_onnx.report.summary import three_sentences
 from heimdall_onnx.review.compare.answers import (
     Displacement,
     compare_answers,
@@ -373,4 +373,6 @@ def test_machine_that_was_not_steady_is_said_with_the_speed(compare):
         assert [("not steady" in text) for text in told] == [found is drifting] * 2
         timed = TypeAdapter(PairFigures).dump_python(found, mode="json")
         record = records.record(latency={"contenders": timed["contenders"]})
-        assert ("; the machine was not steady" in _speed(record)) == (found is drifting)
+        assert ("; the machine was not steady" in three_sentences(record, None)[1]) == (
+            found is drifting
+        )
