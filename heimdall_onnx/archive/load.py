@@ -114,7 +114,7 @@ def load_model(
         source = found.source if found else uri.removesuffix(f"/{MODEL}")
         return _open_unverified(Release.at(connection, source), threads)
     _warn_of_processor(release.manifest, chosen, uri)
-    return _open(path, chosen, threads)
+    return open_variant(path, chosen, threads)
 
 
 def _warn_of_processor(manifest: Manifest, variant: Variant, uri: str) -> None:
@@ -133,7 +133,9 @@ def _warn_of_processor(manifest: Manifest, variant: Variant, uri: str) -> None:
         )
 
 
-def _open(path: Path, variant: Variant, threads: int | None) -> InferenceSession | OpenVINOSession:
+def open_variant(
+    path: Path, variant: Variant, threads: int | None
+) -> InferenceSession | OpenVINOSession:
     """Open a variant as it was measured, as far as this machine has the threads for it."""
     if variant.sessions is None:
         return open_session(path, threads=threads)

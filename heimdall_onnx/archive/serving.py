@@ -270,7 +270,7 @@ class ServedModel:
         version = self._current  # one for the whole request, whatever the alias does meanwhile
         if self._closed.is_set() or version.session is None:
             raise ServiceError(f"{self.uri} is closed here and answers no more; open it again")
-        return version.answer(_checked_inputs(inputs, version.signature))
+        return version.answer(checked_inputs(inputs, version.signature))
 
     def refresh(self) -> ServingStatus:
         """Look at the alias now, and take the version that it points at if that is a new one.
@@ -402,7 +402,7 @@ class ServedModel:
                 )
             signature = manifest.said.model.signature
             if first is not None:
-                _require_compatible(first, signature)  # before anything large is fetched
+                require_compatible(first, signature)  # before anything large is fetched
             session = load_model(
                 # Not by the alias, which may have moved on.
                 f"models:/{found.name}/{found.version}",
@@ -448,7 +448,8 @@ def _checked(uri: str, refresh_seconds: object, warm_up: Sequence[int]) -> tuple
     return match["name"], match["alias"]
 
 
-def _checked_inputs(inputs: Mapping[str, npt.ArrayLike], signature: Signature) -> Arrays:
+def checked_inputs(inputs: Mapping[str, npt.ArrayLike], signature: Signature) -> Arrays:
+    """A request as arrays; raises a `DataError` with all that does not fit the signature."""
     try:
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
     except ValueError as error:
@@ -488,7 +489,7 @@ def _backed_off(seconds: float, failures: int) -> float:
     return random.uniform(0.5, 1.0) * min(longest, seconds * 2.0 ** min(failures, 30))
 
 
-def _require_compatible(old: Signature, new: Signature) -> None:
+def require_compatible(old: Signature, new: Signature) -> None:
     """Raise unless callers of a model with the old signature can go on with the new one."""
     if problems := [*_input_problems(old, new), *_output_problems(old, new)]:
         raise InvalidModelError(

@@ -143,7 +143,7 @@ def simulate_event(
             f"{windows} and {modulation!r}"
         )
     sites = np.array(list(RECEIVERS.values()))
-    where = _draw_position(rng, sites) if position is None else np.array(position, np.float64)
+    where = draw_position(rng, sites) if position is None else np.array(position, np.float64)
     kind = modulation or str(rng.choice(list(MODULATIONS)))
     conditions = CONDITIONS[rng.integers(len(CONDITIONS))]
     metres, azimuth = geodesics(where, sites)
@@ -164,7 +164,7 @@ def simulate_event(
     times = np.arange(size) / SAMPLE_RATE_HZ
     sent = MODULATIONS[kind](rng, size, SAMPLE_RATE_HZ)
     paths = _paths(fft.fft(sent), conditions.delay_spread_s)
-    faded = _fade(rng, paths, times, conditions.doppler_spread_hz)
+    faded = fade(rng, paths, times, conditions.doppler_spread_hz)
     faded *= _phasors((offset + shifts) / SAMPLE_RATE_HZ, size)
     delays = delays_s(metres)
     arrived = fft.fft(faded) * _delay(size, delays)
@@ -292,10 +292,11 @@ def level_db(position: npt.ArrayLike, sites: Floats) -> Floats:
     )
 
 
-def _draw_position(rng: np.random.Generator, sites: Floats) -> Floats:
+def draw_position(rng: np.random.Generator, sites: Floats) -> Floats:
+    """A place, drawn uniformly from the enlarged triangle of the sites."""
     middle = sites.mean(axis=0)
     corners = middle + CHANNEL["region_scale"] * (sites - middle)
-    return np.asarray(rng.dirichlet(np.ones(3)) @ corners)  # uniform in the triangle
+    return np.asarray(rng.dirichlet(np.ones(3)) @ corners)
 
 
 def _window_step() -> int:
@@ -330,7 +331,7 @@ def _paths(spectrum: npt.NDArray[np.complex64], spread_s: float) -> npt.NDArray[
     return np.asarray(fft.ifft(spectrum * _delay(len(spectrum), np.array([0.0, spread_s]))))
 
 
-def _fade(
+def fade(
     rng: np.random.Generator,
     paths: npt.NDArray[np.complex64],
     times: Floats,

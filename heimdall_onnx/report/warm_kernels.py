@@ -59,7 +59,7 @@ class WarmKernels:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
         self._lock = threading.Lock()
-        self._template = self._launch()
+        self.template = self._launch()
 
     def _launch(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -81,16 +81,16 @@ class WarmKernels:
         self._end_template()
 
     def _end_template(self) -> None:
-        assert self._template.stdin is not None
-        assert self._template.stdout is not None
+        assert self.template.stdin is not None
+        assert self.template.stdout is not None
         with suppress(OSError):
-            self._template.stdin.close()
+            self.template.stdin.close()
         try:
-            self._template.wait(timeout=5)
+            self.template.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            self._template.kill()
-            self._template.wait()
-        self._template.stdout.close()
+            self.template.kill()
+            self.template.wait()
+        self.template.stdout.close()
 
     def started(self, environment: Mapping[str, str]) -> AbstractContextManager[AsyncKernelManager]:
         """As `report.kernels.started_kernel`.
@@ -109,20 +109,20 @@ class WarmKernels:
         """The process number of a new kernel."""
         asked = {"arguments": arguments, "environment": dict(environment), "folder": folder}
         with self._lock:
-            if self._template.poll() is not None:
+            if self.template.poll() is not None:
                 # Killed, as where memory is short: this kernel need not be lost with it.
                 self._end_template()
-                self._template = self._launch()
-            assert self._template.stdin is not None
-            assert self._template.stdout is not None
+                self.template = self._launch()
+            assert self.template.stdin is not None
+            assert self.template.stdout is not None
             try:
-                self._template.stdin.write(json.dumps(asked) + "\n")
-                self._template.stdin.flush()
-                return int(self._template.stdout.readline())
+                self.template.stdin.write(json.dumps(asked) + "\n")
+                self.template.stdin.flush()
+                return int(self.template.stdout.readline())
             except (OSError, ValueError) as error:
                 raise NotebookError(
                     "the notebook's kernel did not start: the process that kernels are forked "
-                    f"from has ended with {self._template.poll()}"
+                    f"from has ended with {self.template.poll()}"
                 ) from error
 
 

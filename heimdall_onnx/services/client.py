@@ -100,7 +100,7 @@ def make_client(
             "ensure_store(settings) starts it and returns settings that do"
         )
     key_id, secret, token = settings.credentials or (None, None, None)
-    core, descriptions = get_session(), _descriptions()
+    core, descriptions = get_session(), aws_descriptions()
     core.register_component("data_loader", descriptions)
     session = boto3.session.Session(botocore_session=core)
     # boto3 has added its own folder, as it does for each session.
@@ -132,7 +132,7 @@ def make_client(
 
 
 @functools.cache
-def _descriptions() -> Any:
+def aws_descriptions() -> Any:
     """What botocore knows of AWS, megabytes of it, which each session would read anew."""
     return get_session().get_component("data_loader")
 

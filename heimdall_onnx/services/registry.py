@@ -116,17 +116,17 @@ class MLflowTracker:
         artifact_uri: str = "s3://heimdall-mlflow",
         experiment_name: str = "heimdall-localization",
     ) -> None:
-        self._uri = limit_waits(with_driver(tracking_uri))
+        self.uri = limit_waits(with_driver(tracking_uri))
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         log_http_requests()
         for name in _UNCHECKED:
             if os.environ.get(name, "").lower() in ("true", "1"):
                 log.warning("certificates are not checked", variable=name)
-        bypass_proxy(self._uri)
-        probe(self._uri)
+        bypass_proxy(self.uri)
+        probe(self.uri)
         with self._errors("open the registry"):
-            self._client = _Client(self._uri, self._uri)
+            self._client = _Client(self.uri, self.uri)
         self.experiment_name = experiment_name
         self._artifact_uri = artifact_uri
 
@@ -140,7 +140,7 @@ class MLflowTracker:
         return self._ensure_experiment(self.experiment_name, self._artifact_uri)
 
     def __repr__(self) -> str:
-        return f"MLflowTracker({redact_url(self._uri)!r}, {self.experiment_name!r})"
+        return f"MLflowTracker({redact_url(self.uri)!r}, {self.experiment_name!r})"
 
     def start_run(
         self,
@@ -163,7 +163,7 @@ class MLflowTracker:
                 f"run {active.info.run_id} is active; end it before another one is started"
             )
         with self._errors(f"go on with run {run_id}" if run_id else "start a run"):
-            mlflow.set_tracking_uri(self._uri)
+            mlflow.set_tracking_uri(self.uri)
             run = mlflow.start_run(
                 run_id=run_id,
                 run_name=run_name,
@@ -502,7 +502,7 @@ class MLflowTracker:
 
     def _find_own(self, name: str, source: str, run_id: str | None) -> tuple[str, ...]:
         """`find_versions`, where requests are repeated and their results can be told apart."""
-        remote = self._uri.startswith("http")
+        remote = self.uri.startswith("http")
         return self.find_versions(name, source, run_id) if remote and run_id else ()
 
     def delete_version(self, name: str, version: str) -> None:
@@ -535,7 +535,7 @@ class MLflowTracker:
             return
         with self._errors(f"look into {source}"):
             files = mlflow.artifacts.list_artifacts(
-                artifact_uri=source.rstrip("/"), tracking_uri=self._uri
+                artifact_uri=source.rstrip("/"), tracking_uri=self.uri
             )
         if not any(Path(file.path).name == "MLmodel" for file in files):
             raise RegistryError(
@@ -545,7 +545,7 @@ class MLflowTracker:
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
-        with registry_errors(self._uri, doing):
+        with registry_errors(self.uri, doing):
             yield
 
 

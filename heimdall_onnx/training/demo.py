@@ -95,7 +95,7 @@ def make_demo(
         "channel": CHANNEL,
         "model": {"backbone_size": backbone_size, "uncertainty_max": _UNCERTAINTY_MAX},
     }
-    existing = _existing(folder, recipe)
+    existing = existing_demo(folder, recipe)
     if existing is not None:
         log.info("demo.reused", checkpoint=str(existing.checkpoint))
         return existing
@@ -175,7 +175,7 @@ def _write(demo: Demo, checkpoint: Path, eval_data: Path, recipe: dict[str, Any]
         file.write(json.dumps(record, indent=2).encode())
 
 
-def _existing(folder: Path, recipe: dict[str, Any]) -> Demo | None:
+def existing_demo(folder: Path, recipe: dict[str, Any]) -> Demo | None:
     """The demo that an equal call has left complete, or None."""
     try:
         record = json.loads((folder / _RECORD).read_bytes())

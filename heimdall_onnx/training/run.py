@@ -272,7 +272,7 @@ class TrainingRun:
             make_loader(
                 rows,
                 module,
-                workers=0 if cache else _workers(chosen.num_workers),
+                workers=0 if cache else allowed_workers(chosen.num_workers),
                 shuffled=shuffled,
             )
             for rows, shuffled in zip(parts, (True, False), strict=True)
@@ -440,7 +440,7 @@ def _own_randomness(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _workers(wanted: int) -> int:
+def allowed_workers(wanted: int) -> int:
     """As many as asked for, but no more than there are processors."""
     allowed = min(wanted, usable_processors())
     if allowed < wanted:

@@ -1,7 +1,6 @@
 """A variant of a release is opened as it was measured, from its own file alone, if that holds."""
 
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,8 +126,8 @@ def test_threads_that_this_machine_has_not_are_not_taken(tmp_path, monkeypatch):
         latency = SessionSettings(threads=measured)
         sessions = Sessions(latency=latency, throughput=SessionSettings())
         variant = Variant("fp32", {"model.onnx": entry}, sessions)
-        loading._open(tmp_path / "model.onnx", variant, None)
-        loading._open(tmp_path / "model.onnx", variant, 5)
+        loading.open_variant(tmp_path / "model.onnx", variant, None)
+        loading.open_variant(tmp_path / "model.onnx", variant, 5)
         assert [one.threads for one in taken[-2:]] == [expected, 5]
 
 
@@ -252,17 +251,15 @@ def test_bare_object_is_its_only_variant(settings, released, s3, bucket):
         assert moved(load_model(uri, settings=settings, variant=variant)) == 0.01
 
 
-def test_8_bits_made_for_another_processor_are_told(monkeypatch):
-    made_on = SimpleNamespace(instruction_sets=["avx2", "avx512_vnni"])
-    released = SimpleNamespace(said=SimpleNamespace(environment=made_on))
-    chosen = SimpleNamespace(name="int8-minmax")
-    told = []
-    monkeypatch.setattr(loading.log, "warning", lambda words, **values: told.append(values))
-    for here in ((), ("avx512_vnni",)):
-        monkeypatch.setattr(
-            loading,
-            "multiplies_in_8_bits",
-            lambda sets=None, here=here: "avx512_vnni" in (here if sets is None else sets),
-        )
-        loading._warn_of_processor(released, chosen, "s3://bucket/v1")
-    assert told == [{"uri": "s3://bucket/v1", "variant": "int8-minmax"}]
+def test_8_bits_made_for_another_processor_are_told(settings, released, monkeypatch):
+    with capture_logs() as logs:
+        for here, there in ((False, True), (True, True), (False, False)):
+            monkeypatch.setattr(
+                loading,
+                "multiplies_in_8_bits",
+                lambda *sets, here=here, there=there: there if sets else here,
+            )
+            load_model(released.uri, settings=settings, variant="int8-minmax")
+            load_model(released.uri, settings=settings)
+    told = [one for one in logs if one["event"].startswith("this processor has no 8-bit products")]
+    assert [(one["uri"], one["variant"]) for one in told] == [(released.uri, "int8-minmax")]

@@ -10,7 +10,8 @@ import threading
 import time
 import urllib.request
 import weakref
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from pydantic import SecretStr
 from quick_release import Factory
 from structlog.testing import capture_logs
 
+from heimdall_onnx.archive import serving
 from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.load import load_model
-from heimdall_onnx.archive.serving import ServedModel, _checked_inputs, _require_compatible
+from heimdall_onnx.archive.serving import ServedModel, checked_inputs, require_compatible
 from heimdall_onnx.common.errors import (
     DataError,
     InvalidModelError,
@@ -40,7 +42,7 @@ from heimdall_onnx.common.errors import (
 )
 from heimdall_onnx.localization.features import write_features
 from heimdall_onnx.localization.network import LocalizationNet
-from heimdall_onnx.model.inference import run_pytorch
+from heimdall_onnx.model.inference import run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE, Signature, TensorSpec
 from heimdall_onnx.review.promotion import roll_back
@@ -88,6 +90,46 @@ def missed(answer) -> float:
     return round(float(answer.positions[0, 0]) - 50, 2)
 
 
+@pytest.fixture
+def sessions(monkeypatch):
+    """What served models open, in order, held by nobody else."""
+    opened = []
+
+    def load(*args, **options):
+        session = load_model(*args, **options)
+        opened.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(serving, "load_model", load)
+    return opened
+
+
+@contextmanager
+def request_under_way(model):
+    """A request that the model is in the middle of until its answer is called for."""
+    begun, called_for = threading.Event(), threading.Event()
+
+    def run(*args):
+        if threading.current_thread().name.startswith("request"):
+            begun.set()
+            assert called_for.wait(60)
+        return run_onnx(*args)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1, "request") as beside:
+        patch.setattr(serving, "run_onnx", run)
+        asked = beside.submit(model.predict, SIGNAL)
+        assert begun.wait(60)
+
+        def answer():
+            called_for.set()
+            return asked.result(60)
+
+        try:
+            yield answer
+        finally:
+            called_for.set()
+
+
 def watchers(uri):
     return [one for one in threading.enumerate() if one.name == f"watch {uri}"]
 
@@ -111,11 +153,11 @@ def test_answer_names_the_version_that_gave_it(settings, factory, uri):
         assert "version 1" in repr(model)
 
 
-def test_recommended_variant_is_opened_as_it_was_measured(settings, factory, uri):
+def test_recommended_variant_is_opened_as_it_was_measured(settings, factory, uri, sessions):
     factory(recommended="int8-minmax")
     with ServedModel(uri, settings=settings) as model:
         assert (missed(model.predict(SIGNAL)), model.status.variant) == (0.25, "int8-minmax")
-        options = model._current.session.get_session_options()
+        options = sessions[0]().get_session_options()
         assert (options.intra_op_num_threads, options.enable_cpu_mem_arena) == (1, False)
     with ServedModel(uri, settings=settings, variant="int8-nncf") as model:
         assert missed(model.predict(SIGNAL)) == 0.5  # on OpenVINO
@@ -171,19 +213,20 @@ def test_what_can_not_be_served_from_the_start_leaves_nothing(settings, factory,
     assert list(scratch.iterdir()) == watchers(uri) == []
 
 
-def test_closing_leaves_no_thread_and_no_file(settings, factory, uri, scratch):
+def test_closing_leaves_no_thread_and_no_file(settings, factory, uri, scratch, sessions):
     factory()
     before = set(threading.enumerate())
-    with ServedModel(uri, settings=settings, refresh_seconds=0.1) as model:
-        model.predict(SIGNAL)
-        assert len(watchers(uri)) == 1
-        assert len(list(scratch.rglob("model.onnx"))) == 1
-        running = model._current
+    with ExitStack() as held:
+        with ServedModel(uri, settings=settings, refresh_seconds=0.1) as model:
+            model.predict(SIGNAL)
+            assert len(watchers(uri)) == 1
+            assert len(list(scratch.rglob("model.onnx"))) == 1
+            answer = held.enter_context(request_under_way(model))
+        assert watchers(uri) == list(scratch.iterdir()) == []
+        # Whoever was in the middle of a request gets an answer.
+        assert missed(answer()) == 0.01
     assert set(threading.enumerate()) <= before
-    assert list(scratch.iterdir()) == []
-    assert model._current.session is None  # nor the model's memory, while the variable lives on
-    # Whoever was in the middle of a request gets an answer.
-    assert missed(running.answer(SIGNAL)) == 0.01
+    assert sessions[0]() is None  # nor the model's memory, while the variable lives on
     for call in (lambda: model.predict(SIGNAL), model.refresh):
         with pytest.raises(ServiceError, match="closed"):
             call()
@@ -193,9 +236,9 @@ def test_closing_leaves_no_thread_and_no_file(settings, factory, uri, scratch):
 def test_ids_beyond_their_range_are_refused_before_the_model_looks_them_up():
     station = TensorSpec("station", "int64", ("batch",), range=(0, 4))
     signature = Signature((station,), (TensorSpec("level", "float32", ("batch",)),))
-    assert list(_checked_inputs({"station": np.array([0, 4])}, signature)) == ["station"]
+    assert list(checked_inputs({"station": np.array([0, 4])}, signature)) == ["station"]
     with pytest.raises(DataError, match=r"`station` must be in \[0, 4\].*-1 to 7 are in 2 samples"):
-        _checked_inputs({"station": np.array([3, -1, 7])}, signature)
+        checked_inputs({"station": np.array([3, -1, 7])}, signature)
 
 
 # The next version
@@ -331,19 +374,17 @@ def test_version_with_another_signature_is_refused(settings, factory, uri, monke
         assert missed(restarted.predict({"iq": SIGNAL["signal"]})) == 0.25
 
 
-def test_session_and_files_go_with_the_last_request(settings, factory, uri, scratch):
+def test_session_and_files_go_with_the_last_request(settings, factory, uri, scratch, sessions):
     factory()
     with ServedModel(uri, settings=settings) as model:
-        running = model._current  # as a request that began before the change holds it
-        session = weakref.ref(running.session)
-        for number in range(2, 5):
-            factory(error_degrees=number / 100)
-            assert model.refresh().model_version == str(number)
-            assert missed(running.answer(SIGNAL)) == 0.01
-            assert len(list(scratch.rglob("model.onnx"))) == 2
-        assert session() is not None
-        del running
-        assert session() is None
+        with request_under_way(model) as answer:
+            for number in range(2, 5):
+                factory(error_degrees=number / 100)
+                assert model.refresh().model_version == str(number)
+                assert len(list(scratch.rglob("model.onnx"))) == 2
+            assert sessions[0]() is not None
+            assert missed(answer()) == 0.01
+        assert sessions[0]() is None
         assert len(list(scratch.rglob("model.onnx"))) == 1
         assert missed(model.predict(SIGNAL)) == 0.04
 
@@ -400,25 +441,25 @@ OUT = LOCALIZATION_SIGNATURE.outputs
 def test_what_callers_could_not_feed_is_another_signature(change, problem):
     old = Signature((SPEC,), OUT)
     with pytest.raises(InvalidModelError, match=problem):
-        _require_compatible(old, replace(old, inputs=(replace(SPEC, **change),)))
+        require_compatible(old, replace(old, inputs=(replace(SPEC, **change),)))
 
 
 def test_what_callers_could_not_read_is_another_signature():
     old = Signature((SPEC,), OUT)
     radians = (replace(OUT[0], unit="radians"), replace(OUT[1], sigma_of=None, dtype="float64"))
     with pytest.raises(InvalidModelError) as caught:
-        _require_compatible(old, replace(old, outputs=radians))
+        require_compatible(old, replace(old, outputs=radians))
     assert str(caught.value).count("\n  - ") == 3
     with pytest.raises(InvalidModelError, match="gives no output uncertainties"):
-        _require_compatible(old, replace(old, outputs=OUT[:1]))
+        require_compatible(old, replace(old, outputs=OUT[:1]))
 
 
 def test_what_callers_need_not_know_is_the_same_signature():
     old = Signature((replace(SPEC, shape=("batch", 3)),), OUT)
     more = (*OUT, TensorSpec("epistemic", "float32", ("batch", 2)))
     wider = replace(SPEC, shape=("n", "receivers"), range=(0, 9))
-    _require_compatible(old, Signature((wider,), more))
-    _require_compatible(old, Signature((replace(wider, range=None),), OUT))
+    require_compatible(old, Signature((wider,), more))
+    require_compatible(old, Signature((replace(wider, range=None),), OUT))
 
 
 # The reference model, and MLflow's own server

@@ -274,10 +274,10 @@ def test_constraints_give_way_to_what_a_peer_pins(main):
 
 
 def test_every_package_of_a_peer_has_one_version(main):
-    named = {main._package(line) for line in main.CONSTRAINTS.read_text().splitlines()}
+    named = {main.package_of(line) for line in main.CONSTRAINTS.read_text().splitlines()}
     for file in HERE.glob("requirements-*.txt"):
         for line in file.read_text().splitlines():
-            assert line.startswith("#") or "==" in line or main._package(line) in named, line
+            assert line.startswith("#") or "==" in line or main.package_of(line) in named, line
 
 
 def test_rows_have_names_of_their_own_scripts_and_packages(main):

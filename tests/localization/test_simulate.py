@@ -62,7 +62,7 @@ class TestCaptures:
 
     def test_positions_fill_the_enlarged_triangle_of_the_sites(self):
         rng = np.random.default_rng(0)
-        positions = np.stack([simulate._draw_position(rng, SITES) for _ in range(4000)])
+        positions = np.stack([simulate.draw_position(rng, SITES) for _ in range(4000)])
         np.testing.assert_allclose(positions.mean(axis=0), SITES.mean(axis=0), atol=0.15)
         reach = CHANNEL["region_scale"] * (SITES - SITES.mean(axis=0))
         assert (positions.min(axis=0) >= SITES.mean(axis=0) + reach.min(axis=0)).all()
@@ -151,7 +151,7 @@ class TestEvent:
         rng = np.random.default_rng(0)
         times = np.arange(2048) / SAMPLE_RATE_HZ
         paths = np.ones((2, 2048), np.complex64)
-        power = [np.abs(simulate._fade(rng, paths, times, 1.0)[:, 0]) ** 2 for _ in range(500)]
+        power = [np.abs(simulate.fade(rng, paths, times, 1.0)[:, 0]) ** 2 for _ in range(500)]
         assert np.mean(power) == pytest.approx(1, abs=0.07)
 
     @pytest.mark.parametrize("name", MODULATIONS)

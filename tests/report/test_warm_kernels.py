@@ -13,7 +13,7 @@ from jupyter_core.utils import run_sync
 
 from heimdall_onnx.common.errors import NotebookError
 from heimdall_onnx.report.preload import ROOMS
-from heimdall_onnx.report.warm_kernels import WarmKernels, _Forked
+from heimdall_onnx.report.warm_kernels import WarmKernels
 
 
 @pytest.fixture
@@ -113,22 +113,25 @@ def test_kernel_can_be_interrupted(kernels):
         client.stop_channels()
 
 
-def test_signals_to_a_kernel_that_has_ended_are_no_error():
-    process = subprocess.Popen(["sleep", "60"])
-    kernel = _Forked(process.pid)
-    kernel.kill()
-    assert process.wait(timeout=10) == -signal.SIGKILL
-    kernel.kill()
-    kernel.terminate()
-    kernel.send_signal(signal.SIGINT)
-    assert kernel.poll() == -1
+def test_signals_to_a_kernel_that_has_ended_are_no_error(kernels):
+    with kernels.started(os.environ) as started:
+        kernel = started.provisioner.process
+        assert kernel.poll() is None
+        kernel.kill()
+        deadline = time.monotonic() + 10
+        while kernel.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        kernel.kill()
+        kernel.terminate()
+        kernel.send_signal(signal.SIGINT)
+        assert kernel.poll() == -1
 
 
 def test_lost_template_is_replaced(tmp_path):
     environment = bare.environment(tmp_path)
     with WarmKernels(environment) as kernels:
-        kernels._template.kill()
-        kernels._template.wait()
+        kernels.template.kill()
+        kernels.template.wait()
         with kernels.started(environment) as kernel:
             assert ask(kernel, "print(6 * 7)") == "42"
 
@@ -146,7 +149,7 @@ def test_template_that_can_not_start_is_an_error_in_words():
 def test_all_end_with_a_killed_runner(tmp_path):
     code = "import os, sys; from heimdall_onnx.report.warm_kernels import WarmKernels\n"
     code += "with WarmKernels(os.environ) as warm, warm.started(os.environ) as kernel:\n"
-    code += "    print(warm._template.pid, kernel.provisioner.pid, flush=True); sys.stdin.read()"
+    code += "    print(warm.template.pid, kernel.provisioner.pid, flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         env=bare.environment(tmp_path),

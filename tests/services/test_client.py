@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 from proxy import Fault, proxied
 
 from heimdall_onnx.common.errors import StoreError
-from heimdall_onnx.services.client import _descriptions, explain_store_error, make_client
+from heimdall_onnx.services.client import aws_descriptions, explain_store_error, make_client
 from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
@@ -38,10 +38,10 @@ def test_passing_fault_is_survived_and_each_attempt_is_logged(client, proxy, buc
 
 def test_clients_made_one_after_another_look_in_no_more_places(embedded_settings):
     make_client(embedded_settings)
-    before = list(_descriptions().search_paths)
+    before = list(aws_descriptions().search_paths)
     for _ in range(3):
         make_client(embedded_settings)
-    assert _descriptions().search_paths == before
+    assert aws_descriptions().search_paths == before
     assert len(set(before)) == len(before)
 
 

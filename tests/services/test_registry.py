@@ -310,7 +310,7 @@ def test_pages_say_what_they_are_told_and_a_person_is_not_overwritten(
     assert tracker.get_version(name, version).description == "**PASS**"
     for text in ("what a release says", "what the next one says"):
         tracker.describe_model(name, text)
-    client = mlflow.MlflowClient(tracker._uri, tracker._uri)
+    client = mlflow.MlflowClient(tracker.uri, tracker.uri)
     assert client.get_registered_model(name).description == "what a release says"
     longest = "x" * MOST_CHARACTERS
     tracker.describe_version(name, version, longest)
@@ -335,7 +335,7 @@ def test_data_that_a_run_names_twice_are_named_once(tracker: MLflowTracker) -> N
             ParameterError, match=r"expected name, digest, source_type, .*found name"
         ):
             tracker.log_dataset(wrong, run_id=run_id)
-    client = mlflow.MlflowClient(tracker._uri, tracker._uri)
+    client = mlflow.MlflowClient(tracker.uri, tracker.uri)
     named = client.get_run(run_id).inputs.dataset_inputs
     assert sorted(one.dataset.digest[0] for one in named) == ["a", "b"]
     for one in named:

@@ -48,7 +48,7 @@ def rank_bounds(quantiles, rank):
     The sketch's own statement: less and plus three standard deviations, so that 99.7% of all
     answers are within; both are ``rank`` where the sketch still has every value.
     """
-    sketch = quantiles._sketch
+    sketch = quantiles.sketch
     if sketch.is_empty():
         return rank, rank
     return sketch.get_rank_lower_bound(rank, 3), sketch.get_rank_upper_bound(rank, 3)

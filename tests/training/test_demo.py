@@ -88,9 +88,9 @@ def test_an_equal_call_takes_the_demo_that_is_there_whatever_its_budget(demo):
 
 def test_another_recipe_is_not_taken_for_this_one(demo):
     recipe = json.loads((demo.checkpoint.parent / "demo.json").read_bytes())["recipe"]
-    assert module._existing(demo.checkpoint.parent, recipe) is not None
+    assert module.existing_demo(demo.checkpoint.parent, recipe) is not None
     for change in ({"seed": 1}, {"version": 0}):
-        assert module._existing(demo.checkpoint.parent, recipe | change) is None
+        assert module.existing_demo(demo.checkpoint.parent, recipe | change) is None
 
 
 @pytest.mark.parametrize("name", ["demo.ckpt", "demo-eval.npz", "demo.json"])
@@ -103,7 +103,7 @@ def test_an_incomplete_demo_is_not_reused(demo, tmp_path, name, damage):
     if damage == "cut off":
         (tmp_path / name).write_bytes(content[:-1])
     recipe = json.loads((demo.checkpoint.parent / "demo.json").read_bytes())["recipe"]
-    assert module._existing(tmp_path, recipe) is None
+    assert module.existing_demo(tmp_path, recipe) is None
 
 
 def test_its_folder_holds_nothing_else_and_no_service_was_needed(demo):

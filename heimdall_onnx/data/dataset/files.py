@@ -166,7 +166,7 @@ class _BucketFiles(Files):
 
     def read(self, name: str, spans: Sequence[Span]) -> Generator[bytes]:
         key, (_, tag) = f"{self._folder}/{name}", self.seen[name]
-        ranges, start, held = list(_joined(spans)), 0, b""
+        ranges, start, held = list(joined_spans(spans)), 0, b""
         for offset, length in spans:
             if not start <= offset <= offset + length <= start + len(held):
                 start, size = next(r for r in ranges if r[0] <= offset <= r[0] + r[1] - length)
@@ -180,7 +180,7 @@ class _BucketFiles(Files):
         return {key.removeprefix(prefix): (o.size, o.tag) for key, o in found.items()}
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def joined_spans(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Ascending spans, with neighbours made one."""
     start = end = -1
     for offset, length in sorted(spans):

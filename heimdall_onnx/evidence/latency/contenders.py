@@ -166,7 +166,7 @@ class Worker:
         # What a model prints must not mix with the caller's.
         try:
             with theirs, self._log.open("wb") as said:
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     [sys.executable, "-m", worker.__name__, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
@@ -183,10 +183,10 @@ class Worker:
         """End the process."""
         self._pipe.close()
         try:
-            self._process.wait(timeout=ENDS_WITHIN_S)
+            self.process.wait(timeout=ENDS_WITHIN_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.process.kill()
+            self.process.wait()
 
     def start(self) -> None:
         """Load the model, make the first call and the warm-up."""
@@ -238,6 +238,6 @@ class Worker:
 
     def _last_words(self) -> str:
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1)
+            self.process.wait(timeout=1)
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return f"exit status {self._process.returncode}; {lines[-1] if lines else 'no message'}"
+        return f"exit status {self.process.returncode}; {lines[-1] if lines else 'no message'}"

@@ -148,38 +148,38 @@ class Quantiles:
     """Streamed quantiles of non-negative numbers."""
 
     def __init__(self) -> None:
-        self._sketch = req_floats_sketch(_SKETCH_K)
+        self.sketch = req_floats_sketch(_SKETCH_K)
 
     def __getstate__(self) -> bytes:
-        return bytes(self._sketch.serialize())
+        return bytes(self.sketch.serialize())
 
     def __setstate__(self, state: bytes) -> None:
-        self._sketch = req_floats_sketch.deserialize(state)
+        self.sketch = req_floats_sketch.deserialize(state)
 
     def merge(self, other: Quantiles) -> None:
         """Add every value that was added to ``other``, which stays as it is."""
-        self._sketch.merge(other._sketch)
+        self.sketch.merge(other.sketch)
 
     @property
     def count(self) -> int:
         """Number of values added, without NaN."""
-        return int(self._sketch.n)
+        return int(self.sketch.n)
 
     def update(self, values: npt.NDArray[Any]) -> None:
         """Add ``values``; NaN is left out, and what float32 can't hold counts as Inf."""
         with np.errstate(over="ignore"):
             flat = np.asarray(values, dtype=np.float32).ravel()
-        self._sketch.update(flat[~np.isnan(flat)])
+        self.sketch.update(flat[~np.isnan(flat)])
 
     def __call__(self, rank: float) -> float:
         """The value at ``rank`` in [0, 1]; NaN while nothing was added."""
-        return float("nan") if self._sketch.is_empty() else float(self._sketch.get_quantile(rank))
+        return float("nan") if self.sketch.is_empty() else float(self.sketch.get_quantile(rank))
 
     def cdf(self, points: Floats) -> Floats:
         """Fraction of values at or below each of ``points`` (ascending)."""
-        if self._sketch.is_empty():
+        if self.sketch.is_empty():
             return np.full(points.shape, np.nan)
-        ranks = self._sketch.get_cdf(points.astype(np.float32), True)
+        ranks = self.sketch.get_cdf(points.astype(np.float32), True)
         return np.asarray(ranks, dtype=np.float64)[: points.size]
 
 

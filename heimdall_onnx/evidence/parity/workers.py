@@ -92,7 +92,7 @@ def evaluate_on(
         checks = _submit_checks(client, plugin.name, data, places)
         found = EvaluationPass(settings)
         done = 0
-        for rows, part in _parts(client, plugin.name, _ranges(data, settings, count), count):
+        for rows, part in _parts(client, plugin.name, part_ranges(data, settings, count), count):
             found.merge(part)
             done += len(rows)
             if progress is not None:
@@ -149,7 +149,7 @@ def _submit_checks(
     ]
 
 
-def _ranges(data: EvaluationData, settings: PassSettings, workers: int) -> Iterator[range]:
+def part_ranges(data: EvaluationData, settings: PassSettings, workers: int) -> Iterator[range]:
     """The samples in parts that begin where batches do."""
     wanted = min(_PART_BYTES // max(data.row_bytes, 1), data.count // (_PARTS_A_WORKER * workers))
     step = max(1, wanted // settings.batch_size) * settings.batch_size

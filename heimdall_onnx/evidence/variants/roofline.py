@@ -273,7 +273,7 @@ def measure_machine(threads: int | None = None, *, seconds: float = 1.0) -> Mach
     threads = threads or usable_processors()
     with tempfile.TemporaryDirectory(prefix="heimdall-roofline-") as folder:
         found = Path(folder) / "rates.json"
-        job = partial(_measure, found, threads, seconds)
+        job = partial(measure_rates, found, threads, seconds)
         with Worker("the measurement of the machine", job, Path(folder), threads) as worker:
             worker.start()
         rates: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))
@@ -313,7 +313,7 @@ class _Measurement:
         return self.amount / fastest / 1e9
 
 
-def _measure(found: Path, threads: int, seconds: float) -> Callable[[], None]:
+def measure_rates(found: Path, threads: int, seconds: float) -> Callable[[], None]:
     """What the worker process does; its answers hold only times, so the rates go to a file."""
     import torch
 

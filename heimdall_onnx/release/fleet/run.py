@@ -114,7 +114,7 @@ def run_fleet(
     # Before the workers, of which several would make the tables of a new registry at once.
     settings = connect(settings).settings
     count = workers or _default_workers(plan)
-    with _connected(settings, scheduler, count) as pool:
+    with worker_pool(settings, scheduler, count) as pool:
         resources = pool.worker_resources()
         _require_places(plan, resources)
         on_start(pool.client.dashboard_link or "", len(resources))
@@ -135,7 +135,7 @@ def _default_workers(plan: FleetPlan) -> int:
     return min(usable, len(physical_cores())) if measured else usable
 
 
-class _Pool:
+class WorkerPool:
     """The workers of a scheduler, as they come and go.
 
     Args:
@@ -211,11 +211,11 @@ class _Pool:
 
 
 @contextmanager
-def _connected(settings: Settings, scheduler: str, workers: int) -> Iterator[_Pool]:
+def worker_pool(settings: Settings, scheduler: str, workers: int) -> Iterator[WorkerPool]:
     """A client of the scheduler, whose workers know what to do."""
     if scheduler:
         with scheduler_client(scheduler) as client:
-            yield _Pool(client, FleetWorker())
+            yield WorkerPool(client, FleetWorker())
         return
     resources: dict[str, float] = {
         RELEASE: 1,
@@ -226,7 +226,7 @@ def _connected(settings: Settings, scheduler: str, workers: int) -> Iterator[_Po
     with local_client(
         workers, resources=resources, environment=kernel_environment(settings)
     ) as client:
-        yield _Pool(client, FleetWorker())
+        yield WorkerPool(client, FleetWorker())
 
 
 def _needs(item: FleetItem) -> dict[str, float]:
@@ -257,7 +257,7 @@ def _require_places(plan: FleetPlan, workers: dict[str, dict[str, float]]) -> No
         )
 
 
-def _outcomes(pool: _Pool, plan: FleetPlan, *, force: bool) -> Iterator[ItemOutcome]:
+def _outcomes(pool: WorkerPool, plan: FleetPlan, *, force: bool) -> Iterator[ItemOutcome]:
     """Each item's outcome as it comes, with what failed for a service's reasons tried again."""
     # Another fleet of the same name may be with the same scheduler.
     run = uuid4().hex[:8]

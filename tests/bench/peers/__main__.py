@@ -159,12 +159,12 @@ def python_of(name: str, folder: Path) -> Path:
 
 def constraints_for(requirements: str, constraints: str) -> str:
     """The constraints without the packages whose version the requirements name themselves."""
-    pinned = {_package(line) for line in requirements.splitlines() if "==" in line}
+    pinned = {package_of(line) for line in requirements.splitlines() if "==" in line}
     lines = (line for line in constraints.splitlines() if re.match(r"\w", line))
-    return "".join(f"{line}\n" for line in lines if _package(line) not in pinned)
+    return "".join(f"{line}\n" for line in lines if package_of(line) not in pinned)
 
 
-def _package(line: str) -> str:
+def package_of(line: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[=;\[ ]", line.strip(), maxsplit=1)[0]).lower()
 
 

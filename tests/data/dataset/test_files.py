@@ -82,8 +82,8 @@ def test_neighbours_are_joined_up_to_the_most_at_once(monkeypatch):
     monkeypatch.setattr(dataset_files, "GAP_BYTES", 5)
     monkeypatch.setattr(dataset_files, "MOST_RANGE_BYTES", 30)
     spans = [(40, 10), (0, 10), (15, 10), (26, 4), (31, 4)]
-    assert list(dataset_files._joined(spans)) == [(0, 30), (31, 19)]
-    assert list(dataset_files._joined([])) == []
+    assert list(dataset_files.joined_spans(spans)) == [(0, 30), (31, 19)]
+    assert list(dataset_files.joined_spans([])) == []
 
 
 def test_dataset_goes_to_other_processes_without_a_client(

@@ -278,7 +278,7 @@ def test_printing_does_not_disturb_the_answers(worker, capfd):
 def test_interrupt_is_for_the_parent(worker):
     with worker(jobs.do_nothing) as contender:
         contender.start()
-        os.kill(contender._process.pid, signal.SIGINT)
+        os.kill(contender.process.pid, signal.SIGINT)
         contender.run_block(2)
     assert contender.blocks[0].size == 2
 
@@ -295,7 +295,7 @@ def test_interrupt_is_for_the_parent(worker):
 def test_worker_that_fails_says_how(worker, job, words):
     with worker(job, "slow one") as contender, pytest.raises(BenchmarkError, match=words):
         contender.start()
-    assert contender._process.poll() is not None
+    assert contender.process.poll() is not None
 
 
 def test_worker_killed_between_blocks_is_noticed(worker):
@@ -314,7 +314,7 @@ def test_worker_that_hangs_is_given_up_and_ended(worker, monkeypatch):
     with worker(partial(jobs.load_sleeper, 600)) as contender:
         with pytest.raises(BenchmarkError, match="contender gave no answer in 1 s"):
             contender.start()
-        pid = contender._process.pid
+        pid = contender.process.pid
     assert not psutil.pid_exists(pid)
 
 
@@ -322,17 +322,18 @@ def test_job_that_nobody_reads_is_given_up_however_large(worker, monkeypatch):
     monkeypatch.setattr(contenders, "WORKER_TIMEOUT_S", 0.2)
     monkeypatch.setattr(contenders, "ENDS_WITHIN_S", 0.0)
     with worker(partial(jobs.fail_to_load, "x" * 10_000_000)) as contender:
-        os.kill(contender._process.pid, signal.SIGSTOP)
+        os.kill(contender.process.pid, signal.SIGSTOP)
         with pytest.raises(BenchmarkError, match=r"contender gave no answer in 0\.2 s"):
             contender.start()
 
 
 def test_pipe_is_closed_where_the_process_can_not_be_started(worker, monkeypatch):
-    contender = worker(jobs.do_nothing)
+    contender, ends = worker(jobs.do_nothing), contenders.Pipe()
+    monkeypatch.setattr(contenders, "Pipe", lambda: ends)
     monkeypatch.setattr(contenders.sys, "executable", "no such program")
     with pytest.raises(FileNotFoundError):
         contender.__enter__()
-    assert contender._pipe.closed
+    assert [end.closed for end in ends] == [True, True]
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
@@ -343,7 +344,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         "with Worker('a', jobs.do_nothing, folder, 1) as a, "
         "Worker('b', partial(jobs.load_sleeper, 0.01), folder, 1) as b:\n"
         "    a.start(); b.start()\n"
-        "    print(a._process.pid, b._process.pid, flush=True)\n"
+        "    print(a.process.pid, b.process.pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
     parent = subprocess.Popen(
@@ -574,5 +575,5 @@ def test_failure_of_one_contender_ends_the_other_and_leaves_no_files(
         measure_latency(
             SmallNet(), tmp_path / "none.onnx", generic_inputs(SIGNATURE, 1), SIGNATURE, threads=1
         )
-    assert [w._process.poll() is not None for w in started] == [True, True]
+    assert [w.process.poll() is not None for w in started] == [True, True]
     assert list(temporary.iterdir()) == []

@@ -25,7 +25,7 @@ from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.one_pass import EvaluationPass, Models, pass_over, pass_settings
 from heimdall_onnx.evidence.parity.statistics import Quantiles
 from heimdall_onnx.evidence.parity.worker import Code
-from heimdall_onnx.evidence.parity.workers import _ranges, evaluate_on
+from heimdall_onnx.evidence.parity.workers import evaluate_on, part_ranges
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 
@@ -352,6 +352,6 @@ def test_parts_begin_where_batches_do_and_leave_nothing_out(alone, workers, batc
     settings = pass_settings(
         data, SmallNet.signature, tolerance=1e-5, batch_size=batch, reference_samples=8
     )
-    found = [*_ranges(data, settings, workers)]
+    found = [*part_ranges(data, settings, workers)]
     assert [i for rows in found for i in rows] == [*range(COUNT)]
     assert all(rows.start % settings.batch_size == 0 for rows in found)

@@ -152,7 +152,7 @@ def test_roofs_are_of_the_size_that_this_process_sees_too(measured) -> None:
 
 
 def test_failure_in_the_process_that_measures_is_named(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_measure", jobs.fail_to_measure)
+    monkeypatch.setattr(module, "measure_rates", jobs.fail_to_measure)
     with pytest.raises(BenchmarkError, match=r"measurement of the machine failed .*no product"):
         measure_machine()
 
@@ -169,7 +169,7 @@ def test_script_needs_no_main_guard_and_sees_its_own_output_only(tmp_path) -> No
     script.write_text(
         "import jobs\n"
         "from heimdall_onnx.evidence.variants import roofline\n"
-        "roofline._measure = jobs.measure_environment\n"
+        "roofline.measure_rates = jobs.measure_environment\n"
         "machine = roofline.measure_machine(3)\n"
         "print(machine.threads, machine.bandwidth_gb_s, machine.peaks)\n"
     )

@@ -81,7 +81,7 @@ def test_a_worker_that_joins_is_given_items(cluster, environment, settings, monk
     monkeypatch.setattr(fleet, "COUNT_WORKERS_S", 0)
     cluster.start_worker({**os.environ, "PYTHONPATH": TESTS}, resources="other=1")
     cluster.start_worker(environment)
-    with fleet._connected(settings, cluster.address, 0) as pool:
+    with fleet.worker_pool(settings, cluster.address, 0) as pool:
         assert pool.slots() == 1
         cluster.start_worker(environment, resources="release=2")
         assert pool.slots() == 3
