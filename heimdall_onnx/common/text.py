@@ -69,6 +69,12 @@ def number(value: float, digits: int = 2) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def apart(one: float, other: float) -> tuple[str, str]:
+    """Two values to seven significant digits, or to as many more as tell them apart."""
+    digits = next((n for n in range(7, 18) if f"{one:.{n}g}" != f"{other:.{n}g}"), 7)
+    return f"{one:.{digits}g}", f"{other:.{digits}g}"
+
+
 def share(fraction: float) -> str:
     """A fraction in per cent; what is not quite all or nothing is not rounded to it."""
     percent = 100 * fraction

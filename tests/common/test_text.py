@@ -1,6 +1,6 @@
 import pytest
 
-from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.common.text import apart, listed, shown
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,20 @@ from heimdall_onnx.common.text import listed, shown
 def test_text_is_shown_on_one_visible_line(value, text):
     assert shown(value) == text
     assert len(shown(value)) <= 200
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "texts"),
+    [
+        (0.1, 0.25, ("0.1", "0.25")),
+        (-114.17880249, -114.17881012, ("-114.1788", "-114.17881")),
+        (1.0, 1.0 + 2**-52, ("1", "1.0000000000000002")),
+        (2.0, 2.0, ("2", "2")),
+        (float("nan"), float("nan"), ("nan", "nan")),
+    ],
+)
+def test_values_that_differ_do_not_read_alike(one, other, texts):
+    assert apart(one, other) == texts
 
 
 def test_integer_of_more_digits_than_python_prints_is_shown_by_its_type():

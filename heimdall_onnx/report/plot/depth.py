@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from heimdall_onnx.common.text import count_of, name, number
+from heimdall_onnx.common.text import apart, count_of, name, number
 from heimdall_onnx.evidence.parity.departure import Departure, ModuleDifference
 from heimdall_onnx.evidence.parity.depth import DepthProfile
 from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, plain, say, styled
@@ -101,9 +101,10 @@ def _draw(axes: Axes, modules: tuple[ModuleDifference, ...], departure: Departur
 def _mark(axes: Axes, departure: Departure, point: tuple[int, float] | None, modules: int) -> None:
     around = departure.operators[:_OPERATORS_SHOWN]
     more = ", …" if len(departure.operators) > len(around) else ""
+    pytorch, onnx = apart(departure.pytorch_value, departure.onnx_value)
     text = (
-        f"{name(departure.scope, 48)}\nPyTorch {departure.pytorch_value:.7g}, "
-        f"ONNX {departure.onnx_value:.7g}\n{name(', '.join(around), 60)}{more}"
+        f"{name(departure.scope, 48)}\nPyTorch {pytorch}, ONNX {onnx}\n"
+        f"{name(', '.join(around), 60)}{more}"
     )
     if point is None:  # folded into others: it is named, and has no point of its own
         axes.text(0.02, 0.97, plain(text), va="top", size=9, transform=axes.transAxes)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from heimdall_onnx.common.arrays import Arrays
-from heimdall_onnx.common.text import after, name, number
+from heimdall_onnx.common.text import after, apart, name, number
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.departure import compare_values
 from heimdall_onnx.evidence.parity.report import ParityReport
@@ -28,7 +28,8 @@ _ROWS_WRITTEN = 10
 _INPUTS_SHOWN = 6
 _COLUMNS = 12
 _INPUTS_SHARE = 0.6  # of a figure's width
-_Values = tuple[tuple[float, ...], tuple[float, ...], float]
+_Row = tuple[float, ...]
+_Values = tuple[_Row, _Row, float]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def worst_inputs(report: ParityReport, data: EvaluationData) -> Chart | None:
     alt = " ".join(
         f"Sample {sample.index}: "
         + "; ".join(
-            f"{o.output} PyTorch {_values(w.reference)}, ONNX {_values(w.value)}"
+            f"{o.output} PyTorch {', ONNX '.join(_values(w.reference, w.value))}"
             for o, w in sample.outputs
         )
         + "."
@@ -262,8 +263,7 @@ def _write(axes: Axes, sample: _Worst, report: ParityReport) -> None:
         pytorch, onnx, error = values
         lines += [
             f"{name(output.output)}{after(output.unit)}, error {number(error)}",
-            f"  PyTorch {_values(pytorch, shown)}",
-            f"  ONNX    {_values(onnx, shown)}",
+            "  PyTorch " + "\n  ONNX    ".join(_values(pytorch, onnx, shown)),
         ]
     text = axes.text(
         0.0,
@@ -278,6 +278,7 @@ def _write(axes: Axes, sample: _Worst, report: ParityReport) -> None:
     text.set_in_layout(False)
 
 
-def _values(values: tuple[float, ...], count: int = _VALUES_SHOWN) -> str:
-    shown = ", ".join(f"{value:.7g}" for value in values[:count])
-    return f"{shown}, …" if len(values) > count else shown
+def _values(pytorch: _Row, onnx: _Row, count: int = _VALUES_SHOWN) -> tuple[str, str]:
+    told = [apart(*both) for both in zip(pytorch[:count], onnx[:count], strict=False)]
+    more = ", …" if len(pytorch) > count else ""
+    return ", ".join(one for one, _ in told) + more, ", ".join(other for _, other in told) + more

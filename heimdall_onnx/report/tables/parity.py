@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from IPython.display import Markdown
 
-from heimdall_onnx.common.text import escape_markdown, number, share
+from heimdall_onnx.common.text import apart, escape_markdown, number, share
 from heimdall_onnx.evidence.parity.departure import Departure
 from heimdall_onnx.evidence.parity.ground import MIDDLE
 from heimdall_onnx.evidence.parity.report import THIS_PROCESS, ParityReport
@@ -53,8 +53,7 @@ def worst_table(report: ParityReport) -> Markdown:
                 *((w.shard,) if sharded else ()),
                 f"{w.error:.3g}",
                 f"{w.excess:.3g}",
-                ", ".join(f"{v:.7g}" for v in w.reference),
-                ", ".join(f"{v:.7g}" for v in w.value),
+                *map(", ".join, zip(*map(apart, w.reference, w.value), strict=True)),
             )
             for o in report.evaluation
             for w in o.worst[:4]
@@ -154,8 +153,11 @@ def departure_table(report: ParityReport, departure: Departure | None) -> Markdo
             ("type", departure.module_type),
             ("largest error", f"{departure.max_abs_error:.3g}"),
             ("largest magnitude", f"{departure.reference_magnitude:.3g}"),
-            ("PyTorch there", f"{departure.pytorch_value:.7g}"),
-            ("ONNX there", f"{departure.onnx_value:.7g}"),
+            *zip(
+                ("PyTorch there", "ONNX there"),
+                apart(departure.pytorch_value, departure.onnx_value),
+                strict=True,
+            ),
             ("operators around it", ", ".join(departure.operators)),
             ("inputs", report.worst_where),
         ],

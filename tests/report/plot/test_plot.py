@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from heimdall_onnx.common.arrays import Arrays
-from heimdall_onnx.common.text import distance, name, number, share
+from heimdall_onnx.common.text import apart, distance, name, number, share
 from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.costs import StepCost
@@ -1105,8 +1105,8 @@ def test_worst_inputs_are_shown_in_order_with_both_answers(
     order = sorted(failing.evaluation[0].worst, key=lambda w: (-w.excess, -w.error, w.sample))
     for worst in order[:3]:
         assert f"sample {worst.sample}: " in text
-        assert ", ".join(f"{v:.7g}" for v in worst.reference) in text
-        assert ", ".join(f"{v:.7g}" for v in worst.value) in text
+        for texts in zip(*map(apart, worst.reference, worst.value), strict=True):
+            assert ", ".join(texts) in text
     # The other output's answers too, though none of these is among its worst.
     assert text.count("uncertainties") >= 3
     assert chart.title.startswith(f"Sample {order[0].sample} differs most")
