@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from IPython.display import Markdown
 
+from heimdall_onnx.common.text import number
 from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.latency.benchmark import LatencyReport, PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
@@ -78,7 +79,7 @@ def member_table(found: MemberComparison | None) -> Markdown | None:
             ("networks", found.members, 1),
             ("p50, ms", *(percentile_text(side, 50.0) for side in sides)),
             ("latency beside the single member", _of_pairs(latency.speedup), "1"),
-            ("loading the model, ms", *(f"{side.load_ms:.0f}" for side in sides)),
+            ("loading the model, ms", *(number(side.load_ms, 3) for side in sides)),
             _memory_row(sides),
             (
                 "size of the file, MB",
@@ -103,10 +104,10 @@ def _percentile_rows(sides: _Sides) -> Iterator[tuple[object, ...]]:
 
 
 def _call_rows(sides: _Sides) -> Iterator[tuple[object, ...]]:
-    yield "mean, ms", *(f"{side.mean_ms:.2f}" for side in sides)
+    yield "mean, ms", *(number(side.mean_ms, 3) for side in sides)
     yield "counted calls", *(side.samples_ms.size for side in sides)
-    yield "loading the model, ms", *(f"{side.load_ms:.0f}" for side in sides)
-    yield "first call, ms", *(f"{side.first_call_ms:.1f}" for side in sides)
+    yield "loading the model, ms", *(number(side.load_ms, 3) for side in sides)
+    yield "first call, ms", *(number(side.first_call_ms, 3) for side in sides)
 
 
 def _memory_row(sides: _Sides) -> tuple[str, ...]:
@@ -177,7 +178,7 @@ def _single_stream(contender: ContenderLatency) -> str:
     found = contender.single_stream
     if found is None:
         return f"too few calls, {min_queries()} needed"
-    return f"{found.value_ms:.2f} ({found.discarded} slowest of {found.queries} left out)"
+    return f"{number(found.value_ms, 3)} ({found.discarded} slowest of {found.queries} left out)"
 
 
 def _steadiness(contender: ContenderLatency) -> str:
@@ -195,4 +196,5 @@ def percentile_text(contender: ContenderLatency, wanted: float) -> str:
     found = contender.percentile(wanted)
     if found is None:
         return "too few calls"
-    return f"{found.value_ms:.2f} ({found.low_ms:.2f} to {found.high_ms:.2f})"
+    value, low, high = (number(ms, 3) for ms in (found.value_ms, found.low_ms, found.high_ms))
+    return f"{value} ({low} to {high})"

@@ -32,11 +32,6 @@ def megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:,.1f}" if size_bytes >= 1e6 else number(size_bytes / 1e6)
 
 
-def fixed(value: float) -> str:
-    """A number with two places, or significant digits where it is small."""
-    return f"{value:,.2f}" if value >= 0.1 else number(value)
-
-
 def shape_text(shape: Sequence[int | str]) -> str:
     """A shape as a tuple."""
     return f"({', '.join(map(str, shape))})"

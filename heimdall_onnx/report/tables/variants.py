@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from IPython.display import Markdown
 
 from heimdall_onnx.common.parameters import FP32
-from heimdall_onnx.common.text import distance, escape_markdown
+from heimdall_onnx.common.text import distance, escape_markdown, number
 from heimdall_onnx.common.verdict import unless_not_measured
 from heimdall_onnx.evidence.variants.roofline import Roofline, RooflineRow
 from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
 from heimdall_onnx.evidence.variants.tuning import LATENCY, THROUGHPUT
 from heimdall_onnx.report.tables.latency import percentile_text, ratio_text, throughput_text
-from heimdall_onnx.report.tables.table import fixed, megabytes, table, value_text
+from heimdall_onnx.report.tables.table import megabytes, table, value_text
 
 
 @unless_not_measured
@@ -54,8 +54,8 @@ def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str
     if measured is None:
         yield from ("–",) * 4
     else:
-        inside = measured.on_device_ms
-        apart = "" if inside is None else f", {inside:.2f} without the way to the GPU and back"
+        own = measured.on_device_ms
+        apart = "" if own is None else f", {number(own, 3)} without the way to the GPU and back"
         yield percentile_text(measured.second, 50.0) + apart
         yield "1" if variant.name == FP32 else ratio_text(measured.speedup)
         yield throughput_text(measured.throughput[1])
@@ -156,7 +156,7 @@ def roofline_table(report: Roofline | None) -> Markdown | None:
                 (f"matrix product, {precision}", f"{peak:,.0f} · 10⁹ operations/s")
                 for precision, peak in machine.peaks.items()
             ),
-            ("operations of the model", f"{fixed(report.work.flops / 1e9)} · 10⁹ a sample"),
+            ("operations of the model", f"{number(report.work.flops / 1e9, 3)} · 10⁹ a sample"),
         ],
     )
     head = (
@@ -175,9 +175,9 @@ def roofline_table(report: Roofline | None) -> Markdown | None:
 
 def _roofline_row(row: RooflineRow) -> tuple[object, ...]:
     floor = (
-        (fixed(row.floor.ms), row.floor.bound, f"{row.ratio:.2f}")
+        (number(row.floor.ms, 3), row.floor.bound, f"{row.ratio:.2f}")
         if row.floor
         else ("unknown", f"no peak was measured for {row.precision}", "unknown")
     )
     size = megabytes(row.size_bytes)
-    return (row.name, row.precision, row.batch_size, size, f"{row.measured_ms:.2f}", *floor)
+    return (row.name, row.precision, row.batch_size, size, number(row.measured_ms, 3), *floor)

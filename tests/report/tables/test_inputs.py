@@ -1,5 +1,7 @@
 """Tables say what the dataclasses hold, as inert Markdown."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from models import SmallNet
@@ -14,6 +16,7 @@ from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.onnx.validate import validate_model
 from heimdall_onnx.report import tables
+from heimdall_onnx.report.tables.latency import percentile_text
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,12 @@ def test_departure_table_names_the_module(exported):
     assert "| PyTorch there | 1 |\n| ONNX there | 1.0000001 |" in made
     assert "body.0" in made
     assert "Conv2d" in made
+
+
+def test_latency_of_a_small_model_is_told_to_three_digits():
+    found = SimpleNamespace(value_ms=0.01234, low_ms=0.01191, high_ms=1234.6)
+    text = percentile_text(SimpleNamespace(percentile=lambda wanted: found), 50.0)
+    assert text == "0.0123 (0.0119 to 1,235)"
 
 
 def test_export_and_validation_tables_identify_the_file(exported):
