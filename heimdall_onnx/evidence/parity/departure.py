@@ -67,7 +67,7 @@ class LargestDifference:
 
     @property
     def departs(self) -> bool:
-        """Whether it is more than rounding explains."""
+        """Whether it is beyond its limit."""
         return self.excess > 1
 
     @property

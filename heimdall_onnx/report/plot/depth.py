@@ -53,7 +53,7 @@ def _answer(profile: DepthProfile, departure: Departure | None) -> str:
         if inside is not None:
             return (
                 f"Modules depart from {name(inside.scope, 60)} on, {number(inside.excess)}× what "
-                "rounding explains, but at the outputs no more is left of it than rounding explains"
+                "the tolerance allows, but at the outputs no more is left of it than that"
             )
         if not profile.modules:
             return "No module could be compared: look at the optimization levels"
@@ -61,10 +61,9 @@ def _answer(profile: DepthProfile, departure: Departure | None) -> str:
             "No module departs without graph optimization: look at the optimization levels, and "
             "at rows that influence each other"
         )
-    found = next((m for m in profile.modules if m.scope == departure.scope), None)
-    times = "" if found is None else f", {number(found.excess)}× what rounding explains"
+    times = f"{number(departure.excess)}× what the tolerance allows"
     where = f"{name(departure.scope, 60)} ({departure.module_type})"
-    return f"The error begins in {where}: {number(departure.max_abs_error)}{times}"
+    return f"The error begins in {where}: {number(departure.max_abs_error)}, {times}"
 
 
 def _draw(axes: Axes, modules: tuple[ModuleDifference, ...], departure: Departure | None) -> None:
@@ -88,7 +87,7 @@ def _draw(axes: Axes, modules: tuple[ModuleDifference, ...], departure: Departur
         _mark(axes, departure, None if at is None else (at, drawn[at]), len(modules))
     axes.set(yscale="log", ylim=(low / 2, high * 3), xlim=(-0.7, len(modules) - 0.3))
     log_axis(axes.yaxis)
-    axes.set_ylabel("error / what rounding explains")
+    axes.set_ylabel("error / what the tolerance allows")
     ticks = _ticks(len(modules), at)
     axes.set_xticks(
         ticks, [plain(_short(modules[i].scope)) for i in ticks], rotation=35, ha="right"

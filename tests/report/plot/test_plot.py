@@ -1312,7 +1312,7 @@ def departed(scope: str) -> Departure:
 def test_first_departing_module_is_marked_with_both_values_and_its_operators() -> None:
     chart = plot.error_along_depth(profile(1e-6, 2e-6, 0.5, 0.3), departed("block.2"))
     assert chart.title == (
-        "The error begins in block.2 (Linear): 0.5, 5,000× what rounding explains"
+        "The error begins in block.2 (Linear): 0.5, 5,000× what the tolerance allows"
     )
     assert drawn(chart, "departure").tolist() == [[2, 5000]]
     assert drawn(chart, "departs")[:, 0].tolist() == [2, 3]
