@@ -71,13 +71,12 @@ def release_of(connection: Connection, found: RegisteredVersion | None, uri: str
             )
         release = Release.at(connection, uri.removesuffix(f"/{MODEL}"))
         place, folder = release.bucket, f"{release.folder}/"
-        there = place.exists(folder + MANIFEST) or (place.is_there() and place.list_keys(folder))
-        # A release that has lost its manifest is broken; here the name is wrong.
-        if not there:
-            raise ParameterError(
-                f"there is no release at {release.uri}; `heimdall-onnx list` shows those there are"
-            )
-        return release
+        # One that has lost its manifest is broken, and its name is not wrong.
+        if place.exists(folder + MANIFEST) or (place.is_there() and place.list_keys(folder)):
+            return release
+        raise ParameterError(
+            f"there is no release at {release.uri}; `heimdall-onnx list` shows those there are"
+        )
     if "manifest_sha256" not in found.tags:
         raise VerificationError(
             f"the registered version with source {found.source} records no manifest_sha256, so it "
