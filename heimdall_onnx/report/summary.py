@@ -38,7 +38,7 @@ def _fidelity(record: Record) -> str:
     )
     told = [
         f"on {count_of(parity.samples, 'sample')} of {record.evaluation_data.source}, "
-        f"{worst.output} differ by {number(worst.maximum)}{after(worst.unit)} at "
+        f"the values of {worst.output} differ by {number(worst.maximum)}{after(worst.unit)} at "
         f"most, and nowhere by more than {number(worst.excess)} of what is allowed"
     ]
     if parity.ground is not None:

@@ -29,7 +29,10 @@ def record(**changes: Any) -> Record:
 def test_faithful_model_is_told_by_the_output_nearest_to_its_limit():
     said = three_sentences(record(), "staging")[0]
     assert said.startswith("The ONNX model answers as the PyTorch model does: all 2 gates hold;")
-    assert "y differ by 0.5 at most, and nowhere by more than 0.9 of what is allowed" in said
+    assert (
+        "the values of y differ by 0.5 at most, and nowhere by more than 0.9 of what is allowed"
+        in said
+    )
 
 
 def test_failed_gate_is_named_and_no_faithfulness_is_claimed():

@@ -133,7 +133,7 @@ def _core_rows(cores: Cores | None) -> Iterator[tuple[str, str]]:
         "exclusively ours",
         "yes, held against other measurements"
         if cores.exclusive
-        else "not held: other measurements may have run there (parameter `exclusive_cores`)",
+        else "not held: other measurements may have run there (parameter exclusive_cores)",
     )
 
 

@@ -158,6 +158,8 @@ def _values(one: Difference) -> tuple[str, str]:
 
 
 def _value(value: Figure) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "none" if value is None else shown(value, _LONGEST) or "empty"
 
 

@@ -124,10 +124,11 @@ def output_words(answers: Answers) -> str:
         return f"no value of {called} is finite in both"
     if not any(output.maximum for output in answers.outputs):
         return "no output changes"
-    several = "most, " if len(answers.outputs) > 1 else ""
+    several = " most relative to their span," if len(answers.outputs) > 1 else ""
+    change = f"the values of {name(most.output)} change{several} by"
     if most.count < _SAMPLES_FOR_P99:
-        return f"{called} changes {several}by {number(most.maximum)}{unit} at most"
-    return f"{called} changes {several}by {number(most.p99)}{unit} at p99"
+        return f"{change} {number(most.maximum)}{unit} at most"
+    return f"{change} {number(most.p99)}{unit} at p99"
 
 
 def gate_words(changed: Sequence[GatePair]) -> str:

@@ -524,6 +524,7 @@ def test_report_says_where_it_was_measured_and_who_else_could(onnx_path, tmp_pat
         text = html.unescape(tables.machine_table(shown).data)
         assert f"| measured on | {report.cores} |" in text
         assert f"| exclusively ours | {words}" in text
+        assert "`" not in text
         assert "processors busy" in text
 
 

@@ -153,10 +153,17 @@ def test_model_without_positions_has_no_map_and_no_errors(answers):
 
 def test_differences_are_titled_in_the_unit_of_the_output():
     chart = output_changes(answers_of(0.01, ("level",), "dB"))
-    assert chart.title.startswith("The output level changes by 0.0")
+    assert chart.title.startswith("The values of level change by 0.0")
     assert chart.title.endswith(" dB at p99")
     curve = drawn(chart, "differences level")
     assert curve.get_ydata()[-1] == 100
+
+
+def test_of_several_outputs_the_title_says_by_what_they_are_ranked():
+    chart = output_changes(answers_of(0.01, ("positions", "uncertainties")))
+    assert chart.title.startswith(
+        "The values of positions change most relative to their span, by 0.0"
+    )
 
 
 def test_errors_are_titled_with_their_ratio(answers):

@@ -174,8 +174,8 @@ def test_model_without_positions_is_compared_in_its_own_unit(compare):
     found = comparison(compare("exact", "one", Signature(SIGNATURE.inputs, (LEVEL,))))
     assert (found.answers.displacement, found.answers.errors) == (None, None)
     assert found.sentence == (
-        "Latency was not compared, localization error was not compared, the output positions "
-        "changes by 0.01 dB at p99, no gate changes"
+        "Latency was not compared, localization error was not compared, the values of "
+        "positions change by 0.01 dB at p99, no gate changes"
     )
 
 

@@ -1,6 +1,7 @@
 """Two releases are found by any of their addresses, and none is run that does not verify."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -39,6 +40,7 @@ from heimdall_onnx.review.compare.tables import (
     parity_table,
     releases_table,
 )
+from heimdall_onnx.review.reproduce.figures import Difference
 from heimdall_onnx.services.connection import connect, open_for_reading
 from heimdall_onnx.services.store import Bucket
 
@@ -141,6 +143,8 @@ def test_tables_show_only_what_differs_and_nothing_as_markup(opened, releases):
     assert "| **fails now** | nan, pass | nan, FAIL | A: ≤ 1; B: ≤ 2 |" in gates
     assert parameters_table(found).data.count("\n") == 2
     assert "2.14.0" in environment_table(found).data
+    told = replace(found, environment=(Difference("uncommitted changes", False, True, True),))
+    assert "| uncommitted changes | no | yes |" in environment_table(told).data
     assert "python" not in environment_table(found).data.lower().replace("package", "")
     assert "| p99 | 0.01" in changes_table(answers).data
     parity = parity_table(recorded_parity(pair)).data
