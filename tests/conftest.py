@@ -166,7 +166,7 @@ def _environment() -> Iterator[None]:
     structlog.configure(**_LOGS)
     # MLflow keeps the experiment of whoever logged last, and goes on with no run of another one.
     if (fluent := sys.modules.get("mlflow.tracking.fluent")) is not None:
-        fluent._active_experiment_id = None
+        fluent._active_experiment_id = None  # noqa: SLF001
     for name in os.environ.keys() - _CLEAN.keys() - {"PYTEST_CURRENT_TEST"}:
         del os.environ[name]
     os.environ.update(_CLEAN)

@@ -60,7 +60,7 @@ class WorkerProcess:
         pool, self._pool = self._pool, None
         if pool is None:
             return
-        for process in list((pool._processes or {}).values()):
+        for process in list((pool._processes or {}).values()):  # noqa: SLF001
             process.kill()
         pool.shutdown()
 

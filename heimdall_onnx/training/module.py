@@ -42,7 +42,7 @@ from heimdall_onnx.training.parameters import TrainingParameters
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # What an optimizer's decay is for: weights that are multiplied with inputs.
-_DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+_DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)  # noqa: SLF001
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

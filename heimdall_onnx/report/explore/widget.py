@@ -151,7 +151,7 @@ class View:
         described = render(_HERE / "figure.json.j2", {}, color=Color, evaluation=EVALUATION)
         figure = plotly.io.from_json(described, output_type="FigureWidget")
         # Plotly offers to send a chart to a server of its own; nothing here leaves the machine.
-        figure._config = {
+        figure._config = {  # noqa: SLF001
             "displaylogo": False,
             "showSendToCloud": False,
             "plotlyServerURL": "",

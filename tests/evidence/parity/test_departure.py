@@ -307,7 +307,7 @@ def test_reference_model_departs_only_where_it_was_changed(tmp_path):
 
 def test_hooks_are_removed_and_modes_kept(net, exported, inputs):
     first_departure(net, exported[20], inputs)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())  # noqa: SLF001
     assert not net.training
 
 
