@@ -153,8 +153,8 @@ def test_cores_of_its_own_are_named_where_the_latency_is(
     (gate,) = [gate for gate in result.gates if gate["name"] == EXCLUSIVE_CORES]
     assert gate["passed"]
     cores = sorted(os.sched_getaffinity(0))
-    found = record_of(result)["latency"]["cores"]
-    assert found == {"host": platform.node(), "numbers": cores, "exclusive": True}
+    found = record_of(result).latency.cores
+    assert (found.host, list(found.numbers), found.exclusive) == (platform.node(), cores, True)
     assert "held against other measurements" in outputs_of(result, "machine")
     # A repetition judges nothing by its latency, so it needs no cores of its own.
     connection, uri = connect(settings), f"{bucket.uri()}{PREFIX}/{result.version}"
