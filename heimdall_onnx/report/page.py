@@ -55,7 +55,8 @@ def put_verdict_first(
     }
     lines = [f"# {'✔ PASS' if passed else '✘ FAIL'} — {escape_markdown(title)}"]
     if problem:
-        lines += ["**What went wrong**", "\n".join(map(_quote, problem.splitlines()))]
+        quoted = (f"> {escape_markdown(line)}  " for line in problem.splitlines())
+        lines += ["**What went wrong**", "\n".join(quoted)]
     lines += map(escape_markdown, sentences)
     if gates is not None:
         lines.append(gates.to_markdown())
@@ -67,10 +68,6 @@ def put_verdict_first(
     )
     notebook.cells = [cell, *(c for c in notebook.cells if c.get("id") != VERDICT)]
     nbformat.write(notebook, path)
-
-
-def _quote(line: str) -> str:
-    return f"> {escape_markdown(line)}  "
 
 
 def _failed_cell(notebook: NotebookNode) -> str | None:

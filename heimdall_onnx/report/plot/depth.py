@@ -89,9 +89,9 @@ def _draw(axes: Axes, modules: tuple[ModuleDifference, ...], departure: Departur
     log_axis(axes.yaxis)
     axes.set_ylabel("error / what the tolerance allows")
     ticks = _ticks(len(modules), at)
-    axes.set_xticks(
-        ticks, [plain(_short(modules[i].scope)) for i in ticks], rotation=35, ha="right"
-    )
+    scopes = [modules[i].scope for i in ticks]
+    labels = [plain(scope if len(scope) <= 24 else f"…{scope[-23:]}") for scope in scopes]
+    axes.set_xticks(ticks, labels, rotation=35, ha="right")
     axes.set_xlabel("module, in the order of execution")
     axes.grid(visible=False, axis="x")
     axes.legend(loc="lower right", ncols=2, frameon=True)
@@ -100,11 +100,8 @@ def _draw(axes: Axes, modules: tuple[ModuleDifference, ...], departure: Departur
 def _mark(axes: Axes, departure: Departure, point: tuple[int, float] | None, modules: int) -> None:
     around = departure.operators[:_OPERATORS_SHOWN]
     more = ", …" if len(departure.operators) > len(around) else ""
-    pytorch, onnx = apart(departure.pytorch_value, departure.onnx_value)
-    text = (
-        f"{name(departure.scope, 48)}\nPyTorch {pytorch}, ONNX {onnx}\n"
-        f"{name(', '.join(around), 60)}{more}"
-    )
+    values = "PyTorch {}, ONNX {}".format(*apart(departure.pytorch_value, departure.onnx_value))
+    text = f"{name(departure.scope, 48)}\n{values}\n{name(', '.join(around), 60)}{more}"
     if point is None:  # folded into others: it is named, and has no point of its own
         axes.text(0.02, 0.97, plain(text), va="top", size=9, transform=axes.transAxes)
         return
@@ -131,7 +128,3 @@ def _ticks(modules: int, at: int | None) -> list[int]:
         return [int(i) for i in even]
     gap = math.ceil(modules / (2 * _LABELS))
     return sorted({at, *(int(i) for i in even if abs(i - at) > gap)})
-
-
-def _short(scope: str) -> str:
-    return scope if len(scope) <= 24 else "…" + scope[-23:]

@@ -181,7 +181,7 @@ def operator_times(measured: Sequence[tuple[str, OperatorTimes]] | None) -> Char
         (plain(f"{label}, {number(times.total_ms)} ms"), color, ms)
         for (label, times), color, ms in zip(shown, (Color.QUIET, Color.ONNX), values, strict=False)
     ]
-    draw_bars(axes, rows, sides, _ms)
+    draw_bars(axes, rows, sides, lambda ms: number(ms) if ms else "–")
     if len(shown) > 1:
         axes.legend(loc="lower right")
     axes.margins(x=0.1)
@@ -227,7 +227,3 @@ def _time_rows(sides: Sequence[OperatorTimes]) -> tuple[list[str], list[list[flo
     return [row for row, _ in found], [
         list(side) for side in zip(*(ms for _, ms in found), strict=True)
     ]
-
-
-def _ms(milliseconds: float) -> str:
-    return number(milliseconds) if milliseconds else "–"

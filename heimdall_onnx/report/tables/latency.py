@@ -92,9 +92,8 @@ def member_table(found: MemberComparison | None) -> Markdown | None:
 @unless_not_measured
 def machine_table(report: LatencyReport | PairLatency) -> Markdown:
     """Which machine it was, and what it did while latency was measured on it."""
-    rows = [*_machine_rows(report.machine)]
-    if isinstance(report, LatencyReport):
-        rows = [*_core_rows(report.cores), *rows]
+    cores = report.cores if isinstance(report, LatencyReport) else None
+    rows = [*_core_rows(cores), *_machine_rows(report.machine)]
     return table(("machine", "while it was measured"), rows)
 
 

@@ -147,17 +147,15 @@ def departure_table(report: ParityReport, departure: Departure | None) -> Markdo
             "graph optimizations off. Look for a fault in a fusion, for rows that influence each "
             "other, or for a difference too small to be told from rounding inside the network."
         )
+    pytorch, onnx = apart(departure.pytorch_value, departure.onnx_value)
     return table(
         ("first departing module", departure.scope or "the model itself"),
         [
             ("type", departure.module_type),
             ("largest error", f"{departure.max_abs_error:.3g}"),
             ("largest magnitude", f"{departure.reference_magnitude:.3g}"),
-            *zip(
-                ("PyTorch there", "ONNX there"),
-                apart(departure.pytorch_value, departure.onnx_value),
-                strict=True,
-            ),
+            ("PyTorch there", pytorch),
+            ("ONNX there", onnx),
             ("operators around it", ", ".join(departure.operators)),
             ("inputs", report.worst_where),
         ],
