@@ -38,7 +38,7 @@ from heimdall_onnx.report.rendering import render_html
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(600)]
 
 OUTLIER = 5
 SAMPLES = 8  # all that the profile smoke looks at
@@ -217,9 +217,12 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
 def test_point_that_is_clicked_shows_its_sample(lab):
     lab.reset()
     lab.points.nth(OUTLIER).scroll_into_view_if_needed()
+    lab.widget.evaluate(_QUIET)  # JupyterLab draws what comes into view, which moves the rest
     box = lab.points.nth(OUTLIER).bounding_box()
     lab.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    lab.widget.locator(".hoverlayer").get_by_text(f"sample {OUTLIER}, ").wait_for()
+    lab.widget.locator(".hoverlayer").get_by_text(f"sample {OUTLIER}, ").wait_for(
+        timeout=_ANSWER_MS
+    )
     lab.page.mouse.down()
     lab.page.mouse.up()
     lab.has_shown(OUTLIER, lab.signal, OUTLIER, EVALUATION, 8)
