@@ -163,7 +163,7 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
-PROC = Path("/proc/self")
+PROC_SELF = Path("/proc/self")
 
 
 def peak_memory_bytes() -> int:
@@ -173,7 +173,7 @@ def peak_memory_bytes() -> int:
         OSError: If the system does not tell.
     """
     # getrusage's ru_maxrss would start from the parent's size at the fork.
-    for line in (PROC / "status").read_text().splitlines():
+    for line in (PROC_SELF / "status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM line")
@@ -183,4 +183,4 @@ def reset_peak_memory() -> None:
     """Begin a new peak at the present resident size, where the system allows it."""
     # See proc(5), clear_refs. Where it is refused, peaks are those since the process began.
     with contextlib.suppress(OSError):
-        (PROC / "clear_refs").write_text("5")
+        (PROC_SELF / "clear_refs").write_text("5")

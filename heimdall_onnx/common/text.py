@@ -69,9 +69,9 @@ def number(value: float, digits: int = 2) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def apart(one: float, other: float) -> tuple[str, str]:
-    """Two values to seven significant digits, or to as many more as tell them apart."""
-    digits = next((n for n in range(7, 18) if f"{one:.{n}g}" != f"{other:.{n}g}"), 7)
+def apart(one: float, other: float, least: int = 7) -> tuple[str, str]:
+    """Two values to ``least`` significant digits, or to as many more as tell them apart."""
+    digits = next((n for n in range(least, 18) if f"{one:.{n}g}" != f"{other:.{n}g}"), least)
     return f"{one:.{digits}g}", f"{other:.{digits}g}"
 
 

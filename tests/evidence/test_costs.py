@@ -99,7 +99,7 @@ def test_outside_a_notebook_nothing_is_watched():
 
 def test_peak_is_kept_where_the_system_refuses_to_reset_it(monkeypatch, tmp_path):
     (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t    2048 kB\n")
-    monkeypatch.setattr(machine, "PROC", tmp_path)
+    monkeypatch.setattr(machine, "PROC_SELF", tmp_path)
     (tmp_path / "clear_refs").mkdir()  # can't be written to
     machine.reset_peak_memory()
     assert peak_memory_bytes() == 2048 * 1024
@@ -110,7 +110,7 @@ def test_peak_is_kept_where_the_system_refuses_to_reset_it(monkeypatch, tmp_path
 
 def test_step_is_not_failed_by_what_the_system_does_not_tell(monkeypatch, tmp_path):
     (tmp_path / "status").write_text("Name:\tx\n")
-    monkeypatch.setattr(machine, "PROC", tmp_path)
+    monkeypatch.setattr(machine, "PROC_SELF", tmp_path)
     watch = CostWatch()
     with pytest.raises(ValueError, match="the real problem"), watch.step("export"):
         raise ValueError("the real problem")

@@ -26,8 +26,8 @@ import filelock
 from heimdall_onnx.common.errors import BenchmarkError
 
 # Not what TMPDIR says: everybody on a machine has to look in the same place.
-FOLDERS = ("/run/lock", "/dev/shm", "/tmp")  # noqa: S108
-LOCKS = Path("/proc/locks")
+LOCK_FOLDERS = ("/run/lock", "/dev/shm", "/tmp")  # noqa: S108
+PROC_LOCKS = Path("/proc/locks")
 
 # What this process holds.
 _held: set[int] = set()
@@ -59,7 +59,7 @@ def usable_cores() -> Cores:
 
 def lock_folder() -> Path:
     """Where the locks of this machine's processors are: the same folder for all its users."""
-    for name in FOLDERS:
+    for name in LOCK_FOLDERS:
         folder = Path(name)
         if folder.is_dir() and folder.stat().st_mode & stat.S_IRWXO == stat.S_IRWXO:
             return folder
@@ -134,7 +134,7 @@ def _identity(file: Path) -> str:
 def _holders() -> dict[str, int]:
     """Who holds which file, see proc_locks(5); empty where the system does not tell."""
     try:
-        lines = LOCKS.read_text().splitlines()
+        lines = PROC_LOCKS.read_text().splitlines()
     except OSError:
         return {}
     # Of one that waits, "->" comes after the number.

@@ -36,7 +36,7 @@ ROOT = "(model)"
 _FACTOR = 2.0
 _HEALED = 0.25
 _SHOWN_OPERATORS = 12
-AT_ONCE = 8
+MODULES_AT_ONCE = 8
 _NOWHERE = float("inf")
 _Array = npt.NDArray[Any]
 _excess = attrgetter("excess")
@@ -236,8 +236,8 @@ def values_of(
     A few modules at a time, so that memory does not grow with the depth of the network.
     """
     listed = list(scopes)
-    for start in range(0, len(listed), AT_ONCE):
-        some = listed[start : start + AT_ONCE]
+    for start in range(0, len(listed), MODULES_AT_ONCE):
+        some = listed[start : start + MODULES_AT_ONCE]
         tensors = record_tensors(model, inputs, some)
         leaving = {scope: graph.leaving(scope) for scope in some}
         values = graph.compute((name for names in leaving.values() for name in names), inputs)

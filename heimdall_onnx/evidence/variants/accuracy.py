@@ -20,6 +20,7 @@ from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import difference_degrees, distance_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.evidence.parity.tolerance import RTOL
 from heimdall_onnx.evidence.parity.uncertainty import negative_log_likelihood
 from heimdall_onnx.evidence.ratios import error_ratio
 from heimdall_onnx.model.signature import Signature
@@ -111,7 +112,7 @@ def judge_accuracy(
     statistics, noise, broken = [], [], []
     for spec in signature.outputs:
         a, b = reference[spec.name], found[spec.name]
-        accumulator = ErrorAccumulator(spec, atol=1e-5, rtol=1.3e-6)
+        accumulator = ErrorAccumulator(spec, atol=1e-5, rtol=RTOL)
         accumulator.update(a, b, 0)
         statistics.append(accumulator.result())
         middle = a.astype(np.float64).mean(axis=0)

@@ -24,7 +24,7 @@ import plotly.io
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import HeimdallError
 from heimdall_onnx.common.templates import render
-from heimdall_onnx.common.text import after, count_of, distance, name, number, unit_of
+from heimdall_onnx.common.text import after, apart, count_of, distance, name, number, unit_of
 from heimdall_onnx.evidence.parity.statistics import element_errors
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION
 from heimdall_onnx.model.signature import TensorSpec
@@ -326,10 +326,11 @@ class View:
 
     def _hover_text(self, point: Any) -> str:
         unit = after(self._spec().unit)
+        pytorch, onnx = apart(point.reference, point.value, 9)
         lines = [
             f"sample {point.number}, {_times(point.excess)}",
             f"{name(point.kind, 40)}, batch {point.batch_size}",
-            f"PyTorch {point.reference:.9g}, ONNX {point.value:.9g}{unit}",
+            f"PyTorch {pytorch}, ONNX {onnx}{unit}",
             f"difference {number(point.error, 3)}{unit}",
         ]
         if np.isfinite(point.metres):
@@ -461,8 +462,7 @@ def _rows(
         yield (
             f"{name(spec.name)} ({unit})" if unit else name(spec.name),
             names[element] if a.size > 1 else "",
-            f"{a[element]:.9g}",
-            f"{b[element]:.9g}",
+            *apart(a[element], b[element], 9),
             number(error[element], 3),
             number(excess[element], 3),
         )

@@ -116,7 +116,7 @@ def test_holder_that_the_system_does_not_tell_is_unknown(tmp_path, monkeypatch, 
     locks = tmp_path / "proc-locks"
     if listed is not None:
         locks.write_text(listed)
-    monkeypatch.setattr(cores, "LOCKS", locks)
+    monkeypatch.setattr(cores, "PROC_LOCKS", locks)
     folder = tmp_path / "locks"
     folder.mkdir()
     with (
@@ -142,9 +142,9 @@ def test_folder_is_one_that_every_user_can_write_to_whatever_theirs_for_temporar
     shared.mkdir()
     shared.chmod(0o1777)
     monkeypatch.setenv("TMPDIR", str(own))
-    monkeypatch.setattr(cores, "FOLDERS", (str(tmp_path / "none"), str(own), str(shared)))
+    monkeypatch.setattr(cores, "LOCK_FOLDERS", (str(tmp_path / "none"), str(own), str(shared)))
     assert lock_folder() == shared
-    monkeypatch.setattr(cores, "FOLDERS", ())
+    monkeypatch.setattr(cores, "LOCK_FOLDERS", ())
     monkeypatch.setattr(cores.tempfile, "tempdir", str(own))
     assert lock_folder() == own
 

@@ -97,7 +97,7 @@ def test_result_does_not_depend_on_how_many_modules_are_looked_at_together(
     chain, files, inputs, monkeypatch, at_once
 ):
     expected = depth_profile(chain, files[20], inputs)
-    monkeypatch.setattr(departure, "AT_ONCE", at_once)
+    monkeypatch.setattr(departure, "MODULES_AT_ONCE", at_once)
     assert depth_profile(chain, files[20], inputs) == expected
 
 
