@@ -31,6 +31,7 @@ from heimdall_onnx.archive.verify import (
 )
 from heimdall_onnx.common.environment import capture_environment
 from heimdall_onnx.common.errors import (
+    EvidenceError,
     InvalidModelError,
     NotRegisteredError,
     ParameterError,
@@ -157,8 +158,11 @@ def promote_release(
     comparison = None
     # What does not verify is not run.
     if compare and verified and case.holder != version:
-        comparison = _compare(release, case.holder, limits)
-        reasons += comparison.worse
+        try:
+            comparison = _compare(release, case.holder, limits)
+            reasons += comparison.worse
+        except EvidenceError as error:
+            reasons.append(f"it can't be compared with version {case.holder}: {error}")
     if reasons:
         raise PromotionError(
             f"{release.uri} is not promoted to {alias}:\n  - " + "\n  - ".join(reasons)
@@ -300,8 +304,8 @@ def _compare(release: Release, holder: str | None, limits: Limits) -> HeadToHead
         theirs = Release.at(connection, connection.tracker.get_version(name, holder).source)
         # What does not verify is not run, and is no measure for anything.
         require_verified(verify_release(theirs, content=False), theirs.uri)
-        models = (one.manifest.said.model for one in (theirs, release))
-        signature, _ = shared_signature(*(model.signature for model in models))
+        takes = theirs.manifest.said.model.signature
+        signature, _ = shared_signature(takes, release.manifest.said.model.signature)
     except (VerificationError, NotRegisteredError) as error:
         return HeadToHead(holder, "", (), (f"version {holder} does not verify: {error}",))
     except InvalidModelError as error:
@@ -313,7 +317,9 @@ def _compare(release: Release, holder: str | None, limits: Limits) -> HeadToHead
             for one in (release, theirs)
         )
         data = fetch_evaluation_data(release, Path(folder))
-        return compare_models(candidate, other, data, signature, limits, version=holder)
+        return compare_models(
+            candidate, other, data, signature, limits, version=holder, takes=takes
+        )
 
 
 def _decide(

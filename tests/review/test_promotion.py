@@ -17,7 +17,13 @@ from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.signing import Trust
 from heimdall_onnx.archive.verify import verify_release
-from heimdall_onnx.common.errors import ParameterError, PromotionError, RegistryError, StoreError
+from heimdall_onnx.common.errors import (
+    EvidenceError,
+    ParameterError,
+    PromotionError,
+    RegistryError,
+    StoreError,
+)
 from heimdall_onnx.evidence.latency.statistics import Speedup
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.review.compare import head_to_head
@@ -282,6 +288,21 @@ def test_holder_of_other_inputs_does_not_stand_in_the_way(connection, release):
         f"version {held.model_version} does not take the candidate's inputs" in comparison.notes[0]
     )
     assert "of A: signal: float32 (batch, 3)" in comparison.notes[0]
+
+
+def test_holder_that_can_t_be_run_refuses_with_every_other_reason(connection, release, monkeypatch):
+    held = release()
+    promote(connection, held)
+
+    def out_of_memory(*_, **__):
+        raise EvidenceError("ONNX Runtime can't run the model: no memory")
+
+    monkeypatch.setattr(head_to_head, "compare_answers", out_of_memory)
+    with pytest.raises(PromotionError) as raised:
+        promote(connection, release(verdict="pass (smoke)"))
+    for reason in ("test run", f"compared with version {held.model_version}: ONNX Runtime can't"):
+        assert reason in str(raised.value)
+    assert pointed_at(connection) == held.model_version
 
 
 def test_answers_that_are_no_numbers_refuse_a_promotion(connection, release, equally_fast):

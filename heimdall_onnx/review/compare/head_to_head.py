@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from heimdall_onnx.common.errors import EvidenceError
+from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.data.dataset.dataset import Dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.ratios import Ratio
-from heimdall_onnx.model.inference import open_session, run_onnx
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.review.compare.answers import (
     MOST_SAMPLES,
@@ -52,6 +51,7 @@ def compare_models(
     limits: Limits,
     *,
     version: str,
+    takes: Signature,
 ) -> HeadToHead:
     """Run both models on the same data and time them in turns, as a comparison does.
 
@@ -64,19 +64,18 @@ def compare_models(
         signature: What both take and both give, see `shared_signature`.
         limits: How much worse it may be.
         version: The version that holds the alias.
+        takes: Its own signature; where the data do not fit its inputs, nothing is compared.
 
     Raises:
-        DataError: If the evaluation data does not fit the models.
-        EvidenceError: If the candidate can't be run on it.
-        BenchmarkError: If one of the models can't be timed.
+        DataError: If the evaluation data does not fit the candidate.
+        EvidenceError: If one of them can't be opened, run or timed for another reason.
     """
     given = load_evaluation_data(eval_data, signature, verify=False)
     data = given.spread(MOST_SAMPLES)
     of = f" of {given.count}" if data.count < given.count else ""
     try:
-        # What can't be run can't be timed either, and is no measure for anything.
-        run_onnx(open_session(holder), data.rows(range(1)), signature)
-    except EvidenceError as error:
+        takes.check_inputs(data.inputs, data.source)
+    except DataError as error:
         note = f"version {version} does not take the candidate's inputs: {error}"
         return HeadToHead(version, f"{data.count}{of} samples, {data.source}", (), (note,))
     answers = compare_answers(holder, candidate, data, signature, limits=limits)

@@ -1,5 +1,7 @@
 """A candidate beside the version that holds the alias."""
 
+from dataclasses import replace
+
 import onnx
 import pytest
 from models import SmallNet
@@ -24,12 +26,27 @@ def frozen(whole, tmp_path_factory):
     return path
 
 
-def test_holder_that_can_t_be_run_is_noted_and_holds_nobody_back(whole, frozen):
-    found = compare_models(whole, frozen, None, SmallNet.signature, Limits(), version="7")
+def compare(candidate, holder, takes=SmallNet.signature):
+    signature, limits = SmallNet.signature, Limits()
+    return compare_models(candidate, holder, None, signature, limits, version="7", takes=takes)
+
+
+@pytest.mark.parametrize(("axis", "length"), [(0, 1), (2, 5)])
+def test_holder_of_other_inputs_is_noted_and_holds_nobody_back(whole, frozen, axis, length):
+    (spec,) = SmallNet.signature.inputs
+    shape = (*spec.shape[:axis], length, *spec.shape[axis + 1 :])
+    takes = replace(SmallNet.signature, inputs=(replace(spec, shape=shape),))
+    found = compare(whole, frozen, takes)
     assert (found.ratios, found.worse) == ((), ())
     assert found.notes[0].startswith("version 7 does not take the candidate's inputs: ")
 
 
-def test_candidate_that_can_t_be_run_is_an_error(whole, frozen):
+def test_model_that_can_t_be_run_is_an_error(whole, frozen, tmp_path):
     with pytest.raises(EvidenceError):
-        compare_models(frozen, whole, None, SmallNet.signature, Limits(), version="7")
+        compare(frozen, whole)
+    # Nor does a holder make room by not being what its signature says, or not to be opened.
+    with pytest.raises(EvidenceError):
+        compare(whole, frozen)
+    (broken := tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(EvidenceError, match="can't load"):
+        compare(whole, broken)
