@@ -57,9 +57,15 @@ class Release:
         """The executed notebook as it is in the store, read once; see `report`.
 
         Of one that is larger than the manifest says there is one byte more than that.
+
+        Raises:
+            VerificationError: If the manifest says that it is larger than what is read of one.
+            StoreError: If the store can't be reached or refuses.
         """
         entry = self.manifest.objects.get(REPORT)
-        size = MAX_READ_BYTES if entry is None else min(entry.size, MAX_READ_BYTES)
+        size = MAX_READ_BYTES if entry is None else entry.size
+        if size > MAX_READ_BYTES:
+            raise VerificationError(f"{self.uri}/{REPORT} is larger than {MAX_READ_BYTES:,} bytes")
         return self.bucket.read_start(f"{self.folder}/{REPORT}", size + 1)
 
     @property

@@ -26,7 +26,7 @@ from heimdall_onnx.common.errors import (
     VerificationError,
 )
 from heimdall_onnx.common.parameters import MODEL
-from heimdall_onnx.services.store import MANIFEST
+from heimdall_onnx.services.store import MANIFEST, MAX_READ_BYTES
 
 if TYPE_CHECKING:
     from heimdall_onnx.services.registry import MLflowTracker
@@ -154,9 +154,9 @@ def _same(what: str, expected: str, found: str) -> Finding:
 
 
 def _compare(release: Release, entry: Entry) -> Finding:
-    # Kept, since what it says is looked at too.
-    is_report = entry.key == f"{release.folder}/{REPORT}"
-    if is_report and len(report := release.stored_report) <= entry.size:
+    # Kept, since what it says is looked at too; not where only a part of it would be.
+    kept = entry.key == f"{release.folder}/{REPORT}" and entry.size <= MAX_READ_BYTES
+    if kept and len(report := release.stored_report) <= entry.size:
         digest, size = hashlib.sha256(report).hexdigest(), len(report)
     else:
         digest, size = release.bucket.hash_object(entry.key)

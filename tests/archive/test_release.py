@@ -5,6 +5,7 @@ from quick_release import Factory
 
 from heimdall_onnx.archive.find import find_release
 from heimdall_onnx.archive.release import Release
+from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import ParameterError, StoreError, VerificationError
 from heimdall_onnx.services.connection import connect
 
@@ -44,6 +45,20 @@ def test_report_that_is_another_one_is_refused(connection, manifest):
     release = Release.at(connection, manifest.uri)
     release.bucket.upload_bytes(b"{}", f"{manifest.folder}/report.ipynb")
     with pytest.raises(VerificationError, match=r"report\.ipynb is not what was released"):
+        _ = release.report
+
+
+def test_report_that_is_too_large_to_be_read_is_not_called_another_one(
+    connection, manifest, monkeypatch
+):
+    for module in ("release", "verify"):
+        monkeypatch.setattr(f"heimdall_onnx.archive.{module}.MAX_READ_BYTES", 100)
+    release = Release.at(connection, manifest.uri)
+    held = {finding.what: finding for finding in verify_release(release)}
+    key = f"{manifest.folder}/report.ipynb"
+    assert held[key].holds
+    assert "is larger than 100 bytes" in held[f"{key}, its record of model.onnx"].found
+    with pytest.raises(VerificationError, match="is larger than 100 bytes"):
         _ = release.report
 
 
