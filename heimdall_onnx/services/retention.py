@@ -5,7 +5,7 @@ Source: Amazon S3 API, PutBucketVersioning, PutObjectLockConfiguration and PutOb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,19 +18,19 @@ from heimdall_onnx.services.store import Bucket
 
 log = get_logger(__name__)
 
-# What stores answer that have no such thing, or not for this bucket or for this key.
+# What stores answer that have no such thing, or not for this bucket.
 _LACKING = {
     "NotImplemented",
     "MethodNotAllowed",
     "InvalidRequest",
     "InvalidBucketState",
     "ObjectLockConfigurationNotFoundError",
-    "NoSuchObjectLockConfiguration",
     "AccessDenied",
     "501",
     "405",
-    "404",
 }
+# Of a key that is kept by nothing, or not there.
+_NOT_RETAINED = {"NoSuchObjectLockConfiguration", "404"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def _kept_until(bucket: Bucket, key: str) -> datetime | None:
         bucket,
         f"look at the retention of {bucket.uri(key)}",
         lambda: bucket.client.get_object_retention(Bucket=bucket.name, Key=key),
+        _LACKING | _NOT_RETAINED,
     )
     until: datetime | None = found.get("Retention", {}).get("RetainUntilDate")
     return until
@@ -155,12 +156,14 @@ def _turn_on(bucket: Bucket, what: str, call: Callable[[], object]) -> str:
     return reason
 
 
-def _ask(bucket: Bucket, doing: str, call: Callable[[], Any]) -> tuple[Mapping[str, Any], str]:
+def _ask(
+    bucket: Bucket, doing: str, call: Callable[[], Any], lacking: Collection[str] = _LACKING
+) -> tuple[Mapping[str, Any], str]:
     """What the store answers, or the code with which it says that it has no such thing."""
     with bucket.errors(doing):
         try:
             return call(), ""
         except ClientError as error:
-            if (code := error_code(error)) not in _LACKING:
+            if (code := error_code(error)) not in lacking:
                 raise
             return {}, code

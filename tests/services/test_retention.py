@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from botocore.exceptions import ClientError
 
+from heimdall_onnx.common.errors import StoreError
 from heimdall_onnx.services.retention import Protection, prepare_bucket, retain
 
 pytestmark = pytest.mark.services
@@ -68,16 +69,32 @@ def test_bucket_that_is_protected_already_is_not_changed(s3, bucket):
     assert again.retained_until
 
 
-def test_store_without_versioning_is_said_to_have_none(s3, bucket):
-    def lacking(**_):
-        raise ClientError({"Error": {"Code": "NotImplemented", "Message": ""}}, "Put")
+@pytest.fixture
+def answering(s3):
+    """Has the store answer a call with an error; SeaweedFS has what others have not."""
 
-    # SeaweedFS has it, so the answer of a store that has not is put in its place.
-    s3.meta.events.register("before-call.s3.PutBucketVersioning", lacking)
-    try:
-        protection = prepare_bucket(bucket, versioning=True, retention_days=3)
-    finally:
-        s3.meta.events.unregister("before-call.s3.PutBucketVersioning", lacking)
+    def answer(call: str, code: str) -> None:
+        def refuse(**_):
+            raise ClientError({"Error": {"Code": code, "Message": ""}}, call)
+
+        s3.meta.events.register(f"before-call.s3.{call}", refuse, unique_id=call)
+
+    yield answer
+    for call in ("PutBucketVersioning", "PutObjectLockConfiguration"):
+        s3.meta.events.unregister(f"before-call.s3.{call}", unique_id=call)
+
+
+def test_store_without_versioning_is_said_to_have_none(bucket, answering):
+    answering("PutBucketVersioning", "NotImplemented")
+    protection = prepare_bucket(bucket, versioning=True, retention_days=3)
     assert protection.retained_until is None
     assert "could not turn on versioning" in protection.note
     assert "NotImplemented" in protection.note
+
+
+@pytest.mark.parametrize("code", ["404", "NoSuchObjectLockConfiguration"])
+@pytest.mark.parametrize("call", ["PutBucketVersioning", "PutObjectLockConfiguration"])
+def test_what_is_answered_for_a_key_is_none_for_a_bucket(bucket, answering, call, code):
+    answering(call, code)
+    with pytest.raises(StoreError, match="turn on"):
+        prepare_bucket(bucket, versioning=True, retention_days=3)
