@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import psutil
 import pytest
+from proxy import wait_for
 
 from heimdall_onnx.common import processes
 from heimdall_onnx.common.errors import BenchmarkError, DataError, EvidenceError
@@ -62,8 +63,7 @@ def test_what_is_under_way_ends_with_the_block(tmp_path):
     with ThreadPoolExecutor(1) as beside:
         with worker_process() as process:
             asked = beside.submit(process, begin_and_sleep, begun)
-            while not begun.exists():
-                time.sleep(0.05)
+            assert wait_for(begun.exists, 20)
         assert isinstance(asked.exception(timeout=30), BenchmarkError)
     assert time.monotonic() - started < 30
 

@@ -70,6 +70,17 @@ def test_a_secret_in_an_object_or_around_it_is_found(s3, bucket):
 
 
 @pytest.mark.services
+def test_a_secret_around_an_object_is_found_if_its_content_is_another_s_too(s3, bucket):
+    note = {"note": "0123456789secret"}
+    for folder, metadata in (("v1", {}), ("v2", note), ("v3-0123456789secret", {})):
+        key = f"{folder}/MLmodel"
+        s3.put_object(Bucket=bucket.name, Key=key, Body=b"harmless", Metadata=metadata)
+    assert leaks.search_store(s3, {"secret": "0123456789secret"}, [bucket.name]) == [
+        f"secret in {bucket.uri()}{folder}/MLmodel" for folder in ("v2", "v3-0123456789secret")
+    ]
+
+
+@pytest.mark.services
 def test_a_secret_in_postgresql_is_found(postgres_uri):
     connection = psycopg2.connect(postgres_uri)
     try:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -32,6 +31,7 @@ from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.variants.search import JudgedVariant
 from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.onnx.export import export_model
+from heimdall_onnx.release import publish
 from heimdall_onnx.release.publish import Journal, register_release, upload_release, withdraw
 from heimdall_onnx.services import registry, store
 from heimdall_onnx.services.client import make_client
@@ -115,26 +115,41 @@ def test_what_imports_mlflow_waits_until_it_is_reached(
     settings, parameters, exported, reset_mlflow, monkeypatch
 ):
     # Two threads that import it at once find it half made.
-    reached = Event()
+    run_id = connect(settings).tracker.create_run("release")
+    needed, reached, uploaded = Event(), Event(), set()
     initialize = registry.initialize_mlflow
 
     def slowly(*arguments):
-        time.sleep(0.5)
+        # It takes until somebody waits for it, or does what is not to be done before.
+        assert needed.wait(60)
         tracker = initialize(*arguments)
         reached.set()
         return tracker
 
+    def watched(*arguments):
+        connection = connect(*arguments)
+
+        def wait():
+            uploaded.update(folder_keys(connection.client, parameters.bucket))
+            needed.set()
+            return connection.open_tracker()
+
+        return replace(connection, open_tracker=wait)
+
     class Guarded(ModuleType):
         def __getattr__(self, name):
-            assert reached.is_set()
+            in_time = reached.is_set()
+            needed.set()
+            assert in_time
             return getattr(mlmodel, name)
 
     monkeypatch.setattr(registry, "initialize_mlflow", slowly)
+    monkeypatch.setattr(publish, "connect", watched)
     monkeypatch.setitem(sys.modules, mlmodel.__name__, Guarded(mlmodel.__name__))
-    run_id = connect(settings).tracker.create_run("release")
-    reached.clear()
     own = parameters.model_copy(update={"run_id": run_id})
     assert upload(settings, own, exported).run_id == run_id
+    # What needs none of it is done meanwhile.
+    assert any(key.endswith("/model.onnx") for key in uploaded)
 
 
 def test_nothing_is_uploaded_without_being_asked(settings, parameters, exported, s3, bucket):

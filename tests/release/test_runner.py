@@ -18,6 +18,8 @@ import pytest
 import torch
 from browser import DESKTOP, NARROW, chromium, open_in_chromium, violations
 from bs4 import BeautifulSoup
+from cryptography.hazmat.primitives import serialization
+from keys import KeyPair, make_key
 from models import SmallNet
 from releases import (
     PREFIX,
@@ -31,6 +33,7 @@ from releases import (
 
 import heimdall_onnx
 from heimdall_onnx.archive.release import Release
+from heimdall_onnx.archive.signing import Trust
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.environment import DISTRIBUTION
 from heimdall_onnx.common.files import hash_file
@@ -80,6 +83,7 @@ class Released:
     settings: Settings
     bucket: str
     folder: str
+    signer: KeyPair
     before_manifest: tuple[set[str], dict[str, str]]  # keys and aliases when it was written
 
 
@@ -94,9 +98,11 @@ def another_kernel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def released(make_settings, s3, inputs, another_kernel) -> Released:
-    """One complete release, made once."""
+def released(make_settings, s3, inputs, another_kernel, tmp_path_factory) -> Released:
+    """One complete release, signed, made once."""
     settings, bucket = make_settings("released"), "test-released"
+    signer = make_key(tmp_path_factory.mktemp("signer"))
+    signing = settings.model_copy(update={"signing_key": signer.private})
     seen = []
 
     upload = Bucket.upload_bytes
@@ -111,9 +117,9 @@ def released(make_settings, s3, inputs, another_kernel) -> Released:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bucket, "upload_bytes", watched)
         patch.setenv("JUPYTER_PATH", str(another_kernel))
-        result = release_checkpoint(smoke(inputs, bucket, opset=20, measure_latency=True), settings)
+        result = release_checkpoint(smoke(inputs, bucket, opset=20, measure_latency=True), signing)
     assert result.success, result.error
-    return Released(result, settings, bucket, f"{PREFIX}/{result.version}", *seen)
+    return Released(result, settings, bucket, f"{PREFIX}/{result.version}", signer, *seen)
 
 
 # What a complete release is
@@ -167,13 +173,21 @@ def test_folder_holds_what_the_manifest_says_and_nothing_else(released):
     )
     recorded = {entry["key"]: entry for entry in manifest["objects"]}
     there = {entry["Key"] for entry in listed}
-    assert there == {*recorded, f"{released.folder}/manifest.json"}
+    apart = {f"{released.folder}/{name}" for name in ("manifest.json", "model.sig")}
+    assert there == {*recorded, *apart}
     for key, entry in recorded.items():
         body = plain.get_object(Bucket=released.bucket, Key=key)["Body"].read()
         assert len(body) == entry["size"], key
         assert hashlib.sha256(body).hexdigest() == entry["sha256"], key
     names = {key.rsplit("/", 1)[1] for key in there}
     assert {"model.onnx", "MLmodel", "metadata.json", "report.ipynb", "report.html"} <= names
+
+
+def sha256_of(signer: KeyPair) -> str:
+    """Of its public key, as `openssl pkey -pubin -outform DER` writes it."""
+    key = serialization.load_pem_public_key(signer.public.read_bytes())
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
 def test_manifest_says_what_was_run_on_what(released, inputs, s3):
@@ -193,6 +207,10 @@ def test_manifest_says_what_was_run_on_what(released, inputs, s3):
     assert all(cost["seconds"] >= 0 for cost in manifest["costs"])
     assert manifest["costs"] == released.result.costs
     assert manifest["git"].keys() == {"commit", "dirty"}
+    assert manifest["signature"] == {
+        "key": f"{released.folder}/model.sig",
+        "signer_sha256": sha256_of(released.signer),
+    }
 
 
 def test_manifest_was_written_last(released, s3):
@@ -217,6 +235,8 @@ def test_registered_version_leads_to_the_evidence(released, s3):
     assert found.tags["report_uri"] == released.result.report_uri
     assert found.tags["manifest_uri"] == released.result.manifest_uri
     assert found.tags["manifest_sha256"] == hashlib.sha256(manifest["Body"].read()).hexdigest()
+    signature = s3.get_object(Bucket=released.bucket, Key=f"{released.folder}/model.sig")
+    assert found.tags["signature_sha256"] == hashlib.sha256(signature["Body"].read()).hexdigest()
 
 
 def test_mlflow_says_what_was_released_on_which_data(released, inputs):
@@ -310,6 +330,7 @@ def test_report_alone_answers_a_reviewer(released, inputs):
         "answers as the PyTorch model does",  # is it faithful
         "with 95% confidence",  # is it faster, and how sure is that
         "by nobody; its gates alone decide",  # who approved
+        f"by the key with SHA-256 {sha256_of(released.signer)}",  # who vouches for it
     ):
         assert answer in first
 
@@ -327,11 +348,20 @@ def test_report_is_readable_without_mouse_and_sight(released, size):
 
 
 def test_release_verifies(released, mlflow_environment):
-    findings = verify_release(
-        Release.at(connect(released.settings), f"s3://{released.bucket}/{released.folder}")
-    )
+    release = Release.at(connect(released.settings), f"s3://{released.bucket}/{released.folder}")
+    findings = verify_release(release)
     assert len(findings) > 8
     assert [f for f in findings if not f.holds] == []
+
+
+def test_release_is_signed_by_the_key_that_the_settings_name(
+    released, tmp_path, mlflow_environment
+):
+    assert released.result.signer_sha256 == sha256_of(released.signer)
+    release = Release.at(connect(released.settings), f"s3://{released.bucket}/{released.folder}")
+    for key, wrong in ((released.signer, []), (make_key(tmp_path), ["model.sig"])):
+        findings = verify_release(release, trust=Trust(key.public))
+        assert [f.what.rsplit("/", 1)[-1] for f in findings if not f.holds] == wrong
 
 
 def test_nothing_stored_holds_a_credential(released, s3):

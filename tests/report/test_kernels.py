@@ -13,6 +13,8 @@ from jupyter_client.manager import AsyncKernelManager
 
 from heimdall_onnx.report import kernels
 from heimdall_onnx.report.kernels import started_kernel
+from heimdall_onnx.report.notebook import kernel_environment
+from heimdall_onnx.services.settings import Settings
 
 
 def processes():
@@ -35,6 +37,15 @@ def test_no_other_kernel_of_the_same_name_is_taken(another):
         process = psutil.Process(kernel.provisioner.pid)
         assert process.cmdline()[0] == sys.executable
         assert process.environ()["HEIMDALL_TEST"] == "here"
+
+
+def test_kernel_is_told_the_settings_in_use_and_nothing_of_the_signer(monkeypatch, tmp_path):
+    for name in ("KEY", "KEY_PASSWORD", "CERTIFICATE", "CERTIFICATE_CHAIN"):
+        monkeypatch.setenv(f"HEIMDALL_SIGNING_{name}", str(tmp_path / "signer"))
+    monkeypatch.setenv("HEIMDALL_HOME", "elsewhere")
+    told = kernel_environment(Settings(_env_file=None).model_copy(update={"home": tmp_path}))
+    assert told["HEIMDALL_HOME"] == str(tmp_path)
+    assert [name for name in told if name.startswith("HEIMDALL_SIGNING")] == []
 
 
 def test_kernel_ends_with_the_block_however_that_ends():

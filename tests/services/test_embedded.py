@@ -20,6 +20,7 @@ import boto3
 import mlflow
 import psutil
 import pytest
+from proxy import wait_for
 from pydantic import SecretStr
 
 from heimdall_onnx.common.errors import RegistryError, StoreError
@@ -235,8 +236,8 @@ def test_a_damaged_record_costs_the_credentials_not_the_data(
     before = ensure_store(bare)
     put(before, "a")
     ports = json.loads((bare.home / "store" / "service.json").read_text())["ports"]
-    while len(sockets_of(ports)) < 5:  # the last is made when it answers already
-        time.sleep(0.02)
+    # The last is made when it answers already.
+    assert wait_for(lambda: len(sockets_of(ports)) == 5, 30)
     if damage == "{":
         store_process(bare).kill()
     (bare.home / "store" / "service.json").write_text(damage)
@@ -260,8 +261,7 @@ def test_another_process_with_our_port_is_neither_trusted_nor_ended(bare: Settin
         stderr=subprocess.DEVNULL,
     )
     try:
-        while not is_listening(port_of(before)):
-            time.sleep(0.05)
+        assert wait_for(lambda: is_listening(port_of(before)), 30)
         assert not services_status(bare)[0].running
         after = ensure_store(bare)
         assert port_of(after) != port_of(before)
@@ -304,9 +304,14 @@ def test_a_missing_program_names_the_extra_that_brings_it(
 def test_up_and_down_are_idempotent_and_leave_nothing_behind(
     bare: Settings, reset_mlflow: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    signing = {"HEIMDALL_SIGNING_KEY": "signer.key", "HEIMDALL_SIGNING_KEY_PASSWORD": "its own"}
+    for name, value in signing.items():
+        monkeypatch.setenv(name, value)
     up = services_up(bare)
     assert [(s.name, s.running) for s in up] == [("store", True), ("mlflow", True)]
     assert services_up(bare) == up
+    for process in processes_of(bare.home):
+        assert not signing.keys() & process.environ().keys(), "neither signs anything"
     run_id = log_artifact(bare, up[1].address)
     preview = f"{up[1].address}/get-artifact?path=note.txt&run_uuid={run_id}"
     with urllib.request.urlopen(preview, timeout=20) as response:

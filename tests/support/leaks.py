@@ -55,17 +55,18 @@ def search_store(
 ) -> list[str]:
     """Every object that holds one of ``secrets``, in its content or around it.
 
-    Of objects of one name and one content, which releases of one model share, one is looked at.
+    Of objects of one name and one content, which releases of one model share, the content is read
+    once; what is around it is looked at for each.
     """
     needles = {what: forms(secret) for what, secret in secrets.items()}
     if buckets is None:
         buckets = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
 
-    def look(place: tuple[str, str]) -> list[str]:
-        bucket, key = place
-        stored = client.get_object(Bucket=bucket, Key=key)
+    def look(place: tuple[str, str, bool]) -> list[str]:
+        bucket, key, again = place
+        stored = (client.head_object if again else client.get_object)(Bucket=bucket, Key=key)
         around = repr((key, stored["Metadata"], stored.get("ContentType"))).encode()
-        found = search(stored["Body"], needles)
+        found = set() if again else search(stored["Body"], needles)
         found |= {what for what, forms in needles.items() if any(n in around for n in forms)}
         return [f"{what} in s3://{bucket}/{key}" for what in sorted(found)]
 
@@ -73,15 +74,15 @@ def search_store(
         return list(chain.from_iterable(pool.map(look, _objects(client, buckets))))
 
 
-def _objects(client: S3Client, buckets: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _objects(client: S3Client, buckets: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Bucket and key of each object, and whether its content was there before."""
     seen = set()
     for bucket in buckets:
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
             for entry in page.get("Contents", []):
                 alike = (entry["Key"].rpartition("/")[2], entry["ETag"], entry["Size"])
-                if alike not in seen:
-                    seen.add(alike)
-                    yield bucket, entry["Key"]
+                yield bucket, entry["Key"], alike in seen
+                seen.add(alike)
 
 
 def search_files(folder: Path, secrets: Mapping[str, str]) -> list[str]:

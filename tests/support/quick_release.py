@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 
 from heimdall_onnx.archive.aliases import AliasLog
 from heimdall_onnx.archive.content import keep_content
-from heimdall_onnx.archive.manifest import Manifest
+from heimdall_onnx.archive.manifest import BOM, Manifest
 from heimdall_onnx.archive.metadata import METADATA
 from heimdall_onnx.archive.mlmodel import write_mlmodel_folder
 from heimdall_onnx.archive.signing import Signer
@@ -101,6 +101,7 @@ class Factory:
         record = records.changed(record, recorded or {})
         (folder / "report.ipynb").write_text(make_notebook(record, cells))
         (folder / "report.html").write_text("<h1>report</h1>")
+        (folder / BOM).write_text('{"bomFormat": "CycloneDX"}')
         objects = [
             Bucket(client, self.bucket).upload_file(path, f"{key}/{path.relative_to(folder)}")
             for path in sorted(folder.rglob("*"))

@@ -186,7 +186,7 @@ def test_workers_of_which_one_is_lost_say_what_one_process_says(model, onnx_path
 
 @pytest.fixture(scope="module")
 def cluster(embedded_settings):
-    """A scheduler whose worker may read the store, for tests that leave both as they are."""
+    """A scheduler whose workers may read the store, of which most tests need one alone."""
     with LocalCluster(
         n_workers=1,
         threads_per_worker=1,
@@ -204,17 +204,19 @@ def shared(cluster):
 
 @pytest.mark.services
 def test_workers_of_a_scheduler_read_a_dataset_in_the_bucket(
-    model, onnx_path, dataset, alone, s3, bucket, mlflow_environment, shared
+    model, onnx_path, dataset, alone, s3, bucket, mlflow_environment, cluster, shared
 ):
     address = upload_dataset(bucket, dataset, "sets/own")
     data = load_evaluation_data(address, model.signature, verify=False)
+    cluster.scale(2)
+    cluster.wait_for_workers(2, timeout=60)
     found = compare_outputs(model, onnx_path, data, model.signature, workers=shared)
     expected = alone[1]
-    assert found.evaluated_by.startswith("1 worker, 1 machine: ")
+    assert found.evaluated_by.startswith("2 workers, 1 machine: ")
     assert [(o.count, o.violations) for o in found.evaluation] == [
         (o.count, o.violations) for o in expected.evaluation
     ]
-    # This worker has other processors, so that a sum may be rounded elsewhere.
+    # These workers share the processors, so that a sum may be rounded elsewhere.
     for ours, theirs in zip(found.evaluation, expected.evaluation, strict=True):
         assert ours.mean == pytest.approx(theirs.mean, rel=0.5)
     assert [u.samples for u in found.uncertainty] == [COUNT, COUNT]

@@ -73,3 +73,13 @@ def test_openvino_is_tuned_by_its_threads(contestant, monkeypatch):
     settings = SessionSettings(runtime="openvino", provider="CPU", threads=4)
     _, trials = tune(replace(contestant, settings=settings))
     assert [trial.option for trial in trials] == ["threads = 2", "threads = 1"]
+
+
+@pytest.mark.thorough
+def test_openvino_is_timed_with_fewer_threads(contestant):
+    settings = SessionSettings(runtime="openvino", provider="CPU", threads=2)
+    found, (trial,) = tune(replace(contestant, settings=settings))
+    assert trial.option == "threads = 1"
+    assert trial.speedup.pairs >= 6
+    assert trial.kept == (trial.speedup.low > 1)
+    assert found.threads == (1 if trial.kept else 2)

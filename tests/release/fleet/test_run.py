@@ -220,6 +220,7 @@ def test_a_lost_worker_and_a_restarted_store_lose_nothing(mlflow_server, tmp_pat
         done = run_fleet(plan, settings, workers=2, on_outcome=lambda o: ended.append(o.number))
         by_hand.join(60)
         assert harmed.is_set()
+        assert len(done.outcomes) == 12
         # What its worker was killed over may have been complete, and is kept by the next attempt.
         assert {o.status for o in done.outcomes} <= {"released", "kept"}, done.outcomes
         again = run_fleet(plan, settings, workers=2)
