@@ -103,7 +103,7 @@ class SignatureFile:
 def signature_path(checkpoint: Path | str) -> Path:
     """Where the signature of a checkpoint is: ``net.signature.yaml`` beside ``net.ckpt``."""
     path = Path(checkpoint)
-    return path.with_name(path.stem + SUFFIX)
+    return path.with_name(path.stem.removesuffix(".pth") + SUFFIX)  # of net.pth.tar
 
 
 def find_signature_file(checkpoint: Path | str) -> SignatureFile | None:
@@ -112,8 +112,10 @@ def find_signature_file(checkpoint: Path | str) -> SignatureFile | None:
     Raises:
         DataError: As `read_signature_file`.
     """
-    path = signature_path(checkpoint)
-    return read_signature_file(path) if path.is_symlink() or path.exists() else None
+    # A link to the best of several checkpoints has the signature of what it leads to.
+    paths = (signature_path(checkpoint), signature_path(Path(checkpoint).resolve()))
+    found = next((path for path in paths if path.is_symlink() or path.exists()), None)
+    return None if found is None else read_signature_file(found)
 
 
 def read_signature_file(path: Path | str) -> SignatureFile:
