@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from heimdall_onnx.common.errors import CheckpointError, ParameterError
 from heimdall_onnx.localization.frame import LocalFrame
-from heimdall_onnx.model.checkpoint import read_weights
+from heimdall_onnx.model.checkpoint import load_weights
 from heimdall_onnx.model.signature import localization_signature
 
 _WEIGHTS_URL = "https://download.pytorch.org/models/convnext_{}.pth"
@@ -307,18 +307,11 @@ def _check_limits(low: float, high: float) -> None:
 
 
 def _load_features(features: nn.Module, size: _Size, pretrained: bool | str | Path) -> None:
-    weights: Mapping[str, Tensor]
-    weights = _published(size) if pretrained is True else read_weights(str(pretrained)).tensors
-    source = "the published weights" if pretrained is True else str(pretrained)
-    own = {
-        key.removeprefix("features."): value
-        for key, value in weights.items()
-        if not key.startswith("classifier.")
-    }
-    try:
-        features.load_state_dict(own, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{source} don't fit this backbone. {error}") from error
+    if pretrained is not True:
+        load_weights(features, str(pretrained))
+        return
+    own = {key: value for key, value in _published(size).items() if key.startswith("features.")}
+    features.load_state_dict({key.removeprefix("features."): own[key] for key in own})
 
 
 def _published(size: _Size) -> Mapping[str, Tensor]:

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
-import pkgutil
+import copy
+import hashlib
 import re
-import sys
+import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
-from types import ModuleType
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
-from heimdall_onnx.common.errors import CheckpointError, DataError, HeimdallError, ParameterError
+from heimdall_onnx.common.errors import CheckpointError, DataError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.common.text import listed, shown
-from heimdall_onnx.model.pickles import check_pickles, is_zip
+from heimdall_onnx.common.text import count_of, listed, shown
+from heimdall_onnx.model.construction import plan_model
+from heimdall_onnx.model.formats import Located, locate
+from heimdall_onnx.model.pickles import StoredTensor, name_of, restored
+from heimdall_onnx.model.readings import (
+    AVERAGED,
+    Content,
+    Reading,
+    must_be_converted,
+    read_content,
+    require_weights,
+)
 from heimdall_onnx.model.signature import Signature, signature_of
-from heimdall_onnx.model.signature_file import SignatureFile, find_signature_file
+from heimdall_onnx.model.signature_file import (
+    SignatureFile,
+    find_signature_file,
+    signature_path,
+)
 
 log = get_logger(__name__)
 
@@ -37,14 +48,14 @@ MEMBERS = "member_checkpoints"
 _MOST_MEMBERS = 1000
 
 DEFAULT_MODEL = "heimdall_onnx:LocalizationNet"
-_LIGHTNING_PREFIX = "model."
-_NOT_PLAIN = "it is not a plain checkpoint"
-_RESAVE = (
-    "Only tensors and plain Python values are read, because unpickling anything else can run "
-    "code. Where the file comes from, save it again as torch.save({'state_dict': "
-    "model.state_dict(), 'hyper_parameters': {...plain values only}}, path) or as "
-    "safetensors.torch.save_file(model.state_dict(), path)."
+# Under these lies what a training needs beside its network.
+_BESIDE = re.compile(
+    r"((train|val(id)?|test|best)_)?(criterion|loss(es)?|metrics?|acc(uracy)?|ema|optim(izer)?|lr|"
+    r"epochs?|(global_)?steps?)(_\w+)?",
+    re.IGNORECASE,
 )
+# What a model makes itself, and what evaluates nothing in eval mode.
+_NEEDLESS = ("position_ids", "num_batches_tracked")
 
 
 class Member(BaseModel):
@@ -76,9 +87,14 @@ class LoadedModel:
             there is one, else by its class.
         path: The checkpoint.
         sha256: SHA-256 of the checkpoint.
-        layout: ``"lightning"``, ``"model_state_dict"``, ``"state_dict"`` or ``"safetensors"``.
+        layout: ``"safetensors"`` or ``"distributed"``; else where the weights are,
+            ``"model_state_dict"`` for example, which is ``"lightning"`` for ``state_dict``, and
+            ``"state_dict"`` where nothing is around them.
+        weights: Which of the weights in the file were taken, as ``weights`` of `load_checkpoint`.
+        notes: What was migrated, converted, skipped or left aside, in words.
         hyper_parameters: As the checkpoint records them; empty if it doesn't.
-        model_spec: Import string of the model's class.
+        model_spec: Import string of the model's class or what else makes it.
+        submodule: Which of its modules ``model`` is; empty for all of it.
         model_kwargs: The arguments it was built with.
         signature_file: The file beside the checkpoint that declares the signature; None where the
             class does.
@@ -91,9 +107,12 @@ class LoadedModel:
     path: Path
     sha256: str
     layout: str
+    weights: str
+    notes: tuple[str, ...]
     hyper_parameters: dict[str, Any]
     model_spec: str
     model_kwargs: dict[str, Any]
+    submodule: str = ""
     signature_file: SignatureFile | None = None
     members: tuple[Member, ...] = ()
 
@@ -108,18 +127,11 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a checkpoint holds.
+class _Fit:
+    """What came of loading a reading: what is wrong with it, and what is worth saying."""
 
-    Attributes:
-        tensors: By the name they have in the file.
-        layout: See `LoadedModel`.
-        hyper_parameters: Empty if the file records none.
-    """
-
-    tensors: dict[str, Tensor]
-    layout: str
-    hyper_parameters: dict[str, Any]
+    problems: list[str]
+    notes: list[str]
 
 
 def load_checkpoint(
@@ -127,63 +139,136 @@ def load_checkpoint(
     *,
     model: str = DEFAULT_MODEL,
     model_kwargs: Mapping[str, Any] | None = None,
+    weights: str = "",
+    submodule: str = "",
 ) -> LoadedModel:
-    """Build ``model`` and load the weights in ``path`` into it, strictly.
+    """Build ``model`` and load the weights in ``path`` into it.
 
-    Accepted are Lightning's ``.ckpt``, a dictionary with ``model_state_dict``, a bare state dict
-    and safetensors, told apart by content. Hyper-parameters that the checkpoint records become
-    the constructor's arguments where it has parameters of those names; ``model_kwargs`` win over
-    them. An argument ``pretrained`` is always off: the checkpoint replaces those weights anyway.
-    Arguments that the class lists in ``arguments_of_caller``, names of further classes for example,
-    are never taken from the file. The checkpoints that it was made of are read where the class has
-    ``made_of_checkpoints``, as an ensemble's does.
+    Which weights are meant is found by the model's own names: whatever tensors with names are in
+    the file, under any key and prefix, are held against them, and loaded by the module's own
+    ``load_state_dict`` with its hooks and versions, so that what PyTorch migrates is migrated.
+    Nothing in the file is executed; what is no plain data beside the weights is skipped.
+
+    Hyper-parameters that the checkpoint records become arguments, see `plan_model`. The checkpoints
+    that it was made of are read where the class has ``made_of_checkpoints``, as an ensemble's does.
     A file ``<stem>.signature.yaml`` beside the checkpoint declares the signature, and wins over
     what the class declares; see `model.signature_file`.
 
     Args:
-        path: The checkpoint.
-        model: The class, as ``"package.module:Class"``.
-        model_kwargs: Arguments of its constructor.
+        path: The checkpoint: a file of PyTorch or safetensors, an index of shards, or a folder.
+        model: What makes the model: ``"package.module:Class"``, a function or a bound method.
+        model_kwargs: Its keyword arguments.
+        weights: Which weights are taken where several fit: their keys in the file and their prefix,
+            with dots between them; ``.`` for the file itself.
+        submodule: The network is this module of the model, ``"net"`` for example.
 
     Raises:
-        CheckpointError: If the file is missing, broken, holds code, or does not fit the model;
-            every missing, unexpected, wrong-shaped and non-finite weight is named.
+        CheckpointError: If the file is missing, broken, something else, does not fit the model, or
+            fits it in several ways; every weight or way is named.
         ParameterError: If the model can't be imported or built.
         DataError: If the signature can't be read or contradicts itself.
     """
-    source = Path(path)
-    model_class = import_model_class(model)
-    weights = read_weights(source)
-    sha256, declared = hash_file(source), find_signature_file(source)
-    given = dict(model_kwargs or {})
-    kwargs = _constructor_arguments(model, model_class, weights.hyper_parameters, given)
+    content = read_content(path)
+    source = content.source.path
+    planned = plan_model(model, content, model_kwargs or {}, submodule)
+    declared = find_signature_file(source)
+    about = f"{model} built with {planned.arguments}"
+    built = None if planned.recorded else planned.build()
     # A file's own numbers must not decide how much memory a model takes.
-    recorded = sorted(kwargs.keys() - given.keys() - {"pretrained"})
-    outline = _outline(model_class, kwargs) if recorded else None
-    if outline is not None:
-        _fitting(weights.tensors, outline, source, model, kwargs)
-    built = _build(model, model_class, kwargs, recorded, source)
-    tensors = _fitting(weights.tensors, built, source, model, kwargs)
-    built.load_state_dict(tensors, strict=True)
+    reading = _choose(content, lambda: planned.outline() or planned.build(), about, weights, built)
+    built = built or planned.build()
+    fit = load_reading(built, reading)
+    if fit.problems:
+        raise _unfit(content, about, reading, fit)
     if declared is not None:
         _declare(built, declared)
-    log.info("loaded", path=str(source), sha256=sha256, layout=weights.layout, model=model)
+    sha256 = hash_checkpoint(content.source)
+    skipped = [f"not loaded: {where}, {kind}" for where, kind in content.skipped.items()]
+    log.info("loaded", path=str(source), sha256=sha256, weights=reading.label, model=model)
     return LoadedModel(
         model=built.cpu().eval(),
         signature=signature_of(built),
         path=source,
         sha256=sha256,
-        layout=weights.layout,
-        hyper_parameters=weights.hyper_parameters,
+        layout=_layout(content, reading),
+        weights=reading.label,
+        notes=tuple(dict.fromkeys((*fit.notes, *skipped, *planned.notes))),
+        hyper_parameters=planned.hyper_parameters,
         model_spec=model,
-        model_kwargs=kwargs,
+        model_kwargs=planned.kwargs,
+        submodule=submodule,
         signature_file=declared,
-        members=_members(weights.hyper_parameters, model_class, source),
+        members=_members(planned.hyper_parameters, planned.make, source),
     )
 
 
+def load_weights(network: nn.Module, path: Path | str) -> None:
+    """Load the weights in ``path`` into a module that is there, as `load_checkpoint` does.
+
+    Raises:
+        CheckpointError: As `load_checkpoint`.
+    """
+    content, about = read_content(path), type(network).__name__
+    reading = _choose(content, lambda: copy.deepcopy(network), about, "", network)
+    fit = load_reading(network, reading)
+    if fit.problems:
+        raise _unfit(content, about, reading, fit)
+
+
+def read_plain(path: Path | str) -> Any:
+    """All that a checkpoint holds, if it is nothing but tensors and plain values.
+
+    Raises:
+        CheckpointError: If it can't be read, or naming what else it holds.
+    """
+    content = read_content(path)
+    try:
+        return restored(content.tree)
+    except Exception as error:
+        found = ", ".join(content.skipped.values()) or str(error)
+        raise CheckpointError(
+            f"{path} was not loaded: it holds {shown(found, 2000)}, and only tensors and plain "
+            "values are read"
+        ) from error
+
+
+def hash_checkpoint(source: Located) -> str:
+    """SHA-256 of a checkpoint's file; of several, of their names and hashes."""
+    if len(source.files) == 1:
+        return hash_file(source.files[0])
+    lines = "".join(f"{hash_file(file)}  {file.name}\n" for file in source.files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def single_file(path: Path | str, folder: Path) -> Path:
+    """A checkpoint of several files as one in ``folder``, which can be kept; any other's file.
+
+    Raises:
+        CheckpointError: If it can't be read.
+    """
+    source = locate(path)
+    if len(source.files) == 1:
+        return source.files[0]
+    from safetensors.torch import save_file
+
+    (reading,) = read_content(path).readings
+    target = folder / f"{source.path.name.partition('.')[0]}.safetensors"
+    tensors = {name: stored.tensor().contiguous() for name, stored in reading.tensors.items()}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, target)
+    if (signature := signature_path(source.path)).exists():
+        shutil.copy(signature, signature_path(target))
+    return target
+
+
+def _layout(content: Content, reading: Reading) -> str:
+    if content.source.kind != "pytorch":
+        return content.source.kind
+    last = reading.keys[-1] if reading.keys else ""
+    return {"": "state_dict", "state_dict": "lightning"}.get(last, last)
+
+
 def _members(
-    hyper_parameters: Mapping[str, Any], model_class: type[nn.Module], path: Path
+    hyper_parameters: Mapping[str, Any], model_class: object, path: Path
 ) -> tuple[Member, ...]:
     # In any other checkpoint the name is the trainer's own.
     if not getattr(model_class, "made_of_checkpoints", False) or MEMBERS not in hyper_parameters:
@@ -212,259 +297,203 @@ def _declare(model: nn.Module, file: SignatureFile) -> None:
         ) from error
 
 
-def read_weights(path: Path | str) -> Weights:
-    """Read the tensors in ``path`` without running code that it may hold.
+def _choose(
+    content: Content,
+    fresh: Callable[[], nn.Module],
+    about: str,
+    weights: str,
+    built: nn.Module | None,
+) -> Reading:
+    """The weights that are meant, tried on ``fresh`` modules where several may be.
 
-    Raises:
-        CheckpointError: If the file is missing, broken or holds something else.
+    A single one is left to be tried by loading it into what is ``built`` already.
     """
-    source = Path(path)
-    if not source.is_file():
-        found = "a folder" if source.is_dir() else "no such file"
-        raise CheckpointError(f"expected a checkpoint at {source}, found {found}")
-    try:
-        if source.stat().st_size == 0:
-            raise CheckpointError(f"{source} is empty, expected a checkpoint")
-        if _is_safetensors(source):
-            return Weights(load_file(source), "safetensors", {})
-        return _unwrap(_load_torch(source), source)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{source} is a broken safetensors file: {shown(str(error))}"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"can't read {source}: {error.strerror or error}") from error
+    require_weights(content)
+    own = [*(built or fresh()).state_dict()]
+    readings = [found for reading in content.readings for found in reading.fitted(own)]
+    path, chosen = content.source.path, weights.strip("/").replace("/", ".")
+    named = [r for r in readings if chosen in ("", r.label, ".".join(r.keys))]
+    if not named:
+        labels = shown(", ".join(dict.fromkeys(reading.label for reading in readings)))
+        raise CheckpointError(f"{path} holds no weights {chosen!r}; it holds {labels}")
+    if len(named) == 1 and built is not None:
+        tried = [(named[0], _Fit([], []))]
+    else:
+        tried = [(reading, load_reading(fresh(), reading)) for reading in named]
+    fits: list[Reading] = []
+    # Averages are a question even after one step, when they still are what they are averages of.
+    apart = any(AVERAGED.search(reading.label) for reading in content.readings)
+    for reading, fit in sorted(tried, key=lambda one: one[0].pickled != ""):
+        same = any(_equal(reading, other) for other in fits if not (apart or reading.pickled))
+        if not fit.problems and not same:
+            fits.append(reading)
+    if not fits:
+        reading, fit = min(tried, key=lambda one: len(one[1].problems))
+        raise _unfit(content, about, reading, fit)
+    others = {r.label: len(r.inside) for r in named if AVERAGED.search(r.label) and r not in fits}
+    averaged = [
+        name
+        for name, count in (content.averaged | others).items()
+        if not chosen and 2 * count >= len(own) and all(name != r.label for r in fits)
+    ]
+    if len(fits) == 1 and not averaged:
+        if not fits[0].pickled:
+            return fits[0]
+        raise must_be_converted(content, fits[0])
+    ways = [
+        f"--weights {shown(r.label)}: {count_of(len(r.inside), 'value')}"
+        + (f", in a pickled {shown(r.pickled)}, not taken" if r.pickled else "")
+        for r in fits
+    ]
+    ways += [f"{name}: averages of weights under names that do not fit" for name in averaged]
+    raise CheckpointError(
+        f"{path} holds several sets of weights that may be meant for {about}; choose one with "
+        f"--weights (weights=... in Python):{listed(ways)}"
+    )
 
 
-def import_model_class(spec: str) -> type[nn.Module]:
-    """The class that ``"package.module:Class"`` names.
+def _equal(one: Reading, other: Reading) -> bool:
+    mine, theirs = (replace(r, values=r.inside).tensors for r in (one, other))
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(stored.tensor(), theirs[name].tensor()) for name, stored in mine.items()
+    )
 
-    Raises:
-        ParameterError: If there is none or it is no ``torch.nn.Module``; near names are suggested.
+
+def _unfit(content: Content, about: str, reading: Reading, fit: _Fit) -> CheckpointError:
+    where = "" if reading.label == "." else f" (its weights {reading.label})"
+    return CheckpointError(
+        f"{content.source.path}{where} does not fit {about}; was it trained with other "
+        f"model_kwargs? {len(fit.problems)} problems:{listed(fit.problems)}"
+    )
+
+
+def load_reading(network: nn.Module, reading: Reading) -> _Fit:
+    """Load weights by the module's own ``load_state_dict``, and say what it made of them.
+
+    On the device "meta" only names and shapes are judged.
     """
-    module_name, colon, class_name = str(spec).partition(":")
-    if not (module_name and colon and class_name):
-        raise ParameterError(f"model must look like 'package.module:Class', found {spec!r}")
-    module = _import(module_name, spec)
-    found = getattr(module, class_name, None)
-    if found is None:
-        classes = {n for n, v in vars(module).items() if isinstance(v, type)}
-        classes |= set(getattr(module, "__all__", ()))
-        raise ParameterError(
-            f"model {spec!r}: {module_name} has no {class_name!r}." + _near(class_name, classes)
-        )
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ParameterError(f"model {spec!r} must be a subclass of torch.nn.Module, is {found!r}")
-    return found
-
-
-def _import(name: str, spec: str) -> ModuleType:
+    own = network.state_dict(keep_vars=True)
+    state, other, problems, notes = OrderedDict[str, Any](), {}, [], []
+    for name, value in reading.inside.items():
+        try:
+            if isinstance(value, StoredTensor):
+                state[name] = value.tensor()
+            elif name.endswith("_extra_state"):
+                state[name] = restored(value)
+            else:
+                other[name] = name_of(value) or type(value).__name__
+        except Exception as error:  # the file says what it likes
+            problems.append(f"can't be read: {shown(name)}: {shown(str(error))}")
+            other[name] = ""
+    for name, value in [*state.items()]:
+        mine: Any = own.get(name)
+        if is_lazy(mine):
+            notes.append(f"as large as in the file: {name}")
+        elif isinstance(value, Tensor) and isinstance(mine, Tensor):
+            if problem := _unlike(name, value, mine):
+                problems.append(problem)
+                other[name] = ""
+                del state[name]
+            elif value.shape != mine.shape:
+                notes.append(f"taken as a scalar: {name}, saved with an axis")
+    given = set(state)
+    versions = reading.inside_versions
+    if versions:
+        state._metadata = versions  # type: ignore[attr-defined]
+    made = {n: b.clone() for n, b in network.named_buffers() if n in own and _not_finite(b)}
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise ParameterError(
-                f"model {spec!r}: {name} needs {error.name}, which is not installed"
-            ) from error
-        parent, _, last = error.name.rpartition(".")
-        siblings = getattr(sys.modules.get(parent), "__path__", None) if parent else None
-        names = [m.name for m in pkgutil.iter_modules(siblings)]
-        raise ParameterError(
-            f"model {spec!r}: there is no module {error.name!r}." + _near(last, names)
-        ) from error
-    except Exception as error:  # whatever the module's code raises
-        raise ParameterError(
-            f"model {spec!r}: {name} can't be imported: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-
-
-def _constructor_arguments(
-    spec: str,
-    model_class: type[nn.Module],
-    hyper_parameters: Mapping[str, Any],
-    given: dict[str, Any],
-) -> dict[str, Any]:
-    parameters = dict(inspect.signature(model_class).parameters)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    names = [
-        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    problems = [
-        f"no parameter {name!r}.{_near(name, names)}"
-        for name in given
-        if name not in names and not takes_any
-    ]
-    barred = getattr(model_class, "arguments_of_caller", ())
-    recorded = {n: hyper_parameters[n] for n in names if n in hyper_parameters and n not in barred}
-    kwargs = recorded | given
-    if "pretrained" in names and kwargs.get("pretrained", parameters["pretrained"].default):
-        kwargs["pretrained"] = False
-    problems += [
-        f"parameter {name!r} is required"
-        for name in names
-        if name not in kwargs and parameters[name].default is inspect.Parameter.empty
-    ]
-    if problems:
-        raise ParameterError(
-            f"{spec} can't be built from {sorted(kwargs) or 'no arguments'}; its parameters are "
-            f"{', '.join(names) or 'none'}:{listed(problems)}"
-        )
-    return kwargs
-
-
-def _outline(model_class: type[nn.Module], kwargs: Mapping[str, Any]) -> nn.Module | None:
-    """The model with shapes in the place of weights; None if it can't be built so."""
-    try:
-        with torch.device("meta"):
-            return model_class(**kwargs)
-    except Exception:  # whatever the model's constructor raises; built in earnest it says why
-        log.debug("outline_not_built", exc_info=True)
-        return None
-
-
-def _build(
-    spec: str,
-    model_class: type[nn.Module],
-    kwargs: Mapping[str, Any],
-    recorded: Sequence[str],
-    path: Path,
-) -> nn.Module:
-    try:
-        return model_class(**kwargs)
-    except Exception as error:  # whatever the model's constructor raises
-        if isinstance(error, HeimdallError) and not recorded:
-            raise
-        origin = f", of which {path} records {', '.join(recorded)}" if recorded else ""
-        reason = "" if isinstance(error, HeimdallError) else f"{type(error).__name__}: "
-        raise ParameterError(
-            f"{spec} can't be built with {_shown_arguments(kwargs)}{origin}: {reason}"
-            f"{shown(str(error), 1000)}"
-        ) from error
-
-
-def _shown_arguments(kwargs: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{name!r}: {shown(value)}" for name, value in kwargs.items()) + "}"
-
-
-def _is_safetensors(path: Path) -> bool:
-    """A header's length (8 bytes, little-endian), then the header as a JSON object."""
-    with path.open("rb") as file:
-        length, opening = int.from_bytes(file.read(8), "little"), file.read(1)
-    return opening == b"{" and length < path.stat().st_size
-
-
-def _load_torch(path: Path) -> Any:
-    try:
-        check_pickles(path)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a checkpoint: {shown(str(error))}"
-        ) from error
-    # Only the zip layout of today can be mapped; weights then enter memory once, not twice.
-    mmap = is_zip(path) and path.suffix != ".safetensors"
-    try:
-        with warnings.catch_warnings(), path.open("rb") as file:
-            # Says that an unusual pickle protocol may fail; if so, the error below says it.
-            warnings.simplefilter("ignore", UserWarning)
-            # A file object leaves the name's suffix without influence, but can't be mapped.
-            return torch.load(
-                path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap
-            )
-    except UnpicklingError as error:
-        refused = _refused_names(path, str(error))
-        what = f"it holds {shown(', '.join(refused), 2000)}" if refused else _NOT_PLAIN
-        raise CheckpointError(f"{path} was not loaded: {what}. {_RESAVE}") from error
-    except Exception as error:  # a broken pickle raises almost anything, OSError included
-        detail = shown(str(error) or type(error).__name__)
-        raise CheckpointError(
-            f"{path} is truncated or not a checkpoint (PyTorch says: {detail})"
-        ) from error
-
-
-def _refused_names(path: Path, message: str) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # an old or broken layout, which it can't list: the refusal names the first
-        log.debug("refused_names_unlisted", path=str(path), exc_info=True)
-    return sorted(set(re.findall(r"GLOBAL (\S+)", message)))
-
-
-def _unwrap(loaded: Any, path: Path) -> Weights:
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a state dict")
-    hyper_parameters = loaded.get("hyper_parameters")
-    if not isinstance(hyper_parameters, Mapping):
-        hyper_parameters = {}
-    for key, layout in (("state_dict", "lightning"), ("model_state_dict", "model_state_dict")):
-        if isinstance(loaded.get(key), Mapping):
-            return Weights(_tensors(loaded[key], path), layout, dict(hyper_parameters))
-    return Weights(_tensors(loaded, path), "state_dict", {})
-
-
-def _tensors(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    others = [shown(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if others or not state:
-        raise CheckpointError(
-            f"{path} holds no state dict: expected a key 'state_dict' or 'model_state_dict', or "
-            f"tensors only; found {shown(', '.join(others), 2000) or 'an empty dictionary'}"
-        )
-    problems = [f"{shown(n)}: its name is no text" for n in state if not isinstance(n, str)]
-    problems += [
-        f"{shown(name)} is {value.layout}, {value.dtype} on {value.device}"
-        for name, value in state.items()
-        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu"
-    ]
-    if problems:
-        raise CheckpointError(f"{path} holds other things than plain tensors:{listed(problems)}")
-    return dict(state)
-
-
-def _strip_prefix(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Without the ``model.`` that a LightningModule puts before the names of what it wraps."""
-    if any(name.startswith(_LIGHTNING_PREFIX) for name in model.state_dict()):
-        return tensors
-    return {
-        name if (bare := name.removeprefix(_LIGHTNING_PREFIX)) in tensors else bare: value
-        for name, value in tensors.items()
-    }
-
-
-def _fitting(
-    weights: dict[str, Tensor], model: nn.Module, path: Path, spec: str, kwargs: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The weights under the model's own names, if each of them fits."""
-    tensors, own = _strip_prefix(weights, model), model.state_dict()
-    problems = [f"missing: {name}" for name in own if name not in tensors]
-    for name, value in tensors.items():
-        if name not in own:
-            problems.append(f"unexpected: {shown(name)}")
-        elif value.shape != own[name].shape:
-            problems.append(
-                f"wrong shape: {name} is {tuple(value.shape)}, the model's is "
-                f"{tuple(own[name].shape)}"
-            )
-        elif value.is_complex() and not own[name].is_complex():
-            problems.append(f"complex: {name}, the model's is {own[name].dtype}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is copied to the device "meta"
+            found = network.load_state_dict(state, strict=False)
+        missing, unexpected = found.missing_keys, found.unexpected_keys
+    except Exception as error:  # whatever the model's hooks raise; PyTorch has a line for each
+        first, *lines = str(error).splitlines() or [""]
+        texts = lines or [f"{type(error).__name__}: {first}"]
+        return _Fit([*problems, *(shown(text, 500) for text in texts)], notes)
+    roots = {name.partition(".")[0] for name in own}
+    there = {id(own[name]) for name in given if name in own}
+    for name in missing:
+        if id(own[name]) in there:
+            notes.append(f"tied to another weight, which is there: {name}")
+        elif name.endswith(_NEEDLESS):
+            notes.append(f"not in the file, left as the model makes it: {name}")
+        elif other.get(name) != "":
+            at = f" (the file has a {other[name]} there)" if name in other else ""
+            problems.append(f"missing: {name}{at}")
+    aside = [name for name in reading.values if not name.startswith(reading.prefix)]
+    for name in unexpected:
+        root, _, rest = name.partition(".")
+        # A number without a fraction counts something; another one may be a part of the model.
+        counts = isinstance(state[name], Tensor) and not (rest or state[name].is_floating_point())
+        beside = root not in roots and (counts or _BESIDE.fullmatch(root))
+        if beside or name.endswith("position_ids"):
+            aside.append(name)
         else:
-            problems += _non_finite(name, value, own[name].dtype)
-    if problems:
-        raise CheckpointError(
-            f"{path} does not fit {spec} built with {_shown_arguments(kwargs)}; was it trained "
-            f"with other model_kwargs? {len(problems)} problems:{listed(problems)}"
-        )
-    return tensors
+            problems.append(f"unexpected: {shown(name)}")
+    if aside:
+        notes.append(f"left aside, no part of the model: {shown(', '.join(aside))}")
+    left = {*missing, *unexpected}
+    renamed, added = sorted(given - own.keys() - left), sorted(own.keys() - given - left)
+    if renamed or added:
+        texts = [shown(", ".join(names)) or "nothing" for names in (renamed, added)]
+        notes.append(f"migrated by its modules: {texts[0]} became {texts[1]}")
+    notes += [
+        f"{type(module).__name__} {name}: version {version} loaded into version {module._version}"
+        for name, module in network.named_modules()
+        if (version := versions.get(name, {}).get("version", module._version)) != module._version
+    ]
+    kinds = Counter(
+        (str(state[n].dtype)[6:], str(own[n].dtype)[6:])
+        for n in given & own.keys()
+        if isinstance(own[n], Tensor) and state[n].dtype != own[n].dtype
+    )
+    notes += [f"{count_of(n, 'tensor')} converted from {a} to {b}" for (a, b), n in kinds.items()]
+    _settle_lazy(network)
+    problems += _non_finite(network, {*own} - {*other}, made)
+    return _Fit(problems, notes)
 
 
-def _non_finite(name: str, value: Tensor, dtype: torch.dtype) -> list[str]:
-    """Problems of a weight once it has the model's precision."""
-    try:
-        finite = torch.isfinite(value.to(dtype))
-    except (RuntimeError, TypeError) as error:  # a type that PyTorch stores but can't convert
-        return [f"can't be converted: {name}, {value.dtype} to {dtype}: {shown(str(error))}"]
-    count = value.numel() - int(finite.sum())
-    return [f"NaN or Inf: {name}, {count} of {value.numel()} elements"] if count else []
+def _unlike(name: str, value: Tensor, mine: Tensor) -> str:
+    """Why a tensor can't become a weight; empty if it can."""
+    if value.shape != mine.shape and not (mine.ndim == 0 and value.shape == (1,)):
+        return f"wrong shape: {name} is {tuple(value.shape)}, the model's is {tuple(mine.shape)}"
+    types = f"{name}, the model's is {mine.dtype}"
+    if value.is_complex() and not mine.is_complex():
+        return f"complex: {types}"
+    whole = not (value.is_floating_point() or value.is_complex())
+    if whole and mine.is_floating_point() and isinstance(mine, nn.Parameter):
+        return f"integers: {types}; quantized weights are nothing without their scales"
+    discrete = not (mine.is_floating_point() or mine.is_complex())
+    if value.is_floating_point() and discrete and not torch.equal(value, value.trunc()):
+        return f"fractions: {types}"
+    return ""
+
+
+def _settle_lazy(network: nn.Module) -> None:
+    """Let lazy modules become what they stand for, where the file has said how large they are."""
+    for module in network.modules():
+        if isinstance(module, LazyModuleMixin) and not module.has_uninitialized_params():
+            module._initialize_hook.remove()
+            module._load_hook.remove()
+            del module._initialize_hook, module._load_hook
+            if module.cls_to_become is not None:
+                module.__class__ = module.cls_to_become
+
+
+def _not_finite(value: Tensor) -> bool:
+    if is_lazy(value) or value.is_meta or not (value.is_floating_point() or value.is_complex()):
+        return False
+    return not bool(torch.isfinite(value).all())
+
+
+def _non_finite(network: nn.Module, names: set[str], made: Mapping[str, Tensor]) -> list[str]:
+    """Weights that are no numbers, but for those that the constructor itself makes so."""
+    problems = []
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        if name in names and _not_finite(value):
+            wrong = ~torch.isfinite(value)
+            if name in made:
+                wrong &= ~torch.isclose(value, made[name], equal_nan=True)
+            if count := int(wrong.sum()):
+                problems.append(f"NaN or Inf: {name}, {count} of {value.numel()} elements")
+    return problems

@@ -35,9 +35,9 @@ from heimdall_onnx.model.checkpoint import (
     MEMBERS,
     LoadedModel,
     Member,
-    import_model_class,
     load_checkpoint,
 )
+from heimdall_onnx.model.construction import import_model
 from heimdall_onnx.model.inference import input_order, named_outputs
 from heimdall_onnx.model.signature import Axis, Signature, TensorSpec, signature_of
 
@@ -363,9 +363,9 @@ def _require_two(count: int) -> None:
         )
 
 
-def _member_class(spec: str) -> type[nn.Module]:
-    found = import_model_class(spec)
-    if issubclass(found, Ensemble):
+def _member_class(spec: str) -> Any:
+    found = import_model(spec)
+    if isinstance(found, type) and issubclass(found, Ensemble):
         raise ParameterError(
             f"members must not be ensembles themselves, found model {spec!r}: name the members' "
             "class, and give the checkpoints of all of them"

@@ -35,7 +35,8 @@ from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.parity.ground import difference_degrees, distance_m, middle_of
 from heimdall_onnx.evidence.parity.uncertainty import assess_model
 from heimdall_onnx.localization.frame import calibration_advice, calibration_of, placement_of
-from heimdall_onnx.model.checkpoint import import_model_class, load_checkpoint
+from heimdall_onnx.model.checkpoint import load_checkpoint
+from heimdall_onnx.model.construction import import_model
 from heimdall_onnx.model.signature import signature_of
 from heimdall_onnx.services.settings import Settings
 from heimdall_onnx.training.module import (
@@ -305,7 +306,7 @@ class TrainingRun:
             # Its own centroid and scale, which the weights belong to.
             loaded = load_checkpoint(start, model=spec, model_kwargs=given)
             return loaded.model.train(), loaded.model_kwargs
-        model_class = import_model_class(spec)
+        model_class = import_model(spec)
         known = inspect.signature(model_class).parameters
         if {"centroid", "scale_m"} <= known.keys() and not {"centroid", "scale_m"} & given.keys():
             centroid, scale_m = placement_of(positions)

@@ -28,8 +28,7 @@ from heimdall_onnx.common.files import replace_file
 from heimdall_onnx.common.logs import OnProgress, get_logger
 from heimdall_onnx.common.signals import was_interrupted
 from heimdall_onnx.common.text import listed, shown
-from heimdall_onnx.model.checkpoint import read_weights
-from heimdall_onnx.model.pickles import is_zip
+from heimdall_onnx.model.checkpoint import read_plain
 from heimdall_onnx.training.module import Batch, TrainingModule
 from heimdall_onnx.training.result import LAST
 
@@ -222,10 +221,7 @@ def read_training(path: Path) -> dict[str, Any]:
         CheckpointError: If it can't be read, holds code, or was not written by this entry; every
             problem of what it records is named.
     """
-    layout = read_weights(path).layout  # refuses what must not be loaded, and says why
-    content: Any = None
-    if layout != "safetensors":
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+    content = read_plain(path)
     if not isinstance(content, Mapping) or "training" not in content:
         raise CheckpointError(f"{_FOREIGN.format(path)} it does not record the training. {_START}")
     record = _record_of(content, path)
@@ -277,7 +273,7 @@ class PlainCheckpoints(TorchCheckpointIO):
         Raises:
             CheckpointError: If it does not record what is written for a training.
         """
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: dict[str, Any] = read_plain(path)
         if "callbacks" in loaded:  # not in the weights that spawned processes hand back
             _record_of(loaded, Path(path))
             # Where the folder has been moved, its checkpoints have moved with it.

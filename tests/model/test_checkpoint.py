@@ -1,9 +1,7 @@
-import argparse
 import hashlib
 import os
 import pathlib
 import pickle
-import re
 import sys
 
 import pytest
@@ -12,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from heimdall_onnx.common.errors import CheckpointError, ParameterError
-from heimdall_onnx.model.checkpoint import import_model_class, load_checkpoint, read_weights
+from heimdall_onnx.model.checkpoint import load_checkpoint
+from heimdall_onnx.model.construction import import_model
 from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
 
 
@@ -109,6 +108,7 @@ def test_hyper_parameters_become_arguments_where_the_constructor_has_them(state,
     assert loaded.model_kwargs == {"width": 4, "dropout": 0.25, "pretrained": False}
     assert loaded.hyper_parameters == HYPER
     assert loaded.model.dropout == 0.25
+    assert f"hyper-parameters that {SMALL} does not take: learning_rate" in loaded.notes
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_pretrained_weights_are_never_fetched(state, tmp_path, pretrained):
 def test_reference_model_is_the_default(tmp_path):
     model_kwargs = {"backbone_size": "tiny", "uncertainty_max": 2.0}
     with torch.device("meta"):
-        shapes = import_model_class("heimdall_onnx:LocalizationNet")(**model_kwargs).state_dict()
+        shapes = import_model("heimdall_onnx:LocalizationNet")(**model_kwargs).state_dict()
     state = {name: torch.zeros(v.shape, dtype=v.dtype) for name, v in shapes.items()}
     torch.save(
         {"state_dict": prefixed(state), "hyper_parameters": model_kwargs}, tmp_path / "a.ckpt"
@@ -164,7 +164,7 @@ def test_constructor_with_open_arguments_takes_given_ones_only(tmp_path):
 
 
 def test_every_unfit_weight_is_named_once(state, tmp_path):
-    del state["norm.bias"], state["norm.num_batches_tracked"]
+    del state["norm.bias"]
     state["head.weight"] = torch.ones(1)
     state["line.weight"] = torch.ones(4, 5)
     state["line.bias"] = torch.tensor([1.0, float("nan"), float("inf"), 0.0])
@@ -176,11 +176,10 @@ def test_every_unfit_weight_is_named_once(state, tmp_path):
         "NaN or Inf: line.bias, 2 of 4 elements",
         "NaN or Inf: norm.running_mean, 4 of 4 elements",
         "missing: norm.bias",
-        "missing: norm.num_batches_tracked",
         "unexpected: head.weight",
         "wrong shape: line.weight is (4, 5), the model's is (4, 3)",
     ]
-    assert "6 problems" in str(caught.value)
+    assert "5 problems" in str(caught.value)
 
 
 def test_prefixed_and_bare_name_of_one_weight_are_not_merged(state, tmp_path):
@@ -195,23 +194,18 @@ class Explodes:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_code_is_named_and_not_run(tmp_path, monkeypatch, zipped):
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickled_code_is_named_and_not_run(state, tmp_path, monkeypatch, zipped, protocol):
     proof = tmp_path / "executed"
     monkeypatch.setenv("PROOF", str(proof))
-    path = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {}, "x": Explodes()}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"holds posix\.mkdir\..*save it again"):
-        load_checkpoint(path, model=SMALL)
+    path, content = tmp_path / "evil.ckpt", {"state_dict": state, "x": Explodes()}
+    if protocol == 0:  # too old for PyTorch, but not for an attack
+        path.write_bytes(pickle.dumps(content["x"], 0))
+    else:
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"holds posix\.mkdir, which no training leaves"):
+        load_checkpoint(path, model=SMALL, model_kwargs={"width": 4})
     assert not proof.exists()
-
-
-def test_all_refused_objects_of_a_lightning_checkpoint_are_named(state, tmp_path):
-    hyper = {"args": argparse.Namespace(width=4), "root": pathlib.PurePosixPath("/data")}
-    torch.save({"state_dict": prefixed(state), "hyper_parameters": hyper}, tmp_path / "a.ckpt")
-    path = re.escape(f"{pathlib.PurePosixPath.__module__}.PurePosixPath")
-    message = rf"holds argparse\.Namespace, {path}\. Only tensors and plain"
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(tmp_path / "a.ckpt", model=SMALL)
 
 
 def test_width_that_the_file_records_takes_no_memory(tmp_path):
@@ -235,12 +229,14 @@ def test_argument_that_the_file_records_is_named_with_it(tmp_path, width):
     [
         (lambda t: t.to(torch.float64) * 1e300, "NaN or Inf: line.weight, 12 of 12"),
         (lambda t: t.to(torch.complex64), "complex: line.weight, the model's is torch.float32"),
-        (lambda t: t.to_sparse(), "line.weight is torch.sparse_coo"),
-        (lambda t: t.to("meta"), "line.weight is torch.strided, torch.float32 on meta"),
+        (lambda t: t.to(torch.int8), "integers: line.weight, the model's is torch.float32"),
+        (lambda t: t.to_sparse(), "missing: line.weight .*_rebuild_sparse_tensor there"),
+        (lambda t: t.to("meta"), "missing: line.weight .*_rebuild_meta_tensor_no_storage there"),
         (
             lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
-            "line.weight is torch.strided, torch.qint8",
+            "missing: line.weight .*_rebuild_qtensor there|type that is not read here",
         ),
+        (lambda t: t[:1, :1].expand(10**6, 10**6), "line.weight: it claims 1,000,000,000,000"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*[Qq]uantiz")
@@ -260,47 +256,9 @@ def test_weight_in_a_small_precision_is_read(state, tmp_path):
 
 
 def test_names_in_a_message_are_visible(state, tmp_path):
-    torch.save(state | {"\x1b[2J\nhead": torch.ones(1)}, tmp_path / "a.pt")
+    torch.save(state | {"\x1b[2J\nhead": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"\n  - unexpected: \\x1b\[2J head$"):
         load_checkpoint(tmp_path / "a.pt", model=SMALL, model_kwargs={"width": 4})
-
-
-def truncated(path):
-    torch.save({"a": torch.ones(1000)}, path)
-    path.write_bytes(path.read_bytes()[:-500])
-
-
-def truncated_safetensors(path):
-    save_file({"a": torch.ones(1000)}, path)
-    path.write_bytes(path.read_bytes()[:-500])
-
-
-BROKEN = [
-    (lambda path: None, "found no such file"),
-    (lambda path: path.mkdir(), "found a folder"),
-    (lambda path: path.touch(), "is empty"),
-    (lambda path: path.write_text("hello"), "truncated or not a checkpoint"),
-    (truncated, "truncated or not a checkpoint"),
-    (truncated_safetensors, "broken safetensors file"),
-    (lambda path: path.write_bytes(pickle.dumps({"a": 1}, 4)), "not a plain checkpoint"),
-    (lambda path: torch.save({1: torch.ones(1)}, path), "1: its name is no text"),
-    (lambda path: torch.save({"a": torch.zeros(1).expand(10**12)}, path), "claims 1,000,000,000"),
-    (lambda path: torch.save([1], path), "holds a list, expected a state dict"),
-    (lambda path: torch.save({}, path), "found an empty dictionary"),
-    (lambda path: torch.save({"epoch": 1, "a": torch.ones(1)}, path), "found epoch$"),
-    (lambda path: torch.save({"state_dict": {"a": 1}}, path), "holds no state dict.*found a$"),
-]
-
-
-@pytest.mark.parametrize(("make", "message"), BROKEN)
-def test_broken_file_is_a_checkpoint_error(tmp_path, make, message):
-    path = tmp_path / "a.ckpt"
-    make(path)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        read_weights(path)
-    assert str(path) in str(caught.value)
-    with pytest.raises(CheckpointError):
-        load_checkpoint(path, model=SMALL, model_kwargs={"width": 4})
 
 
 @pytest.mark.parametrize(
@@ -310,14 +268,15 @@ def test_broken_file_is_a_checkpoint_error(tmp_path, make, message):
         (":Small", "must look like"),
         (f"{__name__}:Smal", "has no 'Smal'. Did you mean 'Small'"),
         (f"{__name__}:NotAModel", "must be a subclass of torch.nn.Module"),
-        (f"{__name__}:SMALL", "must be a subclass of torch.nn.Module"),
+        (f"{__name__}:SMALL", "must be a subclass of torch.nn.Module or a function"),
+        (f"{__name__}:Small.nothing", "has no 'Small.nothing'"),
         ("heimdall_onnx.localisation:X", "Did you mean 'localization'"),
         ("heimdal_onnx.x:X", "no module 'heimdal_onnx'. Did you mean 'heimdall_onnx'"),
     ],
 )
 def test_bad_import_string_names_the_nearest(model, message):
     with pytest.raises(ParameterError, match=message):
-        import_model_class(model)
+        import_model(model)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +290,7 @@ def test_module_that_fails_to_import_is_a_parameter_error(tmp_path, monkeypatch,
     (tmp_path / "failing_model_module.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ParameterError, match=message):
-        import_model_class("failing_model_module:X")
+        import_model("failing_model_module:X")
     assert "failing_model_module" not in sys.modules
 
 

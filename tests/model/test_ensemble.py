@@ -761,6 +761,8 @@ def test_ensemble_is_released_verified_and_made_again(make_settings, s3, paths, 
         "file": made.path.name,
         "sha256": made.sha256,
         "members": members,
+        "weights": "model_state_dict",
+        "notes": [],
     }
     assert manifest["parameters"]["model_kwargs"] == made.model_kwargs
     assert manifest["content"][0]["sha256"] == made.sha256

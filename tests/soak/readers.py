@@ -82,7 +82,7 @@ def read_manifest(path: Path) -> None:
 
 
 READERS = {
-    "checkpoint": Reader(read_checkpoint, (CheckpointError,)),
+    "checkpoint": Reader(read_checkpoint, (CheckpointError, ParameterError)),
     "onnx": Reader(read_onnx, (InvalidModelError,)),
     "session": Reader(read_session, (InvalidModelError,)),
     "evaluation": Reader(read_evaluation, (DataError,)),

@@ -1,0 +1,227 @@
+"""The model that a spelling names, built with the arguments of the caller and of a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from heimdall_onnx.common.errors import HeimdallError, ParameterError
+from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.model.pickles import restored
+from heimdall_onnx.model.readings import Content
+
+log = get_logger(__name__)
+
+_ELSEWHERE = re.compile(r"(cuda|mps|xpu|hpu|npu|xla|tpu)(:\d+)?")
+
+
+@dataclass(frozen=True)
+class Construction:
+    """How a model is built, as often as it is needed.
+
+    Attributes:
+        spec: Import string of what makes it.
+        make: That.
+        kwargs: Its keyword arguments.
+        recorded: Those that the checkpoint records, which nobody vouches for.
+        path: The checkpoint.
+        submodule: Which of its modules is the network; empty for the model itself.
+        hyper_parameters: What the checkpoint records and can be loaded.
+        notes: What was changed or left aside, in words.
+    """
+
+    spec: str
+    make: Callable[..., Any]
+    kwargs: dict[str, Any]
+    recorded: tuple[str, ...]
+    path: Path
+    submodule: str
+    hyper_parameters: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def outline(self) -> nn.Module | None:
+        """The network with shapes in the place of weights; None if it can't be built so."""
+        try:
+            with torch.device("meta"):
+                return self._network(self.make(**self.kwargs))
+        except Exception:  # whatever the model's constructor raises; built in earnest it says why
+            log.debug("outline_not_built", exc_info=True)
+            return None
+
+    def build(self) -> nn.Module:
+        """The network as its constructor leaves it.
+
+        Raises:
+            ParameterError: If it can't be built, or has no such submodule.
+        """
+        try:
+            made = self.make(**self.kwargs)
+        except Exception as error:  # whatever the model's constructor raises
+            if isinstance(error, HeimdallError) and not self.recorded:
+                raise
+            recorded = ", ".join(self.recorded)
+            origin = f", of which {self.path} records {recorded}" if recorded else ""
+            reason = "" if isinstance(error, HeimdallError) else f"{type(error).__name__}: "
+            raise ParameterError(
+                f"{self.spec} can't be built with {self.arguments}{origin}: {reason}"
+                f"{shown(str(error), 1000)}"
+            ) from error
+        return self._network(made)
+
+    def _network(self, made: Any) -> nn.Module:
+        if not isinstance(made, nn.Module):
+            raise ParameterError(
+                f"model {self.spec!r} must make a torch.nn.Module, made {type(made).__name__}"
+            )
+        try:
+            network = made.get_submodule(self.submodule)
+        except AttributeError as error:
+            children = ", ".join(name for name, _ in made.named_children())
+            raise ParameterError(
+                f"{self.spec} has no submodule {self.submodule!r}; it has {children or 'none'}"
+            ) from error
+        if network is not made and hasattr(made, "signature") and not hasattr(network, "signature"):
+            network.signature = made.signature
+        return network
+
+    @property
+    def arguments(self) -> str:
+        """Its arguments, for a message."""
+        return "{" + ", ".join(f"{n!r}: {shown(value)}" for n, value in self.kwargs.items()) + "}"
+
+
+def plan_model(
+    spec: str, content: Content, given: Mapping[str, Any], submodule: str = ""
+) -> Construction:
+    """Say how the model of a checkpoint is built.
+
+    Hyper-parameters that the checkpoint records become arguments where there are parameters of
+    those names; ``given`` ones win over them. ``pretrained`` is always off, and devices are the
+    CPU. What a class lists in ``arguments_of_caller`` is never taken from the file. A bound method
+    ``from_pretrained`` gets the checkpoint's folder.
+
+    Raises:
+        ParameterError: If the model can't be imported or does not take these arguments.
+    """
+    make: Callable[..., Any] = import_model(spec)
+    path = content.source.path
+    if getattr(make, "__name__", "") == "from_pretrained":
+        make = partial(make, str(path if path.is_dir() else path.parent))
+    parameters = dict(inspect.signature(make).parameters)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = [
+        n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    problems = [
+        f"no parameter {name!r}.{_near(name, names)}"
+        for name in given
+        if name not in names and not takes_any
+    ]
+    hyper, unread = _loaded(content.hyper_parameters)
+    barred = {*getattr(make, "arguments_of_caller", ()), *given}
+    recorded = {n: hyper[n] for n in names if n in hyper and n not in barred}
+    notes = [f"not loaded: hyper-parameter {name}, {kind}" for name, kind in unread.items()]
+    for name, value in recorded.items():
+        if isinstance(value, str | torch.device) and _ELSEWHERE.fullmatch(str(value)):
+            recorded[name] = type(value)("cpu")
+            notes.append(f"argument {name}: cpu in the place of {value}")
+    unused = [name for name in hyper if name not in names]
+    if unused and not getattr(make, "made_of_checkpoints", False):
+        notes.append(f"hyper-parameters that {spec} does not take: {shown(', '.join(unused))}")
+    kwargs = recorded | dict(given)
+    if "pretrained" in names and kwargs.get("pretrained", parameters["pretrained"].default):
+        kwargs["pretrained"] = False
+    problems += [
+        f"parameter {name!r} is required"
+        + (f"; the file has a {unread[name]} there, which is not loaded" if name in unread else "")
+        for name in names
+        if name not in kwargs and parameters[name].default is inspect.Parameter.empty
+    ]
+    if problems:
+        raise ParameterError(
+            f"{spec} can't be built from {sorted(kwargs) or 'no arguments'}; its parameters are "
+            f"{', '.join(names) or 'none'}:{listed(problems)}"
+        )
+    from_file = tuple(sorted(recorded.keys() - {"pretrained"}))
+    return Construction(spec, make, kwargs, from_file, path, submodule, hyper, tuple(notes))
+
+
+def _loaded(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    found, unread = {}, {}
+    for name, value in recorded.items():
+        try:
+            found[name] = restored(value)
+        except Exception as error:  # of a class that is not loaded, or broken in any way
+            unread[shown(name)] = shown(str(error.args[0] if error.args else error))
+    return found, unread
+
+
+def import_model(spec: str) -> Callable[..., Any]:
+    """The class, function or bound method of a class that ``"package.module:Name"`` names.
+
+    ``load_from_checkpoint`` of a class stands for the class: it would unpickle the file.
+
+    Raises:
+        ParameterError: If there is none or it can't make a model; near names are suggested.
+    """
+    module_name, colon, path = str(spec).removesuffix(".load_from_checkpoint").partition(":")
+    if not (module_name and colon and path):
+        raise ParameterError(f"model must look like 'package.module:Class', found {spec!r}")
+    module = _import(module_name, spec)
+    try:
+        found: Any = reduce(getattr, path.split("."), module)
+    except AttributeError:
+        classes = {n for n, v in vars(module).items() if isinstance(v, type)}
+        classes |= set(getattr(module, "__all__", ()))
+        raise ParameterError(
+            f"model {spec!r}: {module_name} has no {path!r}." + _near(path, classes)
+        ) from None
+    if isinstance(found, nn.Module) or not callable(found):
+        kind = f"a {type(found).__name__}"
+    elif isinstance(found, type) and not issubclass(found, nn.Module):
+        kind = repr(found)
+    else:
+        return found  # type: ignore[no-any-return]
+    raise ParameterError(
+        f"model {spec!r} must be a subclass of torch.nn.Module or a function that makes one, "
+        f"is {kind}"
+    )
+
+
+def _import(name: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise ParameterError(
+                f"model {spec!r}: {name} needs {error.name}, which is not installed"
+            ) from error
+        parent, _, last = error.name.rpartition(".")
+        siblings = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+        names = [m.name for m in pkgutil.iter_modules(siblings)]
+        raise ParameterError(
+            f"model {spec!r}: there is no module {error.name!r}." + _near(last, names)
+        ) from error
+    except Exception as error:  # whatever the module's code raises
+        raise ParameterError(
+            f"model {spec!r}: {name} can't be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
