@@ -145,9 +145,13 @@ class Checkpoint(CheckpointFile):
 
     Attributes:
         members: The checkpoints that an ensemble's was made of, as it records them.
+        weights: Which of the weights in it were taken: keys and prefix, with dots between them.
+        notes: What was migrated, converted, skipped or left aside when it was loaded.
     """
 
     members: tuple[CheckpointFile, ...] = ()
+    weights: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class ReleasedModel(_Strict):

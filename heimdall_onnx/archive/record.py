@@ -243,6 +243,8 @@ def record_results(
             file=loaded.path.name,
             sha256=loaded.sha256,
             members=tuple(CheckpointFile(file=m.file, sha256=m.sha256) for m in loaded.members),
+            weights=loaded.weights,
+            notes=loaded.notes,
         ),
         model=ReleasedModel(
             spec=loaded.model_spec,

@@ -42,8 +42,10 @@ parameter_option = partial(
 
 # Of which model the checkpoints are, and what it is compared on.
 model_options = all_of(
-    parameter_option("--model", help="Model class, pkg.mod:Class."),
+    parameter_option("--model", help="Model, pkg.mod:Class, or what makes it."),
     parameter_option("--model-kwargs", help="Its keyword arguments, JSON."),
+    parameter_option("--weights", help="Which weights of the checkpoint, where several fit."),
+    parameter_option("--submodule", help="The network is this module of the model."),
     parameter_option(
         "--eval-data", help="Evaluation inputs: .npz or dataset.  [default: synthetic]"
     ),
@@ -125,6 +127,31 @@ def release(checkpoints: tuple[str, ...], **options: Any) -> None:
             _release(partial(_combine, checkpoints, until_released), **options)
 
 
+@click.command(cls=Command, example="heimdall-onnx inspect last.ckpt")
+@click.argument("checkpoint")
+@json_option
+def inspect(checkpoint: str, as_json: bool) -> None:
+    """Show what CHECKPOINT holds, and how to go on. Nothing in it is executed."""
+    from heimdall_onnx.model.readings import describe_content, read_content
+
+    found = describe_content(read_content(checkpoint))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    lines = [("checkpoint", f"{found['file']} ({found['kind']})")]
+    for one in found["readings"]:
+        dtypes = ", ".join(f"{n} × {dtype}" for dtype, n in one["dtypes"].items())
+        about = f"{one['tensors']} tensors ({dtypes}), {one['elements']:,} elements"
+        about += f", all names begin with {one['prefix']}" if one["prefix"] else ""
+        about += f", in a pickled {one['pickled']}: not read" if one["pickled"] else ""
+        lines.append((f"weights {one['weights']}", about))
+    for key, name in (("skipped", "not loaded"), ("hyper_parameters", "argument")):
+        lines += [(f"{name} {where}", what) for where, what in found[key].items()]
+    lines.append(("go on with", found["command"]))
+    width = max(len(name) for name, _ in lines) + 2
+    click.echo("\n".join(visible_lines(f"{name:<{width}}{text}") for name, text in lines))
+
+
 def _combine(
     checkpoints: Sequence[str],
     until_released: ExitStack,
@@ -146,7 +173,11 @@ def _combine(
             f"HEIMDALL_HOME must be a folder that can be written to; nothing can be made in "
             f"{settings.home}: {error.strerror}"
         ) from error
-    made = combine_checkpoints(checkpoints, folder, parameters.model, parameters.model_kwargs)
+    if parameters.submodule:
+        raise ParameterError("members of an ensemble are whole models; submodule can't be given")
+    made = combine_checkpoints(
+        checkpoints, folder, parameters.model, parameters.model_kwargs, parameters.weights
+    )
     click.echo(
         f"{len(made.members)} checkpoints combined in {made.path}, which is removed when the "
         "release ends; the same ones make the same file again",
@@ -199,11 +230,15 @@ def _release(
     values = {k: v for k, v in options.items() if v is not None} | dict(extra)
     try:
         from heimdall_onnx.common.parameters import check_parameters
+        from heimdall_onnx.model.readings import read_content, require_weights
 
         if own := {"publish", "output_dir"} & {name for name, _ in extra}:
             raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the command sets it")
         parameters = check_parameters(values)
         settings = Settings.load()
+        if parameters.checkpoint:
+            # What the file alone tells is told before PyTorch is imported.
+            require_weights(read_content(parameters.checkpoint))
         parameters = parameters.model_copy(update=inputs(settings, parameters))
     except HeimdallError as error:
         if as_json or junit_file or summary_file:
@@ -309,4 +344,4 @@ def _most_costly(costs: Sequence[dict[str, Any]]) -> str:
     return f"{total:.0f} s, most of it {steps}"
 
 
-COMMANDS = (release, demo)
+COMMANDS = (release, inspect, demo)

@@ -153,6 +153,8 @@ class ReleaseParameters(Parameters):
     checkpoint: str = ""
     model: str = "heimdall_onnx:LocalizationNet"
     model_kwargs: ModelKwargs = Field(default_factory=dict)
+    weights: str = Field("", max_length=1000)
+    submodule: str = Field("", max_length=1000)
     eval_data: str = ""
     name: str = Field(REFERENCE_MODEL, pattern=NAME, max_length=200)
     bucket: str = Field("heimdall-models", pattern=BUCKET)

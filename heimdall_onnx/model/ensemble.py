@@ -287,11 +287,12 @@ class CombinedCheckpoint:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What a release of it has for ``checkpoint``, ``model`` and ``model_kwargs``."""
+        """What a release of it has for these parameters."""
         return {
             "checkpoint": str(self.path),
             "model": self.model,
             "model_kwargs": self.model_kwargs,
+            "weights": "",  # of the members, which are chosen
         }
 
 
@@ -300,6 +301,7 @@ def combine_checkpoints(
     folder: Path | str,
     model: str,
     model_kwargs: Mapping[str, Any] | None = None,
+    weights: str = "",
 ) -> CombinedCheckpoint:
     """Make one checkpoint of several that were trained apart.
 
@@ -313,6 +315,7 @@ def combine_checkpoints(
         folder: Where the result goes, under a name made of what it holds.
         model: The members' class, ``"package.module:Class"``, named by the caller.
         model_kwargs: Arguments of every member's constructor; they win over the files' own.
+        weights: Which weights are taken of each, as for `load_checkpoint`.
 
     Raises:
         ParameterError: If there are fewer than two, two are the same, their signatures differ or
@@ -322,7 +325,9 @@ def combine_checkpoints(
     """
     _require_two(len(paths))
     _member_class(model)
-    loaded = _load_members([Path(path) for path in paths], model, model_kwargs)
+    loaded = _load_members(
+        [Path(path) for path in paths], model=model, model_kwargs=model_kwargs, weights=weights
+    )
     _require_different(loaded)
     agreed = agreed_signature(
         {f"{i} ({one.path.name})": one.signature for i, one in enumerate(loaded, 1)}
@@ -373,13 +378,11 @@ def _member_class(spec: str) -> Any:
     return found
 
 
-def _load_members(
-    paths: Sequence[Path], model: str, model_kwargs: Mapping[str, Any] | None
-) -> list[LoadedModel]:
+def _load_members(paths: Sequence[Path], **options: Any) -> list[LoadedModel]:
     loaded, problems = [], []
     for path in paths:
         try:
-            loaded.append(load_checkpoint(path, model=model, model_kwargs=model_kwargs))
+            loaded.append(load_checkpoint(path, **options))
         except HeimdallError as error:
             problems.append(error)
     if len(problems) == 1:

@@ -39,6 +39,7 @@ from heimdall_onnx.common.parameters import VARIANTS_FOLDER, ReleaseParameters
 from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
 from heimdall_onnx.data.evaluation import is_dataset
 from heimdall_onnx.evidence.costs import CostWatch
+from heimdall_onnx.model.readings import read_content, require_weights
 from heimdall_onnx.release.complete import (
     add_bom,
     complete_release,
@@ -124,7 +125,6 @@ class _Run:
             update={
                 "publish": True,
                 "output_dir": str(self.folder),
-                "checkpoint": _absolute(parameters.checkpoint),
                 "eval_data": _absolute(parameters.eval_data),
                 "calibration_data": _absolute(parameters.calibration_data),
             }
@@ -142,6 +142,10 @@ class _Run:
     def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
         if not self.parameters.checkpoint:
             raise ParameterError("there is no checkpoint to release: its path is empty")
+        content = read_content(self.parameters.checkpoint)
+        require_weights(content)
+        checkpoint = str(content.source.path.absolute())
+        self.parameters = self.parameters.model_copy(update={"checkpoint": checkpoint})
         data, calibration = self.parameters.eval_data, self.parameters.calibration_data
         if is_dataset(calibration):
             raise ParameterError(
@@ -149,7 +153,6 @@ class _Run:
                 "calibration_data out to set a part of the evaluation data apart"
             )
         for path, what in (
-            (self.parameters.checkpoint, "a checkpoint"),
             # Whether a dataset is in its bucket is seen when it is opened.
             ("" if is_dataset(data) else data, "evaluation data"),
             (calibration, "calibration data"),

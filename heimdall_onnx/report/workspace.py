@@ -62,4 +62,9 @@ def prepare_run(
         demo = make_demo(settings.home / "demo")
         updates["checkpoint"] = str(demo.checkpoint)
         updates["eval_data"] = parameters.eval_data or str(demo.eval_data)
+    else:
+        from heimdall_onnx.model.checkpoint import single_file
+
+        # A release keeps one file, and this is the one that it is made of.
+        updates["checkpoint"] = str(single_file(parameters.checkpoint, folder))
     return parameters.model_copy(update=updates)

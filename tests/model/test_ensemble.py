@@ -782,3 +782,19 @@ def test_ensemble_is_released_verified_and_made_again(make_settings, s3, paths, 
     again = reproduce_release(Release.at(connection, uri))
     assert again.failures == ()
     assert again.model.identical
+
+
+def test_chosen_weights_are_those_of_every_member(tmp_path):
+    paths = [tmp_path / f"{i}.ckpt" for i in range(2)]
+    for i, path in enumerate(paths):
+        states = [Answers().state_dict() for _ in range(2)]
+        states[1]["shift"] = states[1]["shift"] + 1 + i
+        torch.save({"model": states[0], "model_ema": states[1]}, path)
+    with pytest.raises(CheckpointError, match="2 of 2 checkpoints can't be used"):
+        combine_checkpoints(paths, tmp_path, ANSWERS)
+    made = combine_checkpoints(paths, tmp_path, ANSWERS, weights="model_ema")
+    assert made.parameters["weights"] == ""
+    assert torch.load(made.path)["model_state_dict"].keys() >= {
+        "members.0.shift",
+        "members.1.shift",
+    }

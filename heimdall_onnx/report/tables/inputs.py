@@ -34,7 +34,9 @@ def checkpoint_table(loaded: LoadedModel) -> Markdown:
                 for i, member in enumerate(loaded.members, 1)
             ),
             ("layout", loaded.layout),
-            ("model", loaded.model_spec),
+            ("weights", loaded.weights),
+            *((f"note {i}", note) for i, note in enumerate(loaded.notes, 1)),
+            ("model", " ".join((loaded.model_spec, loaded.submodule)).strip()),
             ("arguments", loaded.model_kwargs),
             ("parameters", f"{parameters:,}"),
             ("signature declared by", loaded.signature_source),
