@@ -163,6 +163,8 @@ def load_evaluation_data(
         examples = Examples(signature, model)
         made_by = f"seeded examples of {type(model).__name__}'s own making"
         meta = {"provenance": made_by} if examples.own else {}
+        if ends := examples.integers:
+            meta["provenance"] = f"seeded random numbers, integers from {ends[0]} to {ends[1]}"
         synthetic = examples.valid(SYNTHETIC_SAMPLES)
         return EvaluationData(synthetic, None, meta, "synthetic inputs", None, {})
     if isinstance(path, Dataset) or is_dataset(path):

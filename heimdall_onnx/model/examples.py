@@ -14,18 +14,29 @@ Neither is a test of the model's accuracy: what they make only has to be allowed
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from math import ceil, floor, inf, isfinite
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays
-from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.common.errors import DataError, EvidenceError
+from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed
+from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
+log = get_logger(__name__)
+
 ALL_BUT_ONE = "all masked but one"
+# Ends of integers without a range, the first that the model takes: they may be indices.
+_INDICES = (0, 1)
+_ENDS = ((-100, 100), (0, 100), _INDICES)
+_FOUND: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
 _Array = npt.NDArray[Any]
 
@@ -40,6 +51,7 @@ class Examples:
 
     def __init__(self, signature: Signature, model: object = None) -> None:
         self.signature = signature
+        self._model = model
         self._owner = type(model).__name__
         self._make = getattr(model, "example_inputs", None)
         self._distort = getattr(model, "adversarial_inputs", None)
@@ -57,6 +69,21 @@ class Examples:
         """
         return self.own or _says_what_is_valid(self.signature)
 
+    @property
+    def integers(self) -> tuple[int, int] | None:
+        """Ends between which integers without a range are drawn; None where there are none.
+
+        Found by calling a copy of the model: from -100 to 100 if it answers these with numbers,
+        else from 0 to 100, else 0 and 1, since they may be indices.
+        """
+        if self.own or not any(map(_is_open, self.signature.inputs)):
+            return None
+        if not hasattr(self._model, "named_buffers"):
+            return _INDICES
+        if self._model not in _FOUND:
+            _FOUND[self._model] = _ends_taken(self.signature, self._model, self.lengths())
+        return _FOUND[self._model]
+
     def lengths(self, **changes: int) -> dict[str, int]:
         """The length of each dynamic axis: the last declared one, or what ``changes`` says."""
         return {axis.name: axis.lengths[-1] for axis in self.signature.dynamic_axes} | changes
@@ -65,8 +92,8 @@ class Examples:
         """Inputs that the model must be able to answer.
 
         From the signature alone: floating-point elements are standard normal, or uniform in the
-        input's ``range``; integers are uniform in it, both ends included, and without one 0 or 1,
-        since they may be indices. A mask hides a different number of elements in each sample and
+        input's ``range``; integers are uniform in it, both ends included, and without one in
+        `integers`. A mask hides a different number of elements in each sample and
         never all of them.
 
         Args:
@@ -84,7 +111,7 @@ class Examples:
         rng = np.random.default_rng(seed)
         wanted = self.lengths(**(lengths or {}))
         if self._make is None:
-            return generic_inputs(self.signature, count, rng, wanted)
+            return generic_inputs(self.signature, count, rng, wanted, self.integers or _INDICES)
         made = self._call("example_inputs", self._make, count, rng, wanted)
         source = f"what {self._owner}.example_inputs gave"
         self._check(made, source, count, wanted, own=made.keys())
@@ -133,16 +160,14 @@ class Examples:
         return kinds
 
     def at_other_lengths(self, count: int, seed: int = 0) -> dict[str, Arrays]:
-        """Valid inputs at every other declared length of each dynamic axis, one axis at a time.
-
-        An axis without a declaration stays as it is.
+        """Valid inputs at every other length of each dynamic axis, one axis at a time.
 
         Returns:
             By the axis and its length, as ``"receivers = 3"``.
         """
         return {
             f"{axis.name} = {length}": self.valid(count, seed, {axis.name: length})
-            for axis in self.signature.axes
+            for axis in self.signature.dynamic_axes
             for length in axis.lengths[:-1]
             if length != axis.lengths[-1]
         }
@@ -204,6 +229,7 @@ def generic_inputs(
     count: int,
     seed: int | np.random.Generator = 0,
     lengths: Mapping[str, int] | None = None,
+    integers: tuple[int, int] = _INDICES,
 ) -> Arrays:
     """Inputs from the signature alone; `Examples` asks the model too.
 
@@ -212,6 +238,7 @@ def generic_inputs(
         count: Number of samples.
         seed: Seed of the values, or what draws them.
         lengths: Of dynamic axes, by name.
+        integers: Ends of those without a range, as far as their type has them.
 
     Raises:
         DataError: If the range of an input, which values are drawn from, has an infinite end.
@@ -243,13 +270,37 @@ def generic_inputs(
                 return rng.standard_normal(shape).astype(dtype)
             uniform: _Array = rng.uniform(*spec.range, shape).astype(dtype)
             return uniform.clip(*_limits(spec))
-        if spec.range is None:
+        if dtype.kind == "b":
             return rng.integers(0, 2, shape).astype(dtype)
-        low, high = _limits(spec)
+        low, high = _limits(replace(spec, range=integers) if spec.range is None else spec)
         drawn: _Array = rng.integers(low, high, shape, dtype=dtype, endpoint=True)
         return drawn
 
     return {spec.name: values(spec) for spec in signature.inputs}
+
+
+def _is_open(spec: TensorSpec) -> bool:
+    return spec.range is None and np.dtype(spec.dtype).kind in "iu"
+
+
+def _ends_taken(signature: Signature, model: Any, lengths: Mapping[str, int]) -> tuple[int, int]:
+    """The widest of `_ENDS` at both of which, and between which, a model answers with numbers."""
+    try:
+        trial = deepcopy(model).eval()  # a call may change it
+    except Exception as error:  # whatever keeps a model's parts from being copied
+        log.info("integers are drawn from 0 and 1", reason=str(error))
+        return _INDICES
+    for low, high in _ENDS:
+        try:
+            answers = [
+                run_pytorch(trial, generic_inputs(signature, 2, 0, lengths, ends), signature)
+                for ends in ((low, low), (high, high), (low, high))
+            ]
+        except EvidenceError:
+            continue
+        if all(np.isfinite(array).all() for found in answers for array in found.values()):
+            return low, high
+    return _INDICES
 
 
 def generic_adversarial(signature: Signature, base: Arrays) -> dict[str, Arrays]:
@@ -428,7 +479,8 @@ def _limits(spec: TensorSpec) -> tuple[Any, Any]:
     dtype = np.dtype(spec.dtype)
     if dtype.kind in "iu":
         least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
-        first, last = least if low == -inf else ceil(low), most if high == inf else floor(high)
+        first = least if low == -inf else max(ceil(low), least)
+        last = most if high == inf else min(floor(high), most)
         return dtype.type(first), dtype.type(last)
     return dtype.type(low), dtype.type(high)
 

@@ -30,12 +30,23 @@ OptimizationLevel = Literal["none", "basic", "extended", "all"]
 
 
 def run_pytorch(
-    model: nn.Module, inputs: Mapping[str, npt.NDArray[Any]], signature: Signature
+    model: nn.Module,
+    inputs: Mapping[str, npt.NDArray[Any]],
+    signature: Signature,
+    *,
+    copied: bool = True,
 ) -> Arrays:
     """Run ``model`` on ``inputs``, passed as `input_order` says, without gradients.
 
     The arrays go to the model's own device, floating-point ones in the model's own precision; a
     model without any weights takes them as they are.
+
+    Args:
+        model: In eval mode.
+        inputs: One array per input of the signature.
+        signature: What goes in and comes out.
+        copied: Whether the model gets copies. It may write into its inputs, which is not to reach
+            whoever runs on them next; only where the call is timed they are shared.
 
     Raises:
         EvidenceError: If the model fails, or returns other outputs than the signature names.
@@ -47,7 +58,7 @@ def run_pytorch(
     precision = next((t.dtype for t in state if t.is_floating_point()), None)
 
     def tensor(array: npt.NDArray[Any]) -> torch.Tensor:
-        value = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        value = torch.from_numpy(np.ascontiguousarray(array)).to(device, copy=copied)
         return value.to(precision) if value.is_floating_point() else value
 
     order = input_order(model, signature)

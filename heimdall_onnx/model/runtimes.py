@@ -282,7 +282,7 @@ def _open_pytorch(path: Path, signature: Signature, settings: SessionSettings) -
             raise UnavailableError(f"torch.compile needs a C++ compiler: {error}") from error
         except EvidenceError as error:
             raise UnavailableError(f"torch.compile can't compile the model: {error}") from error
-    return Runner(device, "f32", partial(run_pytorch, model, signature=signature))
+    return Runner(device, "f32", partial(run_pytorch, model, signature=signature, copied=False))
 
 
 @dataclass(frozen=True)

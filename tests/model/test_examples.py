@@ -2,10 +2,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from faults import FEATURES, MASK, SET, STATIONS, SetNet
 from models import SIGNAL, declare
+from torch import nn
 
 from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.model.examples import Examples, garbled, generic_adversarial, padded, permuted
 from heimdall_onnx.model.signature import Axis, Signature, TensorSpec
 
@@ -33,10 +36,10 @@ def test_dynamic_axes_have_their_last_length_or_the_one_asked_for_in_all_inputs(
     assert {a.shape[:2] for a in PLAIN.valid(4, lengths={"receivers": 3}).values()} == {(4, 3)}
 
 
-def test_an_axis_without_a_declaration_has_one_length():
+def test_an_axis_without_a_declaration_is_tried_at_twice_its_length():
     examples = Examples(replace(SET, axes=()))
     assert examples.lengths() == {"receivers": 8}
-    assert examples.at_other_lengths(2) == {}
+    assert list(examples.at_other_lengths(2)) == ["receivers = 16"]
     declared = Examples(replace(SET, axes=(Axis("receivers"),)))
     assert list(declared.at_other_lengths(2)) == [f"receivers = {n}" for n in (1, 2, 3)]
 
@@ -63,8 +66,52 @@ def test_integers_cover_their_whole_range_in_each_sample_anew():
     assert len(np.unique(stations, axis=0)) == 64
 
 
-def test_integers_without_a_range_are_0_or_1():
+def test_integers_without_a_range_are_0_or_1_where_there_is_no_model():
     assert np.unique(Examples(ranged()).valid(9)["stations"]).tolist() == [0, 1]
+
+
+class Minutes(nn.Module):
+    """Takes any integer, or those that ``rows`` of a table have, or whose root is a number."""
+
+    signature = Signature(
+        (TensorSpec("minutes", "int64", ("batch", 4)),), (TensorSpec("y", "float32", ("batch", 4)),)
+    )
+
+    def __init__(self, rows=0, root=False):
+        super().__init__()
+        self.table = nn.Embedding(rows, 1) if rows else None
+        self.root = root
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, minutes):
+        self.calls += 1
+        if self.table is not None:
+            return self.table(minutes)[..., 0]
+        return minutes.float().sqrt() if self.root else minutes / 60
+
+
+@pytest.mark.parametrize(
+    ("model", "ends"),
+    [
+        (Minutes(), (-100, 100)),
+        (Minutes(rows=101), (0, 100)),
+        (Minutes(rows=100), (0, 1)),
+        (Minutes(root=True), (0, 100)),
+    ],
+)
+def test_integers_without_a_range_are_as_wide_as_the_model_takes_them(model, ends):
+    examples = Examples(model.signature, model)
+    drawn = examples.valid(500)["minutes"]
+    assert (drawn.min(), drawn.max()) == ends == examples.integers
+    assert model.calls == 0
+    data = load_evaluation_data(None, model.signature, model)
+    assert data.provenance == f"seeded random numbers, integers from {ends[0]} to {ends[1]}"
+
+
+def test_no_more_is_drawn_than_the_type_of_integers_has():
+    signature = replace(Minutes.signature, inputs=(TensorSpec("minutes", "uint8", ("batch", 4)),))
+    drawn = Examples(signature, Minutes()).valid(500)["minutes"]
+    assert (drawn.min(), drawn.max()) == (0, 100)
 
 
 def test_floats_without_a_range_are_standard_normal_and_uniform_in_one():

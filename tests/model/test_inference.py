@@ -68,6 +68,16 @@ def test_outputs_in_a_dict_are_found_by_name_not_by_order(inputs):
         np.testing.assert_array_equal(found[name], array)
 
 
+def test_what_a_model_writes_into_its_input_reaches_nobody_else():
+    class Scaling(nn.Module):
+        def forward(self, x):
+            return x.mul_(2)
+
+    x = np.ones((2, 3), np.float32)
+    assert run_pytorch(Scaling(), {"x": x}, NaNNet.signature)["y"].tolist() == [[2.0] * 3] * 2
+    assert (x == 1).all()
+
+
 def test_single_tensor_is_the_only_output():
     x = np.ones((2, 3), np.float32)
     np.testing.assert_array_equal(run_pytorch(NaNNet(), {"x": x}, NaNNet.signature)["y"], 0 * x)

@@ -12,10 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from onnxruntime import InferenceSession
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from heimdall_onnx.common.arrays import Arrays, in_batches
 from heimdall_onnx.common.errors import EvidenceError, ParameterError, UnavailableError
@@ -271,6 +275,20 @@ def _noise_floor(
     return tuple(floors)
 
 
+class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Has in float64 what a model's own code asks for in less: states, casts, constants."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def raised(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return value.double()
+            less = isinstance(value, torch.dtype) and value.is_floating_point
+            return torch.float64 if less else value
+
+        args, kwargs = tree_map(raised, (args, kwargs or {}))
+        return tree_map(raised, func(*args, **kwargs))
+
+
 def _run_double(model: nn.Module, batch: Arrays, signature: Signature) -> Arrays:
     inputs = {
         name: array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
@@ -278,6 +296,11 @@ def _run_double(model: nn.Module, batch: Arrays, signature: Signature) -> Arrays
     }
     try:
         return run_pytorch(model, inputs, signature)
+    except EvidenceError as error:
+        log.info("the model asks for less than float64 and gets it", reason=str(error))
+    try:
+        with _InDouble():  # type: ignore[no-untyped-call]
+            return run_pytorch(model, inputs, signature)
     except EvidenceError as error:
         raise EvidenceError(
             f"no reference in float64, against which rounding is measured: {error}. The model's "

@@ -23,6 +23,7 @@ from heimdall_onnx.model.signature import Signature, TensorSpec
 
 # Enough to tell a wrong result from rounding, TF32 on a GPU included; parity is judged elsewhere.
 _PROOF_TOLERANCE = 1e-2
+_LEAST_SCALE = 1e-6
 
 
 def named_axes(spec: TensorSpec) -> dict[int, str]:
@@ -190,7 +191,8 @@ def _require_same(
             f"an axis is frozen inside the graph{frozen}.{because}"
         )
     finite = expected[np.isfinite(expected)]
-    scale = max(1.0, float(np.abs(finite).max(initial=0)))
+    # As large as the output itself, unless that is no more than rounding leaves of zero.
+    scale = max(_LEAST_SCALE, float(np.abs(finite).max(initial=0)))
     if not np.allclose(value, expected, rtol=0, atol=_PROOF_TOLERANCE * scale, equal_nan=True):
         raise ExportError(
             f"{name} differs grossly from PyTorch at {where} on other data than was exported "

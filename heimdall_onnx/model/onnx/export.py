@@ -26,6 +26,7 @@ from torch import nn
 from heimdall_onnx.common.errors import EvidenceError, ExportError, ParameterError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.model.branches import find_branch
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs
 from heimdall_onnx.model.onnx.checks import (
@@ -155,10 +156,14 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
     example = tuple(tensors[name] for name in (*order.positional, *order.keywords))
     try:
         with _quiet_exporter() as caught, torch.no_grad():
+            before = _state(model)
             result = model(
-                *(tensors[name] for name in order.positional),
-                **{name: tensors[name] for name in order.keywords},
+                *(tensors[name].clone() for name in order.positional),
+                **{name: tensors[name].clone() for name in order.keywords},
             )
+            _require_unchanged(model, before)
+            if opset < _FIRST_TORCH_EXPORT_OPSET:
+                _require_one_way(model, tensors, order)
             with _plain_forward(model, order, result, signature) as (taken, given):
                 export = partial(
                     torch.onnx.export,
@@ -181,6 +186,40 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
             f"{_frozen_axis(error, model, order, signature)}{short_reason(error)}"
         ) from error
     return _suspicions(caught)
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def _require_unchanged(model: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model that a call has changed; a cache of another length is no such change."""
+    changed = [
+        name
+        for name, tensor in _state(model).items()
+        if name in before
+        and before[name].shape == tensor.shape
+        and not torch.equal(before[name].nan_to_num(), tensor.nan_to_num())
+    ]
+    if changed:
+        raise ExportError(
+            f"{type(model).__name__} changes {', '.join(changed)} when it is called, in eval mode "
+            "too: what it answers depends on the calls before, and the file would hold other "
+            "values than the checkpoint. Do so in training only (`if self.training:`), or make it "
+            "an input and an output."
+        )
+
+
+def _require_one_way(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], order: InputOrder
+) -> None:
+    if branch := find_branch(model, tensors, *order.positional):
+        raise ExportError(
+            f"{type(model).__name__} branches on the values of its inputs: {branch}. Up to opset "
+            f"{_FIRST_TORCH_EXPORT_OPSET - 1} a graph has only the way that the example took. "
+            "Compute both ways and choose with torch.where."
+        )
 
 
 @contextlib.contextmanager

@@ -264,13 +264,17 @@ def test_model_without_weights_has_a_noise_floor_too(compare):
     assert floor.pytorch_error > 0
 
 
-def test_model_that_fixes_its_precision_is_refused_in_words(compare):
+def test_model_that_fixes_its_precision_has_a_reference_in_float64_all_the_same(compare):
     class Fixed(SmallNet):
         def forward(self, signal):
-            return super().forward(signal.float())
+            shift = torch.zeros(1, dtype=torch.float32)
+            shift[0] = 0.0
+            return super().forward(signal.float() + shift)
 
-    with pytest.raises(EvidenceError, match=r"no reference in float64.*leave the precision"):
-        compare(Fixed())
+    floors = [(floor.pytorch_error, floor.onnx_error) for floor in compare(Fixed()).noise_floor]
+    assert floors == [
+        (floor.pytorch_error, floor.onnx_error) for floor in compare(SmallNet()).noise_floor
+    ]
 
 
 def test_model_that_normalizes_over_the_batch_is_found(compare):
