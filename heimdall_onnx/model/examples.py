@@ -479,9 +479,8 @@ def _limits(spec: TensorSpec) -> tuple[Any, Any]:
     dtype = np.dtype(spec.dtype)
     if dtype.kind in "iu":
         least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
-        first = least if low == -inf else max(ceil(low), least)
-        last = most if high == inf else min(floor(high), most)
-        return dtype.type(first), dtype.type(last)
+        first, last = (min(max(end, least), most) for end in (low, high))
+        return dtype.type(ceil(first)), dtype.type(floor(last))
     return dtype.type(low), dtype.type(high)
 
 

@@ -134,7 +134,9 @@ def test_candidate_is_promoted_on_its_dataset(released, connection, s3, tmp_path
     Bucket(s3, BUCKET).download_file(f"{released.folder}/model.onnx", model)
     opened = open_dataset(released.dataset.address, labels=False, client=s3)
     signature = Signature.from_dict(released.data["model"]["signature"])
-    found = compare_models(model, model, opened, signature, Limits(calls=60), version="1")
+    found = compare_models(
+        model, model, opened, signature, Limits(calls=60), version="1", takes=signature
+    )
     assert found.evaluation_data == f"{COUNT} samples, {released.dataset.digest}"
     (error,) = (r for r in found.ratios if r.what == "median localization error")
     assert error.ratio == 1.0

@@ -520,11 +520,11 @@ def timed(tmp_path, fault, *axes):
     return compare_outputs(Timed(), open_session(path, threads=1), data, signature)
 
 
-def test_axis_without_a_declaration_has_no_cells_of_its_own(tmp_path):
+def test_axis_without_a_declaration_is_tried_at_its_second_length(tmp_path):
     report = timed(tmp_path, 0.0)
     assert failed(report) == set()
-    assert {c.kind for c in report.cells} == {EVALUATION, *ADVERSARIAL}
-    assert not any(c.valid for c in report.cells)
+    assert {c.kind for c in report.cells} == {EVALUATION, *ADVERSARIAL, "time = 16"}
+    assert {c.kind for c in report.cells if c.valid} == {"time = 16"}
 
 
 def test_other_lengths_have_the_tolerance_of_the_evaluation_data(tmp_path):

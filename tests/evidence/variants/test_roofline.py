@@ -140,15 +140,15 @@ def test_every_precision_of_this_processor_has_a_peak(measured) -> None:
 
 
 def test_roofs_are_of_the_size_that_this_process_sees_too(measured) -> None:
-    # A wrong unit is a factor of a thousand; a busy machine is one of a few. Here runs one thread.
-    most = 6 * measured.threads
+    # A wrong unit is a factor of a thousand; a busy machine is one of tens. Here runs one thread.
+    most = 30 * measured.threads
     left, right = torch.randn(2, 1024, 1024).unbind()
     here = 2 * 1024**3 / fastest_s(lambda: left @ right) / 1e9
-    assert here / 6 < measured.peaks["f32"] < most * here
-    assert measured.peaks["int8"] > here / 6
+    assert here / 30 < measured.peaks["f32"] < most * here
+    assert measured.peaks["int8"] > here / 30
     array = torch.ones(1 << 26)
     here = array.nbytes / fastest_s(array.sum) / 1e9
-    assert here / 6 < measured.bandwidth_gb_s < most * here
+    assert here / 30 < measured.bandwidth_gb_s < most * here
 
 
 def test_failure_in_the_process_that_measures_is_named(monkeypatch) -> None:
