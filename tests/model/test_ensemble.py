@@ -43,8 +43,7 @@ from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.report.plot.uncertainty import members_disagreement
-from heimdall_onnx.report.tables.inputs import checkpoint_table
-from heimdall_onnx.report.tables.latency import member_table
+from heimdall_onnx.report.tables import checkpoint_table, member_table
 from heimdall_onnx.review.reproduce.run import reproduce_release
 from heimdall_onnx.services.connection import connect
 from heimdall_onnx.services.store import Bucket

@@ -25,7 +25,7 @@ from heimdall_onnx.model.signature_file import (
     signature_path,
     write_signature_file,
 )
-from heimdall_onnx.report.tables.inputs import checkpoint_table
+from heimdall_onnx.report.tables import checkpoint_table
 
 SMALL = """\
 inputs:

@@ -244,6 +244,6 @@ def _shortened(text: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
     # PyTorch comes along with it; the client, which only says the facts, needs none.
-    from heimdall_onnx.report.tables.table import table
+    from heimdall_onnx.report.tables import table
 
     return table(head, rows)

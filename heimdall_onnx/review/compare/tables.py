@@ -9,7 +9,7 @@ from IPython.display import Markdown
 from heimdall_onnx.common.text import count_of, distance, escape_markdown, number, shown, unit_of
 from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
-from heimdall_onnx.report.tables.table import table, value_text
+from heimdall_onnx.report.tables import table, value_text
 from heimdall_onnx.review.compare.answers import A, Answers, B
 from heimdall_onnx.review.compare.comparison import (
     RecordedParity,

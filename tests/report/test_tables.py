@@ -16,7 +16,6 @@ from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.onnx.validate import validate_model
 from heimdall_onnx.report import tables
-from heimdall_onnx.report.tables.latency import percentile_text
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_departure_table_names_the_module(exported):
 
 def test_latency_of_a_small_model_is_told_to_three_digits():
     found = SimpleNamespace(value_ms=0.01234, low_ms=0.01191, high_ms=1234.6)
-    text = percentile_text(SimpleNamespace(percentile=lambda wanted: found), 50.0)
+    text = tables.percentile_text(SimpleNamespace(percentile=lambda wanted: found), 50.0)
     assert text == "0.0123 (0.0119 to 1,235)"
 
 
