@@ -13,9 +13,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from heimdall_onnx.common.errors import (
     ObjectExistsError,
@@ -38,6 +38,13 @@ STAGE_OF_ALIAS: Mapping[str, str] = {"staging": "Staging", "production": "Produc
 _TRIES = 200
 
 
+def _in_utc(time: str) -> str:
+    # So written, times sort as text.
+    if datetime.fromisoformat(time).replace(tzinfo=UTC).isoformat(timespec="seconds") != time:
+        raise ValueError("expected a time such as 2026-11-20T14:30:00+00:00")
+    return time
+
+
 class Move(BaseModel):
     """One move of an alias.
 
@@ -51,7 +58,7 @@ class Move(BaseModel):
         previous: The version that it pointed at before.
         by: Who moved it: a reviewer's name, or the run of a release.
         note: Why, in the reviewer's words.
-        time: When (UTC, ISO 8601), by the clock of who wrote it.
+        time: When (UTC, ISO 8601 to the second), by the clock of who wrote it.
         follows: SHA-256 of the entry before, so that none can be changed or left out unseen.
     """
 
@@ -66,8 +73,13 @@ class Move(BaseModel):
     previous: str | None
     by: str
     note: str = ""
-    time: str
+    time: Annotated[str, AfterValidator(_in_utc)]
     follows: str | None
+
+    @property
+    def by_reviewer(self) -> bool:
+        """Whether a person has decided it; a release is moved by its gates."""
+        return self.action in ("promote", "rollback")
 
 
 class AliasLog:

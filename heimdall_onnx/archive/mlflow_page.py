@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
+from heimdall_onnx.common.parameters import MODEL
 from heimdall_onnx.common.templates import render
 from heimdall_onnx.common.text import escape_markdown, name, shown
-from heimdall_onnx.services.store import format_uri
+from heimdall_onnx.services.store import MANIFEST, format_uri
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.aliases import Move
@@ -108,6 +110,12 @@ def describe_version(record: Record, manifest: Manifest, run: Mapping[str, Any])
             run=run,
             brief=brief,
             most_outputs=_MOST_OUTPUTS,
+            files={
+                "report": REPORT_HTML,
+                "notebook": REPORT,
+                "manifest": MANIFEST,
+                "model": MODEL,
+            },
         )
         if len(text) <= _MOST_OF_RELEASE:
             break

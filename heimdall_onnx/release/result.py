@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from heimdall_onnx.common.parameters import MODEL
+
 if TYPE_CHECKING:
     from heimdall_onnx.archive.manifest import Manifest
 
@@ -61,16 +63,17 @@ class ReleaseResult:
     def of_manifest(cls, manifest: Manifest) -> ReleaseResult:
         """What a release that is there came to, as far as its manifest says."""
         from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
+        from heimdall_onnx.services.store import MANIFEST
 
         return cls(
             success=True,
             exit_code=0,
             verdict=manifest.said.verdict,
             version=manifest.version,
-            s3_uri=f"{manifest.uri}/model.onnx",
+            s3_uri=f"{manifest.uri}/{MODEL}",
             report_uri=f"{manifest.uri}/{REPORT}",
             report_html_uri=f"{manifest.uri}/{REPORT_HTML}",
-            manifest_uri=f"{manifest.uri}/manifest.json",
+            manifest_uri=f"{manifest.uri}/{MANIFEST}",
             model_name=manifest.model_name,
             model_version=manifest.model_version,
             signer_sha256=manifest.said.signature.signer_sha256

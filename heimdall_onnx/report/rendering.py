@@ -50,7 +50,12 @@ def render_html(path: Path, title: str, decisions: Sequence[Move] = ()) -> Path:
         exclude_anchor_links=True,
     )
     notebook = read_notebook(path)
-    resources = {"metadata": {"name": title}, **arrange(notebook), "decisions": decisions}
+    resources = {
+        "metadata": {"name": title},
+        **arrange(notebook),
+        "decisions": decisions,
+        "notebook": path.name,
+    }
     html, _ = exporter.from_notebook_node(notebook, resources=resources)
     target = path.with_suffix(".html")
     target.write_text(html, encoding="utf-8")

@@ -429,7 +429,7 @@ def _page(release: Release, alias_log: AliasLog) -> bytes:
         move
         for one in logs.values()
         for move in one.moves
-        if move.release == release.uri and move.action in ("promote", "rollback")
+        if move.release == release.uri and move.by_reviewer
     ]
     moves.sort(key=lambda move: move.time)
     with tempfile.TemporaryDirectory(prefix="heimdall-review-") as folder:

@@ -4,6 +4,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import records
+from pydantic import ValidationError
 
 from heimdall_onnx.archive.aliases import AliasLog, alias_logs
 from heimdall_onnx.common.errors import PromotionError, RegistryError, StoreError, VerificationError
@@ -74,6 +76,23 @@ def test_log_that_was_tampered_with_is_not_believed(s3, bucket, tampering):
         s3.put_object(Bucket=bucket.name, Key=keys[1], Body=b"{}")
     with pytest.raises(VerificationError, match=r"0000000\d\.json"):
         _ = AliasLog(bucket, "net", "staging").moves
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        "yesterday",
+        "2026-11-20",
+        "2026-11-20T14:30:00",
+        "2026-11-20T14:30:00+02:00",
+        "2026-11-20T14:30:00.5+00:00",
+        "2026-13-20T14:30:00+00:00",
+        "20261120T143000+0000",
+    ],
+)
+def test_time_that_would_sort_or_print_as_another_one_is_none(time):
+    with pytest.raises(ValidationError, match="1 validation error"):
+        records.move(time=time)
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ class View:
         return box
 
     def _new_figure(self) -> go.FigureWidget:
-        described = render(_HERE / "figure.json.j2", {}, color=Color, evaluation=EVALUATION)
+        described = render(_HERE / "figure.json.j2", {}, colors=Color, evaluation=EVALUATION)
         figure = plotly.io.from_json(described, output_type="FigureWidget")
         # Plotly offers to send a chart to a server of its own; nothing here leaves the machine.
         figure._config = {  # noqa: SLF001

@@ -139,7 +139,7 @@ def _rows(place: _Place, facts: Mapping[str, Facts], moves: Sequence[Move]) -> I
         pointed.setdefault(move.release, []).append(shown(alias))
     decided: dict[str | None, list[Move]] = {}
     for move in sorted(moves, key=lambda move: move.time):
-        if move.action in ("promote", "rollback"):
+        if move.by_reviewer:
             decided.setdefault(move.release, []).append(move)
     for folder, found in facts.items():
         release = place.bucket.uri(f"{place.prefix}/{folder}")

@@ -599,7 +599,8 @@ def test_hostile_text_stays_text(s3, settings, browser, tmp_path, mlflow_environ
     cell = nbformat.v4.new_code_cell(EVERYTHING, execution_count=1, outputs=[error])
     failed = {"name": EVERYTHING, "checkpoint": EVERYTHING, "profile": EVERYTHING}
     keep_failed(s3, HOSTILE_BUCKET, "v20200101_000000", {"gates": 3}, cell, **failed)
-    said = {"release": release.uri, "alias": "production", "note": EVERYTHING, "time": EVERYTHING}
+    said = {"release": release.uri, "alias": "production", "note": EVERYTHING}
+    said["time"] = "2026-11-20T14:30:00+00:00"
     review = {**said, "action": "promote", "reviewer": EVERYTHING}
     move = {
         **said,
