@@ -6,10 +6,11 @@ the other's memory and threads.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -122,9 +123,9 @@ def _class_input_order(forward: Callable[..., Any], names: tuple[str, ...]) -> I
 def named_outputs(model: nn.Module, result: Any, signature: Signature) -> dict[str, torch.Tensor]:
     """The tensors in what ``model`` returned, by the signature's names, in the model's order.
 
-    One tensor, a sequence in the signature's order, a dictionary or a named tuple; dictionaries
-    may lie in others or in sequences, where an output is called by its own key, or by all keys on
-    the way to it with dots between.
+    One tensor, a sequence in the signature's order, or anything that `flatten_outputs` finds
+    tensors in, where an output is called by its own key, by all keys on the way to it with dots
+    between, or as `flatten_outputs` calls it.
 
     Raises:
         EvidenceError: If it does not have the outputs that the signature names.
@@ -134,43 +135,62 @@ def named_outputs(model: nn.Module, result: Any, signature: Signature) -> dict[s
     if type(result) is tuple and len(result) == len(names) and all(map(_is_tensor, result)):
         return dict(zip(names, result, strict=True))
     leaves = list(_leaves(result))
-    named = any(path for path, _ in leaves)
-    if not named and len(leaves) == len(names):
+    keys = [[key for key in path if isinstance(key, str)] for path, _ in leaves]
+    if not any(keys) and len(leaves) == len(names):
         return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
     found: dict[str, torch.Tensor] = {}
     twice = []
-    for path, leaf in leaves if named else ():
-        called = [
-            n for n in dict.fromkeys((".".join(path), path[-1] if path else "")) if n in names
-        ]
+    for (path, leaf), own in zip(leaves, keys, strict=True):
+        called = [n for n in (_dotted(path), ".".join(own), *own[-1:]) if n in names]
         for name in called[:1]:
             twice += [name] if name in found else []
             found[name] = leaf
     if twice or found.keys() != set(names):
-        fields = [".".join(path) or "one without a name" for path, _ in leaves]
-        plain = isinstance(result, tuple) and len(leaves) == len(names)
-        if plain and hasattr(result, "_fields") and not twice:
+        in_order = hasattr(result, "_fields") or dataclasses.is_dataclass(result)
+        if in_order and len(leaves) == len(names) and not found:
             return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
+        returned = sorted(_dotted(path) for path, _ in leaves) if any(keys) else len(leaves)
         raise EvidenceError(
-            f"{type(model).__name__} returned {sorted(fields) if named else len(leaves)} outputs; "
-            f"its signature names {names}"
+            f"{type(model).__name__} returned {returned} outputs; its signature names {names}"
         )
     return found
 
 
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The tensors in ``value`` with the keys on the way to them."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, (*path, str(key)))
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for key, inner in zip(value._fields, value, strict=True):
-            yield from _leaves(inner, (*path, key))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner, path)
-    elif _is_tensor(value):
+def flatten_outputs(value: Any) -> dict[str, torch.Tensor]:
+    """The tensors in what a model returned, with names, in the model's order.
+
+    They may lie in dictionaries, sequences, named tuples and dataclasses, as those of Hugging
+    Face, and in one another. Each is called by its key with those around it before it and dots
+    between, by its place in a sequence, ``"hidden_states.0"``; what has no key around it is
+    ``"output"`` or ``"output_0"``. None, and what else is no tensor, is left out.
+    """
+    return {_dotted(path): leaf for path, leaf in _leaves(value)}
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    keys = [*map(str, path)] or ["output"]
+    if path and isinstance(path[0], int):
+        keys[0] = f"output_{keys[0]}"
+    return ".".join(keys)
+
+
+def _leaves(
+    value: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """The tensors in ``value`` with the keys, and places in sequences, on the way to them."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if _is_tensor(value):
         yield path, value
+    elif isinstance(value, Mapping):
+        items = ((str(key), inner) for key, inner in value.items())
+    elif hasattr(value, "_fields"):
+        items = zip(value._fields, value, strict=True)
+    elif dataclasses.is_dataclass(value):
+        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, inner in items:
+        yield from _leaves(inner, (*path, key))
 
 
 def _is_tensor(value: Any) -> bool:

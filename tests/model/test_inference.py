@@ -1,7 +1,10 @@
 import os
 import subprocess
 import sys
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -21,7 +24,13 @@ from torch import nn
 
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
 from heimdall_onnx.model.examples import generic_inputs
-from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.inference import (
+    flatten_outputs,
+    named_outputs,
+    open_session,
+    run_onnx,
+    run_pytorch,
+)
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.runtimes import Contender, SessionSettings
 
@@ -148,6 +157,65 @@ def test_model_that_does_not_keep_its_signature_is_named(inputs, result, words):
 def test_outputs_beyond_the_signatures_are_left_out(inputs):
     result = {"positions": torch.zeros(1), "spread": torch.ones(1), "debug": torch.ones(1)}
     assert list(run_pytorch(Raw(result), inputs, SIGNATURE)) == ["positions", "spread"]
+
+
+class Pair(NamedTuple):
+    positions: torch.Tensor
+    spread: torch.Tensor | None = None
+
+
+@dataclass
+class Answer:
+    positions: Any
+    spread: Any = None
+
+
+@dataclass(repr=False)
+class Named(OrderedDict):
+    """A dictionary with what is in it as attributes, as Hugging Face's outputs are."""
+
+    logits: Any
+    loss: Any = None
+
+    def __post_init__(self):
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        (torch.zeros(1), ["output"]),
+        ((torch.zeros(1), None, [torch.zeros(1)]), ["output_0", "output_2.0"]),
+        (Pair(torch.zeros(1)), ["positions"]),
+        (
+            Answer({"xy": torch.zeros(1), "steps": 3}, (torch.zeros(1), torch.zeros(1))),
+            ["positions.xy", "spread.0", "spread.1"],
+        ),
+        (Named(logits=torch.zeros(1), loss=None), ["logits"]),
+        ([{"boxes": torch.zeros(1)}], ["output_0.boxes"]),
+    ],
+)
+def test_outputs_in_one_another_are_found_under_dotted_names(value, names):
+    assert [*flatten_outputs(value)] == names
+
+
+@pytest.mark.parametrize(
+    ("result", "names"),
+    [
+        (Answer(torch.zeros(1), torch.ones(1)), ("positions", "spread")),
+        (Answer(torch.zeros(1), torch.ones(1)), ("first", "second")),
+        (Answer({"xy": torch.zeros(1)}, (torch.ones(1), 2)), ("positions.xy", "spread.0")),
+        (Answer({"xy": torch.zeros(1)}, (torch.ones(1), 2)), ("xy", "spread")),
+        ([torch.zeros(1), torch.zeros(1), torch.ones(1)], ("output_0", "output_2")),
+    ],
+)
+def test_outputs_are_named_as_they_lie_or_by_their_own_keys(result, names):
+    signature = declare([SIGNAL], [replace(SPREAD, name=name) for name in names])
+    found = named_outputs(Raw(None), result, signature)
+    assert [(name, tensor.item()) for name, tensor in found.items()] == [
+        (names[0], 0.0),
+        (names[1], 1.0),
+    ]
 
 
 @pytest.mark.parametrize("level", ["none", "basic", "all"])
