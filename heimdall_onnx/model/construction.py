@@ -173,6 +173,7 @@ def _loaded(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]
 def import_model(spec: str) -> Callable[..., Any]:
     """The class, function or bound method of a class that ``"package.module:Name"`` names.
 
+    ``"folder/file.py:Name"`` names one in a file; what lies beside it can be imported from there.
     ``load_from_checkpoint`` of a class stands for the class: it would unpickle the file.
 
     Raises:
@@ -203,6 +204,11 @@ def import_model(spec: str) -> Callable[..., Any]:
 
 
 def _import(name: str, spec: str) -> ModuleType:
+    if name.endswith(".py"):
+        file = Path(name).expanduser().absolute()
+        name = file.stem
+        if file.is_file() and str(file.parent) not in sys.path:
+            sys.path.insert(0, str(file.parent))
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -313,3 +313,18 @@ def test_model_that_refuses_its_arguments_keeps_its_own_message(state, tmp_path)
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(ParameterError, match=r"^backbone_size must be one of"):
         load_checkpoint(tmp_path / "a.pt", model_kwargs={"backbone_size": "tinny"})
+
+
+def test_model_in_a_file_is_found_with_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "beside_the_file.py").write_text(
+        "import torch\nBase = torch.nn.Identity\n"
+    )
+    (tmp_path / "nets" / "in_a_file.py").write_text(
+        "from beside_the_file import Base\nclass Net(Base): pass\n"
+    )
+    assert import_model("nets/in_a_file.py:Net").__name__ == "Net"
+    with pytest.raises(ParameterError, match=r"there is no module 'missing_file'"):
+        import_model("nets/missing_file.py:Net")
