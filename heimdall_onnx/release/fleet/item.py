@@ -34,7 +34,7 @@ from heimdall_onnx.common.errors import (
     SettingsError,
     VerificationError,
 )
-from heimdall_onnx.common.files import TemporaryFolder, hash_file
+from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.data.dataset.dataset import open_dataset
@@ -144,19 +144,19 @@ class ItemRunner:
 
     Args:
         settings: With the addresses of store and registry, the same for every worker of a fleet.
+        folder: For what is downloaded; Dask removes that of a worker, of a killed one too.
 
     Raises:
         SettingsError: If the settings name no store or no registry that other workers share.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, folder: Path | str) -> None:
         if settings.s3_endpoint_url is None or settings.mlflow_tracking_uri is None:
             raise SettingsError(
                 "a worker of a fleet needs MLFLOW_S3_ENDPOINT_URL and MLFLOW_TRACKING_URI, the "
                 "same ones as every other; one of them is not set on this worker"
             )
-        self._settings = settings
-        self._scratch = TemporaryFolder("heimdall-fleet-")
+        self._settings, self._folder = settings, folder
         # Begins to import what kernels need; nobody waits for it yet.
         self._kernels = WarmKernels(kernel_environment(settings))
 
@@ -165,9 +165,8 @@ class ItemRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process that kernels are forked from, and remove what was downloaded."""
+        """End the process that kernels are forked from."""
         self._kernels.__exit__()
-        self._scratch.remove()
 
     def run(self, item: FleetItem, fleet: str, *, force: bool = False) -> ItemOutcome:
         """Release an item, unless that is done already.
@@ -181,7 +180,7 @@ class ItemRunner:
         """
         started = time.perf_counter()
         outcome = ItemOutcome.of_failure(item, "", HeimdallError.exit_code)
-        with tempfile.TemporaryDirectory(dir=self._scratch.folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
             try:
                 outcome = self._run(item, fleet, outcome, Path(scratch), force=force)
             except HeimdallError as error:

@@ -47,7 +47,7 @@ class FleetWorker(WorkerPlugin):  # type: ignore[misc]
                     "its heimdall_onnx differs from the client's, and so would its releases: "
                     "install the same version on both"
                 )
-            self.runner = ItemRunner(Settings.load())
+            self.runner = ItemRunner(Settings.load(), worker.local_directory)
         except HeimdallError as error:
             self.problem = str(error)
             raise

@@ -76,7 +76,7 @@ class TestKey:
 def test_a_worker_without_addresses_is_refused(make_settings):
     settings = make_settings("home")
     with pytest.raises(SettingsError, match="MLFLOW_S3_ENDPOINT_URL and MLFLOW_TRACKING_URI"):
-        ItemRunner(settings)
+        ItemRunner(settings, "unused")
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def runner(settings, tmp_path, monkeypatch):
     )
     from heimdall_onnx.release.runner import release_checkpoint
 
-    with ItemRunner(settings) as made:
+    with ItemRunner(settings, tmp_path) as made:
         yield made
 
 
@@ -167,8 +167,8 @@ def test_what_is_wrong_with_an_item_is_said_and_no_record_is_a_release(runner, f
 
 
 @pytest.mark.services
-def test_an_outage_is_worth_another_attempt(settings, files, bucket):
+def test_an_outage_is_worth_another_attempt(settings, files, bucket, tmp_path):
     away = settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
-    with ItemRunner(away) as runner:
+    with ItemRunner(away, tmp_path) as runner:
         outcome = runner.run(item_of(files, bucket.name), "july")
     assert (outcome.status, outcome.exit_code, outcome.service_failed) == ("failed", 4, True)
