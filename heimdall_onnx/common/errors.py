@@ -22,7 +22,7 @@ HeimdallError                      exit 1
     │   ├── ObjectExistsError      an object that must not be overwritten is already there
     │   └── MissingObjectError     there is no such object, or no such bucket
     ├── RegistryError              the model registry
-    │   └── NotRegisteredError     exit 2: it has no such model, version or run
+    │   └── NotRegisteredError     it has no such model, version or run: an InputError too, exit 2
     └── SchedulerError             the scheduler of a fleet's workers
 ```
 """
@@ -122,10 +122,8 @@ class RegistryError(ServiceError):
     """The model registry could not be reached, or refused."""
 
 
-class NotRegisteredError(RegistryError):
+class NotRegisteredError(InputError, RegistryError):
     """The model registry has no model, version or run of that name."""
-
-    exit_code = InputError.exit_code
 
 
 class SchedulerError(ServiceError):

@@ -77,7 +77,6 @@ class ItemOutcome:
         status: ``released`` now, ``kept`` as an earlier fleet has released it, or ``failed``.
         exit_code: As the single command's.
         error: What went wrong; empty if nothing did.
-        service_failed: Whether another attempt may succeed.
         attempts: How often it was tried.
         host: Name of the machine it was tried on; of one that is kept, where it was released, and
             empty where nobody has noted that.
@@ -95,7 +94,6 @@ class ItemOutcome:
     status: Status
     exit_code: int
     error: str = ""
-    service_failed: bool = False
     attempts: int = 1
     host: str = ""
     processors: tuple[int, ...] = ()
@@ -107,21 +105,16 @@ class ItemOutcome:
     @classmethod
     def of_failure(cls, item: FleetItem, error: str, exit_code: int) -> ItemOutcome:
         """That of an item that could not be begun, or broke off; without its inputs' key."""
-        again = exit_code == ServiceError.exit_code
-        return cls(
-            item.number,
-            item.label,
-            item.checkpoint,
-            "",
-            "failed",
-            exit_code,
-            error=error,
-            service_failed=again,
-        )
+        return cls(item.number, item.label, item.checkpoint, "", "failed", exit_code, error)
+
+    @property
+    def service_failed(self) -> bool:
+        """Whether another attempt may succeed."""
+        return self.exit_code == ServiceError.exit_code
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy."""
-        return asdict(self)
+        return {**asdict(self), "service_failed": self.service_failed}
 
 
 class _Record(BaseModel):
@@ -184,12 +177,7 @@ class ItemRunner:
             try:
                 outcome = self._run(item, fleet, outcome, Path(scratch), force=force)
             except HeimdallError as error:
-                outcome = replace(
-                    outcome,
-                    exit_code=error.exit_code,
-                    error=str(error),
-                    service_failed=error.exit_code == ServiceError.exit_code,
-                )
+                outcome = replace(outcome, exit_code=error.exit_code, error=str(error))
         where = {} if outcome.status == "kept" else _where()
         return replace(outcome, **where, seconds=time.perf_counter() - started)
 
@@ -239,7 +227,6 @@ class ItemRunner:
             status="released" if result.success else "failed",
             exit_code=result.exit_code,
             error=result.error or "",
-            service_failed=result.exit_code == ServiceError.exit_code,
             result=result.to_dict(),
             metrics=_read_metrics(connection, result.to_dict()) if result.success else {},
         )

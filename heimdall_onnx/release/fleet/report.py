@@ -35,7 +35,7 @@ _PREFIX = "fleets"
 OUTCOME_COLUMNS = tuple(
     field.name
     for field in fields(ItemOutcome)
-    if field.name not in ("service_failed", "processors", "result", "metrics")
+    if field.name not in ("processors", "result", "metrics")
 )
 _OF_RESULT = (
     "verdict",
