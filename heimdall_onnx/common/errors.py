@@ -7,7 +7,8 @@ HeimdallError                      exit 1
 │   ├── SettingsError              the configuration does not hold together
 │   ├── CheckpointError            the checkpoint can't be read or doesn't fit the model
 │   ├── DataError                  a recording or the evaluation data can't be used
-│   └── UnavailableError           a runtime or precision is not installed or not in the hardware
+│   ├── UnavailableError           a runtime or precision is not installed or not in the hardware
+│   └── NotRegisteredError (RegistryError) the model registry has no such model, version or run
 ├── EvidenceError                  exit 3: the release is not justified
 │   ├── ExportError (RuntimeError)         the model can't be exported faithfully
 │   ├── InvalidModelError (ValueError)     the ONNX file is not what it should be
@@ -22,7 +23,6 @@ HeimdallError                      exit 1
     │   ├── ObjectExistsError      an object that must not be overwritten is already there
     │   └── MissingObjectError     there is no such object, or no such bucket
     ├── RegistryError              the model registry
-    │   └── NotRegisteredError     it has no such model, version or run: an InputError too, exit 2
     └── SchedulerError             the scheduler of a fleet's workers
 ```
 """

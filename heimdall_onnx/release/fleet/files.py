@@ -10,26 +10,24 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.services.store import format_uri, parse_uri
 
-# Yields the keys of a bucket that begin with a prefix.
-ListObjects = Callable[[str, str], Iterable[str]]
-
-
-def list_stored(bucket: str, prefix: str) -> Iterable[str]:
-    """What a bucket of the configured store holds; that is opened only for plans that need it."""
-    from heimdall_onnx.services.connection import open_for_reading
-
-    return open_for_reading().bucket(bucket).list_keys(prefix)
-
-
 _WILDCARD = re.compile(r"[*?[]")
 _S3 = "s3://"
+
+
+def list_stored(bucket: str, prefix: str) -> list[str]:
+    """The objects in a bucket of the configured store, which is opened only where it is needed."""
+    from heimdall_onnx.services.connection import open_for_reading
+
+    # What ends in a slash is how some programs mark a folder.
+    keys = open_for_reading().bucket(bucket).list_keys(prefix)
+    return [key for key in keys if not key.endswith("/")]
 
 
 def absolute(folder: Path, text: str) -> str:
@@ -138,71 +136,63 @@ class Glob:
         return reached
 
 
-class Checkpoints:
-    """Finds the checkpoints that a plan names, on disk and in the bucket."""
+def find_checkpoints(folder: Path, text: str) -> list[str]:
+    """The checkpoints that a path, a pattern or an address in a plan stands for.
 
-    def __init__(self, folder: Path, list_objects: ListObjects = list_stored) -> None:
-        self._folder, self._list_objects = folder, list_objects
-
-    def matching(self, text: str) -> list[str]:
-        """What a path, a pattern or an address stands for.
-
-        Raises:
-            ParameterError: If that is nothing, or it can't be one; whether there is an object at
-                an address, `missing` says.
-        """
-        # A file that is there is not read as a pattern.
-        if not _is_pattern(text) or kind_of(self._folder / text) == "a file":
-            return [self.single(text)]
-        glob = Glob(text, self._folder)
-        if text.startswith(_S3):
-            bucket, folder = parse_uri(glob.root)
-            keys = self._keys(bucket, f"{folder}/{glob.start}" if folder else glob.start)
-            found = [uri for uri in (format_uri(bucket, key) for key in keys) if glob.fits(uri)]
-        else:
-            try:
-                found = glob.files()
-            except OSError as error:
-                raise ParameterError(
-                    f"can't look for {shown(repr(text))}: {shown(str(error))}"
-                ) from error
-        if not found:
-            raise ParameterError(f"no file matches {shown(repr(text))} (from {shown(glob.root)})")
-        for checkpoint in found:
-            _require_text(checkpoint)
-        return found
-
-    def single(self, text: str) -> str:
-        """One checkpoint by its path, as an absolute one, or by its address.
-
-        Raises:
-            ParameterError: As `matching`.
-        """
-        if text.startswith(_S3) and not _is_object(text):
+    Raises:
+        ParameterError: If that is nothing, or it can't be one; whether there is an object at an
+            address, `missing_objects` says.
+    """
+    # A file that is there is not read as a pattern.
+    if not _is_pattern(text) or kind_of(folder / text) == "a file":
+        return [single_checkpoint(folder, text)]
+    glob = Glob(text, folder)
+    if text.startswith(_S3):
+        bucket, within = parse_uri(glob.root)
+        keys = list_stored(bucket, f"{within}/{glob.start}" if within else glob.start)
+        found = [uri for uri in (format_uri(bucket, key) for key in keys) if glob.fits(uri)]
+    else:
+        try:
+            found = glob.files()
+        except OSError as error:
             raise ParameterError(
-                f"expected s3://bucket/key, found {shown(repr(text))}; "
-                "what is in a folder is s3://bucket/folder/*"
-            )
-        path = require_data(self._folder, text)
-        _require_text(path)
-        return path
+                f"can't look for {shown(repr(text))}: {shown(str(error))}"
+            ) from error
+    if not found:
+        raise ParameterError(f"no file matches {shown(repr(text))} (from {shown(glob.root)})")
+    for checkpoint in found:
+        _require_text(checkpoint)
+    return found
 
-    def missing(self, checkpoints: Iterable[str]) -> set[str]:
-        """Those of ``checkpoints`` that are addresses at which there is no object."""
-        folders: dict[tuple[str, str], list[str]] = {}
-        for address in (text for text in checkpoints if text.startswith(_S3)):
-            bucket, key = parse_uri(address)
-            folders.setdefault((bucket, key.rpartition("/")[0]), []).append(key)
-        missing: set[str] = set()
-        for (bucket, _), keys in folders.items():
-            # One listing for the thousands that a folder may have; a prefix may end in a name.
-            there = set(self._keys(bucket, os.path.commonprefix(keys)))  # noqa: RUF071
-            missing |= {format_uri(bucket, key) for key in keys if key not in there}
-        return missing
 
-    def _keys(self, bucket: str, prefix: str) -> Iterable[str]:
-        # What ends in a slash is how some programs mark a folder.
-        return sorted(k for k in self._list_objects(bucket, prefix) if not k.endswith("/"))
+def single_checkpoint(folder: Path, text: str) -> str:
+    """One checkpoint by its path, as an absolute one, or by its address.
+
+    Raises:
+        ParameterError: As `find_checkpoints`.
+    """
+    if text.startswith(_S3) and not _is_object(text):
+        raise ParameterError(
+            f"expected s3://bucket/key, found {shown(repr(text))}; "
+            "what is in a folder is s3://bucket/folder/*"
+        )
+    path = require_data(folder, text)
+    _require_text(path)
+    return path
+
+
+def missing_objects(checkpoints: Iterable[str]) -> set[str]:
+    """Those of ``checkpoints`` that are addresses at which there is no object."""
+    folders: dict[tuple[str, str], list[str]] = {}
+    for address in (text for text in checkpoints if text.startswith(_S3)):
+        bucket, key = parse_uri(address)
+        folders.setdefault((bucket, key.rpartition("/")[0]), []).append(key)
+    missing: set[str] = set()
+    for (bucket, _), keys in folders.items():
+        # One listing for the thousands that a folder may have; a prefix may end in a name.
+        there = set(list_stored(bucket, os.path.commonprefix(keys)))  # noqa: RUF071
+        missing |= {format_uri(bucket, key) for key in keys if key not in there}
+    return missing
 
 
 def require_data(folder: Path, text: str, kinds: Sequence[str] = ("a file",)) -> str:

@@ -56,12 +56,12 @@ from heimdall_onnx.common.parameters import (
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
 from heimdall_onnx.release.fleet.files import (
-    Checkpoints,
     Glob,
-    ListObjects,
     absolute,
-    list_stored,
+    find_checkpoints,
+    missing_objects,
     require_data,
+    single_checkpoint,
 )
 
 # Some ten times what 10,000 items take, and what a small matrix of many values makes at once.
@@ -149,7 +149,7 @@ class _Include(_Values):
     @field_validator("checkpoint")
     @classmethod
     def _is_file(cls, value: str, info: ValidationInfo) -> str:
-        return Checkpoints(_folder(info)).single(value)
+        return single_checkpoint(_folder(info), value)
 
 
 class _Exclude(_Values):
@@ -243,13 +243,11 @@ class FleetPlan:
     text: str = field(repr=False)
 
 
-def read_plan(path: Path | str, list_objects: ListObjects = list_stored) -> FleetPlan:
+def read_plan(path: Path | str) -> FleetPlan:
     """Read the plan of a fleet.
 
     Args:
         path: The file, YAML or JSON.
-        list_objects: Yields the keys of a bucket that begin with a prefix; called only if the plan
-            names checkpoints in a bucket.
 
     Raises:
         ParameterError: If it can't be read, or not be used; with every problem and its place.
@@ -259,7 +257,7 @@ def read_plan(path: Path | str, list_objects: ListObjects = list_stored) -> Flee
     data, node = _parse(_read(source), source)
     # The folder as it was named: it may be a link.
     folder = Path(absolute(Path.cwd(), str(source))).parent
-    return _Planner(f"the plan {source}", folder, list_objects, node).plan(data, source.stem)
+    return _Planner(f"the plan {source}", folder, node).plan(data, source.stem)
 
 
 def plan_checkpoints(
@@ -283,7 +281,7 @@ def plan_checkpoints(
         StoreError: If the bucket can't be listed.
     """
     data = {"checkpoints": list(patterns), "parameters": dict(values), "memory": memory}
-    return _Planner("this fleet", Path.cwd(), list_stored, None).plan(data, name)
+    return _Planner("this fleet", Path.cwd(), None).plan(data, name)
 
 
 def _read(source: Path) -> bytes:
@@ -328,11 +326,8 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class _Planner:
     """One plan from its data to its items, with the problems that are found on the way."""
 
-    def __init__(
-        self, what: str, folder: Path, list_objects: ListObjects, node: yaml.Node | None
-    ) -> None:
+    def __init__(self, what: str, folder: Path, node: yaml.Node | None) -> None:
         self._what, self._folder, self._node = what, folder, node
-        self._checkpoints = Checkpoints(folder, list_objects)
         self._problems: list[str] = []
         # Equal parameters are one object, so that the key tells equal items.
         self._parameters: dict[str, ReleaseParameters] = {}
@@ -428,7 +423,7 @@ class _Planner:
         named: dict[_Place, str] = {}
         for path, text in texts.items():
             try:
-                here = self._checkpoints.matching(text)
+                here = find_checkpoints(self._folder, text)
             except ParameterError as error:
                 self._refuse(path, str(error))
                 continue
@@ -440,7 +435,7 @@ class _Planner:
             if here == [text]:
                 named[path] = text
         named |= {("include", at, "checkpoint"): e.checkpoint for at, e in enumerate(include)}
-        missing = self._checkpoints.missing(named.values())
+        missing = missing_objects(named.values())
         for path, address in named.items():
             if address in missing:
                 self._refuse(path, f"expected an object, found none at {shown(address)}")

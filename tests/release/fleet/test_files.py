@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.release.fleet.files import Checkpoints, Glob, absolute, require_data
+from heimdall_onnx.release.fleet import files as fleet_files
+from heimdall_onnx.release.fleet.files import (
+    Glob,
+    absolute,
+    find_checkpoints,
+    missing_objects,
+    require_data,
+    single_checkpoint,
+)
+from heimdall_onnx.services import connection
 from heimdall_onnx.services.store import Bucket
 
 FILES = ("models/a.ckpt", "models/b.ckpt", "runs/1/best.ckpt", "runs/2/best.ckpt", "best.ckpt")
@@ -22,11 +33,6 @@ def folder(tmp_path):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).touch()
     return here
-
-
-@pytest.fixture
-def checkpoints(folder):
-    return Checkpoints(folder)
 
 
 @pytest.mark.parametrize(
@@ -44,17 +50,17 @@ def checkpoints(folder):
         ("models/a[.ckpt", {"models/a[.ckpt"}),
     ],
 )
-def test_patterns_fit_what_they_find(pattern, expected, folder, checkpoints):
+def test_patterns_fit_what_they_find(pattern, expected, folder):
     (folder / "last").symlink_to("runs/2")
     # Where every path through the link would be another one.
     (folder / "runs/again").symlink_to("..")
     if expected == {pattern}:
         (folder / pattern).touch()
-    found = checkpoints.matching(pattern)
+    found = find_checkpoints(folder, pattern)
     assert found == [f"{folder}/{name}" for name in sorted(expected)]
     if ".." not in pattern:
         # The folder's own name has a wildcard in it, which stands for itself.
-        assert checkpoints.matching(f"{folder}/{pattern}") == found
+        assert find_checkpoints(folder, f"{folder}/{pattern}") == found
     glob = Glob(pattern, folder)
     for name in {*FILES, *expected}:
         assert glob.fits(f"{folder}/{name}") == (name in expected)
@@ -66,7 +72,7 @@ def test_patterns_fit_what_they_find(pattern, expected, folder, checkpoints):
         assert {name for name, address in keys.items() if stored.fits(address)} == expected
 
 
-def test_paths_behind_a_linked_folder_keep_their_meaning(folder, checkpoints, tmp_path):
+def test_paths_behind_a_linked_folder_keep_their_meaning(folder, tmp_path):
     (tmp_path / "elsewhere/deep").mkdir(parents=True)
     (tmp_path / "elsewhere/c.ckpt").touch()
     (folder / "link").symlink_to(tmp_path / "elsewhere/deep")
@@ -74,7 +80,7 @@ def test_paths_behind_a_linked_folder_keep_their_meaning(folder, checkpoints, tm
     for file in ("c.ckpt", "again/c.ckpt"):
         for text in (f"link/../{file}", f"link/../{file[:-4]}*"):
             expected = f"{tmp_path}/elsewhere/{file}"
-            assert checkpoints.matching(text) == [expected]
+            assert find_checkpoints(folder, text) == [expected]
             assert Glob(text, folder).fits(expected)
             assert not Glob(text, folder).fits(f"{folder}/{file}")
 
@@ -102,36 +108,36 @@ def test_paths_become_absolute_and_addresses_stay():
         ("s3://some/folder/", "what is in a folder is s3://bucket/folder/*"),
     ],
 )
-def test_what_names_no_checkpoint_is_refused(text, words, checkpoints):
+def test_what_names_no_checkpoint_is_refused(text, words, folder):
     with pytest.raises(ParameterError) as raised:
-        checkpoints.matching(text)
+        find_checkpoints(folder, text)
     assert words in str(raised.value)
 
 
-def test_a_single_checkpoint_is_no_pattern(folder, checkpoints):
+def test_a_single_checkpoint_is_no_pattern(folder):
     with pytest.raises(ParameterError, match="found none at"):
-        checkpoints.single("models/*")
+        single_checkpoint(folder, "models/*")
     (folder / "models/*").touch()
-    assert checkpoints.single("models/*") == f"{folder}/models/*"
-    assert checkpoints.matching("models/*") == [f"{folder}/models/*"]
-    assert checkpoints.single("s3://some/x[1].ckpt") == "s3://some/x[1].ckpt"
+    assert single_checkpoint(folder, "models/*") == f"{folder}/models/*"
+    assert find_checkpoints(folder, "models/*") == [f"{folder}/models/*"]
+    assert single_checkpoint(folder, "s3://some/x[1].ckpt") == "s3://some/x[1].ckpt"
 
 
-def test_a_checkpoint_whose_name_can_not_be_written_is_refused(folder, checkpoints):
+def test_a_checkpoint_whose_name_can_not_be_written_is_refused(folder):
     name = os.fsdecode(b"\xff.ckpt")
     (folder / "models" / name).touch()
     with pytest.raises(ParameterError, match="is no UTF-8"):
-        checkpoints.matching("models/*")
+        find_checkpoints(folder, "models/*")
     with pytest.raises(ParameterError, match="is no UTF-8"):
-        checkpoints.single(f"models/{name}")
+        single_checkpoint(folder, f"models/{name}")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_that_can_not_be_read_is_said_not_passed_over(folder, checkpoints):
+def test_a_folder_that_can_not_be_read_is_said_not_passed_over(folder):
     (folder / "runs/2").chmod(0)
     try:
         with pytest.raises(ParameterError, match=r"can't look for 'runs/\*/best\.ckpt': .*denied"):
-            checkpoints.matching("runs/*/best.ckpt")
+            find_checkpoints(folder, "runs/*/best.ckpt")
     finally:
         (folder / "runs/2").chmod(0o755)
 
@@ -140,30 +146,32 @@ def test_a_folder_that_can_not_be_read_is_said_not_passed_over(folder, checkpoin
 
 
 @pytest.mark.services
-def test_objects_are_found_by_pattern_and_missed_by_address(s3, bucket, folder):
+def test_objects_are_found_by_pattern_and_missed_by_address(s3, bucket, folder, monkeypatch):
     for key in ("07/a.ckpt", "07/b.txt", "07/deep/c.ckpt", "07/folder/", "08/a.ckpt"):
         bucket.upload_bytes(b"", key)
     there = f"s3://{bucket.name}"
-    found = Checkpoints(folder, lambda bucket, prefix: Bucket(s3, bucket).list_keys(prefix))
-    assert found.matching(f"{there}/07/*.ckpt") == [f"{there}/07/a.ckpt"]
-    assert found.matching(f"{there}/**/*.ckpt") == [
+    there_is = SimpleNamespace(bucket=partial(Bucket, s3))
+    monkeypatch.setattr(connection, "open_for_reading", lambda: there_is)
+    assert find_checkpoints(folder, f"{there}/07/*.ckpt") == [f"{there}/07/a.ckpt"]
+    assert find_checkpoints(folder, f"{there}/**/*.ckpt") == [
         f"{there}/{key}" for key in ("07/a.ckpt", "07/deep/c.ckpt", "08/a.ckpt")
     ]
     with pytest.raises(ParameterError, match="no file matches"):
-        found.matching(f"{there}/07/folder/*")
+        find_checkpoints(folder, f"{there}/07/folder/*")
     named = [f"{there}/{key}" for key in ("07/a.ckpt", "07/a.ckp", "08/a.ckpt", "09/a.ckpt")]
-    assert found.missing([*named, str(folder / "none.ckpt")]) == {named[1], named[3]}
+    assert missing_objects([*named, str(folder / "none.ckpt")]) == {named[1], named[3]}
 
 
-def test_one_listing_finds_all_that_are_named_in_a_folder(folder):
+def test_one_listing_finds_all_that_are_named_in_a_folder(monkeypatch):
     asked = []
 
-    def list_objects(bucket: str, prefix: str) -> list[str]:
+    def list_stored(bucket: str, prefix: str) -> list[str]:
         asked.append((bucket, prefix))
         return [f"07/net-{n}.ckpt" for n in range(1000)]
 
     named = [f"s3://some/07/net-{n}.ckpt" for n in range(1001)]
-    assert Checkpoints(folder, list_objects).missing(named) == {named[1000]}
+    monkeypatch.setattr(fleet_files, "list_stored", list_stored)
+    assert missing_objects(named) == {named[1000]}
     assert asked == [("some", "07/net-")]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from heimdall_onnx.common.errors import ParameterError, StoreError
 from heimdall_onnx.common.parameters import ReleaseParameters
-from heimdall_onnx.release.fleet.files import list_stored
+from heimdall_onnx.release.fleet import files as fleet_files
 from heimdall_onnx.release.fleet.plan import plan_checkpoints, read_plan
 from heimdall_onnx.services.store import Bucket
 
@@ -35,10 +35,10 @@ def folder(tmp_path):
 def plan(folder):
     """Writes a plan and reads it."""
 
-    def read(content: str | bytes, list_objects=list_stored, name="july.yml"):
+    def read(content: str | bytes, name="july.yml"):
         path = folder / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return read_plan(path, list_objects)
+        return read_plan(path)
 
     return read
 
@@ -47,9 +47,9 @@ def plan(folder):
 def refused(plan):
     """What is said of a plan that can't be used."""
 
-    def read(content: str | bytes, list_objects=list_stored, name="july.yml") -> str:
+    def read(content: str | bytes, name="july.yml") -> str:
         with pytest.raises(ParameterError) as raised:
-            plan(content, list_objects, name)
+            plan(content, name)
         return str(raised.value)
 
     return read
@@ -432,14 +432,15 @@ def test_sizes(text, size, plan):
 
 
 @pytest.mark.services
-def test_checkpoints_in_a_bucket(plan, s3, objects, folder):
+def test_checkpoints_in_a_bucket(plan, s3, objects, folder, monkeypatch):
     bucket = objects("07/a.ckpt", "07/b.ckpt", "07/b.txt", "07/deep/c.ckpt", "08/d[1].ckpt", "e.pt")
     asked = []
 
-    def list_objects(bucket: str, prefix: str) -> tuple[str, ...]:
+    def list_stored(bucket: str, prefix: str) -> tuple[str, ...]:
         asked.append(prefix)
         return Bucket(s3, bucket).list_keys(prefix)
 
+    monkeypatch.setattr(fleet_files, "list_stored", list_stored)
     found = plan(
         f"""\
 parameters: {{name: "{{parent}}-{{stem}}", eval_data: "s3://elsewhere/some data.npz"}}
@@ -451,8 +452,7 @@ checkpoints:
 exclude: [{{checkpoint: "s3://*/07/a.ckpt"}}]
 include:
   - {{checkpoint: "s3://{bucket}/08/d[1].ckpt"}}
-""".replace("s3://*/07/a.ckpt", f"s3://{bucket}/07/a*"),
-        list_objects,
+""".replace("s3://*/07/a.ckpt", f"s3://{bucket}/07/a*")
     )
     assert [(item.checkpoint, item.parameters.name) for item in found.items] == [
         (f"s3://{bucket}/07/b.ckpt", "07-b"),
@@ -465,13 +465,16 @@ include:
     # No more is listed than is asked for.
     assert asked == ["07/", "", "e.pt", "08/d[1].ckpt"]
     asked.clear()
-    again = plan(found.text, list_objects, name="again.json")
+    again = plan(found.text, name="again.json")
     assert again == found
     assert asked == ["07/b.ckpt", "07/deep/c.ckpt", "e.pt", "08/d[1].ckpt"]
 
 
 @pytest.mark.services
-def test_what_is_not_in_the_bucket_is_refused(refused, plan, s3, objects):
+def test_what_is_not_in_the_bucket_is_refused(refused, plan, s3, objects, monkeypatch):
+    monkeypatch.setattr(
+        fleet_files, "list_stored", lambda bucket, prefix: Bucket(s3, bucket).list_keys(prefix)
+    )
     bucket = objects("07/a.ckpt", "07/a.ckpt2")
     said = refused(
         f"""\
@@ -484,26 +487,20 @@ checkpoints:
   - s3://{bucket}/07/a.ckpt
 include:
   - {{checkpoint: s3://{bucket}/07/*.ckpt}}
-""",
-        lambda bucket, prefix: Bucket(s3, bucket).list_keys(prefix),
+"""
     ).splitlines()[1:]
     assert [line.partition(": ")[0].split(", ")[1] for line in said] == [
         *(f"checkpoints[{at}]" for at in (1, 2, 3, 4)),
         *("checkpoints[0]", "include[0].checkpoint"),
     ]
     with pytest.raises(StoreError, match="no-such-bucket"):
-        plan(
-            "checkpoints: [s3://no-such-bucket/a*]",
-            lambda bucket, prefix: Bucket(s3, bucket).list_keys(prefix),
-        )
+        plan("checkpoints: [s3://no-such-bucket/a*]")
 
 
-def test_no_bucket_is_listed_that_no_checkpoint_is_in(plan):
-    def list_objects(bucket: str, prefix: str) -> list[str]:
-        raise AssertionError
-
+def test_no_bucket_is_listed_that_no_checkpoint_is_in(plan, monkeypatch):
+    monkeypatch.setattr(fleet_files, "list_stored", None)
     text = 'checkpoints: ["models/*"]\nparameters: {eval_data: "s3://data/eval.npz"}'
-    assert len(plan(text, list_objects).items) == 2
+    assert len(plan(text).items) == 2
 
 
 # As the command line has it
