@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from heimdall_onnx.evidence.latency.contenders import (
     pytorch_contestant,
 )
 from heimdall_onnx.evidence.latency.cores import usable_cores
-from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures
+from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures, Turns
 from heimdall_onnx.evidence.latency.machine_state import MachineState, MachineWatch
 from heimdall_onnx.evidence.latency.statistics import offline_throughput, paired_speedup
 from heimdall_onnx.evidence.ratios import CONFIDENCE
@@ -61,17 +61,22 @@ class BatchLatency:
 
     Attributes:
         batch_size: Samples in a call.
-        pytorch_ms: Latency of every counted call of PyTorch, or the first contender, milliseconds.
-        onnx_ms: The same for ONNX Runtime, or the second.
+        samples_ms: Latency of every counted call of each contender, milliseconds.
     """
 
     batch_size: int
-    pytorch_ms: Floats = field(repr=False)
-    onnx_ms: Floats = field(repr=False)
+    samples_ms: tuple[Floats, Floats] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyReport(LatencyFigures):
+class _Measured(Turns):
+    contenders: tuple[ContenderLatency, ContenderLatency]
+    machine: MachineState
+    batches: tuple[BatchLatency, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyReport(_Measured, LatencyFigures):
     """Everything that `measure_latency` found.
 
     Attributes:
@@ -80,9 +85,6 @@ class LatencyReport(LatencyFigures):
         batches: Latency at this and the further batch sizes, ascending.
     """
 
-    contenders: tuple[ContenderLatency, ContenderLatency]
-    machine: MachineState
-    batches: tuple[BatchLatency, ...] = ()
     confidence: float = CONFIDENCE
 
     @property
@@ -97,16 +99,12 @@ class LatencyReport(LatencyFigures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairLatency(PairFigures):
+class PairLatency(_Measured, PairFigures):
     """Two contenders, measured in turns.
 
     Attributes:
         batches: Latency at this and the further batch sizes, ascending.
     """
-
-    contenders: tuple[ContenderLatency, ContenderLatency]
-    machine: MachineState
-    batches: tuple[BatchLatency, ...] = ()
 
     @property
     def first(self) -> ContenderLatency:
@@ -171,15 +169,8 @@ def measure_latency(
         threads=settings.threads,
         batch_size=pair.batch_size,
     )
-    return LatencyReport(
-        batch_size=pair.batch_size,
-        threads=settings.threads,
-        contenders=pair.contenders,
-        speedup=pair.speedup,
-        batches=pair.batches,
-        machine=pair.machine,
-        cores=usable_cores(),
-    )
+    measured = {one.name: getattr(pair, one.name) for one in fields(_Measured)}
+    return LatencyReport(**measured, threads=settings.threads, cores=usable_cores())
 
 
 def benchmark_model(
@@ -262,7 +253,7 @@ def measure_pair(
         # Before the further sizes, whose memory is not that of these calls.
         sides = (workers[0].latency(), workers[1].latency())
         size = len(next(iter(inputs.values())))
-        batches = {size: BatchLatency(size, *(side.samples_ms for side in sides))}
+        batches = {size: BatchLatency(size, (sides[0].samples_ms, sides[1].samples_ms))}
         for other in sorted({*batch_sizes} - {size}):
             batches[other] = _at_batch_size(workers, other, batch_calls, rng)
     last = [batches[other] for other in batch_sizes[-1:]]
@@ -273,9 +264,7 @@ def measure_pair(
         machine=watch.state,
         batches=tuple(batches[other] for other in sorted(batches)),
         throughput=tuple(
-            offline_throughput(ms, batch.batch_size)
-            for batch in last
-            for ms in (batch.pytorch_ms, batch.onnx_ms)
+            offline_throughput(ms, batch.batch_size) for batch in last for ms in batch.samples_ms
         ),
         on_device_ms=on_device,
     )
@@ -315,5 +304,5 @@ def _at_batch_size(
 ) -> BatchLatency:
     """One block of each contender at another batch size, in random order."""
     found = {id(w): w.time_calls(calls, size) for w in rng.sample(list(workers), 2)}
-    pytorch, onnx = (found[id(worker)] for worker in workers)
-    return BatchLatency(size, pytorch, onnx)
+    first, second = (found[id(worker)] for worker in workers)
+    return BatchLatency(size, (first, second))

@@ -46,7 +46,7 @@ class ContenderFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Turns:
+class Turns:
     """Two contenders, in turns.
 
     Attributes:
@@ -71,7 +71,7 @@ class _Turns:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyFigures(_Turns):
+class LatencyFigures(Turns):
     """The PyTorch model and the ONNX model, in turns.
 
     Attributes:
@@ -86,7 +86,7 @@ class LatencyFigures(_Turns):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairFigures(_Turns):
+class PairFigures(Turns):
     """Two models, in turns.
 
     Attributes:

@@ -325,7 +325,7 @@ def throughput(report: LatencyReport) -> Chart:
         f"{number(rates[i][side], 3)} samples/s"
         for side, (who, i) in enumerate(zip(("PyTorch", "ONNX"), best, strict=True))
     )
-    calls = ", ".join(f"{b.pytorch_ms.size} at batch {b.batch_size}" for b in report.batches)
+    calls = ", ".join(f"{b.samples_ms[0].size} at batch {b.batch_size}" for b in report.batches)
     subtitle = (
         f"{count_of(report.threads, 'thread')} each · calls of each: {calls} · whiskers hold "
         f"95% of the calls, or all below {_CALLS_FOR_RANGE}"
@@ -355,7 +355,8 @@ def throughput(report: LatencyReport) -> Chart:
 
 
 def _medians(batch: BatchLatency) -> tuple[float, float]:
-    return float(np.median(batch.pytorch_ms)), float(np.median(batch.onnx_ms))
+    first, second = batch.samples_ms
+    return float(np.median(first)), float(np.median(second))
 
 
 def _draw_batches(
@@ -363,7 +364,7 @@ def _draw_batches(
 ) -> None:
     sizes = [b.batch_size for b in report.batches]
     for side, (who, color, marker, line) in enumerate(_SIDES):
-        calls = [value((b.pytorch_ms, b.onnx_ms)[side], b.batch_size) for b in report.batches]
+        calls = [value(b.samples_ms[side], b.batch_size) for b in report.batches]
         middle = np.array([np.median(c) for c in calls])
         low, high = (np.array([_end(c, p) for c in calls]) for p in (2.5, 97.5))
         axes.errorbar(

@@ -433,17 +433,17 @@ def test_further_batch_sizes_are_measured_after_the_first(onnx_path, tmp_path):
         batch_calls=3,
     )
     assert [b.batch_size for b in report.batches] == [1, 2, 8]
-    assert [b.pytorch_ms.size for b in report.batches] == [3, 12, 3]
-    assert [b.onnx_ms.size for b in report.batches] == [3, 12, 3]
+    assert [b.samples_ms[0].size for b in report.batches] == [3, 12, 3]
+    assert [b.samples_ms[1].size for b in report.batches] == [3, 12, 3]
     # The main measurement is over before the others begin, and is what the report speaks of.
     sizes = log.read_text().split()
     assert sizes == ["2"] * sizes.count("2") + ["1"] * 4 + ["8"] * 4
-    np.testing.assert_array_equal(report.batches[1].pytorch_ms, report.pytorch.samples_ms)
+    np.testing.assert_array_equal(report.batches[1].samples_ms[0], report.pytorch.samples_ms)
     assert report.batch_size == 2
     assert report.speedup.low > 2
     assert report.speedup.pairs == 6
     for found in report.batches:
-        assert found.pytorch_ms.min() >= 20 > found.onnx_ms.min()
+        assert found.samples_ms[0].min() >= 20 > found.samples_ms[1].min()
 
 
 def test_throughput_of_a_pair_is_in_its_order(worker, tmp_path):

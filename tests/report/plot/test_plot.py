@@ -119,7 +119,7 @@ def moved_model(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def measured() -> LatencyReport:
-    batches = tuple(BatchLatency(n, n * calls(20.0, 60), n * calls(14.0, 60)) for n in (1, 2, 4))
+    batches = tuple(BatchLatency(n, (n * calls(20.0, 60), n * calls(14.0, 60))) for n in (1, 2, 4))
     return replace(latency_of(calls(20.0), calls(14.0)), batches=batches)
 
 
@@ -1347,8 +1347,8 @@ def test_without_a_profile_there_is_no_chart() -> None:
 def test_throughput_is_samples_over_latency_at_every_batch_size() -> None:
     report = latency_of(calls(40.0), calls(10.0))
     batches = (
-        BatchLatency(1, np.full(6, 40.0), np.full(6, 10.0)),
-        BatchLatency(8, np.array([100.0, 200.0, 200.0]), np.full(3, 160.0)),
+        BatchLatency(1, (np.full(6, 40.0), np.full(6, 10.0))),
+        BatchLatency(8, (np.array([100.0, 200.0, 200.0]), np.full(3, 160.0))),
     )
     chart = plot.throughput(replace(report, batches=batches))
     assert chart.title == (
