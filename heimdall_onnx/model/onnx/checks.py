@@ -18,7 +18,7 @@ from heimdall_onnx.common.errors import EvidenceError, ExportError, InvalidModel
 from heimdall_onnx.common.text import listed
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
-from heimdall_onnx.model.onnx.file import read_structure
+from heimdall_onnx.model.onnx.file import read_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
 # Enough to tell a wrong result from rounding, TF32 on a GPU included; parity is judged elsewhere.
@@ -33,7 +33,7 @@ def named_axes(spec: TensorSpec) -> dict[int, str]:
 
 def check_file(path: Path, signature: Signature, opset: int) -> None:
     """Check opset, names and dynamic axes as the file declares them."""
-    structure = read_structure(path)
+    structure, _ = read_model(path)
     problems = []
     found = {entry.domain: entry.version for entry in structure.opset_import}.get("")
     if found != opset:

@@ -11,15 +11,13 @@ import numpy as np
 import onnx
 
 from heimdall_onnx.common.text import shown
-from heimdall_onnx.model.onnx.file import read_initializers, read_structure
+from heimdall_onnx.model.onnx.file import read_model
 
 _SCALARS = ("ir_version", "producer_name", "producer_version", "domain", "model_version")
 
 
 def describe_differences(recorded: Path, found: Path) -> tuple[str, ...]:
     """Where two models of different bytes depart, in words; of each kind the first place.
-
-    Weights are read a tensor at a time.
 
     Args:
         recorded: The model that was expected; external data is looked for beside it.
@@ -28,11 +26,11 @@ def describe_differences(recorded: Path, found: Path) -> tuple[str, ...]:
     Raises:
         InvalidModelError: If one of them is no ONNX model.
     """
-    before, after = read_structure(recorded), read_structure(found)
+    (before, old), (after, new) = read_model(recorded), read_model(found)
     differences = (
         *_header(before, after),
         *_nodes(before.graph, after.graph),
-        *_initializers(recorded, found),
+        *_initializers(old, new, recorded.parent, found.parent),
     )
     return differences or (
         "nothing that is calculated: the same operators, weights, inputs and outputs are written "
@@ -84,15 +82,16 @@ def _named(node: onnx.NodeProto | None) -> str:
     return "none" if node is None else f"{shown(node.op_type)} '{shown(node.name)}'"
 
 
-def _initializers(recorded: Path, found: Path) -> Iterator[str]:
-    names = [[tensor.name for tensor in read_initializers(path)] for path in (recorded, found)]
+def _initializers(
+    recorded: list[onnx.TensorProto], found: list[onnx.TensorProto], before: Path, after: Path
+) -> Iterator[str]:
+    names = [[tensor.name for tensor in tensors] for tensors in (recorded, found)]
     if names[0] != names[1]:
         yield f"weights, {len(names[0])} and {len(names[1])}: {_first_unequal(*names)}"
         return
     different, first = 0, ""
-    both = zip(read_initializers(recorded), read_initializers(found), strict=True)
-    for old, new in both:
-        if unequal := _tensor(old, new, recorded.parent, found.parent):
+    for old, new in zip(recorded, found, strict=True):
+        if unequal := _tensor(old, new, before, after):
             different, first = different + 1, first or f"first '{shown(old.name)}', {unequal}"
     if different:
         yield f"weights: {different} of {len(names[0])} differ, {first}"

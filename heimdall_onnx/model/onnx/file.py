@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,41 +19,31 @@ MAX_FIELDS = 5_000_000
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
-def read_structure(path: Path | str) -> onnx.ModelProto:
-    """The model in ``path`` without its graph's initializers.
+def read_model(path: Path | str) -> tuple[onnx.ModelProto, list[onnx.TensorProto]]:
+    """The model in ``path`` without its graph's initializers, and these in the file's order.
+
+    External data are not read.
 
     Raises:
         InvalidModelError: If the file is no protobuf message of the right kind or ends early.
     """
-    model = _read(path)
-    del model.graph.initializer[:]
-    # A message keeps the memory of what was taken out of it.
-    structure = onnx.ModelProto()
-    structure.CopyFrom(model)
-    return structure
-
-
-def read_initializers(path: Path | str) -> Iterator[onnx.TensorProto]:
-    """The initializers of the graph in ``path`` in the file's order; external data are not read.
-
-    Raises:
-        InvalidModelError: If the file is no protobuf message of the right kind or ends early.
-    """
-    yield from _read(path).graph.initializer
-
-
-def _read(path: Path | str) -> onnx.ModelProto:
     content = Path(path).read_bytes()
     try:
         if _has_too_many_fields(content):
             raise InvalidModelError(
                 f"{path} is not an ONNX model: it has more than {MAX_FIELDS:,} fields"
             )
-        return onnx.ModelProto.FromString(content)
+        model = onnx.ModelProto.FromString(content)
     except (DecodeError, IndexError) as error:
         raise InvalidModelError(
             f"{path} is truncated or not an ONNX model: {shown(str(error))}"
         ) from error
+    weights = list(model.graph.initializer)
+    del model.graph.initializer[:]
+    # A message keeps the memory of what was taken out of it.
+    structure = onnx.ModelProto()
+    structure.CopyFrom(model)
+    return structure, weights
 
 
 def _has_too_many_fields(content: bytes) -> bool:

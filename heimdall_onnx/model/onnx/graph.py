@@ -20,7 +20,7 @@ import onnxruntime as ort
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
-from heimdall_onnx.model.onnx.file import read_initializers, read_structure
+from heimdall_onnx.model.onnx.file import read_model
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 INLINE_BYTES = 1024
@@ -42,8 +42,8 @@ class ScopedGraph:
     """
 
     def __init__(self, path: Path, modules: Iterable[str]) -> None:
-        self._path, self._structure = path, read_structure(path)
-        model = self._structure
+        model, weights = read_model(path)
+        self._path, self._structure = path, model
         self._nodes = [
             (node.op_type, node.name, tuple(_consumed(node)), tuple(filter(None, node.output)))
             for node in model.graph.node
@@ -59,7 +59,7 @@ class ScopedGraph:
                 self._consumers[name].append(index)
         self.producer = {name: index for index, node in enumerate(self._nodes) for name in node[3]}
         self._outputs = {value.name for value in model.graph.output}
-        self._weights = _Weights(path, {*self._consumers, *self._outputs})
+        self._weights = _Weights(weights, path, {*self._consumers, *self._outputs})
 
     def leaving(self, scope: str) -> list[str]:
         """Values that the module's nodes produce and something outside it uses."""
@@ -217,10 +217,10 @@ class _Weights:
     several times over while it loads.
     """
 
-    def __init__(self, path: Path, used: set[str]) -> None:
+    def __init__(self, weights: list[onnx.TensorProto], path: Path, used: set[str]) -> None:
         self._inline: list[onnx.TensorProto] = []
         self._handed: dict[str, tuple[onnx.TensorProto, ort.OrtValue]] = {}
-        for tensor in read_initializers(path):
+        for tensor in weights:
             if tensor.name not in used:
                 continue
             array = _array(tensor, path)

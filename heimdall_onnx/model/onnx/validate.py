@@ -16,7 +16,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 from heimdall_onnx.common.errors import InvalidModelError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed, shown
-from heimdall_onnx.model.onnx.file import read_initializers, read_structure
+from heimdall_onnx.model.onnx.file import read_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
 log = get_logger(__name__)
@@ -90,10 +90,11 @@ def validate_model(path: Path | str, *, signature: Signature | None = None) -> M
     if not source.is_file():
         found = "a folder" if source.is_dir() else "no such file"
         raise InvalidModelError(f"expected an ONNX model at {source}, found {found}")
-    structure = read_structure(source)
+    structure, weights = read_model(source)
     if not structure.ir_version or not structure.graph.node:
         raise InvalidModelError(f"{source} is not an ONNX model: it has no IR version or no nodes")
-    problems, parameters, external_bytes = _weigh(source, structure)
+    problems, parameters, external_bytes = _weigh(source, structure, weights)
+    del weights  # the checker reads them for itself
     # The checker would follow the data that was just refused.
     problems += [] if problems else _checked(source)
     problems += _without_dtype(structure.graph)
@@ -118,10 +119,12 @@ def _checked(path: Path) -> list[str]:
     return []
 
 
-def _weigh(path: Path, structure: onnx.ModelProto) -> tuple[list[str], int, int]:
+def _weigh(
+    path: Path, structure: onnx.ModelProto, weights: list[onnx.TensorProto]
+) -> tuple[list[str], int, int]:
     """Problems of the weights, number of their elements, and bytes in external data."""
     problems, parameters, external = [], 0, {}
-    for tensor in read_initializers(path):
+    for tensor in weights:
         parameters += math.prod(tensor.dims)
         problem = _external_problem(tensor, path.parent)
         if problem:

@@ -22,7 +22,7 @@ from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.checks import check_file, prove_axes
 from heimdall_onnx.model.onnx.export import OPSETS, export_model
-from heimdall_onnx.model.onnx.file import read_initializers, read_structure
+from heimdall_onnx.model.onnx.file import read_model
 from heimdall_onnx.model.signature import Axis, Signature, TensorSpec
 
 BOTH = pytest.mark.parametrize("opset", [14, 20])
@@ -563,9 +563,9 @@ def test_module_scopes_are_kept(exported):
 def test_streamed_file_equals_what_onnx_reads_and_writes(exported, tmp_path):
     path = exported(20).path
     model = onnx.load(path)
-    structure = read_structure(path)
+    structure, weights = read_model(path)
     assert len(structure.graph.initializer) == 0
-    structure.graph.initializer.extend(read_initializers(path))
+    structure.graph.initializer.extend(weights)
     assert structure == model
     onnx.save(model, tmp_path / "b.onnx")
     assert (tmp_path / "b.onnx").stat().st_size == path.stat().st_size

@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from heimdall_onnx.common.errors import InvalidModelError
-from heimdall_onnx.model.onnx.file import read_initializers, read_structure, write_model
+from heimdall_onnx.model.onnx.file import read_model, write_model
 
 WEIGHTS = {
     "w": np.arange(600, dtype=np.float32).reshape(3, 200),
@@ -73,9 +73,9 @@ def test_structure_counts_towards_the_limit(tmp_path):
 
 def test_structure_and_initializers_are_read_apart(tmp_path):
     onnx.save(proto(), tmp_path / "a.onnx")
-    structure = read_structure(tmp_path / "a.onnx")
+    structure, weights = read_model(tmp_path / "a.onnx")
     assert not structure.graph.initializer
-    structure.graph.initializer.extend(read_initializers(tmp_path / "a.onnx"))
+    structure.graph.initializer.extend(weights)
     assert structure == proto()
 
 
@@ -84,13 +84,11 @@ def test_truncated_file_is_invalid(tmp_path, step):
     content = proto().SerializeToString()
     (tmp_path / "a.onnx").write_bytes(content[: len(content) * step // 60])
     with pytest.raises(InvalidModelError, match="truncated or not an ONNX model"):
-        read_structure(tmp_path / "a.onnx")
-    with pytest.raises(InvalidModelError):
-        list(read_initializers(tmp_path / "a.onnx"))
+        read_model(tmp_path / "a.onnx")
 
 
 def test_broken_initializer_is_invalid(tmp_path):
     # ModelProto.graph (7) > GraphProto.initializer (5) > a name (8) of 9 bytes, of which 1 is there
     (tmp_path / "a.onnx").write_bytes(bytes([0x3A, 5, 0x2A, 3, 0x42, 9, 0]))
     with pytest.raises(InvalidModelError, match="not an ONNX model"):
-        list(read_initializers(tmp_path / "a.onnx"))
+        read_model(tmp_path / "a.onnx")

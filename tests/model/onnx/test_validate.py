@@ -11,7 +11,7 @@ from torch import nn
 
 from heimdall_onnx.common.errors import InvalidModelError
 from heimdall_onnx.model.onnx.export import export_model
-from heimdall_onnx.model.onnx.file import read_initializers, read_structure
+from heimdall_onnx.model.onnx.file import read_model
 from heimdall_onnx.model.onnx.validate import validate_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
@@ -389,8 +389,8 @@ def test_operators_inside_branches_are_counted(tmp_path):
 
 
 def test_structure_and_initializers_together_are_the_file(path):
-    structure = read_structure(path)
+    structure, weights = read_model(path)
     assert not structure.graph.initializer
-    assert [t.name for t in read_initializers(path)] == ["w", "b"]
-    structure.graph.initializer.extend(read_initializers(path))
+    assert [t.name for t in weights] == ["w", "b"]
+    structure.graph.initializer.extend(weights)
     assert structure == onnx.load(path)
