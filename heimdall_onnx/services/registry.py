@@ -137,7 +137,18 @@ class MLflowTracker:
         Raises:
             RegistryError: If it is deleted, or MLflow can't be reached or refuses.
         """
-        return self._ensure_experiment(self.experiment_name, self._artifact_uri)
+        name = self.experiment_name
+        with self._errors(f"open experiment {name}"):
+            experiment = self._client.get_experiment_by_name(name)
+            if experiment is None:
+                with _Unless("RESOURCE_ALREADY_EXISTS"):  # somebody else has made it since
+                    return str(self._client.create_experiment(name, self._artifact_uri))
+                experiment = self._client.get_experiment_by_name(name)
+        if experiment.lifecycle_stage != "active":
+            raise RegistryError(
+                f"experiment {name!r} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME"
+            )
+        return str(experiment.experiment_id)
 
     def __repr__(self) -> str:
         return f"MLflowTracker({redact_url(self.uri)!r}, {self.experiment_name!r})"
@@ -295,7 +306,9 @@ class MLflowTracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                self._ensure_model(name)
+                # Only where it is missing: to say that it is there, MLflow reads all its versions.
+                with _Unless("RESOURCE_ALREADY_EXISTS"):  # somebody else has made it since
+                    self._client.create_registered_model(name)
                 version = add()
         registered = str(version.version)
         # A request whose answer was lost is made again, and MLflow makes another version.
@@ -304,11 +317,6 @@ class MLflowTracker:
             self.delete_version(name, twin)
         log.info("model version registered", name=name, version=registered)
         return registered
-
-    def _ensure_model(self, name: str) -> None:
-        # Only where it is missing: to say that it is there, MLflow reads every version of it.
-        with _Unless("RESOURCE_ALREADY_EXISTS"):  # somebody else has made it since
-            self._client.create_registered_model(name)
 
     def transition_model_stage(self, name: str, version: str, stage: str) -> bool:
         """Move a version to a stage.
@@ -473,9 +481,7 @@ class MLflowTracker:
         """Every version of a registered model."""
         with self._errors(f"list the versions of {name}"):
             quote = '"' if "'" in name else "'"
-            query = f"name = {quote}{name}{quote}"
-            found = tuple(_pages(self._client.search_model_versions, filter_string=query))
-        return tuple(map(_describe_version, found))
+            return self._search_versions(f"name = {quote}{name}{quote}")
 
     def open_runs(self, name_begins: str) -> dict[str, tuple[str, int]]:
         """Runs of the experiment that have not ended: id to name and start, ms since 1970."""
@@ -495,9 +501,10 @@ class MLflowTracker:
     def versions_of_run(self, run_id: str) -> tuple[RegisteredVersion, ...]:
         """The versions of any model that a run has registered."""
         with self._errors(f"look for what run {run_id} has registered"):
-            found = tuple(
-                _pages(self._client.search_model_versions, filter_string=f"run_id = '{run_id}'")
-            )
+            return self._search_versions(f"run_id = '{run_id}'")
+
+    def _search_versions(self, query: str) -> tuple[RegisteredVersion, ...]:
+        found = _pages(self._client.search_model_versions, filter_string=query)
         return tuple(map(_describe_version, found))
 
     def _find_own(self, name: str, source: str, run_id: str | None) -> tuple[str, ...]:
@@ -517,19 +524,6 @@ class MLflowTracker:
             raise RegistryError("no run is active; call start_run first")
         return str(active.info.run_id)
 
-    def _ensure_experiment(self, name: str, artifact_uri: str) -> str:
-        with self._errors(f"open experiment {name}"):
-            experiment = self._client.get_experiment_by_name(name)
-            if experiment is None:
-                with _Unless("RESOURCE_ALREADY_EXISTS"):  # somebody else has made it since
-                    return str(self._client.create_experiment(name, artifact_uri))
-                experiment = self._client.get_experiment_by_name(name)
-        if experiment.lifecycle_stage != "active":
-            raise RegistryError(
-                f"experiment {name!r} is deleted; restore it, or set MLFLOW_EXPERIMENT_NAME"
-            )
-        return str(experiment.experiment_id)
-
     def _check_source(self, source: str) -> None:
         if not source.startswith("s3://"):
             return
@@ -543,10 +537,8 @@ class MLflowTracker:
                 f"found {sorted(file.path for file in files) or 'nothing'}"
             )
 
-    @contextlib.contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
-        with registry_errors(self.uri, doing):
-            yield
+    def _errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return registry_errors(self.uri, doing)
 
 
 def initialize_mlflow(settings: Settings) -> MLflowTracker:
@@ -611,17 +603,10 @@ def _strings(tags: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _describe_run(run: Any) -> dict[str, Any]:
+    info = ("run_id", "run_name", "experiment_id", "status", "start_time", "end_time")
     return {
-        "run_id": run.info.run_id,
-        "run_name": run.info.run_name,
-        "experiment_id": run.info.experiment_id,
-        "status": run.info.status,
-        "start_time": run.info.start_time,
-        "end_time": run.info.end_time,
-        "artifact_uri": run.info.artifact_uri,
-        "params": dict(run.data.params),
-        "metrics": dict(run.data.metrics),
-        "tags": dict(run.data.tags),
+        **{name: getattr(run.info, name) for name in (*info, "artifact_uri")},
+        **{name: dict(getattr(run.data, name)) for name in ("params", "metrics", "tags")},
     }
 
 

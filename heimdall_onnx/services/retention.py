@@ -5,7 +5,7 @@ Source: Amazon S3 API, PutBucketVersioning, PutObjectLockConfiguration and PutOb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -65,24 +65,17 @@ def prepare_bucket(bucket: Bucket, *, versioning: bool, retention_days: int) -> 
     Raises:
         StoreError: If the store can't be reached, or refuses for another reason than having none.
     """
-    lacking, client, name = "", bucket.client, bucket.name
+    lacking = ""
     # Looked at first: who may release need not be allowed to change the bucket.
     if (versioning or retention_days) and not _is_versioned(bucket):
+        on = {"Status": "Enabled"}
         lacking = _turn_on(
-            bucket,
-            "versioning",
-            lambda: client.put_bucket_versioning(
-                Bucket=name, VersioningConfiguration={"Status": "Enabled"}
-            ),
+            bucket, "versioning", "put_bucket_versioning", VersioningConfiguration=on
         )
     if retention_days and not lacking and not _is_locked(bucket):
-        lacking = _turn_on(
-            bucket,
-            "Object Lock",
-            lambda: client.put_object_lock_configuration(
-                Bucket=name, ObjectLockConfiguration={"ObjectLockEnabled": "Enabled"}
-            ),
-        )
+        on = {"ObjectLockEnabled": "Enabled"}
+        operation = "put_object_lock_configuration"
+        lacking = _turn_on(bucket, "Object Lock", operation, ObjectLockConfiguration=on)
     until = None
     if retention_days and not lacking:
         until = datetime.now(UTC) + timedelta(days=retention_days)
@@ -106,7 +99,11 @@ def retain(bucket: Bucket, keys: Iterable[str], protection: Protection) -> None:
         return
     for key in keys:
         # Content is shared: another release may keep it for longer, which can't be shortened.
-        if (kept := _kept_until(bucket, key)) is not None and kept >= until:
+        looking = f"look at the retention of {bucket.uri(key)}"
+        none = _LACKING | _NOT_RETAINED
+        found, _ = _ask(bucket, looking, "get_object_retention", none, Key=key)
+        kept: datetime | None = found.get("Retention", {}).get("RetainUntilDate")
+        if kept is not None and kept >= until:
             continue
         with bucket.errors(f"retain {bucket.uri(key)}"):
             bucket.client.put_object_retention(
@@ -116,39 +113,22 @@ def retain(bucket: Bucket, keys: Iterable[str], protection: Protection) -> None:
             )
 
 
-def _kept_until(bucket: Bucket, key: str) -> datetime | None:
-    found, _ = _ask(
-        bucket,
-        f"look at the retention of {bucket.uri(key)}",
-        lambda: bucket.client.get_object_retention(Bucket=bucket.name, Key=key),
-        _LACKING | _NOT_RETAINED,
-    )
-    until: datetime | None = found.get("Retention", {}).get("RetainUntilDate")
-    return until
-
-
 def _is_locked(bucket: Bucket) -> bool:
-    found, _ = _ask(
-        bucket,
-        f"look at the Object Lock of {bucket.name}",
-        lambda: bucket.client.get_object_lock_configuration(Bucket=bucket.name),
-    )
+    looking = f"look at the Object Lock of {bucket.name}"
+    found, _ = _ask(bucket, looking, "get_object_lock_configuration")
     return bool(found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") == "Enabled")
 
 
 def _is_versioned(bucket: Bucket) -> bool:
-    found, _ = _ask(
-        bucket,
-        f"look at the versioning of {bucket.name}",
-        lambda: bucket.client.get_bucket_versioning(Bucket=bucket.name),
-    )
+    looking = f"look at the versioning of {bucket.name}"
+    found, _ = _ask(bucket, looking, "get_bucket_versioning")
     return bool(found.get("Status") == "Enabled")
 
 
-def _turn_on(bucket: Bucket, what: str, call: Callable[[], object]) -> str:
+def _turn_on(bucket: Bucket, what: str, operation: str, **configuration: Any) -> str:
     """What the store says it has not; nothing if it did as it was told."""
     doing = f"turn on {what} of {bucket.name}"
-    _, code = _ask(bucket, doing, call)
+    _, code = _ask(bucket, doing, operation, **configuration)
     if not code:
         return ""
     reason = f"the store could not {doing}: {code}"
@@ -157,12 +137,16 @@ def _turn_on(bucket: Bucket, what: str, call: Callable[[], object]) -> str:
 
 
 def _ask(
-    bucket: Bucket, doing: str, call: Callable[[], Any], lacking: Collection[str] = _LACKING
+    bucket: Bucket,
+    doing: str,
+    operation: str,
+    lacking: Collection[str] = _LACKING,
+    **query: Any,
 ) -> tuple[Mapping[str, Any], str]:
     """What the store answers, or the code with which it says that it has no such thing."""
     with bucket.errors(doing):
         try:
-            return call(), ""
+            return getattr(bucket.client, operation)(Bucket=bucket.name, **query), ""
         except ClientError as error:
             if (code := error_code(error)) not in lacking:
                 raise
