@@ -121,8 +121,7 @@ def _show_services(call: Callable[[Settings], Sequence[Any]]) -> None:
 
     for status in call(Settings.load()):
         state = "running" if status.running else "stopped"
-        detail = f"{status.address or '':<28}log {status.log}" if status.log else status.address
-        click.echo(f"{status.name:<12}{state:<10}{detail or ''}")
+        click.echo(f"{status.name:<12}{state:<10}{status.address or '':<28}log {status.log}")
 
 
 @services.command(example="heimdall-onnx services up")

@@ -95,7 +95,7 @@ def services_up(settings: Settings) -> tuple[ServiceStatus, ...]:
         RegistryError: If the MLflow server does not start.
     """
     filled = ensure_store(settings)
-    if _is_database(settings):
+    if not settings.tracking_uri.get_secret_value().startswith(("http://", "https://")):
         _ensure_mlflow(filled)
     return services_status(settings)
 
@@ -193,6 +193,9 @@ def _launch_store(service: Daemon, record: Mapping[str, Any]) -> None:
     for name in _STORE_PORTS:
         port = record["ports"][name]
         ports += [f"-{name}.port={port}", f"-{name}.port.grpc={port + _GRPC_OFFSET}"]
+    names = ("SIGNING_KEY", "SIGNING_READ_KEY", "FILER_SIGNING_KEY", "FILER_SIGNING_READ_KEY")
+    # Without signing keys the filer's port would serve every object to anyone.
+    keys = {f"WEED_JWT_{n}": k for n, k in zip(names, record["signing_keys"], strict=True)}
     service.start(
         [
             *(_weed(), "-logtostderr=true", "mini", f"-dir={data}"),
@@ -205,21 +208,9 @@ def _launch_store(service: Daemon, record: Mapping[str, Any]) -> None:
             # for each GiB that is free.
             *("-volume.max=1000", "-master.volumeSizeLimitMB=1024"),
         ],
-        _store_environment(service, record),
+        # Nothing of the caller's: SeaweedFS would make identities from AWS variables it finds.
+        {"PATH": os.defpath, "HOME": str(service.folder), "GOMEMLIMIT": "512MiB", **keys},
     )
-
-
-def _store_environment(service: Daemon, record: Mapping[str, Any]) -> dict[str, str]:
-    """Nothing of the caller's: SeaweedFS would make identities from AWS variables it finds."""
-    names = ("SIGNING_KEY", "SIGNING_READ_KEY", "FILER_SIGNING_KEY", "FILER_SIGNING_READ_KEY")
-    # Without signing keys the filer's port would serve every object to anyone.
-    keys = {f"WEED_JWT_{n}": k for n, k in zip(names, record["signing_keys"], strict=True)}
-    return {
-        "PATH": os.defpath,
-        "HOME": str(service.folder),
-        "GOMEMLIMIT": "512MiB",
-        **keys,
-    }
 
 
 def _stop_store(service: Daemon) -> None:
@@ -241,19 +232,14 @@ def _store_answers(settings: Settings, record: Mapping[str, Any]) -> bool:
         return False
     try:
         make_client(settings, read_timeout_s=CALL_TIMEOUT_S, attempts=1).list_buckets()
-        return _has_volumes(record["ports"]["master"])
+        # It may answer five seconds before its volumes have found their master, and fail every
+        # transfer until then.
+        master = f"http://{LOOPBACK}:{record['ports']['master']}"
+        centers = json.loads(_fetch(f"{master}/dir/status"))["Topology"]["DataCenters"] or ()
+        return any(rack["DataNodes"] for center in centers for rack in center["Racks"])
     except (BotoCoreError, ClientError, OSError, ValueError) as error:
         log.debug("embedded store does not answer yet", reason=type(error).__name__)
         return False
-
-
-def _has_volumes(master_port: int) -> bool:
-    # It may answer five seconds before its volumes have found their master, and fail every
-    # transfer until then.
-    topology = json.loads(_fetch(f"http://{LOOPBACK}:{master_port}/dir/status"))["Topology"]
-    return any(
-        rack["DataNodes"] for center in topology["DataCenters"] or () for rack in center["Racks"]
-    )
 
 
 def _weed() -> str:
@@ -270,10 +256,6 @@ def _weed() -> str:
 
 def _mlflow_service(settings: Settings) -> Daemon:
     return Daemon("mlflow", settings.home / "mlflow", RegistryError)
-
-
-def _is_database(settings: Settings) -> bool:
-    return not settings.tracking_uri.get_secret_value().startswith(("http://", "https://"))
 
 
 def _ensure_mlflow(settings: Settings) -> None:

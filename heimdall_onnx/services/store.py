@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import random
 import re
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -481,16 +481,13 @@ class Bucket:
         Raises:
             StoreError: If the store fails.
         """
-        return tuple(itertools.islice(self._versions(prefix.strip("/") + "/", after), limit))
-
-    def _versions(self, folder: str, after: str) -> Iterator[str]:
+        folder = f"{prefix.strip('/')}/"
         # All versions begin with v, which leaves out the reports in failed/. No key within a
         # version's folder is behind its name with a 0, which comes next to the slash.
         start = f"{folder}{after}0" if after else f"{folder}v"
-        for entry in self._list(folder, StartAfter=start):
-            version, _, name = entry["Key"].removeprefix(folder).partition("/")
-            if name == MANIFEST:
-                yield version
+        listed = (o["Key"].removeprefix(folder) for o in self._list(folder, StartAfter=start))
+        parts = (name.partition("/") for name in listed)
+        return tuple(islice((version for version, _, name in parts if name == MANIFEST), limit))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; one that is gone is no error.
