@@ -94,9 +94,14 @@ def load_model(
                 f"{uri} was uploaded or registered without a release around it, so it has no "
                 f"variant {variant!r}; it has {FP32} alone"
             )
-        address, expected = bare
+        address, digest = bare
         bucket, key = connection.locate(address)
-        path = fetch_files(bucket, {MODEL: key}, expected, cache)
+        if not (digest := digest or bucket.head(key).sha256):
+            raise VerificationError(
+                f"{address} records no SHA-256 in its metadata, so it can't be verified; "
+                "open the release folder instead"
+            )
+        path = fetch_files(bucket, {MODEL: (key, digest)}, cache)
         return open_session(path, threads=threads)
     try:
         release = release_of(connection, found, uri)
@@ -176,13 +181,13 @@ def _open_unverified(release: Release, threads: int | None) -> InferenceSession:
         return open_session(Path(scratch) / MODEL, threads=threads)
 
 
-def _bare_model(found: RegisteredVersion | None, uri: str) -> tuple[str, dict[str, str]] | None:
-    """Address and recorded hash of a model without a manifest; None for a release."""
+def _bare_model(found: RegisteredVersion | None, uri: str) -> tuple[str, str] | None:
+    """Address and hash of a model without a manifest, as far as the registry has it."""
     if found is not None:
         if "manifest_sha256" in found.tags or "sha256" not in found.tags:
             return None
         # Registered step by step, without a release around it.
-        return f"{found.source.rstrip('/')}/{MODEL}", {MODEL: found.tags["sha256"]}
+        return f"{found.source.rstrip('/')}/{MODEL}", found.tags["sha256"]
     if uri.startswith("s3://") and uri.endswith(".onnx") and not uri.endswith(f"/{MODEL}"):
-        return uri, {}
+        return uri, ""
     return None

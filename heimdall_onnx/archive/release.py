@@ -117,30 +117,20 @@ class Release:
             StoreError: If the store can't be reached or refuses.
         """
         # Named as in a folder of their own, where external data are looked for.
-        local = {name: name.rpartition("/")[2] for name in variant.files}
-        hashes = {name: entry.sha256 for name, entry in variant.files.items()}
-        path = fetch_files(
-            self.bucket,
-            {local[name]: entry.key for name, entry in variant.files.items()},
-            {local[name]: sha256 for name, sha256 in hashes.items()},
-            cache,
-        )
-        return path, hashes
+        files = {n.rpartition("/")[2]: (e.key, e.sha256) for n, e in variant.files.items()}
+        path = fetch_files(self.bucket, files, cache)
+        return path, {name: entry.sha256 for name, entry in variant.files.items()}
 
 
-def fetch_files(
-    bucket: Bucket, keys: Mapping[str, str], expected: Mapping[str, str], cache: Path
-) -> Path:
-    """Bring the files of a model into ``cache``, checked, and return the model's path."""
-    digest = expected.get(MODEL) or _recorded_sha256(bucket, keys[MODEL])
+def fetch_files(bucket: Bucket, files: Mapping[str, tuple[str, str]], cache: Path) -> Path:
+    """Bring a model's files, key and SHA-256 by name, into ``cache``, checked; gives its path."""
     # Two models may share a graph and differ in their external data.
-    own = [digest, *(expected[name] for name in sorted(expected) if name != MODEL)]
+    own = [files[name][1] for name in sorted(files, key=lambda name: (name != MODEL, name))]
     if len(own) > 1:
         own = [hashlib.sha256("".join(own).encode()).hexdigest()]
     folder = cache / own[0]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, key in keys.items():
-        wanted = expected.get(name, digest)
+    for name, (key, wanted) in files.items():
         target = folder / name
         if not (target.is_file() and hash_file(target) == wanted):
             found = bucket.download_file(key, target, sha256=None)
@@ -151,13 +141,3 @@ def fetch_files(
                     f"found {found}"
                 )
     return folder / MODEL
-
-
-def _recorded_sha256(bucket: Bucket, key: str) -> str:
-    digest = bucket.head(key).sha256
-    if not digest:
-        raise VerificationError(
-            f"{bucket.uri(key)} records no SHA-256 in its metadata, so it can't be verified; "
-            "open the release folder instead"
-        )
-    return digest

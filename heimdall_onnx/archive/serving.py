@@ -299,7 +299,7 @@ class ServedModel:
 
     def _watch(self) -> None:
         try:
-            while not self._closed.wait(self._wait_s()):
+            while not self._closed.wait(_backed_off(self._refresh_s, self._failures)):
                 with self._refreshing:
                     self._look()
         finally:
@@ -307,9 +307,6 @@ class ServedModel:
                 # The caller's variable may live on; the model's memory must not.
                 self._current = replace(self._current, session=None)
                 self._clean_up()
-
-    def _wait_s(self) -> float:
-        return _backed_off(self._refresh_s, self._failures)
 
     def _look(self, *, at_once: bool = False) -> None:
         """Compare the alias with what answers; nothing that goes wrong here may end the thread."""
@@ -507,12 +504,7 @@ def _input_problems(old: Signature, new: Signature) -> Iterator[str]:
             word = "takes a new input" if was is None else "takes no input"
             yield f"it {word} {(now or was).describe()}"  # type: ignore[union-attr]
             continue
-        fits = len(was.shape) == len(now.shape) and all(
-            isinstance(n, str) or n == w for w, n in zip(was.shape, now.shape, strict=True)
-        )
-        if was.dtype != now.dtype or not fits:
-            yield f"input {now.describe()}; it was {was.describe()}"
-        yield from _meaning_problems(was, now, "input")
+        yield from _changes("input", was, now, _fits(now.shape, was.shape))
         if now.masks != was.masks:
             yield f"input {name} masks {now.masks or 'nothing'}; it masked {was.masks or 'nothing'}"
         # Identities beyond the end of the new table; other ranges are those of examples.
@@ -529,16 +521,20 @@ def _output_problems(old: Signature, new: Signature) -> Iterator[str]:
         if now is None:
             yield f"it gives no output {was.describe()}"
             continue
-        fits = len(was.shape) == len(now.shape) and all(
-            isinstance(w, str) or n == w for w, n in zip(was.shape, now.shape, strict=True)
-        )
-        if was.dtype != now.dtype or not fits:
-            yield f"output {now.describe()}; it was {was.describe()}"
-        yield from _meaning_problems(was, now, "output")
+        yield from _changes("output", was, now, _fits(was.shape, now.shape))
         if (was.sigma_of, was.log_variance_of) != (now.sigma_of, now.log_variance_of):
             yield f"output {was.name} is the spread of something else, or of another kind"
 
 
-def _meaning_problems(was: TensorSpec, now: TensorSpec, kind: str) -> Iterator[str]:
+def _fits(taken: tuple[int | str, ...], given: tuple[int | str, ...]) -> bool:
+    """Whether who takes one shape can be given the other; a named axis takes any length."""
+    return len(taken) == len(given) and all(
+        isinstance(want, str) or want == have for want, have in zip(taken, given, strict=True)
+    )
+
+
+def _changes(kind: str, was: TensorSpec, now: TensorSpec, fits: bool) -> Iterator[str]:
+    if was.dtype != now.dtype or not fits:
+        yield f"{kind} {now.describe()}; it was {was.describe()}"
     if was.unit != now.unit:
         yield f"{kind} {now.name} in {now.unit or 'no unit'}; it was in {was.unit or 'no unit'}"

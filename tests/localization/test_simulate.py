@@ -212,7 +212,8 @@ class TestDataset:
             longer.rows(rows)["mel_spectrogram"], shorter.rows(rows)["mel_spectrogram"]
         )
         np.testing.assert_array_equal(longer.positions[:4], shorter.positions)
-        assert longer.events[:4].tolist() == shorter.events.tolist()
+        assert longer.event_names[: len(shorter.event_names)] == shorter.event_names
+        assert longer.event[:4].tolist() == shorter.event.tolist()
 
     def test_a_dataset_of_its_recordings_holds_the_same(self, tmp_path):
         made = simulate_dataset(

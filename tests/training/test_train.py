@@ -173,7 +173,7 @@ def test_the_evaluation_data_are_the_events_it_has_not_seen(result, data):
     split = dataset.split(validation=0.2)
     held_out = load_evaluation_data(result.eval_data, Framed(centroid=MIDDLE, scale_m=1).signature)
     np.testing.assert_array_equal(held_out.positions, dataset.positions[split.test])
-    assert not set(dataset.events[split.test]) & set(dataset.events[split.train])
+    assert not set(dataset.event[split.test]) & set(dataset.event[split.train])
     mean = dataset.positions[split.train].mean(0)
     np.testing.assert_allclose(held_out.meta["centre"], mean, atol=1e-3)
     middle = np.broadcast_to(held_out.meta["centre"], held_out.positions.shape)

@@ -48,7 +48,6 @@ from heimdall_onnx.data.dataset.schema import (
 from heimdall_onnx.data.dataset.shards import (
     ArrayReader,
     ArraySpec,
-    import_extra,
     read_zarr,
     refuse,
 )
@@ -167,27 +166,11 @@ class Dataset:
         text = self.readers[EVENT_NAMES][:].tobytes().decode(errors="replace")
         return tuple(text.split("\n")[:-1])
 
-    def __len__(self) -> int:
-        return self.count
-
     def __repr__(self) -> str:
         return f"<Dataset {self.address} of {self.count} samples, {self.digest[:12]}…>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.files, self.digest)
-
-    @property
-    def events(self) -> npt.NDArray[np.str_]:
-        """Name of each sample's event (N,)."""
-        return np.array(self.event_names, np.str_)[self.event]
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The inputs as ``zarr.Array``, samples first, e.g. for Dask; `rows` is much faster."""
-        group = import_extra("zarr").open_group(
-            self.path, mode="r", zarr_format=3, use_consolidated=False
-        )
-        return {name.removeprefix(INPUTS): group[name] for name in self._input_names()}
 
     def rows(self, indices: npt.ArrayLike) -> Arrays:
         """The inputs of some samples, in the order asked for.
