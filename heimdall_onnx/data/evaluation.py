@@ -121,8 +121,7 @@ class EvaluationData:
 
     def spread(self, count: int) -> EvaluationData:
         """At most ``count`` samples and 256 MiB, evenly spaced; in memory where there are more."""
-        row_bytes = sum(a.dtype.itemsize * math.prod(a.shape[1:]) for a in self.inputs.values())
-        count = min(count, max(1, IN_MEMORY_BYTES // max(row_bytes, 1)))
+        count = min(count, max(1, IN_MEMORY_BYTES // max(self.row_bytes, 1)))
         if count >= self.count:
             return self
         return replace(

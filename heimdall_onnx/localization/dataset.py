@@ -20,7 +20,6 @@ from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
 from heimdall_onnx.data.dataset.writer import create_dataset
 from heimdall_onnx.localization.events import align_recordings, group_recordings
 from heimdall_onnx.localization.features import (
-    CHANNELS,
     check_positions,
     check_receivers,
     event_provenance,
@@ -84,7 +83,7 @@ def ingest_recordings(
         recordings, samples=False, progress=lambda share: say(share / 2, "reading recordings")
     )
     check_receivers(sites, found)
-    groups = _in_one_order(group_recordings(found, size=CHANNELS), mixed=mixed_receivers)
+    groups = _in_one_order(group_recordings(found), mixed=mixed_receivers)
     truth = _positions(groups, position, labels)
     names = _event_names(groups)
     meta = {"provenance": "recordings", "features": asdict(parameters), "events": []}

@@ -9,8 +9,10 @@ from datetime import datetime
 import numpy as np
 
 from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.common.text import listed
 from heimdall_onnx.localization.recordings import Recording, Samples, wrap_week
 
+CHANNELS = 3  # of the reference model, one for each receiver
 SAME_EVENT_SECONDS = 60.0
 
 _RATE_TOLERANCE = 1e-3
@@ -36,29 +38,28 @@ class AlignedRecordings:
     skipped_samples: tuple[int, ...]
 
 
-def group_recordings(
-    recordings: Sequence[Recording], *, size: int = 3
-) -> list[tuple[Recording, ...]]:
-    """Put recordings of the same event together, ``size`` in each.
+def group_recordings(recordings: Sequence[Recording]) -> list[tuple[Recording, ...]]:
+    """Put recordings of the same event together, three in each.
 
     If all start times are known, an event is the recordings of one tuned frequency that start
-    within 60 s; events come in the order of time. Otherwise each ``size`` recordings in the order
+    within 60 s; events come in the order of time. Otherwise each three recordings in the order
     given are one. Within an event the order given is kept, since it says which receiver feeds
     which channel.
 
     Raises:
-        DataError: If the groups don't come out at ``size``, or hold a recording twice; with what
+        DataError: If the groups don't come out at three, or hold a recording twice; with what
             was grouped how.
     """
     if all(r.start is not None for r in recordings):
         groups, how = _group_by_start(recordings), f"start times within {SAME_EVENT_SECONDS:g} s"
     else:
-        groups = [tuple(recordings[i : i + size]) for i in range(0, len(recordings), size)]
+        starts = range(0, len(recordings), CHANNELS)
+        groups = [tuple(recordings[i : i + CHANNELS]) for i in starts]
         how = "the order given, as not every file name tells a start time"
     problems = [
         f"group {number}: {len(group)} recordings ({', '.join(r.path.name for r in group)})"
         for number, group in enumerate(groups, 1)
-        if len(group) != size
+        if len(group) != CHANNELS
     ]
     problems += [
         f"group {number} holds the same recording twice ({', '.join(r.path.name for r in group)})"
@@ -67,9 +68,9 @@ def group_recordings(
     ]
     if problems or not groups:
         raise DataError(
-            f"expected {size} recordings of different receivers for each event, one per channel; "
-            f"{len(recordings)} recordings were grouped by {how}. Found:\n  - "
-            + "\n  - ".join(problems or ["no recordings"])
+            f"expected {CHANNELS} recordings of different receivers for each event, one per "
+            f"channel; {len(recordings)} recordings were grouped by {how}. "
+            f"Found:{listed(problems or ['no recordings'])}"
         )
     return groups
 

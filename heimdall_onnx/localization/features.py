@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.common.logs import get_logger
@@ -18,8 +17,6 @@ from heimdall_onnx.localization.mel import FeatureParameters, mel_windows
 from heimdall_onnx.localization.recordings import Recording, read_recording
 
 log = get_logger(__name__)
-
-CHANNELS = 3
 
 
 def write_features(
@@ -56,9 +53,14 @@ def write_features(
     check_positions(position, sites)
     read = read_all(recordings)
     check_receivers(sites, read)
+    single = parameters.channels == "iqm"
+    groups = [(recording,) for recording in read] if single else group_recordings(read)
     events, windows = [], []
-    for event in _events(read, parameters):
-        found = mel_windows(_signals(event, parameters), event.sample_rate_hz, parameters)
+    for event in map(align_recordings, groups):
+        iq = event.iq
+        if single:
+            iq = np.stack([iq[0].real, iq[0].imag, np.abs(iq[0])]).astype(np.complex64)
+        found = mel_windows(iq, event.sample_rate_hz, parameters)
         windows.append(found)
         events.append(event_provenance(event, found.shape[0], sites))
         log.info("features.event", windows=found.shape[0], alignment=event.method)
@@ -106,25 +108,6 @@ def read_all(
     if problems:
         raise DataError("\n".join(problems))
     return read
-
-
-def _events(
-    recordings: Sequence[Recording], parameters: FeatureParameters
-) -> Iterator[AlignedRecordings]:
-    if parameters.channels == "iqm":
-        groups = [(recording,) for recording in recordings]
-    else:
-        groups = group_recordings(recordings, size=CHANNELS)  # type: ignore[assignment]
-    return map(align_recordings, groups)
-
-
-def _signals(
-    event: AlignedRecordings, parameters: FeatureParameters
-) -> npt.NDArray[np.complexfloating[Any, Any]]:
-    if parameters.channels == "receivers":
-        return event.iq
-    iq = event.iq[0]
-    return np.stack([iq.real, iq.imag, np.abs(iq)]).astype(np.complex64)
 
 
 def event_provenance(

@@ -124,20 +124,12 @@ def log_mel(
     frames = frames[..., :: parameters.hop_length, :][..., : parameters.n_frames, :]
     spectrum = fft.fft(frames * (window / window.sum()), axis=-1)
     power = spectrum.real**2 + spectrum.imag**2
-    bands = _band_powers(power, sample_rate_hz, parameters)
-    return np.asarray(np.log10(np.maximum(bands, parameters.log_floor)), np.float64)
-
-
-def _band_powers(
-    power: npt.NDArray[np.floating[Any]], sample_rate_hz: float, parameters: FeatureParameters
-) -> npt.NDArray[np.float64]:
-    """Sum power (…, frames, n_fft) in mel bands (…, n_mels, frames)."""
     # A frequency is in two bands at most: a sparse product takes a tenth of a dense one's time.
     bank = _sparse_filters(sample_rate_hz, parameters.n_fft, parameters.n_mels)
-    by_frequency = np.moveaxis(power, -1, 0)
-    bands = bank @ by_frequency.reshape(parameters.n_fft, -1)
-    shape = (parameters.n_mels, *by_frequency.shape[1:])
-    return np.moveaxis(np.asarray(bands).reshape(shape), 0, -2)
+    by_frequency = np.moveaxis(power, -1, 0)  # from (…, frames, n_fft)
+    bands = np.asarray(bank @ by_frequency.reshape(parameters.n_fft, -1))
+    bands = np.moveaxis(bands.reshape(parameters.n_mels, *by_frequency.shape[1:]), 0, -2)
+    return np.asarray(np.log10(np.maximum(bands, parameters.log_floor)), np.float64)
 
 
 @lru_cache(maxsize=16)

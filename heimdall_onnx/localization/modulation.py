@@ -7,6 +7,7 @@ stood in for by noise of their bandwidth, which has their spectrum's width and n
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -46,16 +47,6 @@ def frequency_modulation(rng: np.random.Generator, samples: int, rate_hz: float)
     return np.asarray(np.exp(2j * np.pi * (turns % 1)), np.complex64)
 
 
-def binary_phase_keying(rng: np.random.Generator, samples: int, rate_hz: float) -> Complex:
-    """BPSK at 50 to 1200 baud, see `_phase_keying`."""
-    return _phase_keying(rng, samples, rate_hz, 2)
-
-
-def quadrature_phase_keying(rng: np.random.Generator, samples: int, rate_hz: float) -> Complex:
-    """QPSK at 50 to 1200 baud, see `_phase_keying`."""
-    return _phase_keying(rng, samples, rate_hz, 4)
-
-
 def second_marks(rng: np.random.Generator, samples: int, rate_hz: float) -> Complex:
     """Pulse-width keyed amplitude, as DCF77 sends time.
 
@@ -69,18 +60,8 @@ def second_marks(rng: np.random.Generator, samples: int, rate_hz: float) -> Comp
     return _unit_power(_smooth(envelope, _RAMP_S * rate_hz))
 
 
-MODULATIONS: dict[str, Callable[[np.random.Generator, int, float], Complex]] = {
-    "cw": keyed_carrier,
-    "am": amplitude_modulation,
-    "fm": frequency_modulation,
-    "bpsk": binary_phase_keying,
-    "qpsk": quadrature_phase_keying,
-    "time signal": second_marks,
-}
-
-
-def _phase_keying(rng: np.random.Generator, samples: int, rate_hz: float, phases: int) -> Complex:
-    """Random symbols, shaped by a root-raised-cosine of roll-off 0.35.
+def phase_keying(rng: np.random.Generator, samples: int, rate_hz: float, phases: int) -> Complex:
+    """Random symbols at 50 to 1200 baud, shaped by a root-raised-cosine of roll-off 0.35.
 
     Proakis and Salehi, Digital Communications, 5th ed., 9.2-1, (9.2-28): the square root of that
     spectrum, applied where it is defined, in the frequency domain.
@@ -93,6 +74,16 @@ def _phase_keying(rng: np.random.Generator, samples: int, rate_hz: float, phases
     edge = np.clip((frequency - (1 - _ROLL_OFF) / 2) / _ROLL_OFF, 0, 1)
     shape = np.cos(np.pi / 2 * edge).astype(np.float32)
     return _unit_power(fft.ifft(fft.fft(pulses) * shape)[:samples])
+
+
+MODULATIONS: dict[str, Callable[[np.random.Generator, int, float], Complex]] = {
+    "cw": keyed_carrier,
+    "am": amplitude_modulation,
+    "fm": frequency_modulation,
+    "bpsk": partial(phase_keying, phases=2),
+    "qpsk": partial(phase_keying, phases=4),
+    "time signal": second_marks,
+}
 
 
 def _audio(rng: np.random.Generator, samples: int, bandwidth: float) -> npt.NDArray[np.float32]:

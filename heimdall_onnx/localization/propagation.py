@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from pyproj import Geod
 
 from heimdall_onnx.common.arrays import Floats
 
@@ -39,24 +37,6 @@ CONDITIONS = (
 )
 
 
-def geodesics(position: npt.ArrayLike, sites: Floats) -> tuple[Floats, Floats]:
-    """Lengths of the WGS-84 geodesics to the sites, and the directions in which they leave.
-
-    Args:
-        position: Latitude and longitude of the transmitter, degrees.
-        sites: Those of the receivers (sites, 2).
-
-    Returns:
-        Metres (sites,) and degrees clockwise from north (sites,).
-    """
-    latitude, longitude = np.asarray(position, np.float64)
-    count = len(sites)
-    azimuth, _, metres = _wgs84().inv(
-        np.full(count, longitude), np.full(count, latitude), sites[:, 1], sites[:, 0]
-    )
-    return np.asarray(metres, np.float64), np.asarray(azimuth, np.float64)
-
-
 def loss_db(distance_m: Floats, *, exponent: float, reference_m: float) -> Floats:
     """Loss beyond that at ``reference_m`` by the log-distance model: 10·n·log10(d / d0).
 
@@ -66,11 +46,6 @@ def loss_db(distance_m: Floats, *, exponent: float, reference_m: float) -> Float
     count as 1 km.
     """
     return np.asarray(10 * exponent * np.log10(np.maximum(distance_m, 1e3) / reference_m))
-
-
-def delays_s(distance_m: Floats) -> Floats:
-    """Propagation time d / c of a wave along the ground."""
-    return distance_m / SPEED_OF_LIGHT
 
 
 def doppler_hz(
@@ -112,8 +87,3 @@ def rayleigh_gains(
     slow = (parts.view(np.complex128) * turning).sum(axis=-2).reshape(-1, knots.size)
     gains = np.stack([np.interp(times_s, knots, row) for row in slow])
     return gains.astype(np.complex64).reshape(*shape, len(times_s))
-
-
-@lru_cache(maxsize=1)
-def _wgs84() -> Geod:
-    return Geod(ellps="WGS84")

@@ -18,6 +18,7 @@ spectrum does not show them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -35,13 +36,13 @@ from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
 from heimdall_onnx.data.dataset.writer import create_dataset
+from heimdall_onnx.evidence.parity.ground import geodesics
 from heimdall_onnx.localization.mel import FeatureParameters, mel_windows
 from heimdall_onnx.localization.modulation import MODULATIONS
 from heimdall_onnx.localization.propagation import (
     CONDITIONS,
-    delays_s,
+    SPEED_OF_LIGHT,
     doppler_hz,
-    geodesics,
     loss_db,
     rayleigh_gains,
 )
@@ -159,14 +160,15 @@ def simulate_event(
         + doppler_hz(carrier, rng.uniform(0, CHANNEL["speed_m_s"]), rng.uniform(0, 360), azimuth)
     )
     offset = rng.uniform(-1, 1) * CHANNEL["carrier_offset_hz"]
-    samples = PARAMETERS.window_samples + (windows - 1) * _window_step()
+    step = PARAMETERS.n_frames * PARAMETERS.hop_length
+    samples = PARAMETERS.window_samples + (windows - 1) * step
     size = fft.next_fast_len(samples + 2 * _MARGIN)
     times = np.arange(size) / SAMPLE_RATE_HZ
     sent = MODULATIONS[kind](rng, size, SAMPLE_RATE_HZ)
     paths = _paths(fft.fft(sent), conditions.delay_spread_s)
     faded = fade(rng, paths, times, conditions.doppler_spread_hz)
     faded *= _phasors((offset + shifts) / SAMPLE_RATE_HZ, size)
-    delays = delays_s(metres)
+    delays = metres / SPEED_OF_LIGHT
     arrived = fft.fft(faded) * _delay(size, delays)
     arrived *= _gain(level, carrier * delays)[:, None]
     recorded = _record(rng, arrived)[:, _MARGIN : _MARGIN + samples]
@@ -283,7 +285,7 @@ def write_recordings(event: SimulatedEvent, folder: Path | str) -> list[Path]:
     return paths
 
 
-def level_db(position: npt.ArrayLike, sites: Floats) -> Floats:
+def level_db(position: Sequence[float] | Floats, sites: Floats) -> Floats:
     """Mean signal-to-noise ratio over the sampled band at each site, without shadowing."""
     metres, _ = geodesics(position, sites)
     return np.asarray(
@@ -297,10 +299,6 @@ def draw_position(rng: np.random.Generator, sites: Floats) -> Floats:
     middle = sites.mean(axis=0)
     corners = middle + CHANNEL["region_scale"] * (sites - middle)
     return np.asarray(rng.dirichlet(np.ones(3)) @ corners)
-
-
-def _window_step() -> int:
-    return PARAMETERS.n_frames * PARAMETERS.hop_length
 
 
 def _gain(level: Floats, cycles: Floats) -> npt.NDArray[np.complex64]:

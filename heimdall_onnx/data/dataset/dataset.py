@@ -35,7 +35,6 @@ from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.data.dataset.files import Files, files_at
 from heimdall_onnx.data.dataset.schema import (
-    DATASET_VERSION,
     EVENT,
     EVENT_NAMES,
     HEADER,
@@ -51,21 +50,11 @@ from heimdall_onnx.data.dataset.shards import (
     read_zarr,
     refuse,
 )
-from heimdall_onnx.data.dataset.writer import DatasetWriter, create_dataset
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
     from heimdall_onnx.data.evaluation_file import FeatureSet
-
-__all__ = [
-    "DATASET_VERSION",
-    "Dataset",
-    "DatasetWriter",
-    "Split",
-    "create_dataset",
-    "open_dataset",
-]
 
 
 @dataclass(frozen=True)

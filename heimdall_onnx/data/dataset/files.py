@@ -152,12 +152,10 @@ class _BucketFiles(Files):
     def bucket(self) -> Bucket:
         """The bucket."""
         # Imported here, as boto3 takes half a second that readers of folders do without.
-        from heimdall_onnx.services.client import make_client
-        from heimdall_onnx.services.embedded import ensure_store
-        from heimdall_onnx.services.settings import Settings
+        from heimdall_onnx.services.connection import open_for_reading
         from heimdall_onnx.services.store import Bucket
 
-        return Bucket(self._client or make_client(ensure_store(Settings.load())), self._name)
+        return Bucket(self._client or open_for_reading().client, self._name)
 
     def content(self, name: str, limit: int) -> bytes:
         if name not in self.seen:

@@ -76,8 +76,7 @@ def sample_problems(rows: Mapping[str, npt.NDArray[Any]], events: Sequence[str])
         elif array.dtype.kind in "fc" and not np.isfinite(array).all():
             problems.append(f"{name} has NaN or Inf")
     problems += _position_problems(rows.get(POSITIONS))
-    problems += [f"{shown(repr(e))} can't name an event" for e in sorted(_bad_names(set(events)))]
-    return problems
+    return [*problems, *_name_problems(set(events))]
 
 
 def header_problems(header: Header) -> Iterator[str]:
@@ -128,7 +127,7 @@ def label_problems(
         )
     if len(set(names)) < len(names):
         yield "two events have the same name"
-    yield from (f"{shown(repr(n))} can't name an event" for n in sorted(_bad_names(set(names))))
+    yield from _name_problems(set(names))
 
 
 def _position_problems(positions: npt.NDArray[Any] | None) -> list[str]:
@@ -151,7 +150,7 @@ def beyond_globe(positions: Rows) -> Iterator[str]:
         )
 
 
-def _bad_names(names: set[str]) -> Iterator[str]:
-    for name in names:
+def _name_problems(names: set[str]) -> Iterator[str]:
+    for name in sorted(names):
         if not 0 < len(name) <= _MOST_EVENT_NAME or not name.isprintable():
-            yield name
+            yield f"{shown(repr(name))} can't name an event"

@@ -7,7 +7,7 @@ geodesics", Journal of Geodesy 87, 2013).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -30,14 +30,29 @@ def _wgs84() -> Geod:
     return Geod(ellps="WGS84")
 
 
-def distance_m(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Floats:
-    """Geodesic distance in metres between positions (N, 2) in degrees latitude, longitude.
+def geodesics(
+    origin: Sequence[npt.ArrayLike] | Floats, places: npt.NDArray[Any]
+) -> tuple[Floats, Floats]:
+    """Lengths of the geodesics from ``origin`` to ``places``, and the directions they leave in.
 
     A latitude beyond a pole, which an unbounded regression can give, counts as the pole.
+
+    Args:
+        origin: Latitude and longitude in degrees, one place or N.
+        places: Positions (N, 2) in degrees latitude, longitude.
+
+    Returns:
+        Metres (N,) and degrees clockwise from north (N,).
     """
-    lat_a, lat_b = (np.clip(p[:, 0].astype(np.float64), -90, 90) for p in (a, b))
-    lon_a, lon_b = (p[:, 1].astype(np.float64) for p in (a, b))
-    return np.asarray(_wgs84().inv(lon_a, lat_a, lon_b, lat_b)[2], dtype=np.float64)
+    latitude, longitude = np.array(places.T, np.float64)
+    begin = (np.full_like(longitude, origin[1]), np.full_like(latitude, origin[0]).clip(-90, 90))
+    azimuth, _, metres = _wgs84().inv(*begin, longitude, latitude.clip(-90, 90))
+    return np.asarray(metres, np.float64), np.asarray(azimuth, np.float64)
+
+
+def distance_m(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Floats:
+    """Geodesic distance in metres between positions (N, 2) in degrees latitude, longitude."""
+    return geodesics(a.T, b)[0]
 
 
 def error_m(answers: npt.NDArray[Any], truth: npt.NDArray[Any]) -> Floats:
@@ -68,14 +83,10 @@ def offset_km(positions: npt.NDArray[Any], origin: tuple[npt.ArrayLike, npt.Arra
 
     Azimuthal equidistant: the distance from the origin is true, as is the direction.
     """
-    lat = np.clip(positions[:, 0].astype(np.float64), -90, 90)
-    lon = positions[:, 1].astype(np.float64)
-    azimuth, _, metres = _wgs84().inv(
-        np.full_like(lon, origin[1]), np.full_like(lat, origin[0]), lon, lat
-    )
+    metres, azimuth = geodesics(origin, positions)
     angle = np.radians(azimuth)
     unit = np.stack([np.sin(angle), np.cos(angle)], axis=1)
-    return np.asarray(unit * np.asarray(metres)[:, None] / 1000, dtype=np.float64)
+    return np.asarray(unit * metres[:, None] / 1000)
 
 
 def metres_per_degree(latitude: npt.ArrayLike) -> tuple[Floats, Floats]:

@@ -93,7 +93,7 @@ class TestRows:
 
     def test_labels_and_events_come_too(self, dataset, data):
         np.testing.assert_array_equal(dataset.positions, data[1])
-        assert dataset.events.tolist() == data[2]
+        assert events_of(dataset).tolist() == data[2]
         assert dataset.count == COUNT
         assert (dataset.meta, dataset.receivers) == (META, RECEIVERS)
 
