@@ -17,9 +17,6 @@ from heimdall_onnx.common.text import visible_lines
 
 if TYPE_CHECKING:
     from heimdall_onnx.release.fleet.item import ItemOutcome
-    from heimdall_onnx.release.fleet.plan import FleetPlan
-    from heimdall_onnx.release.fleet.report import StoredFleet
-    from heimdall_onnx.release.fleet.run import FleetResult
 
 
 @click.command(
@@ -96,6 +93,11 @@ def fleet(
             f"fleets need the package {error.name}: pip install 'heimdall-onnx[fleet]'"
         ) from error
 
+    def say_start(dashboard: str, workers: int) -> None:
+        where = f", dashboard {dashboard}" if dashboard else ""
+        begun = f"fleet {planned.name}: {len(planned.items)} items on {workers} workers"
+        click.echo(f"{begun}{where}", err=True)
+
     with first_signal_interrupts():
         result = run_fleet(
             planned,
@@ -103,10 +105,12 @@ def fleet(
             scheduler=scheduler,
             workers=workers or 0,
             force=force,
-            on_start=partial(_show_start, planned),
+            on_start=say_start,
             on_outcome=partial(_show_outcome, as_json=as_json),
         )
-        _show_end(result)
+        ended = {status: result.count(status) for status in ("released", "kept", "failed")}
+        counts = ", ".join(f"{count} {status}" for status, count in ended.items())
+        click.echo(f"fleet {result.name}: {counts}, in {result.seconds:.0f} s", err=True)
         from heimdall_onnx.services.connection import connect
 
         bucket = connect(settings).bucket(planned.items[0].parameters.bucket)
@@ -115,13 +119,19 @@ def fleet(
             f"report: {stored.report_html_uri}\n        file://{stored.local_report}", err=True
         )
     if as_json:
-        click.echo(json.dumps(_end_of(result, stored), allow_nan=False))
+        # What a program needs that has not kept the other lines.
+        end = {
+            "success": result.exit_code == 0,
+            "fleet": result.name,
+            **ended,
+            "seconds": result.seconds,
+            "workers": result.workers,
+            "folder_uri": stored.folder_uri,
+            "report_html_uri": stored.report_html_uri,
+            "local_report": str(stored.local_report),
+        }
+        click.echo(json.dumps(end, allow_nan=False))
     click.get_current_context().exit(result.exit_code)
-
-
-def _show_start(plan: FleetPlan, dashboard: str, workers: int) -> None:
-    where = f", dashboard {dashboard}" if dashboard else ""
-    click.echo(f"fleet {plan.name}: {len(plan.items)} items on {workers} workers{where}", err=True)
 
 
 def _show_outcome(outcome: ItemOutcome, *, as_json: bool) -> None:
@@ -134,22 +144,3 @@ def _show_outcome(outcome: ItemOutcome, *, as_json: bool) -> None:
     click.echo(visible_lines(f"{text}  {where}".rstrip()))
     if outcome.error:
         click.echo(visible_lines(f"error: {outcome.label}: {outcome.error}"), err=True)
-
-
-def _show_end(result: FleetResult) -> None:
-    counts = ", ".join(f"{result.count(s)} {s}" for s in ("released", "kept", "failed"))
-    click.echo(f"fleet {result.name}: {counts}, in {result.seconds:.0f} s", err=True)
-
-
-def _end_of(result: FleetResult, stored: StoredFleet) -> dict[str, Any]:
-    """The last line: what a program needs that has not kept the others."""
-    return {
-        "success": result.exit_code == 0,
-        "fleet": result.name,
-        **{status: result.count(status) for status in ("released", "kept", "failed")},
-        "seconds": result.seconds,
-        "workers": result.workers,
-        "folder_uri": stored.folder_uri,
-        "report_html_uri": stored.report_html_uri,
-        "local_report": str(stored.local_report),
-    }

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import ParamSpec, TypeVar
 
@@ -23,8 +22,8 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
-class WorkerProcess:
-    """Calls functions in another process, one after the other."""
+class WorkerProcess(contextlib.AbstractContextManager["WorkerProcess"]):
+    """Calls functions in one other process, started anew, that ends with the block or with this."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
@@ -48,14 +47,14 @@ class WorkerProcess:
         try:
             return self._pool.submit(function, *args, **kwargs).result()
         except BrokenProcessPool as error:
-            self.end()
+            self.__exit__()
             raise BenchmarkError(
                 f"the process of {function.__qualname__} ended without an answer: killed for want "
                 "of memory, perhaps, or never begun, if this runs in a script without "
                 '`if __name__ == "__main__"`'
             ) from error
 
-    def end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process, whatever it is doing."""
         pool, self._pool = self._pool, None
         if pool is None:
@@ -63,16 +62,6 @@ class WorkerProcess:
         for process in list((pool._processes or {}).values()):  # noqa: SLF001
             process.kill()
         pool.shutdown()
-
-
-@contextmanager
-def worker_process() -> Iterator[WorkerProcess]:
-    """One process, started anew rather than forked, that ends with the block or with this one."""
-    worker = WorkerProcess()
-    try:
-        yield worker
-    finally:
-        worker.end()
 
 
 def _begin(parent: int) -> None:

@@ -264,7 +264,8 @@ class TrainingRun:
         module = TrainingModule(
             model, objective, chosen, kwargs, self.progress, positions, self._began
         )
-        cache = _row_bytes(dataset, names) * (dataset.count - len(split.test)) <= CACHE_BYTES
+        row_bytes = sum(dataset.arrays[f"inputs/{name}"].row_bytes for name in names)
+        cache = row_bytes * (dataset.count - len(split.test)) <= CACHE_BYTES
         parts = [
             TrainingRows(dataset, rows, objective.targets(positions[rows]), names, cache=cache)
             for rows in (split.train, split.validation)
@@ -447,10 +448,6 @@ def allowed_workers(wanted: int) -> int:
     if allowed < wanted:
         log.info("fewer_workers", asked=wanted, taken=allowed, reason="processors")
     return allowed
-
-
-def _row_bytes(dataset: Dataset, names: list[str]) -> int:
-    return sum(dataset.arrays[f"inputs/{name}"].row_bytes for name in names)
 
 
 def _device_of(accelerator: str) -> str:

@@ -12,7 +12,7 @@ from proxy import wait_for
 
 from heimdall_onnx.common import processes
 from heimdall_onnx.common.errors import BenchmarkError, DataError, EvidenceError
-from heimdall_onnx.common.processes import worker_process
+from heimdall_onnx.common.processes import WorkerProcess
 
 
 def double(values):
@@ -33,7 +33,7 @@ def die():
 
 
 def test_work_is_done_by_one_other_process():
-    with worker_process() as process:
+    with WorkerProcess() as process:
         first, values = process(double, np.arange(3))
         second, _ = process(double, values=np.ones(1))
         assert values.tolist() == [0, 2, 4]
@@ -43,14 +43,14 @@ def test_work_is_done_by_one_other_process():
 
 
 def test_its_errors_are_raised_here():
-    with worker_process() as process:
+    with WorkerProcess() as process:
         with pytest.raises(DataError, match="found nothing"):
             process(refuse, "found nothing")
         assert process(double, 1)[1] == 2
 
 
 def test_a_process_that_dies_is_named_with_what_it_did():
-    with worker_process() as process:
+    with WorkerProcess() as process:
         with pytest.raises(BenchmarkError, match="process of die ended"):
             process(die)
         # What comes next is not its fault.
@@ -61,7 +61,7 @@ def test_a_process_that_dies_is_named_with_what_it_did():
 def test_what_is_under_way_ends_with_the_block(tmp_path):
     started, begun = time.monotonic(), tmp_path / "begun"
     with ThreadPoolExecutor(1) as beside:
-        with worker_process() as process:
+        with WorkerProcess() as process:
             asked = beside.submit(process, begin_and_sleep, begun)
             assert wait_for(begun.exists, 20)
         assert isinstance(asked.exception(timeout=30), BenchmarkError)

@@ -19,7 +19,7 @@ from heimdall_onnx.common.errors import BenchmarkError, EvidenceError, Unavailab
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER
-from heimdall_onnx.common.processes import WorkerProcess, worker_process
+from heimdall_onnx.common.processes import WorkerProcess
 from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
@@ -208,7 +208,7 @@ class _Search:
     ) -> list[JudgedVariant]:
         """Make every variant and hold it against the gates, in a process that gives back memory."""
         judged = []
-        with worker_process() as worker, tempfile.TemporaryDirectory(prefix="heimdall-") as cache:
+        with WorkerProcess() as worker, tempfile.TemporaryDirectory(prefix="heimdall-") as cache:
             self._reference = worker(
                 _answers, self._onnx, self._signature, self._threads, self._inputs
             )
@@ -378,7 +378,7 @@ class _Search:
             for purpose, size in sizes.items()
         }
         sessions, tuning = dict(variant.sessions), {}
-        with worker_process() as worker:
+        with WorkerProcess() as worker:
             for purpose, (settings, trials) in tuned.items():
                 gates: tuple[Gate, ...] = ()
                 # Another level of optimization runs other kernels, which have to be judged, too.

@@ -140,7 +140,16 @@ def store_report(bucket: Bucket, plan: FleetPlan, result: FleetResult, home: Pat
     frame = outcomes_frame(result.outcomes, plan.items)
     frame.to_csv(folder / CSV, index=False)
     frame.to_parquet(folder / PARQUET, index=False)
-    _execute(folder, bucket.name, result)
+    outcomes = str(folder / PARQUET)
+    given = _ReportParameters(outcomes=outcomes, name=result.name, bucket=bucket.name)
+    with started_kernel(os.environ) as kernel:
+        path = notebook_path("fleet")
+        judgement = execute_notebook(path, folder / REPORT, given, kernel, record="")
+    if judgement.problem:
+        raise NotebookError(
+            f"the fleet's report could not be made: {error_of(judgement)}; its table is "
+            f"{folder / CSV}"
+        )
     smoke = " (smoke)" if frame.verdict.str.contains("smoke").any() else ""
     title = f"fleet {plan.name}{smoke}"
     put_verdict_first(
@@ -159,16 +168,3 @@ def store_report(bucket: Bucket, plan: FleetPlan, result: FleetResult, home: Pat
         bucket.upload_file(folder / name, key)
     uri = bucket.uri(f"{prefix}/{version}")
     return StoredFleet(uri, f"{uri}/{REPORT_HTML}", folder / REPORT_HTML)
-
-
-def _execute(folder: Path, bucket: str, result: FleetResult) -> None:
-    outcomes = str(folder / PARQUET)
-    given = _ReportParameters(outcomes=outcomes, name=result.name, bucket=bucket)
-    with started_kernel(os.environ) as kernel:
-        path = notebook_path("fleet")
-        judgement = execute_notebook(path, folder / REPORT, given, kernel, record="")
-    if judgement.problem:
-        raise NotebookError(
-            f"the fleet's report could not be made: {error_of(judgement)}; its table is "
-            f"{folder / CSV}"
-        )

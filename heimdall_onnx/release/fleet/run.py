@@ -113,7 +113,9 @@ def run_fleet(
     """
     # Before the workers, of which several would make the tables of a new registry at once.
     settings = connect(settings).settings
-    count = workers or _default_workers(plan)
+    count = workers or usable_processors()
+    if not workers and any(item.parameters.measure_latency for item in plan.items):
+        count = min(count, len(physical_cores()))
     with worker_pool(settings, scheduler, count) as pool:
         resources = pool.worker_resources()
         _require_places(plan, resources)
@@ -129,26 +131,19 @@ def run_fleet(
     return FleetResult(plan.name, ordered, seconds, len(resources))
 
 
-def _default_workers(plan: FleetPlan) -> int:
-    usable = usable_processors()
-    measured = any(item.parameters.measure_latency for item in plan.items)
-    return min(usable, len(physical_cores())) if measured else usable
-
-
 class WorkerPool:
     """The workers of a scheduler, as they come and go.
 
     Args:
-        client: Of the scheduler.
-        plugin: What each worker is given.
+        client: Of the scheduler; its workers are told what to do.
 
     Raises:
         SettingsError: If a worker lacks an address of a service.
         SchedulerError: If a worker can't be prepared.
     """
 
-    def __init__(self, client: Client, plugin: FleetWorker) -> None:
-        self.client, self._plugin = client, plugin
+    def __init__(self, client: Client) -> None:
+        self.client, self._plugin = client, FleetWorker()
         self._slots, self._counted = 0, -math.inf
         self._equip()
 
@@ -215,27 +210,18 @@ def worker_pool(settings: Settings, scheduler: str, workers: int) -> Iterator[Wo
     """A client of the scheduler, whose workers know what to do."""
     if scheduler:
         with scheduler_client(scheduler) as client:
-            yield WorkerPool(client, FleetWorker())
+            yield WorkerPool(client)
         return
-    resources: dict[str, float] = {
-        RELEASE: 1,
-        MEMORY: int(_MEMORY_SHARE * psutil.virtual_memory().available / workers),
-    }
-    if own_processors(workers):
-        resources[CORES] = 1
-    with local_client(
-        workers, resources=resources, environment=kernel_environment(settings)
-    ) as client:
-        yield WorkerPool(client, FleetWorker())
+    memory = int(_MEMORY_SHARE * psutil.virtual_memory().available / workers)
+    resources = {RELEASE: 1, MEMORY: memory, **({CORES: 1} if own_processors(workers) else {})}
+    environment = kernel_environment(settings)
+    with local_client(workers, resources=resources, environment=environment) as client:
+        yield WorkerPool(client)
 
 
 def _needs(item: FleetItem) -> dict[str, float]:
-    needs: dict[str, float] = {RELEASE: 1}
-    if item.memory_bytes is not None:
-        needs[MEMORY] = item.memory_bytes
-    if item.parameters.measure_latency:
-        needs[CORES] = 1
-    return needs
+    memory = {} if item.memory_bytes is None else {MEMORY: item.memory_bytes}
+    return {RELEASE: 1, **memory, **({CORES: 1} if item.parameters.measure_latency else {})}
 
 
 def _require_places(plan: FleetPlan, workers: dict[str, dict[str, float]]) -> None:

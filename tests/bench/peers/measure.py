@@ -13,7 +13,7 @@ from table import Accuracy, Ratio
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.parameters import AccuracyLimits
-from heimdall_onnx.common.processes import worker_process
+from heimdall_onnx.common.processes import WorkerProcess
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant
@@ -103,7 +103,7 @@ class Judge:
 
 def answers_apart(model: Model, data: EvaluationData, signature: Signature) -> Arrays:
     """Outputs for every row, from a process with the model's variables."""
-    with _variables(model.environment), worker_process() as worker:
+    with _variables(model.environment), WorkerProcess() as worker:
         return worker(_answers, model.path, signature, model.settings, data.rows(range(data.count)))
 
 

@@ -74,7 +74,7 @@ def here(monkeypatch, report):
         )
         return replace(report.against_pytorch, contenders=sides, speedup=speedup)
 
-    monkeypatch.setattr(module, "worker_process", lambda: nullcontext(apart))
+    monkeypatch.setattr(module, "WorkerProcess", lambda: nullcontext(apart))
     monkeypatch.setattr(module, "measure_pair", measure_pair)
     monkeypatch.setattr(module, "tune_session", untuned)
     return calls, speedups
