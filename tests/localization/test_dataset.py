@@ -48,7 +48,8 @@ class TestEvents:
         assert made.receivers == RECEIVERS
         events = [{k: v for k, v in e.items() if k != "event"} for e in made.meta["events"]]
         assert events == flat.meta["events"]
-        assert [e["event"] for e in made.meta["events"]] == made.events.tolist()
+        named = [made.event_names[number] for number in made.event]
+        assert [e["event"] for e in made.meta["events"]] == named
         assert str(tmp_path) not in str(made.meta)
 
     def test_each_receiver_feeds_the_same_channel_in_every_event(self, recorded, tmp_path):
