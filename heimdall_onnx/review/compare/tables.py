@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from IPython.display import Markdown
 
-from heimdall_onnx.common.text import count_of, distance, escape_markdown, number, shown, unit_of
-from heimdall_onnx.common.verdict import Gate
+from heimdall_onnx.common.templates import inert_macros
+from heimdall_onnx.common.text import count_of, shown, unit_of
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.report.tables import table, value_text
 from heimdall_onnx.review.compare.answers import A, Answers, B
-from heimdall_onnx.review.compare.comparison import (
-    RecordedParity,
-    ReleaseComparison,
-    VerifiedRelease,
-)
-from heimdall_onnx.review.compare.gates import GatePair
+from heimdall_onnx.review.compare.comparison import RecordedParity, ReleaseComparison
 from heimdall_onnx.review.compare.pair import Pair, newer_of
 from heimdall_onnx.review.reproduce.figures import Difference, Figure
 
-_DIGITS = 3
 _LONGEST = 120
+
+
+@functools.cache
+def _macros() -> Any:
+    return inert_macros(Path(__file__).with_suffix(".md.j2"), {})
 
 
 def releases_table(pair: Pair) -> Markdown:
     """Which two releases these are, and that they verify."""
-    newer = newer_of(*pair.sides)
-    return table(
-        (
-            "release",
-            *(f"{one.who}{', the newer' if one is newer else ''}" for one in pair.sides),
-        ),
-        [(label, a, b) for (label, a), (_, b) in zip(*map(_identity, pair.sides), strict=True)],
-    )
-
-
-def _identity(one: VerifiedRelease) -> Iterator[tuple[str, str]]:
-    manifest = one.manifest
-    yield "address", manifest.uri
-    yield "registered as", f"{manifest.model_name} version {manifest.model_version}"
-    yield "verdict when it was released", manifest.said.verdict
-    yield "released", manifest.said.created.isoformat()
-    yield "model, SHA-256", manifest.model.sha256
-    yield "size of the model", f"{manifest.model.size / 1e6:,.2f} MB"
-    yield "recommended variant", f"{manifest.recommended}; here fp32 is compared"
-    yield "signed", "yes" if manifest.said.signature else "no"
-    yield "verified", f"all {count_of(one.checks, 'check')} hold"
+    return Markdown(_macros().releases(*pair.sides, newer_of(*pair.sides)).strip())
 
 
 def changes_table(answers: Answers) -> Markdown:
@@ -61,20 +43,10 @@ def changes_table(answers: Answers) -> Markdown:
         ("NaN or Inf on one side", "nonfinite_mismatches"),
     )
     found = table(
-        (
-            f"B beside A, {count_of(answers.samples, 'sample')}",
-            *map(_called, answers.outputs),
-        ),
+        (f"B beside A, {count_of(answers.samples, 'sample')}", *map(_called, answers.outputs)),
         [(label, *(value_text(o, what) for o in answers.outputs)) for label, what in labels],
     )
-    lines = [found.data]
-    if (moved := answers.displacement) is not None:
-        lines.append(
-            f"Positions move on the ground by {distance(moved.p50_m)} (median), "
-            f"{distance(moved.p99_m)} (p99) and {distance(moved.max_m)} (largest)."
-        )
-    lines += [f"{escape_markdown(text)}, and not compared." for text in answers.alone]
-    return Markdown("\n\n".join(lines))
+    return Markdown(f"{found.data}\n\n{_macros().besides(answers)}".strip())
 
 
 def _called(one: ErrorStatistics | RecordedParity) -> str:
@@ -98,32 +70,7 @@ def parity_table(parity: Sequence[RecordedParity]) -> Markdown:
 def gates_table(comparison: ReleaseComparison) -> Markdown:
     """The gates of both side by side, those that change first."""
     rows = sorted(comparison.gates, key=lambda gate: (not gate.worse, not gate.change))
-    return table(
-        ("gate", "changes", "A", "B", "limit"),
-        [
-            (
-                gate.name,
-                Markdown(f"**{gate.change}**" if gate.change else "no"),
-                _measured(gate.a),
-                _measured(gate.b),
-                _limits(gate),
-            )
-            for gate in rows
-        ],
-    )
-
-
-def _measured(gate: Gate | None) -> str:
-    if gate is None:
-        return "no such gate"
-    value = gate.measured
-    text = number(value, _DIGITS) if isinstance(value, float) else shown(value)
-    return f"{text}, {'pass' if gate.passed else 'FAIL'}"
-
-
-def _limits(gate: GatePair) -> str:
-    limits = [side.limit for side in (gate.a, gate.b) if side is not None]
-    return limits[0] if len(set(limits)) == 1 else f"A: {limits[0]}; B: {limits[1]}"
+    return Markdown(_macros().gates(rows).strip())
 
 
 def parameters_table(comparison: ReleaseComparison) -> Markdown:
@@ -165,15 +112,4 @@ def _value(value: Figure) -> str:
 
 def conclusion(comparison: ReleaseComparison) -> Markdown:
     """The comparison in one sentence, and in what B is worse beyond the limits."""
-    lines = [f"**{escape_markdown(comparison.sentence)}.**"]
-    if comparison.worse:
-        lines += ["In what B is worse than a promotion allows:"]
-        lines.append("\n".join(f"- {escape_markdown(reason)}" for reason in comparison.worse))
-    else:
-        lines.append(
-            "B is in nothing that was judged worse than a promotion allows: "
-            f"{comparison.limits.in_words}."
-        )
-    if missing := comparison.not_judged:
-        lines.append(f"Not judged: {escape_markdown('; '.join(missing))}.")
-    return Markdown("\n\n".join(lines))
+    return Markdown(_macros().conclusion(comparison).strip())
