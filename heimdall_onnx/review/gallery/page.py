@@ -36,7 +36,6 @@ _STATES = {
 }
 # More curves than these say less than the table.
 _MOST_CURVES = 24
-_CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_MARGIN = 240, 44, 4
 
 
 @dataclass(frozen=True)
@@ -232,22 +231,8 @@ def _curve(
     write: Callable[[float], str],
     interval: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """The points of an SVG, with the figure in words for who can't see it."""
+    """What the page draws as a curve, with the figure in words for who can't see it."""
     low, high = interval or (values, values)
-    bottom, top = min(0.0, *low), max(high) or 1.0
-
-    def points(heights: Sequence[float]) -> list[tuple[float, float]]:
-        width, height = _CURVE_WIDTH - 2 * _CURVE_MARGIN, _CURVE_HEIGHT - 2 * _CURVE_MARGIN
-        return [
-            (
-                round(_CURVE_MARGIN + width * place / (len(heights) - 1), 1),
-                round(_CURVE_MARGIN + height * (top - value) / (top - bottom), 1),
-            )
-            for place, value in enumerate(heights)
-        ]
-
-    line = points(values)
-    band = [*points(low), *reversed(points(high))] if interval else []
     first, last = write(values[0]), write(values[-1])
     title = (
         f"{name} over {count_of(len(values), 'release')}: first {first}, last {last}, "
@@ -257,11 +242,8 @@ def _curve(
         "name": name,
         "title": title,
         "last": last,
-        "line": _written(line),
-        "band": _written(band),
-        "end": line[-1],
+        "course": values,
+        "interval": interval,
+        "bottom": min(0.0, *low),
+        "top": max(high) or 1.0,
     }
-
-
-def _written(points: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:g},{y:g}" for x, y in points)
