@@ -236,23 +236,20 @@ def _log(there: _Place, alias_log: AliasLog, points_at: str | None) -> Iterator[
     last = moves[-1] if moves else None
     if last is None or last.version == points_at:
         return
+    beside = partial(Leftover, "alias beside its log", f"{name}@{alias}")
     why = f"its log says version {last.version or 'none'}, MLflow {points_at or 'none'}"
     if points_at is not None and points_at not in {move.version for move in moves}:
         # Somebody has moved it without a log, or with one in another bucket.
-        yield Leftover("alias beside its log", f"{name}@{alias}", why)
+        yield beside(why)
     elif last.version is not None and (name, last.version) not in there.versions:
         # The release was taken back, and its runner died before it could say so.
-        yield Leftover(
-            "alias beside its log",
-            f"{name}@{alias}",
+        yield beside(
             f"{why}, and version {last.version} is gone",
             f"note that it was taken back, and point the alias at {points_at or 'none'}",
             partial(_note_withdrawal, there.tracker, alias_log, last, points_at),
         )
     else:
-        yield Leftover(
-            "alias beside its log",
-            f"{name}@{alias}",
+        yield beside(
             why,
             f"point the alias at {f'version {last.version}' if last.version else 'none'}",
             partial(alias_log.follow, there.tracker),

@@ -104,12 +104,6 @@ def metres_per_degree(latitude: npt.ArrayLike) -> tuple[Floats, Floats]:
     return north, east
 
 
-def km_per_degree(latitude: float) -> tuple[float, float]:
-    """Kilometres of one degree of latitude and of longitude at ``latitude``."""
-    north, east = metres_per_degree(latitude)
-    return float(north) / 1000, float(east) / 1000
-
-
 @dataclass(frozen=True)
 class Resolution:
     """What small differences of degrees mean at one place, in metres.

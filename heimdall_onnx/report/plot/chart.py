@@ -45,7 +45,7 @@ class Color:
     GRID = "#E3E3E3"
 
 
-WIDTH = 8.0  # inches; legible at half of it, so no text is below 9 points
+_WIDTH = 8.0  # inches; legible at half of it, so no text is below 9 points
 _DPI = 110
 _STYLE = {
     "font.size": 10,
@@ -137,17 +137,17 @@ def styled(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]
     return wrapper
 
 
-def new_figure(title: str, subtitle: str, *, width: float = WIDTH, height: float) -> Figure:
+def new_figure(title: str, subtitle: str, *, height: float) -> Figure:
     """A figure with its heading; ``height`` inches below the heading are left for the axes."""
     # Characters to an inch of DejaVu Sans, bold 12 points and regular 9.5 points, on average.
-    heading = _wrap(title, int(width * 9.7))
-    below = _wrap(subtitle, int(width * 13))
+    heading = _wrap(title, int(_WIDTH * 9.7))
+    below = _wrap(subtitle, int(_WIDTH * 13))
     title_height = 0.2 * (heading.count("\n") + 1)
     head = 0.12 + title_height + 0.06 + 0.17 * (below.count("\n") + 1) + 0.06
     total = height + head
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - head / total), w_pad=0.06, h_pad=0.06)
-    figure = Figure(figsize=(width, total), layout=layout)
-    left = 0.1 / width
+    figure = Figure(figsize=(_WIDTH, total), layout=layout)
+    left = 0.1 / _WIDTH
     figure.text(
         left, 1 - 0.1 / total, plain(heading), va="top", size=12, weight="bold", color=Color.INK
     ).set_gid("title")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -47,7 +47,7 @@ def error_by_magnitude(report: ParityReport) -> Chart:
     """
     columns = worst_columns(report)
     answers = [_course(column) for column in columns]
-    worst = max(range(len(columns)), key=lambda i: columns[i].excess)
+    worst = max(range(len(columns)), key=lambda i: columns[i].statistics.excess)
     title = answers[worst] + (f" ({name(columns[worst].spec.name)})" if len(columns) > 1 else "")
     subtitle = f"{describe_source(report, columns)} · equal elements lie on the lowest line"
     figure = new_figure(title, subtitle, height=3.1)
@@ -148,25 +148,6 @@ _STANDS_OUT = 10.0  # times the median sample
 _HEADROOM = 3.0
 
 
-@dataclass(frozen=True)
-class _Samples:
-    """Largest error of each sample in one output, in units of what is allowed.
-
-    Attributes:
-        column: The output.
-        samples: Index of each sample, ascending.
-        excess: Its largest error; infinite where not comparable.
-        kept: How many of them were kept whatever their error; the others are the worst.
-        median: Of those that were kept.
-    """
-
-    column: OutputColumn
-    samples: npt.NDArray[np.int64]
-    excess: Floats
-    kept: int
-    median: float
-
-
 @styled
 def errors_by_sample(report: ParityReport) -> Chart:
     """Is a large error that of single samples, or of a stretch of the data?
@@ -175,98 +156,86 @@ def errors_by_sample(report: ParityReport) -> Chart:
     rtol·|PyTorch|; samples of one event lie side by side in most data. The worst samples are named.
     Equal answers lie on the lowest line.
     """
-    courses = [_samples(column, report) for column in worst_columns(report)]
-    title = _samples_answer(courses)
-    subtitle = describe_source(report, [course.column for course in courses])
-    shown = max(course.kept for course in courses)
-    if shown < report.samples:
-        subtitle += f" · drawn: {shown:,} evenly spaced ones and the worst"
+    columns = worst_columns(report)
+    errors = {column.spec.name: _errors_of(column, report) for column in columns}
+    # Of the samples that were kept whatever their error.
+    medians = {n: float(found.reindex(report.plotted).median()) for n, found in errors.items()}
+    worst = _worst(errors)
+    differing = next((column for column in columns if column.shapes), None)
+    title = (
+        _samples_answer(worst, medians)
+        if differing is None
+        else f"{name(differing.spec.name)} can't be compared: {differing.shapes}"
+    )
+    subtitle = describe_source(report, columns)
+    if len(report.plotted) < report.samples:
+        subtitle += f" · drawn: {len(report.plotted):,} evenly spaced ones and the worst"
     subtitle += " · equal answers lie on the lowest line"
     figure = new_figure(title, subtitle, height=2.7)
-    _draw_samples(figure.subplots(), courses, report)
-    return Chart(figure, title, _samples_alt(courses))
+    _draw_samples(figure.subplots(), errors, worst)
+    named = "; ".join(f"sample {w.sample}, {number(w.excess)} in {w.output}" for w in worst)
+    middle = "; ".join(f"{output}, {number(median)}" for output, median in medians.items())
+    alt = (
+        "Largest error of a sample in units of what is allowed. "
+        f"Worst: {named or 'none'}. Median sample: {middle}."
+    )
+    return Chart(figure, title, alt)
 
 
-def _samples(column: OutputColumn, report: ParityReport) -> _Samples:
-    found = worst_elements(
+def _errors_of(column: OutputColumn, report: ParityReport) -> pd.Series:
+    """Largest error of each sample in an output, by its index; infinite where not comparable."""
+    kept = worst_elements(
         column.reference, column.value, atol=report.tolerance, rtol=report.rtol
     ).excess
-    by_sample = dict(zip(report.plotted.tolist(), found.tolist(), strict=True))
-    by_sample |= {w.sample: w.excess for w in column.statistics.worst if w.sample not in by_sample}
-    samples = sorted(by_sample)
-    return _Samples(
-        column,
-        np.array(samples, np.int64),
-        np.array([by_sample[sample] for sample in samples], np.float64),
-        len(found),
-        float(np.median(found)) if len(found) else math.nan,
-    )
+    worst = pd.Series({w.sample: w.excess for w in column.statistics.worst}, dtype=np.float64)
+    return pd.Series(kept, report.plotted[: len(kept)]).combine_first(worst)
 
 
-def _worst(courses: list[_Samples]) -> list[tuple[float, int, int]]:
-    """Error, index and output of the samples that are named, the worst first."""
-    worst: dict[int, tuple[float, int, int]] = {}
-    for output, course in enumerate(courses):
-        for sample, excess in zip(course.samples.tolist(), course.excess.tolist(), strict=True):
-            if excess > 0 and excess > worst.get(sample, (0.0, 0, 0))[0]:
-                worst[sample] = excess, sample, output
-    return sorted(worst.values(), key=lambda found: (-found[0], found[1]))[:_NAMED]
+def _worst(errors: dict[str, pd.Series]) -> list[Any]:
+    """``output``, ``sample`` and ``excess`` of the samples that are named, the worst first."""
+    every = pd.concat(errors, names=["output", "sample"]).rename("excess").reset_index()
+    every = every[every.excess > 0].sort_values(["excess", "sample"], ascending=[False, True])
+    return list(every.drop_duplicates("sample").head(_NAMED).itertuples())
 
 
-def _samples_answer(courses: list[_Samples]) -> str:
-    differing = next((c.column for c in courses if c.column.shapes), None)
-    if differing is not None:
-        return f"{name(differing.spec.name)} can't be compared: {differing.shapes}"
-    worst = _worst(courses)
+def _samples_answer(worst: list[Any], medians: dict[str, float]) -> str:
     if not worst:
         return "The models give equal answers to every sample"
-    excess, sample, output = worst[0]
-    where = f" ({name(courses[output].column.spec.name)})" if len(courses) > 1 else ""
-    if math.isinf(excess):
-        return f"Sample {sample} can't be compared: NaN or Inf in one model only{where}"
-    median = courses[output].median
-    how = f"{number(excess)}× what is allowed"
+    first, where = worst[0], f" ({name(worst[0].output)})" if len(medians) > 1 else ""
+    sample, median = f"sample {first.sample}", medians[first.output]
+    if math.isinf(first.excess):
+        return f"{sample.capitalize()} can't be compared: NaN or Inf in one model only{where}"
+    how = f"{number(first.excess)}× what is allowed"
     if not median > 0:
-        return f"Sample {sample} differs most, by {how}; most samples are equal{where}"
-    times = f"{number(excess / median)} times the median sample"
-    if excess > _STANDS_OUT * median:
-        return f"Sample {sample} stands out: {how}, {times}{where}"
-    return f"No sample stands out: the largest error, of sample {sample}, is {how}, {times}{where}"
+        return f"{sample.capitalize()} differs most, by {how}; most samples are equal{where}"
+    times = f"{number(first.excess / median)} times the median sample"
+    if first.excess > _STANDS_OUT * median:
+        return f"{sample.capitalize()} stands out: {how}, {times}{where}"
+    return f"No sample stands out: the largest error, of {sample}, is {how}, {times}{where}"
 
 
-def _draw_samples(axes: Axes, courses: list[_Samples], report: ParityReport) -> None:
-    some = np.concatenate([course.excess for course in courses])
+def _draw_samples(axes: Axes, errors: dict[str, pd.Series], worst: list[Any]) -> None:
+    some = np.concatenate([*errors.values()])
     positive = some[(some > 0) & np.isfinite(some)]
     if not some.size:
         say(axes, "nothing to compare")
         return
     floor = float(positive.min(initial=1.0)) / 2
     top = _HEADROOM * max(1.0, float(positive.max(initial=0.0)))
-    for index, course in enumerate(courses):
-        called, few = course.column.spec.name, len(course.samples) < 400
+    for index, (output, found) in enumerate(errors.items()):
+        few = len(found) < 400
         style = {"ms": 5, "alpha": 0.75} if few else {"ms": 3.5, "alpha": 0.5}
-        heights = course.excess.clip(floor, top / _HEADROOM**0.5)
-        label, gid = plain(name(called)), f"samples {called}"
-        draw_points(axes, course.samples, heights, index, label, gid, mew=0, **style)
+        heights = found.clip(floor, top / _HEADROOM**0.5)
+        label, gid = plain(name(output)), f"samples {output}"
+        draw_points(axes, found.index, heights, index, label, gid, mew=0, **style)
     axes.axhline(1.0, color=Color.INK, ls="--", lw=1.2, label="allowed", gid="allowed")
     axes.set(yscale="log", ylim=(floor / 1.5, top))
     log_axis(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
-    for excess, sample, _ in _worst(courses):
-        at = sample, min(excess, top / _HEADROOM**0.5)
-        note(axes, str(sample), at, (0, 5), ha="center", weight="bold", gid=f"named {sample}")
+    for one in worst:
+        at = one.sample, min(one.excess, top / _HEADROOM**0.5)
+        text, gid = str(one.sample), f"named {one.sample}"
+        note(axes, text, at, (0, 5), ha="center", weight="bold", gid=gid)
     axes.set(xlabel="sample, its row in the evaluation data", ylabel="error, × what is allowed")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handletextpad=0.4, handlelength=1.4)
-
-
-def _samples_alt(courses: list[_Samples]) -> str:
-    named = "; ".join(
-        f"sample {sample}, {number(excess)} in {courses[output].column.spec.name}"
-        for excess, sample, output in _worst(courses)
-    )
-    medians = "; ".join(f"{c.column.spec.name}, {number(c.median)}" for c in courses)
-    return (
-        "Largest error of a sample in units of what is allowed. "
-        f"Worst: {named or 'none'}. Median sample: {medians}."
-    )

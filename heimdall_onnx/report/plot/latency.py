@@ -307,7 +307,6 @@ def _draw_calls(axes: Axes, contender: ContenderLatency, color: str, marker: str
 
 
 _CALLS_FOR_RANGE = 40
-_SIDES = (("PyTorch", Color.PYTORCH, "o", "-"), ("ONNX Runtime", Color.ONNX, "X", "--"))
 
 
 @unless_not_measured
@@ -363,7 +362,7 @@ def _draw_batches(
     axes: Axes, report: LatencyReport, value: Callable[[Floats, int], Floats], label: str
 ) -> None:
     sizes = [b.batch_size for b in report.batches]
-    for side, (who, color, marker, line) in enumerate(_SIDES):
+    for side, contender in enumerate(_both(report)):
         calls = [value(b.samples_ms[side], b.batch_size) for b in report.batches]
         middle = np.array([np.median(c) for c in calls])
         low, high = (np.array([_end(c, p) for c in calls]) for p in (2.5, 97.5))
@@ -371,11 +370,11 @@ def _draw_batches(
             sizes,
             middle,
             yerr=[middle - low, high - middle],
-            color=color,
-            marker=marker,
-            ls=line,
-            label=who,
-            gid=f"{who} {label}",
+            color=_COLORS[side],
+            marker=_MARKERS[side],
+            ls=_LINES[side],
+            label=contender.name,
+            gid=f"{contender.name} {label}",
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -394,8 +393,8 @@ def _end(calls: Floats, percentile: float) -> float:
 def _draw_start(axes: Axes, report: LatencyReport) -> None:
     parts = ("loading", "first call", "typical call")
     pairs = [
-        (who, color, [contender.load_ms, contender.first_call_ms, contender.median_ms])
-        for (who, color, *_), contender in zip(_SIDES, (report.pytorch, report.onnx), strict=True)
+        (one.name, color, [one.load_ms, one.first_call_ms, one.median_ms])
+        for one, color in zip(_both(report), _COLORS, strict=True)
     ]
     draw_bars(axes, parts, pairs, lambda ms: f"{number(ms, 3)} ms")
     axes.set_xscale("log")

@@ -28,7 +28,6 @@ class OutputColumn:
     Attributes:
         spec: From the signature.
         statistics: Over the whole evaluation data.
-        excess: Largest error in units of the tolerance.
         reference: The PyTorch model's values, (samples, elements); empty if not comparable.
         value: The ONNX model's values, of the same shape.
         shapes: What the shapes are if they differ, else empty.
@@ -37,7 +36,6 @@ class OutputColumn:
 
     spec: TensorSpec
     statistics: ErrorStatistics
-    excess: float
     reference: Floats
     value: Floats
     shapes: str
@@ -76,14 +74,13 @@ def worst_columns(report: ParityReport) -> list[OutputColumn]:
             OutputColumn(
                 spec,
                 statistics,
-                statistics.excess,
                 a.astype(np.float64).reshape(len(a), math.prod(a.shape[1:])),
                 b.astype(np.float64).reshape(len(b), math.prod(b.shape[1:])),
                 shapes,
                 spec is report.signature.sigma_output,
             )
         )
-    shown = sorted(columns, key=lambda c: -c.excess)[:_OUTPUTS_SHOWN]
+    shown = sorted(columns, key=lambda c: -c.statistics.excess)[:_OUTPUTS_SHOWN]
     return [column for column in columns if column in shown]
 
 
@@ -128,9 +125,8 @@ def describe_errors(report: ParityReport) -> str:
 def worst_output(columns: list[OutputColumn]) -> ErrorStatistics:
     """The output with the largest difference; in units of the tolerance if units differ."""
     alike = len({column.spec.unit for column in columns}) == 1
-    return max(
-        columns, key=lambda c: np.nan_to_num(c.statistics.maximum, nan=-1.0) if alike else c.excess
-    ).statistics
+    found = (column.statistics for column in columns)
+    return max(found, key=lambda o: np.nan_to_num(o.maximum, nan=-1.0) if alike else o.excess)
 
 
 def parity_answer(report: ParityReport, columns: list[OutputColumn]) -> str:

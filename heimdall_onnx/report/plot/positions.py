@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import count_of, distance, metre_scale, name
 from heimdall_onnx.data.evaluation import EvaluationData
-from heimdall_onnx.evidence.parity.ground import km_per_degree, mean_place, offset_km
+from heimdall_onnx.evidence.parity.ground import mean_place, metres_per_degree, offset_km
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.report.plot.chart import (
     Chart,
@@ -227,12 +227,11 @@ def _draw_ellipses(axes: Axes, positions: _Positions, onnx: Floats) -> None:
         sigma = positions.sigma[positions.mapped[index]]
         if not np.isfinite(sigma).all():
             continue
-        latitude = positions.onnx[positions.mapped[index], 0]
-        north, east = km_per_degree(float(np.clip(latitude, -90, 90)))
+        north, east = metres_per_degree(positions.onnx[positions.mapped[index], 0])
         ellipse = Ellipse(
             (float(onnx[index, 0]), float(onnx[index, 1])),
-            2 * float(sigma[1]) * east,
-            2 * float(sigma[0]) * north,
+            2 * float(sigma[1] * east) / 1000,
+            2 * float(sigma[0] * north) / 1000,
             fill=False,
             edgecolor=Color.ONNX,
             linewidth=0.9,
@@ -321,5 +320,5 @@ def draw_displacement(
 def _allowed_m(pytorch: Floats, report: ParityReport) -> tuple[float, float]:
     """Metres north and east that the tolerance allows at the median position."""
     allowed = report.tolerance + report.rtol * np.median(np.abs(pytorch), axis=0)
-    north, east = km_per_degree(float(np.clip(np.median(pytorch[:, 0]), -90, 90)))
-    return 1000 * north * float(allowed[0]), 1000 * east * float(allowed[1])
+    north, east = metres_per_degree(np.median(pytorch[:, 0]))
+    return float(north * allowed[0]), float(east * allowed[1])

@@ -487,11 +487,12 @@ def test_scatter_of_nothing_finite_says_that_there_is_nothing_to_compare() -> No
     plot.parity_scatter(report).to_png()
 
 
-def test_scatter_and_distribution_name_differing_shapes() -> None:
+def test_differing_shapes_are_named() -> None:
     a, b = np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32)
     report = report_of(outputs(y=(2,)), {"y": a}, {"y": b})
     expected = "y can't be compared: PyTorch gives (4, 2), ONNX (4, 1)"
-    for chart in (plot.parity_scatter(report), plot.error_distribution(report)):
+    for draw in (plot.parity_scatter, plot.error_distribution, plot.errors_by_sample):
+        chart = draw(report)
         assert chart.title == expected
         chart.to_png()
 
