@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -18,14 +17,15 @@ from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
-from heimdall_onnx.data.dataset.schema import INPUTS, POSITIONS, beyond_globe
-from heimdall_onnx.data.npz import read_npz
+from heimdall_onnx.data.dataset.schema import HEADER, INPUTS, POSITIONS, beyond_globe
+from heimdall_onnx.data.files import UNNAMED, converted, read_arrays, type_of
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.signature import Signature
 
 log = get_logger(__name__)
 
 SYNTHETIC_SAMPLES = 64
+META = "meta"
 READ_BYTES = 8 << 20
 
 
@@ -43,6 +43,7 @@ class EvaluationData:
         sha256: SHA-256 of the file, or the dataset's digest; None for synthetic inputs.
         receivers: Name to (latitude, longitude) in degrees, where the file gives them.
         dataset: The dataset that the samples are the first of; None for a file.
+        conversions: From which to which type inputs were converted, in words.
     """
 
     inputs: Mapping[str, Rows] = field(repr=False)
@@ -52,6 +53,7 @@ class EvaluationData:
     sha256: str | None
     receivers: dict[str, tuple[float, float]]
     dataset: Dataset | None = field(default=None, repr=False)
+    conversions: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -65,9 +67,13 @@ class EvaluationData:
 
     @property
     def provenance(self) -> str:
-        """Where the inputs come from, as far as the file says."""
+        """Where the inputs come from, as far as the file says, and what was converted."""
         if self.synthetic:
             return str(self.meta.get("provenance", "seeded random numbers"))
+        return "; ".join((self._recorded, *self.conversions))
+
+    @property
+    def _recorded(self) -> str:
         said = str(self.meta.get("provenance", "not recorded"))
         try:
             recordings = [r for event in self.meta["events"] for r in event["recordings"]]
@@ -146,9 +152,10 @@ def load_evaluation_data(
     """Read evaluation data, or make synthetic inputs where there is none.
 
     Args:
-        path: An ``.npz`` with one array per input, in which ``positions`` (N, 2) and ``meta`` (JSON
-            text) are optional; or a dataset, open or in a folder or at ``s3://bucket/folder``, of
-            which only what is asked for comes into memory. None gives 64 seeded samples.
+        path: A file or Zarr group as `read_arrays` takes them with one array per input, in which
+            ``positions`` (N, 2) and ``meta`` (JSON text) are optional; or a dataset, open or in a
+            folder or at ``s3://bucket/folder``, of which only what is asked for comes into memory.
+            None gives 64 seeded samples.
         signature: What the arrays must fit.
         model: Makes the samples where it has a method for that; see `model.examples`.
         verify: Read all of a dataset and hold it against its digest; who does without must do so
@@ -176,14 +183,31 @@ def load_evaluation_data(
             "bucket"
         )
     path = Path(path)
-    arrays, sha256 = _read_npz(path)
+    arrays, sha256 = read_arrays(path)
+    if len(arrays) == len(signature.inputs) == 1 and (name := next(iter(arrays))) in UNNAMED:
+        arrays = {signature.inputs[0].name: arrays[name]}
+    specs = [spec for spec in signature.inputs if spec.name in arrays]
+    found = {spec.name: converted(arrays[spec.name], spec.dtype) for spec in specs}
+    conversions = tuple(
+        f"{name} converted from {type_of(arrays[name])} to {array.dtype}"
+        for name, array in found.items()
+        if array.dtype != arrays[name].dtype
+    )
     problems: list[str] = []
-    inputs, count = _checked_inputs(arrays, signature, path, problems)
+    known = {*(s.name for s in signature.inputs), POSITIONS, META}
+    if found and (unused := arrays.keys() - known):
+        problems.append(
+            f"nothing uses {shown(', '.join(sorted(unused)))}: expected {', '.join(sorted(known))};"
+            " leave out what the model does not take, or name it as it is expected"
+        )
+    inputs, count = _checked_inputs(found or arrays, signature, path, problems)
     positions = _read_positions(arrays, count, problems)
     meta = _read_meta(arrays, problems)
     receivers = _read_receivers(meta, problems)
     _require_none(problems, path)
-    return EvaluationData(inputs, positions, meta, path.name, sha256, receivers)
+    return EvaluationData(
+        inputs, positions, meta, path.name, sha256, receivers, conversions=conversions
+    )
 
 
 def is_dataset(path: Path | str) -> bool:
@@ -191,7 +215,11 @@ def is_dataset(path: Path | str) -> bool:
     text = str(path)
     if text.startswith("s3://"):
         return not text.endswith(".npz")
-    return bool(text) and Path(path).is_dir()
+    if not text or not Path(path).is_dir():
+        return False
+    # A group of another tool lacks what the header of a dataset says of itself.
+    header = Path(path) / HEADER
+    return not header.is_file() or '"digest"' in header.read_text(errors="replace")
 
 
 def _of_dataset(dataset: Dataset, signature: Signature, *, verify: bool) -> EvaluationData:
@@ -259,25 +287,11 @@ def unknown_ids(inputs: Mapping[str, Rows], signature: Signature) -> Iterator[st
             )
 
 
-def _read_npz(path: Path) -> tuple[Arrays, str]:
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            return read_npz(file), sha256
-    except Exception as error:  # zipfile, zlib and NumPy share no narrower base
-        reason = shown(str(error) or type(error).__name__, 400)
-        raise DataError(
-            f"evaluation data {path} can't be read: {reason}. Expected an .npz of "
-            "plain arrays, one per input of the model, as `heimdall-onnx features` writes it"
-        ) from error
-
-
 def _read_meta(arrays: Arrays, problems: list[str]) -> dict[str, Any]:
-    if "meta" not in arrays:
+    if META not in arrays:
         return {}
     try:
-        meta = json.loads(str(arrays["meta"][()]))
+        meta = json.loads(str(arrays[META][()]))
     except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits too
         problems.append(f"`meta` is not JSON text: {shown(str(error))}")
         return {}
@@ -306,9 +320,11 @@ def _read_positions(
         return None
     positions = arrays["positions"]
     samples = positions.shape[:1] if count is None else (count,)
-    if positions.shape != (*samples, 2) or not np.issubdtype(positions.dtype, np.floating):
+    if positions.shape == (*samples, 1, 2):
+        positions = positions[:, 0]
+    if positions.shape != (*samples, 2) or positions.dtype.kind not in "fiu":
         problems.append(
-            f"`positions` must be floating-point degrees of shape ({count or 'samples'}, 2), found "
+            f"`positions` must be degrees of shape ({count or 'samples'}, 2), found "
             f"{positions.dtype} {positions.shape}"
         )
         return None
