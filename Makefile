@@ -37,7 +37,8 @@ test: $(VENV)/.installed ## Run the tests on real services
 test-all: $(VENV)/.installed ## Run those too that show the same of further models and faults, and measure coverage
 	$(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder -m '' --cov --cov-report=term $(OPTIONS)
 
-# Parts can be chosen: OPTIONS='startup steps tiny large growth training variants-tiny variants-large fleet evaluation pages --pairs 3'
+# Parts can be chosen: OPTIONS='startup steps tiny large growth training variants-tiny variants-large fleet evaluation pages cases --pairs 3'
+# Cases can be chosen: OPTIONS='cases --only models "*lstm*" --whole 2'
 bench: $(VENV)/.installed ## Measure what a release costs, on services of its own
 	$(BIN)/python tests/bench $(OPTIONS)
 

@@ -15,8 +15,9 @@ import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,12 +101,16 @@ class Bench:
         pairs: How often whole commands are compared.
         environment: With the services' addresses in it.
         share: Of the items that fleets have, and of the samples that workers share.
+        only: Names of cases, or patterns of them; all by default.
+        whole: How many cases of each group are released by the command, too.
     """
 
     folder: Path
     pairs: int
     environment: dict[str, str]
     share: float = 1.0
+    only: tuple[str, ...] = ()
+    whole: int = 0
 
     def run(self, *command: str | Path) -> Run:
         """Run a command in a folder of its own, which goes with it."""
@@ -359,6 +364,29 @@ def page_rows(bench: Bench) -> Iterator[Row]:
         yield Row(name, target, unit, values, method, at_least)
 
 
+def case_rows(bench: Bench) -> Iterator[Row]:
+    """Models and checkpoints of every kind, and whether they end as they should."""
+    from cases import run as tried
+
+    chosen, found, began = tried.cases(bench.only), [], time.perf_counter()
+    processes = min(4, len(os.sched_getaffinity(0)))
+    for outcome in tried.outcomes(list(chosen), processes):
+        found.append(outcome)
+        print(outcome, flush=True)
+    for case in tried.spread(chosen, bench.whole):
+        found.append(tried.released(case, bench.environment))
+        print(found[-1], flush=True)
+    right, wrong, broken = tried.sums(found)
+    share = 100 * len(right) / max(len(found), 1)
+    yield Row("cases that end as they should", 95, "%", (share,), tried.counted(found), True)
+    how = ", ".join(wrong) or "weights and answers of all that are released, beside PyTorch's"
+    yield Row("wrong models released", 0, "", (len(wrong),), how)
+    how = ", ".join(broken) or "errors that are none of the product's own"
+    yield Row("tracebacks", 0, "", (len(broken),), how)
+    seconds = time.perf_counter() - began
+    yield Row("all cases", None, "s", (seconds,), f"{len(found)}, in {processes} processes")
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "startup": startup,
     "steps": single_steps,
@@ -371,6 +399,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "fleet": fleet_rows,
     "evaluation": evaluation_rows,
     "pages": page_rows,
+    "cases": case_rows,
 }
 
 
@@ -405,6 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--pairs", type=int, default=3, help="how often commands are compared")
     parser.add_argument("--share", type=float, default=1.0, help="of items and samples, to try it")
+    parser.add_argument("--only", nargs="+", default=[], help="cases, by name, pattern or group")
+    parser.add_argument("--whole", type=int, default=0, help="cases of a group released whole, too")
     parser.add_argument("--output", type=Path, default=Path(".heimdall/bench"), help="folder")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.parts) - PARTS.keys():
@@ -419,8 +450,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     work = Path(tempfile.mkdtemp(prefix="work-", dir=output))
     try:
-        with services(work) as environment:
-            bench = Bench(work, chosen.pairs, environment, chosen.share)
+        # Cases take a release's steps, which need no services.
+        alone = chosen.parts == ["cases"] and not chosen.whole
+        with nullcontext(dict(os.environ)) if alone else services(work) as environment:
+            only = tuple(chosen.only)
+            bench = Bench(work, chosen.pairs, environment, chosen.share, only, chosen.whole)
             for part in chosen.parts or PARTS:
                 for row in PARTS[part](bench):
                     rows.append(row)
