@@ -117,7 +117,11 @@ def load_model(
             ) from error
         log.warning("opened although it does not verify", uri=uri, reason=str(error))
         source = found.source if found else uri.removesuffix(f"/{MODEL}")
-        return _open_unverified(Release.at(connection, source), threads)
+        bucket, folder = connection.locate(source.rstrip("/"))
+        with tempfile.TemporaryDirectory(prefix="heimdall-unverified-") as scratch:
+            for key in bucket.list_keys(f"{folder}/{MODEL}"):
+                bucket.download_file(key, Path(scratch) / Path(key).name)
+            return open_session(Path(scratch) / MODEL, threads=threads)
     _warn_of_processor(release.manifest, chosen, uri)
     return open_variant(path, chosen, threads)
 
@@ -172,13 +176,6 @@ def _verified_model(release: Release, variant: Variant, cache: Path, trust: Trus
     )
     require_verified(findings, release.uri)
     return path
-
-
-def _open_unverified(release: Release, threads: int | None) -> InferenceSession:
-    with tempfile.TemporaryDirectory(prefix="heimdall-unverified-") as scratch:
-        for key in release.bucket.list_keys(f"{release.folder}/{MODEL}"):
-            release.bucket.download_file(key, Path(scratch) / Path(key).name)
-        return open_session(Path(scratch) / MODEL, threads=threads)
 
 
 def _bare_model(found: RegisteredVersion | None, uri: str) -> tuple[str, str] | None:

@@ -22,7 +22,7 @@ from heimdall_onnx.services.store import MANIFEST, format_uri
 if TYPE_CHECKING:
     from heimdall_onnx.archive.aliases import Move
     from heimdall_onnx.archive.manifest import Manifest
-    from heimdall_onnx.archive.record import Record, UploadedRelease
+    from heimdall_onnx.archive.record import Record
 
 # What MLflow's database takes, and what is left of it for reviews.
 MOST_CHARACTERS, _MOST_OF_RELEASE = 5_000, 4_000
@@ -54,13 +54,18 @@ def name_data(record: Record, bucket: str, given: str) -> dict[str, str]:
         "true positions": "yes" if data.labelled else "no",
         "provenance": shown(data.provenance, 300),
     }
+    uploaded = record.uploaded
+    kept = uploaded and [
+        *(dataset.address for dataset in uploaded.datasets),
+        *(format_uri(bucket, e.key) for e in uploaded.content if e.role == "evaluation_data"),
+    ]
     digest, kind = data.sha256, "local"
     source: Mapping[str, Any] = {"uri": given}
     if digest is None:
         kind, source = "code", {"tags": {"made by": "heimdall_onnx.model.examples"}}
         digest = hashlib.sha256(json.dumps([columns, profile]).encode()).hexdigest()
-    elif kept := _kept_at(record.uploaded, bucket):
-        kind, source = "s3", {"uri": kept}
+    elif kept:
+        kind, source = "s3", {"uri": kept[0]}
     elif given.startswith("s3://"):
         kind = "s3"
     return {
@@ -71,16 +76,6 @@ def name_data(record: Record, bucket: str, given: str) -> dict[str, str]:
         "schema": json.dumps({"mlflow_colspec": columns}),
         "profile": json.dumps(profile),
     }
-
-
-def _kept_at(uploaded: UploadedRelease | None, bucket: str) -> str | None:
-    if uploaded is None:
-        return None
-    kept = (
-        *(dataset.address for dataset in uploaded.datasets),
-        *(format_uri(bucket, e.key) for e in uploaded.content if e.role == "evaluation_data"),
-    )
-    return next(iter(kept), None)
 
 
 def describe_model(model_name: str) -> str:

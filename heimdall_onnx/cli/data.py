@@ -162,10 +162,7 @@ def info(
     if verify:
         opened.verify()
         described["verified"] = True
-    if as_json:
-        click.echo(json.dumps(described, allow_nan=False))
-        return
-    _print(described)
+    click.echo(json.dumps(described, allow_nan=False) if as_json else _as_text(described))
 
 
 @data.command(example="heimdall-onnx data upload captures.zarr s3://datasets/captures.zarr")
@@ -187,20 +184,14 @@ def upload(dataset: Path, address: str, as_json: bool) -> None:
     bucket = open_for_reading().bucket(name)
     bucket.ensure()
     stored = upload_dataset(bucket, opened, folder)
-    if as_json:
-        click.echo(json.dumps({"address": stored, "digest": opened.digest}))
-        return
-    click.echo(f"{stored}: {opened.count} samples, digest {opened.digest}")
+    text = f"{stored}: {opened.count} samples, digest {opened.digest}"
+    click.echo(json.dumps({"address": stored, "digest": opened.digest}) if as_json else text)
 
 
 def _say_written(dataset: Dataset, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(_describe(dataset), allow_nan=False))
-        return
-    click.echo(
-        f"{dataset.path}: {dataset.count} samples of {len(dataset.event_names)} events, "
-        f"digest {dataset.digest}"
-    )
+    text = f"{dataset.path}: {dataset.count} samples of {len(dataset.event_names)} events"
+    text += f", digest {dataset.digest}"
+    click.echo(json.dumps(_describe(dataset), allow_nan=False) if as_json else text)
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
@@ -238,7 +229,7 @@ def _describe_split(dataset: Dataset, validation: float, test: float, seed: int)
     }
 
 
-def _print(described: dict[str, Any]) -> None:
+def _as_text(described: dict[str, Any]) -> str:
     """As lines of text, which may hold words of the dataset's writer."""
     from heimdall_onnx.common.text import shown, visible
 
@@ -264,5 +255,4 @@ def _print(described: dict[str, Any]) -> None:
         ]
     if described.get("verified"):
         lines.append(("verified", "every value is the one that was written"))
-    for label, text in lines:
-        click.echo(f"{label:<12}{visible(text)}")
+    return "\n".join(f"{label:<12}{visible(text)}" for label, text in lines)

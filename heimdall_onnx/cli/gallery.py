@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from heimdall_onnx.cli.help import Command, json_option
 from heimdall_onnx.common.errors import VerificationError
-
-if TYPE_CHECKING:
-    from heimdall_onnx.review.gallery.page import Gallery
-    from heimdall_onnx.services.store import Bucket
 
 
 @click.command(cls=Command, example="heimdall-onnx gallery --serve")
@@ -78,27 +73,18 @@ def gallery(
     else:
         if output is not None:
             made = make_gallery(place, prefix, name=name)
-        _serve(place, prefix, made, port or 0, result if as_json else None)
+        from heimdall_onnx.common.signals import first_signal_interrupts
+        from heimdall_onnx.review.gallery.server import GalleryServer
+
+        with GalleryServer(place, prefix, made, port=port or 0) as server:
+            click.echo(json.dumps({**result, "url": server.url}) if as_json else server.url)
+            click.echo(
+                "Ctrl-C ends it; the address is a secret, like a key to the reports", err=True
+            )
+            try:
+                with first_signal_interrupts():
+                    server.serve_forever()
+            except KeyboardInterrupt:  # which is how it is meant to end
+                click.echo("ended", err=True)
     if made.broken:
         raise VerificationError(f"these can't be believed, see the page: {', '.join(made.broken)}")
-
-
-def _serve(
-    bucket: Bucket,
-    prefix: str,
-    made: Gallery,
-    port: int,
-    result: dict[str, object] | None,
-) -> None:
-    """Until it is interrupted, which is how it is meant to end."""
-    from heimdall_onnx.common.signals import first_signal_interrupts
-    from heimdall_onnx.review.gallery.server import GalleryServer
-
-    with GalleryServer(bucket, prefix, made, port=port) as server:
-        click.echo(json.dumps({**result, "url": server.url}) if result else server.url)
-        click.echo("Ctrl-C ends it; the address is a secret, like a key to the reports", err=True)
-        try:
-            with first_signal_interrupts():
-                server.serve_forever()
-        except KeyboardInterrupt:
-            click.echo("ended", err=True)

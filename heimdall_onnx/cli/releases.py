@@ -6,7 +6,7 @@ Thin, as the rest of the command line: values in, results out, exit codes from t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
@@ -18,7 +18,6 @@ from heimdall_onnx.cli.help import Command, all_of, json_option
 from heimdall_onnx.common.errors import HeimdallError, VerificationError
 
 if TYPE_CHECKING:
-    from heimdall_onnx.archive.manifest import Variants
     from heimdall_onnx.archive.release import Release
     from heimdall_onnx.review.promotion import Review
     from heimdall_onnx.services.connection import Connection
@@ -187,21 +186,15 @@ def show(version: str, bucket: str, prefix: str, as_json: bool) -> None:
     """
     manifest = _release(version, bucket, prefix).manifest
     click.echo(json.dumps(manifest.data, indent=None if as_json else 2))
-    if manifest.said.variants is not None and not as_json:
-        for line in _describe_variants(manifest.said.variants):
-            _say(line, err=True)
-
-
-def _describe_variants(variants: Variants) -> Iterator[str]:
-    for one in variants.judged:
+    variants = manifest.said.variants
+    for one in variants.judged if variants and not as_json else ():
         line = f"{one.name:<16}{one.status:<13}"
         if one.status == "passed":
             line += f"{one.size_bytes / 1e6:>9.2f} MB  {one.file}"
-            if one.name == variants.recommended:
-                line += "  recommended"
+            line += "  recommended" if one.name == manifest.recommended else ""
         else:
             line += one.reason
-        yield line.rstrip()
+        _say(line.rstrip(), err=True)
 
 
 @click.command(cls=Command, example="heimdall-onnx verify detector@staging")

@@ -12,7 +12,7 @@ import contextlib
 import difflib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -310,11 +310,6 @@ def _load_features(features: nn.Module, size: _Size, pretrained: bool | str | Pa
     if pretrained is not True:
         load_weights(features, str(pretrained))
         return
-    own = {key: value for key, value in _published(size).items() if key.startswith("features.")}
-    features.load_state_dict({key.removeprefix("features."): own[key] for key in own})
-
-
-def _published(size: _Size) -> Mapping[str, Tensor]:
     if size.weights is None:
         raise CheckpointError(
             "no weights are published for this size in torchvision's layout; use "
@@ -324,7 +319,7 @@ def _published(size: _Size) -> Mapping[str, Tensor]:
     try:
         # It announces the download on standard output, which belongs to the caller's result.
         with contextlib.redirect_stdout(sys.stderr):
-            return torch.hub.load_state_dict_from_url(
+            published = torch.hub.load_state_dict_from_url(
                 url, map_location="cpu", check_hash=True, weights_only=True, progress=False
             )
     except Exception as error:  # the network's errors, and those of a broken file in the cache
@@ -332,3 +327,5 @@ def _published(size: _Size) -> Mapping[str, Tensor]:
             f"the published weights can't be had from {url}: {error}. Download the file by other "
             "means and give its path as pretrained, or use pretrained=False."
         ) from error
+    own = {key: value for key, value in published.items() if key.startswith("features.")}
+    features.load_state_dict({key.removeprefix("features."): own[key] for key in own})

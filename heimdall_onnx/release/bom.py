@@ -90,7 +90,11 @@ def describe_release(manifest: Manifest, record: Record) -> bytes:
                     "git:dirty": environment.git_dirty,
                     "threads": record.threads,
                     "processors": environment.processors,
-                    **_parameters(manifest.said.parameters),
+                    **{
+                        f"parameter:{name}": value
+                        for name, value in manifest.said.parameters.items()
+                        if name not in _PATHS
+                    },
                 }
             ),
         },
@@ -123,6 +127,8 @@ def _model(manifest: Manifest, record: Record) -> _Json:
     name, described = said.parameters["name"], _metadata(record)
     file = _reference(manifest, entry)
     found = {"checksum": f"sha256:{entry.sha256}", "download_url": file["url"]}
+    # Beside a model that is too large for one file.
+    weights = {n: e for n, e in manifest.model_files.items() if n != MODEL}
     return _component(
         _LEARNED,
         _MODEL,
@@ -146,7 +152,10 @@ def _model(manifest: Manifest, record: Record) -> _Json:
                 **dict(_describe_variants(record.variants)),
             }
         ),
-        components=[*_weights(manifest), *_variant_files(manifest, record)],
+        components=[
+            *(_component("file", n, n, hashes=_hashes(e.sha256)) for n, e in weights.items()),
+            *_variant_files(manifest, record),
+        ],
         modelCard=_model_card(record),
     )
 
@@ -154,13 +163,6 @@ def _model(manifest: Manifest, record: Record) -> _Json:
 def _metadata(record: Record) -> _Json:
     assert record.uploaded is not None  # else there is no release
     return record.uploaded.metadata
-
-
-def _weights(manifest: Manifest) -> Iterator[_Json]:
-    """The files beside the model that hold its weights, where it is too large for one file."""
-    for name, entry in manifest.model_files.items():
-        if name != MODEL:
-            yield _component("file", name, name, hashes=_hashes(entry.sha256))
 
 
 def _judged(record: Record) -> list[VariantFigures]:
@@ -306,10 +308,6 @@ def _properties(values: Mapping[str, Any]) -> list[_Json]:
         }
         for name, value in values.items()
     ]
-
-
-def _parameters(parameters: Mapping[str, Any]) -> _Json:
-    return {f"parameter:{name}": v for name, v in parameters.items() if name not in _PATHS}
 
 
 def _model_card(record: Record) -> _Json:

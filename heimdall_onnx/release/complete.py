@@ -28,8 +28,6 @@ from heimdall_onnx.services.retention import Protection, retain
 from heimdall_onnx.services.store import MANIFEST, parse_uri, to_json
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
     from heimdall_onnx.archive.record import Record
     from heimdall_onnx.archive.signing import Signer
     from heimdall_onnx.common.parameters import ReleaseParameters
@@ -155,7 +153,13 @@ def complete_release(
     kept = [entry.key for entry in (*manifest.objects.values(), *manifest.said.content)]
     if manifest.said.signature is not None:
         kept.append(manifest.said.signature.key)
-    kept += _own_dataset(connection.client, manifest)
+    if (dataset := manifest.dataset) is not None:
+        from heimdall_onnx.archive.content import open_kept
+
+        files = open_kept(connection.client, dataset).file_names()
+        name, folder = parse_uri(dataset.address)
+        # One in another bucket belongs to whoever keeps that.
+        kept += [f"{folder}/{file}" for file in files if name == manifest.bucket]
     retain(bucket, kept, protection)
     for entry in manifest.said.content:
         if not bucket.exists(entry.key):
@@ -169,21 +173,6 @@ def complete_release(
         lock_until=protection.until,
     )
     return manifest
-
-
-def _own_dataset(client: S3Client, manifest: Manifest) -> list[str]:
-    """The keys of the release's dataset in its bucket, all of which are there.
-
-    One in another bucket belongs to whoever keeps that.
-    """
-    if manifest.dataset is None:
-        return []
-    from heimdall_onnx.archive.content import open_kept
-
-    dataset = open_kept(client, manifest.dataset)
-    bucket, folder = parse_uri(manifest.dataset.address)
-    own = bucket == manifest.bucket
-    return [f"{folder}/{name}" for name in dataset.file_names()] if own else []
 
 
 def present_release(connection: Connection, manifest: Manifest, record: Record) -> None:

@@ -267,7 +267,11 @@ class _Run:
             progress=progress,
         )
         seconds = time.perf_counter() - started
-        steps = judgement.record.costs if judgement.record else ()
+        record = judgement.record
+        if record is not None:
+            gates = [gate.to_dict() for gate in record.gates]
+            self.result = replace(self.result, speedup=record.speedup, gates=gates)
+        steps = record.costs if record else ()
         self._costs.add("kernel start and end", seconds - sum(cost.seconds for cost in steps))
         for cost in steps:
             self._costs.add(cost.step, cost.seconds, cost.peak_memory_bytes)
@@ -284,7 +288,6 @@ class _Run:
                 "the notebook passed but has recorded no upload and no registration; it must call "
                 "upload_release, register_release and record_results as the release notebook does"
             )
-        self._add_recorded(record)
         with self._costs.step("report"):
             self._write_report(judgement, uploaded.version, passed=True)
             with ThreadPoolExecutor(1) as beside:
@@ -324,13 +327,6 @@ class _Run:
             local_report=str(self.folder / REPORT_HTML),
         )
 
-    def _add_recorded(self, record: Record) -> None:
-        self.result = replace(
-            self.result,
-            speedup=record.speedup,
-            gates=[gate.to_dict() for gate in record.gates],
-        )
-
     def _upload_reports(self, connection: Connection, folder_uri: str) -> list[StoredObject]:
         bucket, folder = connection.locate(folder_uri)
         names = (REPORT, REPORT_HTML)
@@ -343,8 +339,6 @@ class _Run:
     def _keep_failed(self, connection: Connection, judgement: Judgement) -> ReleaseResult:
         """Keep the report of a run that failed, since that is the one to be understood."""
         error = error_of(judgement)
-        if judgement.record is not None:
-            self._add_recorded(judgement.record)
         left = self._take_back(connection)
         if left:
             error = _with_left(error, left)
