@@ -48,18 +48,18 @@ def keep_content(
         StoreError: If the store fails, or returns something else than was sent.
     """
     key = content_key(sha256)
-    size = path.stat().st_size
+    content = Content(key=key, size=path.stat().st_size, sha256=sha256, role=role, name=path.name)
     with suppress(MissingObjectError):
         # Read again: what another release has left there is not taken on trust.
-        if bucket.hash_object(key) == (sha256, size):
+        if bucket.hash_object(key) == (sha256, content.size):
             # Dated anew: until the manifest names it, its age is all that protects it.
             bucket.touch(key)
             log.info("content there already", uri=bucket.uri(key))
-            return Content(key=key, size=size, sha256=sha256, role=role, name=path.name)
+            return content
         log.warning("damaged content is replaced", uri=bucket.uri(key))
     # Other releases may need it: a damaged answer is no reason to delete what is stored.
-    stored = bucket.upload_file(path, key, sha256=sha256, delete_damaged=False)
-    return Content(key=key, size=stored.size_bytes, sha256=sha256, role=role, name=path.name)
+    bucket.upload_file(path, key, sha256=sha256, delete_damaged=False)
+    return content
 
 
 def upload_dataset(bucket: Bucket, dataset: Dataset, folder: str, *, replace: bool = False) -> str:

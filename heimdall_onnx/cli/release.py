@@ -311,8 +311,10 @@ def summary(result: ReleaseResult) -> str:
         )
         if value
     ]
-    if result.costs:
-        lines.append(("took", _most_costly(result.costs)))
+    if costs := sorted(result.costs, key=lambda cost: -float(cost["seconds"])):
+        longest = ", ".join(f"{cost['step']} {cost['seconds']:.0f}" for cost in costs[:3])
+        total = sum(cost["seconds"] for cost in costs)
+        lines.append(("took", f"{total:.0f} s, most of it {longest}"))
     text = "\n".join(f"{label:<11}{value}" for label, value in lines)
     if result.local_report:
         text += f"\n\nread the report:   file://{result.local_report}"
@@ -335,13 +337,6 @@ def _signed(result: ReleaseResult) -> str:
     if result.signer_sha256 is None:
         return "no, since HEIMDALL_SIGNING_KEY is not set; its hashes can be verified all the same"
     return f"by the key with SHA-256 {result.signer_sha256}"
-
-
-def _most_costly(costs: Sequence[dict[str, Any]]) -> str:
-    total = sum(cost["seconds"] for cost in costs)
-    longest = sorted(costs, key=lambda cost: -float(cost["seconds"]))[:3]
-    steps = ", ".join(f"{cost['step']} {cost['seconds']:.0f}" for cost in longest)
-    return f"{total:.0f} s, most of it {steps}"
 
 
 COMMANDS = (release, inspect, demo)

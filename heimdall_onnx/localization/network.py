@@ -104,7 +104,11 @@ class LocalizationNet(nn.Module):
     ) -> None:
         super().__init__()
         size = _checked_size(backbone_size)
-        _check_limits(uncertainty_min, uncertainty_max)
+        if not (0 < uncertainty_min < uncertainty_max and math.isfinite(uncertainty_max)):
+            raise ParameterError(
+                "the uncertainties' limits must satisfy 0 < uncertainty_min < uncertainty_max; "
+                f"found uncertainty_min={uncertainty_min!r}, uncertainty_max={uncertainty_max!r}"
+            )
         self.backbone_size = backbone_size
         # JSON knows 10 where 10.0 is meant, and clamp can't be exported with one of each.
         self.uncertainty_min = float(uncertainty_min)
@@ -296,14 +300,6 @@ def _frame(centroid: Sequence[float] | None, scale_m: float | None) -> LocalFram
             f"centroid={centroid!r}, scale_m={scale_m!r}"
         )
     return LocalFrame(centroid, scale_m)
-
-
-def _check_limits(low: float, high: float) -> None:
-    if not (0 < low < high and math.isfinite(high)):
-        raise ParameterError(
-            "the uncertainties' limits must satisfy 0 < uncertainty_min < uncertainty_max; "
-            f"found uncertainty_min={low!r}, uncertainty_max={high!r}"
-        )
 
 
 def _load_features(features: nn.Module, size: _Size, pretrained: bool | str | Path) -> None:

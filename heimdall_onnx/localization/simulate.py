@@ -165,12 +165,16 @@ def simulate_event(
     size = fft.next_fast_len(samples + 2 * _MARGIN)
     times = np.arange(size) / SAMPLE_RATE_HZ
     sent = MODULATIONS[kind](rng, size, SAMPLE_RATE_HZ)
-    paths = _paths(fft.fft(sent), conditions.delay_spread_s)
+    # As it arrives first, and later by the delay spread.
+    spread = _delay(size, np.array([0.0, conditions.delay_spread_s]))
+    paths = np.asarray(fft.ifft(fft.fft(sent) * spread))
     faded = fade(rng, paths, times, conditions.doppler_spread_hz)
     faded *= _phasors((offset + shifts) / SAMPLE_RATE_HZ, size)
     delays = metres / SPEED_OF_LIGHT
     arrived = fft.fft(faded) * _delay(size, delays)
-    arrived *= _gain(level, carrier * delays)[:, None]
+    # The carrier's phase after so many cycles on the way.
+    gain = 10 ** (level / 20) * np.exp(-2j * np.pi * (carrier * delays % 1))
+    arrived *= gain.astype(np.complex64)[:, None]
     recorded = _record(rng, arrived)[:, _MARGIN : _MARGIN + samples]
     return SimulatedEvent(
         iq=recorded,
@@ -301,11 +305,6 @@ def draw_position(rng: np.random.Generator, sites: Floats) -> Floats:
     return np.asarray(rng.dirichlet(np.ones(3)) @ corners)
 
 
-def _gain(level: Floats, cycles: Floats) -> npt.NDArray[np.complex64]:
-    """Amplitude of a level in dB, and the carrier's phase after so many cycles on the way."""
-    return np.asarray(10 ** (level / 20) * np.exp(-2j * np.pi * (cycles % 1)), np.complex64)
-
-
 def _phasors(turns: Floats, count: int, first: int = 0) -> npt.NDArray[np.complex64]:
     """e^{j2π·turns·n} for n = ``first``, ``first`` + 1, … (turns, count).
 
@@ -322,11 +321,6 @@ def _delay(size: int, seconds: Floats) -> npt.NDArray[np.complex64]:
     """Transfer functions (delays, size) that delay by fractions of a sample, exactly in band."""
     ascending = _phasors(-seconds * SAMPLE_RATE_HZ / size, size, first=-(size // 2))
     return np.asarray(fft.ifftshift(ascending, axes=-1))
-
-
-def _paths(spectrum: npt.NDArray[np.complex64], spread_s: float) -> npt.NDArray[np.complex64]:
-    """The signal as it arrives first, and later by the delay spread (2, samples)."""
-    return np.asarray(fft.ifft(spectrum * _delay(len(spectrum), np.array([0.0, spread_s]))))
 
 
 def fade(

@@ -227,39 +227,30 @@ def register_release(
     tracker = connect(settings).tracker
     status = "FAILED"
     try:
-        registered = _register(tracker, parameters, uploaded, metrics)
+        # A run that is released into has parameters of its own, or of a release before; MLflow
+        # refuses to change one, so ours carry a prefix.
+        before = tracker.get_run_info(uploaded.run_id)["params"]
+        again = any(name.startswith("release.") for name in before)
+        prefix = f"release.{uploaded.version}" if again else "release"
+        logged = parameters.model_dump(mode="json", exclude={"output_dir", "run_id", "publish"})
+        named = {f"{prefix}.{name}": value for name, value in logged.items()}
+        tracker.log_params(named, run_id=uploaded.run_id)
+        Journal(Path(parameters.output_dir)).write(registering=True)
+        # Without the hash nothing loads it; that is tagged when the release is complete.
+        tags = {k: v for k, v in version_tags(uploaded.metadata).items() if k != "sha256"}
+        version = tracker.register_model(
+            parameters.name,
+            uploaded.folder_uri,
+            run_id=uploaded.run_id,
+            tags=tags,
+            description=f"ONNX release {uploaded.version}",
+        )
+        # Of a chart's axis each version is a step, whichever runs they came from.
+        tracker.log_metrics(run_metrics(metrics), int(version), run_id=uploaded.run_id)
         status = "FINISHED"
     finally:
         if not parameters.run_id:
             close_own_run(tracker, uploaded.run_id, status)
-    return registered
-
-
-def _register(
-    tracker: MLflowTracker,
-    parameters: ReleaseParameters,
-    uploaded: UploadedRelease,
-    metrics: Mapping[str, float],
-) -> RegisteredRelease:
-    # A run that is released into has parameters of its own, or of a release before; MLflow refuses
-    # to change one, so ours carry a prefix.
-    before = tracker.get_run_info(uploaded.run_id)["params"]
-    again = any(name.startswith("release.") for name in before)
-    prefix = f"release.{uploaded.version}" if again else "release"
-    logged = parameters.model_dump(mode="json", exclude={"output_dir", "run_id", "publish"})
-    named = {f"{prefix}.{name}": value for name, value in logged.items()}
-    tracker.log_params(named, run_id=uploaded.run_id)
-    Journal(Path(parameters.output_dir)).write(registering=True)
-    version = tracker.register_model(
-        parameters.name,
-        uploaded.folder_uri,
-        run_id=uploaded.run_id,
-        # Without the hash nothing loads it; that is tagged when the release is complete.
-        tags={k: v for k, v in version_tags(uploaded.metadata).items() if k != "sha256"},
-        description=f"ONNX release {uploaded.version}",
-    )
-    # Of a chart's axis each version is a step, whichever runs they came from.
-    tracker.log_metrics(run_metrics(metrics), int(version), run_id=uploaded.run_id)
     log.info("registered", model_name=parameters.name, model_version=version)
     return RegisteredRelease(parameters.name, version, uploaded.folder_uri)
 

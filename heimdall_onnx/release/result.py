@@ -65,6 +65,7 @@ class ReleaseResult:
         from heimdall_onnx.archive.manifest import REPORT, REPORT_HTML
         from heimdall_onnx.services.store import MANIFEST
 
+        signature, variants = manifest.said.signature, manifest.said.variants
         return cls(
             success=True,
             exit_code=0,
@@ -76,11 +77,9 @@ class ReleaseResult:
             manifest_uri=f"{manifest.uri}/{MANIFEST}",
             model_name=manifest.model_name,
             model_version=manifest.model_version,
-            signer_sha256=manifest.said.signature.signer_sha256
-            if manifest.said.signature
-            else None,
+            signer_sha256=signature.signer_sha256 if signature else None,
             run_id=manifest.said.mlflow.run_id,
-            recommended=manifest.said.variants.recommended if manifest.said.variants else None,
+            recommended=variants.recommended if variants else None,
             gates=[gate.to_dict() for gate in manifest.said.gates],
             costs=[cost.to_dict() for cost in manifest.said.costs],
         )

@@ -43,31 +43,30 @@ _KINDS = {
     **dict.fromkeys(("404", "NoSuchKey", "NoSuchBucket"), MissingObjectError),
 }
 _CREDENTIALS = "check MLFLOW_S3_ACCESS_KEY_ID and MLFLOW_S3_SECRET_ACCESS_KEY"
-_FORBIDDEN = f"access is forbidden: the key may be wrong or not allowed this; {_CREDENTIALS}"
-_OVERLOADED = "the store is overloaded, or not there behind its address; try again later"
-_BROKEN = "the store has failed at it; look into its log, or try again later"
+# The numbers are from HEAD requests, or of something in front of a store, which knows no codes.
 _REASONS = {
     "InvalidAccessKeyId": f"the store does not know the access key; {_CREDENTIALS}",
     "SignatureDoesNotMatch": f"the secret key is wrong; {_CREDENTIALS}",
-    "AccessDenied": _FORBIDDEN,
-    "403": _FORBIDDEN,
+    **dict.fromkeys(
+        ("AccessDenied", "403"),
+        f"access is forbidden: the key may be wrong or not allowed this; {_CREDENTIALS}",
+    ),
     "NoSuchBucket": "there is no such bucket; check its name or create it",
     "NoSuchKey": "there is no such object",
     "404": "there is no such object or bucket",
-    "PreconditionFailed": "there is already an object of that name",
-    "412": "there is already an object of that name",
+    **dict.fromkeys(("PreconditionFailed", "412"), "there is already an object of that name"),
     "ConditionalRequestConflict": "somebody else is writing an object of that name",
     "BadDigest": "the data was damaged on its way; try again",
     "XAmzContentChecksumMismatch": "the data was damaged on its way; try again",
     "RequestTimeTooSkewed": "this machine's clock and the store's differ too much; set the clock",
-    "SlowDown": _OVERLOADED,
-    "ServiceUnavailable": _OVERLOADED,
-    # As something in front of a store answers, which knows no codes of S3.
-    "502": _OVERLOADED,
-    "503": _OVERLOADED,
-    "504": _OVERLOADED,
-    "InternalError": _BROKEN,
-    "500": _BROKEN,
+    **dict.fromkeys(
+        ("SlowDown", "ServiceUnavailable", "502", "503", "504"),
+        "the store is overloaded, or not there behind its address; try again later",
+    ),
+    **dict.fromkeys(
+        ("InternalError", "500"),
+        "the store has failed at it; look into its log, or try again later",
+    ),
 }
 _UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError, aws.EndpointConnectionError)
 # Stores refuse what was signed more than a quarter of an hour ago, or will be.

@@ -129,7 +129,10 @@ class Daemon:
             for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     signal(process)
-            processes = _wait_for_end(processes)
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while processes and time.monotonic() < deadline:
+                time.sleep(0.05)
+                processes = [process for process in processes if _is_alive(process)]
         if processes:
             raise self.error(f"process {processes[0].pid} ({self.name}) can't be ended")
 
@@ -142,15 +145,6 @@ class Daemon:
                 + "\n  ".join(tail)
             )
         return self.error(f"the embedded {self.name} service did not start and wrote no log")
-
-
-def _wait_for_end(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Wait for processes and return those that have not ended in time."""
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while processes and time.monotonic() < deadline:
-        time.sleep(0.05)
-        processes = [process for process in processes if _is_alive(process)]
-    return processes
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -291,7 +291,9 @@ class MLflowTracker:
                 MLflow can't be reached or refuses.
         """
         self._check_source(source)
-        before = self._find_own(name, source, run_id)
+        # Where requests are repeated, and their results can be told apart.
+        own = run_id if run_id and self.uri.startswith("http") else ""
+        before = self.find_versions(name, source, own) if own else ()
         with self._errors(f"register {source} as {name}"):
             add = partial(
                 self._client.create_model_version,
@@ -312,7 +314,8 @@ class MLflowTracker:
                 version = add()
         registered = str(version.version)
         # A request whose answer was lost is made again, and MLflow makes another version.
-        for twin in set(self._find_own(name, source, run_id)) - {registered, *before}:
+        found = self.find_versions(name, source, own) if own else ()
+        for twin in set(found) - {registered, *before}:
             log.warning("version registered twice", name=name, kept=registered, deleted=twin)
             self.delete_version(name, twin)
         log.info("model version registered", name=name, version=registered)
@@ -506,11 +509,6 @@ class MLflowTracker:
     def _search_versions(self, query: str) -> tuple[RegisteredVersion, ...]:
         found = _pages(self._client.search_model_versions, filter_string=query)
         return tuple(map(_describe_version, found))
-
-    def _find_own(self, name: str, source: str, run_id: str | None) -> tuple[str, ...]:
-        """`find_versions`, where requests are repeated and their results can be told apart."""
-        remote = self.uri.startswith("http")
-        return self.find_versions(name, source, run_id) if remote and run_id else ()
 
     def delete_version(self, name: str, version: str) -> None:
         """Delete a version and the aliases that point at it; one that is gone is no error."""

@@ -114,8 +114,10 @@ class TrainingRun:
         except (KeyboardInterrupt, HeimdallError) as error:
             if isinstance(error, KeyboardInterrupt):
                 status = "KILLED"
-            if command := self.resume_command():
-                error.add_note(f"the last whole epoch is kept; go on with:\n  {command}")
+            if (self.folder / LAST).is_file():
+                command = command_of(self.parameters, self.folder, self.release)
+                kept = "the last whole epoch is kept; go on with"
+                error.add_note(f"{kept}:\n  {command} --resume-training")
             raise
         finally:
             if self.tracker is not None and self._opened:
@@ -123,12 +125,6 @@ class TrainingRun:
 
                 close_own_run(self.tracker, self.run_id, status)
         return result
-
-    def resume_command(self) -> str:
-        """How to go on; empty where no epoch is complete yet."""
-        if not (self.folder / LAST).is_file():
-            return ""
-        return f"{command_of(self.parameters, self.folder, self.release)} --resume-training"
 
     def _split(self, dataset: Dataset) -> Split:
         chosen = self.parameters
@@ -187,11 +183,7 @@ class TrainingRun:
         from heimdall_onnx.services.registry import initialize_mlflow
 
         assert self.settings is not None
-        settings = self.settings
-        if self.parameters.experiment_name:
-            name = self.parameters.experiment_name
-            settings = settings.model_copy(update={"experiment_name": name})
-        self.tracker = initialize_mlflow(settings)
+        self.tracker = initialize_mlflow(self.settings)
         if self.run_id:
             self.tracker.check_run(self.run_id)
             self._opened = True

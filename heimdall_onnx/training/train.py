@@ -82,6 +82,8 @@ def train(
             raise UnavailableError(
                 f"training needs the package {package}: pip install 'heimdall-onnx[train]'"
             )
+    if settings is not None and (name := parameters.experiment_name):
+        settings = settings.model_copy(update={"experiment_name": name})
     if parameters.export_only:
         if settings is None:
             raise ParameterError("export_only releases, which needs settings")
@@ -127,8 +129,5 @@ def _released(
             "run_id": result.run_id,
         }
     )
-    if parameters.experiment_name:
-        name = parameters.experiment_name
-        settings = settings.model_copy(update={"experiment_name": name})
     done = release_checkpoint(chosen, settings, progress=progress)
     return result.model_copy(update={"release": done})
