@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -33,7 +31,6 @@ def write_mlmodel_folder(
     *,
     model_size_bytes: int,
     run_id: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what ``mlflow.onnx.save_model`` writes beside ``model.onnx``, without the model.
 
@@ -46,12 +43,10 @@ def write_mlmodel_folder(
         signature: Inputs and outputs; dynamic axes become -1.
         model_size_bytes: Size of the model.
         run_id: The run that made the model.
-        metadata: Kept in ``MLmodel`` as it is; JSON types only.
     """
     model = Model(
         run_id=run_id,
         signature=ModelSignature(_schema(signature.inputs), _schema(signature.outputs)),
-        metadata=dict(metadata) if metadata else None,
     )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as scratch:

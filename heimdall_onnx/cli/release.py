@@ -293,6 +293,9 @@ def summary(result: ReleaseResult) -> str:
     lines = [("verdict", result.verdict)] if judged else []
     if result.speedup is not None:
         lines.append(("speedup", f"{result.speedup:.2f}× (PyTorch over ONNX Runtime)"))
+    signed = "no, since HEIMDALL_SIGNING_KEY is not set; its hashes can be verified all the same"
+    if result.signer_sha256 is not None:
+        signed = f"by the key with SHA-256 {result.signer_sha256}"
     lines += [
         (label, value)
         for label, value in (
@@ -305,7 +308,7 @@ def summary(result: ReleaseResult) -> str:
                 result.model_version
                 and f"{result.model_name} version {result.model_version}, alias {result.alias}",
             ),
-            ("signed", result.success and _signed(result)),
+            ("signed", result.success and signed),
             ("retained", result.retained_until and f"until {result.retained_until}"),
             ("MLflow run", result.run_id),
         )
@@ -331,12 +334,6 @@ def summary(result: ReleaseResult) -> str:
             f"\nbrowse in MLflow:  {program} services up"
         )
     return text
-
-
-def _signed(result: ReleaseResult) -> str:
-    if result.signer_sha256 is None:
-        return "no, since HEIMDALL_SIGNING_KEY is not set; its hashes can be verified all the same"
-    return f"by the key with SHA-256 {result.signer_sha256}"
 
 
 COMMANDS = (release, inspect, demo)

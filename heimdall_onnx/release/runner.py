@@ -178,8 +178,9 @@ class _Run:
                 connection = connect(settings)
                 if settings.versioning or settings.retention_days:
                     # Before the first upload: what is there already has no version.
-                    connection.bucket(self.parameters.bucket).ensure()
-                    self._protection = _protect(connection, self.parameters.bucket)
+                    bucket = connection.bucket(self.parameters.bucket)
+                    bucket.ensure()
+                    self._protection = prepare_bucket(bucket, settings)
                 given, tracker = self.parameters.run_id, connection.tracker
                 # Never the process's active run, which is its caller's, as are name and end of a
                 # given one.
@@ -297,6 +298,7 @@ class _Run:
                 self._log_to_run(connection, record)
                 written = reports.result()
         self.result = replace(self.result, costs=[c.to_dict() for c in self._costs.costs()])
+        bucket = connection.bucket(self.parameters.bucket)
         described = describe_manifest(
             record,
             self.parameters,
@@ -304,7 +306,7 @@ class _Run:
             verdict=self._verdict(passed=True),
             costs=self.result.costs,
             signer=self._signer,
-            protection=self._protection or _protect(connection, self.parameters.bucket),
+            protection=self._protection or prepare_bucket(bucket, connection.settings),
         )
         described = add_bom(connection, uploaded.folder_uri, described, record)
         manifest = complete_release(connection, uploaded.folder_uri, described, self._signer)
@@ -444,15 +446,6 @@ class _Run:
     def _verdict(self, *, passed: bool) -> str:
         word = "pass" if passed else "fail"
         return f"{word} (smoke)" if self.parameters.profile == "smoke" else word
-
-
-def _protect(connection: Connection, name: str) -> Protection:
-    settings = connection.settings
-    return prepare_bucket(
-        connection.bucket(name),
-        versioning=settings.versioning,
-        retention_days=settings.retention_days,
-    )
 
 
 def _known(error: BaseException, folder: Path) -> HeimdallError | None:

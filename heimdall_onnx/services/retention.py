@@ -14,6 +14,7 @@ from botocore.exceptions import ClientError
 
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.services.client import error_code
+from heimdall_onnx.services.settings import Settings
 from heimdall_onnx.services.store import Bucket
 
 log = get_logger(__name__)
@@ -54,31 +55,30 @@ class Protection:
         return datetime.fromisoformat(self.retained_until) if self.retained_until else None
 
 
-def prepare_bucket(bucket: Bucket, *, versioning: bool, retention_days: int) -> Protection:
+def prepare_bucket(bucket: Bucket, settings: Settings) -> Protection:
     """Turn on what was asked for, as far as the store has it.
 
     Args:
         bucket: Bucket, which must exist.
-        versioning: Keep what is deleted or replaced; retention brings it along.
-        retention_days: Days for which objects can't be deleted; 0 for no retention.
+        settings: With versioning, retention, which brings it along, or neither.
 
     Raises:
         StoreError: If the store can't be reached, or refuses for another reason than having none.
     """
-    lacking = ""
+    lacking, days = "", settings.retention_days
     # Looked at first: who may release need not be allowed to change the bucket.
-    if (versioning or retention_days) and not _is_versioned(bucket):
+    if (settings.versioning or days) and not _is_versioned(bucket):
         on = {"Status": "Enabled"}
         lacking = _turn_on(
             bucket, "versioning", "put_bucket_versioning", VersioningConfiguration=on
         )
-    if retention_days and not lacking and not _is_locked(bucket):
+    if days and not lacking and not _is_locked(bucket):
         on = {"ObjectLockEnabled": "Enabled"}
         operation = "put_object_lock_configuration"
         lacking = _turn_on(bucket, "Object Lock", operation, ObjectLockConfiguration=on)
     until = None
-    if retention_days and not lacking:
-        until = datetime.now(UTC) + timedelta(days=retention_days)
+    if days and not lacking:
+        until = datetime.now(UTC) + timedelta(days=days)
     return Protection(
         versioning=_is_versioned(bucket),
         retained_until=until.isoformat(timespec="seconds") if until else None,

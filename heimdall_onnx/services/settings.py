@@ -45,7 +45,6 @@ class Settings(BaseSettings):
         artifact_uri: Where MLflow keeps the artifacts of new experiments.
         experiment_name: MLflow experiment of the release runs.
         home: Folder of the embedded services and of local working files.
-        recordings: Folder with real recordings, for tests and measurements.
         signing_key: Private key (PEM) that signs releases; None leaves them unsigned.
         signing_key_password: Its password, if it has one.
         signing_certificate: The key's certificate (PEM), to sign with a certificate.
@@ -71,7 +70,6 @@ class Settings(BaseSettings):
     artifact_uri: str = Field("s3://heimdall-mlflow", validation_alias="MLFLOW_ARTIFACT_URI")
     experiment_name: str = Field("heimdall-localization", validation_alias="MLFLOW_EXPERIMENT_NAME")
     home: Path = Field(Path(".heimdall"), validation_alias="HEIMDALL_HOME")
-    recordings: Path | None = Field(None, validation_alias="HEIMDALL_RECORDINGS")
     signing_key: Path | None = Field(None, validation_alias="HEIMDALL_SIGNING_KEY")
     signing_key_password: SecretStr | None = Field(
         None, validation_alias="HEIMDALL_SIGNING_KEY_PASSWORD"

@@ -93,9 +93,7 @@ def release(tmp_path: Path, s3: S3Client, bucket: Bucket) -> str:
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), model
     )
     beside = tmp_path / "beside"
-    write_mlmodel_folder(
-        beside, SIGNATURE, model_size_bytes=model.stat().st_size, metadata={"k": [1, 2]}
-    )
+    write_mlmodel_folder(beside, SIGNATURE, model_size_bytes=model.stat().st_size)
     for path in beside.iterdir():
         bucket.upload_file(path, f"m/v1/{path.name}")
     bucket.upload_file(model, "m/v1/model.onnx")
@@ -133,7 +131,6 @@ def test_the_written_folder_is_what_mlflow_writes_without_the_model(tmp_path: Pa
         localization_signature(),
         model_size_bytes=123_456_789,
         run_id="a" * 32,
-        metadata={"sha256": "abc"},
     )
     assert {p.name for p in (tmp_path / "new").iterdir()} == {
         "MLmodel",
@@ -143,7 +140,6 @@ def test_the_written_folder_is_what_mlflow_writes_without_the_model(tmp_path: Pa
     }
     model = mlflow.models.Model.load(tmp_path / "new")
     assert (model.model_size_bytes, model.run_id) == (123_456_789, "a" * 32)
-    assert model.metadata == {"sha256": "abc"}
     assert model.flavors["onnx"]["data"] == "model.onnx"
     assert [(i.name, i.shape, i.type) for i in model.signature.inputs] == [
         ("mel_spectrogram", (-1, 3, 128, 32), np.dtype("float32"))

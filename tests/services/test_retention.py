@@ -7,18 +7,24 @@ from botocore.exceptions import ClientError
 
 from heimdall_onnx.common.errors import StoreError
 from heimdall_onnx.services.retention import Protection, prepare_bucket, retain
+from heimdall_onnx.services.settings import Settings
 
 pytestmark = pytest.mark.services
 
 
+def asked(versioning: bool, days: int) -> Settings:
+    variables = {"HEIMDALL_VERSIONING": versioning, "HEIMDALL_RETENTION_DAYS": days}
+    return Settings(_env_file=None, **variables)
+
+
 def test_nothing_is_turned_on_unasked(s3, bucket):
-    protection = prepare_bucket(bucket, versioning=False, retention_days=0)
+    protection = prepare_bucket(bucket, asked(False, 0))
     assert protection == Protection(versioning=False, retained_until=None)
     retain(bucket, ["no such object"], protection)
 
 
 def test_versioning_keeps_what_is_deleted(s3, bucket):
-    protection = prepare_bucket(bucket, versioning=True, retention_days=0)
+    protection = prepare_bucket(bucket, asked(True, 0))
     assert protection == Protection(versioning=True, retained_until=None)
     s3.put_object(Bucket=bucket.name, Key="a", Body=b"1")
     bucket.delete(["a"])
@@ -29,7 +35,7 @@ def test_versioning_keeps_what_is_deleted(s3, bucket):
 
 
 def test_retention_refuses_to_delete(s3, bucket):
-    protection = prepare_bucket(bucket, versioning=False, retention_days=2)
+    protection = prepare_bucket(bucket, asked(False, 2))
     assert protection.versioning
     left = datetime.fromisoformat(protection.retained_until) - datetime.now(UTC)
     assert timedelta(days=1, hours=23) < left <= timedelta(days=2)
@@ -42,9 +48,7 @@ def test_retention_refuses_to_delete(s3, bucket):
 
 
 def test_retention_is_never_shortened(s3, bucket):
-    longer, shorter = (
-        prepare_bucket(bucket, versioning=False, retention_days=days) for days in (5, 1)
-    )
+    longer, shorter = (prepare_bucket(bucket, asked(False, days)) for days in (5, 1))
     s3.put_object(Bucket=bucket.name, Key="shared", Body=b"1")
     for protection in (longer, shorter):
         retain(bucket, ["shared"], protection)
@@ -53,7 +57,7 @@ def test_retention_is_never_shortened(s3, bucket):
 
 
 def test_bucket_that_is_protected_already_is_not_changed(s3, bucket):
-    prepare_bucket(bucket, versioning=True, retention_days=1)
+    prepare_bucket(bucket, asked(True, 1))
 
     def refuse(**_):
         raise AssertionError("a releaser may not do this")
@@ -61,7 +65,7 @@ def test_bucket_that_is_protected_already_is_not_changed(s3, bucket):
     for call in ("PutBucketVersioning", "PutObjectLockConfiguration"):
         s3.meta.events.register(f"before-call.s3.{call}", refuse)
     try:
-        again = prepare_bucket(bucket, versioning=True, retention_days=1)
+        again = prepare_bucket(bucket, asked(True, 1))
     finally:
         for call in ("PutBucketVersioning", "PutObjectLockConfiguration"):
             s3.meta.events.unregister(f"before-call.s3.{call}", refuse)
@@ -86,7 +90,7 @@ def answering(s3):
 
 def test_store_without_versioning_is_said_to_have_none(bucket, answering):
     answering("PutBucketVersioning", "NotImplemented")
-    protection = prepare_bucket(bucket, versioning=True, retention_days=3)
+    protection = prepare_bucket(bucket, asked(True, 3))
     assert protection.retained_until is None
     assert "could not turn on versioning" in protection.note
     assert "NotImplemented" in protection.note
@@ -97,4 +101,4 @@ def test_store_without_versioning_is_said_to_have_none(bucket, answering):
 def test_what_is_answered_for_a_key_is_none_for_a_bucket(bucket, answering, call, code):
     answering(call, code)
     with pytest.raises(StoreError, match="turn on"):
-        prepare_bucket(bucket, versioning=True, retention_days=3)
+        prepare_bucket(bucket, asked(True, 3))

@@ -19,7 +19,6 @@ VARIABLES = {
     "MLFLOW_ARTIFACT_URI": "s3://artifacts",
     "MLFLOW_EXPERIMENT_NAME": "experiment",
     "HEIMDALL_HOME": "/srv/heimdall",
-    "HEIMDALL_RECORDINGS": "/srv/recordings",
 }
 AWS = {
     "AWS_ACCESS_KEY_ID": "aws-id",
@@ -46,7 +45,6 @@ def found(settings: Settings) -> dict[str, str]:
         "MLFLOW_ARTIFACT_URI": settings.artifact_uri,
         "MLFLOW_EXPERIMENT_NAME": settings.experiment_name,
         "HEIMDALL_HOME": settings.home,
-        "HEIMDALL_RECORDINGS": settings.recordings,
     }
     return {
         name: value.get_secret_value() if isinstance(value, SecretStr) else str(value)
@@ -58,7 +56,6 @@ def test_nothing_set_means_embedded_services_in_this_folder(empty: Path) -> None
     settings = Settings.load()
     assert settings.s3_endpoint_url is None
     assert settings.s3_access_key_id is None
-    assert settings.recordings is None
     assert settings.home == empty / ".heimdall"
     assert settings.tracking_uri.get_secret_value() == f"sqlite:///{empty}/.heimdall/mlflow.db"
     assert settings.artifact_uri == "s3://heimdall-mlflow"
@@ -183,10 +180,8 @@ def test_applied_settings_reach_child_processes(monkeypatch: pytest.MonkeyPatch)
     assert os.environ["AWS_ACCESS_KEY_ID"] == "an-id"
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "s3-secret"
     again = found(Settings.load())
-    again.pop("HEIMDALL_RECORDINGS")
-    expected = {n: v for n, v in VARIABLES.items() if n != "HEIMDALL_RECORDINGS"}
-    expected["MLFLOW_TRACKING_URI"] = with_driver(VARIABLES["MLFLOW_TRACKING_URI"])
-    assert again == expected
+    uri = with_driver(VARIABLES["MLFLOW_TRACKING_URI"])
+    assert again == {**VARIABLES, "MLFLOW_TRACKING_URI": uri}
 
 
 def test_temporary_credentials_replace_all_others(monkeypatch: pytest.MonkeyPatch) -> None:

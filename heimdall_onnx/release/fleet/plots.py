@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pandas as pd
-from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from heimdall_onnx.common.text import count_of, metre_scale, name, number
@@ -63,7 +62,12 @@ def pareto(
     if _wide(errors):
         axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        _write(axis)
+        if axis.get_scale() == "log":
+            log_axis(axis)
+            continue
+        # Two ticks beside each other must not read alike.
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, _DIGITS)))
     for x, y in best[:_NAMED]:
         note(axes, labels[x, y].split(":")[0].removesuffix(" (smoke)"), (x, y), (6, 6), size=10)
     alt = "; ".join(
@@ -75,12 +79,3 @@ def pareto(
 def _wide(values: pd.Series[float]) -> bool:
     """Whether values need a logarithmic axis; a zero has no place there."""
     return bool(0 < _FEW * values.min() < values.max())
-
-
-def _write(axis: Axis) -> None:
-    if axis.get_scale() == "log":
-        log_axis(axis)
-        return
-    # Two ticks beside each other must not read alike.
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, _DIGITS)))

@@ -85,12 +85,9 @@ def outcomes_frame(
     frame.label = frame.label.mask(frame.verdict.str.contains("smoke"), told)
     written = {id(i.parameters): i.parameters.model_dump(mode="json") for i in items}
     given = pd.DataFrame([written[id(i.parameters)] for i in items], [i.number for i in items])
-    texts = given.map(_text).sort_index(axis=1).add_prefix("parameter_")
+    texts = given.map(lambda v: v if isinstance(v, str) else json.dumps(v, sort_keys=True))
+    texts = texts.sort_index(axis=1).add_prefix("parameter_")
     return frame.join(texts.loc[:, texts.nunique() > 1], on="number")
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def _row(outcome: ItemOutcome) -> Iterator[tuple[str, Any]]:
