@@ -1,4 +1,4 @@
-"""Branches on an input's values, of which a trace has only the one that its example took."""
+"""What a trace does not have of a model's code: branches on values, and values read as numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from heimdall_onnx.common.logs import get_logger
 log = get_logger(__name__)
 
 _TORCH = str(Path(torch.__file__).parent)
+# PyTorch's own code that only hands on to `_Watched` what Python or NumPy asks.
+_HANDS_ON = {f"{_TORCH}/_tensor.py", f"{_TORCH}/overrides.py"}
 _BRANCHES = (ast.If, ast.IfExp, ast.While, ast.Assert)
+# What makes something else than a tensor of values; lengths, types and devices are no part of it.
+_READS = {"__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"} | {
+    *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero")
+}
 
 
 class _Watched(torch.Tensor):
@@ -28,25 +34,30 @@ class _Watched(torch.Tensor):
 
     found: ClassVar[list[str]] = []
 
-    def __bool__(self) -> bool:
-        if branch := _branch_at(sys._getframe(1)):
-            self.found.append(branch)
-        return super().__bool__()
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READS and (reading := _reading_at(sys._getframe(1))):
+            cls.found.append(reading)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def find_branch(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor], *names: str) -> str:
-    """The first branch of a model's own code that hangs on the values of its inputs.
+    """The first place in a model's own code that hangs on the values of its inputs.
 
-    Assertions, and conditions that only raise an error, choose nothing and do not count.
+    A branch on them, or one that is read as a number of Python's. Assertions, conditions that only
+    raise an error, and what is only printed choose nothing and do not count.
 
     Args:
-        model: In eval mode.
+        model: In eval mode; what it keeps of a call, it keeps of this one, too.
         inputs: By name; they are left as they are.
         names: Those that are passed by position; the others are passed by name.
 
     Returns:
-        Where it is and how it reads; empty if there is none, or the model does not run on inputs
-        that are watched.
+        What it does, where, and how it reads; empty if there is none, or the model does not run on
+        inputs that are watched.
     """
     _Watched.found.clear()
     watched = {name: tensor.clone().as_subclass(_Watched) for name, tensor in inputs.items()}
@@ -58,15 +69,18 @@ def find_branch(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor], *
     return next(iter(_Watched.found), "")
 
 
-def _branch_at(frame: FrameType) -> str:
-    """How the branch that asks reads; empty for what is PyTorch's own, or can't go two ways."""
-    code, line = frame.f_code, frame.f_lineno
-    if code.co_filename.startswith(_TORCH):
+def _reading_at(frame: FrameType | None) -> str:
+    """What is done with the value; empty for what is PyTorch's own, or can't go two ways."""
+    while frame is not None and frame.f_code.co_filename in _HANDS_ON:
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(_TORCH):
         return ""
+    code, line = frame.f_code, frame.f_lineno
     lines = linecache.getlines(code.co_filename)
+    nodes = [*ast.walk(ast.parse("".join(lines)))]
     here = [
         node
-        for node in ast.walk(ast.parse("".join(lines)))
+        for node in nodes
         if isinstance(node, _BRANCHES) and node.test.lineno <= line <= (node.test.end_lineno or 0)
     ]
     innermost = max(here, key=lambda node: node.test.lineno, default=None)
@@ -75,7 +89,22 @@ def _branch_at(frame: FrameType) -> str:
         and not innermost.orelse
         and all(isinstance(statement, ast.Raise) for statement in innermost.body)
     )
-    if refuses or isinstance(innermost, ast.Assert):
+    only_said = innermost is None and any(
+        isinstance(node, ast.Expr | ast.Raise) and node.lineno <= line <= (node.end_lineno or 0)
+        for node in nodes
+    )
+    caught = any(
+        isinstance(node, ast.Try) and node.lineno <= line <= (node.body[-1].end_lineno or 0)
+        for node in nodes
+    )
+    if (refuses or only_said or isinstance(innermost, ast.Assert)) and not caught:
         return ""
+    done = "branches on the values of its inputs" if innermost else "reads its inputs as numbers"
+    return f"{done}: {line_of(frame)}"
+
+
+def line_of(frame: FrameType) -> str:
+    """The line of code that is at work, in words."""
+    code, line = frame.f_code, frame.f_lineno
     text = linecache.getline(code.co_filename, line).strip()
     return f"line {line}, in {code.co_name}: `{text}`"

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import count_of, listed, shown
 from heimdall_onnx.model.construction import plan_model
+from heimdall_onnx.model.copies import remember_maker
 from heimdall_onnx.model.formats import Located, locate
 from heimdall_onnx.model.pickles import StoredTensor, name_of, restored
 from heimdall_onnx.model.readings import (
@@ -184,6 +186,8 @@ def load_checkpoint(
         _declare(built, declared)
     sha256 = hash_checkpoint(content.source)
     skipped = [f"not loaded: {where}, {kind}" for where, kind in content.skipped.items()]
+    options = {"model": model, "model_kwargs": model_kwargs, "weights": weights}
+    remember_maker(built, partial(_load_again, path, **options, submodule=submodule))
     log.info("loaded", path=str(source), sha256=sha256, weights=reading.label, model=model)
     return LoadedModel(
         model=built.cpu().eval(),
@@ -200,6 +204,10 @@ def load_checkpoint(
         signature_file=declared,
         members=_members(planned.hyper_parameters, planned.make, source),
     )
+
+
+def _load_again(path: Path | str, **options: Any) -> nn.Module:
+    return load_checkpoint(path, **options).model
 
 
 def load_weights(network: nn.Module, path: Path | str) -> None:

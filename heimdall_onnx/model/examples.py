@@ -14,7 +14,6 @@ Neither is a test of the model's accuracy: what they make only has to be allowed
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from copy import deepcopy
 from dataclasses import replace
 from math import ceil, floor, inf, isfinite
 from typing import Any
@@ -257,11 +256,7 @@ def generic_inputs(
     wanted = Examples(signature).lengths(**(lengths or {}))
 
     def values(spec: TensorSpec) -> _Array:
-        first = spec.shape[0]
-        shape = (
-            first if isinstance(first, int) else count,
-            *(n if isinstance(n, int) else wanted[n] for n in spec.shape[1:]),
-        )
+        shape = (count, *(n if isinstance(n, int) else wanted[n] for n in spec.shape[1:]))
         dtype = np.dtype(spec.dtype)
         if spec.masks:
             return _random_mask(shape, rng)
@@ -285,9 +280,11 @@ def _is_open(spec: TensorSpec) -> bool:
 
 def _ends_taken(signature: Signature, model: Any, lengths: Mapping[str, int]) -> tuple[int, int]:
     """The widest of `_ENDS` at both of which, and between which, a model answers with numbers."""
+    from heimdall_onnx.model.copies import copy_model
+
     try:
-        trial = deepcopy(model).eval()  # a call may change it
-    except Exception as error:  # whatever keeps a model's parts from being copied
+        trial = copy_model(model).eval()  # a call may change it
+    except EvidenceError as error:
         log.info("integers are drawn from 0 and 1", reason=str(error))
         return _INDICES
     for low, high in _ENDS:

@@ -54,6 +54,9 @@ def run_pytorch(
     """
     import torch
 
+    if signature.fixed_batch not in (None, len(next(iter(inputs.values())))):
+        run = functools.partial(run_pytorch, model, signature=signature, copied=copied)
+        return in_calls(run, dict(inputs), signature)
     state = [*model.parameters(), *model.buffers()]
     device = state[0].device if state else torch.device("cpu")
     precision = next((t.dtype for t in state if t.is_floating_point()), None)
@@ -73,6 +76,22 @@ def run_pytorch(
         raise EvidenceError(f"{type(model).__name__} can't run on {shapes}: {error}") from error
     outputs = named_outputs(model, result, signature)
     return {spec.name: outputs[spec.name].cpu().numpy() for spec in signature.outputs}
+
+
+def in_calls(run: Callable[[Arrays], Arrays], inputs: Arrays, signature: Signature) -> Arrays:
+    """What ``run`` answers; a model with a fixed batch is called as often as the samples need.
+
+    Its last call is filled with the first samples; what they get is left out.
+    """
+    size, count = signature.fixed_batch, len(next(iter(inputs.values())))
+    if size is None or size == count:
+        return run(inputs)
+    rows = [(start + np.arange(size)) % count for start in range(0, count, size)]
+    answers = [run({name: array[r] for name, array in inputs.items()}) for r in rows]
+    return {
+        name: np.concatenate([np.atleast_1d(answer[name]) for answer in answers])[:count]
+        for name in answers[0]
+    }
 
 
 class InputOrder(NamedTuple):
@@ -270,9 +289,12 @@ def run_onnx(
         EvidenceError: If ONNX Runtime refuses the inputs, a frozen batch axis for example.
     """
     names = [spec.name for spec in signature.outputs]
+
+    def run(feed: Arrays) -> Arrays:
+        return dict(zip(names, session.run(names, feed), strict=True))
+
     try:
-        values = session.run(names, {spec.name: inputs[spec.name] for spec in signature.inputs})
+        return in_calls(run, {spec.name: inputs[spec.name] for spec in signature.inputs}, signature)
     except Exception as error:  # ONNX Runtime's errors share no narrower base
         shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
         raise EvidenceError(f"ONNX Runtime can't run the model on {shapes}: {error}") from error
-    return dict(zip(names, values, strict=True))

@@ -22,7 +22,7 @@ from heimdall_onnx.common.errors import EvidenceError, InvalidModelError, Unavai
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.model.examples import Examples
-from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.inference import in_calls, open_session, run_onnx, run_pytorch
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -120,7 +120,8 @@ def open_runner(path: Path, signature: Signature, settings: SessionSettings) -> 
     """
     if settings.runtime == "openvino":
         session = OpenVINOSession(path, settings)
-        run = partial(_run_named, session, [o.name for o in signature.outputs])
+        named = partial(_run_named, session, [o.name for o in signature.outputs])
+        run = partial(in_calls, named, signature=signature)
         return Runner(session.device, session.precision, run, session)
     if settings.runtime == "onnxruntime":
         opened = open_onnxruntime(path, settings)

@@ -96,6 +96,12 @@ class Signature:
     axes: tuple[Axis, ...] = ()
 
     @property
+    def fixed_batch(self) -> int | None:
+        """Samples in each call of a model that takes no other number; None for any other."""
+        batch = self.inputs[0].shape[0]
+        return batch if isinstance(batch, int) else None
+
+    @property
     def position_output(self) -> TensorSpec | None:
         """The output that holds positions on the ground, if the model has one."""
         return next((o for o in self.outputs if o.unit == DEGREES and o.spread_of is None), None)
@@ -195,16 +201,11 @@ class Signature:
         if not self.inputs:
             found.append("there are no inputs: a model needs one at least")
         # Named alike, or the lengths of their batches could not be told to be the same.
-        batches = {spec.shape[0] for spec in self.inputs if spec.shape}
-        further = {n for s in self.inputs for n in s.shape[1:] if isinstance(n, str)}
-        for spec in self.outputs:
-            # Another name is the batch's too, unless it is that of something else.
-            if spec.shape and (isinstance(spec.shape[0], int) or spec.shape[0] in further):
-                batches.add(spec.shape[0])
+        batches = {str(spec.shape[0]) for spec in self.inputs if spec.shape}
         if len(batches) > 1:
             found.append(
-                f"axis 0, the batch, is called {', '.join(map(repr, sorted(map(str, batches))))}: "
-                "call it alike in every input and output"
+                f"axis 0, the batch, is called {', '.join(map(repr, sorted(batches)))}: call it "
+                "alike in every input"
             )
         return found
 
@@ -336,7 +337,7 @@ def _spec_problems(spec: TensorSpec, kind: Literal["input", "output"]) -> list[s
         dtype = np.dtype(spec.dtype)
     except TypeError:
         return [f"{spec.name} has dtype {spec.dtype!r}: expected NumPy's name of one, as 'float32'"]
-    if not spec.shape:
+    if not spec.shape and kind == "input":
         problems.append(f"{spec.name} has no axes: axis 0 is the batch, as in ('batch',)")
     wrong = [n for n in spec.shape if not (_is_length(n) or (isinstance(n, str) and n))]
     if wrong:
@@ -379,9 +380,10 @@ def _array_problems(spec: TensorSpec, array: Rows) -> list[str]:
     problems = []
     if array.dtype != np.dtype(spec.dtype):
         problems.append(f"{spec.name} has dtype {array.dtype}, expected {spec.dtype}")
+    # However many samples there are, a model with a fixed batch is called with them in parts.
     fits = len(array.shape) == len(spec.shape) and all(
         isinstance(want, str) or want == have
-        for want, have in zip(spec.shape, array.shape, strict=True)
+        for want, have in zip(spec.shape[1:], array.shape[1:], strict=True)
     )
     if not fits:
         problems.append(f"{spec.name} has shape {array.shape}, expected {spec.shape}")

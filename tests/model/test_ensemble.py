@@ -24,11 +24,11 @@ from heimdall_onnx.cli.main import main
 from heimdall_onnx.common.errors import CheckpointError, ParameterError
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.data.evaluation import load_evaluation_data
-from heimdall_onnx.evidence.latency.contenders import pickle_model
 from heimdall_onnx.evidence.latency.figures import MemberFigures
 from heimdall_onnx.evidence.latency.members import compare_member
 from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure
 from heimdall_onnx.model.checkpoint import load_checkpoint
+from heimdall_onnx.model.copies import pickle_model
 from heimdall_onnx.model.ensemble import (
     ALEATORIC,
     ENSEMBLE,
@@ -342,7 +342,7 @@ def test_ensemble_computes_in_float64_and_can_be_handed_to_another_process(ensem
     for name, value in exact.items():
         assert value.dtype == np.float64
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
-    pickle_model(ensemble, tmp_path / "model.pkl")
+    (tmp_path / "model.pkl").write_bytes(pickle_model(ensemble))
     again = torch.load(tmp_path / "model.pkl", weights_only=False)  # written a line above
     repeated = run_pytorch(again, single, ensemble.signature)
     assert all((repeated[name] == found[name]).all() for name in found)

@@ -33,6 +33,7 @@ from heimdall_onnx.model.inference import (
 )
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.runtimes import Contender, SessionSettings
+from heimdall_onnx.model.signature import TensorSpec
 
 SIGNATURE = SmallNet.signature
 
@@ -216,6 +217,40 @@ def test_outputs_are_named_as_they_lie_or_by_their_own_keys(result, names):
         (names[0], 0.0),
         (names[1], 1.0),
     ]
+
+
+def test_a_fixed_batch_is_called_as_often_as_the_samples_need(tmp_path):
+    calls = []
+
+    class Fixed(nn.Module):
+        signature = declare(
+            [TensorSpec("x", "float32", (4, 3))],
+            [
+                TensorSpec("y", "float32", (4, 3)),
+                TensorSpec("total", "float32", ()),
+                TensorSpec("grid", "float32", (2,)),
+            ],
+        )
+
+        def forward(self, x):
+            calls.append(len(x))
+            return x * 2, x.sum(), torch.arange(2.0) + 0 * x[0, 0]
+
+    x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    path = export_model(Fixed(), tmp_path / "m.onnx", opset=17).path
+    calls.clear()
+    found = [
+        run_pytorch(Fixed(), {"x": x}, Fixed.signature),
+        run_onnx(open_session(path, spinning=False), {"x": x}, Fixed.signature),
+    ]
+    assert calls == [4, 4]
+    for outputs in found:
+        np.testing.assert_array_equal(outputs["y"], x * 2)
+        totals = [x[:4].sum(), x[[4, 5, 0, 1]].sum()]
+        np.testing.assert_allclose(outputs["total"], totals, rtol=1e-5)
+        np.testing.assert_array_equal(outputs["grid"], [0, 1, 0, 1])
+    alone = run_onnx(open_session(path, spinning=False), {"x": x[:4]}, Fixed.signature)
+    assert alone["total"].shape == ()
 
 
 @pytest.mark.parametrize("level", ["none", "basic", "all"])

@@ -143,8 +143,6 @@ CONTRADICTIONS = [
     (of(replace(STATIONS, dtype="uint8", range=(0, 256))), r"whole numbers within \[0, 255\]"),
     (of(FEATURES, replace(MASK, masks=(), range=(0, 1))), "mask is boolean and has a range"),
     (of(replace(STATIONS, range=(np.inf, np.inf))), "holds no int64"),
-    (of(outputs=(replace(POSITION, shape=("receivers", 2)),)), "is called 'batch', 'receivers'"),
-    (of(outputs=(replace(POSITION, shape=(4, 2)),)), "is called '4', 'batch'"),
     (of(replace(FEATURES, range=(float("nan"), 1.0))), "the low end must come first"),
     (of(replace(FEATURES, range=(0.0,))), "expected two numbers"),
     (of(replace(FEATURES, dtype="float31")), "has dtype 'float31': expected NumPy's name"),

@@ -146,8 +146,8 @@ def measure_latency(
         batch_calls: Counted calls of each contender at each of them.
 
     Raises:
-        BenchmarkError: If the model can't be pickled, or a worker process dies, fails or does not
-            answer in time.
+        EvidenceError: If the model can't be pickled.
+        BenchmarkError: If a worker process dies, fails or does not answer in time.
     """
     settings = SessionSettings(threads=threads or default_threads())
     with pytorch_contestant(model, settings) as pytorch:

@@ -15,7 +15,6 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
 import numpy as np
 import numpy.typing as npt
 
@@ -104,26 +103,14 @@ def pytorch_contestant(model: nn.Module, settings: SessionSettings) -> Iterator[
     """A PyTorch model to be measured, in eval mode; its file is there until the block ends.
 
     Raises:
-        BenchmarkError: If it can't be pickled.
+        EvidenceError: If it can't be pickled.
     """
+    from heimdall_onnx.model.copies import pickle_model
+
     with tempfile.TemporaryDirectory(prefix="heimdall-pytorch-") as folder:
         path = Path(folder) / "model.pkl"
-        pickle_model(model, path)
+        path.write_bytes(pickle_model(model))
         yield Contestant(PYTORCH, path, settings.model_copy(update={"runtime": "pytorch"}))
-
-
-def pickle_model(model: nn.Module, path: Path) -> None:
-    """Write a model for a process of one's own to read; raises as `pytorch_contestant`."""
-    import torch
-
-    try:
-        with path.open("wb") as file:
-            torch.save(model, file, pickle_module=cloudpickle)
-    except Exception as error:  # whatever an attribute of the model raises that can't be pickled
-        raise BenchmarkError(
-            f"{type(model).__name__} can't be handed to a process of its own: {error}. Every "
-            "attribute of it must be picklable"
-        ) from error
 
 
 def default_threads() -> int:

@@ -7,7 +7,6 @@ and where the signature declares more, that too.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +48,7 @@ from heimdall_onnx.evidence.parity.report import (
 )
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION, RTOL, tolerance_factor
+from heimdall_onnx.model.copies import copy_model
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session, run_pytorch
 from heimdall_onnx.model.signature import Signature
@@ -251,7 +251,7 @@ class _Pair:
 def _noise_floor(
     model: nn.Module, signature: Signature, reference: Sequence[tuple[Arrays, Arrays, Arrays]]
 ) -> tuple[NoiseFloor, ...]:
-    double = copy.deepcopy(model).double()
+    double = copy_model(model).double()
     batches, single, found = zip(*reference, strict=True)
     exact = [_run_double(double, batch, signature) for batch in batches]
     samples = sum(len(next(iter(batch.values()))) for batch in batches)

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 from distributed import Client, Future, as_completed
 from distributed.comm import get_address_host
 from distributed.scheduler import KilledWorker
@@ -36,6 +35,7 @@ from heimdall_onnx.evidence.parity.worker import (
     evaluate_part,
     place,
 )
+from heimdall_onnx.model.copies import pickle_model
 
 log = get_logger(__name__)
 
@@ -67,8 +67,8 @@ def evaluate_on(
 
     Raises:
         DataError: If the data can't be read, or are not what their digest says.
-        EvidenceError: If a model can't run on a batch, the outputs have different shapes, or
-            the workers died.
+        EvidenceError: If a model can't run on a batch or be pickled, the outputs have different
+            shapes, or the workers died.
         ParameterError: If the data are no dataset.
         SchedulerError: If the scheduler can't be reached, or has no workers, or some that would
             compute something else.
@@ -80,7 +80,7 @@ def evaluate_on(
             f"workers share the samples of a dataset; {data.source} is none, or only its "
             "beginning is taken: leave eval_workers and eval_scheduler out"
         )
-    job = Job(cloudpickle.dumps(model), onnx_path.read_bytes(), settings, data)
+    job = Job(pickle_model(model), onnx_path.read_bytes(), settings, data)
     plugin = EvaluationWorker(job, type(model).__module__)
     opened = (
         scheduler_client(workers.scheduler) if workers.scheduler else local_client(workers.count)

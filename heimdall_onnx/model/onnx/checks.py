@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from heimdall_onnx.model.signature import Signature, TensorSpec
 # Enough to tell a wrong result from rounding, TF32 on a GPU included; parity is judged elsewhere.
 _PROOF_TOLERANCE = 1e-2
 _LEAST_SCALE = 1e-6
+# Whose code an exporter's error may come from.
+_EXPORTERS = (
+    *(f"{Path(np.__file__).parents[1]}/{name}/" for name in ("torch", "onnxscript", "onnx_ir")),
+    f"{Path(__file__).parents[2]}/",
+)
 
 
 def named_axes(spec: TensorSpec) -> dict[int, str]:
@@ -31,9 +37,12 @@ def named_axes(spec: TensorSpec) -> dict[int, str]:
     return {axis: name for axis, name in enumerate(spec.shape) if isinstance(name, str)}
 
 
-def check_file(path: Path, signature: Signature, opset: int) -> None:
-    """Check opset, names and dynamic axes as the file declares them."""
-    structure, _ = read_model(path)
+def check_file(path: Path, signature: Signature, opset: int, changed: Sequence[str] = ()) -> None:
+    """Check opset, names and dynamic axes as the file declares them, and that none is ``changed``.
+
+    These are parameters and buffers that calls change: the file would hold values of the tool's.
+    """
+    structure, weights = read_model(path)
     problems = []
     found = {entry.domain: entry.version for entry in structure.opset_import}.get("")
     if found != opset:
@@ -55,6 +64,8 @@ def check_file(path: Path, signature: Signature, opset: int) -> None:
             )
         by_name = {value.name: value for value in values}
         problems += [p for s in specs if s.name in by_name for p in _frozen(s, by_name[s.name])]
+    held = [tensor.name for tensor in weights if tensor.name in changed]
+    problems += [f"it holds {name}, which a call changes, in eval mode too" for name in held]
     if problems:
         raise ExportError(f"the exporter wrote another model:{listed(problems)}")
 
@@ -136,7 +147,7 @@ def prove_axes(model: nn.Module, path: Path, signature: Signature, suspicions: l
         model: In eval mode.
         path: The exported file.
         signature: Names, dtypes and axes.
-        suspicions: What the tracer had warned of, for the message.
+        suspicions: What may be the reason, in sentences, for the message.
 
     Raises:
         DataError: If the model's own examples do not fit the signature.
@@ -148,8 +159,8 @@ def prove_axes(model: nn.Module, path: Path, signature: Signature, suspicions: l
         session = open_session(path, level="none", spinning=False)
     except InvalidModelError as error:
         raise ExportError(f"ONNX Runtime can't load what was exported: {error}") from error
-    because = f" The tracer had warned: {suspicions[0]}" if suspicions else ""
-    exported = {"batch": 2} | export_lengths(signature)
+    because = "".join(f" {text}" for text in suspicions[:1])
+    exported = {"batch": signature.fixed_batch or 2} | export_lengths(signature)
     for trial in _trials(examples):
         frozen = ""
         if trial.axis in exported:
@@ -164,7 +175,7 @@ def prove_axes(model: nn.Module, path: Path, signature: Signature, suspicions: l
             )
             raise ExportError(
                 f"{type(model).__name__} can't run at {trial.where}, so its axes are not "
-                f"dynamic: {short_reason(error)}{advice}"
+                f"dynamic: {short_reason(error)}{advice}{because}"
             ) from error
         try:
             values = run_onnx(session, trial.inputs, signature)
@@ -196,16 +207,30 @@ def _require_same(
     if not np.allclose(value, expected, rtol=0, atol=_PROOF_TOLERANCE * scale, equal_nan=True):
         raise ExportError(
             f"{name} differs grossly from PyTorch at {where} on other data than was exported "
-            f"with{frozen}: the model's result depends on its batch, on chance or on a branch "
-            f"that the graph does not have.{because}"
+            f"with{frozen}: the model's result depends on its batch, on a branch or on an "
+            f"operator that the graph does not have so.{because}"
         )
 
 
 def short_reason(error: BaseException) -> str:
     """The innermost error in one line, without the exporter's advice and terminal colours."""
+    error = innermost(error)
+    return first_line(str(error)) or type(error).__name__
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What was raised first."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(str(error)) or type(error).__name__
+    return error
+
+
+def line_of(error: BaseException) -> str:
+    """Where in code that is neither PyTorch's nor this package's an error was raised, in words."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.line and not frame.filename.startswith(_EXPORTERS):
+            return f" (line {frame.lineno}, in {frame.name}: `{frame.line}`)"
+    return ""
 
 
 def first_line(text: str) -> str:

@@ -23,21 +23,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from heimdall_onnx.common.errors import EvidenceError, ExportError, ParameterError
+from heimdall_onnx.common.errors import ExportError, HeimdallError, ParameterError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.model.branches import find_branch
+from heimdall_onnx.model.copies import copy_model
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs
 from heimdall_onnx.model.onnx.checks import (
     check_file,
     export_lengths,
     first_line,
+    innermost,
+    line_of,
     named_axes,
     prove_axes,
     short_reason,
 )
 from heimdall_onnx.model.onnx.file import write_model
+from heimdall_onnx.model.repetition import Answer, repeatable_answer, restore
 from heimdall_onnx.model.signature import Signature, signature_of
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ OPSETS = range(9, 24)
 _FIRST_TORCH_EXPORT_OPSET = 18
 ONE_FILE_LIMIT = 2**31 - 1  # protobuf's largest message
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+_WITH_TENSORS = "Compute with tensors only: both ways, chosen with torch.where."
 # What torch.export says of an axis that two inputs share, as the signature says they do.
 _ALIKE = re.compile(r"axis name: (.+) will not be used, .* with another axis: \1\.")
 
@@ -126,9 +131,7 @@ def export_model(
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
             made = Path(folder) / target.name
             with eval_mode(model):
-                suspicions = _export(model, made, examples, opset, do_constant_folding)
-                check_file(made, signature, opset)
-                prove_axes(model, made, signature, suspicions)
+                _export(model, made, examples, opset, do_constant_folding)
             return _publish(made, target, opset, started)
     except OSError as error:
         raise ExportError(f"can't write {target}: {error.strerror or error}") from error
@@ -146,80 +149,103 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: bool) -> list[str]:
-    """Write the file and return what the tracer found suspicious."""
-    signature = examples.signature
-    inputs = examples.valid(2, lengths=export_lengths(signature))
+def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: bool) -> None:
+    """Write the file and prove it; where that fails, say whether the other exporter can."""
+    signature, order = examples.signature, input_order(model, examples.signature)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    order = input_order(model, signature)
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-    example = tuple(tensors[name] for name in (*order.positional, *order.keywords))
+    lengths, count = export_lengths(signature), signature.fixed_batch or 2
+    example, other = (
+        {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        for arrays in (examples.valid(count, seed, lengths) for seed in (0, 1))
+    )
+
+    def call(tensors: Mapping[str, torch.Tensor]) -> Any:
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        positional = [copies.pop(name) for name in order.positional]
+        return model(*positional, **copies)
+
     try:
-        with _quiet_exporter() as caught, torch.no_grad():
-            before = _state(model)
-            result = model(
-                *(tensors[name].clone() for name in order.positional),
-                **{name: tensors[name].clone() for name in order.keywords},
+        with _quiet_exporter(), torch.no_grad():
+            named = partial(named_outputs, model, signature=signature)
+            answer = repeatable_answer(model, call, (example, other), named)
+    except HeimdallError as error:
+        raise ExportError(str(error)) from error
+    except Exception as error:  # the model's own code
+        raise _failed(model, opset, error) from error
+    write = partial(_write_proven, model, signature, example, order, answer, fold)
+    try:
+        write(path, opset)
+    except ExportError as error:
+        further = 20 if opset < _FIRST_TORCH_EXPORT_OPSET else 17
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                write(Path(folder) / path.name, further)
+        except (HeimdallError, OSError):
+            raise error from error.__cause__
+        raise ExportError(
+            f"{str(error).rstrip('.')}. Opset {further} does better: choose it. There the export "
+            "agrees with PyTorch as far as was tried."
+        ) from error
+
+
+def _write_proven(
+    model: nn.Module,
+    signature: Signature,
+    tensors: Mapping[str, torch.Tensor],
+    order: InputOrder,
+    answer: Answer,
+    fold: bool,
+    path: Path,
+    opset: int,
+) -> None:
+    traced = opset < _FIRST_TORCH_EXPORT_OPSET
+    with _quiet_exporter(), torch.no_grad():
+        branch = find_branch(copy_model(model), tensors, *order.positional) if traced else ""
+    if branch:
+        raise ExportError(
+            f"{type(model).__name__} {branch}. Up to opset {_FIRST_TORCH_EXPORT_OPSET - 1} a "
+            f"graph has only what the example took. {_WITH_TENSORS}"
+        )
+    try:
+        with (
+            _quiet_exporter() as caught,
+            torch.no_grad(),
+            _plain_forward(model, order, answer.result, signature) as (taken, given),
+        ):
+            export = partial(
+                torch.onnx.export,
+                model,
+                tuple(tensors[name] for name in (*order.positional, *order.keywords)),
+                opset_version=opset,
+                input_names=taken,
+                output_names=given,
             )
-            _require_unchanged(model, before)
-            if opset < _FIRST_TORCH_EXPORT_OPSET:
-                _require_one_way(model, tensors, order)
-            with _plain_forward(model, order, result, signature) as (taken, given):
-                export = partial(
-                    torch.onnx.export,
-                    model,
-                    example,
-                    opset_version=opset,
-                    input_names=taken,
-                    output_names=given,
-                )
-                if opset < _FIRST_TORCH_EXPORT_OPSET:
-                    _torchscript(export, path, signature, fold)
-                else:
-                    shapes = _dynamic_shapes(model, signature, taken)
-                    _torch_export(export, path, signature, fold, shapes)
-    except (OSError, ExportError):
+            if traced:
+                _torchscript(export, path, signature, fold)
+            else:
+                shapes = _dynamic_shapes(model, signature, taken)
+                _torch_export(export, path, signature, fold, shapes)
+        check_file(path, signature, opset, answer.changed)
+        prove_axes(model, path, signature, _suspicions(caught))
+    except (OSError, HeimdallError):
         raise
     except Exception as error:  # exporters raise whatever the model's code makes them raise
-        raise ExportError(
-            f"{type(model).__name__} can't be exported to opset {opset}: "
-            f"{_frozen_axis(error, model, order, signature)}{short_reason(error)}"
-        ) from error
-    return _suspicions(caught)
+        raise _failed(model, opset, error, _frozen_axis(error, model, order, signature)) from error
+    finally:
+        restore(model, answer.state)
 
 
-def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def _require_unchanged(model: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a model that a call has changed; a cache of another length is no such change."""
-    changed = [
-        name
-        for name, tensor in _state(model).items()
-        if name in before
-        and before[name].shape == tensor.shape
-        and not torch.equal(before[name].nan_to_num(), tensor.nan_to_num())
-    ]
-    if changed:
-        raise ExportError(
-            f"{type(model).__name__} changes {', '.join(changed)} when it is called, in eval mode "
-            "too: what it answers depends on the calls before, and the file would hold other "
-            "values than the checkpoint. Do so in training only (`if self.training:`), or make it "
-            "an input and an output."
+def _failed(model: nn.Module, opset: int, error: Exception, axis: str = "") -> ExportError:
+    inner = innermost(error)
+    reason, where = short_reason(inner), line_of(inner)
+    if "data-dependent" in reason or type(inner).__name__ == "DataDependentOutputException":
+        reason = (
+            "its code asks for values that only a call knows: a branch or loop on them, or "
+            f"`.item()`{where}. {_WITH_TENSORS} (data-dependent, {reason})"
         )
-
-
-def _require_one_way(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], order: InputOrder
-) -> None:
-    if branch := find_branch(model, tensors, *order.positional):
-        raise ExportError(
-            f"{type(model).__name__} branches on the values of its inputs: {branch}. Up to opset "
-            f"{_FIRST_TORCH_EXPORT_OPSET - 1} a graph has only the way that the example took. "
-            "Compute both ways and choose with torch.where."
-        )
+    else:
+        reason = f"{axis}{reason}{where}"
+    return ExportError(f"{type(model).__name__} can't be exported to opset {opset}: {reason}")
 
 
 @contextlib.contextmanager
@@ -231,10 +257,7 @@ def _plain_forward(
     Nothing is done to a model that does so already. Where inputs go by name or outputs lie in one
     another, each exporter orders them in a way of its own, and none can be told their names.
     """
-    try:
-        outputs = named_outputs(model, result, signature)
-    except EvidenceError as error:
-        raise ExportError(str(error)) from error
+    outputs = named_outputs(model, result, signature)
     if not order.keywords and _is_plain(result, len(outputs)):
         yield list(order.positional), list(outputs)
         return
@@ -273,9 +296,7 @@ def _frozen_axis(
     error: BaseException, model: nn.Module, order: InputOrder, signature: Signature
 ) -> str:
     """Which axis torch.export found frozen, by the signature's names; empty if it was not that."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    found = _STATIC.search(str(error))
+    found = _STATIC.search(str(innermost(error)))
     if found is None:
         return ""
     length, argument, item, axis = found.groups()
@@ -415,7 +436,8 @@ def _suspicions(caught: list[warnings.WarningMessage]) -> list[str]:
     for text, category in found.items():
         log.warning("exporter_warning", category=category.__name__, message=text)
     tracer = torch.jit.TracerWarning  # type: ignore[attr-defined]
-    return [text for text, category in found.items() if issubclass(category, tracer)]
+    warned = (text for text, category in found.items() if issubclass(category, tracer))
+    return [f"The tracer had warned: {text}" for text in warned]
 
 
 def _publish(made: Path, target: Path, opset: int, started: float) -> ExportResult:

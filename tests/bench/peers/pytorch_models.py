@@ -12,8 +12,8 @@ from entry import Entry
 from task import read
 from torch._inductor import config
 
-from heimdall_onnx.evidence.latency.contenders import pickle_model
 from heimdall_onnx.model.checkpoint import load_checkpoint
+from heimdall_onnx.model.copies import pickle_model
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     torch.set_num_threads(entry.threads)
     model = load_checkpoint(entry.model).model.eval()
     path = entry.out / "model.pkl"
-    pickle_model(model, path)
+    path.write_bytes(pickle_model(model))
     example = torch.from_numpy(read(entry.calibration)[0][:1])
     if entry.form == "eager":
         with entry.phase("first call"), torch.inference_mode():

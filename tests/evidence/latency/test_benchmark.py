@@ -24,7 +24,7 @@ import records
 import torch
 from models import SmallNet
 
-from heimdall_onnx.common.errors import BenchmarkError
+from heimdall_onnx.common.errors import BenchmarkError, EvidenceError
 from heimdall_onnx.common.parameters import PROFILES, ReleaseParameters
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency import benchmark, contenders
@@ -557,7 +557,7 @@ def test_model_of_a_script_is_measured(onnx_path, tmp_path):
 def test_model_that_can_not_be_pickled_is_refused_in_words(onnx_path, temporary):
     model = SmallNet()
     model.lock = threading.Lock()
-    with pytest.raises(BenchmarkError, match=r"SmallNet can't be handed .*lock"):
+    with pytest.raises(EvidenceError, match=r"SmallNet can't be handed .*lock"):
         measure_latency(model, onnx_path, generic_inputs(SIGNATURE, 1), SIGNATURE)
     assert list(temporary.iterdir()) == []
 

@@ -1,0 +1,154 @@
+"""Whether a model answers the same inputs alike each time, and what keeps it from doing so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from heimdall_onnx.common.errors import ExportError
+from heimdall_onnx.model.branches import line_of
+
+# Rounding that hangs on the order of threads stays below, and a gate above.
+_RTOL = 1e-5
+_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_BARE = nn.Module()
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers, however often it is asked.
+
+    Attributes:
+        result: As it returned it.
+        state: Its parameters and buffers by their names, as they were before it was called.
+        changed: Those that calls change without changing any answer.
+    """
+
+    result: Any
+    state: State
+    changed: list[str]
+
+
+def restore(model: nn.Module, state: State) -> list[str]:
+    """Give changed parameters and buffers the values that they had; the names of those.
+
+    A cache that has another length by now is left as it is.
+    """
+    found = _tensors(model)
+    changed = [
+        name
+        for name, old in state.items()
+        if name in found
+        and found[name].shape == old.shape
+        and not torch.equal(found[name].nan_to_num(), old.nan_to_num())
+    ]
+    with torch.no_grad():
+        for name in changed:
+            found[name].copy_(state[name])
+    return changed
+
+
+def repeatable_answer(
+    model: nn.Module,
+    call: Callable[[Any], Any],
+    inputs: tuple[Any, Any],
+    named: Callable[[Any], State],
+) -> Answer:
+    """What a model answers, if that hangs on its inputs alone; its state is left as it was.
+
+    Args:
+        model: In eval mode; gradients are off.
+        call: Runs it on inputs.
+        inputs: Those that are asked for, and others, which must leave nothing behind.
+        named: Gives what a call returned by the names of the outputs.
+
+    Raises:
+        ExportError: Naming what draws random numbers, or what a call changes.
+    """
+    state = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+    kept = _attributes(model)
+    call(inputs[1])
+    second = call(inputs[0])
+    changed = restore(model, state)
+    first = call(inputs[0])
+    restore(model, state)
+    name, difference = _difference(named(first), named(second))
+    if not name:
+        return Answer(first, state, changed)
+    with _Watch(model) as watch:
+        call(inputs[0])
+    changed += [name for name, one in _attributes(model).items() if kept.get(name, one) != one]
+    differs = f"{name} differs by {difference:.3g} on the same inputs, since"
+    who, training = type(model).__name__, "in training only (`if self.training:`)"
+    restore(model, state)
+    raise ExportError(
+        f"PyTorch itself answers otherwise each time: {differs} {watch.drawn} draws random "
+        f"numbers. Draw them {training}, or make them an input."
+        if watch.drawn
+        else f"{who} changes {', '.join(changed) or 'something'} when it is called, in eval mode "
+        f"too: {differs} it depends on the calls before, and the file would hold other values "
+        f"than the checkpoint. Do so {training}, or make it an input and an output."
+    )
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _attributes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What every other attribute of every module is, and how long."""
+    return {
+        f"{where}.{name}".lstrip("."): (id(value), len(value) if isinstance(value, Sized) else 0)
+        for where, module in model.named_modules()
+        for name, value in vars(module).items()
+        if not hasattr(_BARE, name)
+    }
+
+
+def _difference(first: State, second: State) -> tuple[str, float]:
+    """The first output that differs by more than rounding, and by how much at most."""
+    for name, one in first.items():
+        other = second[name]
+        if one.shape != other.shape:
+            return name, float("inf")
+        expected, found = (t.double().nan_to_num(posinf=1e300, neginf=-1e300) for t in (one, other))
+        error = (expected - found).abs().max().item() if expected.numel() else 0.0
+        if error > _RTOL * expected.abs().max().item():
+            return name, error
+    return "", 0.0
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Finds the first operator that draws random numbers, and whose it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self.drawn = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.drawn and torch.Tag.nondeterministic_seeded in func.tags:
+            self.drawn = str(func.overloadpacket) + self._place()
+        return func(*args, **(kwargs or {}))
+
+    def _place(self) -> str:
+        """The innermost module that is at work, and the line of code that is not PyTorch's."""
+        module = line = ""
+        frame = sys._getframe(2)
+        while frame.f_back is not None and not frame.f_code.co_filename.startswith(_HERE):
+            code, owner = frame.f_code, id(frame.f_locals.get("self"))
+            if not module and self._names.get(owner):
+                module = f" in {self._names[owner]}"
+            if not line and not code.co_filename.startswith(_TORCH):
+                line = f" ({line_of(frame)})"
+            frame = frame.f_back
+        return module + line
