@@ -132,24 +132,16 @@ def release(checkpoints: tuple[str, ...], **options: Any) -> None:
 @json_option
 def inspect(checkpoint: str, as_json: bool) -> None:
     """Show what CHECKPOINT holds, and how to go on. Nothing in it is executed."""
+    import yaml
+
     from heimdall_onnx.model.readings import describe_content, read_content
 
     found = describe_content(read_content(checkpoint))
     if as_json:
         click.echo(json.dumps(found))
         return
-    lines = [("checkpoint", f"{found['file']} ({found['kind']})")]
-    for one in found["readings"]:
-        dtypes = ", ".join(f"{n} × {dtype}" for dtype, n in one["dtypes"].items())
-        about = f"{one['tensors']} tensors ({dtypes}), {one['elements']:,} elements"
-        about += f", all names begin with {one['prefix']}" if one["prefix"] else ""
-        about += f", in a pickled {one['pickled']}: not read" if one["pickled"] else ""
-        lines.append((f"weights {one['weights']}", about))
-    for key, name in (("skipped", "not loaded"), ("hyper_parameters", "argument")):
-        lines += [(f"{name} {where}", what) for where, what in found[key].items()]
-    lines.append(("go on with", found["command"]))
-    width = max(len(name) for name, _ in lines) + 2
-    click.echo("\n".join(visible_lines(f"{name:<{width}}{text}") for name, text in lines))
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
+    click.echo(visible_lines(yaml.safe_dump(found, width=10**6, **style)))
 
 
 def _combine(
@@ -230,7 +222,7 @@ def _release(
     values = {k: v for k, v in options.items() if v is not None} | dict(extra)
     try:
         from heimdall_onnx.common.parameters import check_parameters
-        from heimdall_onnx.model.readings import read_content, require_weights
+        from heimdall_onnx.model.readings import read_weights
 
         if own := {"publish", "output_dir"} & {name for name, _ in extra}:
             raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the command sets it")
@@ -238,7 +230,7 @@ def _release(
         settings = Settings.load()
         if parameters.checkpoint:
             # What the file alone tells is told before PyTorch is imported.
-            require_weights(read_content(parameters.checkpoint))
+            read_weights(parameters.checkpoint)
         parameters = parameters.model_copy(update=inputs(settings, parameters))
     except HeimdallError as error:
         if as_json or junit_file or summary_file:

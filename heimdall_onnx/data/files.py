@@ -62,7 +62,8 @@ def _read_tensors(path: Path) -> Arrays:
     for name, value in found.items():
         if isinstance(value, StoredTensor):
             tensor = value.tensor()
-            arrays[name] = (tensor.float() if value.dtype == "bfloat16" else tensor).numpy()
+            is_bfloat16 = str(tensor.dtype) == "torch.bfloat16"
+            arrays[name] = (tensor.float() if is_bfloat16 else tensor).numpy()
     return arrays
 
 

@@ -8,8 +8,8 @@ import re
 import shutil
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,14 +27,14 @@ from heimdall_onnx.common.text import count_of, listed, shown
 from heimdall_onnx.model.construction import plan_model
 from heimdall_onnx.model.copies import remember_maker
 from heimdall_onnx.model.formats import Located, locate
-from heimdall_onnx.model.pickles import StoredTensor, name_of, restored
+from heimdall_onnx.model.pickles import StoredTensor, name_of
 from heimdall_onnx.model.readings import (
     AVERAGED,
     Content,
     Reading,
     must_be_converted,
     read_content,
-    require_weights,
+    read_weights,
 )
 from heimdall_onnx.model.signature import Signature, signature_of
 from heimdall_onnx.model.signature_file import (
@@ -89,9 +89,6 @@ class LoadedModel:
             there is one, else by its class.
         path: The checkpoint.
         sha256: SHA-256 of the checkpoint.
-        layout: ``"safetensors"`` or ``"distributed"``; else where the weights are,
-            ``"model_state_dict"`` for example, which is ``"lightning"`` for ``state_dict``, and
-            ``"state_dict"`` where nothing is around them.
         weights: Which of the weights in the file were taken, as ``weights`` of `load_checkpoint`.
         notes: What was migrated, converted, skipped or left aside, in words.
         hyper_parameters: As the checkpoint records them; empty if it doesn't.
@@ -108,7 +105,6 @@ class LoadedModel:
     signature: Signature
     path: Path
     sha256: str
-    layout: str
     weights: str
     notes: tuple[str, ...]
     hyper_parameters: dict[str, Any]
@@ -126,14 +122,6 @@ class LoadedModel:
         if hasattr(self.model, "signature"):
             return "the model's class"
         return "nobody: the model is taken to have that of the reference model"
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What came of loading a reading: what is wrong with it, and what is worth saying."""
-
-    problems: list[str]
-    notes: list[str]
 
 
 def load_checkpoint(
@@ -170,18 +158,14 @@ def load_checkpoint(
         ParameterError: If the model can't be imported or built.
         DataError: If the signature can't be read or contradicts itself.
     """
-    content = read_content(path)
+    content = read_weights(path)
     source = content.source.path
     planned = plan_model(model, content, model_kwargs or {}, submodule)
     declared = find_signature_file(source)
-    about = f"{model} built with {planned.arguments}"
-    built = None if planned.recorded else planned.build()
     # A file's own numbers must not decide how much memory a model takes.
-    reading = _choose(content, lambda: planned.outline() or planned.build(), about, weights, built)
-    built = built or planned.build()
-    fit = load_reading(built, reading)
-    if fit.problems:
-        raise _unfit(content, about, reading, fit)
+    reading = _choose(content, planned.outline, planned.about, weights)
+    built = planned.build()
+    notes = _load(built, content, reading, planned.about)
     if declared is not None:
         _declare(built, declared)
     sha256 = hash_checkpoint(content.source)
@@ -194,9 +178,8 @@ def load_checkpoint(
         signature=signature_of(built),
         path=source,
         sha256=sha256,
-        layout=_layout(content, reading),
         weights=reading.label,
-        notes=tuple(dict.fromkeys((*fit.notes, *skipped, *planned.notes))),
+        notes=tuple(dict.fromkeys((*notes, *skipped, *planned.notes))),
         hyper_parameters=planned.hyper_parameters,
         model_spec=model,
         model_kwargs=planned.kwargs,
@@ -216,11 +199,9 @@ def load_weights(network: nn.Module, path: Path | str) -> None:
     Raises:
         CheckpointError: As `load_checkpoint`.
     """
-    content, about = read_content(path), type(network).__name__
-    reading = _choose(content, lambda: copy.deepcopy(network), about, "", network)
-    fit = load_reading(network, reading)
-    if fit.problems:
-        raise _unfit(content, about, reading, fit)
+    content, about = read_weights(path), type(network).__name__
+    reading = _choose(content, lambda: copy.deepcopy(network), about)
+    _load(network, content, reading, about)
 
 
 def read_plain(path: Path | str) -> Any:
@@ -231,7 +212,7 @@ def read_plain(path: Path | str) -> Any:
     """
     content = read_content(path)
     try:
-        return restored(content.tree)
+        return copy.deepcopy(content.tree)
     except Exception as error:
         found = ", ".join(content.skipped.values()) or str(error)
         raise CheckpointError(
@@ -242,10 +223,9 @@ def read_plain(path: Path | str) -> Any:
 
 def hash_checkpoint(source: Located) -> str:
     """SHA-256 of a checkpoint's file; of several, of their names and hashes."""
-    if len(source.files) == 1:
-        return hash_file(source.files[0])
-    lines = "".join(f"{hash_file(file)}  {file.name}\n" for file in source.files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    hashes = [hash_file(file) for file in source.files]
+    lines = [f"{one}  {file.name}\n" for one, file in zip(hashes, source.files, strict=True)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def single_file(path: Path | str, folder: Path) -> Path:
@@ -266,13 +246,6 @@ def single_file(path: Path | str, folder: Path) -> Path:
     if (signature := signature_path(source.path)).exists():
         shutil.copy(signature, signature_path(target))
     return target
-
-
-def _layout(content: Content, reading: Reading) -> str:
-    if content.source.kind != "pytorch":
-        return content.source.kind
-    last = reading.keys[-1] if reading.keys else ""
-    return {"": "state_dict", "state_dict": "lightning"}.get(last, last)
 
 
 def _members(
@@ -306,129 +279,106 @@ def _declare(model: nn.Module, file: SignatureFile) -> None:
 
 
 def _choose(
-    content: Content,
-    fresh: Callable[[], nn.Module],
-    about: str,
-    weights: str,
-    built: nn.Module | None,
+    content: Content, fresh: Callable[[], nn.Module], about: str, weights: str = ""
 ) -> Reading:
-    """The weights that are meant, tried on ``fresh`` modules where several may be.
-
-    A single one is left to be tried by loading it into what is ``built`` already.
-    """
-    require_weights(content)
-    own = [*(built or fresh()).state_dict()]
+    """The weights that are meant, which are tried on ``fresh`` modules."""
+    own = [*fresh().state_dict()]
     readings = [found for reading in content.readings for found in reading.fitted(own)]
     path, chosen = content.source.path, weights.strip("/").replace("/", ".")
     named = [r for r in readings if chosen in ("", r.label, ".".join(r.keys))]
     if not named:
         labels = shown(", ".join(dict.fromkeys(reading.label for reading in readings)))
         raise CheckpointError(f"{path} holds no weights {chosen!r}; it holds {labels}")
-    if len(named) == 1 and built is not None:
-        tried = [(named[0], _Fit([], []))]
-    else:
-        tried = [(reading, load_reading(fresh(), reading)) for reading in named]
-    fits: list[Reading] = []
-    # Averages are a question even after one step, when they still are what they are averages of.
-    apart = any(AVERAGED.search(reading.label) for reading in content.readings)
-    for reading, fit in sorted(tried, key=lambda one: one[0].pickled != ""):
-        same = any(_equal(reading, other) for other in fits if not (apart or reading.pickled))
-        if not fit.problems and not same:
-            fits.append(reading)
+    most = max(reading.matches for reading in named)
+    tried = [(r, load_reading(fresh(), r)[0]) for r in named if 2 * r.matches >= most]
+    fits = [reading for reading, problems in tried if not problems]
     if not fits:
-        reading, fit = min(tried, key=lambda one: len(one[1].problems))
-        raise _unfit(content, about, reading, fit)
-    others = {r.label: len(r.inside) for r in named if AVERAGED.search(r.label) and r not in fits}
+        raise _unfit(content, about, *min(tried, key=lambda one: len(one[1])))
     averaged = [
-        name
-        for name, count in (content.averaged | others).items()
-        if not chosen and 2 * count >= len(own) and all(name != r.label for r in fits)
+        f"{shown(r.label)}: averages of weights under names that do not fit"
+        for r in named
+        if not chosen and r not in fits and AVERAGED.search(r.label)
+        if 2 * (r.matches or len(r.tensors)) >= len(own)
     ]
     if len(fits) == 1 and not averaged:
-        if not fits[0].pickled:
-            return fits[0]
-        raise must_be_converted(content, fits[0])
+        if fits[0].pickled:
+            raise must_be_converted(content, fits[0])
+        return fits[0]
     ways = [
-        f"--weights {shown(r.label)}: {count_of(len(r.inside), 'value')}"
+        f"--weights {shown(r.label)}: {count_of(len(r.values), 'value')}"
         + (f", in a pickled {shown(r.pickled)}, not taken" if r.pickled else "")
-        for r in fits
+        for r in sorted(fits, key=lambda one: one.pickled != "")
     ]
-    ways += [f"{name}: averages of weights under names that do not fit" for name in averaged]
     raise CheckpointError(
         f"{path} holds several sets of weights that may be meant for {about}; choose one with "
-        f"--weights (weights=... in Python):{listed(ways)}"
+        f"--weights (weights=... in Python):{listed(ways + averaged)}"
     )
 
 
-def _equal(one: Reading, other: Reading) -> bool:
-    mine, theirs = (replace(r, values=r.inside).tensors for r in (one, other))
-    return mine.keys() == theirs.keys() and all(
-        torch.equal(stored.tensor(), theirs[name].tensor()) for name, stored in mine.items()
-    )
+def _load(network: nn.Module, content: Content, reading: Reading, about: str) -> list[str]:
+    problems, notes = load_reading(network, reading)
+    if problems:
+        raise _unfit(content, about, reading, problems)
+    return notes
 
 
-def _unfit(content: Content, about: str, reading: Reading, fit: _Fit) -> CheckpointError:
+def _unfit(
+    content: Content, about: str, reading: Reading, problems: Sequence[str]
+) -> CheckpointError:
     where = "" if reading.label == "." else f" (its weights {reading.label})"
     return CheckpointError(
-        f"{content.source.path}{where} does not fit {about}; was it trained with other "
-        f"model_kwargs? {len(fit.problems)} problems:{listed(fit.problems)}"
+        f"{content.source.path}{where} does not fit {about}; "
+        f"{count_of(len(problems), 'problem')}:{listed(problems)}"
     )
 
 
-def load_reading(network: nn.Module, reading: Reading) -> _Fit:
-    """Load weights by the module's own ``load_state_dict``, and say what it made of them.
+def load_reading(network: nn.Module, reading: Reading) -> tuple[list[str], list[str]]:
+    """Load weights by the module's own ``load_state_dict``.
 
-    On the device "meta" only names and shapes are judged.
+    On the device "meta" only names, shapes and the file's own values are judged.
+
+    Returns:
+        What is wrong, and what was migrated or left aside, in words.
     """
-    own = network.state_dict(keep_vars=True)
-    state, other, problems, notes = OrderedDict[str, Any](), {}, [], []
-    for name, value in reading.inside.items():
+    own: dict[str, Any] = network.state_dict(keep_vars=True)
+    state, other = OrderedDict[str, Any](), dict[str, str]()
+    problems: dict[str, str] = {}
+    notes = []
+    for name, value in reading.values.items():
         try:
-            if isinstance(value, StoredTensor):
-                state[name] = value.tensor()
-            elif name.endswith("_extra_state"):
-                state[name] = restored(value)
+            if name.endswith("_extra_state") and not isinstance(value, StoredTensor):
+                state[name] = copy.deepcopy(value)
+            elif isinstance(value, StoredTensor):
+                state[name], mine = value.tensor(), own.get(name)
+                if isinstance(mine, Tensor) and is_lazy(mine):
+                    notes.append(f"as large as in the file: {name}")
+                elif isinstance(mine, Tensor) and (problem := _unlike(name, state[name], mine)):
+                    problems[name] = problem
+                    del state[name]
+                elif isinstance(mine, Tensor) and state[name].shape != mine.shape:
+                    notes.append(f"taken as a scalar: {name}, saved with an axis")
             else:
-                other[name] = name_of(value) or type(value).__name__
+                other[name] = f" (the file has a {name_of(value) or type(value).__name__} there)"
         except Exception as error:  # the file says what it likes
-            problems.append(f"can't be read: {shown(name)}: {shown(str(error))}")
-            other[name] = ""
-    for name, value in [*state.items()]:
-        mine: Any = own.get(name)
-        if is_lazy(mine):
-            notes.append(f"as large as in the file: {name}")
-        elif isinstance(value, Tensor) and isinstance(mine, Tensor):
-            if problem := _unlike(name, value, mine):
-                problems.append(problem)
-                other[name] = ""
-                del state[name]
-            elif value.shape != mine.shape:
-                notes.append(f"taken as a scalar: {name}, saved with an axis")
-    given = set(state)
-    versions = reading.inside_versions
-    if versions:
-        state._metadata = versions  # type: ignore[attr-defined]
-    made = {n: b.clone() for n, b in network.named_buffers() if n in own and _not_finite(b)}
+            problems[name] = f"can't be read: {shown(name)}: {shown(str(error))}"
+    state._metadata = reading.versions or None  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing is copied to the device "meta"
-            found = network.load_state_dict(state, strict=False)
-        missing, unexpected = found.missing_keys, found.unexpected_keys
+            missing, unexpected = network.load_state_dict(state, strict=False)
     except Exception as error:  # whatever the model's hooks raise; PyTorch has a line for each
         first, *lines = str(error).splitlines() or [""]
         texts = lines or [f"{type(error).__name__}: {first}"]
-        return _Fit([*problems, *(shown(text, 500) for text in texts)], notes)
-    roots = {name.partition(".")[0] for name in own}
-    there = {id(own[name]) for name in given if name in own}
+        return [*problems.values(), *(shown(text, 500) for text in texts)], notes
+    there = {id(own[name]) for name in state if name in own}
     for name in missing:
         if id(own[name]) in there:
             notes.append(f"tied to another weight, which is there: {name}")
         elif name.endswith(_NEEDLESS):
             notes.append(f"not in the file, left as the model makes it: {name}")
-        elif other.get(name) != "":
-            at = f" (the file has a {other[name]} there)" if name in other else ""
-            problems.append(f"missing: {name}{at}")
-    aside = [name for name in reading.values if not name.startswith(reading.prefix)]
+        else:
+            problems.setdefault(name, f"missing: {name}{other.get(name, '')}")
+    roots, aside = {name.partition(".")[0] for name in own}, [*reading.aside]
     for name in unexpected:
         root, _, rest = name.partition(".")
         # A number without a fraction counts something; another one may be a part of the model.
@@ -437,44 +387,59 @@ def load_reading(network: nn.Module, reading: Reading) -> _Fit:
         if beside or name.endswith("position_ids"):
             aside.append(name)
         else:
-            problems.append(f"unexpected: {shown(name)}")
+            problems[name] = f"unexpected: {shown(name)}"
     if aside:
         notes.append(f"left aside, no part of the model: {shown(', '.join(aside))}")
-    left = {*missing, *unexpected}
-    renamed, added = sorted(given - own.keys() - left), sorted(own.keys() - given - left)
+    left = {*missing, *unexpected, *problems}
+    renamed, added = (
+        sorted(state.keys() - own.keys() - left),
+        sorted(own.keys() - state.keys() - left),
+    )
     if renamed or added:
         texts = [shown(", ".join(names)) or "nothing" for names in (renamed, added)]
         notes.append(f"migrated by its modules: {texts[0]} became {texts[1]}")
-    notes += [
-        f"{type(module).__name__} {name}: version {version} loaded into version {module._version}"
-        for name, module in network.named_modules()
-        if (version := versions.get(name, {}).get("version", module._version)) != module._version
-    ]
+    for name in renamed:
+        if isinstance(state[name], Tensor) and (problem := _not_finite(name, state[name])):
+            problems[name] = problem
+    for name, module in network.named_modules():
+        version = reading.versions.get(name, {}).get("version", module._version)
+        if version != module._version:
+            kind = type(module).__name__
+            notes.append(f"{kind} {name}: version {version} loaded into version {module._version}")
     kinds = Counter(
         (str(state[n].dtype)[6:], str(own[n].dtype)[6:])
-        for n in given & own.keys()
+        for n in state.keys() & own.keys()
         if isinstance(own[n], Tensor) and state[n].dtype != own[n].dtype
     )
     notes += [f"{count_of(n, 'tensor')} converted from {a} to {b}" for (a, b), n in kinds.items()]
     _settle_lazy(network)
-    problems += _non_finite(network, {*own} - {*other}, made)
-    return _Fit(problems, notes)
+    return [*problems.values()], notes
 
 
 def _unlike(name: str, value: Tensor, mine: Tensor) -> str:
     """Why a tensor can't become a weight; empty if it can."""
     if value.shape != mine.shape and not (mine.ndim == 0 and value.shape == (1,)):
         return f"wrong shape: {name} is {tuple(value.shape)}, the model's is {tuple(mine.shape)}"
-    types = f"{name}, the model's is {mine.dtype}"
-    if value.is_complex() and not mine.is_complex():
-        return f"complex: {types}"
     whole = not (value.is_floating_point() or value.is_complex())
-    if whole and mine.is_floating_point() and isinstance(mine, nn.Parameter):
-        return f"integers: {types}; quantized weights are nothing without their scales"
-    discrete = not (mine.is_floating_point() or mine.is_complex())
-    if value.is_floating_point() and discrete and not torch.equal(value, value.trunc()):
-        return f"fractions: {types}"
-    return ""
+    weight = isinstance(mine, nn.Parameter) and mine.is_floating_point()
+    counter = not whole and not value.is_complex() and not mine.is_floating_point()
+    fits = torch.can_cast(value.dtype, mine.dtype) or (
+        counter and torch.equal(value, value.trunc())
+    )
+    if not fits or (whole and weight):  # quantized weights are nothing without their scales
+        return f"wrong type: {name} is {value.dtype}, the model's is {mine.dtype}"
+    if isinstance(mine, nn.Parameter):
+        return _not_finite(name, value.to(mine.dtype))
+    # A buffer may hold them by its constructor, as a mask does.
+    return "" if mine.is_meta else _not_finite(name, value.to(mine.dtype), mine)
+
+
+def _not_finite(name: str, value: Tensor, made: Tensor | None = None) -> str:
+    wrong = ~torch.isfinite(value)
+    if made is not None and wrong.any():
+        wrong &= ~torch.isclose(value, made, equal_nan=True)
+    count = int(wrong.sum())
+    return f"NaN or Inf: {name}, {count} of {value.numel()} elements" if count else ""
 
 
 def _settle_lazy(network: nn.Module) -> None:
@@ -486,22 +451,3 @@ def _settle_lazy(network: nn.Module) -> None:
             del module._initialize_hook, module._load_hook
             if module.cls_to_become is not None:
                 module.__class__ = module.cls_to_become
-
-
-def _not_finite(value: Tensor) -> bool:
-    if is_lazy(value) or value.is_meta or not (value.is_floating_point() or value.is_complex()):
-        return False
-    return not bool(torch.isfinite(value).all())
-
-
-def _non_finite(network: nn.Module, names: set[str], made: Mapping[str, Tensor]) -> list[str]:
-    """Weights that are no numbers, but for those that the constructor itself makes so."""
-    problems = []
-    for name, value in (*network.named_parameters(), *network.named_buffers()):
-        if name in names and _not_finite(value):
-            wrong = ~torch.isfinite(value)
-            if name in made:
-                wrong &= ~torch.isclose(value, made[name], equal_nan=True)
-            if count := int(wrong.sum()):
-                problems.append(f"NaN or Inf: {name}, {count} of {value.numel()} elements")
-    return problems

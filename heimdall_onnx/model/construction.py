@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -21,7 +22,6 @@ from torch import nn
 from heimdall_onnx.common.errors import HeimdallError, ParameterError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed, shown
-from heimdall_onnx.model.pickles import restored
 from heimdall_onnx.model.readings import Content
 
 log = get_logger(__name__)
@@ -34,33 +34,29 @@ class Construction:
     """How a model is built, as often as it is needed.
 
     Attributes:
-        spec: Import string of what makes it.
-        make: That.
+        make: What makes it.
         kwargs: Its keyword arguments.
-        recorded: Those that the checkpoint records, which nobody vouches for.
-        path: The checkpoint.
+        about: Both, in words, and which arguments the checkpoint records.
         submodule: Which of its modules is the network; empty for the model itself.
         hyper_parameters: What the checkpoint records and can be loaded.
         notes: What was changed or left aside, in words.
     """
 
-    spec: str
     make: Callable[..., Any]
     kwargs: dict[str, Any]
-    recorded: tuple[str, ...]
-    path: Path
+    about: str
     submodule: str
     hyper_parameters: dict[str, Any]
     notes: tuple[str, ...]
 
-    def outline(self) -> nn.Module | None:
-        """The network with shapes in the place of weights; None if it can't be built so."""
+    def outline(self) -> nn.Module:
+        """The network with shapes in the place of weights; built in earnest if it can't be so."""
         try:
             with torch.device("meta"):
-                return self._network(self.make(**self.kwargs))
+                return self.build()
         except Exception:  # whatever the model's constructor raises; built in earnest it says why
             log.debug("outline_not_built", exc_info=True)
-            return None
+            return self.build()
 
     def build(self) -> nn.Module:
         """The network as its constructor leaves it.
@@ -70,38 +66,24 @@ class Construction:
         """
         try:
             made = self.make(**self.kwargs)
+        except HeimdallError:
+            raise
         except Exception as error:  # whatever the model's constructor raises
-            if isinstance(error, HeimdallError) and not self.recorded:
-                raise
-            recorded = ", ".join(self.recorded)
-            origin = f", of which {self.path} records {recorded}" if recorded else ""
-            reason = "" if isinstance(error, HeimdallError) else f"{type(error).__name__}: "
-            raise ParameterError(
-                f"{self.spec} can't be built with {self.arguments}{origin}: {reason}"
-                f"{shown(str(error), 1000)}"
-            ) from error
-        return self._network(made)
-
-    def _network(self, made: Any) -> nn.Module:
+            reason = f"{type(error).__name__}: {shown(str(error), 1000)}"
+            raise ParameterError(f"can't build {self.about}: {reason}") from error
         if not isinstance(made, nn.Module):
+            what = type(made).__name__
+            raise ParameterError(f"expected a torch.nn.Module, found {what}: {self.about}")
+        modules: dict[str, nn.Module] = dict(made.named_modules(remove_duplicate=False))
+        network = modules.get(self.submodule)
+        if network is None:
+            children = ", ".join(name for name, _ in made.named_children()) or "none"
             raise ParameterError(
-                f"model {self.spec!r} must make a torch.nn.Module, made {type(made).__name__}"
+                f"{type(made).__name__} has no submodule {self.submodule!r}; it has {children}"
             )
-        try:
-            network = made.get_submodule(self.submodule)
-        except AttributeError as error:
-            children = ", ".join(name for name, _ in made.named_children())
-            raise ParameterError(
-                f"{self.spec} has no submodule {self.submodule!r}; it has {children or 'none'}"
-            ) from error
         if network is not made and hasattr(made, "signature") and not hasattr(network, "signature"):
             network.signature = made.signature
         return network
-
-    @property
-    def arguments(self) -> str:
-        """Its arguments, for a message."""
-        return "{" + ", ".join(f"{n!r}: {shown(value)}" for n, value in self.kwargs.items()) + "}"
 
 
 def plan_model(
@@ -126,15 +108,15 @@ def plan_model(
     names = [
         n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
-    problems = [
-        f"no parameter {name!r}.{_near(name, names)}"
-        for name in given
-        if name not in names and not takes_any
-    ]
-    hyper, unread = _loaded(content.hyper_parameters)
+    hyper, unread, notes = dict[str, Any](), dict[str, str](), list[str]()
+    for name, value in content.hyper_parameters.items():
+        try:
+            hyper[name] = copy.deepcopy(value)
+        except Exception as error:  # of a class that is not loaded, or broken in any way
+            unread[name] = shown(str(error.args[0] if error.args else error))
+            notes.append(f"not loaded: hyper-parameter {shown(name)}, {unread[name]}")
     barred = {*getattr(make, "arguments_of_caller", ()), *given}
     recorded = {n: hyper[n] for n in names if n in hyper and n not in barred}
-    notes = [f"not loaded: hyper-parameter {name}, {kind}" for name, kind in unread.items()]
     for name, value in recorded.items():
         if isinstance(value, str | torch.device) and _ELSEWHERE.fullmatch(str(value)):
             recorded[name] = type(value)("cpu")
@@ -145,6 +127,8 @@ def plan_model(
     kwargs = recorded | dict(given)
     if "pretrained" in names and kwargs.get("pretrained", parameters["pretrained"].default):
         kwargs["pretrained"] = False
+    unknown = [] if takes_any else [name for name in given if name not in names]
+    problems = [f"no parameter {name!r}.{_near(name, names)}" for name in unknown]
     problems += [
         f"parameter {name!r} is required"
         + (f"; the file has a {unread[name]} there, which is not loaded" if name in unread else "")
@@ -156,18 +140,11 @@ def plan_model(
             f"{spec} can't be built from {sorted(kwargs) or 'no arguments'}; its parameters are "
             f"{', '.join(names) or 'none'}:{listed(problems)}"
         )
-    from_file = tuple(sorted(recorded.keys() - {"pretrained"}))
-    return Construction(spec, make, kwargs, from_file, path, submodule, hyper, tuple(notes))
-
-
-def _loaded(recorded: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    found, unread = {}, {}
-    for name, value in recorded.items():
-        try:
-            found[name] = restored(value)
-        except Exception as error:  # of a class that is not loaded, or broken in any way
-            unread[shown(name)] = shown(str(error.args[0] if error.args else error))
-    return found, unread
+    arguments = ", ".join(f"{name}={shown(value)}" for name, value in kwargs.items())
+    about = f"{spec} with {arguments or 'no arguments'}"
+    if from_file := sorted(recorded.keys() - {"pretrained"}):
+        about += f", of which {path} records {', '.join(from_file)}"
+    return Construction(make, kwargs, about, submodule, hyper, tuple(notes))
 
 
 def import_model(spec: str) -> Callable[..., Any]:
@@ -191,15 +168,12 @@ def import_model(spec: str) -> Callable[..., Any]:
         raise ParameterError(
             f"model {spec!r}: {module_name} has no {path!r}." + _near(path, classes)
         ) from None
-    if isinstance(found, nn.Module) or not callable(found):
-        kind = f"a {type(found).__name__}"
-    elif isinstance(found, type) and not issubclass(found, nn.Module):
-        kind = repr(found)
-    else:
+    is_class = isinstance(found, type)
+    if issubclass(found, nn.Module) if is_class else callable(found):
         return found  # type: ignore[no-any-return]
     raise ParameterError(
         f"model {spec!r} must be a subclass of torch.nn.Module or a function that makes one, "
-        f"is {kind}"
+        f"found {shown(found)}"
     )
 
 
@@ -212,20 +186,17 @@ def _import(name: str, spec: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise ParameterError(
-                f"model {spec!r}: {name} needs {error.name}, which is not installed"
-            ) from error
-        parent, _, last = error.name.rpartition(".")
-        siblings = getattr(sys.modules.get(parent), "__path__", None) if parent else None
-        names = [m.name for m in pkgutil.iter_modules(siblings)]
-        raise ParameterError(
-            f"model {spec!r}: there is no module {error.name!r}." + _near(last, names)
-        ) from error
+        missing = error.name or str(error)
+        cause: Exception = error
+        problem = f"{name} needs {missing}, which is not installed"
+        if f"{name}.".startswith(f"{missing}."):
+            parent, _, last = missing.rpartition(".")
+            siblings = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+            names = [m.name for m in pkgutil.iter_modules(siblings)]
+            problem = f"there is no module {missing!r}." + _near(last, names)
     except Exception as error:  # whatever the module's code raises
-        raise ParameterError(
-            f"model {spec!r}: {name} can't be imported: {type(error).__name__}: {error}"
-        ) from error
+        cause, problem = error, f"{name} can't be imported: {type(error).__name__}: {error}"
+    raise ParameterError(f"model {spec!r}: {problem}") from cause
 
 
 def _near(name: str, names: Iterable[str]) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import zipfile
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ Kind = Literal["pytorch", "safetensors", "distributed"]
 _ORIGIN = "give the PyTorch weights that it was made of"
 _KERAS = "only PyTorch's weights are read"
 _PROGRAM = "it is a program with its weights; give the state dict of the module it was made of"
+_DATA = "evaluation data are given as --eval-data"
 _UNPACK = "unpack it and give the checkpoint in it"
 # By the bytes at a place, what a file is.
 _SIGNS = (
@@ -26,7 +27,7 @@ _SIGNS = (
     (0, b"\x89HDF", "an HDF5 file, as Keras writes it", _KERAS),
     (0, b"GGUF", "a GGUF file", _ORIGIN),
     (4, b"TFL3", "a TensorFlow Lite model", _ORIGIN),
-    (0, b"\x93NUMPY", "a NumPy array", "evaluation data are given as --eval-data"),
+    (0, b"\x93NUMPY", "a NumPy array", _DATA),
     (257, b"ustar", "a tar archive", _UNPACK),
     (0, b"\x1f\x8b", "a gzip archive", _UNPACK),
     (0, b"BZh", "a bzip2 archive", _UNPACK),
@@ -42,13 +43,22 @@ _ARCHIVES = (
     ("serialized_exported_program.json", "a .pt2 archive of torch.export", _PROGRAM),
     ("MAR-INF/MANIFEST.json", "an archive of TorchServe", _UNPACK),
     (".weights.h5", "a Keras model", _KERAS),
-    (".npy", "a NumPy archive (.npz)", "evaluation data are given as --eval-data"),
+    (".npy", "a NumPy archive (.npz)", _DATA),
 )
-_SHARD = re.compile(r"-(\d{3,})-of-(\d{3,})\.")
-_WHOLE = ("model", "pytorch_model", "diffusion_pytorch_model")
-_INDEXES = [f"{name}.{end}.index.json" for name in _WHOLE for end in ("safetensors", "bin")]
-_SINGLE = [f"{name}.{end}" for name in _WHOLE for end in ("safetensors", "bin")]
-_DEEPSPEED = "mp_rank_00_model_states.pt"
+_SHARD = re.compile(r"-\d{3,}-of-(\d{3,})\.")
+# By its name, what is only a part of a checkpoint.
+_PARTS = (
+    (r"\.distcp$", "one part of a distributed checkpoint", "give its folder"),
+    (r"_optim_states", "DeepSpeed's state of an optimizer", "give the model_states beside it"),
+    (r"-\d{3,}-of-(?!0*1\.)\d{3,}\.", "one of several shards", "give their folder or .index.json"),
+)
+_WHOLE = [
+    f"{name}.{end}"
+    for name in ("model", "pytorch_model", "diffusion_pytorch_model")
+    for end in ("safetensors", "bin")
+]
+# A training of several networks numbers the files from the second one on.
+_SECOND = re.compile(r"(pytorch_)?model_\d+\.(bin|safetensors)")
 _ENDINGS = {".pt", ".pth", ".ckpt", ".tar", ".bin", ".safetensors"}
 
 
@@ -73,67 +83,50 @@ def locate(given: Path | str) -> Located:
     Raises:
         CheckpointError: If there is none, or it is something else, which is named with what to do.
     """
-    path = Path(str(given))
+    path = Path(os.path.expanduser(given))  # noqa: PTH111 - it leaves users that there are not
     try:
-        path = _existing(str(given))
+        if not str(given) or not path.exists():
+            raise _missing(str(given), path)
         if path.is_dir():
             return _folder(path)
-        if not path.is_file():
-            raise _other(path, "neither a file nor a folder", "give one of them")
-        with path.open("rb") as file:
-            head = file.read(512)
+        for pattern, what, advice in _PARTS:
+            if re.search(pattern, path.name):
+                raise _other(path, what, advice)
+        return _file(path)
     except OSError as error:
         raise CheckpointError(f"can't read {path}: {error.strerror or error}") from error
-    if path.suffix == ".distcp":
-        raise _other(path, "one part of a distributed checkpoint", f"give its folder {path.parent}")
-    if (shard := _SHARD.search(path.name)) and int(shard[2]) > 1:
-        what = f"shard {int(shard[1])} of {int(shard[2])}"
-        raise _other(path, what, f"give the folder {path.parent} or the .index.json in it")
-    if "_optim_states" in path.name:
-        raise _other(path, "DeepSpeed's state of an optimizer", f"give {_DEEPSPEED} beside it")
-    return _file(path, head)
 
 
-def _other(path: Path, what: str, advice: str) -> CheckpointError:
-    return CheckpointError(f"expected a checkpoint at {path}, found {what}: {advice}")
+def _other(where: Path | str, what: str, advice: str = "") -> CheckpointError:
+    text = f"expected a checkpoint at {where}, found {what}"
+    return CheckpointError(text + (advice and f": {advice}"))
 
 
-def _existing(text: str) -> Path:
-    path = Path(text)
-    with suppress(RuntimeError):  # of a user that there is not
-        path = path.expanduser()
-    if path.exists() and text:
-        return path
-    problem, advice = "no such file", ""
-    near = difflib.get_close_matches(path.name, _names(path.parent), n=3)
-    if re.match(r"[a-z0-9+.-]+:/", text, re.IGNORECASE):
+def _missing(given: str, path: Path) -> CheckpointError:
+    what, advice, folder = "no such file", "", path.parent.is_dir()
+    names = [file.name for file in path.parent.iterdir()] if folder else []
+    if re.match(r"[a-z0-9+.-]+:/", given, re.IGNORECASE):
         # A path is absolute by the time that some callers have it, and has lost a slash.
-        problem, advice = "an address", "download it and give the file's path"
+        what, advice = "an address", "download it and give the file's path"
     elif path.is_symlink():
-        problem = f"a link to {path.readlink()}, where there is nothing"
-    elif re.search(r"[*?\[]", text):
-        problem, advice = "a pattern that no file matches", "give a path; patterns are for a fleet"
-    elif near:
+        what = f"a link to {path.readlink()}, where there is nothing"
+    elif re.search(r"[*?\[]", given):
+        what, advice = "a pattern that no file matches", "give a path; patterns are for a fleet"
+    elif near := difflib.get_close_matches(path.name, names):
         advice = f"did you mean {' or '.join(near)}?"
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.exists():
-        advice = f"if it is on the Hugging Face hub, give what `hf download {text}` fetches"
-    elif not path.parent.exists():
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", given) and not folder:
+        advice = f"if it is on the Hugging Face hub, give what `hf download {given}` fetches"
+    elif not folder:
         advice = f"there is no folder {path.parent} either"
-    if text.startswith("~"):
-        text += f" ({path})"
-    raise CheckpointError(
-        f"expected a checkpoint at {text or 'a path'}, found {problem}" + (advice and f": {advice}")
-    )
+    return _other(f"{given} ({path})" if given.startswith("~") else given or "a path", what, advice)
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return [path.name for path in folder.iterdir()]
-    except OSError:
-        return []
-
-
-def _file(path: Path, head: bytes) -> Located:
+def _file(path: Path) -> Located:
+    """A file as its first bytes have it, whatever its name."""
+    if not path.is_file():
+        raise _other(path, "neither a file nor a folder", "give one of them")
+    with path.open("rb") as file:
+        head = file.read(512)
     # A header's length (8 bytes, little-endian), which may look like anything; then JSON.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return Located(path, "safetensors", (path,))
@@ -145,10 +138,10 @@ def _file(path: Path, head: bytes) -> Located:
         raise _other(path, "an empty file (0 bytes)", "copy or download it again")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise _other(path, "a web page", "the download has failed; open it to see why")
+    if start.startswith(b"{"):
+        return _index(path)
     if head.startswith(b"PK\x03\x04"):
         _require_pytorch(path)
-    elif start.startswith(b"{"):
-        return _index(path)
     elif head[0] == 8 and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42"):
         raise _other(path, "an ONNX model", _ORIGIN)
     return Located(path, "pytorch", (path,))
@@ -174,42 +167,39 @@ def _index(path: Path) -> Located:
     """The shards that an index names, which all lie beside it."""
     try:
         names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        files = tuple(path.parent / Path(name).name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _other(path, "JSON text", "give the weights, not what describes them") from None
+        files = [path.parent / Path(name).name for name in names if name != path.name]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        files = []
+    if not files:
+        raise _other(path, "JSON text", "give the weights, not what describes them")
+    return _shards(path, files)
+
+
+def _shards(path: Path, files: list[Path]) -> Located:
     if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(
-            f"{path} names {len(files)} shards, of which {shown(', '.join(missing))} are missing"
-        )
-    return Located(path, _kind(files[0]), files)
-
-
-def _kind(shard: Path) -> Kind:
-    return "safetensors" if shard.suffix == ".safetensors" else "pytorch"
+        raise _other(path, f"shards, but not all of them: {shown(', '.join(missing))} is missing")
+    kind, *_ = (_file(file).kind for file in files)
+    return Located(path, kind, tuple(files))
 
 
 def _folder(path: Path) -> Located:
-    names = sorted(_names(path))
+    names = sorted(file.name for file in path.iterdir())
     if ".metadata" in names and (parts := [path / n for n in names if n.endswith(".distcp")]):
         return Located(path, "distributed", (path / ".metadata", *parts))
-    if latest := "latest" in names and (path / "latest").read_text(errors="replace"):
-        step = Path(latest.strip()).name
-        names += [f"{step}/{name}" for name in _names(path / step)]
-    for name in _INDEXES + _SINGLE:
-        if name in names:
-            found = locate(path / name)
-            return Located(path, found.kind, found.files)
-    if states := [name for name in names if name.endswith("model_states.pt")]:
-        if len(states) == 1 and Path(states[0]).name == _DEEPSPEED:
-            return Located(path, "pytorch", (path / states[0],))
+    if "latest" in names:  # of DeepSpeed
+        step = Path((path / "latest").read_text(errors="replace").strip()).name
+        names += [f"{step}/{file.name}" for file in (path / step).glob("*")]
+    states = [name for name in names if name.endswith("model_states.pt")]
+    if [Path(name).name for name in states] not in ([], ["mp_rank_00_model_states.pt"]):
         what = f"DeepSpeed's checkpoint in {len(states)} parts"
         raise _other(path, what, "give the file that `python zero_to_fp32.py` makes of them")
+    for name in (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE, *states):
+        if name in names and not any(map(_SECOND.fullmatch, names)):
+            return replace(_file(path / name), path=path)
     shards = [path / name for name in names if _SHARD.search(name)]
-    if shards and len(shards) == int(_SHARD.search(shards[0].name)[2]):  # type: ignore[index]
-        return Located(path, _kind(shards[0]), tuple(shards))
+    if shards and len(shards) == int(_SHARD.search(shards[0].name)[1]):  # type: ignore[index]
+        return _shards(path, shards)
     inside = [name for name in names if Path(name).suffix in _ENDINGS]
-    raise _other(
-        path,
-        f"a folder with {shown(', '.join(inside[:5])) or 'no checkpoint in it'}",
-        "give a file, or a folder as Hugging Face, DeepSpeed or a distributed training leaves it",
-    )
+    inside = inside or [f"{name}/" for name in names if (path / name).is_dir()]
+    what = f"a folder with {shown(', '.join(inside[:9])) or 'no checkpoint in it'}"
+    raise _other(path, what, "give a file, or a folder as Hugging Face or DeepSpeed leaves it")

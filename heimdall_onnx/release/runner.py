@@ -39,7 +39,7 @@ from heimdall_onnx.common.parameters import VARIANTS_FOLDER, ReleaseParameters
 from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
 from heimdall_onnx.data.evaluation import is_dataset
 from heimdall_onnx.evidence.costs import CostWatch
-from heimdall_onnx.model.readings import read_content, require_weights
+from heimdall_onnx.model.readings import read_weights
 from heimdall_onnx.release.complete import (
     add_bom,
     complete_release,
@@ -142,9 +142,7 @@ class _Run:
     def execute(self, notebook: Path, cell_timeout: int | None, progress: bool) -> ReleaseResult:
         if not self.parameters.checkpoint:
             raise ParameterError("there is no checkpoint to release: its path is empty")
-        content = read_content(self.parameters.checkpoint)
-        require_weights(content)
-        checkpoint = str(content.source.path.absolute())
+        checkpoint = str(read_weights(self.parameters.checkpoint).source.path.absolute())
         self.parameters = self.parameters.model_copy(update={"checkpoint": checkpoint})
         data, calibration = self.parameters.eval_data, self.parameters.calibration_data
         if is_dataset(calibration):

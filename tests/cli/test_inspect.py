@@ -24,12 +24,11 @@ def test_readings_what_is_skipped_and_the_command_are_shown(tmp_path):
     torch.save(content, path)
     shown = inspect(path).stdout
     for line in (
-        "weights state_dict                2 tensors (1 × float32, 1 × int64), 7 elements, "
-        "all names begin with model.",
-        "weights ema                       1 tensors (1 × float32), 6 elements",
-        "not loaded hyper_parameters.args  argparse.Namespace",
-        "argument width                    2",
-        f"heimdall-onnx release {path} --model PACKAGE:CLASS --weights state_dict",
+        "- weights: state_dict\n  names: [model.weight, model.count]\n  tensors: 2\n",
+        "  elements: 7\n  dtypes: {float32: 1, int64: 1}\n",
+        "not_loaded: {hyper_parameters.args: argparse.Namespace}\n",
+        "hyper_parameters: {width: '2', args: argparse.Namespace}\n",
+        f"command: heimdall-onnx release {path} --model PACKAGE:CLASS --weights state_dict",
     ):
         assert line in shown
     found = json.loads(inspect(path, "--json").stdout)

@@ -1,9 +1,11 @@
 """Whatever a pickle names, nothing is imported, called or set aside for it."""
 
+import copy
+import io
 import pickle
 import time
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
@@ -11,11 +13,9 @@ import torch
 from heimdall_onnx.model.pickles import (
     Placeholder,
     StoredTensor,
-    mapped,
     name_of,
     read_pickle,
     read_torch,
-    restored,
 )
 
 MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)
@@ -28,7 +28,12 @@ def doubled(depth):
 
 
 def read(path):
-    return read_torch(mapped(path))
+    with path.open("rb") as file:
+        return read_torch(file)
+
+
+def unpickled(data):
+    return read_pickle(io.BytesIO(data))
 
 
 def zipped(path, content, method=zipfile.ZIP_STORED):
@@ -63,7 +68,7 @@ def test_real_checkpoint_is_read_as_pytorch_reads_it(tmp_path, zip_layout, proto
     }
     path = tmp_path / "a.pt"
     torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zip_layout)
-    found = restored(read(path))
+    found = copy.deepcopy(read(path))
     assert str(found) == str(content).replace("Parameter containing:\n", "").replace(
         ", requires_grad=True", ""
     )
@@ -79,7 +84,7 @@ def test_memory_of_tensors_is_shared_with_a_file_that_stays_as_it_is(tmp_path):
 
 
 def test_each_class_is_only_a_name(tmp_path):
-    found = read_pickle(pickle.dumps([Kept(1), Kept, Kept.Inner(), {Kept(2): 3}], 2))
+    found = unpickled(pickle.dumps([Kept(1), Kept, Kept.Inner(), {Kept(2): 3}], 2))
     assert [name_of(one) for one in found[:3]] == [
         f"{__name__}.Kept{i}" for i in ("", "", ".Inner")
     ]
@@ -101,7 +106,7 @@ class Kept:
 def test_what_is_there_to_be_run_is_refused(name):
     call = f"c{name.replace(' ', chr(10))}\n(S'echo'\ntR.".encode()
     with pytest.raises(ValueError, match=r"would run\. Nothing of it was run here"):
-        read_pickle(call)
+        unpickled(call)
 
 
 @pytest.mark.parametrize(
@@ -109,26 +114,37 @@ def test_what_is_there_to_be_run_is_refused(name):
     [
         b"ctorch._utils\n_rebuild_tensor_v2\n}N}X\x08\x00\x00\x00__code__K\x01s\x86b.",
         b"c__builtin__\nset\n}X\x03\x00\x00\x00addK\x01sb.",
+        b"ccollections\nCounter\n}N}X\x06\x00\x00\x00updateK\x01s\x86b.",
         b"ca\nB\n}X\x04\x00\x00\x00nameK\x01sb.",
     ],
 )
 def test_nothing_that_outlives_the_reading_can_be_changed(change):
-    before = vars(Placeholder).copy()
-    with pytest.raises(ValueError, match="its pickle is broken"):
-        read_pickle(change)
-    assert vars(Placeholder) == before
+    before = [vars(kind).copy() for kind in (Placeholder, Counter)]
+    found = unpickled(change)
+    assert not isinstance(found, Placeholder) or found.name == "a.B"
+    assert [vars(kind) for kind in (Placeholder, Counter)] == before
 
 
 def test_an_object_that_is_there_a_million_times_is_restored_once():
     twice = b"\x80\x02]" + b"".join(b"q\x00]h\x00ah\x00a" for _ in range(60)) + b"."
     start = time.monotonic()
-    assert len(restored(read_pickle(twice))) == 2
+    assert len(copy.deepcopy(unpickled(twice))) == 2
     assert time.monotonic() - start < 5
 
 
-def test_memo_that_takes_all_memory_is_refused():
-    with pytest.raises(ValueError, match="notes 2,147,483,647 objects"):
-        read_pickle(b"\x80\x02}r\xff\xff\xff\x7f.")
+@pytest.mark.parametrize(
+    "claim",
+    [
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # a place among the noted objects
+        b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",  # a buffer
+        b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"}.",  # a frame
+    ],
+)
+def test_nothing_is_set_aside_for_a_claim(claim):
+    try:
+        assert not unpickled(claim)
+    except ValueError as error:
+        assert "its pickle is broken" in str(error)  # noqa: PT017 - either will do
 
 
 @pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
@@ -163,7 +179,7 @@ def test_tensor_larger_than_the_file_is_refused_once_it_is_needed(tmp_path, zip_
 def test_buffer_of_any_size_is_not_made():
     call = b"\x80\x02c__builtin__\nbytearray\n\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85R."
     with pytest.raises(ValueError, match="its pickle is broken"):
-        read_pickle(call)
+        unpickled(call)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +212,11 @@ def test_compressed_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "exhausted"),
-        (b"\x80\x02}", "exhausted"),
+        (b"", "EOFError"),
+        (b"\x80\x02}", "EOFError"),
         (b"\x80\x02h\x07.", "its pickle is broken"),
         (b"\x80\x02u.", "its pickle is broken"),
-        (b"\x80\x02X\xff\xff\xff\xff.", "expected 4294967295 bytes"),
+        (b"\x80\x02X\xff\xff\xff\xff.", "EOFError"),
     ],
 )
 def test_broken_pickle_is_refused(tmp_path, content, message):

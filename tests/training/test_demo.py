@@ -42,7 +42,7 @@ def test_the_checkpoint_is_in_lightning_s_layout_and_safe_to_read(demo):
     }
     assert all(name.startswith("model.") for name in content["state_dict"])
     assert {"epoch", "pytorch-lightning_version"} <= content.keys()
-    assert load_checkpoint(demo.checkpoint).layout == "lightning"
+    assert load_checkpoint(demo.checkpoint).weights == "state_dict.model"
     assert b"/training" not in demo.checkpoint.read_bytes()  # nor any other path
 
 

@@ -160,7 +160,7 @@ def test_the_checkpoint_is_plain_and_builds_its_model(result, data):
     assert "optimizer_states" not in content
     assert str(result.folder).encode() not in result.best.read_bytes()  # no path of this machine
     loaded = load_checkpoint(result.best, model=f"{HERE}:Framed")
-    assert loaded.layout == "lightning"
+    assert loaded.weights == "state_dict.model"
     dataset = open_dataset(data)
     rows = dataset.split(validation=0.2).train
     np.testing.assert_allclose(
