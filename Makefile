@@ -2,24 +2,26 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS := lab,dev,embedded,postgres,openvino,train,fleet
+PYTEST := -m pytest -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install release test test-all bench bench-peers soak lab wheel test-wheel check format
+.PHONY: help install release test test-all test-lowest test-newest bench bench-peers soak lab wheel test-wheel check format
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed ## Make the environment in .venv
 
-# The environment while it is empty.
-$(VENV)/.made:
+# An environment while it is empty.
+%/.made:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11, 3.12 or 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; say which with PYTHON=…" if not (3, 11) <= v <= (3, 13) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo 'filling the environment in $(VENV), which takes some minutes'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,dev,embedded,postgres,openvino,train,fleet]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 # Options of the release: CHECKPOINT=model.ckpt OPTIONS='--eval-data data.npz --profile audit'
@@ -32,10 +34,26 @@ endif
 
 # Three at once on two processors: half of the time they wait for services and kernels.
 test: $(VENV)/.installed ## Run the tests on real services
-	$(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+	$(BIN)/python $(PYTEST) $(OPTIONS)
 
 test-all: $(VENV)/.installed ## Run those too that show the same of further models and faults, and measure coverage
-	$(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder -m '' --cov --cov-report=term $(OPTIONS)
+	$(BIN)/python $(PYTEST) -m '' --cov --cov-report=term $(OPTIONS)
+
+# Both make an environment anew each time, beside the one that is worked in. torch alone is the pinned
+# one: older builds that do without a GPU's libraries are not on PyPI. It goes in first and by pip,
+# which takes a build for CPUs where one is at hand.
+test-lowest: ## Run the tests at the lowest versions that pyproject.toml allows, in .venv-lowest
+test-newest: ## Run the tests at the newest versions that there are, in .venv-newest
+test-lowest: CHOICE := --resolution lowest-direct
+# What is old uses what its own requirements, which are the newest, deprecate.
+test-lowest: WARNINGS := -W ignore::DeprecationWarning -W ignore::FutureWarning
+test-lowest test-newest: test-%:
+	rm -rf .venv-$*
+	@$(MAKE) --no-print-directory .venv-$*/.made
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torch uv
+	grep '^torch==' constraints.txt >.venv-$*/torch.txt
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python $(CHOICE) -c .venv-$*/torch.txt -e '.[$(EXTRAS)]'
+	.venv-$*/bin/python $(PYTEST) $(WARNINGS) $(OPTIONS)
 
 # Parts can be chosen: OPTIONS='startup steps tiny large growth training variants-tiny variants-large fleet evaluation pages cases --pairs 3'
 # Cases can be chosen: OPTIONS='cases --only models "*lstm*" --whole 2'

@@ -6,7 +6,9 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
+import pytest
 import yaml
 from documents import READMES, ROOT
 from packaging.requirements import Requirement
@@ -15,6 +17,11 @@ from packaging.version import Version
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+# `make test-lowest` and `make test-newest` have environments of these names.
+ENVIRONMENT = Path(sys.prefix).name
+PINNED = pytest.mark.skipif(
+    ENVIRONMENT in {".venv-lowest", ".venv-newest"}, reason="has other versions on purpose"
+)
 
 
 def requirements() -> list[Requirement]:
@@ -86,7 +93,7 @@ def test_everyone_names_the_same_pythons():
 
 
 def test_the_development_environment_has_every_extra():
-    installed = re.search(r"-e '\.\[(.*)\]'", (ROOT / "Makefile").read_text())
+    installed = re.search(r"^EXTRAS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
     assert installed is not None
     assert set(installed[1].split(",")) == set(EXTRAS)
 
@@ -97,12 +104,14 @@ def test_every_extra_that_is_named_is_there():
     assert {extra for names in named for n in names for extra in n.split(",")} == set(EXTRAS)
 
 
+@PINNED
 def test_installed_versions_are_the_pinned_ones():
     # torch's CPU build carries a local suffix that the pin leaves open.
     installed = {name: Version(metadata.version(name)).public for name in constraints()}
     assert installed == {name: Version(pin).public for name, pin in constraints().items()}
 
 
+@PINNED
 def test_everything_the_requirements_need_is_pinned():
     pins = constraints()
     seen: set[str] = set()
@@ -167,3 +176,19 @@ def test_every_requirement_has_a_lower_bound():
     for requirement in requirements():
         operators = {s.operator for s in requirement.specifier}
         assert ">=" in operators, f"{requirement} says nothing of the oldest version that works"
+
+
+@pytest.mark.skipif(ENVIRONMENT != ".venv-lowest", reason="for `make test-lowest`")
+def test_lower_bounds_are_the_versions_that_are_tested():
+    higher = {}
+    for requirement in requirements():
+        lowest = next(s.version for s in requirement.specifier if s.operator == ">=")
+        found = metadata.version(requirement.name)
+        if release(found) != release(lowest):
+            higher[str(requirement)] = found
+    assert higher == {}
+
+
+def release(version: str) -> tuple[int, int, int]:
+    found = Version(version)
+    return found.major, found.minor, found.micro

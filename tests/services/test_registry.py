@@ -381,7 +381,7 @@ def test_a_source_that_mlflow_could_not_load_is_not_registered(
     for source in (f"{bucket.uri()}bare.onnx", f"{bucket.uri()}missing", f"{release}/model.onnx"):
         with pytest.raises(RegistryError, match="holds no MLmodel"):
             tracker.register_model(name, source)
-    with pytest.raises(RegistryError, match="bucket does not exist"):
+    with pytest.raises(RegistryError, match=r"bucket does not exist|no such bucket"):
         tracker.register_model(name, "s3://no-such-bucket/v1")
     with pytest.raises(RegistryError, match=name):
         tracker.get_version(name, "1")

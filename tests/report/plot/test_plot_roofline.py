@@ -104,7 +104,7 @@ def test_charts_are_legible_and_titled_with_their_answer(chart) -> None:
     image = Image.open(io.BytesIO(png))
     image.load()
     assert image.size[0] == 880
-    assert len(png) < 150_000
+    assert len(png) < 160_000
     shown = artists(chart.figure, "title")[0].get_text()
     assert shown.replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ") == chart.title
     canvas = FigureCanvasAgg(chart.figure)
