@@ -243,8 +243,13 @@ def single_file(path: Path | str, folder: Path) -> Path:
     target = folder / f"{source.path.name.partition('.')[0]}.safetensors"
     tensors = {name: stored.tensor().contiguous() for name, stored in reading.tensors.items()}
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, target)
-    if (signature := signature_path(source.path)).exists():
-        shutil.copy(signature, signature_path(target))
+    beside = {
+        signature_path(source.path): signature_path(target),
+        source.files[0].with_name("config.json"): folder / "config.json",  # of Hugging Face
+    }
+    for there, here in beside.items():
+        if there.exists():
+            shutil.copy(there, here)
     return target
 
 

@@ -343,7 +343,9 @@ def test_shards_are_one_checkpoint_and_become_one_file(state, tmp_path):
     found = load_checkpoint(tmp_path, model=NET)
     assert is_loaded(found, state)
     (tmp_path / "run").mkdir()
+    (tmp_path / "config.json").write_text('{"width": 3}')
     single = single_file(tmp_path, tmp_path / "run")
+    assert is_loaded(load_checkpoint(single, model=f"{__name__}:FromFolder.from_pretrained"), state)
     assert is_loaded(load_checkpoint(single, model=NET), state)
     assert single_file(single, tmp_path) == single
 
