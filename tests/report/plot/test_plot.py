@@ -53,7 +53,7 @@ from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE, Signature, TensorSpec
-from heimdall_onnx.report import plot
+from heimdall_onnx.report import plot, tables
 from heimdall_onnx.report.plot.chart import Color
 
 RECEIVERS = {"DF0KL": (54.1, 13.4), "HB9RYZ": (47.2, 8.1), "F1JEK": (46.6, 0.3)}
@@ -1343,6 +1343,20 @@ def test_without_a_profile_there_is_no_chart() -> None:
 
 
 # --- throughput ----------------------------------------------------------------------------------
+
+
+def test_the_table_of_latency_has_a_row_for_each_figure_of_both(measured: LatencyReport) -> None:
+    first, _, *rows = tables.latency_table(measured).data.splitlines()
+    assert first == "| batch 1, 2 threads | PyTorch | ONNX Runtime |"
+    told = [row.split(" | ")[0].strip("| ") for row in rows]
+    assert "p50, ms" in told
+    assert "mean, ms" in told
+    assert [row for row in told if "per second" in row] == [
+        f"samples per second at batch {size}" for size in (1, 2, 4)
+    ]
+    assert {row.count("|") for row in rows} == {4}
+    missing = NotMeasured("not asked for")
+    assert tables.latency_table(missing) is missing
 
 
 def test_throughput_is_samples_over_latency_at_every_batch_size() -> None:

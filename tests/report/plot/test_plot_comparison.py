@@ -19,7 +19,7 @@ from heimdall_onnx.evidence.parity.ground import error_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
 from heimdall_onnx.evidence.ratios import error_ratio
 from heimdall_onnx.model.signature import TensorSpec
-from heimdall_onnx.report import plot
+from heimdall_onnx.report import plot, tables
 from heimdall_onnx.report.plot.chart import Color
 from heimdall_onnx.review.compare.answers import Answers, Displacement
 from heimdall_onnx.review.compare.answers import LocalizationErrors as Errors
@@ -106,6 +106,14 @@ def test_no_text_is_below_nine_points_or_cut_off(answers, latency):
             assert -1 <= box.y0 <= box.y1 <= height + 1, chart.title
         assert len(chart.to_png()) < 150_000
         assert any(character.isdigit() for character in chart.alt)
+
+
+def test_the_table_of_a_pair_begins_with_the_denominator(latency):
+    first, _, *rows = tables.pair_table(latency).data.splitlines()
+    assert first == "| batch 1 | A | B |"
+    (ratio,) = (row for row in rows if "latency beside A" in row)
+    assert f"| {latency.speedup.ratio:.3f} (" in ratio
+    assert {row.count("|") for row in rows} == {4}
 
 
 def test_a_and_b_differ_in_marker_line_and_lightness(answers):

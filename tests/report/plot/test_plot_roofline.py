@@ -16,6 +16,7 @@ from PIL import Image
 
 from heimdall_onnx.evidence.variants.operators import NodeTime, OperatorTime, OperatorTimes
 from heimdall_onnx.evidence.variants.roofline import Machine, Roofline, RooflineRow, Work, floor_of
+from heimdall_onnx.report import tables
 from heimdall_onnx.report.plot.chart import Chart
 from heimdall_onnx.report.plot.operators import operator_times
 from heimdall_onnx.report.plot.roofline import roofline
@@ -261,3 +262,12 @@ def test_short_operators_share_a_bar() -> None:
     (found,) = bars(operator_times([("fp32", many)])).values()
     assert len(found) == 11
     assert found["3 other operators"] == 3.0 + 2.0 + 1.0
+
+
+def test_the_table_has_machine_and_runs_with_and_without_a_floor():
+    first, rows = tables.roofline_table(report(FP32, CUDA)).data.split("\n\n")
+    assert "| matrix product, int8 | 400 · 10⁹ operations/s |" in first
+    assert rows.splitlines()[2] == "| fp32 | f32 | 1 | 100.0 | 25 | 10 | compute | 2.50 |"
+    assert "| unknown | no peak was measured for f16 | unknown |" in rows
+    assert {line.count("|") for line in rows.splitlines()} == {9}
+    assert tables.roofline_table(None) is None
