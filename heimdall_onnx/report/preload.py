@@ -23,6 +23,7 @@ ROOMS = (
     "heimdall_onnx.evidence.parity.optimization_levels",
     "heimdall_onnx.report.explore.entry",
     "heimdall_onnx.evidence.latency.benchmark",
+    "heimdall_onnx.evidence.latency.members",
     "heimdall_onnx.evidence.latency.timed",
     "heimdall_onnx.evidence.gates",
     "heimdall_onnx.report.plot",

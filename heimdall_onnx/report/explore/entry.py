@@ -66,10 +66,10 @@ def explore_parity(
     if not person_at_notebook():
         return chart
     try:
-        from heimdall_onnx.report.explore.widget import view
+        from heimdall_onnx.report.explore.widget import View
     except ImportError:
         return Explorable(chart, Markdown(INSTALL))
-    return Explorable(chart, view(Exploration(parity, data, model, onnx_path)))
+    return Explorable(chart, View(Exploration(parity, data, model, onnx_path)).box)
 
 
 def person_at_notebook() -> bool:

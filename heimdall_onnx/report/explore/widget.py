@@ -72,13 +72,11 @@ def _key(point: Any) -> _Key:
     return _Key(point.kind, int(point.batch_size), int(point.number))
 
 
-def view(exploration: Exploration) -> widgets.VBox:
-    """The widget of an exploration; it shows the evaluation data, with the worst sample chosen."""
-    return View(exploration).box
-
-
 class View:
-    """The widget's parts, and what happens between them."""
+    """The widget's parts, and what happens between them; all of it is ``box``.
+
+    It shows the evaluation data, with the worst sample chosen.
+    """
 
     def __init__(self, exploration: Exploration) -> None:
         self._exploration, self._signature = exploration, exploration.signature
