@@ -271,12 +271,14 @@ def read_torch(file: BinaryIO) -> Any:
     Raises:
         ValueError: If it is broken, compressed or hostile.
     """
+    readable: Any = file  # where a read sets nothing aside beyond what is there
     if isinstance(file, io.BytesIO):
         buffer = memoryview(bytearray(file.getvalue()))
     else:  # in memory only as it is read; what is written there is not kept
-        buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        readable = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        buffer = memoryview(readable)
     if bytes(buffer[:4]) != b"PK\x03\x04":
-        return _read_legacy(file, buffer)
+        return _read_legacy(readable, buffer)
     try:
         with zipfile.ZipFile(file) as archive:
             members = {info.filename: info for info in archive.infolist()}

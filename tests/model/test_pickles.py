@@ -160,6 +160,13 @@ def test_key_that_takes_years_to_hash_is_refused(tmp_path, layout):
     assert time.monotonic() - start < 5
 
 
+def test_text_of_any_length_is_not_made_in_a_file(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(MAGIC + b"\x80\x04\x8e" + (2**45).to_bytes(8, "little") + b"a.")
+    with pytest.raises(ValueError, match="its pickle is broken"):
+        read(path)
+
+
 def test_shallow_tuples_are_no_burden(tmp_path):
     read(zipped(tmp_path / "a.pt", doubled(15)))
 
