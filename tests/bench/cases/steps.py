@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import signal
 import time
@@ -29,9 +30,9 @@ from heimdall_onnx import (
 )
 from heimdall_onnx.common.errors import HeimdallError
 from heimdall_onnx.common.parameters import ReleaseParameters, check_parameters
-from heimdall_onnx.evidence.latency.contenders import pickle_model
 from heimdall_onnx.model.checkpoint import LoadedModel, single_file
 from heimdall_onnx.model.construction import import_model
+from heimdall_onnx.model.copies import pickle_model
 from heimdall_onnx.model.readings import read_content, require_weights
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
@@ -160,7 +161,9 @@ def _release(case: Case, given: Mapping[str, Any], folder: Path) -> str:
     )
     decide(parameters, info, parity).require()
     # As whoever measures latency does.
-    pickle_model(loaded.model, folder / "model.pkl")
+    handed = torch.load(io.BytesIO(pickle_model(loaded.model)), weights_only=False)
+    if name := _differing(handed, loaded.model):
+        wrong = wrong or f"another model is handed to other processes: {name}"
     wrong = wrong or other_answers(case, loaded, exported.path)
     if not wrong:
         _PASSED.add(known)
