@@ -46,14 +46,25 @@ class Gate:
         found = tuple(problems)
         return cls(name, "0 problems", len(found), not found, "; ".join(found))
 
+    @property
+    def shown(self) -> str:
+        """The measured value, to as many digits as tell it from a limit that it is beyond."""
+        if not isinstance(self.measured, float):
+            return str(self.measured)
+        texts = [f"{self.measured:.{digits}g}" for digits in range(3, 18)]
+        limit = self.limit.removeprefix("≤ ")
+        if self.passed or limit == self.limit or not math.isfinite(self.measured):
+            return texts[0]
+        return next((text for text in texts if float(text) > float(limit)), texts[-1])
+
     def summary(self) -> str:
         """The gate on one line, with its limit and measured value."""
-        found = f"{self.name}: expected {self.limit}, measured {_number(self.measured)}"
+        found = f"{self.name}: expected {self.limit}, measured {self.shown}"
         return found + (f" ({self.detail})" if self.detail else "")
 
     def as_shown(self) -> dict[str, Any]:
         """The gate as a reader sees it: its measured value as text."""
-        return {**self.to_dict(), "measured": _number(self.measured)}
+        return {**self.to_dict(), "measured": self.shown}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy; a measured NaN or Inf becomes text, as JSON has neither."""
@@ -112,17 +123,13 @@ class Verdict:
         """The gates as a Markdown table, failed ones first."""
         rows = []
         for gate in self.failed_first():
-            told = (gate.name, gate.limit, _number(gate.measured), gate.detail)
+            told = (gate.name, gate.limit, gate.shown, gate.detail)
             name, *further = map(escape_markdown, told)
             rows.append((name, "pass" if gate.passed else "**FAIL**", *further))
         return markdown_table(("gate", "result", "limit", "measured", "where"), rows)
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
-
-
-def _number(value: float | int | str) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 _Arguments = ParamSpec("_Arguments")

@@ -37,6 +37,8 @@ _INDICES = (0, 1)
 _ENDS = ((-100, 100), (0, 100), _INDICES)
 _FOUND: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
+MOVED_ULPS = 2
+
 _Array = npt.NDArray[Any]
 
 
@@ -93,7 +95,9 @@ class Examples:
         From the signature alone: floating-point elements are standard normal, or uniform in the
         input's ``range``; integers are uniform in it, both ends included, and without one in
         `integers`. A mask hides a different number of elements in each sample and
-        never all of them.
+        never all of them. What else says yes or no of elements, as an attention mask in which 1
+        means keep, says both in each sample. Integers that go up to the largest length of an axis
+        go no further than it is long.
 
         Args:
             count: Samples.
@@ -123,7 +127,8 @@ class Examples:
         ×0.01 and ×100, and one silent channel (index 0 of axis 1). The rest is for signatures that
         declare axes, ranges or masks. One silent feature, another in each sample, along the last
         axis of a fixed length: there an angle of two of them is next to its cut. Masks: all masked
-        but one element of each sample, and none. Integers with a range: its lowest, its highest.
+        but one element of each sample, and none. Integers with a range: its lowest, its highest;
+        not 0 throughout where 0 and 1 may mean hidden and kept.
         Axes whose order is of no consequence: permuted, in all inputs alike. A kind that has no
         input to work on, or would change nothing, is left out.
 
@@ -266,12 +271,39 @@ def generic_inputs(
             uniform: _Array = rng.uniform(*spec.range, shape).astype(dtype)
             return uniform.clip(*_limits(spec))
         if dtype.kind == "b":
-            return rng.integers(0, 2, shape).astype(dtype)
-        low, high = _limits(replace(spec, range=integers) if spec.range is None else spec)
+            return _mixed(rng.integers(0, 2, shape).astype(dtype), rng)
+        low, high = _limits(_along(signature, replace(spec, range=spec.range or integers), wanted))
         drawn: _Array = rng.integers(low, high, shape, dtype=dtype, endpoint=True)
-        return drawn
+        return _mixed(drawn, rng) if _says_yes_or_no(spec) else drawn
 
     return {spec.name: values(spec) for spec in signature.inputs}
+
+
+def _says_yes_or_no(spec: TensorSpec) -> bool:
+    """Whether it may be a mask in which 1 means keep; a sample that keeps nothing has no answer."""
+    return np.dtype(spec.dtype).kind in "iu" and len(spec.shape) > 1 and spec.range == (0, 1)
+
+
+def _along(signature: Signature, spec: TensorSpec, lengths: Mapping[str, int]) -> TensorSpec:
+    """The same, no larger than an axis is long if it goes up to the largest length of that axis."""
+    assert spec.range is not None
+    low, high = spec.range
+    for axis in signature.dynamic_axes:
+        largest, length = max(axis.lengths), lengths[axis.name]
+        if high in (largest, largest - 1) and length < largest:
+            return replace(spec, range=(low, max(low, high - largest + length)))
+    return spec
+
+
+def _mixed(array: _Array, rng: np.random.Generator) -> _Array:
+    """Of each sample's elements one made 1, and another one 0."""
+    flat = array.reshape(len(array), -1)
+    rows, width = np.arange(len(flat)), flat.shape[1]
+    if array.ndim > 1 and width:
+        first = rng.integers(0, width, len(flat))
+        flat[rows, (first + rng.integers(1, max(width, 2), len(flat))) % width] = 0
+        flat[rows, first] = 1
+    return array
 
 
 def _is_open(spec: TensorSpec) -> bool:
@@ -316,7 +348,12 @@ def generic_adversarial(signature: Signature, base: Arrays) -> dict[str, Arrays]
         "silent channel": lambda a: silence(a) if a.ndim > 1 else np.zeros_like(a),
     }
     floats = [s for s in signature.inputs if np.dtype(s.dtype).kind == "f"]
-    ids = [s for s in signature.inputs if s.range and np.dtype(s.dtype).kind in "iu"]
+    lengths = found_lengths(signature, base)
+    ids = [
+        _along(signature, s, lengths)
+        for s in signature.inputs
+        if s.range and np.dtype(s.dtype).kind in "iu"
+    ]
     masks = [s for s in signature.inputs if s.masks]
     kinds: dict[str, Arrays] = {}
     if floats:
@@ -334,7 +371,7 @@ def generic_adversarial(signature: Signature, base: Arrays) -> dict[str, Arrays]
             kind: {
                 s.name: np.full_like(base[s.name], _limits(s)[end])
                 for s in ids
-                if s.range and isfinite(s.range[end])
+                if s.range and isfinite(s.range[end]) and (end or not _says_yes_or_no(s))
             }
             for end, kind in enumerate(("lowest ids", "highest ids"))
         },
@@ -346,6 +383,18 @@ def generic_adversarial(signature: Signature, base: Arrays) -> dict[str, Arrays]
         if any(not np.array_equal(base[name], array) for name, array in changed.items()):
             kinds[kind] = base | changed
     return kinds
+
+
+def moved(array: _Array, sign: float, rng: np.random.Generator) -> _Array:
+    """Floating-point numbers moved by up to two units in the last place.
+
+    Those of few digits stay, since they are meant: rounding of whole and half ones is defined.
+    """
+    if array.dtype.kind != "f":
+        return array
+    step = sign * MOVED_ULPS * float(np.finfo(array.dtype).eps) * rng.random(array.shape)
+    few = np.modf(array.astype(np.float64) * 256)[0] == 0
+    return np.where(few, array, array * (1.0 + step)).astype(array.dtype)
 
 
 def permuted(specs: tuple[TensorSpec, ...], arrays: Arrays, axis: str) -> Arrays:

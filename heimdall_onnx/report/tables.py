@@ -123,14 +123,16 @@ def parity_table(report: ParityReport) -> Markdown:
         "ULP, p99.9": "ulp_p999",
         "1 − cosine": "cosine",
         "beyond tolerance": "violations",
+        "left open by PyTorch's own rounding": "left_open",
         "NaN or Inf on one side": "nonfinite_mismatches",
     }
     head = ("absolute error", *(f"{o.output} ({o.unit or 'no unit'})" for o in report.evaluation))
     rows = [(what, *(value_text(o, n) for o in report.evaluation)) for what, n in labels.items()]
     found = table(head, rows)
-    if report.evaluated_by == THIS_PROCESS:
-        return found
-    return Markdown(f"{found.data}\n\nEvaluated by {report.evaluated_by}.")
+    notes = list(map(escape_markdown, report.notes))
+    if report.evaluated_by != THIS_PROCESS:
+        notes.append(f"Evaluated by {report.evaluated_by}.")
+    return Markdown("\n\n".join([found.data, *notes]))
 
 
 def value_text(statistics: ErrorStatistics, name: str) -> str:

@@ -74,7 +74,12 @@ def main(count: int, rounds: int) -> None:
         session = open_session(path, threads=1, spinning=False)
         models = Models.of(model, session, signature)
         settings = pass_settings(
-            data, signature, tolerance=1e-5, batch_size=8, reference_samples=32
+            data,
+            signature,
+            tolerance=1e-5,
+            batch_size=8,
+            reference_samples=32,
+            pytorch=models.pytorch,
         )
         workers = EvaluationWorkers(count=2)
         seconds: dict[str, list[float]] = {"alone": [], "shared": []}

@@ -24,6 +24,7 @@ from heimdall_onnx.common.text import number
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.one_pass import Models, pass_over, pass_settings
+from heimdall_onnx.evidence.parity.rounding import Rounding
 from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
@@ -143,8 +144,16 @@ def statistics(checkpoint: Path) -> dict[str, Any]:
     pair = Models(
         timed(lambda batch: run_pytorch(loaded.model, batch, signature)),
         timed(lambda batch: run_onnx(session, batch, signature)),
+        Rounding(loaded.model, signature),
     )
-    settings = pass_settings(data, signature, tolerance=1e-5, batch_size=8, reference_samples=32)
+    settings = pass_settings(
+        data,
+        signature,
+        tolerance=1e-5,
+        batch_size=8,
+        reference_samples=32,
+        pytorch=pair.pytorch,
+    )
     shares = []
     for _ in range(STATISTICS_REPEATS):
         models, began = 0.0, time.perf_counter()

@@ -18,6 +18,13 @@ def test_value_at_its_limit_passes_and_beyond_fails():
     assert not Gate.at_most("g", 1.0, math.nextafter(1.0, 2.0)).passed
 
 
+@pytest.mark.parametrize("measured", [1.0001e-5, 1.00000001e-5, 2e-5])
+def test_what_is_beyond_a_limit_is_never_written_like_it(measured):
+    gate = Gate.at_most("error", 1e-5, measured)
+    assert float(gate.as_shown()["measured"]) > 1e-5
+    assert f"measured {gate.as_shown()['measured']}" in gate.summary()
+
+
 def test_nan_never_passes():
     assert not Gate.at_most("g", 1.0, math.nan).passed
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.evidence.parity.statistics import element_errors
+from heimdall_onnx.evidence.parity.tolerance import Limit
 from heimdall_onnx.model.examples import (
     ALL_BUT_ONE,
     Examples,
@@ -30,6 +31,7 @@ from heimdall_onnx.model.signature import Signature, TensorSpec
 SAMPLES = 8
 
 Sides = Mapping[str, Callable[[Arrays], Arrays]]
+Limits = Mapping[str, Limit]
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,8 @@ class OrderCheck:
     output: str
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What an element may move by: atol + rtol·|before|."""
-
-    atol: float
-    rtol: float
-
-
 def check_masks(
-    sides: Sides, signature: Signature, examples: Examples, data: Arrays, limit: Limit
+    sides: Sides, signature: Signature, examples: Examples, data: Arrays, limits: Limits
 ) -> tuple[MaskCheck, ...]:
     """Change what each mask hides, how much, and what it does not; see whether the answers do.
 
@@ -120,7 +114,7 @@ def check_masks(
         signature: Says which inputs are masks, and of what.
         examples: Makes further inputs, among them some in which a single element is not hidden.
         data: A few samples of the evaluation data.
-        limit: How far an answer may move.
+        limits: How far each output may move.
     """
     masks = [spec for spec in signature.inputs if spec.masks]
     if not masks:
@@ -139,10 +133,10 @@ def check_masks(
                 MaskCheck(
                     mask.name,
                     side,
-                    *_largest_move(moved, signature, limit),
+                    *_largest_move(moved, signature, limits),
                     any(look.seen for look in looks),
                     sum(look.samples for look in looks),
-                    *_largest_move(counted, signature, limit),
+                    *_largest_move(counted, signature, limits),
                 )
             )
     return tuple(checks)
@@ -230,12 +224,16 @@ def _visible(
 ) -> Arrays:
     """The outputs, without what an output of one value per element says of hidden elements.
 
-    By its axes it is known as one, which lengths alone do not tell: two coordinates are no two
-    receivers.
+    By its axes it is known as one, which lengths alone do not tell unless it has further axes: two
+    coordinates are no two receivers.
     """
     axes = len(mask.shape)
     named = any(isinstance(name, str) for name in mask.shape[1:])
-    alike = [s.name for s in signature.outputs if named and s.shape[1:axes] == mask.shape[1:]]
+    alike = [
+        s.name
+        for s in signature.outputs
+        if (named or len(s.shape) > axes) and s.shape[1:axes] == mask.shape[1:]
+    ]
     return outputs | {
         name: np.where(
             hidden.reshape(*hidden.shape, *(1,) * (outputs[name].ndim - axes)), 0, outputs[name]
@@ -245,7 +243,7 @@ def _visible(
 
 
 def check_orders(
-    sides: Sides, signature: Signature, examples: Examples, data: Arrays, limit: Limit
+    sides: Sides, signature: Signature, examples: Examples, data: Arrays, limits: Limits
 ) -> tuple[OrderCheck, ...]:
     """Change the order along each permutable axis, in all inputs alike.
 
@@ -256,7 +254,7 @@ def check_orders(
         signature: Says which axes are permutable.
         examples: Makes further inputs.
         data: A few samples of the evaluation data.
-        limit: How far an answer may move.
+        limits: How far each output may move.
     """
     axes = [axis.name for axis in signature.dynamic_axes if axis.permutable]
     bases = [data, examples.valid(SAMPLES)] if axes else []
@@ -268,31 +266,39 @@ def check_orders(
             yield expected, run(base | permuted(signature.inputs, base, axis))
 
     return tuple(
-        OrderCheck(axis, side, *_largest_move(answers(axis, run), signature, limit))
+        OrderCheck(axis, side, *_largest_move(answers(axis, run), signature, limits))
         for axis in axes
         for side, run in sides.items()
     )
 
 
 def excess(
-    reference: npt.NDArray[Any], value: npt.NDArray[Any], limit: Limit
+    reference: npt.NDArray[Any],
+    value: npt.NDArray[Any],
+    limit: Limit,
+    spread: npt.NDArray[Any] | float = 0.0,
 ) -> tuple[float, float]:
-    """Largest error in units of what is allowed, and as it is; infinite where not comparable."""
+    """Largest error in units of what is allowed, and as it is; infinite where not comparable.
+
+    An element counts only where its error exceeds what is allowed by more than ``spread``.
+    """
     if reference.shape != value.shape:
         return float("inf"), float("inf")
     a, b = reference.astype(np.float64), value.astype(np.float64)
-    error, share, _ = element_errors(a, b, atol=limit.atol, rtol=limit.rtol)
+    error, share, allowed = element_errors(a, b, atol=limit.atol, rtol=limit.rtol)
+    judged = error > allowed + spread if np.any(spread) else np.ones(a.shape, bool)
+    error, share = error[judged], share[judged]
     return float(share.max(initial=0)), float(error.max(initial=0))
 
 
 def _largest_move(
-    pairs: Iterable[tuple[Arrays, Arrays]], signature: Signature, limit: Limit
+    pairs: Iterable[tuple[Arrays, Arrays]], signature: Signature, limits: Limits
 ) -> tuple[float, str]:
     """The largest change between answers before and after, and the output that has it."""
     worst, output = 0.0, signature.outputs[0].name
     for before, after in pairs:
         for name, value in before.items():
-            moved, _ = excess(value, after[name], limit)
+            moved, _ = excess(value, after[name], limits[name])
             if moved > worst:
                 worst, output = moved, name
     return worst, output

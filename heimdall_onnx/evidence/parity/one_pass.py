@@ -9,26 +9,27 @@ does not grow with the number of samples.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import Arrays
+from heimdall_onnx.common.arrays import Arrays, Floats, in_batches
 from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import GroundAccumulator, GroundReport, middle_of
 from heimdall_onnx.evidence.parity.report import THIS_PROCESS
+from heimdall_onnx.evidence.parity.rounding import Rounding
 from heimdall_onnx.evidence.parity.statistics import (
     Accumulator,
     ErrorAccumulator,
     ErrorStatistics,
     added,
 )
-from heimdall_onnx.evidence.parity.tolerance import EVALUATION, RTOL
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION, Limit, limit_of
 from heimdall_onnx.evidence.parity.uncertainty import (
     UncertaintyAccumulator,
     UncertaintyReport,
@@ -45,10 +46,11 @@ PLOTTED_SAMPLES = 2000
 
 
 class Models(NamedTuple):
-    """Both models as functions of named arrays."""
+    """Both models as functions of named arrays, and how PyTorch's rounds."""
 
     pytorch: Callable[[Arrays], Arrays]
     onnx: Callable[[Arrays], Arrays]
+    rounding: Rounding
 
     @classmethod
     def of(cls, model: nn.Module, session: InferenceSession, signature: Signature) -> Models:
@@ -56,6 +58,7 @@ class Models(NamedTuple):
         return cls(
             partial(run_pytorch, model, signature=signature),
             partial(run_onnx, session, signature=signature),
+            Rounding(model, signature),
         )
 
     def run(self, batch: Arrays, signature: Signature) -> tuple[Arrays, Arrays]:
@@ -65,13 +68,21 @@ class Models(NamedTuple):
             EvidenceError: If one can't run, or the outputs have different shapes.
         """
         expected, found = self.pytorch(batch), self.onnx(batch)
+        count = len(next(iter(batch.values())))
         for spec in signature.outputs:
-            if expected[spec.name].shape != found[spec.name].shape:
+            usual, other = expected[spec.name].shape, found[spec.name].shape
+            if usual != other:
+                why = "an axis is frozen inside the graph"
+                if usual[:1] != (count,):
+                    why = "the graph finds another number of rows"
                 raise EvidenceError(
-                    f"{spec.name} has shape {found[spec.name].shape} where PyTorch gives "
-                    f"{expected[spec.name].shape}: an axis is frozen inside the graph"
+                    f"{spec.name} has shape {other} where PyTorch gives {usual}: {why}"
                 )
         return expected, found
+
+    def spread(self, batch: Arrays, expected: Arrays) -> Callable[[], Mapping[str, Floats]]:
+        """How far PyTorch differs from ``expected`` where it rounds otherwise, once it is asked."""
+        return cache(partial(self.rounding.spread, batch, expected))
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,9 @@ class PassSettings:
 
     Attributes:
         signature: The model's.
-        tolerance: Absolute part of the element tolerance, in the outputs' units.
+        tolerance: The documented one, in the outputs' units.
+        limits: What an element of each output may be off by.
+        loose: Outputs that have not one entry for each sample, such as however many were found.
         batch_size: Samples in a call.
         samples: Of the whole data.
         labelled: Whether positions are answered and the true ones are known.
@@ -91,6 +104,8 @@ class PassSettings:
 
     signature: Signature
     tolerance: float
+    limits: Mapping[str, Limit]
+    loose: frozenset[str]
     batch_size: int
     samples: int
     labelled: bool
@@ -105,12 +120,24 @@ def pass_settings(
     tolerance: float,
     batch_size: int,
     reference_samples: int,
+    pytorch: Callable[[Arrays], Arrays],
 ) -> PassSettings:
-    """The settings of a pass over all of ``data``."""
+    """The settings of a pass over all of ``data``, some of which ``pytorch`` is run on."""
     rows = np.linspace(0, data.count - 1, min(reference_samples, data.count)).astype(int)
+    limits, loose = {}, set()
+    batches = [batch for _, batch in in_batches(data.rows(np.unique(rows)), max(batch_size, 1))]
+    counts = [len(next(iter(batch.values()))) for batch in batches]
+    answers = [pytorch(batch) for batch in batches]
+    for spec in signature.outputs:
+        found = [answer[spec.name] for answer in answers]
+        if any(array.shape[:1] != (n,) for array, n in zip(found, counts, strict=True)):
+            loose.add(spec.name)
+        limits[spec.name] = limit_of(np.concatenate([a.ravel() for a in found]), tolerance)
     return PassSettings(
         signature=signature,
         tolerance=tolerance,
+        limits=limits,
+        loose=frozenset(loose),
         batch_size=min(max(batch_size, 1), data.count),
         samples=data.count,
         labelled=answers_positions(data, signature),
@@ -160,7 +187,7 @@ class EvaluationPass(Accumulator):
         signature, tolerance = settings.signature, settings.tolerance
         self._settings = settings
         self._outputs = tuple(
-            ErrorAccumulator(spec, atol=tolerance, rtol=RTOL) for spec in signature.outputs
+            ErrorAccumulator(spec, **vars(settings.limits[spec.name])) for spec in signature.outputs
         )
         self._ground = tuple(
             GroundAccumulator(settings.middle, tolerance, spec.dtype)
@@ -191,6 +218,7 @@ class EvaluationPass(Accumulator):
         expected: Arrays,
         found: Arrays,
         truth: npt.NDArray[np.float64] | None,
+        spread: Callable[[], Mapping[str, Floats]] | None = None,
     ) -> None:
         """Add a batch.
 
@@ -200,10 +228,11 @@ class EvaluationPass(Accumulator):
             expected: The PyTorch model's outputs.
             found: The ONNX model's.
             truth: The true positions (n, 2) in degrees where they are known.
+            spread: As `ErrorAccumulator` takes it.
         """
         signature = self._settings.signature
         largest = max(
-            accumulator.update(expected[spec.name], found[spec.name], first)
+            accumulator.update(expected[spec.name], found[spec.name], first, spread)
             for spec, accumulator in zip(signature.outputs, self._outputs, strict=True)
         )
         self.worst = _worse(self.worst, WorstBatch(largest, first, batch))
@@ -217,12 +246,15 @@ class EvaluationPass(Accumulator):
         self._keep(first, batch, expected, found)
 
     def _keep(self, first: int, batch: Arrays, expected: Arrays, found: Arrays) -> None:
-        if first in self._plotted:
-            self._kept[first] = expected, found
         count = len(next(iter(batch.values())))
+        loose = self._settings.loose
+        if first in self._plotted:
+            # Figures are of samples: of what belongs to none there is nothing to draw.
+            nothing = dict.fromkeys(loose, np.empty((count, 0)))
+            self._kept[first] = expected | nothing, found | nothing
         inside = (self._reference_rows >= first) & (self._reference_rows < first + count)
         if inside.any():
-            rows = self._reference_rows[inside] - first
+            rows = slice(None) if loose else self._reference_rows[inside] - first
             inputs, single, answers = (
                 {name: array[rows] for name, array in named.items()}
                 for named in (batch, expected, found)
@@ -294,7 +326,7 @@ def pass_over(
     found = EvaluationPass(settings)
     for part, batch, truth in data.batches(settings.batch_size, rows):
         expected, answers = models.run(batch, settings.signature)
-        found.update(part.start, batch, expected, answers, truth)
+        found.update(part.start, batch, expected, answers, truth, models.spread(batch, expected))
         if progress is not None:
             progress(part.stop - rows.start, len(rows))
     return found

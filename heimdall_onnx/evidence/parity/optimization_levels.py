@@ -11,22 +11,24 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.evidence.parity.rounding import Rounding
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
-from heimdall_onnx.evidence.parity.tolerance import RTOL
 from heimdall_onnx.model.inference import OptimizationLevel, open_session, run_onnx, run_pytorch
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from torch import nn
 
-    from heimdall_onnx.common.arrays import Arrays
+    from heimdall_onnx.common.arrays import Arrays, Floats
     from heimdall_onnx.data.evaluation import EvaluationData
     from heimdall_onnx.evidence.parity.report import ParityReport
 
@@ -102,7 +104,14 @@ def compare_levels(
     batches = [(1.0, batch) for batch in parts]
     batches.append((report.worst_factor, report.worst_inputs))
     expected = [run_pytorch(model, batch, report.signature) for _, batch in batches]
-    levels = tuple(_at_level(level, onnx_path, batches, expected, report) for level in LEVELS)
+    rounding = Rounding(model, report.signature)
+    spreads = [
+        cache(partial(rounding.spread, batch, answers))
+        for (_, batch), answers in zip(batches, expected, strict=True)
+    ]
+    levels = tuple(
+        _at_level(level, onnx_path, batches, expected, spreads, report) for level in LEVELS
+    )
     source = f"{len(rows)} samples of {report.source}, and the worst batch: {report.worst_where}"
     log.info("compared_levels", excess={found.level: found.excess for found in levels})
     return LevelReport(levels, source)
@@ -113,6 +122,7 @@ def _at_level(
     path: Path,
     batches: list[tuple[float, Arrays]],
     expected: list[Arrays],
+    spreads: Sequence[Callable[[], Mapping[str, Floats]]],
     report: ParityReport,
 ) -> LevelParity:
     with tempfile.TemporaryDirectory(prefix="heimdall-profile-") as folder:
@@ -125,9 +135,12 @@ def _at_level(
         found += [run_onnx(session, batch, report.signature) for _, batch in batches[1:]]
     for spec in report.signature.outputs:
         parts = []
-        for (factor, _), reference, value in zip(batches, expected, found, strict=True):
-            accumulator = ErrorAccumulator(spec, atol=factor * report.tolerance, rtol=factor * RTOL)
-            accumulator.update(reference[spec.name], value[spec.name], 0)
+        for (factor, _), reference, value, spread in zip(
+            batches, expected, found, spreads, strict=True
+        ):
+            limit = report.limit(spec.name).times(factor)
+            accumulator = ErrorAccumulator(spec, **vars(limit))
+            accumulator.update(reference[spec.name], value[spec.name], 0, spread)
             parts.append(accumulator.result())
         statistics.append(max(parts, key=lambda part: (part.violations > 0, part.excess)))
     return LevelParity(level, tuple(statistics), operators, load_ms)

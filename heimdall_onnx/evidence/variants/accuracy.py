@@ -20,7 +20,7 @@ from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import difference_degrees, distance_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
-from heimdall_onnx.evidence.parity.tolerance import RTOL
+from heimdall_onnx.evidence.parity.tolerance import limit_of, span_of
 from heimdall_onnx.evidence.parity.uncertainty import negative_log_likelihood
 from heimdall_onnx.evidence.ratios import error_ratio
 from heimdall_onnx.model.signature import Signature
@@ -112,10 +112,11 @@ def judge_accuracy(
     statistics, noise, broken = [], [], []
     for spec in signature.outputs:
         a, b = reference[spec.name], found[spec.name]
-        accumulator = ErrorAccumulator(spec, atol=1e-5, rtol=RTOL)
+        accumulator = ErrorAccumulator(spec, **vars(limit_of(a, 1e-5)))
         accumulator.update(a, b, 0)
         statistics.append(accumulator.result())
-        middle = a.astype(np.float64).mean(axis=0)
+        finite = np.isfinite(a)
+        middle = np.where(finite, a, 0.0).sum(axis=0) / np.maximum(finite.sum(axis=0), 1)
         noise.append(relative_error(a - middle, b - middle))
         if problem := _problem(spec.range, a, b):
             broken.append(f"{spec.name}: {problem}")
@@ -224,6 +225,8 @@ def relative_error(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> floa
     if reference.shape != found.shape:
         return float("inf")
     a, b = reference.astype(np.float64), found.astype(np.float64)
+    numbers = np.isfinite(a) | ((a != b) & ~(np.isnan(a) & np.isnan(b)))
+    a, b = a[numbers], b[numbers]
     scale = float(np.linalg.norm(a))
     error = float(np.linalg.norm(b - a))
     if not np.isfinite(error):
@@ -239,7 +242,7 @@ def _problem(
         return f"{lost} of {found.size} elements are NaN or Inf"
     if span is None:
         return ""
-    low, high = (np.asarray(end, found.dtype) for end in span)
+    low, high = span_of(span, found.dtype)
     inside = (reference >= low) & (reference <= high)
     outside = int((((found < low) | (found > high)) & inside).sum())
     return f"{outside} of {found.size} elements are outside {list(span)}" if outside else ""

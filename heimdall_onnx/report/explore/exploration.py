@@ -233,7 +233,6 @@ class Exploration:
         self, key: tuple[str, int], samples: npt.NDArray[Any], pytorch: Arrays, onnx: Arrays
     ) -> pd.DataFrame:
         factor, metres = self._factor(key), self._metres(pytorch, onnx)
-        limits = {"atol": factor * self.parity.tolerance, "rtol": factor * self.parity.rtol}
         shared = {
             "kind": key[0],
             "batch_size": key[1],
@@ -243,7 +242,8 @@ class Exploration:
         }
         parts = []
         for spec in self.signature.outputs:
-            worst = worst_elements(pytorch[spec.name], onnx[spec.name], **limits)
+            limit = vars(self.parity.limit(spec.name).times(factor))
+            worst = worst_elements(pytorch[spec.name], onnx[spec.name], **limit)
             parts.append(pd.DataFrame({**shared, "output": spec.name, **vars(worst)}))
         return pd.concat(parts, ignore_index=True)
 

@@ -277,10 +277,11 @@ class View:
         return next(s for s in self._signature.outputs if s.name == self.output.value)
 
     def _draw(self, some: pd.DataFrame) -> None:
-        parity, y = self._exploration.parity, some.error.to_numpy()
+        limit = self._exploration.parity.limit(self.output.value)
+        y = some.error.to_numpy()
         lowest, highest = span_of(some.magnitude.to_numpy())
         positive = y[(y > 0) & np.isfinite(y)]
-        allowed = parity.tolerance + parity.rtol * np.array([lowest, highest])
+        allowed = limit.atol + limit.rtol * np.array([lowest, highest])
         floor = float(min(positive.min(initial=math.inf), allowed.min())) / 3
         top = 3 * float(max(positive.max(initial=0.0), allowed.max()))
         self._limits = (lowest, highest, floor, top)
@@ -301,7 +302,7 @@ class View:
                 (adversarial, steep, steep > 1.0),
             ):
                 trace.x = line if drawn else []
-                trace.y = factor * (parity.tolerance + parity.rtol * line) if drawn else []
+                trace.y = factor * (limit.atol + limit.rtol * line) if drawn else []
                 trace.showlegend = drawn
             floating = np.issubdtype(np.dtype(spec.dtype), np.floating)
             ulp.x = line if floating else []
@@ -448,11 +449,10 @@ def _rows(
     spec: TensorSpec, sample: ExploredSample, exploration: Exploration
 ) -> Iterator[tuple[str, ...]]:
     """Both models' elements of an output, the worst of many, in words."""
-    signature, parity = exploration.signature, exploration.parity
+    signature = exploration.signature
     a, b = (side[spec.name].ravel().astype(np.float64) for side in (sample.pytorch, sample.onnx))
-    error, excess, _ = element_errors(
-        a, b, atol=sample.factor * parity.tolerance, rtol=sample.factor * parity.rtol
-    )
+    limit = exploration.parity.limit(spec.name).times(sample.factor)
+    error, excess, _ = element_errors(a, b, **vars(limit))
     names = element_names(spec, a.size, of_position=spec is signature.sigma_output)
     chosen = np.sort(np.argsort(-excess, kind="stable")[:_ELEMENTS_WRITTEN])
     for element in chosen.tolist():

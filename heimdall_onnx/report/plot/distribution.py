@@ -51,8 +51,8 @@ def error_distribution(report: ParityReport) -> Chart:
         if column.shapes:
             say(axes, "not comparable")
             continue
-        relative = report.rtol * max(abs(o.lowest), abs(o.highest))
-        draw_distribution(axes, o, (report.tolerance, report.tolerance + relative))
+        relative = o.rtol * max(abs(o.lowest), abs(o.highest))
+        draw_distribution(axes, o, (o.atol, o.atol + relative))
     return Chart(figure, title, describe_errors(report))
 
 

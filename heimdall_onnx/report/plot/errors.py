@@ -104,7 +104,7 @@ def _draw_magnitude(axes: Axes, column: OutputColumn, report: ParityReport) -> N
     floating = np.issubdtype(dtype, np.floating)
     high = min(high, float(np.finfo(dtype).max) / 2) if floating else high
     xs = np.geomspace(low, high, 200)
-    allowed = report.tolerance + report.rtol * xs
+    allowed = column.statistics.atol + column.statistics.rtol * xs
     lines = [("tolerance", allowed, Color.INK, "--")]
     if floating:  # integers have no rounding
         lines.append(("1 ULP", np.spacing(xs.astype(dtype)).astype(np.float64), Color.QUIET, ":"))
@@ -184,9 +184,8 @@ def errors_by_sample(report: ParityReport) -> Chart:
 
 def _errors_of(column: OutputColumn, report: ParityReport) -> pd.Series:
     """Largest error of each sample in an output, by its index; infinite where not comparable."""
-    kept = worst_elements(
-        column.reference, column.value, atol=report.tolerance, rtol=report.rtol
-    ).excess
+    limit = vars(column.statistics.limit)
+    kept = worst_elements(column.reference, column.value, **limit).excess
     worst = pd.Series({w.sample: w.excess for w in column.statistics.worst}, dtype=np.float64)
     return pd.Series(kept, report.plotted[: len(kept)]).combine_first(worst)
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import AsinhLocator, FuncFormatter, MaxNLocator, NullLoca
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import name, number
 from heimdall_onnx.evidence.parity.report import ParityCell, ParityReport
+from heimdall_onnx.evidence.parity.statistics import ErrorStatistics, element_errors
 from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR
 from heimdall_onnx.report.plot.chart import (
     Chart,
@@ -82,17 +83,16 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
         say(below, "no differences to show")
         return
     x, y = column.reference.ravel(), column.value.ravel()
-    with np.errstate(invalid="ignore"):
-        error = np.nan_to_num(np.abs(y - x), nan=np.inf)
+    error, _, _ = element_errors(x, y, atol=1.0, rtol=0.0)
     chosen = worst_and_some(error, _ELEMENTS_SHOWN)
     elements = np.tile(np.arange(column.reference.shape[1]), column.reference.shape[0])[chosen]
     x, y = x[chosen], y[chosen]
     finite = np.isfinite(x) & np.isfinite(y)
-    low, high = _limits(np.concatenate([x, y]), report.tolerance)
+    low, high = _limits(np.concatenate([x, y]), column.statistics.atol)
     above.plot([low, high], [low, high], color=Color.QUIET, lw=1, zorder=1, gid="identity")
     above.set(xlim=(low, high), ylim=(low, high))
     below.set(xlim=(low, high), xlabel=labelled("PyTorch", column.spec.unit))
-    allowed = report.tolerance + report.rtol * np.abs(x)
+    allowed = column.statistics.atol + column.statistics.rtol * np.abs(x)
     residual = np.subtract(y, x, where=finite, out=np.zeros_like(x))
     _scatter(column, above, elements[finite], x[finite], y[finite], named=True)
     _scatter(column, below, elements[finite], x[finite], residual[finite], named=False)
@@ -101,7 +101,7 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
         if beyond.any():
             at, label = (x[beyond], height[beyond]), "beyond tolerance"
             axes.plot(*at, "x", color=Color.INK, mew=1.2, label=label, gid="beyond")
-    _draw_tolerance(below, residual[finite], low, high, report)
+    _draw_tolerance(below, residual[finite], low, high, column.statistics)
     _draw_missing(below, x, y)
     for axis in (above.xaxis, above.yaxis, below.xaxis):
         axis.set_major_locator(MaxNLocator(4))
@@ -152,11 +152,11 @@ def _scatter(
 
 
 def _draw_tolerance(
-    axes: Axes, residual: Floats, low: float, high: float, report: ParityReport
+    axes: Axes, residual: Floats, low: float, high: float, found: ErrorStatistics
 ) -> None:
     """Both limits as lines, on a scale that shows the differences as well as the limits."""
     xs = np.linspace(low, high, 101)
-    limit = report.tolerance + report.rtol * np.abs(xs)
+    limit = found.atol + found.rtol * np.abs(xs)
     for sign in (1, -1):
         axes.plot(xs, sign * limit, "--", color=Color.INK, lw=1.2, gid="tolerance")
     axes.axhline(0, color=Color.QUIET, lw=1, zorder=1)

@@ -165,11 +165,12 @@ def _with_measured(facts: Facts, notebook: ExecutedNotebook, judged: Judgement) 
             log.warning("a record can't be read", version=facts.version, problem=judged.problem)
         return facts.model_copy(update={"thumbnail": _thumbnail(notebook)})
     outputs = record.parity.cells[0].outputs if record.parity.cells else ()
-    tolerance = max(record.parity.tolerance, 0.0) or math.nan
     return facts.model_copy(
         update={
             "speedup": _speedup(record, facts.version),
-            "mean_error": max((_far(one.mean / tolerance) for one in outputs), default=None),
+            "mean_error": max(
+                (_far(one.mean / (one.atol or math.nan)) for one in outputs), default=None
+            ),
             "max_error": max((_far(one.excess) for one in outputs), default=None),
             "median_error_m": record.metrics.get("error_onnx_median_m"),
             "thumbnail": _thumbnail(notebook),

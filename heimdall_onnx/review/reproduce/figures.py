@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from heimdall_onnx.evidence.latency.statistics import Speedup
     from heimdall_onnx.evidence.parity.report import ParityFigures
     from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
+    from heimdall_onnx.evidence.parity.tolerance import Limit
 
 # Fewer values are kept as they are.
 SKETCHED = 384
 # Of the value; three standard errors of a sketch's rank are a tenth of this for a smooth quantity.
 ESTIMATE = 0.05
 _QUANTILES = ("p50", "p99", "p999", "ulp_p50", "ulp_p999")
-_NO_FIGURES = ("output", "unit", "worst", "error_edges", "error_cdf")
+_NO_FIGURES = {"output", "unit", "worst", "error_edges", "error_cdf", "left_open", "atol", "rtol"}
 # One degree of a meridian at the poles, where it is longest (WGS84).
 METRES_PER_DEGREE = 111_700.0
 
@@ -301,15 +302,15 @@ def _cells(parity: ParityFigures) -> _Figures:
     for index, cell in enumerate(parity.cells):
         # The first is the whole evaluation data, the others of that kind some samples of it.
         where = f"{cell.kind if index else f'all {cell.kind}'}, batch {cell.batch_size}"
-        atol, rtol = cell.factor * parity.tolerance, cell.factor * parity.rtol
         for output in cell.outputs:
-            rules = _rules_of(output, atol, rtol)
+            rules = _rules_of(output, parity.limit(output.output).times(cell.factor))
             for name, value in _figures_of(output):
                 # Others are counts: of elements, of those beyond tolerance, of NaN or Inf.
                 yield f"{output.output}, {name} ({where})", value, rules.get(name, _SAME)
 
 
-def _rules_of(output: ErrorStatistics, atol: float, rtol: float) -> dict[str, _Rule]:
+def _rules_of(output: ErrorStatistics, limit: Limit) -> dict[str, _Rule]:
+    atol, rtol = limit.atol, limit.rtol
     estimated = output.count >= SKETCHED
     return {
         "mean": _Rule(atol, "the tolerance of the mean absolute error"),

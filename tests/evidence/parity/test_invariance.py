@@ -5,13 +5,13 @@ import pytest
 from faults import MASK, POSITION, SET
 
 from heimdall_onnx.evidence.parity.invariance import (
-    Limit,
     MaskCheck,
     OrderCheck,
     check_masks,
     check_orders,
     excess,
 )
+from heimdall_onnx.evidence.parity.tolerance import Limit
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.signature import Axis, TensorSpec
 
@@ -23,7 +23,8 @@ WEIGHED = replace(SET, outputs=(WEIGHTS,))
 def check(promise, answer, signature=WEIGHED, data=None):
     examples = Examples(signature)
     sides = {"PyTorch": lambda inputs: {"weights": answer(inputs)}}
-    return promise(sides, signature, examples, data or examples.valid(4, seed=5), LIMIT)
+    limits = {spec.name: LIMIT for spec in signature.outputs}
+    return promise(sides, signature, examples, data or examples.valid(4, seed=5), limits)
 
 
 def first(inputs):
@@ -106,7 +107,8 @@ def test_two_coordinates_are_not_taken_for_two_receivers(output):
     signature = replace(SET, inputs=inputs, outputs=(output,), axes=())
     examples = Examples(signature)
     sides = {"ONNX": lambda inputs: {"position": inputs["features"] + 0}}
-    (found,) = check_masks(sides, signature, examples, examples.valid(8), LIMIT)
+    limits = {output.name: LIMIT}
+    (found,) = check_masks(sides, signature, examples, examples.valid(8), limits)
     assert (found.problem is None) == (length == "receivers")
 
 
@@ -145,7 +147,7 @@ def test_each_mask_and_each_side_is_checked():
     )
     sides = {side: lambda inputs: {"weights": first(inputs)} for side in ("PyTorch", "ONNX")}
     examples = Examples(signature)
-    found = check_masks(sides, signature, examples, examples.valid(4), LIMIT)
+    found = check_masks(sides, signature, examples, examples.valid(4), {"weights": LIMIT})
     assert [(c.mask, c.side, c.seen) for c in found] == [
         ("mask", "PyTorch", True),
         ("mask", "ONNX", True),

@@ -108,7 +108,7 @@ def test_parts_in_any_order_merge_to_the_whole_bit_by_bit(model, onnx_path, alon
     signature = model.signature
     session = open_session(onnx_path, threads=1, spinning=False)
     models = Models.of(model, session, signature)
-    settings = pass_settings(data, signature, tolerance=1e-5, batch_size=8, reference_samples=32)
+    settings = settings_of(data, reference_samples=32)
     rng = random.Random(seed)
     cuts = [0, *sorted(rng.sample(range(8, COUNT, 8), 5)), COUNT]
     parts = [pass_over(models, data, settings, range(a, b)) for a, b in itertools.pairwise(cuts)]
@@ -247,9 +247,14 @@ def test_model_that_can_not_run_is_said_as_by_one_process(onnx_path, alone, shar
         evaluate_on(shared, Deaf(), onnx_path, alone[0], settings_of(alone[0]))
 
 
-def settings_of(data):
+def settings_of(data, batch_size=8, reference_samples=8):
     return pass_settings(
-        data, SmallNet.signature, tolerance=1e-5, batch_size=8, reference_samples=8
+        data,
+        SmallNet.signature,
+        tolerance=1e-5,
+        batch_size=batch_size,
+        reference_samples=reference_samples,
+        pytorch=lambda batch: run_pytorch(SmallNet(), batch, SmallNet.signature),
     )
 
 
@@ -351,9 +356,7 @@ def test_scheduler_keeps_nothing_when_only_the_connection_is_lost(
 @pytest.mark.parametrize(("workers", "batch"), [(1, 8), (2, 7), (64, 512), (3, 5000)])
 def test_parts_begin_where_batches_do_and_leave_nothing_out(alone, workers, batch):
     data = alone[0]
-    settings = pass_settings(
-        data, SmallNet.signature, tolerance=1e-5, batch_size=batch, reference_samples=8
-    )
+    settings = settings_of(data, batch)
     found = [*part_ranges(data, settings, workers)]
     assert [i for rows in found for i in rows] == [*range(COUNT)]
     assert all(rows.start % settings.batch_size == 0 for rows in found)

@@ -65,6 +65,9 @@ def test_relative_error_is_rms_over_rms():
     assert relative_error(reference, reference) == 0
     assert relative_error(reference, reference + np.array([0.5, 0.0])) == pytest.approx(0.1)
     assert relative_error(np.zeros(2), np.zeros(2)) == 0
+    infinite = np.array([1.0, -np.inf, np.nan, 2.0])
+    assert relative_error(infinite, infinite) == 0
+    assert relative_error(infinite, infinite[[1, 0, 2, 3]]) == np.inf
     assert relative_error(np.zeros(2), np.ones(2)) == np.inf
     assert relative_error(reference, np.array([np.nan, 4.0])) == np.inf
     assert relative_error(reference, np.ones(3)) == np.inf
