@@ -3,7 +3,8 @@
 The simplest call is the whole workflow, which runs the release notebook headlessly and judges it:
 
     from heimdall_onnx import ReleaseParameters, Settings, release_checkpoint
-    result = release_checkpoint(ReleaseParameters(checkpoint="model.ckpt"), Settings.load())
+    given = ReleaseParameters(checkpoint="model.ckpt", model="package.module:Class")
+    result = release_checkpoint(given, Settings.load())
 
 A training script that wants no notebook exports and registers in one call:
 
@@ -53,10 +54,12 @@ _HOMES = {
     "compare_outputs": "evidence.parity.compare",
     "compare_variants": "evidence.variants.search",
     "decide": "evidence.gates",
+    "derive_signature": "model.derive",
     "ensure_store": "services.embedded",
     "explore_parity": "report.explore.entry",
     "export_and_register_model": "release.exporter",
     "export_model": "model.onnx.export",
+    "first_rows": "data.evaluation",
     "initialize_mlflow": "services.registry",
     "load_checkpoint": "model.checkpoint",
     "load_evaluation_data": "data.evaluation",

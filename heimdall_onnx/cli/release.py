@@ -144,6 +144,42 @@ def inspect(checkpoint: str, as_json: bool) -> None:
     click.echo(visible_lines(yaml.safe_dump(found, width=10**6, **style)))
 
 
+@click.command(
+    cls=Command,
+    example=r"""
+        heimdall-onnx signature detector.pt --model detector:Detector --eval-data eval.npz
+    """,
+)
+@click.argument("checkpoint")
+@model_options
+def signature(checkpoint: str, **options: Any) -> None:
+    """Write what CHECKPOINT's model takes and gives beside it, where a release looks for it.
+
+    What the class declares, or else what is found by running the model.
+    """
+    from heimdall_onnx.common.parameters import check_parameters
+    from heimdall_onnx.data.evaluation import first_rows
+    from heimdall_onnx.model.checkpoint import load_checkpoint, single_file
+    from heimdall_onnx.model.signature_file import signature_path, write_signature_file
+
+    given = check_parameters({name: v for name, v in options.items() if v is not None})
+    with tempfile.TemporaryDirectory() as folder:
+        file = single_file(checkpoint, Path(folder))
+        target = signature_path(checkpoint if file.parent == Path(folder) else file)
+    if target.exists():
+        raise ParameterError(f"{target} is there already, and counts: mend it, or remove it")
+    loaded = load_checkpoint(
+        checkpoint,
+        model=given.model,
+        model_kwargs=given.model_kwargs,
+        weights=given.weights,
+        submodule=given.submodule,
+        arrays=lambda: first_rows(given.eval_data_path),
+    )
+    write_signature_file(loaded.signature, target)
+    click.echo("\n".join(visible_lines(line) for line in (*loaded.found, f"written: {target}")))
+
+
 def _combine(
     checkpoints: Sequence[str],
     until_released: ExitStack,
@@ -201,6 +237,7 @@ def _make_demo(settings: Settings, parameters: ReleaseParameters) -> dict[str, A
     )
     return {
         "checkpoint": parameters.checkpoint or str(made.checkpoint),
+        "model": parameters.model or made.model,
         "eval_data": parameters.eval_data or str(made.eval_data),
     }
 
@@ -222,7 +259,7 @@ def _release(
     values = {k: v for k, v in options.items() if v is not None} | dict(extra)
     try:
         from heimdall_onnx.common.parameters import check_parameters
-        from heimdall_onnx.model.readings import read_weights
+        from heimdall_onnx.model.readings import NO_MODEL, read_weights
 
         if own := {"publish", "output_dir"} & {name for name, _ in extra}:
             raise ParameterError(f"{', '.join(sorted(own))} can't be set here; the command sets it")
@@ -231,6 +268,8 @@ def _release(
         if parameters.checkpoint:
             # What the file alone tells is told before PyTorch is imported.
             read_weights(parameters.checkpoint)
+            if not parameters.model:
+                raise ParameterError(NO_MODEL)
         parameters = parameters.model_copy(update=inputs(settings, parameters))
     except HeimdallError as error:
         if as_json or junit_file or summary_file:
@@ -328,4 +367,4 @@ def summary(result: ReleaseResult) -> str:
     return text
 
 
-COMMANDS = (release, inspect, demo)
+COMMANDS = (release, inspect, signature, demo)

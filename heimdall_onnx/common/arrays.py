@@ -15,6 +15,10 @@ Floats = npt.NDArray[np.float64]
 
 IN_MEMORY_BYTES = 256 << 20
 PART_BYTES = 8 << 20
+# Of each array, which are enough to see what of a model depends on the batch.
+FIRST_ROWS = 3
+# What an array is called that has no name in its file; `numpy.savez` calls one "arr_0".
+UNNAMED = ("", "arr_0")
 
 
 class RowReader(Protocol):

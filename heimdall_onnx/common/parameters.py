@@ -151,7 +151,7 @@ class ReleaseParameters(Parameters):
     """What a release is made of; the fields are the notebook's parameters, in its order."""
 
     checkpoint: str = ""
-    model: str = "heimdall_onnx:LocalizationNet"
+    model: str = ""
     model_kwargs: ModelKwargs = Field(default_factory=dict)
     weights: str = Field("", max_length=1000)
     submodule: str = Field("", max_length=1000)

@@ -12,13 +12,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays, Rows, in_batches, parts
+from heimdall_onnx.common.arrays import (
+    FIRST_ROWS,
+    IN_MEMORY_BYTES,
+    UNNAMED,
+    Arrays,
+    Rows,
+    in_batches,
+    parts,
+)
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
 from heimdall_onnx.data.dataset.schema import HEADER, INPUTS, POSITIONS, beyond_globe
-from heimdall_onnx.data.files import UNNAMED, converted, read_arrays, type_of
+from heimdall_onnx.data.files import converted, read_arrays, type_of
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.signature import Signature
 
@@ -208,6 +216,32 @@ def load_evaluation_data(
     return EvaluationData(
         inputs, positions, meta, path.name, sha256, receivers, conversions=conversions
     )
+
+
+def first_rows(path: Path | str | None) -> Arrays | None:
+    """The first rows of every array of evaluation data, as `derive_signature` looks at them.
+
+    Args:
+        path: As for `load_evaluation_data`; None gives None.
+
+    Raises:
+        DataError: If it can't be read.
+        StoreError: If the store of a dataset fails.
+    """
+    if path is None:
+        return None
+    arrays: Mapping[str, Rows]
+    if is_dataset(path):
+        readers = open_dataset(path, labels=False).readers
+        arrays = {n.removeprefix(INPUTS): r for n, r in readers.items() if n.startswith(INPUTS)}
+    else:
+        arrays = read_arrays(Path(path))[0]
+    first = {n: array[:FIRST_ROWS] for n, array in arrays.items() if array.ndim and n != POSITIONS}
+    return {
+        name: converted(rows, "float32" if type_of(rows) == "bfloat16" else rows.dtype.name)
+        for name, rows in first.items()
+        if len(rows) and (rows.dtype.kind in "fiub" or type_of(rows) == "bfloat16")
+    }
 
 
 def is_dataset(path: Path | str) -> bool:

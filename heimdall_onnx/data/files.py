@@ -19,8 +19,6 @@ from heimdall_onnx.model.readings import read_content
 
 _Array = npt.NDArray[Any]
 
-# What an array is called that has no name in its file; `numpy.savez` calls one "arr_0".
-UNNAMED = ("", "arr_0")
 _TENSORS = (".pt", ".pth", ".safetensors")
 _BFLOAT16 = np.dtype("V2")  # as NumPy reads what ml_dtypes has written
 

@@ -22,13 +22,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name the field uses
 
 from heimdall_onnx.common.errors import CheckpointError, ParameterError
+from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.localization.frame import LocalFrame
 from heimdall_onnx.model.checkpoint import load_weights
-from heimdall_onnx.model.signature import localization_signature
+from heimdall_onnx.model.signature import Signature, TensorSpec
 
 _WEIGHTS_URL = "https://download.pytorch.org/models/convnext_{}.pth"
 _LAYER_SCALE = 1e-6
 _EPS = 1e-6
+
+
+def localization_signature(uncertainty_range: tuple[float, float] = (0.01, 1.0)) -> Signature:
+    """Signature of the reference model with the given limits of its uncertainties, in degrees."""
+    return Signature(
+        inputs=(TensorSpec("mel_spectrogram", "float32", ("batch", 3, 128, 32)),),
+        outputs=(
+            TensorSpec("positions", "float32", ("batch", 2), unit=DEGREES),
+            TensorSpec(
+                "uncertainties",
+                "float32",
+                ("batch", 2),
+                unit=DEGREES,
+                range=uncertainty_range,
+                sigma_of="positions",
+            ),
+        ),
+    )
+
+
+LOCALIZATION_SIGNATURE = localization_signature()
 
 
 @dataclass(frozen=True)

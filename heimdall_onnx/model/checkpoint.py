@@ -9,8 +9,8 @@ import shutil
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from heimdall_onnx.common.arrays import Rows
 from heimdall_onnx.common.errors import CheckpointError, DataError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import count_of, listed, shown
 from heimdall_onnx.model.construction import plan_model
 from heimdall_onnx.model.copies import remember_maker
+from heimdall_onnx.model.derive import derive_signature
 from heimdall_onnx.model.formats import Located, locate
 from heimdall_onnx.model.pickles import StoredTensor, name_of
 from heimdall_onnx.model.readings import (
@@ -49,7 +51,6 @@ log = get_logger(__name__)
 MEMBERS = "member_checkpoints"
 _MOST_MEMBERS = 1000
 
-DEFAULT_MODEL = "heimdall_onnx:LocalizationNet"
 # Under these lies what a training needs beside its network.
 _BESIDE = re.compile(
     r"((train|val(id)?|test|best)_)?(criterion|loss(es)?|metrics?|acc(uracy)?|ema|optim(izer)?|lr|"
@@ -85,8 +86,6 @@ class LoadedModel:
 
     Attributes:
         model: In eval mode, on the CPU.
-        signature: What it is declared to take and give, by the file beside the checkpoint where
-            there is one, else by its class.
         path: The checkpoint.
         sha256: SHA-256 of the checkpoint.
         weights: Which of the weights in the file were taken, as ``weights`` of `load_checkpoint`.
@@ -95,14 +94,13 @@ class LoadedModel:
         model_spec: Import string of the model's class or what else makes it.
         submodule: Which of its modules ``model`` is; empty for all of it.
         model_kwargs: The arguments it was built with.
-        signature_file: The file beside the checkpoint that declares the signature; None where the
-            class does.
+        signature_file: The file beside the checkpoint that declares the signature, if there is one.
+        arrays: Reads the first rows of evaluation data, to find a signature that nobody declares.
         members: The checkpoints that an ensemble's was made of, as it records them; empty for any
             other.
     """
 
     model: nn.Module
-    signature: Signature
     path: Path
     sha256: str
     weights: str
@@ -112,25 +110,49 @@ class LoadedModel:
     model_kwargs: dict[str, Any]
     submodule: str = ""
     signature_file: SignatureFile | None = None
+    arrays: Callable[[], Mapping[str, Rows] | None] | None = field(default=None, repr=False)
     members: tuple[Member, ...] = ()
+
+    @cached_property
+    def _known(self) -> tuple[Signature, tuple[str, ...]]:
+        if getattr(self.model, "signature", None) is not None:
+            return signature_of(self.model), ()
+        signature, found = derive_signature(self.model, self.arrays() if self.arrays else None)
+        _declare(self.model, signature, "what was found")
+        return signature, found
+
+    @property
+    def signature(self) -> Signature:
+        """What it takes and gives: declared by the file beside the checkpoint, or by its class.
+
+        Where neither declares it, it is found by running the model when it is first asked for.
+
+        Raises:
+            DataError: If it can't be found.
+        """
+        return self._known[0]
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """How the signature was found, in words; empty where it is declared."""
+        return self._known[1]
 
     @property
     def signature_source(self) -> str:
         """Where the signature comes from, in words."""
         if self.signature_file is not None:
             return f"the file {self.signature_file.path.name}"
-        if hasattr(self.model, "signature"):
-            return "the model's class"
-        return "nobody: the model is taken to have that of the reference model"
+        return "found, not declared" if self.found else "the model's class"
 
 
 def load_checkpoint(
     path: Path | str,
     *,
-    model: str = DEFAULT_MODEL,
+    model: str,
     model_kwargs: Mapping[str, Any] | None = None,
     weights: str = "",
     submodule: str = "",
+    arrays: Callable[[], Mapping[str, Rows] | None] | None = None,
 ) -> LoadedModel:
     """Build ``model`` and load the weights in ``path`` into it.
 
@@ -151,6 +173,7 @@ def load_checkpoint(
         weights: Which weights are taken where several fit: their keys in the file and their prefix,
             with dots between them; ``.`` for the file itself.
         submodule: The network is this module of the model, ``"net"`` for example.
+        arrays: Reads the first rows of evaluation data, to find a signature that nobody declares.
 
     Raises:
         CheckpointError: If the file is missing, broken, something else, does not fit the model, or
@@ -163,11 +186,17 @@ def load_checkpoint(
     planned = plan_model(model, content, model_kwargs or {}, submodule)
     declared = find_signature_file(source)
     # A file's own numbers must not decide how much memory a model takes.
-    reading = _choose(content, planned.outline, planned.about, weights)
-    built = planned.build()
-    notes = _load(built, content, reading, planned.about)
+    built = planned.build() if planned.reads_weights else None
+    if built is not None and (own := _read_already(built, content)):
+        reading, notes = own, ["read by from_pretrained, which gives weights other names"]
+    else:
+        reading = _choose(content, planned.outline, planned.about, weights)
+        built = built or planned.build()
+        notes = _load(built, content, reading, planned.about)
     if declared is not None:
-        _declare(built, declared)
+        _declare(built, declared.signature, str(declared.path))
+    elif getattr(built, "signature", None) is not None:
+        signature_of(built)
     sha256 = hash_checkpoint(content.source)
     skipped = [f"not loaded: {where}, {kind}" for where, kind in content.skipped.items()]
     options = {"model": model, "model_kwargs": model_kwargs, "weights": weights}
@@ -175,7 +204,6 @@ def load_checkpoint(
     log.info("loaded", path=str(source), sha256=sha256, weights=reading.label, model=model)
     return LoadedModel(
         model=built.cpu().eval(),
-        signature=signature_of(built),
         path=source,
         sha256=sha256,
         weights=reading.label,
@@ -185,6 +213,7 @@ def load_checkpoint(
         model_kwargs=planned.kwargs,
         submodule=submodule,
         signature_file=declared,
+        arrays=arrays,
         members=_members(planned.hyper_parameters, planned.make, source),
     )
 
@@ -272,13 +301,13 @@ def _members(
         ) from None
 
 
-def _declare(model: nn.Module, file: SignatureFile) -> None:
-    """Let the model itself declare what the file says, for whoever is handed only the model."""
+def _declare(model: nn.Module, signature: Signature, source: str) -> None:
+    """Let the model itself declare its signature, for whoever is handed only the model."""
     try:
-        model.signature = file.signature  # type: ignore[assignment]
+        model.signature = signature  # type: ignore[assignment]
     except AttributeError as error:
         raise DataError(
-            f"{file.path} declares a signature, but {type(model).__name__}.signature can't be "
+            f"{source} declares a signature, but {type(model).__name__}.signature can't be "
             f"replaced ({error}): remove one of the two"
         ) from error
 
@@ -318,6 +347,24 @@ def _choose(
         f"{path} holds several sets of weights that may be meant for {about}; choose one with "
         f"--weights (weights=... in Python):{listed(ways + averaged)}"
     )
+
+
+def _read_already(network: nn.Module, content: Content) -> Reading | None:
+    """The weights that a model has read itself under other names, each of them once."""
+    state = network.state_dict()
+    own = Counter(map(_content_of, {value.data_ptr(): value for value in state.values()}.values()))
+    for reading in content.readings:
+        found = reading.tensors
+        if found.keys() - state.keys() and own == Counter(
+            _content_of(stored.tensor()) for stored in found.values()
+        ):
+            return reading
+    return None
+
+
+def _content_of(value: Tensor) -> tuple[torch.Size, bytes]:
+    raw = value.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return value.shape, hashlib.sha256(raw.tobytes()).digest()
 
 
 def _load(network: nn.Module, content: Content, reading: Reading, about: str) -> list[str]:

@@ -22,7 +22,7 @@ from torch import nn
 from heimdall_onnx.common.errors import HeimdallError, ParameterError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed, shown
-from heimdall_onnx.model.readings import Content
+from heimdall_onnx.model.readings import NO_MODEL, Content
 
 log = get_logger(__name__)
 
@@ -48,6 +48,11 @@ class Construction:
     submodule: str
     hyper_parameters: dict[str, Any]
     notes: tuple[str, ...]
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether what makes it reads the checkpoint itself, as ``from_pretrained`` does."""
+        return isinstance(self.make, partial)
 
     def outline(self) -> nn.Module:
         """The network with shapes in the place of weights; built in earnest if it can't be so."""
@@ -156,6 +161,8 @@ def import_model(spec: str) -> Callable[..., Any]:
     Raises:
         ParameterError: If there is none or it can't make a model; near names are suggested.
     """
+    if not spec:
+        raise ParameterError(NO_MODEL)
     module_name, colon, path = str(spec).removesuffix(".load_from_checkpoint").partition(":")
     if not (module_name and colon and path):
         raise ParameterError(f"model must look like 'package.module:Class', found {spec!r}")

@@ -338,7 +338,7 @@ def combine_checkpoints(
         "model": model,
         "members": [_plain_arguments(one) for one in loaded],
     }
-    if any(one.signature_file is not None for one in loaded):
+    if any(one.signature_file is not None or one.found for one in loaded):
         kwargs["signature"] = json.loads(json.dumps(agreed.to_dict()))
     # Through JSON and back: what is the same text is then the same object, or never is, and pickle
     # writes the same bytes.

@@ -53,11 +53,26 @@ def run_pytorch(
     Raises:
         EvidenceError: If the model fails, or returns other outputs than the signature names.
     """
-    import torch
-
     if signature.fixed_batch not in (None, len(next(iter(inputs.values())))):
         run = functools.partial(run_pytorch, model, signature=signature, copied=copied)
         return in_calls(run, dict(inputs), signature)
+    outputs = named_outputs(model, call_pytorch(model, inputs, signature, copied), signature)
+    return {spec.name: outputs[spec.name].cpu().numpy() for spec in signature.outputs}
+
+
+def call_pytorch(
+    model: nn.Module,
+    inputs: Mapping[str, npt.NDArray[Any]],
+    signature: Signature,
+    copied: bool = True,
+) -> Any:
+    """What ``model`` returns as it is, see `run_pytorch`; only the inputs are the signature's.
+
+    Raises:
+        EvidenceError: If the model fails.
+    """
+    import torch
+
     state = [*model.parameters(), *model.buffers()]
     device = state[0].device if state else torch.device("cpu")
     precision = next((t.dtype for t in state if t.is_floating_point()), None)
@@ -74,14 +89,12 @@ def run_pytorch(
     try:
         attention.set_fastpath_enabled(fast and not copied)
         with torch.inference_mode():
-            result = model(*arguments, **keywords)
+            return model(*arguments, **keywords)
     except Exception as error:  # the model's own code
         shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
         raise EvidenceError(f"{type(model).__name__} can't run on {shapes}: {error}") from error
     finally:
         attention.set_fastpath_enabled(fast)
-    outputs = named_outputs(model, result, signature)
-    return {spec.name: outputs[spec.name].cpu().numpy() for spec in signature.outputs}
 
 
 def in_calls(run: Callable[[Arrays], Arrays], inputs: Arrays, signature: Signature) -> Arrays:
@@ -166,7 +179,11 @@ def named_outputs(model: nn.Module, result: Any, signature: Signature) -> dict[s
     found: dict[str, torch.Tensor] = {}
     twice = []
     for (path, leaf), own in zip(leaves, keys, strict=True):
-        called = [n for n in (_dotted(path), ".".join(own), *own[-1:]) if n in names]
+        called = [
+            n
+            for n in (_dotted(path), ".".join(own), *own[-1:], f"output.{_dotted(path)}")
+            if n in names
+        ]
         for name in called[:1]:
             twice += [name] if name in found else []
             found[name] = leaf

@@ -43,6 +43,10 @@ _WRAPPERS = {
     *("_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
 }
 _PLAIN = ("builtins.", "torch.")
+NO_MODEL = (
+    "which model are these weights of? Name its class, or a function that makes it, with --model "
+    "package.module:Class (model=... in Python)"
+)
 _MOST_DEEP, _MOST_PREFIXES = 6, 20
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error)
 

@@ -1,7 +1,7 @@
 """What a model takes and gives: names, dtypes, shapes, dynamic axes, units, ranges and masks.
 
-A model declares its signature in an attribute ``signature``. One that declares none is taken to
-have `LOCALIZATION_SIGNATURE`.
+A model declares its signature in an attribute ``signature``, or a file beside its checkpoint does.
+That of a model without either is found by `model.derive`.
 """
 
 from __future__ import annotations
@@ -407,35 +407,19 @@ def _nonfinite_rows(array: Rows) -> npt.NDArray[np.intp]:
     return np.concatenate(found)
 
 
-def localization_signature(uncertainty_range: tuple[float, float] = (0.01, 1.0)) -> Signature:
-    """Signature of the reference model with the given limits of its uncertainties, in degrees."""
-    return Signature(
-        inputs=(TensorSpec("mel_spectrogram", "float32", ("batch", 3, 128, 32)),),
-        outputs=(
-            TensorSpec("positions", "float32", ("batch", 2), unit=DEGREES),
-            TensorSpec(
-                "uncertainties",
-                "float32",
-                ("batch", 2),
-                unit=DEGREES,
-                range=uncertainty_range,
-                sigma_of="positions",
-            ),
-        ),
-    )
-
-
-LOCALIZATION_SIGNATURE = localization_signature()
-
-
 def signature_of(model: object) -> Signature:
-    """The signature a model declares, or the localization signature where it declares none.
+    """The signature a model declares.
 
     Raises:
-        DataError: If the attribute ``signature`` is something else than a `Signature`, or
+        DataError: If the attribute ``signature`` is missing, something else than a `Signature`, or
             contradicts itself.
     """
-    declared = getattr(model, "signature", LOCALIZATION_SIGNATURE)
+    declared = getattr(model, "signature", None)
+    if declared is None:
+        raise DataError(
+            f"{type(model).__name__} declares no signature: give it one, model.signature = "
+            "Signature(...), or what derive_signature(model, arrays) finds"
+        )
     if not isinstance(declared, Signature):
         raise DataError(
             f"{type(model).__name__}.signature must be a heimdall_onnx.Signature, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 from uuid import uuid4
 
 import structlog
@@ -27,6 +27,8 @@ def new_run_folder(settings: Settings) -> Path:
 
 class StandIn(Protocol):
     """What stands in for a checkpoint where none is given."""
+
+    model: ClassVar[str]
 
     @property
     def checkpoint(self) -> Path:
@@ -61,6 +63,7 @@ def prepare_run(
     if not parameters.checkpoint:
         demo = make_demo(settings.home / "demo")
         updates["checkpoint"] = str(demo.checkpoint)
+        updates["model"] = parameters.model or demo.model
         updates["eval_data"] = parameters.eval_data or str(demo.eval_data)
     else:
         from heimdall_onnx.model.checkpoint import single_file

@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.common.files import hash_file, replace_file
@@ -46,6 +46,8 @@ class Demo:
         seconds: Wall-clock time that making it took.
         reused: Whether it was there already.
     """
+
+    model: ClassVar[str] = "heimdall_onnx:LocalizationNet"
 
     checkpoint: Path
     eval_data: Path

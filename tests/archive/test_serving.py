@@ -41,10 +41,10 @@ from heimdall_onnx.common.errors import (
     VerificationError,
 )
 from heimdall_onnx.localization.features import write_features
-from heimdall_onnx.localization.network import LocalizationNet
+from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE, LocalizationNet
 from heimdall_onnx.model.inference import run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
-from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE, Signature, TensorSpec
+from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.review.promotion import roll_back
 from heimdall_onnx.services.connection import connect
 

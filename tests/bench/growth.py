@@ -25,12 +25,12 @@ from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.one_pass import Models, pass_over, pass_settings
 from heimdall_onnx.evidence.parity.rounding import Rounding
+from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE
 from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.onnx.validate import validate_model
-from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
 from heimdall_onnx.report.plot import Chart
 from heimdall_onnx.report.plot.chart import Color, new_figure, styled
 
@@ -98,7 +98,7 @@ def samples(count: int) -> dict[str, Any]:
 
 def model(checkpoint: Path) -> dict[str, Any]:
     """Export, validation and parity of one size."""
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, model="heimdall_onnx:LocalizationNet")
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -122,7 +122,7 @@ def model(checkpoint: Path) -> dict[str, Any]:
 
 def statistics(checkpoint: Path) -> dict[str, Any]:
     """What part of the pass over the evaluation data is not the models' own."""
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint, model="heimdall_onnx:LocalizationNet")
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         path = export_model(loaded.model, Path(folder) / "model.onnx", opset=14).path
         session = open_session(path, spinning=False)

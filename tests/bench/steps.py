@@ -46,7 +46,9 @@ def main(checkpoint: Path) -> None:
     """Measure and print."""
     settings = Settings.load()
     client, tracker = make_client(settings), initialize_mlflow(settings)
-    loaded = load_checkpoint(checkpoint, model_kwargs={"backbone_size": "tiny"})
+    loaded = load_checkpoint(
+        checkpoint, model="heimdall_onnx:LocalizationNet", model_kwargs={"backbone_size": "tiny"}
+    )
     assert isinstance(loaded.model, LocalizationNet)
     found: dict[str, list[float]] = {name: [] for name in ROWS}
 

@@ -13,7 +13,7 @@ import pytest
 
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.data import npz
-from heimdall_onnx.data.evaluation import SYNTHETIC_SAMPLES, load_evaluation_data
+from heimdall_onnx.data.evaluation import SYNTHETIC_SAMPLES, first_rows, load_evaluation_data
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -48,6 +48,18 @@ def refusal(file, **others):
         load(file, **others)
     assert str(file) in str(caught.value)
     return str(caught.value)
+
+
+def test_first_rows_are_those_of_what_may_be_inputs(file):
+    assert first_rows(None) is None
+    np.savez(file, **arrays(big=np.ones((4, 2), ">f8"), names=np.array(["a", "b"])))
+    found = first_rows(file)
+    assert {name: rows.shape for name, rows in found.items()} == {
+        "x": (3, 3),
+        "k": (3,),
+        "big": (3, 2),
+    }
+    assert found["big"].dtype.isnative
 
 
 def test_everything_in_the_file_is_read(file):

@@ -16,7 +16,7 @@ from heimdall_onnx.common.parameters import AccuracyLimits
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.variants.accuracy import accuracy_gates, judge_accuracy
 from heimdall_onnx.evidence.variants.recipes import weights_of_seven_bits
-from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
+from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE
 
 HERE = Path(__file__).parents[1] / "bench" / "peers"
 

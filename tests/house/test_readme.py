@@ -283,7 +283,7 @@ def test_model_is_served_by_mlflow(reviewed):
     script = script.replace("[[[[…]]]]", json.dumps(image.tolist()))
     # The server is a child of the command.
     printed = reviewed.shell(f"trap 'pkill -P $server; kill $server' EXIT\n{script}")
-    assert list(json.loads(printed.splitlines()[-1])["predictions"]) == ["score"]
+    assert list(json.loads(printed.splitlines()[-1])["predictions"]) == ["output"]
 
 
 def test_plan_of_a_fleet_is_read(workshop, tmp_path):

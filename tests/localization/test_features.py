@@ -15,7 +15,7 @@ from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.data.evaluation_file import write_feature_file
 from heimdall_onnx.localization.features import write_features
 from heimdall_onnx.localization.mel import FeatureParameters, signed_mel_filters
-from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
+from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE
 
 RATE = 12_000.0
 PARAMETERS = FeatureParameters()

@@ -7,8 +7,7 @@ from torch import nn
 
 from heimdall_onnx.common.errors import CheckpointError, ParameterError
 from heimdall_onnx.localization.frame import calibration_advice
-from heimdall_onnx.localization.network import BACKBONES, LocalizationNet
-from heimdall_onnx.model.signature import localization_signature
+from heimdall_onnx.localization.network import BACKBONES, LocalizationNet, localization_signature
 
 # Channels and depths of "A ConvNet for the 2020s", section 3; last stochastic depth as published.
 # Atto is of "ConvNeXt V2", appendix A.

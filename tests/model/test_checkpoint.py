@@ -12,7 +12,6 @@ from torch import nn
 from heimdall_onnx.common.errors import CheckpointError, ParameterError
 from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.construction import import_model
-from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
 
 
 class Small(nn.Module):
@@ -98,7 +97,6 @@ def test_layout_is_told_by_content(state, tmp_path, save, weights, name):
     assert all(torch.equal(v, state[n]) for n, v in loaded.model.state_dict().items())
     assert not any(module.training for module in loaded.model.modules())
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert loaded.signature is LOCALIZATION_SIGNATURE
     assert (loaded.path, loaded.model_spec) == (path, SMALL)
 
 
@@ -136,7 +134,7 @@ def test_pretrained_weights_are_never_fetched(state, tmp_path, pretrained):
     assert loaded.model_kwargs["pretrained"] is False
 
 
-def test_reference_model_is_the_default(tmp_path):
+def test_reference_model_is_built_as_its_checkpoint_says(tmp_path):
     model_kwargs = {"backbone_size": "tiny", "uncertainty_max": 2.0}
     with torch.device("meta"):
         shapes = import_model("heimdall_onnx:LocalizationNet")(**model_kwargs).state_dict()
@@ -144,7 +142,7 @@ def test_reference_model_is_the_default(tmp_path):
     torch.save(
         {"state_dict": prefixed(state), "hyper_parameters": model_kwargs}, tmp_path / "a.ckpt"
     )
-    loaded = load_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_checkpoint(tmp_path / "a.ckpt", model="heimdall_onnx:LocalizationNet")
     assert loaded.model.backbone_size == "tiny"
     assert loaded.signature.outputs[1].range == (0.01, 2.0)
 
@@ -316,7 +314,11 @@ def test_unfit_arguments_are_a_parameter_error(state, tmp_path, kwargs, message)
 def test_model_that_refuses_its_arguments_keeps_its_own_message(state, tmp_path):
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(ParameterError, match=r"^backbone_size must be one of"):
-        load_checkpoint(tmp_path / "a.pt", model_kwargs={"backbone_size": "tinny"})
+        load_checkpoint(
+            tmp_path / "a.pt",
+            model="heimdall_onnx:LocalizationNet",
+            model_kwargs={"backbone_size": "tinny"},
+        )
 
 
 def test_model_in_a_file_is_found_with_what_lies_beside_it(tmp_path, monkeypatch):
@@ -332,3 +334,37 @@ def test_model_in_a_file_is_found_with_what_lies_beside_it(tmp_path, monkeypatch
     assert import_model("nets/in_a_file.py:Net").__name__ == "Net"
     with pytest.raises(ParameterError, match=r"there is no module 'missing_file'"):
         import_model("nets/missing_file.py:Net")
+
+
+class Renaming(nn.Module):
+    """Reads its weights itself, under names that they had in an earlier version."""
+
+    old = "linear"
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(3, 2)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        made = cls()
+        saved = torch.load(f"{folder}/pytorch_model.bin")
+        renamed = {name.replace(cls.old, "dense"): value for name, value in saved.items()}
+        made.load_state_dict(renamed, strict=False)
+        return made
+
+
+@pytest.mark.parametrize(("old", "fits"), [("linear", True), ("layer", False)])
+def test_weights_that_a_model_reads_under_other_names_are_those_of_the_file(
+    tmp_path, monkeypatch, old, fits
+):
+    monkeypatch.setattr(Renaming, "old", old)
+    state = {"linear.weight": torch.randn(2, 3), "linear.bias": torch.randn(2)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    if not fits:  # some are as the constructor has left them
+        with pytest.raises(CheckpointError, match=r"missing: dense\.weight"):
+            load_checkpoint(tmp_path, model=f"{__name__}:Renaming.from_pretrained")
+        return
+    loaded = load_checkpoint(tmp_path, model=f"{__name__}:Renaming.from_pretrained")
+    assert torch.equal(loaded.model.dense.weight, state["linear.weight"])
+    assert loaded.notes == ("read by from_pretrained, which gives weights other names",)

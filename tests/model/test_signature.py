@@ -7,15 +7,9 @@ from faults import FEATURES, LOG_VARIANCE, MASK, POSITION, SET, STATIONS
 
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.text import DEGREES
+from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE, localization_signature
 from heimdall_onnx.model.examples import generic_inputs
-from heimdall_onnx.model.signature import (
-    LOCALIZATION_SIGNATURE,
-    Axis,
-    Signature,
-    TensorSpec,
-    localization_signature,
-    signature_of,
-)
+from heimdall_onnx.model.signature import Axis, Signature, TensorSpec, signature_of
 
 TWO_INPUTS = Signature(
     inputs=(
@@ -240,8 +234,9 @@ def test_all_problems_of_the_inputs_are_named_at_once():
     ]
 
 
-def test_model_without_a_signature_has_the_localization_signature():
-    assert signature_of(object()) is LOCALIZATION_SIGNATURE
+def test_model_without_a_signature_has_none():
+    with pytest.raises(DataError, match=r"object declares no signature: give it one"):
+        signature_of(object())
 
 
 def test_declared_signature_wins():

@@ -11,14 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE
 from heimdall_onnx.model.checkpoint import load_checkpoint
-from heimdall_onnx.model.signature import (
-    LOCALIZATION_SIGNATURE,
-    Axis,
-    Signature,
-    TensorSpec,
-    signature_of,
-)
+from heimdall_onnx.model.examples import generic_inputs
+from heimdall_onnx.model.signature import Axis, Signature, TensorSpec, signature_of
 from heimdall_onnx.model.signature_file import (
     find_signature_file,
     read_signature_file,
@@ -190,9 +186,17 @@ def checkpoint(tmp_path):
 
 
 def test_it_declares_what_the_class_does_not(checkpoint):
-    bare = load_checkpoint(checkpoint, model="families:UndeclaredMultiModalNet")
-    assert (bare.signature, bare.signature_file) == (LOCALIZATION_SIGNATURE, None)
-    assert "nobody" in checkpoint_table(bare).data
+    arrays = generic_inputs(MULTI_MODAL, 4, lengths={"receivers": 5})
+    bare = load_checkpoint(
+        checkpoint, model="families:UndeclaredMultiModalNet", arrays=lambda: arrays
+    )
+    assert [spec.dtype for spec in bare.signature.inputs] == [s.dtype for s in MULTI_MODAL.inputs]
+    assert {spec.shape[1] for spec in bare.signature.inputs} == {"length"}
+    assert bare.signature == signature_of(bare.model)
+    assert "| signature | found, not declared |" in checkpoint_table(bare).data
+    assert "inputs: iq, features" in checkpoint_table(bare).data
+    with pytest.raises(DataError, match="declares no signature, and none was found"):
+        load_checkpoint(checkpoint, model="families:UndeclaredMultiModalNet").signature  # noqa: B018
     path = write_signature_file(MULTI_MODAL, signature_path(checkpoint))
     assert path.name == "best.epoch-3.signature.yaml"
     loaded = load_checkpoint(checkpoint, model="families:UndeclaredMultiModalNet")

@@ -39,7 +39,8 @@ from heimdall_onnx.common.errors import (
     RegistryError,
     SettingsError,
 )
-from heimdall_onnx.model.signature import Signature, TensorSpec, localization_signature
+from heimdall_onnx.localization.network import localization_signature
+from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.services import store
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.embedded import ensure_store, services_down

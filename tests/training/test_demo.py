@@ -13,9 +13,9 @@ import torch
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.parity.ground import distance_m, middle_of
+from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE
 from heimdall_onnx.localization.simulate import RECEIVERS
 from heimdall_onnx.model.checkpoint import load_checkpoint
-from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE
 from heimdall_onnx.training import demo as module
 from heimdall_onnx.training.demo import make_demo
 
@@ -42,7 +42,8 @@ def test_the_checkpoint_is_in_lightning_s_layout_and_safe_to_read(demo):
     }
     assert all(name.startswith("model.") for name in content["state_dict"])
     assert {"epoch", "pytorch-lightning_version"} <= content.keys()
-    assert load_checkpoint(demo.checkpoint).weights == "state_dict.model"
+    loaded = load_checkpoint(demo.checkpoint, model=demo.model)
+    assert loaded.weights == "state_dict.model"
     assert b"/training" not in demo.checkpoint.read_bytes()  # nor any other path
 
 
@@ -50,7 +51,9 @@ def test_the_errors_reported_are_those_of_the_files(demo):
     data = load_evaluation_data(demo.eval_data, LOCALIZATION_SIGNATURE)
     with torch.inference_mode():
         inputs = torch.from_numpy(data.inputs["mel_spectrogram"][:])
-        positions, _ = load_checkpoint(demo.checkpoint).model(inputs)
+        positions, _ = load_checkpoint(
+            demo.checkpoint, model="heimdall_onnx:LocalizationNet"
+        ).model(inputs)
     # Of an even number the report's sketch takes the upper of the two in the middle.
     errors = distance_m(positions.numpy(), data.positions)
     error = np.quantile(errors, 0.5, method="higher")

@@ -297,7 +297,7 @@ def compare(
     task: Task, peers: Sequence[Peer], environment: dict[str, str]
 ) -> tuple[Row, list[Row]]:
     """Make and measure everything: this project's row, and the peers'."""
-    loaded = load_checkpoint(task.checkpoint)
+    loaded = load_checkpoint(task.checkpoint, model="heimdall_onnx:LocalizationNet")
     onnx = task.folder / "onnx" / "model.onnx"
     onnx.parent.mkdir()
     export_model(loaded.model, onnx)

@@ -19,7 +19,7 @@ from heimdall_onnx.model.copies import pickle_model
 def main() -> None:
     entry = Entry(__doc__, ["eager", "compile", "frozen"])
     torch.set_num_threads(entry.threads)
-    model = load_checkpoint(entry.model).model.eval()
+    model = load_checkpoint(entry.model, model="heimdall_onnx:LocalizationNet").model.eval()
     path = entry.out / "model.pkl"
     path.write_bytes(pickle_model(model))
     example = torch.from_numpy(read(entry.calibration)[0][:1])

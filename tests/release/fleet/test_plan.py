@@ -81,7 +81,7 @@ matrix: {opset: [14, 20], model: ["pkg.mod:A", "pkg.mod:B"]}
 exclude:
   - {checkpoint: models/*, opset: "14"}
   - {checkpoint: runs/1/best.ckpt, opset: 20, model: "pkg.mod:B"}
-include: [{checkpoint: models/a.ckpt, opset: 9, memory: 8GiB}]
+include: [{checkpoint: models/a.ckpt, opset: 9, model: "pkg.mod:C", memory: 8GiB}]
 memory: 4 GiB
 """
     )
@@ -102,7 +102,7 @@ memory: 4 GiB
         ("runs/2/best.ckpt", 14, "B", 4),
         ("runs/2/best.ckpt", 20, "A", 4),
         ("runs/2/best.ckpt", 20, "B", 4),
-        ("models/a.ckpt", 9, "t", 8),
+        ("models/a.ckpt", 9, "C", 8),
     ]
     for item in found.items:
         assert Path(item.checkpoint).is_absolute()

@@ -49,10 +49,11 @@ from heimdall_onnx.evidence.parity.optimization_levels import (
 from heimdall_onnx.evidence.parity.report import BatchIndependence, ParityCell, ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
 from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR, EVALUATION, RTOL
+from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
-from heimdall_onnx.model.signature import LOCALIZATION_SIGNATURE, Signature, TensorSpec
+from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.report import plot, tables
 from heimdall_onnx.report.plot.chart import Color
 
