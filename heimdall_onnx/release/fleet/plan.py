@@ -26,11 +26,12 @@ import difflib
 import itertools
 import json
 import math
+import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
@@ -506,8 +507,9 @@ def _checked(values: Mapping[str, Any]) -> ReleaseParameters | list[str]:
 
 def _filled(values: Mapping[str, Any], checkpoint: str) -> dict[str, Any]:
     """The values, with the checkpoint's own names in theirs."""
-    path = PurePosixPath(checkpoint)
-    words = {"stem": path.stem, "parent": path.parent.name}
+    # Not by pathlib, which interns each part: Python's table of those grows with the fleet.
+    folder, _, file = checkpoint.rpartition("/")
+    words = {"stem": posixpath.splitext(file)[0], "parent": folder.rpartition("/")[2]}
     own = {what: re.sub("[^A-Za-z0-9._-]", "-", word) for what, word in words.items()}
     names = {
         name: _FILLED.sub(lambda match: own[match[1]], values[name])
