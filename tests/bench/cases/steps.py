@@ -24,6 +24,7 @@ from heimdall_onnx import (
     compare_outputs,
     decide,
     export_model,
+    first_rows,
     load_checkpoint,
     load_evaluation_data,
     validate_model,
@@ -33,7 +34,7 @@ from heimdall_onnx.common.parameters import ReleaseParameters, check_parameters
 from heimdall_onnx.model.checkpoint import LoadedModel, single_file
 from heimdall_onnx.model.construction import import_model
 from heimdall_onnx.model.copies import pickle_model
-from heimdall_onnx.model.readings import read_content, require_weights
+from heimdall_onnx.model.readings import read_weights
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
 from .case import Case
@@ -136,8 +137,8 @@ def _release(case: Case, given: Mapping[str, Any], folder: Path) -> str:
     parameters = check_parameters(
         {**given, "profile": "smoke", "output_dir": str(folder / "run"), "measure_latency": False}
     )
-    require_weights(read_content(parameters.checkpoint))
-    loaded = _load(parameters, folder / "run", **_rows(parameters))
+    read_weights(parameters.checkpoint)
+    loaded = _load(parameters, folder / "run")
     wrong = _other_weights(case, loaded)
     data = load_evaluation_data(parameters.eval_data_path, loaded.signature, loaded.model)
     if case.labelled and data.positions is None:
@@ -190,18 +191,9 @@ def _load(parameters: ReleaseParameters, folder: Path, **changes: Any) -> Loaded
         single_file(parameters.checkpoint, folder),
         model=parameters.model,
         model_kwargs=parameters.model_kwargs,
+        arrays=lambda: first_rows(parameters.eval_data_path),
         **({"weights": parameters.weights, "submodule": parameters.submodule} | changes),
     )
-
-
-def _rows(parameters: ReleaseParameters) -> dict[str, Any]:
-    import inspect
-
-    if "arrays" not in inspect.signature(load_checkpoint).parameters:
-        return {}
-    from heimdall_onnx.data.evaluation import first_rows
-
-    return {"arrays": lambda: first_rows(parameters.eval_data_path)}
 
 
 def references(case: Case) -> list[nn.Module]:
