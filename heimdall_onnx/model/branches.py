@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import linecache
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -17,6 +17,11 @@ from heimdall_onnx.common.logs import get_logger
 log = get_logger(__name__)
 
 _TORCH = str(Path(torch.__file__).parent)
+# Besides, this wing: it calls models, and has none.
+_NOT_OWN = (
+    *(f"{Path(_TORCH).parent / name}/" for name in ("torch", "onnxscript", "onnx_ir")),
+    f"{Path(__file__).parent}/",
+)
 # PyTorch's own code that only hands on to `_Watched` what Python or NumPy asks.
 _HANDS_ON = {f"{_TORCH}/_tensor.py", f"{_TORCH}/overrides.py"}
 _BRANCHES = (ast.If, ast.IfExp, ast.While, ast.Assert)
@@ -100,11 +105,14 @@ def _reading_at(frame: FrameType | None) -> str:
     if (refuses or only_said or isinstance(innermost, ast.Assert)) and not caught:
         return ""
     done = "branches on the values of its inputs" if innermost else "reads its inputs as numbers"
-    return f"{done}: {line_of(frame)}"
+    return f"{done}: {own_line([(frame, line)])}"
 
 
-def line_of(frame: FrameType) -> str:
-    """The line of code that is at work, in words."""
-    code, line = frame.f_code, frame.f_lineno
-    text = linecache.getline(code.co_filename, line).strip()
-    return f"line {line}, in {code.co_name}: `{text}`"
+def own_line(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """The first line of code that is not PyTorch's or an exporter's, in words; empty if none is."""
+    for frame, line in frames:
+        code = frame.f_code
+        text = linecache.getline(code.co_filename, line).strip()
+        if text and not code.co_filename.startswith(_NOT_OWN):
+            return f"line {line}, in {code.co_name}: `{text}`"
+    return ""

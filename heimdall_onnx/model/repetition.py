@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heimdall_onnx.common.errors import ExportError
-from heimdall_onnx.model.branches import line_of
+from heimdall_onnx.model.branches import own_line
 
 # Rounding that hangs on the order of threads stays below, and a gate above.
 _RTOL = 1e-5
-_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+_HERE = str(Path(__file__).parent)
 _BARE = nn.Module()
 
 State = Mapping[str, torch.Tensor]
@@ -100,6 +102,13 @@ def repeatable_answer(
     )
 
 
+def depends_on_batch(answer: State, beside_others: State) -> str:
+    """The first output that is another one of the first sample beside others; empty if none is."""
+    return _difference(
+        *({n: t[:1] for n, t in a.items() if t.ndim} for a in (answer, beside_others))
+    )[0]
+
+
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
 
@@ -142,13 +151,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _place(self) -> str:
         """The innermost module that is at work, and the line of code that is not PyTorch's."""
-        module = line = ""
-        frame = sys._getframe(2)
-        while frame.f_back is not None and not frame.f_code.co_filename.startswith(_HERE):
-            code, owner = frame.f_code, id(frame.f_locals.get("self"))
-            if not module and self._names.get(owner):
-                module = f" in {self._names[owner]}"
-            if not line and not code.co_filename.startswith(_TORCH):
-                line = f" ({line_of(frame)})"
-            frame = frame.f_back
-        return module + line
+        frames = [
+            *itertools.takewhile(
+                lambda one: not one[0].f_code.co_filename.startswith(_HERE),
+                traceback.walk_stack(sys._getframe(2)),
+            )
+        ]
+        owners = (self._names.get(id(frame.f_locals.get("self"))) for frame, _ in frames)
+        module, line = next(filter(None, owners), ""), own_line(frames)
+        return (module and f" in {module}") + (line and f" ({line})")

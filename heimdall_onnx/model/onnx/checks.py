@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,11 +25,6 @@ from heimdall_onnx.model.signature import Signature, TensorSpec
 # Enough to tell a wrong result from rounding, TF32 on a GPU included; parity is judged elsewhere.
 _PROOF_TOLERANCE = 1e-2
 _LEAST_SCALE = 1e-6
-# Whose code an exporter's error may come from.
-_EXPORTERS = (
-    *(f"{Path(np.__file__).parents[1]}/{name}/" for name in ("torch", "onnxscript", "onnx_ir")),
-    f"{Path(__file__).parents[2]}/",
-)
 
 
 def named_axes(spec: TensorSpec) -> dict[int, str]:
@@ -243,14 +237,6 @@ def innermost(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def line_of(error: BaseException) -> str:
-    """Where in code that is neither PyTorch's nor this package's an error was raised, in words."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.line and not frame.filename.startswith(_EXPORTERS):
-            return f" (line {frame.lineno}, in {frame.name}: `{frame.line}`)"
-    return ""
 
 
 def first_line(text: str) -> str:

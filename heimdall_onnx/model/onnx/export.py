@@ -13,6 +13,7 @@ import logging
 import re
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch import nn
 from heimdall_onnx.common.errors import ExportError, HeimdallError, ParameterError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.model.branches import find_branch
+from heimdall_onnx.model.branches import find_branch, own_line
 from heimdall_onnx.model.copies import copy_model
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs
@@ -35,13 +36,12 @@ from heimdall_onnx.model.onnx.checks import (
     export_lengths,
     first_line,
     innermost,
-    line_of,
     named_axes,
     prove_axes,
     short_reason,
 )
 from heimdall_onnx.model.onnx.file import write_model
-from heimdall_onnx.model.repetition import Answer, repeatable_answer, restore
+from heimdall_onnx.model.repetition import Answer, depends_on_batch, repeatable_answer, restore
 from heimdall_onnx.model.signature import Signature, signature_of
 
 if TYPE_CHECKING:
@@ -176,6 +176,15 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
     try:
         write(path, opset)
     except ExportError as error:
+        mixed = {name: torch.cat([t[:1], other[name][1:]]) for name, t in example.items()}
+        with _quiet_exporter(), torch.no_grad():
+            name = depends_on_batch(named(answer.result), named(call(mixed)))
+        said = str(error).rstrip(".")
+        if name:
+            raise ExportError(
+                f"{said}. PyTorch's {name} of a sample hangs on the other samples of its batch, in "
+                "eval mode too: batch statistics, or a mean over the batch."
+            ) from error
         further = 20 if opset < _FIRST_TORCH_EXPORT_OPSET else 17
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -183,8 +192,8 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
         except (HeimdallError, OSError):
             raise error from error.__cause__
         raise ExportError(
-            f"{str(error).rstrip('.')}. Opset {further} does better: choose it. There the export "
-            "agrees with PyTorch as far as was tried."
+            f"{said}. Opset {further} does better: choose it. There the export agrees with "
+            "PyTorch as far as was tried."
         ) from error
 
 
@@ -237,14 +246,14 @@ def _write_proven(
 
 def _failed(model: nn.Module, opset: int, error: Exception, axis: str = "") -> ExportError:
     inner = innermost(error)
-    reason, where = short_reason(inner), line_of(inner)
+    reason, where = short_reason(inner), own_line([*traceback.walk_tb(inner.__traceback__)][::-1])
     if "data-dependent" in reason or type(inner).__name__ == "DataDependentOutputException":
         reason = (
-            "its code asks for values that only a call knows: a branch or loop on them, or "
-            f"`.item()`{where}. {_WITH_TENSORS} (data-dependent, {reason})"
+            "its code asks for values that only a call knows, by a branch or loop on them or by "
+            f"`.item()`: {where}. {_WITH_TENSORS} (data-dependent, {reason})"
         )
     else:
-        reason = f"{axis}{reason}{where}"
+        reason = axis + reason + (where and f" ({where})")
     return ExportError(f"{type(model).__name__} can't be exported to opset {opset}: {reason}")
 
 

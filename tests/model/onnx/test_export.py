@@ -457,6 +457,18 @@ def test_model_that_writes_into_its_input_is_compared_on_inputs_of_its_own(tmp_p
         export_model(Overwriting(2), tmp_path / "model.onnx", opset=14)
 
 
+def test_batch_statistics_are_named_where_the_export_fails(tmp_path):
+    model = Function(lambda self, x: nn.functional.batch_norm(x, None, None, training=True))
+    with pytest.raises(ExportError, match=r"PyTorch's y of a sample hangs on the other samples"):
+        export_model(model, tmp_path / "model.onnx", opset=14)
+
+
+def test_a_fixed_batch_is_exported_as_it_is(tmp_path):
+    model = Function(lambda self, x: x - x.mean(0), shape=(3, 6))
+    path = export_model(model, tmp_path / "model.onnx", opset=17).path
+    assert run(path, np.ones((3, 6), np.float32))[0].shape == (3, 6)
+
+
 def test_unsupported_operator_is_named(tmp_path):
     model = Function(lambda self, x: x + torch.vdot(x[0], x[1]))
     with pytest.raises(ExportError, match=r"to opset 14: .*vdot"):
