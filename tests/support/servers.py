@@ -13,9 +13,10 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from heimdall_onnx.services.settings import with_driver
@@ -114,6 +115,10 @@ def mlflow_server(database_uri: str, folder: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield address
     finally:
+        # An MLflow that serves by gunicorn would leave that behind.
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(server.pid).children(recursive=True):
+                process.terminate()
         server.terminate()
         server.wait(timeout=30)
 
