@@ -56,8 +56,8 @@ class Models(NamedTuple):
     def of(cls, model: nn.Module, session: InferenceSession, signature: Signature) -> Models:
         """A PyTorch model and an open ONNX file."""
         return cls(
-            partial(run_pytorch, model, signature=signature),
-            partial(run_onnx, session, signature=signature),
+            partial(_in_rows, partial(run_pytorch, model, signature=signature)),
+            partial(_in_rows, partial(run_onnx, session, signature=signature)),
             Rounding(model, signature),
         )
 
@@ -83,6 +83,10 @@ class Models(NamedTuple):
     def spread(self, batch: Arrays, expected: Arrays) -> Callable[[], Mapping[str, Floats]]:
         """How far PyTorch differs from ``expected`` where it rounds otherwise, once it is asked."""
         return cache(partial(self.rounding.spread, batch, expected))
+
+
+def _in_rows(run: Callable[[Arrays], Arrays], batch: Arrays) -> Arrays:
+    return {name: np.atleast_1d(array) for name, array in run(batch).items()}
 
 
 @dataclass(frozen=True)

@@ -703,3 +703,31 @@ def test_cells_are_in_the_signatures_order_of_outputs(compare):
     report = compare(DictNet())
     assert all([o.output for o in c.outputs] == ["positions", "spread"] for c in report.cells)
     assert isinstance(report.signature, Signature)
+
+
+class Summed(nn.Module):
+    """A batch of one, an output without axes, and one without a batch."""
+
+    signature = declare(
+        [TensorSpec("x", "float32", (1, 4))],
+        [
+            TensorSpec("y", "float32", (1, 4)),
+            TensorSpec("total", "float32", ()),
+            TensorSpec("grid", "float32", (3,)),
+        ],
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("grid", torch.arange(3.0))
+
+    def forward(self, x):
+        return x * 2, x.sum(), self.grid + 0 * x.sum()
+
+
+def test_a_fixed_batch_and_outputs_without_one_are_compared(tmp_path):
+    model = Summed().eval()
+    path = export_model(model, tmp_path / "m.onnx", opset=17).path
+    data = evaluation(count=9, signature=Summed.signature)
+    report = compare_outputs(model, path, data, Summed.signature)
+    assert failed(report) == set()
