@@ -26,6 +26,9 @@ from heimdall_onnx.common.text import listed, shown
 
 ProfileName = Literal["smoke", "quick", "audit"]
 
+# The documented limit of the mean absolute error.
+TOLERANCE = 1e-5
+
 _Parameters = TypeVar("_Parameters", bound=BaseModel)
 
 
@@ -161,7 +164,7 @@ class ReleaseParameters(Parameters):
     prefix: str = Field("", pattern=rf"^$|{PREFIX}", max_length=500, validate_default=True)
     # MLflow takes no dots in an alias.
     alias: str = Field("staging", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=255)
-    tolerance: float = Field(1e-5, gt=0)
+    tolerance: float = Field(TOLERANCE, gt=0)
     opset: int = Field(20, ge=9, le=23)
     do_constant_folding: bool = True
     batch_size: int = Field(8, ge=1, le=4096)

@@ -1,9 +1,9 @@
 """The signature of a model that declares none, found by running it.
 
 What goes in is read from the parameters of ``forward`` and the arrays that there are for them, or
-guessed from the model's own layers where there are none. What may be longer or shorter, and what
-comes out, is seen by running a copy of the model at other sizes. Nothing is said of units or
-masks, nor of ranges but where the model was seen to fail beyond them.
+guessed from the layers and the configuration of a model that has one. What may be longer or
+shorter, and what comes out, is seen by running a copy of the model at other sizes. Nothing is said
+of units or masks, nor of ranges but where the model was seen to fail beyond them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ log = get_logger(__name__)
 # What training wants beside the inputs: no input where it may be left away.
 _LABELS = {"label", "labels", "target", "targets"}
 _MOST_TRIES = 300
-# Usual sizes of what a convolution takes, by the axes of its kernel, and of sequences.
-_SIDES = {1: (1024, 16000, 128), 2: (224, 256, 384, 512, 128, 96, 64, 32, 28), 3: (32, 64, 16)}
+# Of sequences; images have no usual size.
 _LENGTHS = (16, 4)
+# Of Hugging Face and of timm.
+_CONFIGURATIONS = ("config", "default_cfg")
 # Where a model or its configuration says for which size it was made.
 _SIZE_FIELDS = ("image_size", "img_size", "sample_size", "max_source_positions")
 _AXES = {(4, 2): "height", (4, 3): "width"}
@@ -62,7 +63,8 @@ def derive_signature(
     Args:
         model: In eval mode.
         arrays: Sample axis first; the first rows are enough. Without any, the model's
-            ``example_input_array`` is taken, or inputs are guessed.
+            ``example_input_array`` is taken, or inputs are guessed by its layers and its
+            configuration, as Hugging Face and timm leave one.
 
     Returns:
         The signature as far as the model was run, and how it was found, in words.
@@ -126,7 +128,12 @@ class _Search:
             raise self._unknown(f"does not run on {source}: {error}", arrays) from error
 
     def guessed(self) -> Arrays:
-        """Inputs of a usual size, of which the model answers each row by itself."""
+        """Inputs as the model's configuration has them, each row of which it answers by itself.
+
+        Layers alone don't tell: what is flattened may have had any shape before.
+        """
+        if not any(getattr(self._model, name, None) for name in _CONFIGURATIONS):
+            raise self._unknown("has neither evaluation data, an example nor a configuration", {})
         names = [name for name, must in self._required.items() if must]
         main = getattr(self._model, "main_input_name", None)  # of Hugging Face
         if main in self._required and set(names) <= {main}:
@@ -381,7 +388,7 @@ def _taken_by(
         # A sound may have twice as many frames as there are positions behind its convolutions.
         own = [size * (count // len(size)) for size in sizes] if count > 1 else []
         own += [(n * size[0],) for size in sizes for n in (2, 1) if count == len(size) == 1]
-        for sides in (*own, *((side,) * count for side in _SIDES[count])):
+        for sides in own:
             yield (channels, *sides), None, f"{channels} channels"
             if channels == count == 1:
                 yield sides, None, "one channel"

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -205,9 +206,7 @@ def test_outputs_lie_in_one_another_and_are_of_any_type():
     ("model", "expected"),
     [
         (Classifier(), ["input_ids: int64 (batch, length)"]),
-        (Conv(FLAT), ["image: float32 (batch, 3, 32, 32)"]),
         (nn.Sequential(nn.Linear(7, 3)), ["input: float32 (batch, 7)"]),
-        (nn.Sequential(nn.Conv1d(1, 2, 4), nn.ReLU()), ["input: float32 (batch, 1, length)"]),
         (nn.LSTM(6, 4, batch_first=True), ["input: float32 (batch, length, 6)"]),
         (
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
@@ -215,7 +214,10 @@ def test_outputs_lie_in_one_another_and_are_of_any_type():
         ),
     ],
 )
-def test_without_data_inputs_are_guessed_from_the_layers(model, expected):
+def test_without_data_inputs_are_guessed_from_the_layers_of_a_configured_model(model, expected):
+    with pytest.raises(DataError, match="neither evaluation data, an example nor a configuration"):
+        found(model)
+    model.config = SimpleNamespace(vocab_size=32)
     made = found(model)
     assert [spec.describe() for spec in made.signature.inputs] == expected
     assert made.notes[0].startswith("there is no evaluation data, so ")
@@ -245,8 +247,9 @@ class Graph(nn.Module):
 
 def test_what_is_not_found_says_what_to_give():
     message = (
-        r"Graph declares no signature, and none was found: it runs on nothing that was guessed. "
-        r"Its forward takes nodes, edges, hops \(optional\); evaluation data: none. Give "
+        r"Graph declares no signature, and none was found: it has neither evaluation data, an "
+        r"example nor a configuration. Its forward takes nodes, edges, "
+        r"hops \(optional\); evaluation data: none. Give "
         r"--eval-data with one array of those names per input, samples first, e.g. "
         r"np.savez\('eval.npz', nodes=...\), or a file <checkpoint>.signature.yaml with"
     )

@@ -20,7 +20,7 @@ from torch import nn
 from heimdall_onnx.common.arrays import Arrays, Floats, in_batches
 from heimdall_onnx.common.errors import EvidenceError, ParameterError, UnavailableError
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.common.parameters import EvaluationWorkers
+from heimdall_onnx.common.parameters import TOLERANCE, EvaluationWorkers
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.departure import Departure, first_departure
 from heimdall_onnx.evidence.parity.depth import DepthProfile, depth_profile
@@ -60,7 +60,7 @@ def compare_outputs(
     data: EvaluationData,
     signature: Signature,
     *,
-    tolerance: float = 1e-5,
+    tolerance: float = TOLERANCE,
     batch_size: int = 8,
     reference_samples: int = 32,
     progress: Callable[[int, int], None] | None = None,

@@ -60,7 +60,8 @@ def limit_of(ordinary: npt.NDArray[Any], tolerance: float) -> Limit:
     """
     if ordinary.dtype.kind != "f":
         return Limit(tolerance, RTOL)
-    ulps = _LEAST_ULPS * float(np.finfo(ordinary.dtype).eps)
+    less_than_float32 = ordinary.dtype.itemsize < 4
+    ulps = _LEAST_ULPS * float(np.finfo(ordinary.dtype).eps) if less_than_float32 else 0.0
     sizes = np.abs(ordinary[np.isfinite(ordinary)].astype(np.float64))
     size = min(1.0, float(sizes.mean()) / _SMALL) if sizes.size else 1.0
     return Limit(max(tolerance, ulps) * size, max(RTOL, ulps))

@@ -65,6 +65,8 @@ TOLERANCE = 1e-5
 class Locator(nn.Module):
     """A small model with the reference model's signature."""
 
+    signature = LOCALIZATION_SIGNATURE
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 128 * 32, 16), nn.Tanh())
