@@ -464,7 +464,7 @@ def precisions() -> Iterator[Case]:
         lambda: [cast(torch.float8_e4m3fn)],
     )
     whole = {n: (v * 100).to(torch.int8) if v.ndim > 1 else v for n, v in W.state.items()}
-    yield _net("int8 without scales", "refuse", saved(lambda: whole), says="scale|integers")
+    yield _net("int8 without scales", "refuse", saved(lambda: whole), says="int8")
     yield _net("complex weights", "refuse", saved(lambda: cast(torch.complex64)), says="complex")
     for name, value in (("NaN", torch.nan), ("Inf", torch.inf)):
         broken = W.state
