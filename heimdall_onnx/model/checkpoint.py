@@ -325,13 +325,16 @@ def _choose(
         raise CheckpointError(f"{path} holds no weights {chosen!r}; it holds {labels}")
     most = max(reading.matches for reading in named)
     tried = [(r, load_reading(fresh(), r)[0]) for r in named if 2 * r.matches >= most]
-    fits = [reading for reading, problems in tried if not problems]
+    fitting = sorted((r for r, problems in tried if not problems), key=lambda r: r.pickled != "")
+    fits = fitting
+    if len(fits) > 1:  # the same saved twice is no question, averages always are one
+        fits = [*{_contents_of(reading): reading for reading in fits[::-1]}.values()][::-1]
     if not fits:
         raise _unfit(content, about, *min(tried, key=lambda one: len(one[1])))
     averaged = [
         f"{shown(r.label)}: averages of weights under names that do not fit"
         for r in named
-        if not chosen and r not in fits and AVERAGED.search(r.label)
+        if not chosen and r not in fitting and AVERAGED.search(r.label)
         if 2 * (r.matches or len(r.tensors)) >= len(own)
     ]
     if len(fits) == 1 and not averaged:
@@ -341,7 +344,7 @@ def _choose(
     ways = [
         f"--weights {shown(r.label)}: {count_of(len(r.values), 'value')}"
         + (f", in a pickled {shown(r.pickled)}, not taken" if r.pickled else "")
-        for r in sorted(fits, key=lambda one: one.pickled != "")
+        for r in fits
     ]
     raise CheckpointError(
         f"{path} holds several sets of weights that may be meant for {about}; choose one with "
@@ -360,6 +363,12 @@ def _read_already(network: nn.Module, content: Content) -> Reading | None:
         ):
             return reading
     return None
+
+
+def _contents_of(reading: Reading) -> tuple[str, frozenset[Any]]:
+    averaged = reading.label if AVERAGED.search(reading.label) else ""
+    tensors = reading.tensors.items()
+    return averaged, frozenset((n, _content_of(stored.tensor())) for n, stored in tensors)
 
 
 def _content_of(value: Tensor) -> tuple[torch.Size, bytes]:
@@ -396,6 +405,12 @@ def load_reading(network: nn.Module, reading: Reading) -> tuple[list[str], list[
     state, other = OrderedDict[str, Any](), dict[str, str]()
     problems: dict[str, str] = {}
     notes = []
+    # What a module's own code may turn around while loading is PyTorch's to judge.
+    hooked = any(
+        module._load_state_dict_pre_hooks
+        or not module._load_from_state_dict.__module__.startswith("torch.")
+        for module in network.modules()
+    )
     for name, value in reading.values.items():
         try:
             if name.endswith("_extra_state") and not isinstance(value, StoredTensor):
@@ -404,6 +419,8 @@ def load_reading(network: nn.Module, reading: Reading) -> tuple[list[str], list[
                 state[name], mine = value.tensor(), own.get(name)
                 if isinstance(mine, Tensor) and is_lazy(mine):
                     notes.append(f"as large as in the file: {name}")
+                elif hooked and isinstance(mine, Tensor) and state[name].shape != mine.shape:
+                    continue
                 elif isinstance(mine, Tensor) and (problem := _unlike(name, state[name], mine)):
                     problems[name] = problem
                     del state[name]

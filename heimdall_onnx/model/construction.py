@@ -190,6 +190,11 @@ def _import(name: str, spec: str) -> ModuleType:
         name = file.stem
         if file.is_file() and str(file.parent) not in sys.path:
             sys.path.insert(0, str(file.parent))
+        there = getattr(sys.modules.get(name), "__file__", str(file))
+        if file.is_file() and Path(there or "").absolute() != file:
+            raise ParameterError(
+                f"model {spec!r}: another module is called {name}; rename the file"
+            )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -283,6 +283,7 @@ class _Search:
     ) -> Signature:
         """``signature`` with the outputs that can be declared; the others are noted."""
         taken, outputs = {spec.name for spec in signature.inputs}, []
+        taken |= self._model.state_dict().keys()  # of the file's initializers
         for name, value in base.items():
             shape: list[int | str] = [*value.shape]
             problems = []

@@ -273,7 +273,9 @@ def _look(
         content.readings.append(Reading(keys, named, versions))
     for name, one in entries:
         if isinstance(one, dict | list | tuple):
-            of_training = training or _TRAINING.search(str(name)) is not None
+            of_training = (training or bool(_TRAINING.search(str(name)))) and not AVERAGED.search(
+                str(name)
+            )
             _look(content, one, (*keys, str(name)), training=of_training, seen=seen)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from heimdall_onnx.model.branches import own_line
 _RTOL = 1e-5
 _HERE = str(Path(__file__).parent)
 _BARE = nn.Module()
+_GROWING = (list, dict, set)
 
 State = Mapping[str, torch.Tensor]
 
@@ -116,7 +117,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def _attributes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """What every other attribute of every module is, and how long."""
     return {
-        f"{where}.{name}".lstrip("."): (id(value), len(value) if isinstance(value, Sized) else 0)
+        f"{where}.{name}".lstrip("."): (id(value), len(value) if isinstance(value, _GROWING) else 0)
         for where, module in model.named_modules()
         for name, value in vars(module).items()
         if not hasattr(_BARE, name)

@@ -237,6 +237,37 @@ def test_several_that_fit_are_a_question(state, tmp_path, wrap, labels):
         load_checkpoint(tmp_path / "a.pt", model=NET, weights="other")
 
 
+def test_the_same_saved_twice_is_no_question(state, tmp_path):
+    found = loaded({"model": state, "net": {n: v.clone() for n, v in state.items()}}, tmp_path)
+    assert is_loaded(found, state)
+
+
+def test_averages_of_a_callback_are_a_question(state, tmp_path):
+    average = {"EMA": {"ema_state_dict": {n: v * 2 for n, v in state.items()}}}
+    with pytest.raises(CheckpointError, match=r"--weights callbacks\.EMA\.ema_state_dict"):
+        loaded({"state_dict": state, "callbacks": average}, tmp_path)
+
+
+class Turned(nn.Linear):
+    """Turns the weights of a layout before its own."""
+
+    def __init__(self):
+        super().__init__(3, 24)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        name = f"{prefix}weight"
+        if state_dict[name].shape == (3, 24):
+            state_dict[name] = state_dict[name].T
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def test_what_a_module_turns_while_loading_is_not_judged_before(tmp_path):
+    state = nn.Linear(3, 24).state_dict()
+    torch.save(state | {"weight": state["weight"].T.clone()}, tmp_path / "a.pt")
+    found = load_checkpoint(tmp_path / "a.pt", model=f"{__name__}:Turned")
+    assert is_loaded(found, state)
+
+
 @pytest.mark.parametrize("names", [True, False])
 def test_averages_that_can_not_be_taken_are_a_question_too(state, tmp_path, names):
     shadow = {n: v for n, v in state.items() if "num" not in n and "running" not in n}

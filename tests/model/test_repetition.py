@@ -1,12 +1,15 @@
 """What answers otherwise each time is told by what it does so with; a mere cache is let be."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from heimdall_onnx.common.errors import ExportError
+from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.repetition import repeatable_answer
+from heimdall_onnx.model.signature import Signature, TensorSpec
 
 
 class Net(nn.Module):
@@ -127,3 +130,22 @@ def test_what_answers_otherwise_each_time_is_named(function, words):
 )
 def test_what_a_call_leaves_behind_without_another_answer_is_undone(function, changed):
     assert sorted(check(function)) == changed
+
+
+class Keeps(nn.Module):
+    """Keeps numbers without an axis beside its weights, which have no length."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = torch.tensor(2.0), np.array(1.0)
+
+    def forward(self, x):
+        return x * self.scale + float(self.shift)
+
+
+def test_a_number_kept_as_an_attribute_has_no_length_that_could_change(tmp_path):
+    signature = Signature(
+        inputs=(TensorSpec("x", "float32", ("batch", 3)),),
+        outputs=(TensorSpec("y", "float32", ("batch", 3)),),
+    )
+    assert export_model(Keeps(), tmp_path / "m.onnx", signature=signature, opset=17).path.exists()

@@ -346,17 +346,19 @@ def _quiet_exporter() -> Iterator[list[warnings.WarningMessage]]:
 def _torchscript(
     export: Callable[..., object], path: Path, signature: Signature, fold: bool
 ) -> None:
+    import onnx_ir as ir
+
     axes = {spec.name: named_axes(spec) for spec in (*signature.inputs, *signature.outputs)}
     with plain_attention():
         export(f=str(path), dynamo=False, do_constant_folding=fold, dynamic_axes=axes)
     scattered = [p for p in path.parent.iterdir() if p != path]
-    if scattered or path.stat().st_size > ONE_FILE_LIMIT:
-        import onnx_ir as ir
-
-        # Mapped until then: what is unlinked stays readable.
-        _write(ir.load(path), path)
-        for file in scattered:
-            file.unlink()
+    exported = ir.load(path)
+    # Where this exporter can't tell a fixed length it makes up a name.
+    _name_axes(exported, signature)
+    # Mapped until then: what is unlinked stays readable.
+    _write(exported, path)
+    for file in scattered:
+        file.unlink()
 
 
 @contextlib.contextmanager
@@ -420,18 +422,15 @@ def _strip_machine(model: ir.Model) -> None:
 
 
 def _name_axes(model: ir.Model, signature: Signature) -> None:
-    """Call the outputs' symbolic axes what the signature calls them, not by their formula."""
+    """Give the outputs' symbolic axes the signature's names and lengths, not a formula's."""
     import onnx_ir as ir
 
-    axes = {spec.name: named_axes(spec) for spec in signature.outputs}
+    shapes = {spec.name: spec.shape for spec in signature.outputs}
     for value in model.graph.outputs:
-        if value.shape is None or len(value.shape) == 0:
-            continue
-        for axis, name in axes.get(value.name or "", {}).items():
-            if axis < len(value.shape) and isinstance(value.shape[axis], ir.SymbolicDim):
-                value.shape = ir.Shape(
-                    [ir.SymbolicDim(name) if a == axis else d for a, d in enumerate(value.shape)]
-                )
+        wanted = shapes.get(value.name or "", ())
+        if value.shape is not None and len(value.shape) == len(wanted):
+            pairs = zip(wanted, value.shape, strict=True)
+            value.shape = ir.Shape([w if isinstance(h, ir.SymbolicDim) else h for w, h in pairs])
 
 
 def _suspicions(caught: list[warnings.WarningMessage]) -> list[str]:
