@@ -75,6 +75,8 @@ def compare_models(
     of = f" of {given.count}" if data.count < given.count else ""
     try:
         takes.check_inputs(data.inputs, data.source)
+        if takes.fixed_batch not in (None, signature.fixed_batch):
+            raise DataError(f"its batch is fixed at {takes.fixed_batch}")
     except DataError as error:
         note = f"version {version} does not take the candidate's inputs: {error}"
         return HeadToHead(version, f"{data.count}{of} samples, {data.source}", (), (note,))
