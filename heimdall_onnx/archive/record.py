@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
     from heimdall_onnx.data.evaluation import EvaluationData
     from heimdall_onnx.evidence.latency.benchmark import LatencyReport
-    from heimdall_onnx.evidence.latency.members import MemberComparison
     from heimdall_onnx.evidence.parity.departure import Departure
     from heimdall_onnx.evidence.parity.report import ParityReport
     from heimdall_onnx.evidence.variants.search import VariantsReport
@@ -224,7 +223,7 @@ def record_results(
     registered: RegisteredRelease | Skipped,
     variants: VariantsReport | NotMeasured | None = None,
     roofline: Roofline | NotMeasured | None = None,
-    member: MemberComparison | NotMeasured | None = None,
+    member: MemberFigures | NotMeasured | None = None,
     members: Sequence[UncertaintyReport] | None = None,
     profiles: Sequence[tuple[str, OperatorTimes]] | NotMeasured | None = (),
     costs: Sequence[StepCost] = (),

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from heimdall_onnx.common.environment import Environment
     from heimdall_onnx.data.evaluation import EvaluationData
-    from heimdall_onnx.evidence.latency.members import MemberComparison
+    from heimdall_onnx.evidence.latency.figures import MemberFigures
     from heimdall_onnx.evidence.parity.departure import Departure
     from heimdall_onnx.evidence.variants.roofline import Roofline
     from heimdall_onnx.evidence.variants.search import JudgedVariant, VariantsReport
@@ -252,13 +252,13 @@ def pair_table(report: PairLatency) -> Markdown:
 
 
 @unless_not_measured
-def member_table(found: MemberComparison | None) -> Markdown | None:
+def member_table(found: MemberFigures | None) -> Markdown | None:
     """What an ensemble costs beside one of its members; None for a model without members."""
     return found and _from_template("member", found, *found.latency.contenders)
 
 
 @unless_not_measured
-def machine_table(report: LatencyReport | PairLatency) -> Markdown:
+def machine_table(report: PairLatency) -> Markdown:
     """Which machine it was, and what it did while latency was measured on it."""
     cores = report.cores if isinstance(report, LatencyReport) else None
     return _from_template("machine", report.machine, cores)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from heimdall_onnx.evidence.latency.contenders import (
     pytorch_contestant,
 )
 from heimdall_onnx.evidence.latency.cores import usable_cores
-from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures, Turns
+from heimdall_onnx.evidence.latency.figures import LatencyFigures, PairFigures
 from heimdall_onnx.evidence.latency.machine_state import MachineState, MachineWatch
 from heimdall_onnx.evidence.latency.statistics import offline_throughput, paired_speedup
 from heimdall_onnx.evidence.ratios import CONFIDENCE
@@ -69,42 +69,16 @@ class BatchLatency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Measured(Turns):
-    contenders: tuple[ContenderLatency, ContenderLatency]
-    machine: MachineState
-    batches: tuple[BatchLatency, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencyReport(_Measured, LatencyFigures):
-    """Everything that `measure_latency` found.
-
-    Attributes:
-        contenders: The PyTorch model, eager, and the ONNX model on ONNX Runtime's CPU execution
-            provider.
-        batches: Latency at this and the further batch sizes, ascending.
-    """
-
-    confidence: float = CONFIDENCE
-
-    @property
-    def pytorch(self) -> ContenderLatency:
-        """The PyTorch model."""
-        return self.contenders[0]
-
-    @property
-    def onnx(self) -> ContenderLatency:
-        """The ONNX model."""
-        return self.contenders[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairLatency(_Measured, PairFigures):
+class PairLatency(PairFigures):
     """Two contenders, measured in turns.
 
     Attributes:
         batches: Latency at this and the further batch sizes, ascending.
     """
+
+    contenders: tuple[ContenderLatency, ContenderLatency]
+    machine: MachineState
+    batches: tuple[BatchLatency, ...] = ()
 
     @property
     def first(self) -> ContenderLatency:
@@ -115,6 +89,23 @@ class PairLatency(_Measured, PairFigures):
     def second(self) -> ContenderLatency:
         """The other one."""
         return self.contenders[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyReport(PairLatency, LatencyFigures):
+    """The PyTorch model, eager, and the ONNX model on ONNX Runtime's CPU execution provider."""
+
+    confidence: float = CONFIDENCE
+
+    @property
+    def pytorch(self) -> ContenderLatency:
+        """The PyTorch model."""
+        return self.first
+
+    @property
+    def onnx(self) -> ContenderLatency:
+        """The ONNX model."""
+        return self.second
 
 
 def measure_latency(
@@ -169,8 +160,7 @@ def measure_latency(
         threads=settings.threads,
         batch_size=pair.batch_size,
     )
-    measured = {one.name: getattr(pair, one.name) for one in fields(_Measured)}
-    return LatencyReport(**measured, threads=settings.threads, cores=usable_cores())
+    return LatencyReport(**vars(pair), threads=settings.threads, cores=usable_cores())
 
 
 def benchmark_model(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.data.evaluation import EvaluationData
-from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
+from heimdall_onnx.evidence.latency.benchmark import measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant, default_threads
 from heimdall_onnx.evidence.latency.figures import MemberFigures
 from heimdall_onnx.model.ensemble import Ensemble
@@ -21,17 +21,6 @@ from heimdall_onnx.model.signature import Signature, signature_of
 log = get_logger(__name__)
 
 ENSEMBLE, MEMBER = "Ensemble", "Single member"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemberComparison(MemberFigures):
-    """What an ensemble costs beside a single one of its members.
-
-    Attributes:
-        latency: The ensemble and its first member on ONNX Runtime, in turns.
-    """
-
-    latency: PairLatency
 
 
 def compare_member(
@@ -46,7 +35,7 @@ def compare_member(
     seed: int = 0,
     batch_size: int = 1,
     do_constant_folding: bool = True,
-) -> MemberComparison | None:
+) -> MemberFigures | None:
     """Measure an exported ensemble against the first of its members, exported in the same way.
 
     Args:
@@ -94,7 +83,7 @@ def compare_member(
     beside = (p for p in onnx_path.parent.iterdir() if p.name.startswith(f"{onnx_path.name}."))
     size = sum(path.stat().st_size for path in (onnx_path, *beside))
     log.info("compared with a member", ratio=round(latency.speedup.ratio, 3))
-    return MemberComparison(
+    return MemberFigures(
         members=len(model.members),
         latency=latency,
         size_bytes=size,

@@ -38,18 +38,15 @@ _LINES = ("-", "--")
 _HATCHES = ("", "////")
 
 
-_Report = LatencyReport | PairLatency
-
-
-def _both(report: _Report) -> tuple[ContenderLatency, ContenderLatency]:
+def _both(report: PairLatency) -> tuple[ContenderLatency, ContenderLatency]:
     """The sides in the order in which they are drawn."""
-    if isinstance(report, PairLatency):
-        return report.second, report.first
-    return report.pytorch, report.onnx
+    if isinstance(report, LatencyReport):
+        return report.pytorch, report.onnx
+    return report.second, report.first
 
 
-def _colors(report: _Report) -> tuple[str, str]:
-    return _PAIR_COLORS if isinstance(report, PairLatency) else _COLORS
+def _colors(report: PairLatency) -> tuple[str, str]:
+    return _COLORS if isinstance(report, LatencyReport) else _PAIR_COLORS
 
 
 @unless_not_measured
@@ -80,7 +77,7 @@ def pair_latency(report: PairLatency) -> Chart:
     return _draw_latency(report, title, beside)
 
 
-def _draw_latency(report: _Report, title: str, beside: str) -> Chart:
+def _draw_latency(report: PairLatency, title: str, beside: str) -> Chart:
     counts = (f"{c.name} {count_of(c.samples_ms.size, 'call')}" for c in _both(report))
     subtitle = f"{', '.join(counts)} · batch {report.batch_size} · {beside}"
     rows = sorted({p.percentile for c in _both(report) for p in c.percentiles})
@@ -132,7 +129,7 @@ def _ratio(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 100 else number(ratio)
 
 
-def _use_log_axis(report: _Report) -> bool:
+def _use_log_axis(report: PairLatency) -> bool:
     medians = [c.median_ms for c in _both(report)]
     samples = np.concatenate([c.samples_ms for c in _both(report)])
     return bool(
@@ -141,7 +138,7 @@ def _use_log_axis(report: _Report) -> bool:
     )
 
 
-def _draw_histograms(axes: Axes, report: _Report) -> None:
+def _draw_histograms(axes: Axes, report: PairLatency) -> None:
     samples = np.concatenate([c.samples_ms for c in _both(report)])
     low, high = float(samples.min()), float(samples.max())
     low, high = (low * 0.97, high * 1.03) if high > low else (0.9 * low, 1.1 * high)
@@ -172,7 +169,7 @@ def _draw_histograms(axes: Axes, report: _Report) -> None:
     axes.legend()
 
 
-def _draw_percentiles(axes: Axes, report: _Report, rows: list[float]) -> None:
+def _draw_percentiles(axes: Axes, report: PairLatency, rows: list[float]) -> None:
     for index, contender in enumerate(_both(report)):
         for row, percentile in enumerate(rows):
             found = contender.percentile(percentile)
@@ -196,7 +193,7 @@ def _draw_percentiles(axes: Axes, report: _Report, rows: list[float]) -> None:
         note(axes, said, middle, (0, 0), xycoords="axes fraction", ha="center", va="center")
 
 
-def _latency_alt(report: _Report) -> str:
+def _latency_alt(report: PairLatency) -> str:
     parts = []
     for contender in _both(report):
         percentiles = ", ".join(
