@@ -82,7 +82,9 @@ def tune_session(
             with ExitStack() as stack:
                 changed = best.model_copy(update=change)
                 worker = start(changed, stack, str(turn))
-                speedup = _compare(base, worker, batch_size, calls, rng)
+                earlier = len(base.blocks)
+                take_turns((base, worker), calls, 0, rng, batch_size)
+                speedup = paired_speedup(base.blocks[earlier:], worker.blocks)
                 kept = speedup.low > 1
                 option = ", ".join(f"{name} = {value}" for name, value in change.items())
                 trials.append(Trial(option, speedup, kept))
@@ -106,11 +108,3 @@ def _changes(settings: SessionSettings) -> Iterator[dict[str, Any]]:
     yield {"level": "extended"}
     yield {"arena": False}
     yield {"prepacking": False}
-
-
-def _compare(
-    base: Worker, worker: Worker, batch_size: int, calls: int, rng: random.Random
-) -> Speedup:
-    before = len(base.blocks)  # of earlier trials
-    take_turns((base, worker), calls, 0, rng, batch_size)
-    return paired_speedup(base.blocks[before:], worker.blocks)
