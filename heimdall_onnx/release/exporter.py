@@ -26,7 +26,8 @@ from heimdall_onnx.common.verdict import Verdict
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import measure_latency
 from heimdall_onnx.evidence.latency.statistics import min_queries
-from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure
+from heimdall_onnx.evidence.parity.compare import compare_outputs
+from heimdall_onnx.evidence.parity.departure import locate_departure
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.onnx.export import eval_mode, export_model
 from heimdall_onnx.model.onnx.validate import validate_model

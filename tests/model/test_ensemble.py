@@ -26,7 +26,8 @@ from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.data.evaluation import load_evaluation_data
 from heimdall_onnx.evidence.latency.figures import MemberFigures
 from heimdall_onnx.evidence.latency.members import compare_member
-from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure
+from heimdall_onnx.evidence.parity.compare import compare_outputs
+from heimdall_onnx.evidence.parity.departure import locate_departure
 from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.copies import pickle_model
 from heimdall_onnx.model.ensemble import (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,6 @@ from heimdall_onnx.common.errors import EvidenceError, ParameterError, Unavailab
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import TOLERANCE, EvaluationWorkers
 from heimdall_onnx.data.evaluation import EvaluationData
-from heimdall_onnx.evidence.parity.departure import Departure, first_departure
-from heimdall_onnx.evidence.parity.depth import DepthProfile, depth_profile
 from heimdall_onnx.evidence.parity.invariance import (
     SAMPLES,
     check_masks,
@@ -197,32 +195,6 @@ def further_kinds(
         yield kind, inputs, True
 
 
-def locate_departure(report: ParityReport, model: nn.Module, onnx_path: Path) -> Departure | None:
-    """Name the first module whose output differs, on the worst inputs, if a parity gate failed.
-
-    Returns:
-        None where every parity gate holds, or where no module departs with the graph
-        optimizations off: the fault then lies in a fusion of ONNX Runtime's, between the rows of
-        a batch, or below what can be told from rounding inside the network.
-    """
-    if all(gate.passed for gate in report.gates()):
-        return None
-    return first_departure(model, onnx_path, report.worst_inputs, tolerance=report.tolerance)
-
-
-def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> DepthProfile | None:
-    """The error along the network on the worst inputs; None where every parity gate holds."""
-    if all(gate.passed for gate in report.gates()):
-        return None
-    return depth_profile(
-        model,
-        onnx_path,
-        report.worst_inputs,
-        tolerance=report.tolerance,
-        where=report.worst_where,
-    )
-
-
 @dataclass
 class _Pair:
     """Both models side by side, and what is remembered of them while batches stream by."""
@@ -235,13 +207,12 @@ class _Pair:
         factor = tolerance_factor(kind, valid)
         signature, limits = self.settings.signature, self.settings.limits
         accumulators = [
-            ErrorAccumulator(spec, **vars(limits[spec.name].times(factor)))
-            for spec in signature.outputs
+            ErrorAccumulator(spec, limits[spec.name].times(factor)) for spec in signature.outputs
         ]
         count = next(iter(inputs.values())).shape[0]
         for start, batch in in_batches(inputs, size):
             expected, found = self.models.run(batch, signature)
-            spread = self.models.spread(batch, expected)
+            spread = self.models.rounding.spread(batch, expected)
             largest = max(
                 accumulator.update(expected[spec.name], found[spec.name], start, spread)
                 for spec, accumulator in zip(signature.outputs, accumulators, strict=True)
@@ -264,7 +235,7 @@ def _noise_floor(
     rounding: Rounding, settings: PassSettings, reference: Sequence[tuple[Arrays, Arrays, Arrays]]
 ) -> tuple[NoiseFloor, ...]:
     samples = sum(len(next(iter(batch.values()))) for batch, _, _ in reference)
-    moved = [cache(partial(rounding.spread, batch, single)) for batch, single, _ in reference]
+    moved = [rounding.spread(batch, single) for batch, single, _ in reference]
     try:
         exact = [rounding.exact(batch) for batch, _, _ in reference]
     except EvidenceError as error:
@@ -289,8 +260,7 @@ def _noise_floor(
         floor = _floor(spec, samples, sides)
         if not exact or floor.onnx_error > floor.limit:
             apart = (joined(answers() for answers in moved) / SPREAD_FACTOR)[finite]
-            limit = settings.limits[name]
-            settled = apart <= limit.atol + limit.rtol * np.abs(sides[0])
+            settled = apart <= settings.limits[name].allowed(sides[0])
             settled = settled if settled.any() else np.isfinite(apart)
             sides = [side[settled] for side in sides]
             floor = _floor(spec, samples, sides, rounded=float(apart[settled].mean()))
@@ -311,13 +281,13 @@ def _floor(
 def _batch_independence(run: _Pair, data: EvaluationData, examples: Examples) -> BatchIndependence:
     # A constant row must be among the neighbours: z-scored ones share mean and spread with the
     # row itself, which hides a normalization that runs over the batch.
-    settings = run.settings
+    settings, rounding = run.settings, run.models.rounding
     names = [s.name for s in settings.signature.outputs if s.name not in settings.loose]
     found = [BatchIndependence(0.0, 0.0, "none", settings.signature.outputs[0].name, 0)]
     for row in range(min(3, data.count)):
         one = data.rows([row])
         alone = run.models.onnx(one)
-        spread = cache(lambda one=one: run.models.spread(one, run.models.pytorch(one))())
+        spread = cache(lambda one=one: rounding.spread(one, run.models.pytorch(one))())
         neighbours = {**examples.adversarial(one), EVALUATION: data.rows([row + 1])}
         for kind, other in neighbours.items():
             beside = run.models.onnx(

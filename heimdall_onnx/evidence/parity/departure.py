@@ -1,9 +1,10 @@
-"""First departure: the first module whose output differs between PyTorch and the ONNX graph.
+"""Where along the network PyTorch and the ONNX graph part: the first module, or the whole course.
 
 The PyTorch side is read by forward hooks, the ONNX side from the values that leave the nodes of a
 module. Exporters fuse, fold and drop nodes, so not every module has its output in the graph, and
 a value that differs may be an artefact of fusion that heals further on. A departure counts only
-if it reaches a departing output of the model other than through values that agree.
+if it reaches a departing output of the model other than through values that agree. The course of
+the error tells besides whether it jumps at one place, grows bit by bit, or heals.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,13 @@ from torch.utils._pytree import tree_leaves
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.parity.statistics import element_errors
+from heimdall_onnx.evidence.parity.tolerance import Limit
 from heimdall_onnx.model.inference import run_pytorch
 from heimdall_onnx.model.onnx.graph import ScopedGraph
 from heimdall_onnx.model.signature import signature_of
+
+if TYPE_CHECKING:
+    from heimdall_onnx.evidence.parity.report import ParityReport
 
 log = get_logger(__name__)
 
@@ -102,35 +107,92 @@ class Departure(ModuleDifference):
     operators: tuple[str, ...]
 
 
-def first_departure(
-    model: nn.Module,
-    onnx_path: Path | str,
-    inputs: Mapping[str, _Array],
-    *,
-    tolerance: float = 1e-5,
-) -> Departure | None:
-    """The deepest module, first in execution order, from which the graph departs.
+@dataclass(frozen=True)
+class DepthProfile:
+    """The error of every module that can be compared.
 
-    A value departs if its largest absolute error exceeds 2·tolerance·max(1, max|reference|) or
-    NaN and Inf are in other places. The graph runs without optimization; None means that it
-    agrees there, so that a difference seen elsewhere comes from ONNX Runtime's fusions. What an
-    exporter folded into a neighbour is named by the module whose scope the fused node carries.
+    Attributes:
+        modules: In the order in which the graph computes their outputs.
+        skipped: Modules of the graph whose output it does not have as a value of its own.
+        where: The inputs, in words.
+    """
+
+    modules: tuple[ModuleDifference, ...]
+    skipped: int
+    where: str
+
+
+def locate_departure(report: ParityReport, model: nn.Module, onnx_path: Path) -> Departure | None:
+    """The deepest module, first in execution order, from which the graph departs, if a gate failed.
+
+    Looked at are the worst inputs. A value departs if its largest absolute error exceeds
+    2·tolerance·max(1, max|reference|) or NaN and Inf are in other places. What an exporter folded
+    into a neighbour is named by the module whose scope the fused node carries.
 
     Args:
+        report: What the comparison found.
         model: In eval mode.
         onnx_path: Its export.
-        inputs: One array per input of the model's signature.
-        tolerance: The tolerance that the comparison used.
+
+    Returns:
+        None where every parity gate holds, or where no module departs with the graph
+        optimizations off: the fault then lies in a fusion of ONNX Runtime's, between the rows of
+        a batch, or below what can be told from rounding inside the network.
 
     Raises:
         InvalidModelError: If ONNX Runtime can't load the file.
         EvidenceError: If ONNX Runtime can't run it on the inputs.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    graph = ScopedGraph(Path(onnx_path), names)
-    found = _Search(model, graph, dict(inputs), tolerance).run()
+    if all(gate.passed for gate in report.gates()):
+        return None
+    graph = _graph_of(model, onnx_path)
+    found = _Search(model, graph, report.worst_inputs, report.tolerance).run()
     log.info("first_departure", path=str(onnx_path), scope=found.scope if found else None)
     return found
+
+
+def trace_depth(report: ParityReport, model: nn.Module, onnx_path: Path) -> DepthProfile | None:
+    """Compare what every module returns with what leaves its nodes, without graph optimization.
+
+    Both models run on the worst inputs, once for every few modules, whose outputs alone are kept:
+    memory grows with the largest outputs, not with the depth.
+
+    Args:
+        report: What the comparison found.
+        model: In eval mode.
+        onnx_path: Its export.
+
+    Returns:
+        None where every parity gate holds.
+
+    Raises:
+        InvalidModelError: If ONNX Runtime can't load the file.
+        EvidenceError: If a model can't run on the inputs.
+    """
+    if all(gate.passed for gate in report.gates()):
+        return None
+    graph = _graph_of(model, onnx_path)
+    # A container whose output is its last module's would only repeat that: the innermost stands.
+    innermost: dict[tuple[str, ...], str] = {}
+    for scope in graph.scopes:
+        innermost[tuple(graph.leaving(scope))] = scope
+    innermost.pop((), None)
+    ordered = sorted(
+        innermost.values(), key=lambda s: max(map(graph.producer.__getitem__, graph.leaving(s)))
+    )
+    found = []
+    for scope, tensors, values in _values_of(model, graph, ordered, report.worst_inputs):
+        worst = _match_values(tensors, values, report.tolerance).worst
+        if worst is not None:
+            kind = type(model.get_submodule(scope)).__name__
+            found.append(ModuleDifference(**vars(worst), scope=scope, module_type=kind))
+    log.info("error_along_depth", compared=len(found), modules=len(ordered))
+    return DepthProfile(tuple(found), len(ordered) - len(found), report.worst_where)
+
+
+def _graph_of(model: nn.Module, onnx_path: Path) -> ScopedGraph:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return ScopedGraph(onnx_path, names)
 
 
 @dataclass(frozen=True)
@@ -206,16 +268,16 @@ class _Search:
         """Every child of ``scope``, compared."""
         matches = {}
         children = _children(scope, self._model.get_submodule(scope))
-        for child, tensors, values in values_of(self._model, self._graph, children, self._inputs):
-            matches[child] = match_values(tensors, values, self._tolerance)
+        for child, tensors, values in _values_of(self._model, self._graph, children, self._inputs):
+            matches[child] = _match_values(tensors, values, self._tolerance)
             self._healed |= matches[child].healed
         return matches
 
     def _input_difference(self, scope: str, start: float) -> LargestDifference | None:
         """How what enters the module differs already: then the fault lies before it."""
-        tensors = record_tensors(self._model, self._inputs, [scope], before=True).get(scope, [])
+        tensors = _record_tensors(self._model, self._inputs, [scope], before=True).get(scope, [])
         values = self._graph.compute(self._graph.entering(scope, int(start)), self._inputs)
-        match = match_values(tensors, values, self._tolerance)
+        match = _match_values(tensors, values, self._tolerance)
         departs = match.worst is not None and match.worst.departs
         return match.worst if departs and any(map(self._matters, match.departing)) else None
 
@@ -228,7 +290,7 @@ class _Search:
         )
 
 
-def values_of(
+def _values_of(
     model: nn.Module, graph: ScopedGraph, scopes: Iterable[str], inputs: Arrays
 ) -> Iterator[tuple[str, list[_Array], Arrays]]:
     """Each module with the tensors it returns and the graph's values that leave its nodes.
@@ -238,7 +300,7 @@ def values_of(
     listed = list(scopes)
     for start in range(0, len(listed), MODULES_AT_ONCE):
         some = listed[start : start + MODULES_AT_ONCE]
-        tensors = record_tensors(model, inputs, some)
+        tensors = _record_tensors(model, inputs, some)
         leaving = {scope: graph.leaving(scope) for scope in some}
         values = graph.compute((name for names in leaving.values() for name in names), inputs)
         for scope in some:
@@ -246,7 +308,7 @@ def values_of(
             yield scope, tensors.get(scope, []), own
 
 
-def record_tensors(
+def _record_tensors(
     model: nn.Module, inputs: Arrays, scopes: Iterable[str], *, before: bool = False
 ) -> dict[str, list[_Array]]:
     """What modules return, or take with ``before``, in one run of ``model`` on ``inputs``.
@@ -297,7 +359,7 @@ def _to_numpy(tensor: torch.Tensor) -> _Array:
     return np.array(value.numpy(), copy=True)
 
 
-def match_values(tensors: list[_Array], values: Mapping[str, _Array], tolerance: float) -> _Match:
+def _match_values(tensors: list[_Array], values: Mapping[str, _Array], tolerance: float) -> _Match:
     """Pair tensors and values of one shape, whichever are closest.
 
     A module may return tensors that the graph has dropped, and the graph may have values that no
@@ -330,7 +392,7 @@ def compare_values(reference: _Array, value: _Array, tolerance: float) -> Larges
         magnitude = float(np.abs(reference).max(initial=0))
         return LargestDifference(np.inf, magnitude, tolerance, float("nan"), float("nan"))
     a, b = reference.astype(np.float64).ravel(), value.astype(np.float64).ravel()
-    error, _, _ = element_errors(a, b, atol=tolerance, rtol=0.0)
+    error, _, _ = element_errors(a, b, Limit(tolerance, 0.0))
     magnitude = float(np.abs(a[np.isfinite(a)]).max(initial=0))
     limit = _FACTOR * tolerance * max(1.0, magnitude)
     if a.size == 0:

@@ -285,7 +285,7 @@ def excess(
     if reference.shape != value.shape:
         return float("inf"), float("inf")
     a, b = reference.astype(np.float64), value.astype(np.float64)
-    error, share, allowed = element_errors(a, b, atol=limit.atol, rtol=limit.rtol)
+    error, share, allowed = element_errors(a, b, limit)
     judged = error > allowed + spread if np.any(spread) else np.ones(a.shape, bool)
     error, share = error[judged], share[judged]
     return float(share.max(initial=0)), float(error.max(initial=0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -79,10 +79,6 @@ class Models(NamedTuple):
                     f"{spec.name} has shape {other} where PyTorch gives {usual}: {why}"
                 )
         return expected, found
-
-    def spread(self, batch: Arrays, expected: Arrays) -> Callable[[], Mapping[str, Floats]]:
-        """How far PyTorch differs from ``expected`` where it rounds otherwise, once it is asked."""
-        return cache(partial(self.rounding.spread, batch, expected))
 
 
 def _in_rows(run: Callable[[Arrays], Arrays], batch: Arrays) -> Arrays:
@@ -191,7 +187,7 @@ class EvaluationPass(Accumulator):
         signature, tolerance = settings.signature, settings.tolerance
         self._settings = settings
         self._outputs = tuple(
-            ErrorAccumulator(spec, **vars(settings.limits[spec.name])) for spec in signature.outputs
+            ErrorAccumulator(spec, settings.limits[spec.name]) for spec in signature.outputs
         )
         self._ground = tuple(
             GroundAccumulator(settings.middle, tolerance, spec.dtype)
@@ -330,7 +326,8 @@ def pass_over(
     found = EvaluationPass(settings)
     for part, batch, truth in data.batches(settings.batch_size, rows):
         expected, answers = models.run(batch, settings.signature)
-        found.update(part.start, batch, expected, answers, truth, models.spread(batch, expected))
+        spread = models.rounding.spread(batch, expected)
+        found.update(part.start, batch, expected, answers, truth, spread)
         if progress is not None:
             progress(part.stop - rows.start, len(rows))
     return found

@@ -13,11 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.parity.rounding import Rounding
@@ -98,49 +95,43 @@ def compare_levels(
         InvalidModelError: If ONNX Runtime can't load the file.
         EvidenceError: If a model can't run on the inputs.
     """
-    rows = np.unique(np.linspace(0, data.count - 1, min(samples, data.count)).astype(int))
-    size = report.cells[0].batch_size
-    parts = (data.rows(rows[start : start + size]) for start in range(0, rows.size, size))
-    batches = [(1.0, batch) for batch in parts]
-    batches.append((report.worst_factor, report.worst_inputs))
-    expected = [run_pytorch(model, batch, report.signature) for _, batch in batches]
-    rounding = Rounding(model, report.signature)
-    spreads = [
-        cache(partial(rounding.spread, batch, answers))
-        for (_, batch), answers in zip(batches, expected, strict=True)
-    ]
-    levels = tuple(
-        _at_level(level, onnx_path, batches, expected, spreads, report) for level in LEVELS
-    )
-    source = f"{len(rows)} samples of {report.source}, and the worst batch: {report.worst_where}"
+    some, rounding = data.spread(samples), Rounding(model, report.signature)
+    batches = [(1.0, batch) for _, batch, _ in some.batches(report.cells[0].batch_size)]
+    cases = []
+    for factor, batch in (*batches, (report.worst_factor, report.worst_inputs)):
+        expected = run_pytorch(model, batch, report.signature)
+        cases.append(_Case(factor, batch, expected, rounding.spread(batch, expected)))
+    levels = tuple(_at_level(level, onnx_path, cases, report) for level in LEVELS)
+    source = f"{some.count} samples of {report.source}, and the worst batch: {report.worst_where}"
     log.info("compared_levels", excess={found.level: found.excess for found in levels})
     return LevelReport(levels, source)
 
 
+class _Case(NamedTuple):
+    """A batch, what its tolerance is multiplied by, and what PyTorch answers."""
+
+    factor: float
+    inputs: Arrays
+    expected: Arrays
+    spread: Callable[[], Mapping[str, Floats]]
+
+
 def _at_level(
-    level: OptimizationLevel,
-    path: Path,
-    batches: list[tuple[float, Arrays]],
-    expected: list[Arrays],
-    spreads: Sequence[Callable[[], Mapping[str, Floats]]],
-    report: ParityReport,
+    level: OptimizationLevel, path: Path, cases: Sequence[_Case], report: ParityReport
 ) -> LevelParity:
     with tempfile.TemporaryDirectory(prefix="heimdall-profile-") as folder:
         started = time.perf_counter()
         session = open_session(path, level=level, spinning=False, profile=Path(folder) / "run")
         load_ms = 1000 * (time.perf_counter() - started)
-        statistics = []
-        found = [run_onnx(session, batches[0][1], report.signature)]
+        found = [run_onnx(session, cases[0].inputs, report.signature)]
         operators = _operators(session)
-        found += [run_onnx(session, batch, report.signature) for _, batch in batches[1:]]
+        found += [run_onnx(session, case.inputs, report.signature) for case in cases[1:]]
+    statistics = []
     for spec in report.signature.outputs:
         parts = []
-        for (factor, _), reference, value, spread in zip(
-            batches, expected, found, spreads, strict=True
-        ):
-            limit = report.limit(spec.name).times(factor)
-            accumulator = ErrorAccumulator(spec, **vars(limit))
-            accumulator.update(reference[spec.name], value[spec.name], 0, spread)
+        for case, value in zip(cases, found, strict=True):
+            accumulator = ErrorAccumulator(spec, report.limit(spec.name).times(case.factor))
+            accumulator.update(case.expected[spec.name], value[spec.name], 0, case.spread)
             parts.append(accumulator.result())
         statistics.append(max(parts, key=lambda part: (part.violations > 0, part.excess)))
     return LevelParity(level, tuple(statistics), operators, load_ms)

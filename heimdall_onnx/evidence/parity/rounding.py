@@ -9,9 +9,9 @@ Wilkinson ("Rounding Errors in Algebraic Processes", 1963).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -26,6 +26,7 @@ from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.evidence.parity.statistics import element_errors
+from heimdall_onnx.evidence.parity.tolerance import Limit
 from heimdall_onnx.model.copies import copy_model
 from heimdall_onnx.model.examples import MOVED_ULPS, moved
 from heimdall_onnx.model.inference import run_pytorch
@@ -89,26 +90,31 @@ class Rounding:
         self.raised |= mode.used
         return answers
 
-    def spread(self, batch: Arrays, expected: Arrays) -> dict[str, Floats]:
+    def spread(self, batch: Arrays, expected: Arrays) -> Callable[[], dict[str, Floats]]:
         """How far PyTorch's answers lie from ``expected``, its usual ones, element by element.
 
         Returns:
-            By output, of the same shape: ten times the largest difference in the element, of
-            floating-point outputs at least ten times its RMS in the sample. Infinite where an
-            answer has another shape, or is a number on one side only. Nothing where the usual
-            answers hang on chance or on the calls before.
+            What finds it when it is first called. By output, of the same shape: ten times the
+            largest difference in the element, of floating-point outputs at least ten times its RMS
+            in the sample. Infinite where an answer has another shape, or is a number on one side
+            only. Nothing where the usual answers hang on chance or on the calls before.
         """
-        again = run_pytorch(self._model, batch, self._signature)
-        alike = all(_alike(again[name], array) for name, array in expected.items())
-        answers = list(self._answers(batch)) if alike else []
-        return {name: self._spread_of(name, array, answers) for name, array in expected.items()}
+
+        @cache
+        def found() -> dict[str, Floats]:
+            again = run_pytorch(self._model, batch, self._signature)
+            alike = all(_alike(again[name], array) for name, array in expected.items())
+            answers = list(self._answers(batch)) if alike else []
+            return {name: self._spread_of(name, array, answers) for name, array in expected.items()}
+
+        return found
 
     def _spread_of(self, name: str, expected: npt.NDArray[Any], answers: list[Arrays]) -> Floats:
         found = [answer[name].astype(np.float64) for answer in answers]
         if any(other.shape != expected.shape for other in found):
             return np.full(expected.shape, np.inf)
         usual = expected.astype(np.float64)
-        errors = (element_errors(usual, other, atol=1.0, rtol=0.0)[0] for other in found)
+        errors = (element_errors(usual, other, Limit(1.0, 0.0))[0] for other in found)
         apart = np.max([np.zeros(expected.shape), *errors], axis=0)
         if expected.dtype.kind == "f" and apart.size:
             within = tuple(range(1, apart.ndim))

@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -161,11 +161,6 @@ class Quantiles:
         """Add every value that was added to ``other``, which stays as it is."""
         self.sketch.merge(other.sketch)
 
-    @property
-    def count(self) -> int:
-        """Number of values added, without NaN."""
-        return int(self.sketch.n)
-
     def update(self, values: npt.NDArray[Any]) -> None:
         """Add ``values``; NaN is left out, and what float32 can't hold counts as Inf."""
         with np.errstate(over="ignore"):
@@ -288,26 +283,23 @@ class ErrorStatistics:
         return Limit(self.atol, self.rtol)
 
 
-def element_errors(
-    reference: Floats, value: Floats, *, atol: float, rtol: float
-) -> tuple[Floats, Floats, Floats]:
+def element_errors(reference: Floats, value: Floats, limit: Limit) -> tuple[Floats, Floats, Floats]:
     """Absolute errors, element by element: as they are, in units of what is allowed, and that.
 
-    Allowed is atol + rtol·|reference|. Where only one side is NaN or Inf, or they differ in it, the
+    Where only one side is NaN or Inf, or they differ in it, the
     error is infinite; where both are the same it is zero.
     """
     same = (reference == value) | (np.isnan(reference) & np.isnan(value))
     finite = np.isfinite(reference) & np.isfinite(value)
     a, b = np.where(finite, reference, 0.0), np.where(finite, value, 0.0)
     error = np.where(finite, np.abs(a - b), np.where(same, 0.0, np.inf))
-    allowed = atol + rtol * np.abs(a)
+    allowed = limit.allowed(a)
     with np.errstate(divide="ignore"):  # nothing may be allowed at all
         excess = np.divide(error, allowed, out=np.zeros_like(error), where=error > 0)
     return error, excess, allowed
 
 
-@dataclass(frozen=True)
-class WorstElements:
+class WorstElements(NamedTuple):
     """Of each sample (N,) that element of an output which differs most from its reference.
 
     Attributes:
@@ -324,24 +316,16 @@ class WorstElements:
     error: Floats
     excess: Floats
 
-    @classmethod
-    def joined(cls, parts: Sequence[WorstElements]) -> WorstElements:
-        """Those of ``parts``, one after the other."""
-        names = [entry.name for entry in fields(cls)]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-
 
 def worst_elements(
-    reference: npt.NDArray[Any], value: npt.NDArray[Any], *, atol: float, rtol: float
+    reference: npt.NDArray[Any], value: npt.NDArray[Any], limit: Limit
 ) -> WorstElements:
-    """Find the elements that differ most in units of what is allowed, atol + rtol·|reference|.
+    """Find the elements that differ most in units of what is allowed.
 
     Args:
         reference: The PyTorch model's output, sample axis first.
         value: The ONNX model's, of the same shape.
-        nan: Elements of the ONNX model's output that are NaN.
-        atol: Absolute part of what is allowed.
-        rtol: Relative part.
+        limit: What is allowed.
     """
     width = math.prod(reference.shape[1:])
     if width == 0:
@@ -356,9 +340,9 @@ def worst_elements(
             array[start : start + step].reshape(-1, width).astype(np.float64)
             for array in (reference, value)
         )
-        error, excess, _ = element_errors(a, b, atol=atol, rtol=rtol)
+        error, excess, _ = element_errors(a, b, limit)
         parts.append(_worst_of_rows(a, b, error, excess))
-    return WorstElements.joined(parts)
+    return WorstElements(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _worst_of_rows(a: Floats, b: Floats, error: Floats, excess: Floats) -> WorstElements:
@@ -381,8 +365,8 @@ class ErrorAccumulator(Accumulator):
         "_worst": _worst_of,
     }
 
-    def __init__(self, spec: TensorSpec, *, atol: float, rtol: float) -> None:
-        self._spec, self._atol, self._rtol = spec, atol, rtol
+    def __init__(self, spec: TensorSpec, limit: Limit) -> None:
+        self._spec, self._limit = spec, limit
         self._errors, self._ulps = Quantiles(), Quantiles()
         self._count = self._finite = self._violations = self._mismatches = 0
         self._nonfinite = self._open = self._nan = 0
@@ -421,13 +405,13 @@ class ErrorAccumulator(Accumulator):
             self._excess = np.inf
             return self._excess
         finite = np.isfinite(a) & np.isfinite(b)
-        error, excess, allowed = element_errors(a, b, atol=self._atol, rtol=self._rtol)
+        error, excess, allowed = element_errors(a, b, self._limit)
         beyond = error > allowed
         if spread is not None and beyond.any() and not self._violations:
             if (error > allowed + self._noise).any():
                 further = spread()[self._spec.name]
                 # No more than this, since all of a small batch may be choices made otherwise.
-                self._noise = min(float(further.min()), ADVERSARIAL_FACTOR * self._atol)
+                self._noise = min(float(further.min()), ADVERSARIAL_FACTOR * self._limit.atol)
             else:
                 further = np.full(error.shape, self._noise)
             left_open = beyond & (error <= allowed + further)
@@ -513,6 +497,5 @@ class ErrorAccumulator(Accumulator):
             error_cdf=tuple(self._errors.cdf(edges)),
             left_open=self._open,
             nan=self._nan,
-            atol=self._atol,
-            rtol=self._rtol,
+            **vars(self._limit),
         )

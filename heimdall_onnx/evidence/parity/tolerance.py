@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from heimdall_onnx.common.arrays import Floats
+
 EVALUATION = "evaluation data"
 RTOL = 1.3e-6  # torch.testing's default for float32
 
@@ -26,6 +28,10 @@ class Limit:
 
     atol: float
     rtol: float
+
+    def allowed(self, reference: Floats) -> Floats:
+        """What each element may be off by."""
+        return np.asarray(self.atol + self.rtol * np.abs(reference))
 
     def times(self, factor: float) -> Limit:
         """So many times as much."""

@@ -43,6 +43,7 @@ REPORTED = (0.5, 0.9, 0.95)
 GATED = 0.9
 _SQUARED_RADII = -2 * np.log1p(-np.array(NOMINAL))
 _MEMBER_SAMPLES = 10_000
+_BATCH = 32
 _DRAWS = 8  # from each claim
 _RADIUS_90 = math.sqrt(-2 * math.log1p(-GATED))
 
@@ -281,7 +282,7 @@ def answers_positions(data: EvaluationData, signature: Signature) -> bool:
 
 
 def assess_members(
-    model: nn.Module, data: EvaluationData, signature: Signature, *, batch_size: int = 32
+    model: nn.Module, data: EvaluationData, signature: Signature
 ) -> tuple[UncertaintyReport, ...] | None:
     """What each member of an ensemble would be worth alone, in PyTorch.
 
@@ -290,7 +291,6 @@ def assess_members(
         data: Evaluation inputs, with the true positions where they are known; of more than 10,000
             so many are taken, evenly spaced.
         signature: The ensemble's; members have their own.
-        batch_size: Samples in a call.
 
     Returns:
         One report for each member, in order; None for a model that is no `Ensemble`, without labels
@@ -305,13 +305,13 @@ def assess_members(
         return None
     data = data.spread(_MEMBER_SAMPLES)
     return tuple(
-        assess_model(f"member {number}", member, data, signature_of(member), batch_size=batch_size)
+        assess_model(f"member {number}", member, data, signature_of(member))
         for number, member in enumerate(model.members, start=1)
     )
 
 
 def assess_model(
-    who: str, model: nn.Module, data: EvaluationData, signature: Signature, *, batch_size: int = 32
+    who: str, model: nn.Module, data: EvaluationData, signature: Signature
 ) -> UncertaintyReport:
     """What a PyTorch model's positions and deviations are worth on labelled data.
 
@@ -320,13 +320,12 @@ def assess_model(
         model: In eval mode.
         data: Evaluation inputs with the true positions.
         signature: The model's, with positions.
-        batch_size: Samples in a call.
 
     Raises:
         EvidenceError: If the model can't run on the data.
     """
     accumulator = UncertaintyAccumulator(who, signature)
-    for part, batch, truth in data.batches(batch_size):
+    for part, batch, truth in data.batches(_BATCH):
         assert truth is not None
         accumulator.update(run_pytorch(model, batch, signature), truth, part.start)
     return accumulator.result()

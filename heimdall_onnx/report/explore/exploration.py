@@ -242,9 +242,9 @@ class Exploration:
         }
         parts = []
         for spec in self.signature.outputs:
-            limit = vars(self.parity.limit(spec.name).times(factor))
-            worst = worst_elements(pytorch[spec.name], onnx[spec.name], **limit)
-            parts.append(pd.DataFrame({**shared, "output": spec.name, **vars(worst)}))
+            limit = self.parity.limit(spec.name).times(factor)
+            worst = worst_elements(pytorch[spec.name], onnx[spec.name], limit)
+            parts.append(pd.DataFrame({**shared, "output": spec.name, **worst._asdict()}))
         return pd.concat(parts, ignore_index=True)
 
     def _metres(self, pytorch: Arrays, onnx: Arrays) -> Floats | None:

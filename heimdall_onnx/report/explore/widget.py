@@ -281,7 +281,7 @@ class View:
         y = some.error.to_numpy()
         lowest, highest = span_of(some.magnitude.to_numpy())
         positive = y[(y > 0) & np.isfinite(y)]
-        allowed = limit.atol + limit.rtol * np.array([lowest, highest])
+        allowed = limit.allowed(np.array([lowest, highest]))
         floor = float(min(positive.min(initial=math.inf), allowed.min())) / 3
         top = 3 * float(max(positive.max(initial=0.0), allowed.max()))
         self._limits = (lowest, highest, floor, top)
@@ -302,7 +302,7 @@ class View:
                 (adversarial, steep, steep > 1.0),
             ):
                 trace.x = line if drawn else []
-                trace.y = factor * (limit.atol + limit.rtol * line) if drawn else []
+                trace.y = factor * limit.allowed(line) if drawn else []
                 trace.showlegend = drawn
             floating = np.issubdtype(np.dtype(spec.dtype), np.floating)
             ulp.x = line if floating else []
@@ -452,7 +452,7 @@ def _rows(
     signature = exploration.signature
     a, b = (side[spec.name].ravel().astype(np.float64) for side in (sample.pytorch, sample.onnx))
     limit = exploration.parity.limit(spec.name).times(sample.factor)
-    error, excess, _ = element_errors(a, b, **vars(limit))
+    error, excess, _ = element_errors(a, b, limit)
     names = element_names(spec, a.size, of_position=spec is signature.sigma_output)
     chosen = np.sort(np.argsort(-excess, kind="stable")[:_ELEMENTS_WRITTEN])
     for element in chosen.tolist():

@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from heimdall_onnx.common.text import apart, count_of, name, number
-from heimdall_onnx.evidence.parity.departure import Departure, ModuleDifference
-from heimdall_onnx.evidence.parity.depth import DepthProfile
+from heimdall_onnx.evidence.parity.departure import Departure, DepthProfile, ModuleDifference
 from heimdall_onnx.report.plot.chart import Chart, Color, log_axis, new_figure, plain, say, styled
 
 _LABELS = 14

@@ -184,8 +184,7 @@ def errors_by_sample(report: ParityReport) -> Chart:
 
 def _errors_of(column: OutputColumn, report: ParityReport) -> pd.Series:
     """Largest error of each sample in an output, by its index; infinite where not comparable."""
-    limit = vars(column.statistics.limit)
-    kept = worst_elements(column.reference, column.value, **limit).excess
+    kept = worst_elements(column.reference, column.value, column.statistics.limit).excess
     worst = pd.Series({w.sample: w.excess for w in column.statistics.worst}, dtype=np.float64)
     return pd.Series(kept, report.plotted[: len(kept)]).combine_first(worst)
 

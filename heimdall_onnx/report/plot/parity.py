@@ -15,7 +15,7 @@ from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import name, number
 from heimdall_onnx.evidence.parity.report import ParityCell, ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics, element_errors
-from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR
+from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR, Limit
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
@@ -83,7 +83,7 @@ def _draw_parity(column: OutputColumn, above: Axes, below: Axes, report: ParityR
         say(below, "no differences to show")
         return
     x, y = column.reference.ravel(), column.value.ravel()
-    error, _, _ = element_errors(x, y, atol=1.0, rtol=0.0)
+    error, _, _ = element_errors(x, y, Limit(1.0, 0.0))
     chosen = worst_and_some(error, _ELEMENTS_SHOWN)
     elements = np.tile(np.arange(column.reference.shape[1]), column.reference.shape[0])[chosen]
     x, y = x[chosen], y[chosen]

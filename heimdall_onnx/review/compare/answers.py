@@ -20,6 +20,7 @@ from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant
 from heimdall_onnx.evidence.parity.ground import distance_m, error_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
+from heimdall_onnx.evidence.parity.tolerance import Limit
 from heimdall_onnx.evidence.ratios import Ratio, error_ratio
 from heimdall_onnx.model.inference import open_session, run_onnx
 from heimdall_onnx.model.runtimes import SessionSettings
@@ -213,7 +214,7 @@ def compare_answers(
         EvidenceError: If one of them can't be run on the samples.
         InvalidModelError: If one of them can't be opened.
     """
-    accumulators = [ErrorAccumulator(spec, atol=0.0, rtol=0.0) for spec in signature.outputs]
+    accumulators = [ErrorAccumulator(spec, Limit(0.0, 0.0)) for spec in signature.outputs]
     output = signature.position_output
     wanted = output.name if output is not None and output.shape[1:] == (2,) else None
     positions: tuple[list[Any], list[Any]] = ([], [])

@@ -24,7 +24,8 @@ from torch import nn
 from heimdall_onnx.common.errors import EvidenceError
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.data.evaluation import EvaluationData
-from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure
+from heimdall_onnx.evidence.parity.compare import compare_outputs
+from heimdall_onnx.evidence.parity.departure import locate_departure
 from heimdall_onnx.evidence.parity.one_pass import PLOTTED_SAMPLES
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION, RTOL
 from heimdall_onnx.model.examples import generic_inputs

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
@@ -7,7 +9,8 @@ from torch import nn
 
 import heimdall_onnx.model.onnx.graph
 from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
-from heimdall_onnx.evidence.parity.departure import ROOT, first_departure
+from heimdall_onnx.common.verdict import Gate
+from heimdall_onnx.evidence.parity.departure import ROOT, locate_departure
 from heimdall_onnx.localization.network import LocalizationNet
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -23,6 +26,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def first_departure(model, path, inputs, tolerance=1e-5):
+    """Where it departs on inputs on which a gate failed."""
+    failed = SimpleNamespace(
+        gates=lambda: [Gate.at_most("error", 0, 1)], worst_inputs=inputs, tolerance=tolerance
+    )
+    return locate_departure(failed, model, path)
 
 
 def specs(*names, shape=("batch", 6)):

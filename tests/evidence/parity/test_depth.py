@@ -1,5 +1,7 @@
 """The error along the network jumps where a fault was planted, and only there."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import psutil
@@ -8,10 +10,11 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity import departure
-from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure, trace_depth
-from heimdall_onnx.evidence.parity.depth import depth_profile
+from heimdall_onnx.evidence.parity.compare import compare_outputs
+from heimdall_onnx.evidence.parity.departure import locate_departure, trace_depth
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -54,6 +57,17 @@ def files(chain, tmp_path_factory):
 @pytest.fixture
 def inputs():
     return {"x": np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)}
+
+
+def depth_profile(model, path, inputs):
+    """The course on inputs on which a gate failed."""
+    failed = SimpleNamespace(
+        gates=lambda: [Gate.at_most("error", 0, 1)],
+        worst_inputs=inputs,
+        worst_where="",
+        tolerance=1e-5,
+    )
+    return trace_depth(failed, model, path)
 
 
 def plant(source, target, layer):

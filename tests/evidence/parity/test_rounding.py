@@ -139,7 +139,7 @@ def test_rounding_leaves_open_what_ties_and_nothing_else():
     rounding = Rounding(model, model.signature)
     with torch.inference_mode():
         near, edges = (tensor.numpy() for tensor in model(torch.from_numpy(points)))
-    spread = rounding.spread(batch, {"near": near, "edges": edges})
+    spread = rounding.spread(batch, {"near": near, "edges": edges})()
     assert (spread["edges"][0] > 0).any(-1).all()
     assert (spread["edges"][1] == 0).all()
     assert (spread["near"] < 1e-4).all()

@@ -24,6 +24,7 @@ from heimdall_onnx.evidence.parity.statistics import (
     ExactSums,
     Quantiles,
 )
+from heimdall_onnx.evidence.parity.tolerance import Limit
 from heimdall_onnx.model.signature import TensorSpec
 
 SPEC = TensorSpec("positions", "float32", ("batch", 2), unit="metres")
@@ -37,7 +38,7 @@ ANY = st.one_of(
 
 
 def collect(reference, value, sizes=None, spec=SPEC):
-    accumulator = ErrorAccumulator(spec, atol=ATOL, rtol=RTOL)
+    accumulator = ErrorAccumulator(spec, Limit(ATOL, RTOL))
     start = 0
     for size in sizes or [len(reference)]:
         part = slice(start, start + size)
@@ -86,7 +87,7 @@ def test_every_statistic_is_what_numpy_finds_on_the_whole_data():
 def test_error_that_is_exactly_allowed_is_no_violation():
     spec = TensorSpec("y", "float64", ("batch",))
     at_limit = ATOL + RTOL * 2.0
-    accumulator = ErrorAccumulator(spec, atol=at_limit, rtol=0)
+    accumulator = ErrorAccumulator(spec, Limit(at_limit, 0))
     zero = np.zeros(2)
     accumulator.update(zero, np.array([at_limit, np.nextafter(at_limit, 1)]), 0)
     assert accumulator.result().violations == 1
@@ -94,7 +95,7 @@ def test_error_that_is_exactly_allowed_is_no_violation():
 
 @pytest.mark.parametrize(("reference", "value", "violations"), [(2.0, 1.0, 0), (1.0, 2.0, 1)])
 def test_tolerance_grows_with_the_reference_not_with_the_value(reference, value, violations):
-    accumulator = ErrorAccumulator(TensorSpec("y", "float64", ("batch",)), atol=0, rtol=0.5)
+    accumulator = ErrorAccumulator(TensorSpec("y", "float64", ("batch",)), Limit(0, 0.5))
     accumulator.update(np.array([reference]), np.array([value]), 0)
     assert accumulator.result().violations == violations
 
@@ -117,7 +118,7 @@ def test_splitting_into_batches_changes_nothing(data, cuts):
 
 def test_order_of_batches_does_not_matter():
     reference, value = pair(64)
-    forward, backward = (ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL) for _ in range(2))
+    forward, backward = (ErrorAccumulator(SPEC, Limit(ATOL, RTOL)) for _ in range(2))
     starts = range(0, 64, 8)
     for accumulator, order in ((forward, starts), (backward, reversed(starts))):
         for start in order:
@@ -140,7 +141,7 @@ def test_quantiles_of_a_million_values_are_as_close_as_promised():
 
 
 def test_memory_does_not_grow_with_the_number_of_samples():
-    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    accumulator = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     reference, value = pair(1000)
     pickled, sizes = [], []
     tracemalloc.start()
@@ -216,7 +217,7 @@ def test_wrong_shape_makes_every_element_a_mismatch(shape):
 
 
 def test_one_batch_of_wrong_shape_spoils_a_good_rest():
-    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    accumulator = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     reference, _ = pair(8)
     accumulator.update(reference, reference, 0)
     accumulator.update(reference, reference[:4], 8)
@@ -235,7 +236,7 @@ def test_equal_outputs_have_no_error_at_all():
 
 
 def test_nothing_to_compare_is_not_agreement():
-    found = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL).result()
+    found = ErrorAccumulator(SPEC, Limit(ATOL, RTOL)).result()
     assert (found.count, found.worst) == (0, ())
     assert np.isnan([found.mean, found.maximum, found.p50, found.ulp_p50, found.cosine]).all()
     assert np.isnan(found.error_cdf).all()
@@ -243,7 +244,7 @@ def test_nothing_to_compare_is_not_agreement():
 
 def test_empty_batch_adds_nothing():
     reference, value = pair(8)
-    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    accumulator = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     accumulator.update(reference[:0], value[:0], 0)
     accumulator.update(reference, value, 0)
     assert accumulator.result() == collect(reference, value)
@@ -279,7 +280,7 @@ def test_samples_are_ranked_by_the_share_of_what_is_allowed():
 def test_where_nothing_is_allowed_the_largest_error_is_the_worst():
     reference = np.zeros((4, 2), np.float32)
     value = np.array([[0, 1], [3, 2], [0, 0], [1, 2]], np.float32)
-    accumulator = ErrorAccumulator(SPEC, atol=0.0, rtol=0.0)
+    accumulator = ErrorAccumulator(SPEC, Limit(0.0, 0.0))
     accumulator.update(reference, value, 0)
     found = accumulator.result().worst
     assert [(w.sample, w.element, w.error) for w in found] == [
@@ -364,7 +365,7 @@ def test_quantiles_leave_nan_out():
 
 
 def accumulate(count, *, seed=0, first=0):
-    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    accumulator = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     accumulator.update(*pair(count, seed=seed), first)
     return accumulator
 
@@ -377,7 +378,7 @@ def accumulate(count, *, seed=0, first=0):
 def test_parts_merged_in_any_order_are_the_whole(data, rows):
     reference, value = rows[:, :2], rows[:, 2:]
     found = read_in_parts(
-        lambda: ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL),
+        lambda: ErrorAccumulator(SPEC, Limit(ATOL, RTOL)),
         lambda accumulator, part: accumulator.update(reference[part], value[part], part.start),
         data.draw(partings(len(rows))),
     )
@@ -386,9 +387,9 @@ def test_parts_merged_in_any_order_are_the_whole(data, rows):
 
 @pytest.mark.parametrize("first", [0.0, -0.0])
 def test_zeros_of_either_sign_give_the_same_extremes_in_any_order(first):
-    whole = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    whole = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     for value in (first, -first):
-        part = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+        part = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
         part.update(np.zeros((1, 2)), np.full((1, 2), value), 0)
         whole.merge(part)
     assert (repr(whole.result().lowest), repr(whole.result().highest)) == ("0.0", "0.0")
@@ -396,16 +397,16 @@ def test_zeros_of_either_sign_give_the_same_extremes_in_any_order(first):
 
 def test_where_nothing_is_allowed_only_an_error_exceeds_it():
     for errors, excess in (([0.0, 0.0], 0), ([0.0, 0.1], np.inf), ([0.1, 0.0], np.inf)):
-        whole = ErrorAccumulator(SPEC, atol=0, rtol=0)
+        whole = ErrorAccumulator(SPEC, Limit(0, 0))
         for error in errors:
-            part = ErrorAccumulator(SPEC, atol=0, rtol=0)
+            part = ErrorAccumulator(SPEC, Limit(0, 0))
             part.update(np.zeros((1, 2)), np.full((1, 2), error), 0)
             whole.merge(part)
         assert whole.result().excess == excess
 
 
 def test_a_batch_of_wrong_shape_is_not_lost_in_merging():
-    whole, part = accumulate(8), ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    whole, part = accumulate(8), ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     part.update(np.zeros((4, 2)), np.zeros((4, 1)), 8)
     whole.merge(part)
     found = whole.result()
@@ -417,10 +418,10 @@ def test_a_batch_of_wrong_shape_is_not_lost_in_merging():
 def test_many_values_in_parts_have_the_sums_and_extremes_of_the_whole(sizes):
     reference, value = pair(60_000, seed=3)
     whole = collect(reference, value)
-    merged = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    merged = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     stop = len(reference)
     for size in reversed(sizes):
-        part = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+        part = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
         part.update(reference[stop - size : stop], value[stop - size : stop], stop - size)
         merged.merge(part)
         stop -= size
@@ -434,9 +435,9 @@ def test_many_values_in_parts_have_the_sums_and_extremes_of_the_whole(sizes):
 def test_equally_bad_samples_come_in_the_order_of_the_data():
     zeros = np.zeros((1, 2))
     for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        whole = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+        whole = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
         for first in order:
-            part = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+            part = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
             part.update(zeros, zeros, first)
             whole.merge(part)
         assert [w.sample for w in whole.result().worst] == [0, 1, 2]
@@ -459,7 +460,7 @@ def test_an_accumulator_is_not_merged_with_itself():
 
 def test_an_accumulator_goes_on_in_another_process():
     reference, value = pair(64)
-    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    accumulator = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     accumulator.update(reference[:32], value[:32], 0)
     code = (
         "import pickle, sys\n"
@@ -475,7 +476,7 @@ def test_an_accumulator_goes_on_in_another_process():
 
 
 def test_pickled_size_hardly_grows_with_the_samples():
-    accumulator = ErrorAccumulator(SPEC, atol=ATOL, rtol=RTOL)
+    accumulator = ErrorAccumulator(SPEC, Limit(ATOL, RTOL))
     reference, value = pair(5000)
     sizes = {}
     for batch in range(100):
@@ -510,7 +511,7 @@ def test_merged_quantiles_lie_within_the_stated_bound(kind):
             read = Quantiles()
             read.update(part)
             whole.merge(pickle.loads(pickle.dumps(read)))
-        assert whole.count == values.size
+        assert whole.sketch.n == values.size
         for rank in RANKS:
             low, high = rank_bounds(whole, rank)
             assert low <= rank <= high
@@ -537,12 +538,12 @@ def test_few_merged_values_are_kept_every_one():
 
 def test_empty_quantiles_can_be_sent_and_merged():
     empty = pickle.loads(pickle.dumps(Quantiles()))
-    assert (np.isnan(empty(0.5)), empty.count) == (True, 0)
+    assert (np.isnan(empty(0.5)), empty.sketch.n) == (True, 0)
     full = Quantiles()
     full.update(np.array([1.0, 2.0, np.nan]))
     full.merge(empty)
     empty.merge(full)
-    assert (full.count, empty.count, empty(1)) == (2, 2, 2)
+    assert (full.sketch.n, empty.sketch.n, empty(1)) == (2, 2, 2)
 
 
 # --- Sums ---

@@ -19,7 +19,7 @@ from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import worst_elements
-from heimdall_onnx.evidence.parity.tolerance import EVALUATION
+from heimdall_onnx.evidence.parity.tolerance import EVALUATION, Limit
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -184,11 +184,11 @@ def test_rows_of_a_dataset_are_read_and_named_with_their_shard(tmp_path):
 def test_worst_element_of_each_sample_is_found_in_units_of_what_is_allowed():
     reference = np.array([[1000.0, 0.0], [np.nan, 1.0], [np.nan, 2.0]], np.float32)
     value = np.array([[1000.001, 0.0001], [np.nan, 1.0], [3.0, 2.0]], np.float32)
-    worst = worst_elements(reference, value, atol=1e-5, rtol=1e-6)
+    worst = worst_elements(reference, value, Limit(1e-5, 1e-6))
     assert worst.element.tolist() == [1, 0, 0]
     assert worst.error.tolist() == [pytest.approx(1e-4), 0.0, np.inf]
     assert worst.excess[0] == pytest.approx(10, rel=1e-3)
-    empty = worst_elements(np.empty((2, 0)), np.empty((2, 0)), atol=1e-5, rtol=0)
+    empty = worst_elements(np.empty((2, 0)), np.empty((2, 0)), Limit(1e-5, 0))
     assert empty.error.tolist() == [0, 0]
 
 

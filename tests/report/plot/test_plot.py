@@ -37,9 +37,14 @@ from heimdall_onnx.evidence.latency.benchmark import (
 from heimdall_onnx.evidence.latency.contenders import PYTORCH, ContenderLatency
 from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import Speedup, paired_speedup
-from heimdall_onnx.evidence.parity.compare import compare_outputs, locate_departure, trace_depth
-from heimdall_onnx.evidence.parity.departure import Departure, ModuleDifference
-from heimdall_onnx.evidence.parity.depth import DepthProfile
+from heimdall_onnx.evidence.parity.compare import compare_outputs
+from heimdall_onnx.evidence.parity.departure import (
+    Departure,
+    DepthProfile,
+    ModuleDifference,
+    locate_departure,
+    trace_depth,
+)
 from heimdall_onnx.evidence.parity.ground import GroundAccumulator, distance_m, middle_of
 from heimdall_onnx.evidence.parity.optimization_levels import (
     LevelParity,
@@ -48,7 +53,7 @@ from heimdall_onnx.evidence.parity.optimization_levels import (
 )
 from heimdall_onnx.evidence.parity.report import BatchIndependence, ParityCell, ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
-from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR, EVALUATION, RTOL
+from heimdall_onnx.evidence.parity.tolerance import ADVERSARIAL_FACTOR, EVALUATION, RTOL, Limit
 from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session
@@ -146,7 +151,7 @@ def report_of(
         factor = 1.0 if kind == EVALUATION else ADVERSARIAL_FACTOR
         found = []
         for spec in signature.outputs:
-            accumulator = ErrorAccumulator(spec, atol=factor * TOLERANCE, rtol=factor * RTOL)
+            accumulator = ErrorAccumulator(spec, Limit(factor * TOLERANCE, factor * RTOL))
             accumulator.update(pytorch[spec.name], onnx[spec.name], 0)
             found.append(accumulator.result())
         return ParityCell(kind, size, samples, tuple(found))
@@ -623,7 +628,7 @@ def test_grid_holds_adversarial_inputs_against_ten_times_the_tolerance() -> None
 
 def test_grid_measures_an_error_by_the_tolerance_at_its_own_reference() -> None:
     spec = TensorSpec("y", "float32", ("batch", 1))
-    accumulator = ErrorAccumulator(spec, atol=1e-5, rtol=1e-6)
+    accumulator = ErrorAccumulator(spec, Limit(1e-5, 1e-6))
     accumulator.update(np.array([[90.0], [0.0]]), np.array([[90.0 + 5e-5], [1e-6]]), 0)
     assert accumulator.result().excess == pytest.approx(0.5, rel=1e-3)
 
@@ -1260,7 +1265,7 @@ def at_levels(**errors: float) -> LevelReport:
     levels = []
     for level, error in errors.items():
         spec = outputs(y=(2,)).outputs[0]
-        found = ErrorAccumulator(spec, atol=TOLERANCE, rtol=RTOL)
+        found = ErrorAccumulator(spec, Limit(TOLERANCE, RTOL))
         found.update(np.zeros((3, 2), np.float32), np.full((3, 2), error, np.float32), 0)
         counts = {"Conv": 3, "Gelu": 2} if level != "all" else {"Conv": 3, "FusedConv": 1}
         levels.append(LevelParity(level, (found.result(),), counts, 12.0))

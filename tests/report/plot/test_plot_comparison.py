@@ -17,6 +17,7 @@ from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import paired_speedup
 from heimdall_onnx.evidence.parity.ground import error_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
+from heimdall_onnx.evidence.parity.tolerance import Limit
 from heimdall_onnx.evidence.ratios import error_ratio
 from heimdall_onnx.model.signature import TensorSpec
 from heimdall_onnx.report import plot, tables
@@ -40,7 +41,7 @@ def answers_of(moved_degrees: float, names=("positions",), unit: str | None = DE
     found = []
     for name in names:
         accumulator = ErrorAccumulator(
-            TensorSpec(name, "float64", ("batch", 2), unit=unit), atol=0, rtol=0
+            TensorSpec(name, "float64", ("batch", 2), unit=unit), Limit(0, 0)
         )
         accumulator.update(a, b, 0)
         found.append(accumulator.result())
