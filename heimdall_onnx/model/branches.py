@@ -17,7 +17,7 @@ from heimdall_onnx.common.logs import get_logger
 log = get_logger(__name__)
 
 _TORCH = str(Path(torch.__file__).parent)
-# Besides, this wing: it calls models, and has none.
+# Code that is no model's own: that of these packages, and this folder's, which calls models.
 _NOT_OWN = (
     *(f"{Path(_TORCH).parent / name}/" for name in ("torch", "onnxscript", "onnx_ir")),
     f"{Path(__file__).parent}/",

@@ -89,8 +89,8 @@ def compare_outputs(
         InvalidModelError: If ONNX Runtime can't load the file.
         ParameterError: If there are workers and ``onnx`` is a session.
         UnavailableError: If there are workers, without the package distributed.
-        EvidenceError: If a model can't run on an input of the signature's shape, PyTorch's not in
-            float64, or the outputs have different shapes.
+        EvidenceError: If a model can't run on an input of the signature's shape, or the outputs
+            have different shapes.
     """
     session = open_session(onnx, spinning=False) if isinstance(onnx, Path) else onnx
     examples = Examples(signature, model)
@@ -226,7 +226,7 @@ def _notes(model: nn.Module, rounding: Rounding) -> Iterator[str]:
     if any(isinstance(m, nn.MultiheadAttention | nn.TransformerEncoder) for m in model.modules()):
         yield "PyTorch ran without its fast path of attention, which answers 0 for what is padded."
     if rounding.raised:
-        yield "Casts, constants and states of less precision were raised for PyTorch in float64."
+        yield "Casts, constants and states of less precision went on in float64 in the reference."
     if rounding.missing:
         yield f"PyTorch's rounding was measured without float64, in which {rounding.missing}."
 

@@ -42,7 +42,8 @@ SPREAD_FACTOR = 10.0
 _TIED = 1e-5
 # From here on values are there to be left out of a choice.
 _SENTINEL = 1e9
-_WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
+_HALF = (torch.float16, torch.bfloat16)
+_WIDE = dict.fromkeys((torch.float32, *_HALF), torch.float64)
 _WIDE |= {torch.complex64: torch.complex128}
 _aten = torch.ops.aten
 _CHOOSING = {
@@ -159,7 +160,11 @@ def _alike(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> bool:
 
 
 class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Has in float64 what a model's own code asks for in less: states, casts, constants."""
+    """Has in float64 what a model's own code asks for in less: states, casts, constants.
+
+    What it asks for in half precision is rounded to that, as part of what it computes, and goes on
+    in float64: otherwise all that the rounding does would count as an error of PyTorch.
+    """
 
     used = False
 
@@ -167,7 +172,7 @@ class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def raised(value: Any) -> Any:
             dtype = value.dtype if isinstance(value, torch.Tensor) else value
             wide = _WIDE.get(dtype) if isinstance(dtype, torch.dtype) else None
-            if wide is None:
+            if wide is None or (dtype is value and dtype in _HALF):
                 return value
             self.used = True
             return value.to(wide) if isinstance(value, torch.Tensor) else wide

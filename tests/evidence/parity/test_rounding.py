@@ -5,6 +5,7 @@ import pytest
 import torch
 from models import declare
 from torch import nn
+from torch.nn.functional import gelu
 
 from heimdall_onnx.common.errors import EvidenceError, ExportError
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
@@ -83,6 +84,11 @@ CASES = {
         outputs(Y, axes=()),
         lambda y, wrong: torch.where(y < (0.1 if wrong else 0.0), -torch.inf, y),
     ),
+    "within bfloat16": (
+        outputs(Y),
+        lambda y, wrong: gelu(y.bfloat16().float(), approximate="tanh" if wrong else "none"),
+    ),
+    "without a cast": (outputs(Y), lambda y, wrong: (y if wrong else y.half().float()).sin()),
     "huge": (outputs(Y), lambda y, wrong: y * 1e5 * (1.0001 if wrong else 1.0)),
 }
 
