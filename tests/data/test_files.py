@@ -126,3 +126,18 @@ def test_what_is_no_such_file_is_refused_with_what_is_expected(tmp_path, ending)
     (tmp_path / f"a.{ending}").write_bytes(b"neither of these")
     with pytest.raises(DataError, match=r"can't be read: .*Expected an \.npz of plain arrays"):
         load_evaluation_data(tmp_path / f"a.{ending}", signature(x="float32"))
+
+
+def test_what_is_no_tensor_in_a_file_of_tensors_is_named(tmp_path):
+    for further, said in (({1: torch.zeros(4)}, "nothing uses 1"), ({"b": [1]}, "'b' .* list")):
+        torch.save({"x": torch.from_numpy(X), **further}, tmp_path / "a.pt")
+        with pytest.raises(DataError, match=said):
+            load_evaluation_data(tmp_path / "a.pt", signature(x="float32"))
+
+
+def test_zarr_that_holds_next_to_nothing_does_not_fill_the_memory(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=3)
+    group.create_array("x", shape=(10**12, 3), chunks=(1, 3), dtype="float32")
+    with pytest.raises(DataError, match=r"would become 12,000,000,000,000"):
+        load_evaluation_data(tmp_path / "a.zarr", signature(x="float32"))
