@@ -326,7 +326,7 @@ def _choose(
     most = max(reading.matches for reading in named)
     tried = [(r, load_reading(fresh(), r)[0]) for r in named if 2 * r.matches >= most]
     fitting = sorted((r for r, problems in tried if not problems), key=lambda r: r.pickled != "")
-    fits = fitting
+    fits = [reading for reading in fitting if reading.label == chosen] or fitting
     if len(fits) > 1:  # the same saved twice is no question, averages always are one
         fits = [*{_contents_of(reading): reading for reading in fits[::-1]}.values()][::-1]
     if not fits:

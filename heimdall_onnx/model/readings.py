@@ -87,10 +87,12 @@ class Reading:
         """The same without each prefix after which some of the model's own names are found.
 
         Names are without what wrappers have put into them, ``module`` or ``_orig_mod`` for example,
-        but for what the model's own names contain too.
+        but for what the model's own names contain too, and where two would become one.
         """
         known = set(own)
         dropped = _WRAPPERS - {part for name in known for part in name.split(".")}
+        if len(_without(dropped, self.values)) < len(self.values):
+            dropped = set()
         values, versions = (_without(dropped, named) for named in (self.values, self.versions))
         versions = {f"{name}.": value for name, value in versions.items()}
         counts: Counter[str] = Counter()
@@ -102,23 +104,33 @@ class Reading:
             heads = {name.partition(".")[0] for name in values}
             counts.update({"": 0} | {f"{head}.": 0 for head in heads if len(heads) == 1})
         for prefix, matches in counts.most_common(_MOST_PREFIXES):
+            # As many of the model's names once more are another model's, a teacher's for example.
+            others = [
+                q.removeprefix(prefix)
+                for q, count in counts.items()
+                if q != prefix and q.startswith(prefix) and count >= matches > 0
+            ]
+            taken = {
+                name: value
+                for name, value in _after(prefix, values).items()
+                if name in known or not name.startswith(tuple(others))
+            }
             yield replace(
                 self,
-                values=_after(prefix, values),
+                values=taken,
                 versions={n[:-1]: value for n, value in _after(prefix, versions).items()},
                 prefix=prefix,
-                aside=tuple(name for name in values if not name.startswith(prefix)),
+                aside=tuple(n for n in values if n.removeprefix(prefix) not in taken),
                 matches=matches,
             )
 
 
 def _without(dropped: set[str], named: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in named.items():
-        bare = ".".join(part for part in name.split(".") if part not in dropped)
-        # Of a wrapper and what it wraps, the latter comes later.
-        found[name if bare in named and bare != name and bare else bare] = value
-    return found
+    # Of a wrapper and what it wraps, the latter comes later.
+    return {
+        ".".join(part for part in name.split(".") if part not in dropped): value
+        for name, value in named.items()
+    }
 
 
 def _after(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:

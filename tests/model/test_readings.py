@@ -212,8 +212,18 @@ def test_the_reading_that_fits_is_found(state, tmp_path, wrap, label, protocol):
     ("wrap", "labels"),
     [
         (lambda s, e: {"state_dict": s, "state_dict_ema": e}, ["state_dict", "state_dict_ema"]),
-        (lambda s, e: {"model": s, "ema": prefixed("module.", s)}, ["model", "ema"]),
+        (lambda s, e: {"model": s, "ema": prefixed("module.", e)}, ["model", "ema"]),
         (lambda s, e: {**prefixed("G.", s), **prefixed("D.", e)}, ["G", "D"]),
+        (lambda s, e: {**s, **prefixed("teacher.", e)}, [".", "teacher"]),
+        (lambda s, e: {"net": {**s, **prefixed("best.", e)}}, ["net", "net.best"]),
+        (
+            lambda s, e: {**prefixed("module.", s), **prefixed("module.module.", e)},
+            ["module", "module.module"],
+        ),
+        (
+            lambda s, e: {**prefixed("net.module.", s), **prefixed("net._orig_mod.", e)},
+            ["net.module", "net._orig_mod"],
+        ),
         (
             lambda s, e: {
                 **prefixed("net.", s),
@@ -230,9 +240,10 @@ def test_several_that_fit_are_a_question(state, tmp_path, wrap, labels):
     assert [line.split(":")[0] for line in str(caught.value).split("\n  - ")[1:]] == [
         f"--weights {label}" for label in labels
     ]
-    found = load_checkpoint(tmp_path / "a.pt", model=NET, weights=labels[0])
-    assert found.weights == labels[0]
-    assert is_loaded(found, state)
+    for label, wanted in zip(labels, (state, other), strict=True):
+        found = load_checkpoint(tmp_path / "a.pt", model=NET, weights=label)
+        assert found.weights == label
+        assert is_loaded(found, {**state, **wanted})
     with pytest.raises(CheckpointError, match=f"no weights 'other'; it holds {labels[0]}, "):
         load_checkpoint(tmp_path / "a.pt", model=NET, weights="other")
 
@@ -240,6 +251,8 @@ def test_several_that_fit_are_a_question(state, tmp_path, wrap, labels):
 def test_the_same_saved_twice_is_no_question(state, tmp_path):
     found = loaded({"model": state, "net": {n: v.clone() for n, v in state.items()}}, tmp_path)
     assert is_loaded(found, state)
+    with pytest.raises(CheckpointError, match="several sets of weights"):
+        loaded({"model": state, "ema": prefixed("module.", state)}, tmp_path)
 
 
 def test_averages_of_a_callback_are_a_question(state, tmp_path):
