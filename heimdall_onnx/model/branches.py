@@ -49,16 +49,17 @@ class _Watched(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
 
-def find_branch(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor], *names: str) -> str:
+def find_branch(
+    call: Callable[[Mapping[str, torch.Tensor]], Any], inputs: Mapping[str, torch.Tensor]
+) -> str:
     """The first place in a model's own code that hangs on the values of its inputs.
 
     A branch on them, or one that is read as a number of Python's. Assertions, conditions that only
     raise an error, and what is only printed choose nothing and do not count.
 
     Args:
-        model: In eval mode; what it keeps of a call, it keeps of this one, too.
+        call: Calls the model, in eval mode; what it keeps of a call, it keeps of this one, too.
         inputs: By name; they are left as they are.
-        names: Those that are passed by position; the others are passed by name.
 
     Returns:
         What it does, where, and how it reads; empty if there is none, or the model does not run on
@@ -66,9 +67,8 @@ def find_branch(model: Callable[..., Any], inputs: Mapping[str, torch.Tensor], *
     """
     _Watched.found.clear()
     watched = {name: tensor.clone().as_subclass(_Watched) for name, tensor in inputs.items()}
-    positional = [watched.pop(name) for name in names]
     try:
-        model(*positional, **watched)
+        call(watched)
     except Exception as error:  # whatever a model does that tells kinds of tensors apart
         log.info("branches were not looked for", reason=str(error))
     return next(iter(_Watched.found), "")

@@ -230,11 +230,10 @@ class _Search:
 
     def _fixed_in_export(self, inputs: Arrays) -> set[_Axis]:
         """Axes whose length becomes a constant when the model is traced, by a loop for example."""
-        specs = tuple(TensorSpec(n, str(a.dtype), a.shape) for n, a in inputs.items())
-        order = input_order(self._model, Signature(specs, ()))
+        order = input_order(self._model, inputs)
         tensors = {name: torch.from_numpy(array.copy()) for name, array in inputs.items()}
-        names = [*order.positional, *order.keywords]
-        shapes = {n: dict.fromkeys(range(tensors[n].ndim), torch.export.Dim.AUTO) for n in names}
+        auto = torch.export.Dim.AUTO
+        shapes = {n: dict.fromkeys(range(tensors[n].ndim), auto) for n in order.names}
         printed = io.StringIO()
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -251,7 +250,7 @@ class _Search:
         taken = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
         return {
             (name, axis)
-            for name, node in zip(names, taken, strict=True)
+            for name, node in zip(order.names, taken, strict=True)
             for axis, length in enumerate(node.meta["val"].shape)
             if str(length).isdecimal()
         }
@@ -308,8 +307,7 @@ class _Search:
         return replace(signature, outputs=tuple(outputs))
 
     def _answers(self, inputs: Arrays) -> dict[str, Tensor]:
-        specs = tuple(TensorSpec(n, str(a.dtype), tuple(a.shape)) for n, a in inputs.items())
-        return flatten_outputs(call_pytorch(self._model, inputs, Signature(specs, ())))
+        return flatten_outputs(call_pytorch(self._model, inputs))
 
     def _runs(self, inputs: Arrays) -> bool:
         try:

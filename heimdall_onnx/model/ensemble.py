@@ -115,7 +115,7 @@ class Ensemble(nn.Module):
             {str(i): signature_of(member) for i, member in enumerate(self.members, 1)}
         )
         self.signature = mixture_signature(self._single)
-        self._order = input_order(self.members[0], self._single)
+        self._order = input_order(self.members[0], self._single.input_names)
         self.described_as = f"Ensemble of {len(members)} {member_class.__name__}"
         sizes = {getattr(member, "backbone_size", None) for member in self.members}
         if len(sizes) == 1 and None not in sizes:
@@ -136,11 +136,9 @@ class Ensemble(nn.Module):
         position, spread = single.position_output, single.sigma_output
         assert position is not None
         assert spread is not None
-        named = dict(zip((spec.name for spec in single.inputs), inputs, strict=True))
-        positional = [named[name] for name in self._order.positional]
-        keywords = {name: named[name] for name in self._order.keywords}
+        named = dict(zip(single.input_names, inputs, strict=True))
         answers = [
-            named_outputs(member, member(*positional, **keywords), single)
+            named_outputs(member, self._order.call(member, named), single)
             for member in self.members
         ]
         mean, epistemic = self._mean_and_epistemic([one[position.name] for one in answers])

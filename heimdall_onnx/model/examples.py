@@ -509,13 +509,11 @@ def _random_mask(shape: tuple[int, ...], rng: np.random.Generator) -> _Array:
 def _all_but_one(mask: _Array) -> _Array:
     """Everything hidden but one element of each sample that was not, another in each sample."""
     flat = mask.reshape(len(mask), -1)
-    result = np.ones_like(flat)
-    for row, hidden in enumerate(flat):
-        open_ = np.flatnonzero(~hidden)
-        if open_.size == 0:
-            open_ = np.arange(hidden.size)
-        result[row, open_[row % open_.size]] = False
-    return result.reshape(mask.shape)
+    open_ = ~flat | flat.all(axis=1, keepdims=True)
+    kept = np.arange(len(flat)) % open_.sum(axis=1)
+    is_kept = open_ & (open_.cumsum(axis=1) - 1 == kept[:, None])
+    result: _Array = ~is_kept.reshape(mask.shape)
+    return result
 
 
 def _limits(spec: TensorSpec) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ the other's memory and threads.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -56,17 +57,15 @@ def run_pytorch(
     if signature.fixed_batch not in (None, len(next(iter(inputs.values())))):
         run = functools.partial(run_pytorch, model, signature=signature, copied=copied)
         return in_calls(run, dict(inputs), signature)
-    outputs = named_outputs(model, call_pytorch(model, inputs, signature, copied), signature)
+    taken = {spec.name: inputs[spec.name] for spec in signature.inputs}
+    outputs = named_outputs(model, call_pytorch(model, taken, copied), signature)
     return {spec.name: outputs[spec.name].cpu().numpy() for spec in signature.outputs}
 
 
 def call_pytorch(
-    model: nn.Module,
-    inputs: Mapping[str, npt.NDArray[Any]],
-    signature: Signature,
-    copied: bool = True,
+    model: nn.Module, inputs: Mapping[str, npt.NDArray[Any]], copied: bool = True
 ) -> Any:
-    """What ``model`` returns as it is, see `run_pytorch`; only the inputs are the signature's.
+    """What ``model`` returns as it is for these inputs and no others, see `run_pytorch`.
 
     Raises:
         EvidenceError: If the model fails.
@@ -81,20 +80,27 @@ def call_pytorch(
         value = torch.from_numpy(np.ascontiguousarray(array)).to(device, copy=copied)
         return value.to(precision) if value.is_floating_point() else value
 
-    order = input_order(model, signature)
-    arguments = [tensor(inputs[name]) for name in order.positional]
-    keywords = {name: tensor(inputs[name]) for name in order.keywords}
-    attention = torch.backends.mha
-    fast = attention.get_fastpath_enabled()
+    order = input_order(model, inputs)
+    tensors = {name: tensor(array) for name, array in inputs.items()}
     try:
-        attention.set_fastpath_enabled(fast and not copied)
-        with torch.inference_mode():
-            return model(*arguments, **keywords)
+        with plain_attention() if copied else contextlib.nullcontext(), torch.inference_mode():
+            return order.call(model, tensors)
     except Exception as error:  # the model's own code
-        shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
+        shapes = {name: array.shape for name, array in inputs.items()}
         raise EvidenceError(f"{type(model).__name__} can't run on {shapes}: {error}") from error
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Run attention as the products it is made of, not as the one operator it is at inference."""
+    from torch.backends import mha
+
+    fused = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
     finally:
-        attention.set_fastpath_enabled(fast)
+        mha.set_fastpath_enabled(fused)
 
 
 def in_calls(run: Callable[[Arrays], Arrays], inputs: Arrays, signature: Signature) -> Arrays:
@@ -119,18 +125,27 @@ class InputOrder(NamedTuple):
     positional: tuple[str, ...]
     keywords: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, as ``forward`` has them."""
+        return self.positional + self.keywords
 
-def input_order(model: nn.Module, signature: Signature) -> InputOrder:
+    def call(self, function: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> Any:
+        """What ``function`` returns for ``inputs``, handed over so."""
+        keywords = {name: inputs[name] for name in self.keywords}
+        return function(*(inputs[name] for name in self.positional), **keywords)
+
+
+def input_order(model: nn.Module, names: Iterable[str]) -> InputOrder:
     """Which inputs ``model.forward`` takes by position, in which order, and which by name.
 
     Where every input is called as a parameter of ``forward`` it goes to that one, whatever the
-    signature's order; otherwise the signature's order counts. What only has a name, and what
-    comes after a parameter that gets nothing, goes by name.
+    order of ``names``; otherwise that counts. What only has a name, and what comes after a
+    parameter that gets nothing, goes by name.
     """
-    names = tuple(spec.name for spec in signature.inputs)
     if "forward" in vars(model):  # put there, on this one model
-        return _input_order(model.forward, names, False)
-    return _class_input_order(type(model).forward, names)
+        return _input_order(model.forward, tuple(names), False)
+    return _class_input_order(type(model).forward, tuple(names))
 
 
 def _input_order(forward: Callable[..., Any], names: tuple[str, ...], of_class: bool) -> InputOrder:
@@ -309,7 +324,7 @@ def run_onnx(
     """Run ``session`` on ``inputs`` and return the signature's outputs by name.
 
     Raises:
-        EvidenceError: If ONNX Runtime refuses the inputs, a frozen batch axis for example.
+        EvidenceError: If the runtime refuses the inputs, a frozen batch axis for example.
     """
     names = [spec.name for spec in signature.outputs]
 
@@ -318,6 +333,8 @@ def run_onnx(
 
     try:
         return in_calls(run, {spec.name: inputs[spec.name] for spec in signature.inputs}, signature)
+    except EvidenceError:
+        raise
     except Exception as error:  # ONNX Runtime's errors share no narrower base
         shapes = {spec.name: inputs[spec.name].shape for spec in signature.inputs}
         raise EvidenceError(f"ONNX Runtime can't run the model on {shapes}: {error}") from error

@@ -22,7 +22,7 @@ from heimdall_onnx.common.errors import EvidenceError, InvalidModelError, Unavai
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.model.examples import Examples
-from heimdall_onnx.model.inference import in_calls, open_session, run_onnx, run_pytorch
+from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -94,14 +94,12 @@ class Runner:
 
     Attributes:
         ran_on: Execution provider or device, read back from what was opened.
-        precision: ``"f32"``, ``"bf16"`` or ``"f16"``, read back where the runtime decides it.
         run: Takes named arrays and returns the signature's outputs by name; on a GPU that includes
             the way there and back.
         session: What a consumer calls with ``run(output_names, feed)``; None for PyTorch.
     """
 
     ran_on: str
-    precision: str
     run: Callable[[Arrays], Arrays] = field(repr=False)
     session: InferenceSession | OpenVINOSession | None = field(default=None, repr=False)
 
@@ -118,16 +116,12 @@ def open_runner(path: Path, signature: Signature, settings: SessionSettings) -> 
         UnavailableError: If the runtime, its provider or the precision is not to be had here.
         InvalidModelError: If the file can't be loaded.
     """
-    if settings.runtime == "openvino":
-        session = OpenVINOSession(path, settings)
-        named = partial(_run_named, session, [o.name for o in signature.outputs])
-        run = partial(in_calls, named, signature=signature)
-        return Runner(session.device, session.precision, run, session)
-    if settings.runtime == "onnxruntime":
-        opened = open_onnxruntime(path, settings)
-        run = partial(run_onnx, opened, signature=signature)
-        return Runner(opened.get_providers()[0], "f32", run, opened)
-    return _open_pytorch(path, signature, settings)
+    if settings.runtime in {"pytorch", "torch.compile"}:
+        return _open_pytorch(path, signature, settings)
+    openvino = settings.runtime == "openvino"
+    session: Any = (OpenVINOSession if openvino else open_onnxruntime)(path, settings)
+    ran_on = session.device if openvino else session.get_providers()[0]
+    return Runner(ran_on, partial(run_onnx, session, signature=signature), session)
 
 
 class Contender:
@@ -216,16 +210,9 @@ def open_onnxruntime(path: Path | str, settings: SessionSettings) -> InferenceSe
         options |= {"trt_engine_cache_path": folder, "trt_timing_cache_path": folder}
     # What TensorRT leaves out belongs on the GPU, too.
     behind = (CUDA,) if settings.provider == TENSORRT else ()
+    as_said = settings.model_dump(include={"level", "spinning", "arena", "prepacking", "provider"})
     session = open_session(
-        path,
-        threads=settings.thread_count,
-        level=settings.level,
-        spinning=settings.spinning,
-        arena=settings.arena,
-        prepacking=settings.prepacking,
-        provider=settings.provider,
-        provider_options=options,
-        behind=behind,
+        path, threads=settings.thread_count, provider_options=options, behind=behind, **as_said
     )
     # Where a provider can't start, ONNX Runtime takes the processor without an error.
     taken = session.get_providers()[0]
@@ -283,7 +270,7 @@ def _open_pytorch(path: Path, signature: Signature, settings: SessionSettings) -
             raise UnavailableError(f"torch.compile needs a C++ compiler: {error}") from error
         except EvidenceError as error:
             raise UnavailableError(f"torch.compile can't compile the model: {error}") from error
-    return Runner(device, "f32", partial(run_pytorch, model, signature=signature, copied=False))
+    return Runner(device, partial(run_pytorch, model, signature=signature, copied=False))
 
 
 @dataclass(frozen=True)
@@ -371,10 +358,6 @@ class OpenVINOSession:
 def _port(port: Any) -> Port:
     shape = tuple(None if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
     return Port(port.get_any_name(), shape, port.get_element_type().get_type_name())
-
-
-def _run_named(session: OpenVINOSession, names: list[str], inputs: Arrays) -> Arrays:
-    return dict(zip(names, session.run(names, inputs), strict=True))
 
 
 @functools.cache

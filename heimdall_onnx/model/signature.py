@@ -96,6 +96,11 @@ class Signature:
     axes: tuple[Axis, ...] = ()
 
     @property
+    def input_names(self) -> tuple[str, ...]:
+        """What the inputs are called, in order."""
+        return tuple(spec.name for spec in self.inputs)
+
+    @property
     def fixed_batch(self) -> int | None:
         """Samples in each call of a model that takes no other number; None for any other."""
         batch = self.inputs[0].shape[0]

@@ -99,7 +99,7 @@ class Objective:
         self._local: Any = getattr(model, "local", None)
         framed = isinstance(frame, LocalFrame) and callable(self._local)
         self.frame: LocalFrame | None = frame if framed else None
-        self._order = input_order(model, signature)
+        self._order = input_order(model, signature.input_names)
         self._local_order = self.order_of(self._local) if callable(self._local) else self._order
 
     def order_of(self, method: Callable[..., Any]) -> InputOrder:
@@ -117,7 +117,7 @@ class Objective:
     def answers(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Positions and deviations (batch, 2), both as `targets`."""
         if self.frame is not None:
-            offsets, deviations = call(self._local, self._local_order, inputs)
+            offsets, deviations = self._local_order.call(self._local, inputs)
             return offsets.float(), deviations.float()
         outputs = self._outputs(inputs)
         positions, spread = outputs[self.position.name].float(), outputs[self.spread.name].float()
@@ -136,7 +136,7 @@ class Objective:
         return outputs[self.position.name].astype(np.float64), deviations
 
     def _outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        result = call(self._model, self._order, inputs)
+        result = self._order.call(self._model, inputs)
         return named_outputs(self._model, result, self._signature)
 
     def degrees(self, answers: Tensor, deviations: Tensor) -> npt.NDArray[Any]:
@@ -255,7 +255,7 @@ class TrainingModule(LightningModule):
         inputs, targets, _ = batch
         if self._augment is not None:
             order = self.objective.order_of(self._augment)
-            changed = call(self._augment, order, inputs)
+            changed = order.call(self._augment, inputs)
             inputs = dict(zip((*order.positional, *order.keywords), changed, strict=True))
         loss, nats = self.objective.losses(*self.objective.answers(inputs), targets)
         self._add("train", nats, len(targets))
@@ -329,12 +329,6 @@ class TrainingModule(LightningModule):
     def _mean(self, part: str) -> float:
         total, count = self.trainer.strategy.reduce(self._sums[part].clone(), reduce_op="sum")
         return float(total / count)
-
-
-def call(function: Callable[..., Any], order: InputOrder, inputs: Mapping[str, Tensor]) -> Any:
-    """What ``function`` returns for ``inputs``, handed over as ``order`` says."""
-    keywords = {name: inputs[name] for name in order.keywords}
-    return function(*(inputs[name] for name in order.positional), **keywords)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -111,7 +111,8 @@ class Module(nn.Module):
 )
 def test_branch_on_an_inputs_values_is_found_and_nothing_else(function, text):
     inputs = {"x": torch.ones(2, 3, 4), "hidden": torch.tensor([[False, False, True]] * 2)}
-    found = find_branch(Module(function).eval(), inputs, "x")
+    module = Module(function).eval()
+    found = find_branch(lambda watched: module(**watched), inputs)
     done, _, where = found.partition(": ")
     assert where.partition(": ")[2] == text
     assert f"in {function.__name__}" in where or not text
@@ -126,4 +127,4 @@ def test_model_that_does_not_run_on_watched_inputs_is_left_alone():
         assert type(x) is torch.Tensor, "another kind"
         return x
 
-    assert find_branch(particular, {"x": torch.ones(2)}, "x") == ""
+    assert find_branch(lambda watched: particular(**watched), {"x": torch.ones(2)}) == ""

@@ -174,7 +174,7 @@ def work_of(model: nn.Module, inputs: Arrays, signature: Signature) -> Work:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from heimdall_onnx.model.onnx.export import plain_attention
+    from heimdall_onnx.model.inference import plain_attention
 
     # The fused layer of transformers is no operator that is counted; its parts are.
     with plain_attention(), FlopCounterMode(display=False) as counter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -89,34 +88,22 @@ def export_lengths(signature: Signature) -> dict[str, int]:
     return chosen
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Inputs that the file is proven on, and what is other about them than at the export."""
-
-    inputs: Arrays
-    where: str
-    axis: str
-
-
-def _trials(examples: Examples) -> Iterator[_Trial]:
-    """Other batch sizes first, then every axis by itself at each of its other lengths."""
+def _trials(examples: Examples) -> Iterator[tuple[str, str, Arrays]]:
+    """Where, along which axis, and inputs: other batches, then each axis at its other lengths."""
     signature = examples.signature
     exported = export_lengths(signature)
-
-    def make(batch: int, lengths: dict[str, int], seed: int, shift: float) -> Arrays:
-        return _shifted(examples, examples.valid(batch, seed, exported | lengths), shift)
-
-    yield _Trial(make(1, {}, 1, 1.0), "batch 1", "batch")
-    yield _Trial(make(3, {}, 3, -1.0), "batch 3", "batch")
-    seed = 4
-    for axis in signature.dynamic_axes:
-        for length in axis.lengths:
-            if length == exported[axis.name]:
-                continue
-            where = f"{axis.name} = {length}"
-            shift = 1.0 if seed % 2 else -1.0
-            yield _Trial(make(2, {axis.name: length}, seed, shift), where, axis.name)
-            seed += 1
+    others = [("batch", 1), ("batch", 3)] + [
+        (axis.name, length)
+        for axis in signature.dynamic_axes
+        for length in axis.lengths
+        if length != exported[axis.name]
+    ]
+    for seed, (axis, length) in enumerate(others, 1):
+        where, count, lengths = f"{axis} = {length}", 2, exported | {axis: length}
+        if axis == "batch":
+            where, count, lengths = f"batch {length}", length, exported
+        inputs = examples.valid(count, seed, lengths)
+        yield where, axis, _shifted(examples, inputs, 1.0 if seed % 2 else -1.0)
 
 
 def _shifted(examples: Examples, inputs: Arrays, shift: float) -> Arrays:
@@ -156,32 +143,27 @@ def prove_axes(model: nn.Module, path: Path, signature: Signature, suspicions: l
         raise ExportError(f"ONNX Runtime can't load what was exported: {error}") from error
     because = "".join(f" {text}" for text in suspicions[:1])
     exported = {"batch": signature.fixed_batch or 2} | export_lengths(signature)
-    for trial in _trials(examples):
-        frozen = ""
-        if trial.axis in exported:
-            frozen = f", and was exported with {trial.axis} = {exported[trial.axis]}"
+    for where, axis, inputs in _trials(examples):
+        frozen = f", and was exported with {axis} = {exported[axis]}"
         try:
-            reference = run_pytorch(model, trial.inputs, signature)
+            reference = run_pytorch(model, inputs, signature)
         except Exception as error:  # the model's own code
-            advice = (
-                ""
-                if trial.axis == "batch"
-                else f". Declare lengths at which it does: Axis({trial.axis!r}, lengths=(…))"
-            )
+            advice = f". Declare lengths at which it does: Axis({axis!r}, lengths=(…))"
             raise ExportError(
-                f"{type(model).__name__} can't run at {trial.where}, so its axes are not "
-                f"dynamic: {short_reason(error)}{advice}{because}"
+                f"{type(model).__name__} can't run at {where}, so its axes are not dynamic: "
+                f"{short_reason(error)}{advice if axis != 'batch' else ''}{because}"
             ) from error
         try:
-            values = run_onnx(session, trial.inputs, signature)
+            values = run_onnx(session, inputs, signature)
         except EvidenceError as error:
             raise ExportError(
-                f"the exported model does not run at {trial.where}, though its axes are declared "
+                f"the exported model does not run at {where}, though its axes are declared "
                 f"dynamic{frozen}: {short_reason(error)}{because}"
             ) from error
-        otherwise = cache(partial(_otherwise, model, trial.inputs, signature))
+        otherwise = cache(partial(_otherwise, model, inputs, signature))
         for name, expected in reference.items():
-            _require_same(name, expected, values[name], otherwise, trial.where, frozen, because)
+            if problem := _unlike(name, expected, values[name], otherwise, where, frozen):
+                raise ExportError(f"{problem}.{because}")
 
 
 def _otherwise(model: nn.Module, inputs: Arrays, signature: Signature) -> tuple[Arrays, Arrays]:
@@ -191,19 +173,19 @@ def _otherwise(model: nn.Module, inputs: Arrays, signature: Signature) -> tuple[
     return run_pytorch(model, inputs, signature), run_pytorch(model, near, signature)
 
 
-def _require_same(
+def _unlike(
     name: str,
     expected: npt.NDArray[Any],
     value: npt.NDArray[Any],
     otherwise: Callable[[], tuple[Arrays, Arrays]],
     where: str,
     frozen: str,
-    because: str,
-) -> None:
+) -> str:
+    """How an output differs from PyTorch's; empty if it does not."""
     if expected.shape != value.shape:
-        raise ExportError(
+        return (
             f"{name} has shape {value.shape} at {where}, PyTorch gives {expected.shape}: "
-            f"an axis is frozen inside the graph{frozen}.{because}"
+            f"an axis is frozen inside the graph{frozen}"
         )
     finite = expected[np.isfinite(expected)]
     # As large as the output itself, unless that is no more than rounding leaves of zero.
@@ -216,14 +198,15 @@ def _require_same(
     # Many whole numbers may be choices between values that tie, which parity looks into.
     few = value.size // 2 if expected.dtype.kind in "iub" else 0
     if (count := differing(value)) <= few:
-        return
+        return ""
     again, near = (differing(answers[name]) for answers in otherwise())
-    if again or near < count:
-        raise ExportError(
-            f"{name} differs grossly from PyTorch at {where} on other data than was exported "
-            f"with{frozen}: the model's result depends on its batch, on a branch or on an "
-            f"operator that the graph does not have so.{because}"
-        )
+    if not again and near >= count:
+        return ""
+    return (
+        f"{name} differs grossly from PyTorch at {where} on other data than was exported "
+        f"with{frozen}: the model's result depends on its batch, on a branch or on an operator "
+        "that the graph does not have so"
+    )
 
 
 def short_reason(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.model.branches import find_branch, own_line
 from heimdall_onnx.model.copies import copy_model
 from heimdall_onnx.model.examples import Examples
-from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs
+from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs, plain_attention
 from heimdall_onnx.model.onnx.checks import (
     check_file,
     export_lengths,
@@ -151,7 +151,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: bool) -> None:
     """Write the file and prove it; where that fails, say whether the other exporter can."""
-    signature, order = examples.signature, input_order(model, examples.signature)
+    signature = examples.signature
+    order = input_order(model, signature.input_names)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     lengths, count = export_lengths(signature), signature.fixed_batch or 2
     example, other = (
@@ -160,9 +161,7 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
     )
 
     def call(tensors: Mapping[str, torch.Tensor]) -> Any:
-        copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        positional = [copies.pop(name) for name in order.positional]
-        return model(*positional, **copies)
+        return order.call(model, {name: tensor.clone() for name, tensor in tensors.items()})
 
     try:
         with _quiet_exporter(), torch.no_grad():
@@ -209,7 +208,8 @@ def _write_proven(
 ) -> None:
     traced = opset < _FIRST_TORCH_EXPORT_OPSET
     with _quiet_exporter(), torch.no_grad():
-        branch = find_branch(copy_model(model), tensors, *order.positional) if traced else ""
+        call = partial(order.call, copy_model(model)) if traced else None
+        branch = find_branch(call, tensors) if call else ""
     if branch:
         raise ExportError(
             f"{type(model).__name__} {branch}. Up to opset {_FIRST_TORCH_EXPORT_OPSET - 1} a "
@@ -224,7 +224,7 @@ def _write_proven(
             export = partial(
                 torch.onnx.export,
                 model,
-                tuple(tensors[name] for name in (*order.positional, *order.keywords)),
+                tuple(tensors[name] for name in order.names),
                 opset_version=opset,
                 input_names=taken,
                 output_names=given,
@@ -280,7 +280,7 @@ def _plain_forward(
 
     model.forward = plain
     try:
-        yield [*order.positional, *order.keywords], names
+        yield list(order.names), names
     finally:
         if own is None:
             del model.forward
@@ -311,8 +311,7 @@ def _frozen_axis(
     length, argument, item, axis = found.groups()
     parameters = list(inspect.signature(model.forward).parameters)
     index = parameters.index(argument) if argument in parameters else 0
-    names = [*order.positional, *order.keywords]
-    name = names[min(index + int(item or 0), len(names) - 1)]
+    name = order.names[min(index + int(item or 0), len(order.names) - 1)]
     shape = next(spec.shape for spec in signature.inputs if spec.name == name)
     return (
         f"axis {axis} ({shape[int(axis)]}) of {name} is frozen at {length}: the model's code "
@@ -356,20 +355,9 @@ def _torchscript(
     # Where this exporter can't tell a fixed length it makes up a name.
     _name_axes(exported, signature)
     # Mapped until then: what is unlinked stays readable.
-    _write(exported, path)
+    write_model(exported, path, ONE_FILE_LIMIT)
     for file in scattered:
         file.unlink()
-
-
-@contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
-    """Run attention as the products it is made of, not as the one operator it is at inference."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _torch_export(
@@ -386,7 +374,7 @@ def _torch_export(
     NameFixPass()(exported)
     _strip_machine(exported)
     _name_axes(exported, signature)
-    _write(exported, path)
+    write_model(exported, path, ONE_FILE_LIMIT)
 
 
 def _dynamic_shapes(model: nn.Module, signature: Signature, names: list[str]) -> tuple[Any, ...]:
@@ -397,10 +385,6 @@ def _dynamic_shapes(model: nn.Module, signature: Signature, names: list[str]) ->
         if parameter.kind is parameter.VAR_POSITIONAL:
             return (*axes[:index], tuple(axes[index:]))
     return tuple(axes)
-
-
-def _write(model: ir.Model, path: Path) -> None:
-    write_model(model, path, external_data=f"{path.stem}.onnx.data", limit=ONE_FILE_LIMIT)
 
 
 def _strip_machine(model: ir.Model) -> None:

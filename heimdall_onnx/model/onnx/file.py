@@ -77,13 +77,12 @@ def _varint(content: bytes, position: int) -> tuple[int, int]:
     return value, position + 1
 
 
-def write_model(model: ir.Model, path: Path, *, external_data: str, limit: int) -> None:
-    """Write ``model`` to ``path``, and its weights to ``external_data`` beside it if too large.
+def write_model(model: ir.Model, path: Path, limit: int) -> None:
+    """Write ``model`` to ``path``, and its weights to ``<stem>.onnx.data`` beside it if too large.
 
     Args:
         model: What to write.
         path: The file to write.
-        external_data: File name for the weights.
         limit: Size in bytes above which one file is not enough.
 
     Raises:
@@ -102,4 +101,4 @@ def write_model(model: ir.Model, path: Path, *, external_data: str, limit: int) 
         if encoded.ByteSize() <= limit:
             path.write_bytes(encoded.SerializeToString(deterministic=True))
             return
-    ir.save(model, path, external_data=external_data)
+    ir.save(model, path, external_data=f"{path.stem}.onnx.data")

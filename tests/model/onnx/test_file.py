@@ -47,14 +47,14 @@ def weights(path):
 
 
 def test_one_file_holds_everything(model, tmp_path):
-    write_model(model, tmp_path / "a.onnx", external_data="a.data", limit=10_000)
-    assert not (tmp_path / "a.data").exists()
+    write_model(model, tmp_path / "a.onnx", 10_000)
+    assert not (tmp_path / "a.onnx.data").exists()
     assert onnx.load(tmp_path / "a.onnx", load_external_data=False) == proto()
 
 
 def test_two_files_hold_everything(model, tmp_path):
-    write_model(model, tmp_path / "a.onnx", external_data="a.data", limit=1_000)
-    assert (tmp_path / "a.data").stat().st_size >= 2400
+    write_model(model, tmp_path / "a.onnx", 1_000)
+    assert (tmp_path / "a.onnx.data").stat().st_size >= 2400
     assert (tmp_path / "a.onnx").stat().st_size < 1000
     found = weights(tmp_path / "a.onnx")
     assert set(found) == set(WEIGHTS)
@@ -65,10 +65,10 @@ def test_two_files_hold_everything(model, tmp_path):
 def test_structure_counts_towards_the_limit(tmp_path):
     size = len(proto().SerializeToString())
     assert size > sum(array.nbytes for array in WEIGHTS.values())
-    write_model(ir.from_proto(proto()), tmp_path / "a.onnx", external_data="a.data", limit=size)
-    write_model(ir.from_proto(proto()), tmp_path / "b.onnx", external_data="b.data", limit=size - 1)
+    write_model(ir.from_proto(proto()), tmp_path / "a.onnx", size)
+    write_model(ir.from_proto(proto()), tmp_path / "b.onnx", size - 1)
     assert (tmp_path / "a.onnx").stat().st_size == size
-    assert (tmp_path / "b.data").exists()
+    assert (tmp_path / "b.onnx.data").exists()
 
 
 def test_structure_and_initializers_are_read_apart(tmp_path):
