@@ -6,21 +6,20 @@ Thin, as the rest of the command line: values in, results out, exit codes from t
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import click
 
 from heimdall_onnx.cli.help import Command, ParameterOption, all_of, json_option, progress_bar
-from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError, SettingsError
+from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError
 from heimdall_onnx.common.signals import first_signal_interrupts
 from heimdall_onnx.common.text import visible_lines
 
@@ -159,13 +158,13 @@ def signature(checkpoint: str, **options: Any) -> None:
     """
     from heimdall_onnx.common.parameters import check_parameters
     from heimdall_onnx.data.evaluation import first_rows
-    from heimdall_onnx.model.checkpoint import load_checkpoint, single_file
+    from heimdall_onnx.model.checkpoint import load_checkpoint
+    from heimdall_onnx.model.formats import locate
     from heimdall_onnx.model.signature_file import signature_path, write_signature_file
 
     given = check_parameters({name: v for name, v in options.items() if v is not None})
-    with tempfile.TemporaryDirectory() as folder:
-        file = single_file(checkpoint, Path(folder))
-        target = signature_path(checkpoint if file.parent == Path(folder) else file)
+    source = locate(checkpoint)
+    target = signature_path(source.path if len(source.files) > 1 else source.files[0])
     if target.exists():
         raise ParameterError(f"{target} is there already, and counts: mend it, or remove it")
     loaded = load_checkpoint(
@@ -188,21 +187,12 @@ def _combine(
 ) -> dict[str, Any]:
     """The checkpoints as one, which is there until the release ends, as parameters of it."""
     from heimdall_onnx.model.ensemble import combine_checkpoints
-    from heimdall_onnx.report.workspace import ENSEMBLE, RUNNER
+    from heimdall_onnx.report.workspace import ENSEMBLE, claim_folder
 
-    try:
-        settings.home.mkdir(parents=True, exist_ok=True)
-        folder = until_released.enter_context(
-            tempfile.TemporaryDirectory(prefix=ENSEMBLE, dir=settings.home)
-        )
-        (Path(folder) / RUNNER).write_text(str(os.getpid()))
-    except OSError as error:
-        raise SettingsError(
-            f"HEIMDALL_HOME must be a folder that can be written to; nothing can be made in "
-            f"{settings.home}: {error.strerror}"
-        ) from error
     if parameters.submodule:
         raise ParameterError("members of an ensemble are whole models; submodule can't be given")
+    folder = claim_folder(settings.home / f"{ENSEMBLE}{uuid4().hex[:8]}")
+    until_released.callback(shutil.rmtree, folder, ignore_errors=True)
     made = combine_checkpoints(
         checkpoints, folder, parameters.model, parameters.model_kwargs, parameters.weights
     )
@@ -235,11 +225,7 @@ def _make_demo(settings: Settings, parameters: ReleaseParameters) -> dict[str, A
         f"{made.baseline_median_error_m / 1000:.0f} km",
         err=True,
     )
-    return {
-        "checkpoint": parameters.checkpoint or str(made.checkpoint),
-        "model": parameters.model or made.model,
-        "eval_data": parameters.eval_data or str(made.eval_data),
-    }
+    return made.completing(parameters)
 
 
 def _release(

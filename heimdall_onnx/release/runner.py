@@ -8,7 +8,6 @@ last, and only then moves the alias. Whatever goes wrong before that is taken ba
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +58,7 @@ from heimdall_onnx.report.notebook import (
 from heimdall_onnx.report.page import figures, put_verdict_first
 from heimdall_onnx.report.rendering import render_html
 from heimdall_onnx.report.summary import release_facts, three_sentences
-from heimdall_onnx.report.workspace import RUNNER, new_run_folder
+from heimdall_onnx.report.workspace import claim_folder, new_run_folder
 from heimdall_onnx.services.connection import Connection, connect
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.retention import Protection, prepare_bucket
@@ -166,7 +165,7 @@ class _Run:
                 "eval_workers and eval_scheduler are for a dataset, a folder or s3://bucket/folder "
                 f"as `heimdall-onnx data` writes it; found evaluation data at {data or 'no path'}"
             )
-        self._make_folder()
+        claim_folder(self.folder)
         with self._costs.step("services"):
             settings = ensure_store(self.settings)
         with self._start_kernel(kernel_environment(settings)) as kernel:
@@ -226,17 +225,6 @@ class _Run:
                     model.unlink()
                 shutil.rmtree(self.folder / VARIANTS_FOLDER, ignore_errors=True)
         return result
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True)
-            # Whose files these are, should nobody be left to say so.
-            (self.folder / RUNNER).write_text(str(os.getpid()))
-        except OSError as error:
-            raise SettingsError(
-                f"HEIMDALL_HOME must be a folder that can be written to; {self.folder} can't be "
-                f"made: {error.strerror}"
-            ) from error
 
     def failed(self, error: HeimdallError) -> ReleaseResult:
         report = self.folder / REPORT

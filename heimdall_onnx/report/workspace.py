@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any
 from uuid import uuid4
 
 import structlog
 
+from heimdall_onnx.common.errors import SettingsError
 from heimdall_onnx.common.logs import configure_logs
 from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.services.settings import Settings
@@ -25,22 +27,25 @@ def new_run_folder(settings: Settings) -> Path:
     return settings.home / "runs" / f"{datetime.now(UTC):%Y%m%d_%H%M%S}-{uuid4().hex[:8]}"
 
 
-class StandIn(Protocol):
-    """What stands in for a checkpoint where none is given."""
+def claim_folder(folder: Path) -> Path:
+    """Make a folder below the settings' home that says whose files it holds: this process's.
 
-    model: ClassVar[str]
-
-    @property
-    def checkpoint(self) -> Path:
-        """The trained weights."""
-
-    @property
-    def eval_data(self) -> Path:
-        """Evaluation data of theirs."""
+    Raises:
+        SettingsError: If it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True)
+        (folder / RUNNER).write_text(str(os.getpid()))
+    except OSError as error:
+        raise SettingsError(
+            f"HEIMDALL_HOME must be a folder that can be written to; {folder} can't be made: "
+            f"{error.strerror}"
+        ) from error
+    return folder
 
 
 def prepare_run(
-    parameters: ReleaseParameters, settings: Settings, make_demo: Callable[[Path], StandIn]
+    parameters: ReleaseParameters, settings: Settings, make_demo: Callable[[Path], Any]
 ) -> ReleaseParameters:
     """Complete the parameters of a notebook and make its folder.
 
@@ -50,7 +55,8 @@ def prepare_run(
         parameters: As they were given.
         settings: Say where a folder is made if none is given.
         make_demo: Called without a checkpoint, with the folder of the demo: makes checkpoint and
-            evaluation data if they are not there yet, which may take minutes.
+            evaluation data if they are not there yet, which may take minutes. What it returns has
+            a method ``completing`` that gives them as parameters.
     """
     updates: dict[str, str] = {}
     if not parameters.output_dir:
@@ -61,10 +67,7 @@ def prepare_run(
     if parameters.run_id:
         structlog.contextvars.bind_contextvars(run_id=parameters.run_id)
     if not parameters.checkpoint:
-        demo = make_demo(settings.home / "demo")
-        updates["checkpoint"] = str(demo.checkpoint)
-        updates["model"] = parameters.model or demo.model
-        updates["eval_data"] = parameters.eval_data or str(demo.eval_data)
+        updates |= make_demo(settings.home / "demo").completing(parameters)
     else:
         from heimdall_onnx.model.checkpoint import single_file
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.common.files import hash_file, replace_file
 from heimdall_onnx.common.logs import OnProgress, get_logger
+from heimdall_onnx.common.parameters import ReleaseParameters
 
 log = get_logger(__name__)
 
@@ -58,6 +59,14 @@ class Demo:
     baseline_median_error_m: float
     seconds: float
     reused: bool = False
+
+    def completing(self, given: ReleaseParameters) -> dict[str, str]:
+        """What a release of it takes where nothing was given."""
+        return {
+            "checkpoint": given.checkpoint or str(self.checkpoint),
+            "model": given.model or self.model,
+            "eval_data": given.eval_data or str(self.eval_data),
+        }
 
 
 def make_demo(
