@@ -316,8 +316,8 @@ def _choose(
     content: Content, fresh: Callable[[], nn.Module], about: str, weights: str = ""
 ) -> Reading:
     """The weights that are meant, which are tried on ``fresh`` modules."""
-    own = [*fresh().state_dict()]
-    readings = [found for reading in content.readings for found in reading.fitted(own)]
+    known = {*fresh().state_dict()}
+    readings = [found for reading in content.readings for found in reading.fitted(known)]
     path, chosen = content.source.path, weights.strip("/").replace("/", ".")
     named = [r for r in readings if chosen in ("", r.label, ".".join(r.keys))]
     if not named:
@@ -331,11 +331,25 @@ def _choose(
         fits = [*{_contents_of(reading): reading for reading in fits[::-1]}.values()][::-1]
     if not fits:
         raise _unfit(content, about, *min(tried, key=lambda one: len(one[1])))
+    enough = max(sum(1 for _ in fresh().parameters()), 1) / 2  # averages may leave out buffers
     averaged = [
-        f"{shown(r.label)}: averages of weights under names that do not fit"
+        r.label
         for r in named
-        if not chosen and r not in fitting and AVERAGED.search(r.label)
-        if 2 * (r.matches or len(r.tensors)) >= len(own)
+        if r not in fitting and AVERAGED.search(r.label)
+        if (r.matches or len(r.tensors)) >= enough
+    ]
+    for reading in content.readings:
+        others = [
+            name
+            for name, one in reading.tensors.items()
+            if one.shape and AVERAGED.search(name) and known.isdisjoint(_ends(name))
+        ]
+        if not reading.pickled and len(others) >= enough:
+            averaged.append(f"{reading.label}, {others[0]} and others")
+    averaged = [
+        f"{shown(name)}: averages of weights under names that do not fit"
+        for name in averaged
+        if not chosen
     ]
     if len(fits) == 1 and not averaged:
         if fits[0].pickled:
@@ -350,6 +364,12 @@ def _choose(
         f"{path} holds several sets of weights that may be meant for {about}; choose one with "
         f"--weights (weights=... in Python):{listed(ways + averaged)}"
     )
+
+
+def _ends(name: str) -> list[str]:
+    """A name without each of its first parts."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _read_already(network: nn.Module, content: Content) -> Reading | None:

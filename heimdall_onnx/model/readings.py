@@ -36,7 +36,12 @@ _TRAINING = re.compile(
     rf"|^({'|'.join(_HYPER_PARAMETERS)})$",
     re.IGNORECASE,
 )
-AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|shadow|averag)", re.IGNORECASE)
+# Not the averages of gradients that an optimizer keeps.
+AVERAGED = re.compile(
+    r"(^|[^a-z])(ema|swa|shadow|averag)|(?-i:[a-z](EMA|Ema|SWA|Averag))"
+    r"|(?<!exp_)(?<!grad_)(?<!square_)(?<![a-z])avg(?![a-z])",
+    re.IGNORECASE,
+)
 # What PyTorch's own wrappers put into names.
 _WRAPPERS = {
     *("module", "_orig_mod", "_forward_module"),

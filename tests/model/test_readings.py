@@ -290,6 +290,36 @@ def test_averages_that_can_not_be_taken_are_a_question_too(state, tmp_path, name
     assert load_checkpoint(tmp_path / "a.pt", model=NET, weights="model").weights == "model"
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s, e: {
+            **prefixed("model.", s),
+            **{"model_ema." + n.replace(".", ""): v for n, v in e.items()},
+            "model_ema.decay": torch.tensor(0.9),
+        },
+        lambda s, e: {**s, **{"ema." + n.replace(".", ""): v for n, v in e.items()}},
+        lambda s, e: {"state_dict": s, "callbacks": {"EMA": {"ema_weights": [*e.values()]}}},
+        lambda s, e: {"state_dict": s, "optimizer_states": [{"ema": tuple(e.values())}]},
+        lambda s, e: {"net": s, "avg_model": {n.replace(".", "_"): v for n, v in e.items()}},
+        lambda s, e: {"net": s, "ModelEMA": [*e.values()]},
+    ],
+)
+def test_averages_are_a_question_wherever_they_are(state, tmp_path, wrap):
+    average = {n: v * 2 for n, v in state.items() if "num" not in n and "running" not in n}
+    with pytest.raises(
+        CheckpointError, match="averages of weights under names that do not fit"
+    ) as e:
+        loaded(wrap(state, average), tmp_path)
+    label = str(e.value).split("--weights ")[2].split(":")[0]
+    assert is_loaded(load_checkpoint(tmp_path / "a.pt", model=NET, weights=label), state)
+
+
+def test_what_an_optimizer_averages_is_no_question(state, tmp_path):
+    moments = {f"exp_avg.{n}": v for n, v in state.items()} | {"square_avg": torch.ones(2)}
+    assert loaded({"net": state, "moments": moments}, tmp_path, NET).weights == "net"
+
+
 def test_a_pickled_network_beside_its_weights_is_a_question(state, tmp_path):
     content = {"state_dict": prefixed("net.", state), "hyper_parameters": {"net": Net()}}
     with pytest.raises(CheckpointError, match=r"in a pickled .*\.Net, not taken"):
