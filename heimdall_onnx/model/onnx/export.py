@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import linecache
 import logging
 import re
 import tempfile
@@ -27,7 +28,7 @@ from torch import nn
 from heimdall_onnx.common.errors import ExportError, HeimdallError, ParameterError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.model.branches import find_branch, own_line
+from heimdall_onnx.model.branches import find_branch, is_own, own_line
 from heimdall_onnx.model.copies import copy_model
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs, plain_attention
@@ -234,6 +235,12 @@ def _write_proven(
             else:
                 shapes = _dynamic_shapes(model, signature, taken)
                 _torch_export(export, path, signature, fold, shapes)
+        unseen = next(filter(None, map(_converted, caught)), "") if branch is None else ""
+        if unseen:
+            raise ExportError(
+                f"{type(model).__name__} does not run while it is watched, and it may branch on "
+                f"the values of its inputs, as the tracer says: {unseen}. {_WITH_TENSORS}"
+            )
         check_file(path, signature, opset, answer.changed)
         prove_axes(model, path, signature, _suspicions(caught))
     except (OSError, HeimdallError):
@@ -430,6 +437,16 @@ def _suspicions(caught: list[warnings.WarningMessage]) -> list[str]:
     tracer = torch.jit.TracerWarning  # type: ignore[attr-defined]
     warned = (text for text, category in found.items() if issubclass(category, tracer))
     return [f"The tracer had warned: {text}" for text in warned]
+
+
+def _converted(caught: warnings.WarningMessage) -> str:
+    """The line that makes another thing than a tensor of a value, in words; of a length, none."""
+    text = linecache.getline(caught.filename, caught.lineno).strip()
+    tracer = torch.jit.TracerWarning  # type: ignore[attr-defined]
+    if not issubclass(caught.category, tracer) or re.search(r"\bshape\b|\bsize\(|^assert", text):
+        return ""
+    own = str(caught.message).startswith("Converting") and is_own(caught.filename)
+    return f"line {caught.lineno}: `{text}`" if own else ""
 
 
 def _publish(made: Path, target: Path, opset: int, started: float) -> ExportResult:
