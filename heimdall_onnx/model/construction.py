@@ -22,6 +22,7 @@ from torch import nn
 from heimdall_onnx.common.errors import HeimdallError, ParameterError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.model.pickles import StoredTensor
 from heimdall_onnx.model.readings import NO_MODEL, Content
 
 log = get_logger(__name__)
@@ -97,9 +98,9 @@ def plan_model(
     """Say how the model of a checkpoint is built.
 
     Hyper-parameters that the checkpoint records become arguments where there are parameters of
-    those names; ``given`` ones win over them. ``pretrained`` is always off, and devices are the
-    CPU. What a class lists in ``arguments_of_caller`` is never taken from the file. A bound method
-    ``from_pretrained`` gets the checkpoint's folder.
+    those names, all of them where it takes any; ``given`` ones win over them. ``pretrained`` is
+    always off, and devices are the CPU. What a class lists in ``arguments_of_caller`` is never
+    taken from the file. A bound method ``from_pretrained`` gets the checkpoint's folder.
 
     Raises:
         ParameterError: If the model can't be imported or does not take these arguments.
@@ -115,22 +116,25 @@ def plan_model(
     ]
     hyper, unread, notes = dict[str, Any](), dict[str, str](), list[str]()
     for name, value in content.hyper_parameters.items():
+        if isinstance(value, StoredTensor) and not (takes_any or name in names):
+            continue  # as large as the file likes, and wanted by nobody
         try:
             hyper[name] = copy.deepcopy(value)
         except Exception as error:  # of a class that is not loaded, or broken in any way
             unread[name] = shown(str(error.args[0] if error.args else error))
             notes.append(f"not loaded: hyper-parameter {shown(name)}, {unread[name]}")
     barred = {*getattr(make, "arguments_of_caller", ()), *given}
-    recorded = {n: hyper[n] for n in names if n in hyper and n not in barred}
+    taken = [*names, *hyper] if takes_any else names
+    recorded = {n: hyper[n] for n in taken if n in hyper and n not in barred}
     for name, value in recorded.items():
         if isinstance(value, str | torch.device) and _ELSEWHERE.fullmatch(str(value)):
             recorded[name] = type(value)("cpu")
             notes.append(f"argument {name}: cpu in the place of {value}")
-    unused = [name for name in hyper if name not in names]
+    unused = [name for name in content.hyper_parameters if name not in {*taken, *unread}]
     if unused and not getattr(make, "made_of_checkpoints", False):
         notes.append(f"hyper-parameters that {spec} does not take: {shown(', '.join(unused))}")
     kwargs = recorded | dict(given)
-    if "pretrained" in names and kwargs.get("pretrained", parameters["pretrained"].default):
+    if kwargs.get("pretrained", "pretrained" in names and parameters["pretrained"].default):
         kwargs["pretrained"] = False
     unknown = [] if takes_any else [name for name in given if name not in names]
     problems = [f"no parameter {name!r}.{_near(name, names)}" for name in unknown]
@@ -185,18 +189,23 @@ def import_model(spec: str) -> Callable[..., Any]:
 
 
 def _import(name: str, spec: str) -> ModuleType:
-    if name.endswith(".py"):
-        file = Path(name).expanduser().absolute()
+    file = Path(name).expanduser().absolute() if name.endswith(".py") else None
+    if file is not None:
+        if not file.is_file():
+            raise ParameterError(f"model {spec!r}: there is no such file: {file}")
         name = file.stem
-        if file.is_file() and str(file.parent) not in sys.path:
+        if str(file.parent) not in sys.path:
             sys.path.insert(0, str(file.parent))
-        there = getattr(sys.modules.get(name), "__file__", str(file))
-        if file.is_file() and Path(there or "").absolute() != file:
-            raise ParameterError(
-                f"model {spec!r}: another module is called {name}; rename the file"
-            )
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
+        there = getattr(module, "__file__", None) or "built in"
+        if file is None or Path(there).resolve() == file.resolve():
+            return module
+        raise ParameterError(
+            f"model {spec!r}: another module ({there}) is called {name}; rename the file"
+        )
+    except HeimdallError:
+        raise
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
         cause: Exception = error

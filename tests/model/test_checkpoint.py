@@ -109,6 +109,14 @@ def test_hyper_parameters_become_arguments_where_the_constructor_has_them(state,
     assert f"hyper-parameters that {SMALL} does not take: learning_rate" in loaded.notes
 
 
+def test_hyper_parameter_that_nobody_takes_is_not_copied(state, tmp_path):
+    hyper = {"width": 4, "mean": torch.zeros(1)}
+    torch.save({"state_dict": state, "hparams": hyper}, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt", model=SMALL)
+    assert loaded.hyper_parameters == {"width": 4}
+    assert f"hyper-parameters that {SMALL} does not take: mean" in loaded.notes
+
+
 @pytest.mark.parametrize(
     "value", [7, [{"file": name, "sha256": "0" * 64} for name in ("a.pt", "b.pt")]]
 )
@@ -152,13 +160,16 @@ def test_own_names_with_lightnings_prefix_are_kept(tmp_path):
     assert load_checkpoint(tmp_path / "a.pt", model=f"{__name__}:Wrapped").weights == "."
 
 
-def test_constructor_with_open_arguments_takes_given_ones_only(tmp_path):
+def test_constructor_with_open_arguments_takes_all_of_them(tmp_path):
     state = prefixed(TakesAnything().state_dict())
-    torch.save({"state_dict": state, "hyper_parameters": {"lr": 1}}, tmp_path / "a.ckpt")
+    torch.save(
+        {"state_dict": state, "hyper_parameters": {"lr": 1, "pretrained": True}},
+        tmp_path / "a.ckpt",
+    )
     loaded = load_checkpoint(
         tmp_path / "a.ckpt", model=f"{__name__}:TakesAnything", model_kwargs={"any": 1}
     )
-    assert loaded.model.options == {"any": 1}
+    assert loaded.model.options == {"lr": 1, "any": 1, "pretrained": False}
 
 
 def test_every_unfit_weight_is_named_once(state, tmp_path):
@@ -332,8 +343,14 @@ def test_model_in_a_file_is_found_with_what_lies_beside_it(tmp_path, monkeypatch
         "from beside_the_file import Base\nclass Net(Base): pass\n"
     )
     assert import_model("nets/in_a_file.py:Net").__name__ == "Net"
-    with pytest.raises(ParameterError, match=r"there is no module 'missing_file'"):
-        import_model("nets/missing_file.py:Net")
+    for missing in ("nets/missing_file.py:Net", "elsewhere/in_a_file.py:Net"):
+        with pytest.raises(ParameterError, match="there is no such file"):
+            import_model(missing)
+    for other in ("other/in_a_file.py", "nets/json.py"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("import torch\nclass Net(torch.nn.Linear): pass\n")
+        with pytest.raises(ParameterError, match=r"another module .* rename the file"):
+            import_model(f"{other}:Net")
 
 
 class Renaming(nn.Module):
