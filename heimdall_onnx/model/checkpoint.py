@@ -28,10 +28,9 @@ from heimdall_onnx.common.text import count_of, listed, shown
 from heimdall_onnx.model.construction import plan_model
 from heimdall_onnx.model.copies import remember_maker
 from heimdall_onnx.model.derive import derive_signature
-from heimdall_onnx.model.formats import Located, locate
+from heimdall_onnx.model.formats import AVERAGED, Located, locate
 from heimdall_onnx.model.pickles import StoredTensor, name_of
 from heimdall_onnx.model.readings import (
-    AVERAGED,
     Content,
     Reading,
     must_be_converted,
@@ -316,6 +315,7 @@ def _choose(
     content: Content, fresh: Callable[[], nn.Module], about: str, weights: str = ""
 ) -> Reading:
     """The weights that are meant, which are tried on ``fresh`` modules."""
+    _require_one(content)
     known = {*fresh().state_dict()}
     readings = [found for reading in content.readings for found in reading.fitted(known)]
     path, chosen = content.source.path, weights.strip("/").replace("/", ".")
@@ -364,6 +364,24 @@ def _choose(
         f"{path} holds several sets of weights that may be meant for {about}; choose one with "
         f"--weights (weights=... in Python):{listed(ways + averaged)}"
     )
+
+
+def _require_one(content: Content) -> None:
+    """Refuse a folder's other files with other weights of the same names, or of other names."""
+    for file in content.source.beside:
+        mine, others = (
+            {name: stored for one in found.readings for name, stored in one.tensors.items()}
+            for found in (content, read_content(file))
+        )
+        both = mine.keys() & others.keys()
+        if not both or any(
+            _content_of(mine[n].tensor()) != _content_of(others[n].tensor()) for n in both
+        ):
+            found = ", ".join(one.name for one in (*content.source.files[:9], file))
+            raise CheckpointError(
+                f"{content.source.path} holds several models: {found} differ; give the file that "
+                "is meant in the folder's place"
+            )
 
 
 def _ends(name: str) -> list[str]:

@@ -45,6 +45,12 @@ _ARCHIVES = (
     (".weights.h5", "a Keras model", _KERAS),
     (".npy", "a NumPy archive (.npz)", _DATA),
 )
+# What stands for averages of weights, but not those of gradients that an optimizer keeps.
+AVERAGED = re.compile(
+    r"(^|[^a-z])(ema|swa|shadow|averag)|(?-i:[a-z](EMA|Ema|SWA|Averag))"
+    r"|(?<!exp_)(?<!grad_)(?<!square_)(?<![a-z])avg(?![a-z])",
+    re.IGNORECASE,
+)
 _SHARD = re.compile(r"-\d{3,}-of-(\d{3,})\.")
 # By its name, what is only a part of a checkpoint.
 _PARTS = (
@@ -70,11 +76,13 @@ class Located:
         path: What was given, ``~`` expanded.
         kind: How its files are read.
         files: They; several where it is in shards.
+        beside: Others in the folder that were given with it, which hold the same if all is well.
     """
 
     path: Path
     kind: Kind
     files: tuple[Path, ...]
+    beside: tuple[Path, ...] = ()
 
 
 def locate(given: Path | str) -> Located:
@@ -193,9 +201,15 @@ def _folder(path: Path) -> Located:
     if [Path(name).name for name in states] not in ([], ["mp_rank_00_model_states.pt"]):
         what = f"DeepSpeed's checkpoint in {len(states)} parts"
         raise _other(path, what, "give the file that `python zero_to_fp32.py` makes of them")
-    for name in (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE, *states):
-        if name in names and not any(map(_SECOND.fullmatch, names)):
-            return replace(_file(path / name), path=path)
+    whole = [n for n in (*(f"{name}.index.json" for name in _WHOLE), *_WHOLE) if n in names]
+    averages = [n for n in names if AVERAGED.search(n) and Path(n).suffix in _ENDINGS]
+    if whole and averages:
+        what = f"a folder with {whole[0]} and {shown(', '.join(averages))}"
+        raise _other(path, what, "give the file that is meant")
+    for name, *others in filter(None, (whole, states)):
+        if not any(map(_SECOND.fullmatch, names)):
+            beside = tuple(path / other for other in others)
+            return replace(_file(path / name), path=path, beside=beside)
     shards = [path / name for name in names if _SHARD.search(name)]
     if shards and len(shards) == int(_SHARD.search(shards[0].name)[1]):  # type: ignore[index]
         return _shards(path, shards)

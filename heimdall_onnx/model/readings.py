@@ -19,7 +19,7 @@ from typing import Any
 
 from heimdall_onnx.common.errors import CheckpointError
 from heimdall_onnx.common.text import shown
-from heimdall_onnx.model.formats import Located, locate
+from heimdall_onnx.model.formats import AVERAGED, Located, locate
 from heimdall_onnx.model.pickles import (
     Placeholder,
     StoredTensor,
@@ -34,12 +34,6 @@ _HYPER_PARAMETERS = ("hyper_parameters", "hparams", "model_kwargs", "model_args"
 _TRAINING = re.compile(
     r"(^|_)(optim(izer)?s?|(lr_)?schedulers?|scaler|callbacks|loops|rng)(_|$)"
     rf"|^({'|'.join(_HYPER_PARAMETERS)})$",
-    re.IGNORECASE,
-)
-# Not the averages of gradients that an optimizer keeps.
-AVERAGED = re.compile(
-    r"(^|[^a-z])(ema|swa|shadow|averag)|(?-i:[a-z](EMA|Ema|SWA|Averag))"
-    r"|(?<!exp_)(?<!grad_)(?<!square_)(?<![a-z])avg(?![a-z])",
     re.IGNORECASE,
 )
 # What PyTorch's own wrappers put into names.
@@ -177,7 +171,13 @@ def read_content(given: Path | str) -> Content:
     try:
         files = source.files[:1] if source.kind == "distributed" else source.files
         tree, *others = (_READERS[source.kind](file) for file in files)
-        for other in others:
+        for file, other in zip(files[1:], others, strict=True):
+            if twice := tree.keys() & other.keys():
+                names = shown(", ".join(sorted(map(str, twice))))
+                raise CheckpointError(
+                    f"shards that hold the same names: {file} has {names}, as one before it; "
+                    "which is meant can't be told"
+                )
             tree |= other
         content = Content(source, tree)
         _look(content, tree, (), training=False, seen=set())

@@ -424,6 +424,26 @@ def test_shards_are_one_checkpoint_and_become_one_file(state, tmp_path):
     assert single_file(single, tmp_path) == single
 
 
+def test_a_name_in_two_shards_is_refused(state, tmp_path):
+    for number, shard in enumerate((state, {"norm.bias": torch.ones(3)}), 1):
+        save_file(shard, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"00002-of-00002.safetensors has norm\.bias"):
+        load_checkpoint(tmp_path, model=NET)
+
+
+def test_of_a_folder_with_several_models_one_must_be_named(state, tmp_path):
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert is_loaded(load_checkpoint(tmp_path, model=NET), state)
+    torch.save({**state, "norm.bias": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors, pytorch_model\.bin differ"):
+        load_checkpoint(tmp_path, model=NET)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model_ema.bin")
+    with pytest.raises(CheckpointError, match=r"with model\.safetensors and model_ema\.bin"):
+        load_checkpoint(tmp_path, model=NET)
+    assert is_loaded(load_checkpoint(tmp_path / "model.safetensors", model=NET), state)
+
+
 def test_tied_weights_of_safetensors_are_found(tmp_path):
     model = Holds("tied")
     save_model(model, tmp_path / "a.safetensors")
