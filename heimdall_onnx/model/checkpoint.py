@@ -187,6 +187,11 @@ def load_checkpoint(
     # A file's own numbers must not decide how much memory a model takes.
     built = planned.build() if planned.reads_weights else None
     if built is not None and (own := _read_already(built, content)):
+        if weights.strip("/").replace("/", ".") not in ("", own.label, ".".join(own.keys)):
+            raise CheckpointError(
+                f"weights {weights!r} can't be chosen: from_pretrained has read {own.label}; leave "
+                "them out, or name the model's class itself"
+            )
         reading, notes = own, ["read by from_pretrained, which gives weights other names"]
     else:
         reading = _choose(content, planned.outline, planned.about, weights)
@@ -267,7 +272,13 @@ def single_file(path: Path | str, folder: Path) -> Path:
         return source.files[0]
     from safetensors.torch import save_file
 
-    (reading,) = read_content(path).readings
+    readings = read_content(path).readings
+    if len(readings) != 1:
+        raise CheckpointError(
+            f"{path} can't become one file: expected tensors by name in its shards, found "
+            f"{count_of(len(readings), 'set')} of them; give one file with the weights"
+        )
+    (reading,) = readings
     target = folder / f"{source.path.name.partition('.')[0]}.safetensors"
     tensors = {name: stored.tensor().contiguous() for name, stored in reading.tensors.items()}
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, target)
@@ -456,6 +467,8 @@ def load_reading(network: nn.Module, reading: Reading) -> tuple[list[str], list[
             elif isinstance(value, StoredTensor):
                 state[name], mine = value.tensor(), own.get(name)
                 if isinstance(mine, Tensor) and is_lazy(mine):
+                    if problem := _not_finite(name, state[name]):
+                        problems[name] = problem
                     notes.append(f"as large as in the file: {name}")
                 elif hooked and isinstance(mine, Tensor) and state[name].shape != mine.shape:
                     continue
@@ -468,6 +481,14 @@ def load_reading(network: nn.Module, reading: Reading) -> tuple[list[str], list[
                 other[name] = f" (the file has a {name_of(value) or type(value).__name__} there)"
         except Exception as error:  # the file says what it likes
             problems[name] = f"can't be read: {shown(name)}: {shown(str(error))}"
+    first_of: dict[int, str] = {}
+    for name, value in state.items() if not hooked else ():
+        mine = own.get(name)
+        if not isinstance(mine, Tensor):
+            continue
+        tied = first_of.setdefault(id(mine), name)
+        if tied != name and not torch.equal(value.to(mine.dtype), state[tied].to(mine.dtype)):
+            problems[name] = f"tied in the model, but different in the file: {tied} and {name}"
     state._metadata = reading.versions or None  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
@@ -489,7 +510,8 @@ def load_reading(network: nn.Module, reading: Reading) -> tuple[list[str], list[
     for name in unexpected:
         root, _, rest = name.partition(".")
         # A number without a fraction counts something; another one may be a part of the model.
-        counts = isinstance(state[name], Tensor) and not (rest or state[name].is_floating_point())
+        one = isinstance(state[name], Tensor) and state[name].numel() == 1
+        counts = one and not (rest or state[name].is_floating_point())
         beside = root not in roots and (counts or _BESIDE.fullmatch(root))
         if beside or name.endswith("position_ids"):
             aside.append(name)

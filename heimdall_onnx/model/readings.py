@@ -304,7 +304,8 @@ def _of_module(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, 
         if isinstance(value, StoredTensor):
             yield f"{prefix}{name}", value
     for name, inner in state.get("_modules", {}).items():
-        yield from _of_module(inner, f"{prefix}{name}.", seen)
+        if inner is not None:
+            yield from _of_module(inner, f"{prefix}{name}.", seen)
 
 
 def _torch(path: Path) -> Any:

@@ -384,4 +384,8 @@ def test_weights_that_a_model_reads_under_other_names_are_those_of_the_file(
         return
     loaded = load_checkpoint(tmp_path, model=f"{__name__}:Renaming.from_pretrained")
     assert torch.equal(loaded.model.dense.weight, state["linear.weight"])
+    with pytest.raises(
+        CheckpointError, match=r"'ema' can't be chosen: from_pretrained has read \."
+    ):
+        load_checkpoint(tmp_path, model=f"{__name__}:Renaming.from_pretrained", weights="ema")
     assert loaded.notes == ("read by from_pretrained, which gives weights other names",)

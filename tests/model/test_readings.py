@@ -424,6 +424,38 @@ def test_shards_are_one_checkpoint_and_become_one_file(state, tmp_path):
     assert single_file(single, tmp_path) == single
 
 
+def test_integers_that_count_nothing_are_not_left_aside(state, tmp_path):
+    with pytest.raises(CheckpointError, match="unexpected: order"):
+        loaded({**state, "order": torch.tensor([1, 0])}, tmp_path)
+
+
+def test_tied_weights_with_two_values_are_refused(tmp_path):
+    content = {"embed.weight": torch.zeros(4, 2), "out.weight": torch.ones(4, 2)}
+    with pytest.raises(CheckpointError, match="tied in the model, but different in the file"):
+        loaded(content, tmp_path, f"{__name__}:Tied")
+
+
+def test_lazy_weights_are_finite(tmp_path):
+    content = {"part.weight": torch.full((1, 3), float("nan")), "part.bias": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"NaN or Inf: part\.weight"):
+        part("lazy", content, tmp_path)
+
+
+def test_a_pickled_network_may_lack_a_part(state, tmp_path):
+    network = Net()
+    network.norm = None
+    found = loaded({"state_dict": state, "small": network}, tmp_path)
+    assert found.weights == "state_dict"
+
+
+def test_shards_of_nested_weights_do_not_become_one_file(tmp_path):
+    for number, key in enumerate("ab", 1):
+        path = tmp_path / f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({key: {"weight": torch.ones(1)}}, path)
+    with pytest.raises(CheckpointError, match="can't become one file"):
+        single_file(tmp_path, tmp_path)
+
+
 def test_a_name_in_two_shards_is_refused(state, tmp_path):
     for number, shard in enumerate((state, {"norm.bias": torch.ones(3)}), 1):
         save_file(shard, tmp_path / f"model-0000{number}-of-00002.safetensors")
