@@ -245,7 +245,8 @@ class _Search:
                     strict=False,
                 )
         except Exception as error:  # whatever can't be traced, or is not called by its own name
-            log.info("fixed axes were not looked for", reason=str(error))
+            reason = shown(str(error).partition("\n")[0])
+            self.notes.append(f"no axis was tried for a constant length when exported: {reason}")
             return set()
         taken = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
         return {

@@ -59,7 +59,12 @@ def run_pytorch(
         return in_calls(run, dict(inputs), signature)
     taken = {spec.name: inputs[spec.name] for spec in signature.inputs}
     outputs = named_outputs(model, call_pytorch(model, taken, copied), signature)
-    return {spec.name: outputs[spec.name].cpu().numpy() for spec in signature.outputs}
+    try:
+        return {spec.name: outputs[spec.name].cpu().numpy() for spec in signature.outputs}
+    except TypeError as error:
+        raise EvidenceError(
+            f"{type(model).__name__} returns what NumPy has no type for: {error}. Return .float()"
+        ) from error
 
 
 def call_pytorch(
@@ -106,17 +111,16 @@ def plain_attention() -> Iterator[None]:
 def in_calls(run: Callable[[Arrays], Arrays], inputs: Arrays, signature: Signature) -> Arrays:
     """What ``run`` answers; a model with a fixed batch is called as often as the samples need.
 
-    Its last call is filled with the first samples; what they get is left out.
+    Its last call is filled with the first samples; what they get is left out. Outputs without a
+    batch axis, of that size that is, are joined call by call.
     """
     size, count = signature.fixed_batch, len(next(iter(inputs.values())))
     if size is None or size == count:
         return run(inputs)
     rows = [(start + np.arange(size)) % count for start in range(0, count, size)]
     answers = [run({name: array[r] for name, array in inputs.items()}) for r in rows]
-    return {
-        name: np.concatenate([np.atleast_1d(answer[name]) for answer in answers])[:count]
-        for name in answers[0]
-    }
+    joined = {n: np.concatenate([np.atleast_1d(one[n]) for one in answers]) for n in answers[0]}
+    return {n: a[:count] if len(a) == size * len(rows) else a for n, a in joined.items()}
 
 
 class InputOrder(NamedTuple):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heimdall_onnx.common.errors import ExportError
 from heimdall_onnx.model.branches import own_line
+from heimdall_onnx.model.copies import copy_model
 
 # Rounding that hangs on the order of threads stays below, and a gate above.
 _RTOL = 1e-5
@@ -62,7 +63,7 @@ def restore(model: nn.Module, state: State) -> list[str]:
 
 def repeatable_answer(
     model: nn.Module,
-    call: Callable[[Any], Any],
+    call: Callable[[Any, nn.Module], Any],
     inputs: tuple[Any, Any],
     named: Callable[[Any], State],
 ) -> Answer:
@@ -70,7 +71,7 @@ def repeatable_answer(
 
     Args:
         model: In eval mode; gradients are off.
-        call: Runs it on inputs.
+        call: Runs it, or a copy of it, on inputs.
         inputs: Those that are asked for, and others, which must leave nothing behind.
         named: Gives what a call returned by the names of the outputs.
 
@@ -79,17 +80,23 @@ def repeatable_answer(
     """
     state = {name: tensor.clone() for name, tensor in _tensors(model).items()}
     kept = _attributes(model)
-    call(inputs[1])
-    second = call(inputs[0])
+    # What is set at the first call stays, so that only one that was never called can tell.
+    others = [call(inputs[0], copy_model(model))]
+    call(inputs[1], model)
+    others.append(call(inputs[0], model))
     changed = restore(model, state)
-    first = call(inputs[0])
+    first = call(inputs[0], model)
     restore(model, state)
-    name, difference = _difference(named(first), named(second))
+    differences = (_difference(named(first), named(other)) for other in others)
+    name, difference = max(differences, key=lambda found: found[1])
     if not name:
         return Answer(first, state, changed)
     with _Watch(model) as watch:
-        call(inputs[0])
-    changed += [name for name, one in _attributes(model).items() if kept.get(name, one) != one]
+        call(inputs[0], model)
+    now = _attributes(model)
+    changed += [name for name, one in now.items() if kept.get(name, one) != one]
+    longer = [n for n, t in _tensors(model).items() if n not in state or state[n].shape != t.shape]
+    changed = changed or longer or [name for name in now if name not in kept]
     differs = f"{name} differs by {difference:.3g} on the same inputs, since"
     who, training = type(model).__name__, "in training only (`if self.training:`)"
     restore(model, state)

@@ -338,6 +338,11 @@ def _is_length(value: object) -> bool:
 
 def _spec_problems(spec: TensorSpec, kind: Literal["input", "output"]) -> list[str]:
     problems = []
+    if spec.dtype == "bfloat16":
+        return [
+            f"{spec.name} is bfloat16, which NumPy does not have and few operators of ONNX Runtime "
+            "take on a CPU: convert the model with model.float() or model.half()"
+        ]
     try:
         dtype = np.dtype(spec.dtype)
     except TypeError:

@@ -274,3 +274,20 @@ def test_the_model_itself_is_not_run():
     model = Counting()
     found(model, x=normal(3, 4))
     assert model.calls == 0
+
+
+def test_model_in_bfloat16_is_refused_in_words():
+    model = nn.Linear(4, 3).bfloat16()
+    with pytest.raises(DataError, match=r"input is bfloat16, which NumPy.*model.float\(\) or"):
+        found(model, input=normal(3, 4))
+
+
+def test_axes_that_were_not_tried_in_an_export_are_noted():
+    class Untraceable(nn.Module):
+        def forward(self, x):
+            if torch.compiler.is_exporting():
+                raise RuntimeError("not so")
+            return x * 2
+
+    notes = found(Untraceable(), x=normal(3, 4, 6)).notes
+    assert "no axis was tried for a constant length when exported: not so" in notes

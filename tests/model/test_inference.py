@@ -129,6 +129,18 @@ def test_model_without_any_weights_takes_arrays_as_they_are(dtype):
     assert outputs["y"].dtype == dtype
 
 
+def test_output_that_numpy_has_no_type_for_is_named():
+    class Narrow(nn.Module):
+        def forward(self, x):
+            return x.bfloat16()
+
+    spec = TensorSpec("x", "float32", ("batch", 3))
+    with pytest.raises(EvidenceError, match=r"Narrow returns what NumPy.*BFloat16. Return .float"):
+        run_pytorch(
+            Narrow(), {"x": np.ones((2, 3), np.float32)}, declare([spec], [replace(spec, name="y")])
+        )
+
+
 def test_no_gradients_are_recorded(inputs):
     seen = []
 
@@ -229,12 +241,13 @@ def test_a_fixed_batch_is_called_as_often_as_the_samples_need(tmp_path):
                 TensorSpec("y", "float32", (4, 3)),
                 TensorSpec("total", "float32", ()),
                 TensorSpec("grid", "float32", (2,)),
+                TensorSpec("boxes", "float32", (5, 3)),
             ],
         )
 
         def forward(self, x):
             calls.append(len(x))
-            return x * 2, x.sum(), torch.arange(2.0) + 0 * x[0, 0]
+            return x * 2, x.sum(), torch.arange(2.0) + 0 * x[0, 0], x[0].expand(5, 3)
 
     x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
     path = export_model(Fixed(), tmp_path / "m.onnx", opset=17).path
@@ -249,6 +262,7 @@ def test_a_fixed_batch_is_called_as_often_as_the_samples_need(tmp_path):
         totals = [x[:4].sum(), x[[4, 5, 0, 1]].sum()]
         np.testing.assert_allclose(outputs["total"], totals, rtol=1e-5)
         np.testing.assert_array_equal(outputs["grid"], [0, 1, 0, 1])
+        np.testing.assert_array_equal(outputs["boxes"], np.repeat(x[[0, 4]], 5, axis=0))
     alone = run_onnx(open_session(path, spinning=False), {"x": x[:4]}, Fixed.signature)
     assert alone["total"].shape == ()
 

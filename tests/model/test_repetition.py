@@ -19,7 +19,8 @@ class Net(nn.Module):
         self.register_buffer("level", torch.zeros(4))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.scale = nn.Parameter(torch.ones(4))
-        self.steps, self.seen = 0, []
+        self.register_buffer("start", torch.zeros(0))
+        self.steps, self.seen, self.first = 0, [], None
         self.drop = nn.Dropout(0.5)
         self.norm = nn.BatchNorm1d(4)
 
@@ -52,6 +53,24 @@ def begins_with_data(net, x):
         net.scale.data.copy_(1 / x.std(0))
         net.count.fill_(1)
     return x * net.scale
+
+
+def begins_with_a_buffer(net, x):
+    if net.start.numel() == 0:
+        net.start = x.abs().amax().reshape(1)
+    return x / net.start
+
+
+def begins_with_an_attribute(net, x):
+    if net.first is None:
+        net.first = x.abs().amax()
+    return x / net.first
+
+
+def begins_with_a_new_attribute(net, x):
+    if not hasattr(net, "offset"):
+        net.offset = x.mean()
+    return x - net.offset
 
 
 def drops(net, x):
@@ -91,10 +110,14 @@ def check(function):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     with torch.no_grad():
         try:
-            answer = repeatable_answer(net, net, tuple(inputs), lambda found: {"y": found})
+            answer = repeatable_answer(
+                net, lambda x, one: one(x), tuple(inputs), lambda y: {"y": y}
+            )
         finally:
             after = net.state_dict()
-            assert all(torch.equal(before[n], after[n]) for n in before if n != "level")
+            assert all(
+                torch.equal(before[n], after[n]) for n in before if n not in {"level", "start"}
+            )
     assert answer.result.shape == (2, 4)
     return answer.changed
 
@@ -107,6 +130,9 @@ def check(function):
         (counts, "Net changes steps when"),
         (collects, "Net changes seen when"),
         (begins_with_data, "Net changes count, scale when|Net changes scale, count when"),
+        (begins_with_a_buffer, "Net changes start when"),
+        (begins_with_an_attribute, "Net changes first when"),
+        (begins_with_a_new_attribute, "Net changes offset when"),
         (
             drops,
             r"otherwise each time: y .*since aten.bernoulli_ in drop \(line \d+, in drops",

@@ -161,7 +161,7 @@ def _export(model: nn.Module, path: Path, examples: Examples, opset: int, fold: 
         for arrays in (examples.valid(count, seed, lengths) for seed in (0, 1))
     )
 
-    def call(tensors: Mapping[str, torch.Tensor]) -> Any:
+    def call(tensors: Mapping[str, torch.Tensor], model: nn.Module = model) -> Any:
         return order.call(model, {name: tensor.clone() for name, tensor in tensors.items()})
 
     try:
