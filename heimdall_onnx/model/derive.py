@@ -241,10 +241,10 @@ class _Search:
                     self._model,
                     tuple(tensors[name] for name in order.positional),
                     {name: tensors[name] for name in order.keywords},
-                    dynamic_shapes=shapes,
+                    dynamic_shapes=shapes if order.keywords else tuple(shapes.values()),
                     strict=False,
                 )
-        except Exception as error:  # whatever can't be traced, or is not called by its own name
+        except Exception as error:  # whatever can't be traced
             reason = shown(str(error).partition("\n")[0])
             self.notes.append(f"no axis was tried for a constant length when exported: {reason}")
             return set()
