@@ -88,7 +88,13 @@ def parameters_table(parameters: BaseModel) -> Markdown:
 
 
 def checkpoint_table(loaded: LoadedModel) -> Markdown:
-    """The model that was loaded and the file it came from."""
+    """The model that was loaded and the file it came from.
+
+    Raises:
+        DataError: If it declares no signature, and none is found.
+    """
+    # Here, since IPython can't show an error out of a template.
+    _ = loaded.signature
     return _from_template("checkpoint", loaded, sum(p.numel() for p in loaded.model.parameters()))
 
 
