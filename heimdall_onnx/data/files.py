@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays, parts
+from heimdall_onnx.common.arrays import Arrays, parts
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.text import shown
-from heimdall_onnx.data.npz import MOST_COMPRESSION, read_npz
+from heimdall_onnx.data.npz import read_npz, require_plausible
 from heimdall_onnx.model.pickles import StoredTensor
 from heimdall_onnx.model.readings import read_content
 
@@ -75,12 +75,9 @@ def _read_group(path: Path) -> tuple[Arrays, str]:
 
     group = zarr.open_group(str(path), mode="r", zarr_format=3)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    size, unpacked = sum(f.stat().st_size for f in files), sum(a.nbytes for _, a in group.arrays())
-    if unpacked > max(IN_MEMORY_BYTES, MOST_COMPRESSION * size):
-        raise ValueError(
-            f"its {size:,} bytes would become {unpacked:,}, more than {MOST_COMPRESSION} times as "
-            "much, which no data does; if these are data, write them with numpy.savez"
-        )
+    require_plausible(
+        sum(f.stat().st_size for f in files), sum(a.nbytes for _, a in group.arrays())
+    )
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(path).as_posix()} {hash_file(file)}\n".encode())

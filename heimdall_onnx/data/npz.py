@@ -23,7 +23,7 @@ from heimdall_onnx.common.arrays import IN_MEMORY_BYTES, Arrays
 
 # Recordings and features shrink to a half or a third, and deflate makes nothing but repetitions
 # a thousand times smaller.
-MOST_COMPRESSION = 200
+_MOST_COMPRESSION = 200
 _MOST_NAME = 200
 _CHUNK_BYTES = 1 << 20
 _MAGIC = np.lib.format.MAGIC_PREFIX
@@ -66,10 +66,14 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
     name, times = max(Counter(names).items(), key=itemgetter(1), default=("", 0))
     if times > 1:
         raise ValueError(f"it holds {name!r} {times} times")
-    unpacked = sum(member.file_size for member in members)
-    if unpacked > max(IN_MEMORY_BYTES, MOST_COMPRESSION * size):
+    require_plausible(size, sum(member.file_size for member in members))
+
+
+def require_plausible(size: int, unpacked: int) -> None:
+    """Raise a ValueError if so many bytes would become more than any data do."""
+    if unpacked > max(IN_MEMORY_BYTES, _MOST_COMPRESSION * size):
         raise ValueError(
-            f"its {size:,} bytes would unpack to {unpacked:,}, more than {MOST_COMPRESSION} times "
+            f"its {size:,} bytes would unpack to {unpacked:,}, more than {_MOST_COMPRESSION} times "
             "as much, which no data does; if these are data, write them with numpy.savez"
         )
 

@@ -338,7 +338,9 @@ def _choose(
     tried = [(r, load_reading(fresh(), r)[0]) for r in named if 2 * r.matches >= most]
     fitting = sorted((r for r, problems in tried if not problems), key=lambda r: r.pickled != "")
     fits = [reading for reading in fitting if reading.label == chosen] or fitting
-    if len(fits) > 1:  # the same saved twice is no question, averages always are one
+    keys = content.tree if isinstance(content.tree, dict) else ()
+    # The same saved twice is no question; averages always are one, whichever of both they are.
+    if len(fits) > 1 and not any(AVERAGED.search(str(key)) for key in keys):
         fits = [*{_contents_of(reading): reading for reading in fits[::-1]}.values()][::-1]
     if not fits:
         raise _unfit(content, about, *min(tried, key=lambda one: len(one[1])))

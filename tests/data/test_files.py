@@ -139,5 +139,5 @@ def test_zarr_that_holds_next_to_nothing_does_not_fill_the_memory(tmp_path):
     zarr = pytest.importorskip("zarr")
     group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=3)
     group.create_array("x", shape=(10**12, 3), chunks=(1, 3), dtype="float32")
-    with pytest.raises(DataError, match=r"would become 12,000,000,000,000"):
+    with pytest.raises(DataError, match=r"would unpack to 12,000,000,000,000"):
         load_evaluation_data(tmp_path / "a.zarr", signature(x="float32"))

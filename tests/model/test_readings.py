@@ -255,6 +255,13 @@ def test_the_same_saved_twice_is_no_question(state, tmp_path):
         loaded({"model": state, "ema": prefixed("module.", state)}, tmp_path)
 
 
+def test_averages_that_are_the_weights_themselves_are_a_question(state, tmp_path):
+    # As Lightning's own averaging leaves them: which of both is averaged, the names don't say.
+    content = {"state_dict": state, "current_model_state": dict(state), "averaging_state": {}}
+    with pytest.raises(CheckpointError, match="--weights current_model_state"):
+        loaded(content, tmp_path)
+
+
 def test_averages_of_a_callback_are_a_question(state, tmp_path):
     average = {"EMA": {"ema_state_dict": {n: v * 2 for n, v in state.items()}}}
     with pytest.raises(CheckpointError, match=r"--weights callbacks\.EMA\.ema_state_dict"):
