@@ -54,9 +54,11 @@ def bare(tmp_path: Path) -> Iterator[Settings]:
     """Settings with a home of the test's own; whatever runs there ends with the test."""
     settings = Settings(_env_file=None, HEIMDALL_HOME=tmp_path / "home")
     yield settings
-    for process in processes_of(settings.home):
+    killed = processes_of(settings.home)
+    for process in killed:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(killed, timeout=30)
     services_down(settings)
     assert not processes_of(settings.home)
 
