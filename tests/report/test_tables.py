@@ -12,6 +12,7 @@ from heimdall_onnx.common.environment import capture_environment
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.departure import Departure
+from heimdall_onnx.evidence.variants.roofline import Machine, Roofline, RooflineRow, Work, floor_of
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
@@ -103,3 +104,17 @@ def test_environment_table_lists_every_package():
     environment = capture_environment()
     made = tables.environment_table(environment).data
     assert all(version in made for version in environment.packages.values())
+
+
+def test_roofline_table_has_machine_and_runs_with_and_without_a_floor():
+    machine = Machine(2, 20.0, {"f32": 100.0, "int8": 400.0}, 32_000_000, ("avx2", "fma"))
+    work = Work(1e9, 25_000_000)
+    runs = ("fp32", "f32", 100_000_000, 1, 25.0), ("fp16-cuda", "f16", 50_000_000, 1, 3.0)
+    rows = (RooflineRow(*run, floor_of(work, run[2], run[1], machine, run[3])) for run in runs)
+    found = tables.roofline_table(Roofline(machine, work, tuple(rows)))
+    first, rows = found.data.split("\n\n")
+    assert "| matrix product, int8 | 400 · 10⁹ operations/s |" in first
+    assert rows.splitlines()[2] == "| fp32 | f32 | 1 | 100.0 | 25 | 10 | compute | 2.50 |"
+    assert "| unknown | no peak was measured for f16 | unknown |" in rows
+    assert {line.count("|") for line in rows.splitlines()} == {9}
+    assert tables.roofline_table(None) is None

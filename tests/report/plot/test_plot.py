@@ -1423,7 +1423,6 @@ def test_without_latency_the_cost_is_that_of_the_notebook_alone() -> None:
         plot.throughput,
         plot.variants,
         plot.noise_along_depth,
-        plot.roofline,
         plot.operator_times,
     ],
 )

@@ -162,7 +162,6 @@ def test_noise_is_drawn_by_module_and_what_was_kept_is_marked(report):
 def test_without_variants_there_is_nothing_to_draw():
     assert plot.variants(None) is None
     assert plot.noise_along_depth(None) is None
-    assert plot.roofline(None) is None
     assert plot.operator_times(()) is None
 
 
