@@ -55,6 +55,18 @@ def uninterrupted() -> AbstractContextManager[None]:
     return _on_signals(_go_on)
 
 
+@contextmanager
+def interrupted_after() -> Iterator[None]:
+    """Go on to the end of the block, where a signal that arrived in it strikes."""
+    arrived: list[int] = []
+    try:
+        with _on_signals(lambda number, _: arrived.append(number)):
+            yield
+    finally:
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
 def was_interrupted(error: BaseException) -> bool:
     """Whether a KeyboardInterrupt is behind an error, as where an extension's import is struck."""
     cause: BaseException | None = error

@@ -16,6 +16,7 @@ from typing import Any
 
 from heimdall_onnx.common.errors import DataError, NotRegisteredError, ParameterError, RegistryError
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.signals import interrupted_after
 from heimdall_onnx.services.client import make_client, redact_url
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.registry_errors import (
@@ -273,7 +274,8 @@ class MLflowTracker:
         if not Path(path).exists():
             raise DataError(f"there is no file {path} to log as an artifact")
         run_id = run_id or self._active_run_id()
-        with self._errors(f"log artifact {Path(path).name}"):
+        # Storing it may take long, and be interrupted.
+        with registry_errors(self.uri, f"log artifact {Path(path).name}"):
             self._client.log_artifact(run_id, str(path), artifact_path)
 
     def register_model(
@@ -535,8 +537,13 @@ class MLflowTracker:
                 f"found {sorted(file.path for file in files) or 'nothing'}"
             )
 
-    def _errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return registry_errors(self.uri, doing)
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        # A transaction that is struck locks the file until its traceback is gone.
+        local = self.uri.startswith("sqlite")
+        whole = interrupted_after() if local else contextlib.nullcontext()
+        with whole, registry_errors(self.uri, doing):
+            yield
 
 
 def initialize_mlflow(settings: Settings) -> MLflowTracker:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
+from heimdall_onnx.common.signals import first_signal_interrupts, interrupted_after, uninterrupted
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
@@ -46,6 +46,23 @@ def test_block_goes_on_to_its_end_and_signals_count_again_after_it(number):
             signal.raise_signal(number)
             steps.append("ended")
         signal.raise_signal(number)
+        steps.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt), first_signal_interrupts():
+        work()
+    assert steps == ["ended"]
+
+
+@BOTH
+def test_signal_strikes_at_the_end_of_a_block_that_is_done_whole(number):
+    steps = []
+
+    def work():
+        with interrupted_after():
+            signal.raise_signal(number)
+            with interrupted_after():
+                signal.raise_signal(signal.SIGTERM)
+            steps.append("ended")
         steps.append("not reached")
 
     with pytest.raises(KeyboardInterrupt), first_signal_interrupts():

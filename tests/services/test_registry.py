@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ from heimdall_onnx.common.errors import (
     RegistryError,
     SettingsError,
 )
+from heimdall_onnx.common.signals import first_signal_interrupts
 from heimdall_onnx.localization.network import localization_signature
 from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.services import store
@@ -224,6 +226,33 @@ def test_tags_of_a_run_can_change(tracker: MLflowTracker) -> None:
     assert "sha256.a" not in tags
     with pytest.raises(RegistryError, match=r"tag run 0+"):
         tracker.set_tags({"a": "b"}, run_id="0" * 32)
+
+
+def test_a_run_that_was_interrupted_in_a_transaction_is_ended(
+    sqlite_tracker: MLflowTracker,
+) -> None:
+    run_id = sqlite_tracker.create_run("interrupted")
+
+    def strike(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("INSERT INTO metrics"):
+            signal.raise_signal(signal.SIGTERM)
+
+    def log_to_the_end() -> None:
+        try:
+            sqlite_tracker.log_metrics({"loss": 1.0}, run_id=run_id)
+        finally:
+            # MLflow would wait for a lock that the first one's traceback holds.
+            sqlite_tracker.close_run(run_id, "KILLED")
+
+    engine = sqlalchemy.engine.Engine
+    sqlalchemy.event.listen(engine, "after_cursor_execute", strike)
+    try:
+        with pytest.raises(KeyboardInterrupt), first_signal_interrupts():
+            log_to_the_end()
+    finally:
+        sqlalchemy.event.remove(engine, "after_cursor_execute", strike)
+    found = sqlite_tracker.get_run_info(run_id)
+    assert (found["status"], found["metrics"]) == ("KILLED", {"loss": 1.0})
 
 
 def test_logging_needs_a_run_and_a_file(tracker: MLflowTracker, tmp_path: Path) -> None:
