@@ -40,11 +40,12 @@ _LENGTHS = (16, 4)
 _CONFIGURATIONS = ("config", "default_cfg")
 # Where a model or its configuration says for which size it was made.
 _SIZE_FIELDS = ("image_size", "img_size", "sample_size", "max_source_positions")
+_SPECTROGRAM_FIELDS = ("max_length", "num_mel_bins")
 _AXES = {(4, 2): "height", (4, 3): "width"}
 
 _Axis = tuple[str, int]  # of an input
-# An axis, its length before and after it was changed, and the answers after that.
-_Change = tuple[str, int, int, Mapping[str, Tensor]]
+# An axis, its length before it was changed, and the answers at each one after that.
+_Change = tuple[str, int, Mapping[int, Mapping[str, Tensor]]]
 _Guess = tuple[tuple[int, ...], int | None]  # a shape without the batch, the largest of integers
 
 
@@ -176,15 +177,16 @@ class _Search:
         batch: int | str = rows
         if rows == FIRST_ROWS:
             batch = "batch"
-            changes.append(("batch", 2, FIRST_ROWS, self._answers(inputs)))
+            changes.append(("batch", 2, {FIRST_ROWS: self._answers(inputs)}))
         else:
             self.notes.append(f"the batch is fixed at {rows}: the model fails at {FIRST_ROWS}")
         shapes: dict[str, list[int | str]] = {n: [batch, *a.shape[1:]] for n, a in two.items()}
         fixed: set[_Axis] | None = None
         for group, here, lengths in self._resizable(two):
             where = " and ".join(f"axis {axis} of {name}" for name, axis in group)
-            answers = self._answers(_resized(two, group, lengths[0]))
-            same = [a.shape for a in answers.values()] == [a.shape for a in base.values()]
+            answers = {n: self._answers(_resized(two, group, n)) for n in lengths}
+            first = answers[lengths[0]].values()
+            same = [a.shape for a in first] == [a.shape for a in base.values()]
             # A network for images was made for one size, unless what it gives has that size too.
             image = len(dict(group)) == 1 and all(two[name].ndim > 3 for name, _ in group)
             if same and image:
@@ -194,12 +196,12 @@ class _Search:
             if fixed.intersection(group):
                 self.notes.append(f"{where}: fixed, since its length is a constant when exported")
                 continue
-            first, position = group[0]
-            kind = _AXES.get((two[first].ndim, position), "length")
-            names = (kind, f"{first}_{kind}", f"{first}_{position}")
+            owner, position = group[0]
+            kind = _AXES.get((two[owner].ndim, position), "length")
+            names = (kind, f"{owner}_{kind}", f"{owner}_{position}")
             name = next(n for n in names if all(n != axis.name for axis in axes))
             axes.append(Axis(name, (*lengths, here)))
-            changes.append((name, here, lengths[0], answers))
+            changes.append((name, here, answers))
             for one, axis in group:
                 shapes[one][axis] = name
             ran = ", ".join(map(str, sorted((*lengths, here))))
@@ -287,14 +289,15 @@ class _Search:
         for name, value in base.items():
             shape: list[int | str] = [*value.shape]
             problems = []
-            for along, was, now, answers in changes:
-                other = answers.get(name)
-                if other is None or other.ndim != value.ndim:
+            for along, was, answers in changes:
+                others = [a[name].shape for a in answers.values() if name in a]
+                if {len(other) for other in others} != {value.ndim} or len(others) < len(answers):
                     problems = ["it has not always as many axes"]
                     break
-                for axis, ends in enumerate(zip(value.shape, other.shape, strict=True)):
-                    if ends[0] != ends[1]:
-                        known = ends == (was, now) and shape[axis] == was
+                for axis, length in enumerate(value.shape):
+                    found = [other[axis] for other in others]
+                    if {*found} != {length}:
+                        known = shape[axis] == was and found == [*answers]
                         shape[axis] = along if known else f"{name}_{axis}"
             called = f"output.{name}" if name in taken else name
             spec = TensorSpec(called, str(value.dtype).removeprefix("torch."), tuple(shape))
@@ -365,9 +368,10 @@ def _guesses(model: nn.Module) -> dict[_Guess, str]:
     for owner in (model, getattr(model, "config", None), *model.modules()):
         configured = getattr(owner, "default_cfg", None)  # of timm
         found += [getattr(owner, field, None) for field in _SIZE_FIELDS]
+        found.append(tuple(getattr(owner, field, None) for field in _SPECTROGRAM_FIELDS))
         found += [configured.get("input_size", ())[1:]] if isinstance(configured, dict) else []
     named = [(size,) if isinstance(size, int) else size for size in found]
-    sizes = dict.fromkeys(tuple(s) for s in named if isinstance(s, list | tuple) and s)
+    sizes = dict.fromkeys(tuple(s) for s in named if isinstance(s, list | tuple) and s and all(s))
     guesses: dict[_Guess, str] = {}
     for name, layer in model.named_modules():
         for shape, largest, what in _taken_by(layer, [*sizes]):
@@ -390,7 +394,7 @@ def _taken_by(
         own += [(n * size[0],) for size in sizes for n in (2, 1) if count == len(size) == 1]
         for sides in own:
             yield (channels, *sides), None, f"{channels} channels"
-            if channels == count == 1:
+            if channels == 1:
                 yield sides, None, "one channel"
     elif isinstance(layer, nn.Linear | nn.RNNBase | nn.LayerNorm):
         norm = layer.normalized_shape[-1] if isinstance(layer, nn.LayerNorm) else None

@@ -232,6 +232,37 @@ def test_a_size_that_the_model_names_is_tried_first():
     )
 
 
+class Spectrogram(nn.Module):
+    """Frames of a spectrogram, which gets its channel inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(max_length=20, num_mel_bins=12)
+        self.patches, self.head = nn.Conv2d(1, 4, 4, 4), nn.Linear(4, 3)
+        self.places = nn.Parameter(torch.randn(1, 15, 4))
+
+    def forward(self, input_values=None):
+        patches = self.patches(input_values.unsqueeze(1).mT).flatten(2).mT
+        return self.head((patches + self.places).mean(1))
+
+
+def test_a_spectrogram_has_the_frames_and_bands_of_the_configuration():
+    assert found(Spectrogram()).notes[0] == (
+        "there is no evaluation data, so input_values was guessed: Conv2d patches takes one "
+        "channel, here 20 × 12"
+    )
+
+
+def test_an_output_has_an_axis_of_its_own_where_any_other_length_changes_it():
+    frames = nn.Sequential(nn.Conv1d(1, 2, 10, 5))
+    signature = found(frames, input=normal(4, 1, 16)).signature
+    assert signature.axes[0].lengths == (17, 32, 16)  # the frames of 17 are those of 16
+    assert lines(signature) == [
+        "input: float32 (batch, 1, length)",
+        "output: float32 (batch, 2, output_2)",
+    ]
+
+
 def test_example_inputs_of_lightning_are_taken():
     model = Conv()
     model.example_input_array = torch.zeros(1, 3, 20, 24)
