@@ -16,7 +16,6 @@ from heimdall_onnx.report.plot.latency import latency, latency_over_time, pair_l
 from heimdall_onnx.report.plot.operators import operator_times, operators, optimization_levels
 from heimdall_onnx.report.plot.parity import parity_grid, parity_scatter
 from heimdall_onnx.report.plot.positions import position_map
-from heimdall_onnx.report.plot.task import task_error
 from heimdall_onnx.report.plot.uncertainty import members_disagreement, reliability
 from heimdall_onnx.report.plot.variants import noise_along_depth, variants
 from heimdall_onnx.report.plot.worst import worst_inputs
@@ -40,7 +39,6 @@ __all__ = [
     "position_map",
     "release_cost",
     "reliability",
-    "task_error",
     "throughput",
     "variants",
     "worst_inputs",

@@ -296,7 +296,6 @@ def charts(
                 plot.error_distribution(report),
                 plot.parity_grid(report),
                 plot.position_map(report, data),
-                plot.task_error(report),
             )
             if chart is not None
         ]
@@ -306,7 +305,7 @@ def charts(
 def test_every_chart_of_a_real_run_is_a_small_png_titled_with_its_answer(
     charts: list[plot.Chart],
 ) -> None:
-    assert len(charts) == 25
+    assert len(charts) == 23
     for chart in charts:
         png = chart.to_png()
         image = Image.open(io.BytesIO(png))
@@ -648,7 +647,7 @@ def test_grid_of_equal_outputs_says_so() -> None:
     )
 
 
-# --- position_map and task_error -----------------------------------------------------------------
+# --- position_map --------------------------------------------------------------------------------
 
 
 def test_map_states_the_displacement_in_metres_on_the_ground() -> None:
@@ -782,69 +781,11 @@ def test_map_of_differing_shapes_draws_nothing() -> None:
     assert chart.title == "No position is finite in both models"
 
 
-def test_models_without_positions_have_neither_map_nor_task_error() -> None:
+def test_models_without_positions_have_no_map() -> None:
     values = {"y": np.ones((3, 2), np.float32)}
     report = report_of(outputs(y=(2,)), values, values)
     data = EvaluationData(values, None, {}, "captures.npz", "ab", {})
     assert plot.position_map(report, data) is None
-    assert plot.task_error(report) is None
-
-
-def test_task_error_needs_labels() -> None:
-    report, _ = located([[50, 8]])
-    assert plot.task_error(report) is None
-
-
-def test_task_error_says_by_how_much_the_model_beats_the_middle() -> None:
-    truth = np.array([[48.0, 8.0], [52.0, 8.0], [48.0, 8.0], [52.0, 8.0]])
-    report, _ = located(truth + np.array([0.5, 0]), truth=truth)
-    chart = plot.task_error(report)
-    assert chart is not None
-    assert chart.title == (
-        "Median error 56 km, 0.25× that of always answering the middle (222 km); ONNX and PyTorch "
-        "agree to 0 m"
-    )
-    np.testing.assert_allclose(drawn(chart, "ONNX median"), [[55.6, 1]], atol=0.1)
-    np.testing.assert_allclose(drawn(chart, "always the middle median"), [[222.5, 2]], atol=0.2)
-    for who, color in (("PyTorch", Color.PYTORCH), ("ONNX", Color.ONNX)):
-        (point,) = artists(chart.figure, f"{who} median")
-        assert point.get_color() == color
-
-
-def test_task_error_admits_that_the_model_is_no_better_than_the_middle() -> None:
-    truth = np.array([[49.0, 8.0], [51.0, 8.0]])
-    report, _ = located(truth + np.array([5, 0]), truth=truth)
-    chart = plot.task_error(report)
-    assert chart is not None
-    assert "no better than always answering the middle (111 km)" in chart.title
-
-
-def test_task_error_of_one_transmitter_has_no_constant_answer_to_beat() -> None:
-    truth = np.tile([50.0, 8.0], (3, 1))
-    report, _ = located(truth + np.array([0.5, 0]), truth=truth)
-    chart = plot.task_error(report)
-    assert chart is not None
-    assert chart.title.startswith("Median error 56 km to the one true position there is; ONNX")
-    assert "middle" not in chart.alt
-    assert artists(chart.figure, "always the middle median") == []
-
-
-def test_task_error_of_nan_is_unknown() -> None:
-    truth = np.array([[49.0, 8.0], [51.0, 8.0]])
-    report, _ = located(truth, np.nan, truth=truth)
-    chart = plot.task_error(report)
-    assert chart is not None
-    assert chart.title == "The ONNX model gives no finite position: its error is unknown"
-    chart.to_png()
-
-
-def test_task_error_says_that_some_positions_are_not_finite() -> None:
-    truth = np.array([[49.0, 8.0], [51.0, 8.0], [50.0, 8.0]])
-    moved = np.array([[0.0, 0.0], [np.nan, 0.0], [0.0, 0.0]])
-    report, _ = located(truth + np.array([0.1, 0]), moved, truth=truth)
-    chart = plot.task_error(report)
-    assert chart is not None
-    assert chart.title.endswith("; some positions are not finite")
 
 
 # --- latency -------------------------------------------------------------------------------------
