@@ -130,10 +130,10 @@ def test_recorded_statistics_hold_all_figures_as_json(tmp_path):
     )
     record = records.record().model_copy(update={"parity": parity})
     text = json.dumps(record.to_json(), allow_nan=False)
-    assert "error_cdf" not in text
+    assert "shard" not in text
     found = parse_record(json.loads(text), "a test").parity
     assert len(found.cells) == len(parity.cells) > 10
-    shown = replace(parity.evaluation[0], worst=(), error_edges=(), error_cdf=())
+    shown = replace(parity.evaluation[0], worst=())
     assert repr(found.evaluation[0]) == repr(shown)
     cells = {(c.kind, c.batch_size): c for c in found.cells}
     zeros = cells["zeros", 2].outputs[0]  # its logarithm is -Inf, and nothing finite is left

@@ -171,13 +171,6 @@ class Quantiles:
         """The value at ``rank`` in [0, 1]; NaN while nothing was added."""
         return float("nan") if self.sketch.is_empty() else float(self.sketch.get_quantile(rank))
 
-    def cdf(self, points: Floats) -> Floats:
-        """Fraction of values at or below each of ``points`` (ascending)."""
-        if self.sketch.is_empty():
-            return np.full(points.shape, np.nan)
-        ranks = self.sketch.get_cdf(points.astype(np.float32), True)
-        return np.asarray(ranks, dtype=np.float64)[: points.size]
-
 
 @dataclass(frozen=True)
 class WorstSample:
@@ -240,8 +233,6 @@ class ErrorStatistics:
         highest: Largest finite element of the ONNX model's output.
         nonfinite: Elements of the ONNX model's output that are NaN or Inf.
         worst: The samples that differ most in units of what is allowed, the worst first.
-        error_edges: Ascending absolute errors at which ``error_cdf`` is given.
-        error_cdf: Fraction of elements with an error at or below each edge.
         left_open: Elements beyond what is allowed, but by no more than PyTorch differs there from
             itself where it rounds otherwise (`evidence.parity.rounding`). They count as equal in
             everything else here.
@@ -249,7 +240,7 @@ class ErrorStatistics:
         atol: Absolute part of what is allowed.
         rtol: Relative part.
 
-    A record holds the single figures alone; read from one, ``worst`` and the curve are empty.
+    A record holds the single figures alone; read from one, ``worst`` is empty.
     """
 
     output: str
@@ -270,8 +261,6 @@ class ErrorStatistics:
     highest: float
     nonfinite: int
     worst: _NotRecorded[tuple[WorstSample, ...]] = ()
-    error_edges: _NotRecorded[tuple[float, ...]] = ()
-    error_cdf: _NotRecorded[tuple[float, ...]] = ()
     left_open: int = 0
     nan: int = 0
     atol: float = 1e-5
@@ -473,7 +462,6 @@ class ErrorAccumulator(Accumulator):
         norm = math.sqrt(ref2 * val2)
         nothing = self._finite == 0
         wrong = self._mismatches > 0
-        edges = np.logspace(-12, 3, 151)
         return ErrorStatistics(
             output=self._spec.name,
             unit=self._spec.unit,
@@ -493,8 +481,6 @@ class ErrorAccumulator(Accumulator):
             highest=self._highest,
             nonfinite=self._nonfinite,
             worst=tuple(self._worst),
-            error_edges=tuple(edges),
-            error_cdf=tuple(self._errors.cdf(edges)),
             left_open=self._open,
             nan=self._nan,
             **vars(self._limit),

@@ -10,7 +10,6 @@ None where the question does not arise, or what it was given if that says why no
 from heimdall_onnx.report.plot.chart import Chart
 from heimdall_onnx.report.plot.cost import release_cost
 from heimdall_onnx.report.plot.depth import error_along_depth
-from heimdall_onnx.report.plot.distribution import error_distribution
 from heimdall_onnx.report.plot.errors import error_by_magnitude, errors_by_sample
 from heimdall_onnx.report.plot.latency import latency, latency_over_time, pair_latency, throughput
 from heimdall_onnx.report.plot.operators import operator_times, operators, optimization_levels
@@ -24,7 +23,6 @@ __all__ = [
     "Chart",
     "error_along_depth",
     "error_by_magnitude",
-    "error_distribution",
     "errors_by_sample",
     "latency",
     "latency_over_time",

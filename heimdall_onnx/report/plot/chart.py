@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 import textwrap
 import warnings
@@ -160,19 +159,6 @@ def new_figure(title: str, subtitle: str, *, height: float) -> Figure:
         color=Color.QUIET,
     ).set_gid("subtitle")
     return figure
-
-
-def new_panels(
-    title: str, subtitle: str, count: int, *, height: float
-) -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` panels, each ``height`` inches high, two in a row where they are."""
-    across = min(count, 2)
-    rows = math.ceil(count / across)
-    figure = new_figure(title, subtitle, height=height * rows)
-    panels = figure.subplots(rows, across, squeeze=False).ravel()
-    for axes in panels[count:]:
-        axes.remove()
-    return figure, list(panels[:count])
 
 
 def _wrap(text: str, width: int) -> str:

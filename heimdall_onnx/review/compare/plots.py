@@ -10,12 +10,10 @@ from matplotlib.axes import Axes
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import (
-    after,
     count_of,
     distance,
     metre_scale,
     name,
-    number,
 )
 from heimdall_onnx.evidence.parity.ground import mean_place, offset_km
 from heimdall_onnx.report.plot.chart import (
@@ -24,12 +22,9 @@ from heimdall_onnx.report.plot.chart import (
     legend_below,
     log_axis,
     new_figure,
-    new_panels,
-    plain,
     say,
     styled,
 )
-from heimdall_onnx.report.plot.distribution import draw_distribution
 from heimdall_onnx.report.plot.positions import (
     coordinates,
     draw_displacement,
@@ -39,9 +34,7 @@ from heimdall_onnx.report.plot.positions import (
 from heimdall_onnx.review.compare.answers import A, Answers, B
 from heimdall_onnx.review.compare.words import (
     error_words,
-    most_changed,
     moved_words,
-    output_words,
     sentence_of,
 )
 
@@ -95,31 +88,6 @@ def _draw_map(
     true = None if truth is None else offset_km(truth, origin)
     draw_places(axes, ((a, A, Color.A), (b, B, Color.B)), true)
     legend_below(axes, 0.17, ncols=3)
-
-
-@styled
-def output_changes(answers: Answers) -> Chart:
-    """How are the differences of each output distributed?
-
-    The cumulative share of elements by absolute difference, in the output's own unit, with the
-    percentiles; of many outputs those that change most beside how far their values lie apart.
-    """
-    title = sentence_of([output_words(answers)])
-    changed = {output.output for output in most_changed(answers)[:_OUTPUTS_SHOWN]}
-    shown = [output for output in answers.outputs if output.output in changed]
-    subtitle = f"{name(answers.source, 60)}, {count_of(answers.samples, 'sample')}"
-    if len(shown) < len(answers.outputs):
-        subtitle += f" · the {len(shown)} outputs of {len(answers.outputs)} that change most"
-    figure, panels = new_panels(title, subtitle, len(shown), height=2.9)
-    for axes, output in zip(panels, shown, strict=True):
-        axes.set_title(plain(name(output.output)))
-        draw_distribution(axes, output)
-    alt = " ".join(
-        f"{o.output}: {o.violations:,} of {o.count:,} elements differ, median {number(o.p50, 3)}, "
-        f"p99 {number(o.p99, 3)}, largest {number(o.maximum, 3)}{after(o.unit)}."
-        for o in answers.outputs
-    )
-    return Chart(figure, title, alt)
 
 
 @styled

@@ -99,21 +99,17 @@ def moved_words(answers: Answers) -> str:
     return f"positions move by {distance(moved.p99_m)} at p99"
 
 
-def most_changed(answers: Answers) -> list[ErrorStatistics]:
-    """The outputs by how much they change beside how far B's values lie apart, most first."""
-
-    def change(output: ErrorStatistics) -> float:
-        if output.nonfinite_mismatches:
-            return math.inf
-        span = output.highest - output.lowest
-        return output.p99 / (span or math.ulp(0.0)) if output.p99 > 0 else 0.0
-
-    return sorted(answers.outputs, key=change, reverse=True)
+def _change(output: ErrorStatistics) -> float:
+    """How much it changes relative to how far its values lie apart."""
+    if output.nonfinite_mismatches:
+        return math.inf
+    span = output.highest - output.lowest
+    return output.p99 / (span or math.ulp(0.0)) if output.p99 > 0 else 0.0
 
 
 def output_words(answers: Answers) -> str:
     """How much the output changes that changes most, in words."""
-    most = most_changed(answers)[0]
+    most = max(answers.outputs, key=_change)
     called, unit = f"the output {name(most.output)}", after(most.unit)
     if most.nonfinite_mismatches:
         return (

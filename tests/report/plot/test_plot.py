@@ -293,7 +293,6 @@ def charts(
             chart
             for chart in (
                 plot.parity_scatter(report),
-                plot.error_distribution(report),
                 plot.parity_grid(report),
                 plot.position_map(report, data),
             )
@@ -305,7 +304,7 @@ def charts(
 def test_every_chart_of_a_real_run_is_a_small_png_titled_with_its_answer(
     charts: list[plot.Chart],
 ) -> None:
-    assert len(charts) == 23
+    assert len(charts) == 21
     for chart in charts:
         png = chart.to_png()
         image = Image.open(io.BytesIO(png))
@@ -389,7 +388,6 @@ def test_names_from_outside_can_not_break_a_figure() -> None:
     report = replace(report_of(odd, values, values), source="$\\frac{ <b>.npz")
     for chart in (
         plot.parity_scatter(report),
-        plot.error_distribution(report),
         plot.parity_grid(report),
     ):
         assert png_size(chart.to_png())[0] == 880
@@ -488,9 +486,6 @@ def test_scatter_of_nothing_finite_says_that_there_is_nothing_to_compare() -> No
     report = report_of(outputs(y=(2,)), nothing, nothing)
     expected = "Nothing to compare: all 6 elements are NaN or Inf in both models"
     assert plot.parity_scatter(report).title == expected
-    chart = plot.error_distribution(report)
-    assert chart.title == expected
-    assert "no finite elements" in visible_text(chart)
     plot.parity_scatter(report).to_png()
 
 
@@ -498,7 +493,7 @@ def test_differing_shapes_are_named() -> None:
     a, b = np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32)
     report = report_of(outputs(y=(2,)), {"y": a}, {"y": b})
     expected = "y can't be compared: PyTorch gives (4, 2), ONNX (4, 1)"
-    for draw in (plot.parity_scatter, plot.error_distribution, plot.errors_by_sample):
+    for draw in (plot.parity_scatter, plot.errors_by_sample):
         chart = draw(report)
         assert chart.title == expected
         chart.to_png()
@@ -533,69 +528,6 @@ def test_scatter_keeps_the_worst_element_of_a_million_and_stays_small() -> None:
     assert [len(c.get_xdata()) for c in artists(chart.figure, "beyond")] == [1, 1]
     assert len(artists(chart.figure, "elements")[0].get_offsets()) <= 2000
     assert len(chart.to_png()) < 150_000
-
-
-# --- error_distribution --------------------------------------------------------------------------
-
-
-def test_distribution_gives_the_bulk_and_the_largest_difference() -> None:
-    a = np.zeros((1000, 2), np.float32)
-    b = np.tile(np.linspace(1e-8, 1e-6, 1000, dtype=np.float32)[:, None], (1, 2))
-    b[0, 0] = 8e-6
-    chart = plot.error_distribution(report_of(outputs(y=(2,)), {"y": a}, {"y": b}))
-    assert chart.title == (
-        "Largest difference 8e-6: all 2,000 elements within tolerance; 99% of the differences are "
-        "at most 9.9e-7"
-    )
-
-
-def test_distribution_counts_differences_beyond_tolerance(failing: ParityReport) -> None:
-    assert plot.error_distribution(failing).title == (
-        "24 of 96 elements beyond tolerance; largest difference 0.5 degrees in positions"
-    )
-
-
-def test_distribution_draws_tolerance_percentiles_and_every_element() -> None:
-    rng = np.random.default_rng(0)
-    a = np.zeros((500, 4), np.float32)
-    b = (10 ** rng.uniform(-8, -6, a.shape)).astype(np.float32)
-    report = report_of(outputs(y=(4,)), {"y": a}, {"y": b})
-    chart = plot.error_distribution(report)
-    for line in artists(chart.figure, "tolerance"):
-        assert list(line.get_xdata()) == [TOLERANCE, TOLERANCE]
-        assert line.axes.get_xlim()[0] < TOLERANCE < line.axes.get_xlim()[1]
-    (statistics,) = report.evaluation
-    for gid, value, level in (
-        ("p50", statistics.p50, 50),
-        ("p99", statistics.p99, 99),
-        ("p99.9", statistics.p999, 99.9),
-        ("largest", statistics.maximum, 100),
-    ):
-        np.testing.assert_allclose(drawn(chart, gid), [[value, level]])
-    curve = drawn(chart, "differences y")
-    for fraction in (0.25, 0.5, 0.9):
-        x = np.quantile(np.abs(b - a), fraction)
-        assert curve[curve[:, 0] <= x][-1, 1] == pytest.approx(100 * fraction, abs=6)
-
-
-def test_distribution_names_the_share_of_exact_zeros_and_begins_above_them() -> None:
-    a = np.zeros((100, 1), np.float32)
-    b = a.copy()
-    b[:25] = 2e-7
-    chart = plot.error_distribution(report_of(outputs(y=(1,)), {"y": a}, {"y": b}))
-    assert "75% equal" in _legends(chart)
-    assert drawn(chart, "differences y")[0, 1] == pytest.approx(75)
-
-
-def test_distribution_of_exact_agreement_and_of_huge_errors_can_be_drawn() -> None:
-    a = np.ones((6, 2), np.float32)
-    same = plot.error_distribution(report_of(outputs(y=(2,)), {"y": a}, {"y": a}))
-    assert same.title == "No difference: all 12 elements are equal"
-    same.to_png()
-    huge = plot.error_distribution(report_of(outputs(y=(2,)), {"y": a}, {"y": a * np.float32(1e9)}))
-    assert huge.title.startswith("12 of 12 elements beyond tolerance")
-    huge.to_png()
-    assert huge.figure.axes[0].get_xlim()[1] > 1e9
 
 
 # --- parity_grid ---------------------------------------------------------------------------------
