@@ -78,7 +78,7 @@ def test_release_without_latency_is_complete_and_says_so(untimed, s3):
 
 
 @pytest.mark.parametrize(
-    "cell", ["measure", "latency", "latency-over-time", "machine", "throughput", "members"]
+    "cell", ["measure", "latency", "machine", "throughput", "members"]
 )
 def test_every_cell_of_latency_shows_the_reason(untimed, cell):
     assert "Not measured:** the parameter measure_latency is False" in outputs_of(

@@ -11,7 +11,7 @@ from heimdall_onnx.report.plot.chart import Chart
 from heimdall_onnx.report.plot.cost import release_cost
 from heimdall_onnx.report.plot.depth import error_along_depth
 from heimdall_onnx.report.plot.errors import error_by_magnitude, errors_by_sample
-from heimdall_onnx.report.plot.latency import latency, latency_over_time, pair_latency, throughput
+from heimdall_onnx.report.plot.latency import latency, pair_latency, throughput
 from heimdall_onnx.report.plot.operators import operator_times, operators, optimization_levels
 from heimdall_onnx.report.plot.parity import parity_grid, parity_scatter
 from heimdall_onnx.report.plot.positions import position_map
@@ -25,7 +25,6 @@ __all__ = [
     "error_by_magnitude",
     "errors_by_sample",
     "latency",
-    "latency_over_time",
     "members_disagreement",
     "noise_along_depth",
     "operator_times",

@@ -1,4 +1,4 @@
-"""How long a call takes at which batch size, what the start costs, and how quiet it was."""
+"""How long a call takes at which batch size, and what the start costs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ from heimdall_onnx.report.plot.chart import (
 # Fewer pairs than this give no distribution-free 95% interval of a median, only a range.
 _PAIRS_FOR_INTERVAL = 6
 _LOG_FROM = 3.0
-_QUIET = 0.1
-_BLOCKS_FOR_SPREAD = 4
 _COLORS = (Color.PYTORCH, Color.ONNX)
 _PAIR_COLORS = (Color.A, Color.B)
 _MARKERS = ("o", "X")
@@ -206,101 +204,6 @@ def _latency_alt(report: PairLatency) -> str:
             f"{number(contender.mean_ms, 3)} ms" + (f", {percentiles}." if percentiles else ".")
         )
     return " ".join(parts)
-
-
-@unless_not_measured
-@styled
-def latency_over_time(report: LatencyReport) -> Chart:
-    """Was the machine quiet while latency was measured, or did it drift or stutter?
-
-    Every call in the order it was made, with the median of each block; the contenders took turns
-    block by block. Each has its own axis, from zero, so that equal heights are equal parts of
-    its own latency.
-    """
-    spreads = [_spread(c) for c in _both(report)]
-    quiet = all(spread <= _QUIET for spread in spreads)
-    title = (
-        f"The machine was {'quiet' if quiet else 'not quiet'}: 95% of block medians lie within "
-        f"{_percent(spreads[0])} (PyTorch) and {_percent(spreads[1])} (ONNX) of the overall median"
-    )
-    if min(np.unique(c.blocks).size for c in _both(report)) < _BLOCKS_FOR_SPREAD:
-        title = "Too few blocks of calls to tell whether the machine was quiet"
-    load = f"{report.machine.load_before:.1f} → {report.machine.load_after:.1f}"
-    subtitle = (
-        f"Quiet: within {_QUIET:.0%} · blocks in randomized ABBA order · batch "
-        f"{report.batch_size}, {count_of(report.threads, 'thread')} each · load average {load}"
-    )
-    figure = new_figure(title, subtitle, height=4.2)
-    panels = figure.subplots(2, 1)
-    for index, (contender, axes) in enumerate(zip(_both(report), panels, strict=True)):
-        _draw_calls(axes, contender, _COLORS[index], _MARKERS[index])
-    panels[1].set_xlabel("call, in the order made")
-    alt = " ".join(
-        f"{c.name}: {c.samples_ms.size} calls in {np.unique(c.blocks).size} blocks, median "
-        f"{number(c.median_ms, 3)} ms, slowest call {number(float(c.samples_ms.max()), 3)} ms, 95% "
-        f"of block medians within {_percent(spread)} of the median."
-        for c, spread in zip(_both(report), spreads, strict=True)
-    )
-    return Chart(figure, title, alt)
-
-
-def _percent(spread: float) -> str:
-    return f"{max(1, math.ceil(100 * spread))}%"
-
-
-def _block_medians(contender: ContenderLatency) -> list[tuple[int, int, float]]:
-    """First call, last call and median latency of each block."""
-    starts = np.flatnonzero(np.diff(contender.blocks, prepend=-1))
-    ends = np.append(starts[1:], contender.blocks.size)
-    return [
-        (int(a), int(b) - 1, float(np.median(contender.samples_ms[a:b])))
-        for a, b in zip(starts, ends, strict=True)
-    ]
-
-
-def _spread(contender: ContenderLatency) -> float:
-    """What 95% of the block medians' relative distances from the overall median stay below."""
-    medians = np.array([median for _, _, median in _block_medians(contender)])
-    return float(np.percentile(np.abs(medians / contender.median_ms - 1), 95))
-
-
-def _draw_calls(axes: Axes, contender: ContenderLatency, color: str, marker: str) -> None:
-    samples = contender.samples_ms
-    few = samples.size <= 500
-    axes.scatter(
-        np.arange(samples.size),
-        samples,
-        s=14 if few else 6,
-        marker=marker,
-        color=color,
-        alpha=0.6 if few else 0.45,
-        lw=0,
-        gid="calls",
-    )
-    first, last, medians = zip(*_block_medians(contender), strict=True)
-    axes.hlines(
-        medians, np.subtract(first, 0.5), np.add(last, 0.5), color=Color.INK, lw=1.8, gid="block"
-    )
-    axes.axhline(contender.median_ms, color=Color.INK, lw=0.8, ls=":", gid="median")
-    # A rare slow call must not flatten the rest: it is counted at the edge instead.
-    top = min(1.1 * float(samples.max()), 3 * contender.median_ms)
-    above = int((samples > top).sum())
-    title = f"{contender.name}: median {number(contender.median_ms, 3)} ms"
-    if above:
-        slowest = number(float(samples.max()), 3)
-        title += f"; {count_of(above, 'call')} above the axis, up to {slowest} ms"
-        slow = np.flatnonzero(samples > top)
-        axes.plot(
-            slow,
-            np.full(slow.shape, 0.97),
-            "^",
-            color=Color.INK,
-            ms=5,
-            gid="slow",
-            transform=axes.get_xaxis_transform(),
-        )
-    axes.set_title(title)
-    axes.set(xlim=(-0.5, samples.size - 0.5), ylim=(0, top), ylabel="ms")
 
 
 _CALLS_FOR_RANGE = 40

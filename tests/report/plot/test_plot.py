@@ -273,7 +273,7 @@ def charts(
     measured: LatencyReport,
     data: EvaluationData,
 ) -> list[plot.Chart]:
-    found = [plot.latency(measured), plot.latency_over_time(measured), plot.throughput(measured)]
+    found = [plot.latency(measured), plot.throughput(measured)]
     found.append(plot.release_cost(COSTS, measured))
     other = moved_model(model)
     for report, pytorch in ((passing, model), (failing, other)):
@@ -304,7 +304,7 @@ def charts(
 def test_every_chart_of_a_real_run_is_a_small_png_titled_with_its_answer(
     charts: list[plot.Chart],
 ) -> None:
-    assert len(charts) == 21
+    assert len(charts) == 20
     for chart in charts:
         png = chart.to_png()
         image = Image.open(io.BytesIO(png))
@@ -792,45 +792,6 @@ def test_latency_of_a_few_equal_calls_can_be_drawn() -> None:
     report = latency_of(np.full(10, 5.0), np.full(10, 5.0))
     assert "too few calls for percentiles" in visible_text(plot.latency(report))
     plot.latency(report).to_png()
-    chart = plot.latency_over_time(report)
-    assert chart.title == "Too few blocks of calls to tell whether the machine was quiet"
-    chart.to_png()
-
-
-def test_over_time_says_that_the_machine_was_quiet() -> None:
-    chart = plot.latency_over_time(latency_of(calls(20), calls(10)))
-    assert chart.title.startswith("The machine was quiet: 95% of block medians lie within 1%")
-
-
-def test_over_time_says_that_the_machine_was_not_quiet() -> None:
-    drifting = calls(20) * np.linspace(1, 2, 200)
-    chart = plot.latency_over_time(latency_of(drifting, calls(10)))
-    assert chart.title.startswith("The machine was not quiet: 95% of block medians lie within 3")
-
-
-def test_over_time_draws_every_call_and_the_median_of_every_block() -> None:
-    report = latency_of(calls(20), calls(10))
-    chart = plot.latency_over_time(report)
-    scatters = artists(chart.figure, "calls")
-    for points, side, color in zip(
-        scatters, (report.pytorch, report.onnx), (Color.PYTORCH, Color.ONNX), strict=True
-    ):
-        np.testing.assert_allclose(points.get_offsets()[:, 1], side.samples_ms)
-        assert to_hex(points.get_facecolor()[0]).upper() == color
-    pytorch, onnx = artists(chart.figure, "block")
-    assert len(pytorch.get_segments()) == len(onnx.get_segments()) == 20
-    median = np.median(report.pytorch.samples_ms[:10])
-    np.testing.assert_allclose(pytorch.get_segments()[0], [[-0.5, median], [9.5, median]])
-
-
-def test_over_time_counts_the_calls_that_the_axis_leaves_out() -> None:
-    slow = calls(20)
-    slow[50] = 900
-    chart = plot.latency_over_time(latency_of(slow, calls(10)))
-    title = chart.figure.axes[0].get_title(loc="left")
-    assert title.endswith("1 call above the axis, up to 900 ms")
-    np.testing.assert_allclose(drawn(chart, "slow")[:, 0], [50])
-    assert "slowest call 900 ms" in chart.alt
 
 
 # --- words and numbers ---------------------------------------------------------------------------
@@ -1292,7 +1253,6 @@ def test_without_latency_the_cost_is_that_of_the_notebook_alone() -> None:
     "draw",
     [
         plot.latency,
-        plot.latency_over_time,
         plot.throughput,
         plot.variants,
         plot.noise_along_depth,
