@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from heimdall_onnx.common.environment import Environment
     from heimdall_onnx.data.evaluation import EvaluationData
+    from heimdall_onnx.evidence.costs import StepCost
     from heimdall_onnx.evidence.latency.figures import MemberFigures
     from heimdall_onnx.evidence.parity.departure import Departure
     from heimdall_onnx.evidence.variants.roofline import Roofline
@@ -425,6 +426,22 @@ def registry_table(registered: RegisteredRelease | Skipped) -> Markdown | Skippe
     if isinstance(registered, Skipped):
         return registered
     return _from_template("registered", registered)
+
+
+def cost_table(costs: Sequence[StepCost]) -> Markdown:
+    """What each step took, longest first, and this process's largest memory meanwhile."""
+    total = sum(cost.seconds for cost in costs)
+    return table(
+        (f"step, of {number(total)} s until here", "seconds", "peak memory, MB"),
+        [
+            (
+                c.step,
+                f"{c.seconds:,.1f}",
+                _megabytes(c.peak_memory_bytes) if c.peak_memory_bytes else "unknown",
+            )
+            for c in sorted(costs, key=lambda cost: -cost.seconds)
+        ],
+    )
 
 
 def environment_table(environment: Environment) -> Markdown:

@@ -60,7 +60,7 @@ def test_step_that_fails_has_cost_something_too():
         ("loaded = load_checkpoint(\n    Path(p.checkpoint))\ntables.t(loaded)", "checkpoint"),
         ("m = summarize_metrics(p, l)\nu = upload_release(m)\ntables.t(u)", "upload"),
         ("plot.parity_scatter(parity)", "figures"),
-        ("levels = compare_levels(a, b)\nplot.operators(levels)", "parity"),
+        ("levels = compare_levels(a, b)\nplot.optimization_levels(levels)", "parity"),
         ("from pathlib import Path\nwatch_cells()", IMPORTS),
         ("1 + 1", OTHER),
         ("%matplotlib inline", OTHER),

@@ -77,9 +77,7 @@ def test_release_without_latency_is_complete_and_says_so(untimed, s3):
     assert manifest["threads"] is None
 
 
-@pytest.mark.parametrize(
-    "cell", ["measure", "latency", "machine", "throughput", "members"]
-)
+@pytest.mark.parametrize("cell", ["measure", "latency", "machine", "throughput", "members"])
 def test_every_cell_of_latency_shows_the_reason(untimed, cell):
     assert "Not measured:** the parameter measure_latency is False" in outputs_of(
         untimed.result, cell

@@ -10,6 +10,7 @@ from models import SmallNet
 from heimdall_onnx.archive.record import Skipped
 from heimdall_onnx.common.environment import capture_environment
 from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.departure import Departure
 from heimdall_onnx.evidence.variants.roofline import Machine, Roofline, RooflineRow, Work, floor_of
@@ -118,3 +119,10 @@ def test_roofline_table_has_machine_and_runs_with_and_without_a_floor():
     assert "| unknown | no peak was measured for f16 | unknown |" in rows
     assert {line.count("|") for line in rows.splitlines()} == {9}
     assert tables.roofline_table(None) is None
+
+
+def test_cost_table_has_the_longest_step_first_and_all_of_them_in_its_head():
+    costs = StepCost("export", 14.0, 900_000_000), StepCost("latency", 20.5)
+    head, _, *rows = tables.cost_table(costs).data.splitlines()
+    assert head == "| step, of 34 s until here | seconds | peak memory, MB |"
+    assert rows == ["| latency | 20.5 | unknown |", "| export | 14.0 | 900.0 |"]

@@ -8,7 +8,6 @@ None where the question does not arise, or what it was given if that says why no
 """
 
 from heimdall_onnx.report.plot.chart import Chart
-from heimdall_onnx.report.plot.cost import release_cost
 from heimdall_onnx.report.plot.depth import error_along_depth
 from heimdall_onnx.report.plot.errors import error_by_magnitude, errors_by_sample
 from heimdall_onnx.report.plot.latency import latency, pair_latency, throughput
@@ -34,7 +33,6 @@ __all__ = [
     "parity_grid",
     "parity_scatter",
     "position_map",
-    "release_cost",
     "reliability",
     "throughput",
     "variants",

@@ -28,7 +28,6 @@ from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.text import apart, distance, name, number, share
 from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData
-from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.evidence.latency.benchmark import (
     ONNX,
     BatchLatency,
@@ -256,14 +255,6 @@ def png_size(png: bytes) -> tuple[int, int]:
 # --- every chart ---------------------------------------------------------------------------------
 
 
-COSTS = (
-    StepCost("imports", 4.0, 300_000_000),
-    StepCost("export", 14.0, 900_000_000),
-    StepCost("latency", 20.0, 800_000_000),
-    StepCost("registration", 0.6),
-)
-
-
 @pytest.fixture(scope="module")
 def charts(
     model: nn.Module,
@@ -274,7 +265,6 @@ def charts(
     data: EvaluationData,
 ) -> list[plot.Chart]:
     found = [plot.latency(measured), plot.throughput(measured)]
-    found.append(plot.release_cost(COSTS, measured))
     other = moved_model(model)
     for report, pytorch in ((passing, model), (failing, other)):
         levels = compare_levels(pytorch, onnx_path, data, report)
@@ -304,7 +294,7 @@ def charts(
 def test_every_chart_of_a_real_run_is_a_small_png_titled_with_its_answer(
     charts: list[plot.Chart],
 ) -> None:
-    assert len(charts) == 20
+    assert len(charts) == 19
     for chart in charts:
         png = chart.to_png()
         image = Image.open(io.BytesIO(png))
@@ -1219,36 +1209,6 @@ def test_throughput_is_samples_over_latency_at_every_batch_size() -> None:
     assert "6 at batch 1, 3 at batch 8" in visible_text(chart)
 
 
-# --- cost of the release -------------------------------------------------------------------------
-
-
-def test_cost_names_the_longest_step_and_counts_the_contenders_memory() -> None:
-    report = latency_of(calls(40.0), calls(10.0))
-    heavy = replace(
-        report,
-        contenders=(
-            replace(report.pytorch, peak_memory_bytes=500_000_000),
-            replace(report.onnx, peak_memory_bytes=250_000_000),
-        ),
-    )
-    chart = plot.release_cost(COSTS, heavy)
-    assert chart.title == "39 s until here, 51.8% of it latency; most memory in latency: 1.6 GB"
-    widths = [bar.get_width() for bar in artists(chart.figure, "seconds") or []]
-    assert widths == [] or widths == [c.seconds for c in COSTS]
-    (axes, memory) = chart.figure.axes
-    assert [bar.get_width() for bar in axes.patches] == [4.0, 14.0, 20.0, 0.6]
-    assert [bar.get_width() for bar in memory.patches] == [0.3, 0.9, 0.8, 0.0, 0.5, 0.25]
-    assert "latency: 20 s, 1.55 GB." in chart.alt
-
-
-def test_without_latency_the_cost_is_that_of_the_notebook_alone() -> None:
-    chart = plot.release_cost(COSTS, NotMeasured("because"))
-    assert "most memory in" in chart.title
-    assert "latency was not measured" in visible_text(chart)
-    assert [bar.get_width() for bar in chart.figure.axes[1].patches] == [0.3, 0.9, 0.8, 0.0]
-    chart.to_png()
-
-
 @pytest.mark.parametrize(
     "draw",
     [
@@ -1262,7 +1222,3 @@ def test_without_latency_the_cost_is_that_of_the_notebook_alone() -> None:
 def test_figure_of_what_was_not_measured_is_the_reason(draw) -> None:
     missing = NotMeasured("because")
     assert draw(missing) is missing
-
-
-def test_without_costs_there_is_no_chart() -> None:
-    assert plot.release_cost((), latency_of(calls(40.0), calls(10.0))) is None
