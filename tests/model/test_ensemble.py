@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +42,6 @@ from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 from heimdall_onnx.model.signature import Signature, TensorSpec
-from heimdall_onnx.report.plot.uncertainty import members_disagreement
 from heimdall_onnx.report.tables import checkpoint_table, member_table
 from heimdall_onnx.review.reproduce.run import reproduce_release
 from heimdall_onnx.services.connection import connect
@@ -658,50 +656,6 @@ def test_model_without_members_is_compared_with_none(tmp_path):
     options = {"opset": 14, "calls": 1, "threads": 1}
     assert compare_member(SmallNet(), tmp_path, data, SmallNet.signature, **options) is None
     assert member_table(None) is None
-
-
-# What its doubt is made of
-
-
-def test_picture_says_how_much_of_the_variance_is_disagreement(tmp_path):
-    # Three kilometres of claimed deviation along the meridian, and members six apart.
-    degrees = 3 / 111.2
-    model = answers([[0.0, 0.0], [2 * degrees, 0.0]])
-    path = export_model(model, tmp_path / "model.onnx", opset=14).path
-    given = np.tile(np.array([48.0, 9.0, degrees, 0], np.float32), (20, 1))
-    np.savez(tmp_path / "data.npz", given=given)
-    data = load_evaluation_data(tmp_path / "data.npz", model.signature)
-    report = compare_outputs(model, path, data, model.signature)
-    chart = members_disagreement(report)
-    assert chart.title.startswith("The members' disagreement is 50% of the variance")
-    assert "Aleatoric deviation: median 3 km. Epistemic deviation: median 3 km" in chart.alt
-    (axes,) = chart.figure.axes
-    places = axes.collections[0].get_offsets()
-    np.testing.assert_allclose(places, np.full((20, 2), 3), rtol=2e-3)
-    assert chart.to_png()
-    lost = {**report.onnx, EPISTEMIC: np.full((20, 2), np.nan)}
-    assert members_disagreement(replace(report, onnx=lost)).title.startswith("No sample has finite")
-    single = replace(report, signature=SmallNet.signature)
-    assert members_disagreement(single) is None
-
-
-@pytest.mark.parametrize("changes", [{"shape": ("batch",)}, {"unit": "metres"}, {"unit": None}])
-@pytest.mark.parametrize("changed", [ALEATORIC, EPISTEMIC])
-def test_no_picture_of_other_outputs_of_those_names(changed, changes, ensemble, exported):
-    data = load_evaluation_data(None, ensemble.signature)
-    report = compare_outputs(ensemble, exported, data, ensemble.signature)
-    outputs = tuple(
-        replace(output, **changes) if output.name == changed else output
-        for output in ensemble.signature.outputs
-    )
-    onnx_outputs = dict(report.onnx)
-    if "shape" in changes:
-        onnx_outputs[changed] = onnx_outputs[changed][:, 0]
-    other = replace(
-        report, signature=replace(ensemble.signature, outputs=outputs), onnx=onnx_outputs
-    )
-    assert members_disagreement(report) is not None
-    assert members_disagreement(other) is None
 
 
 # A whole release

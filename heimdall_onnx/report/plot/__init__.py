@@ -14,7 +14,7 @@ from heimdall_onnx.report.plot.latency import latency, pair_latency, throughput
 from heimdall_onnx.report.plot.operators import operator_times, operators, optimization_levels
 from heimdall_onnx.report.plot.parity import parity_grid, parity_scatter
 from heimdall_onnx.report.plot.positions import position_map
-from heimdall_onnx.report.plot.uncertainty import members_disagreement, reliability
+from heimdall_onnx.report.plot.uncertainty import reliability
 from heimdall_onnx.report.plot.variants import noise_along_depth, variants
 from heimdall_onnx.report.plot.worst import worst_inputs
 
@@ -24,7 +24,6 @@ __all__ = [
     "error_by_magnitude",
     "errors_by_sample",
     "latency",
-    "members_disagreement",
     "noise_along_depth",
     "operator_times",
     "operators",

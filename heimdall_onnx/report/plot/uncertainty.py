@@ -1,4 +1,4 @@
-"""Whether the claimed uncertainty is honest, how sharp it is, and what it is made of."""
+"""Whether the claimed uncertainty is honest, and how sharp it is."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import count_of, distance, metre_scale, name, number, share
-from heimdall_onnx.evidence.parity.ground import metres_per_degree
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.uncertainty import GATED, NOMINAL, Calibration, UncertaintyReport
 from heimdall_onnx.evidence.ratios import CONFIDENCE
-from heimdall_onnx.model.ensemble import ALEATORIC, EPISTEMIC
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
     legend_below,
     log_axis,
     new_figure,
-    say,
     styled,
 )
 
@@ -190,78 +186,3 @@ def _curve(
 
 def _legend(axes: Axes) -> None:
     legend_below(axes, 0.19, ncols=2, handlelength=1.8)
-
-
-@styled
-def members_disagreement(report: ParityReport) -> Chart | None:
-    """Do the members disagree, or do they agree on how little can be known?
-
-    The part of the deviation that more training would not take away (aleatoric) against the part
-    that the members have not learnt alike (epistemic), one point a sample, both in metres: the
-    roots of the summed squares of both axes. Above the dashed line the members' disagreement is
-    the larger part. None for a model that does not answer both parts in the shape and unit of its
-    positions (batch, 2), as an ensemble does.
-    """
-    position = report.signature.position_output
-    if position is None or position.shape[1:] != (2,):
-        return None
-    # Other models may call something else so.
-    like_it = {
-        output.name
-        for output in report.signature.outputs
-        if (output.shape, output.unit) == (position.shape, position.unit)
-    }
-    if not {ALEATORIC, EPISTEMIC} <= like_it:
-        return None
-    metres = np.stack(metres_per_degree(report.onnx[position.name][:, 0]), axis=1)
-    noise, doubt = (
-        np.linalg.norm(report.onnx[part] * metres, axis=1) for part in (ALEATORIC, EPISTEMIC)
-    )
-    known = np.isfinite(noise) & np.isfinite(doubt) & (noise > 0)
-    noise, doubt = noise[known], doubt[known]
-    subtitle = (
-        f"{name(report.source, 60)}, {count_of(noise.size, 'sample')} of the ONNX model · "
-        "dashed: equal parts"
-    )
-    if not noise.size:
-        title = "No sample has finite deviations: what they are made of is unknown"
-        figure = new_figure(title, subtitle, height=1.2)
-        say(figure.subplots(), "nothing to draw")
-        return Chart(figure, title, "")
-    part = doubt**2 / (noise**2 + doubt**2)
-    median, high = np.quantile(part, [0.5, 0.95])
-    title = (
-        f"The members' disagreement is {share(median)} of the variance in the median sample, "
-        f"{share(high)} at the 95th percentile"
-    )
-    figure = new_figure(title, subtitle, height=3.4)
-    _draw_parts(figure.subplots(), noise, doubt)
-    alt = (
-        f"Aleatoric deviation: median {distance(float(np.median(noise)))}. Epistemic deviation: "
-        f"median {distance(float(np.median(doubt)))}, largest {distance(float(doubt.max()))}. "
-        f"Samples in which members disagree by more than they claim to know: "
-        f"{np.count_nonzero(doubt > noise):,} of {noise.size:,}."
-    )
-    return Chart(figure, title, alt)
-
-
-def _draw_parts(axes: Axes, noise: Floats, doubt: Floats) -> None:
-    factor, unit = metre_scale(float(np.median(noise)))
-    edge = float(max(noise.max(), doubt.max())) / factor * 1.08
-    axes.scatter(
-        noise / factor,
-        doubt / factor,
-        s=16,
-        color=Color.ONNX,
-        alpha=0.6,
-        linewidths=0,
-        gid="samples",
-        zorder=3,
-    )
-    axes.plot([0, edge], [0, edge], ls="--", lw=1.2, color=Color.QUIET)
-    axes.set(
-        xlim=(0, edge),
-        ylim=(0, edge),
-        xlabel=f"aleatoric: what the members claim ({unit})",
-        ylabel=f"epistemic ({unit})",
-    )
