@@ -11,7 +11,7 @@ from heimdall_onnx.report.plot.chart import Chart
 from heimdall_onnx.report.plot.depth import error_along_depth
 from heimdall_onnx.report.plot.errors import error_by_magnitude, errors_by_sample
 from heimdall_onnx.report.plot.latency import latency, pair_latency, throughput
-from heimdall_onnx.report.plot.operators import operator_times, operators, optimization_levels
+from heimdall_onnx.report.plot.operators import operator_times, optimization_levels
 from heimdall_onnx.report.plot.parity import parity_grid, parity_scatter
 from heimdall_onnx.report.plot.positions import position_map
 from heimdall_onnx.report.plot.uncertainty import reliability
@@ -26,7 +26,6 @@ __all__ = [
     "latency",
     "noise_along_depth",
     "operator_times",
-    "operators",
     "optimization_levels",
     "pair_latency",
     "parity_grid",

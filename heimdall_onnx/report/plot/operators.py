@@ -1,4 +1,4 @@
-"""Which operators run, for how long, and what ONNX Runtime's optimizations do to them."""
+"""For how long which operators run, and what ONNX Runtime's optimizations do to the answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from heimdall_onnx.common.text import count_of, name, number, share
 from heimdall_onnx.common.verdict import unless_not_measured
@@ -25,7 +24,6 @@ from heimdall_onnx.report.plot.chart import (
 from heimdall_onnx.report.plot.outputs import draw_points
 
 _OUTPUTS_SHOWN = 4
-_OPERATORS_SHOWN = 14
 _ALIKE = 2.0
 
 
@@ -37,9 +35,11 @@ def optimization_levels(report: LevelReport) -> Chart:
     with a level comes from what that level does to the graph.
     """
     title = _levels_answer(report)
+    brought = sorted(report.levels[-1].operators - report.levels[0].operators)
     subtitle = (
         f"{name(report.source, 90)} · largest error in units of what is allowed · the graph as "
         "exported (none), simplified (basic), fused as deployed (all)"
+        + (f", which brings {', '.join(brought)}" if brought else "")
     )
     outputs = sorted(report.levels[-1].outputs, key=lambda o: -o.excess)[:_OUTPUTS_SHOWN]
     names = [o.output for o in report.levels[-1].outputs if o in outputs]
@@ -96,50 +96,6 @@ def _levels_answer(report: LevelReport) -> str:
 
 def _times(level: LevelParity) -> str:
     return f"{number(level.excess)}×" if math.isfinite(level.excess) else "incomparably beyond"
-
-
-@styled
-def operators(report: LevelReport) -> Chart:
-    """Which operators run, before and after ONNX Runtime's optimization?
-
-    Counted while the model ran, from ONNX Runtime's own record.
-    """
-    before, after = report.levels[0], report.levels[-1]
-    totals = [sum(level.operators.values()) for level in (before, after)]
-    new = [op for op in after.operators if op not in before.operators]
-    title = f"{count_of(totals[0], 'node')} run as exported, {totals[1]:,} as deployed" + (
-        f"; ONNX Runtime brings {', '.join(new[:4])}" if new else ""
-    )
-    subtitle = (
-        "Nodes that run by operator, without optimization and at the deployment level · session "
-        f"creation {number(before.load_ms)} and {number(after.load_ms)} ms"
-    )
-    names = sorted(
-        {*before.operators, *after.operators},
-        key=lambda op: -max(before.operators.get(op, 0), after.operators.get(op, 0)),
-    )
-    shown = names[:_OPERATORS_SHOWN]
-    figure = new_figure(title, subtitle, height=0.7 + 0.27 * len(shown))
-    axes = figure.subplots()
-    pairs = [
-        (label, color, [level.operators.get(op, 0) for op in shown])
-        for label, color, level in (
-            ("as exported (none)", Color.QUIET, before),
-            ("as deployed (all)", Color.ONNX, after),
-        )
-    ]
-    draw_bars(axes, shown, pairs, lambda count: f"{count:,}")
-    axes.set_xlabel("nodes")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.08)
-    axes.legend(loc="lower right")
-    if len(names) > len(shown):
-        axes.set_xlabel(f"nodes ({len(names) - len(shown)} rarer operators are not drawn)")
-    alt = " ".join(
-        f"{op}: {before.operators.get(op, 0)} before, {after.operators.get(op, 0)} after."
-        for op in names
-    )
-    return Chart(figure, title, alt)
 
 
 _TIMES_SHOWN = 9

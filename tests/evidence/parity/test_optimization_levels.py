@@ -37,18 +37,15 @@ def compared(path, data, **options):
 def test_faithful_export_holds_at_every_level(path, data):
     found = compared(path, data)
     assert [level.level for level in found.levels] == ["none", "basic", "all"]
-    assert all(level.holds and level.excess < 1 and level.load_ms > 0 for level in found.levels)
+    assert all(level.holds and level.excess < 1 for level in found.levels)
     assert [o.output for o in found.levels[0].outputs] == ["positions", "spread"]
 
 
 def test_operators_are_those_of_the_file_and_then_the_fused_ones(path, data):
     found = {level.level: level.operators for level in compared(path, data).levels}
-    in_file = [n.op_type for n in onnx.load(path).graph.node if n.op_type != "Constant"]
-    assert sum(found["none"].values()) == len(in_file)
-    assert found["none"] == {op: in_file.count(op) for op in in_file}
-    # Whatever else it does to the graph for the processor at hand.
-    assert found["all"].get("Relu", 0) < in_file.count("Relu")
-    assert set(found["all"]) - set(in_file)  # what ONNX Runtime has fused
+    in_file = {node.op_type for node in onnx.load(path).graph.node} - {"Constant"}
+    assert found["none"] == in_file
+    assert found["all"] - in_file  # what ONNX Runtime has fused
 
 
 def test_fault_of_the_export_is_there_without_optimization(path, data, tmp_path):
