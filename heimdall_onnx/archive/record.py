@@ -146,7 +146,8 @@ class Record(BaseModel):
         registered: Its version in the registry; None where nothing was registered.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    # Figures that a later or an earlier version also had are left out, not refused.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
     schema_version: Literal[4] = SCHEMA_VERSION
     profile: str

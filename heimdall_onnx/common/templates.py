@@ -26,20 +26,19 @@ def render(template: Path, filters: _Filters, **values: object) -> str:
     return _opened(template, filters).render(**values)
 
 
-def inert_macros(template: Path, filters: _Filters, **values: object) -> Any:
+def inert_macros(template: Path, filters: _Filters) -> Any:
     """The macros of a Markdown template as functions that give text.
 
     Args:
         template: The template; each value in it is inert but what is marked as safe.
         filters: As for `render`.
-        **values: What all of its macros may name.
     """
     from markupsafe import Markup
 
     def inert(value: object) -> object:
         return value if isinstance(value, Markup) else escape_markdown(str(value))
 
-    return _opened(template, filters, inert).make_module(values)
+    return _opened(template, filters, inert).make_module()
 
 
 def _opened(

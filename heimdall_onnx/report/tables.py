@@ -29,7 +29,6 @@ from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.statistics import (
     Speedup,
     Throughput,
-    min_queries,
     offline_throughput,
 )
 from heimdall_onnx.evidence.parity.ground import MIDDLE
@@ -73,7 +72,7 @@ def _templates() -> object:
         "shape": lambda shape: f"({', '.join(map(str, shape))})",
         "throughput": _throughput_text,
     }
-    return inert_macros(Path(__file__).with_suffix(".md.j2"), filters, min_queries=min_queries)
+    return inert_macros(Path(__file__).with_suffix(".md.j2"), filters)
 
 
 def _from_template(name: str, *values: object) -> Markdown:

@@ -82,7 +82,6 @@ def contender(name: str, median_ms: float, **changes: Any) -> dict[str, Any]:
         "name": name,
         "calls": 30,
         "percentiles": [{**p50, **ends}],
-        "single_stream": None,
         "stationarity": None,
         "median_ms": median_ms,
         "mean_ms": median_ms,

@@ -26,7 +26,6 @@ from heimdall_onnx.evidence.latency.figures import ContenderFigures
 from heimdall_onnx.evidence.latency.statistics import (
     Percentile,
     check_stationarity,
-    early_stopping_estimate,
     percentiles_with_intervals,
 )
 from heimdall_onnx.model.runtimes import Contender, SessionSettings
@@ -66,7 +65,6 @@ class ContenderLatency(ContenderFigures):
             blocks=blocks,
             calls=samples_ms.size,
             percentiles=percentiles_with_intervals(samples_ms),
-            single_stream=early_stopping_estimate(samples_ms),
             stationarity=check_stationarity(samples_ms, blocks),
             median_ms=float(np.median(samples_ms)),
             mean_ms=float(samples_ms.mean()),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from heimdall_onnx.evidence.latency.cores import Cores
 from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import (
-    EarlyStopping,
     Percentile,
     Speedup,
     Stationarity,
@@ -23,7 +22,6 @@ class ContenderFigures:
         name: ``"PyTorch"``, ``"ONNX Runtime"``, or that of a variant.
         calls: Counted calls.
         percentiles: Those with enough calls behind them.
-        single_stream: MLPerf's estimate of the 90th percentile; None from too few calls.
         stationarity: How the latency moved meanwhile; None from too few calls.
         median_ms: Median of the counted calls.
         mean_ms: Their mean.
@@ -36,7 +34,6 @@ class ContenderFigures:
     name: str
     calls: int
     percentiles: tuple[Percentile, ...]
-    single_stream: EarlyStopping | None
     stationarity: Stationarity | None
     median_ms: float
     mean_ms: float

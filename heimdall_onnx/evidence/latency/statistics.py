@@ -2,15 +2,6 @@
 
 Percentiles of a run take its calls as draws from one distribution. Heat, another tenant or a model
 that is still warming up move it meanwhile, so whether the machine ran at one speed is checked too.
-
-MLPerf's single-stream scenario sends one query after the other and reports the 90th percentile of
-the latency; its offline scenario reports samples per second. Few queries would report too good a
-percentile too often, so MLPerf reports an upper bound of it, the early-stopping estimate.
-
-Source: MLCommons, MLPerf Inference Rules (mlcommons/inference_policies, inference_rules.adoc),
-section "Scenarios" and appendix "Early Stopping Criterion"; as LoadGen computes it
-(mlcommons/inference, loadgen/early_stopping.cc and loadgen/results.cc). What MLPerf asks for
-beside that, such as a run of 600 seconds, is not asked for here: these are no MLPerf results.
 """
 
 from __future__ import annotations
@@ -25,37 +16,6 @@ import numpy.typing as npt
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.evidence.ratios import CONFIDENCE
 
-# Of MLPerf's single-stream scenario; its tolerance is 0.
-SINGLE_STREAM_PERCENTILE = 90.0
-SINGLE_STREAM_CONFIDENCE = 0.99
-
-
-@dataclass(frozen=True)
-class EarlyStopping:
-    """An upper bound of a percentile of the latency.
-
-    Attributes:
-        percentile: In (0, 100).
-        value_ms: The bound, one of the latencies measured; milliseconds.
-        confidence: With which the percentile is not above it, in (0, 1).
-        queries: Latencies it was taken from.
-        overlatency: MLPerf's t, the most queries that may be slower than a bound for the bound
-            still to hold with this confidence.
-        min_queries: Queries needed for an estimate of this percentile.
-    """
-
-    percentile: float
-    value_ms: float
-    confidence: float
-    queries: int
-    overlatency: int
-    min_queries: int
-
-    @property
-    def discarded(self) -> int:
-        """Highest latencies that were left out, MLPerf's t - 1."""
-        return self.overlatency - 1
-
 
 @dataclass(frozen=True)
 class Throughput:
@@ -63,69 +23,29 @@ class Throughput:
 
     Attributes:
         batch_size: Samples in a call.
-        calls: Calls measured.
         samples_per_second: At the median time of a call.
         low: Lower end of its confidence interval.
         high: Upper end.
-        confidence: Of the interval, in (0, 1).
-        overall: All samples over the time of all calls, slow ones included, which is what MLPerf's
-            offline scenario reports; samples per second.
     """
 
     batch_size: int
-    calls: int
     samples_per_second: float
     low: float
     high: float
-    confidence: float
-    overall: float
 
 
 @cache
-def min_queries(percentile: float = SINGLE_STREAM_PERCENTILE) -> int:
-    """Queries needed before MLPerf's estimate of a percentile in (0, 100) exists.
+def min_queries(percentile: float) -> int:
+    """Calls needed before a percentile in (0, 100) is told.
 
-    The fewest of which, with more than 99% confidence, at least two lie beyond the percentile:
-    64 queries for the 90th percentile and 662 for the 99th.
+    The fewest of which, with more than 99% confidence, at least two lie beyond the percentile: 64
+    for the 90th percentile and 662 for the 99th, as many as MLPerf's early-stopping estimate needs
+    (mlcommons/inference_policies, inference_rules.adoc, "Early Stopping Criterion").
     """
     from scipy import stats
 
-    # Queries before the second one beyond the percentile follow a negative binomial distribution.
-    return 2 + int(stats.nbinom.ppf(SINGLE_STREAM_CONFIDENCE, 2, 1 - percentile / 100))
-
-
-def early_stopping_estimate(samples_ms: Floats) -> EarlyStopping | None:
-    """MLPerf's early-stopping estimate of the 90th percentile; None from too few queries.
-
-    With n queries, t is the largest number for which at most t of n queries are slower than a
-    percentile p with a probability below 1 - c: I(p; n - t, t + 1) < 1 - c, where I is the
-    regularized incomplete beta function. The t - 1 highest latencies are discarded, and the
-    highest of the others is the estimate, provided that t is at least 1. More queries bring it
-    nearer to the percentile, from above.
-
-    The condition is one query stricter than the bound needs, so that the true percentile is above
-    the estimate more rarely than in 1 - c of all runs. It takes the queries as independent;
-    neighbouring calls of a real machine are not quite.
-
-    Args:
-        samples_ms: Latency of each query, milliseconds, shape (n,), in any order.
-    """
-    from scipy import stats
-
-    percentile, confidence = SINGLE_STREAM_PERCENTILE, SINGLE_STREAM_CONFIDENCE
-    queries = samples_ms.size
-    # ppf gives the fewest overlatency queries whose probability reaches 1 - c.
-    overlatency = int(stats.binom.ppf(1 - confidence, queries, 1 - percentile / 100)) - 1
-    if overlatency < 1:
-        return None
-    return EarlyStopping(
-        percentile=percentile,
-        value_ms=float(np.partition(samples_ms, queries - overlatency)[queries - overlatency]),
-        confidence=confidence,
-        queries=queries,
-        overlatency=overlatency,
-        min_queries=min_queries(percentile),
-    )
+    # Calls before the second one beyond the percentile follow a negative binomial distribution.
+    return 2 + int(stats.nbinom.ppf(0.99, 2, 1 - percentile / 100))
 
 
 def offline_throughput(batch_ms: Floats, batch_size: int) -> Throughput:
@@ -145,12 +65,9 @@ def offline_throughput(batch_ms: Floats, batch_size: int) -> Throughput:
     samples = batch_size * 1e3
     return Throughput(
         batch_size=batch_size,
-        calls=batch_ms.size,
         samples_per_second=samples / float(np.median(batch_ms)),
         low=samples / slowest,
         high=samples / fastest,
-        confidence=confidence,
-        overall=samples / float(batch_ms.mean()),
     )
 
 
