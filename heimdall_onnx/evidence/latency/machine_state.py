@@ -10,8 +10,6 @@ which is that of this process's control groups.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import threading
 import time
 from dataclasses import dataclass
@@ -22,30 +20,12 @@ import psutil
 
 from heimdall_onnx.common.machine import control_groups
 
-_Gpus = dict[int, tuple[float | None, float | None]]
-
-NVIDIA_SMI_TIMEOUT_S = 5.0
 # Of one processor, for the looks between the first and the last.
 _LARGEST_SHARE = 0.01
 _IDLE = ("idle", "iowait")
 _USER = ("user", "nice")
 # Time of guests is counted in user and nice already, see proc_stat(5).
 _UNCOUNTED = ("guest", "guest_nice")
-
-
-@dataclass(frozen=True)
-class GpuState:
-    """One GPU at the start and at the end.
-
-    Attributes:
-        index: Its number in ``nvidia-smi``.
-        sm_clock_mhz: Clock of its streaming multiprocessors, MHz; None where not told.
-        power_w: Power it draws, watts; None where not told.
-    """
-
-    index: int
-    sm_clock_mhz: tuple[float | None, float | None]
-    power_w: tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -68,9 +48,7 @@ class MachineState:
             system does not count it.
         throttled: Scheduling periods in which a CPU quota held back this process's control group
             or one above it; None where no such count is found.
-        gpus: Each NVIDIA GPU; None where ``nvidia-smi`` is missing or fails.
         samples: How often the frequency was looked at.
-        watch_seconds: Processor time that looking took while the measurement ran.
     """
 
     seconds: float
@@ -82,9 +60,7 @@ class MachineState:
     idle_share: float | None
     steal_share: float | None
     throttled: int | None
-    gpus: tuple[GpuState, ...] | None
     samples: int
-    watch_seconds: float
 
     @property
     def busy_share(self) -> float | None:
@@ -100,7 +76,6 @@ class MachineWatch:
     It looks at the start, at the end and after every interval. Measured with 2 processors, a look
     takes 0.4 ms of processor time, 0.04% of one processor at an interval of a second. It grows
     with the number of processors; where it would exceed 1% of one, the watch looks less often.
-    ``nvidia-smi``, which takes far longer, runs only before the start and after the end.
 
     Args:
         interval_s: Seconds between two looks at the frequency, at least.
@@ -116,11 +91,9 @@ class MachineWatch:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="machine-watch", daemon=True)
         self._frequencies: list[list[float]] = []
-        self._watch_seconds = 0.0
 
     def __enter__(self) -> MachineWatch:
         """Take down the start and start to watch."""
-        self._gpus = query_gpus()
         self._load = os.getloadavg()[0]
         self._throttled = throttled_periods()
         self._times = psutil.cpu_times()._asdict()
@@ -148,9 +121,7 @@ class MachineWatch:
                 if self._throttled is None or throttled is None
                 else throttled - self._throttled
             ),
-            gpus=_pair_gpus(self._gpus, query_gpus()),
             samples=len(self._frequencies),
-            watch_seconds=self._watch_seconds,
         )
 
     def _watch(self) -> None:
@@ -161,7 +132,6 @@ class MachineWatch:
             pause = (time.thread_time() - looked) / _LARGEST_SHARE
             ended = self._ended.wait(max(self._interval_s, pause))
         self._frequencies.append(processor_frequencies())
-        self._watch_seconds = time.thread_time()
 
 
 def processor_frequencies() -> list[float]:
@@ -220,44 +190,3 @@ def throttled_periods(root: Path = Path("/")) -> int | None:
                 # The same hierarchy may be mounted in several places.
                 counted[status.st_dev, status.st_ino] = int(line.split()[1])
     return sum(counted.values()) if counted else None
-
-
-def query_gpus() -> _Gpus | None:
-    """Clock of the streaming multiprocessors (MHz) and power (watts) of each NVIDIA GPU.
-
-    Returns:
-        Both by the GPU's index; None where ``nvidia-smi`` is missing, fails or takes longer than
-        five seconds.
-    """
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    try:
-        told = subprocess.run(
-            [program, "--query-gpu=index,clocks.sm,power.draw", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=NVIDIA_SMI_TIMEOUT_S,
-        ).stdout
-        rows = [line.split(",") for line in told.splitlines() if line.strip()]
-        return {int(index): (_number(clock), _number(power)) for index, clock, power in rows}
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # "[N/A]", or "[Not Supported]" from older drivers
-        return None
-
-
-def _pair_gpus(before: _Gpus | None, after: _Gpus | None) -> tuple[GpuState, ...] | None:
-    if before is None or after is None:
-        return None
-    # Each has its clock and its power, before and after.
-    return tuple(
-        GpuState(index, *zip(before[index], after[index], strict=True))
-        for index in sorted(before.keys() & after.keys())
-    )

@@ -12,9 +12,7 @@ import pytest
 
 from heimdall_onnx.evidence.latency import machine_state as machine_watch
 from heimdall_onnx.evidence.latency.machine_state import (
-    GpuState,
     MachineWatch,
-    query_gpus,
     throttled_periods,
 )
 
@@ -61,7 +59,6 @@ def test_real_machine():
     assert state.throttled is None or state.throttled >= 0
     # At the start, at the end and meanwhile.
     assert 3 <= state.samples <= 3 + state.seconds / 0.1
-    assert state.watch_seconds < 0.05 * state.seconds
     json.dumps(asdict(state))
 
 
@@ -127,7 +124,6 @@ def test_looks_that_take_long_become_rare(monkeypatch):
         time.sleep(0.5)
     # A hundred times 20 ms later would be the next.
     assert watch.state.samples == 2
-    assert watch.state.watch_seconds > 0.02
 
 
 @pytest.mark.skipif(
@@ -213,54 +209,3 @@ def test_none_where_nothing_counts(groups, tmp_path):
 
 def test_real_groups_can_be_read():
     assert (throttled_periods() or 0) >= 0
-
-
-# GPUs
-
-
-@pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    """A function that puts a program of that name on the path."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-    def write(script):
-        path = tmp_path / "nvidia-smi"
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-
-    return write
-
-
-def test_gpus_at_start_and_end(nvidia_smi):
-    # It answers as the real one does when it is asked for these, and fails otherwise.
-    asked = '[ "$*" = "--query-gpu=index,clocks.sm,power.draw --format=csv,noheader,nounits" ]'
-    nvidia_smi(f'{asked} && echo "0, 345, 71.42" && echo "1, 300, [N/A]"')
-    with MachineWatch() as watch:
-        nvidia_smi(f'{asked} && echo "0, 1980, 612.30" && echo "1, 310, [N/A]"')
-    assert watch.state.gpus == (
-        GpuState(0, (345.0, 1980.0), (71.42, 612.3)),
-        GpuState(1, (300.0, 310.0), (None, None)),
-    )
-    json.dumps(asdict(watch.state))
-
-
-def test_no_gpus_without_the_program(nvidia_smi):
-    with MachineWatch() as watch:
-        pass
-    assert watch.state.gpus is None
-
-
-@pytest.mark.parametrize(
-    "script", ["exit 9", "echo 'No devices were found'", "echo 'Field is not a valid'; exit 2"]
-)
-def test_no_gpus_where_the_program_fails(nvidia_smi, script):
-    nvidia_smi(script)
-    assert query_gpus() is None
-
-
-def test_no_gpus_where_the_program_hangs(nvidia_smi, monkeypatch):
-    monkeypatch.setattr(machine_watch, "NVIDIA_SMI_TIMEOUT_S", 0.2)
-    nvidia_smi("exec /bin/sleep 30")
-    started = time.monotonic()
-    assert query_gpus() is None
-    assert time.monotonic() - started < 5

@@ -219,7 +219,7 @@ def latency_of(
         threads=2,
         contenders=sides,
         speedup=paired_speedup(*blocks),
-        machine=MachineState(1.0, 0.5, 0.6, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0),
+        machine=MachineState(1.0, 0.5, 0.6, None, 0.5, 0.1, 0.4, 0.0, None, 1),
     )
 
 

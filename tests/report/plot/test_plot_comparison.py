@@ -63,7 +63,7 @@ def latency() -> PairLatency:
         beside = {"load_ms": 1, "first_call_ms": 1, "peak_memory_bytes": 1}
         sides.append(ContenderLatency.of_calls(who, calls, np.arange(60) // 10, **beside))
     blocks = [[side.samples_ms[n : n + 10] for n in range(0, 60, 10)] for side in sides]
-    machine = MachineState(1.0, 0.5, 0.6, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0)
+    machine = MachineState(1.0, 0.5, 0.6, None, 0.5, 0.1, 0.4, 0.0, None, 1)
     return PairLatency(
         contenders=(sides[1], sides[0]),
         speedup=paired_speedup(blocks[1], blocks[0]),

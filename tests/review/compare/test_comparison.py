@@ -79,7 +79,7 @@ def latency(ratio: float, low: float, high: float, calls=(2.0,) * 6) -> PairLate
     beside = {"load_ms": 1.0, "first_call_ms": 1.0, "peak_memory_bytes": 1}
     calls = np.repeat(calls, 10)
     side = ContenderLatency.of_calls("A", calls, np.arange(60) // 10, **beside)
-    quiet = MachineState(1.0, 0.1, 0.1, None, 0.5, 0.1, 0.4, 0.0, None, None, 1, 0.0)
+    quiet = MachineState(1.0, 0.1, 0.1, None, 0.5, 0.1, 0.4, 0.0, None, 1)
     return PairLatency(
         contenders=(replace(side, name="B"), side),
         speedup=Speedup(ratio, low, high, 20),
