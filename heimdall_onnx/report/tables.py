@@ -231,12 +231,6 @@ def _uncertainty_row(report: UncertaintyReport) -> Iterator[str]:
     )
 
 
-def resolution_table(parity: ParityReport) -> Markdown | None:
-    """What one ULP and the tolerance mean on the ground; None without positions."""
-    found = parity.ground.resolution if parity.ground else None
-    return None if found is None else _from_template("resolution", found)
-
-
 def departure_table(report: ParityReport, departure: Departure | None) -> Markdown:
     """The first module whose output differs, if parity failed."""
     return _from_template("departure", report, departure)

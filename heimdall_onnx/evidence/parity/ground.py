@@ -7,7 +7,7 @@ geodesics", Journal of Geodesy 87, 2013).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -105,47 +105,6 @@ def metres_per_degree(latitude: npt.ArrayLike) -> tuple[Floats, Floats]:
 
 
 @dataclass(frozen=True)
-class Resolution:
-    """What small differences of degrees mean at one place, in metres.
-
-    Attributes:
-        place: Latitude and longitude in degrees.
-        dtype: Element type of the positions.
-        ulp_m: One unit in the last place of the latitude and of the longitude there, which is the
-            distance between two neighbouring numbers: no answer is finer than that.
-        tolerance_degrees: The limit of the mean absolute error between the models.
-        tolerance_m: That much of latitude and of longitude.
-    """
-
-    place: tuple[float, float]
-    dtype: str
-    ulp_m: tuple[float, float]
-    tolerance_degrees: float
-    tolerance_m: tuple[float, float]
-
-
-def resolution_at(
-    place: tuple[float, float], tolerance: float, dtype: str = "float32"
-) -> Resolution:
-    """What one ULP and the tolerance are on the ground.
-
-    Args:
-        place: Latitude and longitude in degrees.
-        tolerance: In degrees.
-        dtype: Floating-point type of the positions.
-    """
-    lengths = tuple(map(float, metres_per_degree(place[0])))
-    steps = np.spacing(np.abs(np.asarray(place, dtype=dtype))).astype(np.float64)
-    return Resolution(
-        place=place,
-        dtype=dtype,
-        ulp_m=(float(steps[0]) * lengths[0], float(steps[1]) * lengths[1]),
-        tolerance_degrees=tolerance,
-        tolerance_m=(tolerance * lengths[0], tolerance * lengths[1]),
-    )
-
-
-@dataclass(frozen=True)
 class TaskError:
     """Distance between answers and true positions.
 
@@ -171,8 +130,6 @@ class GroundReport:
         middle: The constant answer that the task error is held against, degrees; None without
             labels.
         task: Task errors of both models and of that constant; empty without labels.
-        resolution: What one ULP and the tolerance mean at that constant, or at the ONNX model's
-            mean answer without labels; None where no answer is finite.
     """
 
     displacement_p50_m: float
@@ -180,7 +137,6 @@ class GroundReport:
     displacement_max_m: float
     middle: tuple[float, float] | None
     task: tuple[TaskError, ...]
-    resolution: Resolution | None = None
 
 
 class GroundAccumulator(Accumulator):
@@ -188,23 +144,15 @@ class GroundAccumulator(Accumulator):
 
     Args:
         middle: The constant answer to hold the task error against, degrees; None without labels.
-        tolerance: In degrees, for the resolution.
-        dtype: Of the positions.
     """
 
     merging: ClassVar = {
-        **dict.fromkeys(("_displacement", "_answers", "_task"), added),
+        **dict.fromkeys(("_displacement", "_task"), added),
         "_maximum": np.maximum,  # NaN stays
     }
 
-    def __init__(
-        self,
-        middle: tuple[float, float] | None,
-        tolerance: float = 1e-5,
-        dtype: str = "float32",
-    ) -> None:
-        self._middle, self._tolerance, self._dtype = middle, tolerance, dtype
-        self._answers = ExactSums(3)  # of unit vectors
+    def __init__(self, middle: tuple[float, float] | None) -> None:
+        self._middle = middle
         self._displacement = Quantiles()
         self._maximum = 0.0
         self._task = tuple(Quantiles() for _ in _ANSWERING)
@@ -219,7 +167,6 @@ class GroundAccumulator(Accumulator):
         moved = distance_m(pytorch, onnx)
         self._displacement.update(moved)
         self._maximum = float(np.max(moved, initial=self._maximum))  # NaN stays
-        self._answers.add(*_unit_vectors(onnx[np.isfinite(onnx).all(axis=1)]).T)
         if truth is None or self._middle is None:
             return
         answers = (pytorch, onnx, np.broadcast_to(self._middle, truth.shape))
@@ -228,8 +175,6 @@ class GroundAccumulator(Accumulator):
 
     def result(self) -> GroundReport:
         """The statistics of everything added so far."""
-        place = _middle_of(self._answers.values()) if self._middle is None else self._middle
-        floating = np.issubdtype(np.dtype(self._dtype), np.floating)
         return GroundReport(
             displacement_p50_m=self._displacement(0.5),
             displacement_p99_m=self._displacement(0.99),
@@ -241,17 +186,7 @@ class GroundAccumulator(Accumulator):
                 TaskError(who, q(0.5), q(0.95))
                 for who, q in zip(_ANSWERING, self._task, strict=True)
             ),
-            resolution=resolution_at(place, self._tolerance, self._dtype)
-            if place is not None and floating
-            else None,
         )
-
-
-def _unit_vectors(positions: npt.NDArray[Any]) -> Floats:
-    lat = np.radians(np.clip(positions[:, 0].astype(np.float64), -90, 90))
-    lon = np.radians(positions[:, 1].astype(np.float64))
-    along = np.cos(lat)
-    return np.stack([along * np.cos(lon), along * np.sin(lon), np.sin(lat)], axis=1)
 
 
 def mean_place(positions: npt.NDArray[Any]) -> tuple[float, float] | None:
@@ -259,11 +194,10 @@ def mean_place(positions: npt.NDArray[Any]) -> tuple[float, float] | None:
 
     None for no positions, and for those that cancel.
     """
-    return _middle_of(map(float, _unit_vectors(positions).sum(axis=0)))
-
-
-def _middle_of(total: Iterable[float]) -> tuple[float, float] | None:
-    x, y, z = total
+    lat = np.radians(np.clip(positions[:, 0].astype(np.float64), -90, 90))
+    lon = np.radians(positions[:, 1].astype(np.float64))
+    along = np.cos(lat)
+    x, y, z = (float(c.sum()) for c in (along * np.cos(lon), along * np.sin(lon), np.sin(lat)))
     if math.hypot(x, y, z) < _CANCELLED:
         return None
     return math.degrees(math.atan2(z, math.hypot(x, y))), math.degrees(math.atan2(y, x))

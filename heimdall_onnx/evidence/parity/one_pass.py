@@ -91,7 +91,6 @@ class PassSettings:
 
     Attributes:
         signature: The model's.
-        tolerance: The documented one, in the outputs' units.
         limits: What an element of each output may be off by.
         loose: Outputs that have not one entry for each sample, such as however many were found.
         batch_size: Samples in a call.
@@ -103,7 +102,6 @@ class PassSettings:
     """
 
     signature: Signature
-    tolerance: float
     limits: Mapping[str, Limit]
     loose: frozenset[str]
     batch_size: int
@@ -135,7 +133,6 @@ def pass_settings(
         limits[spec.name] = limit_of(np.concatenate([a.ravel() for a in found]), tolerance)
     return PassSettings(
         signature=signature,
-        tolerance=tolerance,
         limits=limits,
         loose=frozenset(loose),
         batch_size=min(max(batch_size, 1), data.count),
@@ -184,13 +181,13 @@ class EvaluationPass(Accumulator):
     }
 
     def __init__(self, settings: PassSettings) -> None:
-        signature, tolerance = settings.signature, settings.tolerance
+        signature = settings.signature
         self._settings = settings
         self._outputs = tuple(
             ErrorAccumulator(spec, settings.limits[spec.name]) for spec in signature.outputs
         )
         self._ground = tuple(
-            GroundAccumulator(settings.middle, tolerance, spec.dtype)
+            GroundAccumulator(settings.middle)
             for spec in signature.outputs
             if spec == signature.position_output and spec.shape[1:] == (2,)
         )
