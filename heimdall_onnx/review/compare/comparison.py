@@ -35,27 +35,8 @@ from heimdall_onnx.review.compare.words import (
 )
 from heimdall_onnx.review.reproduce.figures import Difference
 
-
-@dataclass(frozen=True)
-class RecordedParity:
-    """One output's parity in both releases, each on the evaluation data of its own release.
-
-    Attributes:
-        output: Name of the output.
-        unit: Its unit.
-        a: Of A; None where that is not compared there.
-        b: Of B.
-    """
-
-    output: str
-    unit: str | None
-    a: ErrorStatistics | None
-    b: ErrorStatistics | None
-
-
 # Without what is not recorded.
 _OUTPUTS = TypeAdapter(tuple[ErrorStatistics, ...])
-_PARITY = TypeAdapter(tuple[RecordedParity, ...])
 _LATENCY = TypeAdapter(PairFigures)
 
 
@@ -105,7 +86,6 @@ class ReleaseComparison:
         answers: What both say of the same inputs.
         latency: How long both take, B over A.
         gates: Their gates side by side.
-        parity: Each one's own parity with PyTorch.
         parameters: In what their parameters differ.
         environment: In what the environments differ that they were made in.
         limits: How much worse B may be.
@@ -116,7 +96,6 @@ class ReleaseComparison:
     answers: Answers
     latency: PairLatency | NotMeasured
     gates: tuple[GatePair, ...]
-    parity: tuple[RecordedParity, ...]
     parameters: tuple[Difference, ...]
     environment: tuple[Difference, ...]
     limits: Limits
@@ -241,7 +220,6 @@ class ReleaseComparison:
                     }
                     for gate in self.gates
                 ],
-                "parity": _PARITY.dump_python(self.parity),
                 "parameters": self.parameters,
                 "environment": self.environment,
                 "limits": self.limits,

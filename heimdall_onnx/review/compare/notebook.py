@@ -10,7 +10,6 @@ from heimdall_onnx.review.compare.pair import (
     open_pair,
     prepare,
     record_comparison,
-    recorded_parity,
     time_pair,
 )
 
@@ -23,7 +22,6 @@ __all__ = [
     "prepare",
     "read_notebook_as",
     "record_comparison",
-    "recorded_parity",
     "tables",
     "time_pair",
 ]

@@ -36,7 +36,6 @@ from heimdall_onnx.review.compare.answers import (
     shared_signature,
 )
 from heimdall_onnx.review.compare.comparison import (
-    RecordedParity,
     ReleaseComparison,
     VerifiedRelease,
 )
@@ -229,7 +228,6 @@ def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -
         answers=answers,
         latency=latency,
         gates=pair_gates(*(one.record.gates for one in pair.sides)),
-        parity=recorded_parity(pair),
         parameters=_parameter_differences(pair),
         environment=environment_differences(*(one.record for one in pair.sides)),
         limits=Limits(),
@@ -237,16 +235,6 @@ def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -
     a, b = (one.manifest.uri for one in pair.sides)
     log.info("compared", a=a, b=b, sentence=found.sentence)
     return found
-
-
-def recorded_parity(pair: Pair) -> tuple[RecordedParity, ...]:
-    """The parity that each release records of the outputs that both give."""
-    a, b = ({o.output: o for o in one.record.parity.evaluation} for one in pair.sides)
-    return tuple(
-        RecordedParity(spec.name, spec.unit, a.get(spec.name), b.get(spec.name))
-        for spec in pair.signature.outputs
-        if spec.name in a.keys() | b.keys()
-    )
 
 
 def _parameter_differences(pair: Pair) -> tuple[Difference, ...]:

@@ -13,8 +13,8 @@ from heimdall_onnx.common.templates import inert_macros
 from heimdall_onnx.common.text import count_of, shown, unit_of
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.report.tables import table, value_text
-from heimdall_onnx.review.compare.answers import A, Answers, B
-from heimdall_onnx.review.compare.comparison import RecordedParity, ReleaseComparison
+from heimdall_onnx.review.compare.answers import Answers
+from heimdall_onnx.review.compare.comparison import ReleaseComparison
 from heimdall_onnx.review.compare.pair import Pair, newer_of
 from heimdall_onnx.review.reproduce.figures import Difference, Figure
 
@@ -49,22 +49,8 @@ def changes_table(answers: Answers) -> Markdown:
     return Markdown(f"{found.data}\n\n{_macros().besides(answers)}".strip())
 
 
-def _called(one: ErrorStatistics | RecordedParity) -> str:
+def _called(one: ErrorStatistics) -> str:
     return f"{one.output} ({unit_of(one.unit) or 'no unit'})"
-
-
-def parity_table(parity: Sequence[RecordedParity]) -> Markdown:
-    """How far each ONNX model is from its own PyTorch model, as the two reports record it."""
-    figures = {"mean": "mean", "p50": "median", "p99": "p99", "p999": "p99.9", "maximum": "maximum"}
-    return table(
-        ("error of", "release", *figures.values()),
-        [
-            (_called(one), who, *(value_text(side, what) for what in figures))
-            for one in parity
-            for who, side in ((A, one.a), (B, one.b))
-            if side is not None
-        ],
-    )
 
 
 def gates_table(comparison: ReleaseComparison) -> Markdown:

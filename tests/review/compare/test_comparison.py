@@ -95,7 +95,6 @@ def comparison(answers, **changes) -> ReleaseComparison:
         "answers": answers,
         "latency": NotMeasured("not asked for"),
         "gates": pair_gates([GATE], [GATE]),
-        "parity": (),
         "parameters": (),
         "environment": (),
         "limits": Limits(),
