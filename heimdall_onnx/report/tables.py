@@ -310,10 +310,12 @@ def variants_table(report: VariantsReport | None) -> Markdown:
     found = table(head, [tuple(_variant_row(report, variant)) for variant in order])
     best = _ratio_text(report.against_pytorch.speedup).replace(" ", "× PyTorch ", 1)
     said = f"**{report.recommended}** is recommended: {best}, {report.best.what}."
-    reasons = "\n".join(
-        f"- {v.name}, {v.status}: {escape_markdown(v.reason)}" for v in order if not v.passed
-    )
-    return Markdown("\n\n".join(filter(None, (said, found.data, reasons))))
+    reasons = [f"{v.name}, {v.status}: {v.reason}" for v in order if not v.passed]
+    reasons += [
+        f"{v.name} keeps in float: {', '.join(v.kept_in_float)}" for v in order if v.kept_in_float
+    ]
+    listed = "\n".join(f"- {escape_markdown(reason)}" for reason in reasons)
+    return Markdown("\n\n".join(filter(None, (said, found.data, listed))))
 
 
 def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str]:
@@ -351,27 +353,6 @@ def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str
 def calibration_table(report: VariantsReport | None) -> Markdown | None:
     """What calibrated and what judged, which are never the same samples."""
     return report and _from_template("calibration", report.calibration, report.limits)
-
-
-@unless_not_measured
-def variant_parity_table(report: VariantsReport | None) -> Markdown | None:
-    """Parity of every variant with fp32, output by output; it decides nothing here."""
-    if report is None:
-        return None
-    return table(
-        ("variant", "output", "MAE", "p99", "maximum", "1 − cosine", "kept in float"),
-        [
-            (
-                variant.name,
-                output.output,
-                *(value_text(output, name) for name in ("mean", "p99", "maximum", "cosine")),
-                ", ".join(variant.kept_in_float) or "nothing",
-            )
-            for variant in report.judged
-            if variant.accuracy is not None
-            for output in variant.accuracy.outputs
-        ],
-    )
 
 
 @unless_not_measured
