@@ -159,10 +159,7 @@ def compare_latency(recorded: Record, found: Record) -> tuple[Comparison, ...]:
     Empty where the release has not measured latency; then its repetition does not either.
     """
     again = dict(_intervals(found))
-    return (
-        *(_interval(what, ends, again.get(what)) for what, ends in _intervals(recorded)),
-        *_held(_contenders(recorded), _contenders(found), exact=False),
-    )
+    return tuple(_interval(what, ends, again.get(what)) for what, ends in _intervals(recorded))
 
 
 def _intervals(record: Record) -> Iterator[tuple[str, _Interval]]:
@@ -172,15 +169,6 @@ def _intervals(record: Record) -> Iterator[tuple[str, _Interval]]:
     for one in record.latency.contenders:
         for p in one.percentiles:
             yield f"{one.name}, p{p.percentile:g} (ms)", (p.value_ms, p.low_ms, p.high_ms)
-
-
-def _contenders(record: Record) -> _Figures:
-    for one in record.latency.contenders if record.latency else ():
-        yield f"{one.name}, counted calls", one.calls, _SHOWN
-        yield f"{one.name}, mean (ms)", one.mean_ms, _SHOWN
-        yield f"{one.name}, loading the model (ms)", one.load_ms, _SHOWN
-        yield f"{one.name}, first call (ms)", one.first_call_ms, _SHOWN
-        yield f"{one.name}, peak memory of the process (bytes)", one.peak_memory_bytes, _SHOWN
 
 
 def compare_recorded_variants(

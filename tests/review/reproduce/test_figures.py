@@ -173,7 +173,6 @@ def test_latency_outside_the_recorded_interval_is_flagged(measured, onnx, judgem
     assert found["PyTorch, p50 (ms)"].judgement == "identical"
     overlap = abs(10 / onnx - 2.0) <= 0.2
     assert (found["speedup"].judgement == "flagged") != overlap
-    assert found["ONNX Runtime, mean (ms)"].judgement in ("identical", "not judged")
 
 
 def test_percentile_with_too_few_calls_behind_it_is_flagged(measured):
