@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import heimdall_onnx
+from heimdall_onnx.report import plot, tables
 
 
 def test_public_names_are_exactly_these():
@@ -107,3 +108,17 @@ def test_a_notebook_imports_from_faces_only(name):
                 if isinstance(node, ast.ImportFrom) and node.module.startswith("heimdall_onnx"):
                     found.setdefault(node.module, set()).update(n.name for n in node.names)
     assert found == FACES[name]
+
+
+@pytest.mark.parametrize(
+    ("face", "name"),
+    [
+        *((plot, "error_distribution"), (plot, "latency_over_time"), (plot, "release_cost")),
+        *((plot, "members_disagreement"), (plot, "operators"), (plot, "roofline")),
+        *((plot, "task_error"), (tables, "resolution_table"), (tables, "variant_parity_table")),
+    ],
+)
+def test_what_earlier_notebooks_show_beside_is_nothing_and_no_error(face, name):
+    assert getattr(face, name)("a report", "and its data") is None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = face.nothing

@@ -13,7 +13,7 @@ from PIL import Image
 
 from heimdall_onnx.evidence.variants.operators import NodeTime, OperatorTime, OperatorTimes
 from heimdall_onnx.report.plot.chart import Chart
-from heimdall_onnx.report.plot.operators import operator_times
+from heimdall_onnx.report.plot.runtime import operator_times
 
 
 def times(total: float, between: float, *operators: tuple[str, int, float]) -> OperatorTimes:
