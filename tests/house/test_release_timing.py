@@ -88,7 +88,7 @@ def test_other_steps_are_as_ever(untimed):
     assert "No variants were asked for" in outputs_of(untimed.result, "variants")
     assert outputs_of(untimed.result, "operator-times-figure") == "[]"
     assert "image/png" in outputs_of(untimed.result, "parity-scatter")
-    assert "image/png" in outputs_of(untimed.result, "cost")
+    assert "| export |" in outputs_of(untimed.result, "cost")
 
 
 def test_record_and_metrics_have_no_figure_of_speed(untimed):

@@ -274,7 +274,7 @@ def test_run_holds_metrics_figures_and_report(released, mlflow_environment, rese
     }
     assert {
         "figures/parity-scatter.png",
-        "figures/error-distribution.png",
+        "figures/error-by-magnitude.png",
         "figures/position-map.png",
         "figures/latency.png",
         "report/report.html",

@@ -96,8 +96,8 @@ def test_report_was_executed_and_holds_the_figures(told):
     assert notebook.cells[0].source.startswith("# ✘ FAIL — B is ")
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error"]
-    # Positions, differences, errors and latency.
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
+    # Positions, errors and latency.
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
     assert sorted(path.name for path in report.parent.iterdir()) == [
         "events.jsonl",
         "report.html",
