@@ -33,8 +33,6 @@ from heimdall_onnx.services.store import format_uri
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.record import Record
-    from heimdall_onnx.evidence.latency.figures import ContenderFigures, LatencyFigures, PairFigures
-    from heimdall_onnx.evidence.parity.report import ParityFigures
     from heimdall_onnx.evidence.variants.figures import VariantFigures, VariantsFigures
 
 _Json = dict[str, Any]
@@ -324,14 +322,7 @@ def _model_card(record: Record) -> _Json:
             "inputs": [{"format": _format(spec)} for spec in signature.inputs],
             "outputs": [{"format": _format(spec)} for spec in signature.outputs],
         },
-        "quantitativeAnalysis": {
-            "performanceMetrics": [
-                *_latency_metrics(record.latency),
-                *_parity_metrics(record.parity),
-                *_ground_metrics(record.parity),
-                *_variant_metrics(record),
-            ]
-        },
+        "quantitativeAnalysis": {"performanceMetrics": list(_metrics(record))},
         "considerations": {
             "users": [
                 "Whoever runs this model instead of the PyTorch model that it was exported from, "
@@ -347,88 +338,18 @@ def _format(spec: TensorSpec) -> str:
     return ", ".join(filter(None, (spec.describe(), spec.unit, span)))
 
 
-def _metric(
-    kind: str, value: float | str, where: str, low: float | None = None, high: float | None = None
-) -> _Json:
-    """A performance metric; numbers in the fewest digits that read back as the same number."""
-    metric: _Json = {"type": kind, "value": str(value), "slice": where}
-    if low is not None:
-        metric["confidenceInterval"] = {"lowerBound": str(low), "upperBound": str(high)}
-    return metric
+def _metrics(record: Record) -> Iterator[_Json]:
+    """The figures as `summarize_metrics` names them, then what each variant's gates measured.
 
-
-def _latency_metrics(latency: LatencyFigures | None) -> Iterator[_Json]:
-    if latency is not None:
-        threads, sure = f"{latency.threads} threads", f"{latency.confidence:.0%} interval"
-        where = f"batch {latency.batch_size}, {threads}, {sure}"
-        yield from _turn_metrics(latency, latency.contenders, where)
-
-
-def _turn_metrics(
-    turns: LatencyFigures | PairFigures, of: Iterable[ContenderFigures], where: str
-) -> Iterator[_Json]:
-    """How much faster the second contender is, and the percentiles of some."""
-    speedup, (first, second) = turns.speedup, turns.contenders
-    against = f"{first.name} over {second.name}, {where}"
-    yield _metric("speedup", speedup.ratio, against, speedup.low, speedup.high)
-    for contender in of:
-        for p in contender.percentiles:
-            what = f"latency p{p.percentile:g} (ms)"
-            yield _metric(what, p.value_ms, f"{contender.name}, {where}", p.low_ms, p.high_ms)
-
-
-def _parity_metrics(parity: ParityFigures) -> Iterator[_Json]:
-    cell = parity.cells[0]
-    for output in cell.outputs:
-        unit = f" ({output.unit})" if output.unit else ""
-        where = (
-            f"{output.output}, ONNX beside PyTorch, {cell.samples} evaluation samples, "
-            f"batch {cell.batch_size}"
-        )
-        yield _metric(f"mean absolute error{unit}", output.mean, where)
-        yield _metric(f"maximum absolute error{unit}", output.maximum, where)
-        yield _metric(f"p99 absolute error{unit}", output.p99, where)
-
-
-def _ground_metrics(parity: ParityFigures) -> Iterator[_Json]:
-    for task in parity.ground.task if parity.ground else ():
-        where = f"{task.who}, {parity.samples} evaluation samples with true positions"
-        yield _metric("localization error, median (m)", task.median_m, where)
-        yield _metric("localization error, p95 (m)", task.p95_m, where)
-    for found in parity.uncertainty:
-        calibration = found.calibration
-        if calibration is None:
-            continue
-        where = f"{found.who}, {found.samples} evaluation samples with true positions"
-        for coverage in calibration.coverage:
-            yield _metric(
-                f"coverage of the {coverage.nominal:.0%} ellipse",
-                coverage.observed,
-                f"{where}, 95% interval",
-                coverage.low,
-                coverage.high,
-            )
-        yield _metric("calibration error, mean absolute", calibration.calibration_error, where)
-        yield _metric("negative log-likelihood (nats)", calibration.nll, where)
-        yield _metric("median radius of the 90% ellipse (m)", calibration.radius_p50_m, where)
-
-
-def _variant_metrics(record: Record) -> Iterator[_Json]:
-    """What the gates of each variant measured, broken ones too, and how fast it is."""
+    Those of broken gates too; numbers in the fewest digits that read back as the same number.
+    """
+    for name, value in record.metrics.items():
+        yield {"type": name, "value": str(value), "slice": FP32}
     for one in _judged(record):
         for gate in one.gates:
             kept = "held" if gate.passed else "broken"
-            yield _metric(
-                gate.name, gate.measured, f"variant {one.name}, limit {gate.limit} {kept}"
-            )
-        if one.latency is not None:
-            yield from _pair_metrics(one.latency, f"on {one.ran_on}")
-    if record.variants is not None:
-        yield from _pair_metrics(record.variants.against_pytorch, "as recommended")
-
-
-def _pair_metrics(pair: PairFigures, how: str) -> Iterator[_Json]:
-    yield from _turn_metrics(pair, pair.contenders[1:], f"batch {pair.batch_size} {how}")
+            where = f"variant {one.name}, limit {gate.limit} {kept}"
+            yield {"type": gate.name, "value": str(gate.measured), "slice": where}
 
 
 def _limitations(record: Record) -> Iterator[str]:
