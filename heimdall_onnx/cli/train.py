@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,8 +18,6 @@ from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterE
 from heimdall_onnx.common.text import visible_lines
 
 if TYPE_CHECKING:
-    from heimdall_onnx.common.parameters import ReleaseParameters
-    from heimdall_onnx.training.parameters import TrainingParameters
     from heimdall_onnx.training.result import TrainingResult
 
 _INTERRUPTED = 130
@@ -69,7 +68,7 @@ def train(extra: Sequence[tuple[str, str]], as_json: bool, **options: Any) -> No
     from heimdall_onnx.training.result import DIVERGED
 
     try:
-        result, parameters, chosen = _train(options, extra, as_json=as_json)
+        result = _train(options, extra, as_json=as_json)
     except (HeimdallError, KeyboardInterrupt) as error:
         for note in getattr(error, "__notes__", ()):
             click.echo(visible_lines(note), err=True)
@@ -88,7 +87,7 @@ def train(extra: Sequence[tuple[str, str]], as_json: bool, **options: Any) -> No
             "the training diverged: its last validation loss is not finite; lower the learning "
             "rate. Its best checkpoint of before is kept, and released only on demand"
         )
-    click.echo(summary(result, parameters, chosen), err=as_json)
+    click.echo(summary(result), err=as_json)
     if as_json:
         content = {"success": code == 0, "exit_code": code, **failed, **result.to_dict()}
         click.echo(json.dumps(content, allow_nan=False))
@@ -104,7 +103,7 @@ def _train(
     extra: Sequence[tuple[str, str]],
     *,
     as_json: bool,
-) -> tuple[TrainingResult, TrainingParameters, ReleaseParameters]:
+) -> TrainingResult:
     # Everything is checked before anything heavy is imported.
     from heimdall_onnx.common.parameters import check_parameters
     from heimdall_onnx.services.settings import Settings
@@ -116,22 +115,16 @@ def _train(
     given = {name: value for name, value in options.items() if value is not None}
     named = {name: given.pop(name) for name in NAMED if name in given}
     parameters, release = check_training(given), check_parameters(named | dict(extra))
-    result = run(
+    return run(
         parameters,
         Settings.load(),
         release=release,
         progress=sys.stderr.isatty() or not as_json,
     )
-    return result, parameters, release
 
 
-def summary(
-    result: TrainingResult,
-    parameters: TrainingParameters,
-    release: ReleaseParameters | None = None,
-) -> str:
+def summary(result: TrainingResult) -> str:
     """What a person wants to know of a training, and what to do next."""
-    from heimdall_onnx.training.parameters import command_of, export_command_of
     from heimdall_onnx.training.result import DIVERGED
 
     best = next(e for e in result.history if int(e["epoch"]) == result.best_epoch)
@@ -162,9 +155,9 @@ def summary(
     if result.run_id:
         lines.append(("MLflow run", result.run_id))
     text = "\n".join(f"{label:<11}{value}" for label, value in lines)
-    if result.stopped in (None, "time") and not parameters.export_only:
-        command = command_of(parameters, result.folder, release)
-        text += f"\n\ngo on, with more --epochs or --max-time:\n  {command} --resume-training"
+    same = f"the same options with --checkpoint-dir {shlex.quote(str(result.folder))}"
+    if result.stopped in (None, "time"):
+        text += f"\n\ngo on:     {same} --resume-training, and more --epochs or --max-time"
     if result.release is None or not result.release.success:
-        text += f"\n\nrelease:\n  {export_command_of(parameters, result.best, release)}"
+        text += f"\nrelease:   {same} --export-only"
     return visible_lines(text)

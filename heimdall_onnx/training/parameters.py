@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.common.parameters import ModelKwargs, Parameters, check_as, folder_of
+from heimdall_onnx.common.parameters import ModelKwargs, Parameters, check_as
 from heimdall_onnx.common.text import listed, shown
-
-if TYPE_CHECKING:
-    from heimdall_onnx.common.parameters import ReleaseParameters
 
 # What going on must find as it was, or the epochs would not be those of one training.
 FIXED = (
@@ -28,8 +23,6 @@ BY_TRAINING = frozenset(
 )
 # Of a release: what has an option of its own; the others are given with -p.
 NAMED = ("name", "profile", "alias", "bucket", "prefix", "tolerance", "variants")
-
-_PROGRAM = ("heimdall-onnx", "train")
 
 
 class TrainingParameters(Parameters):
@@ -144,53 +137,3 @@ def check_training(values: Mapping[str, Any]) -> TrainingParameters:
     if found := parameters.problems():
         raise ParameterError(f"these parameters can't be used:{listed(found)}")
     return parameters
-
-
-def command_of(
-    parameters: TrainingParameters, folder: Path, release: ReleaseParameters | None = None
-) -> str:
-    """The command line that trains so and releases so, those that are the defaults left out.
-
-    Without ``--resume-training``, ``--export-only`` and what they are about; fit for a shell.
-    """
-    words = [*_PROGRAM, "--checkpoint-dir", str(folder)]
-    own = {"checkpoint_dir", "checkpoint", "resume_training", "export_only", "release"}
-    words += _options(parameters, set(TrainingParameters.model_fields) - own)
-    if not parameters.release:
-        words.append("--no-release")
-    return shlex.join(words + _release_options(release))
-
-
-def export_command_of(
-    parameters: TrainingParameters, checkpoint: Path, release: ReleaseParameters | None = None
-) -> str:
-    """The command line that releases a checkpoint of a training; fit for a shell."""
-    words = [*_PROGRAM, "--export-only", "--checkpoint", str(checkpoint)]
-    words += _options(parameters, {"model", "model_kwargs", "experiment_name"})
-    return shlex.join(words + _release_options(release))
-
-
-def _options(parameters: TrainingParameters, names: Collection[str]) -> list[str]:
-    """Options of the training, those that are the defaults left out."""
-    words = []
-    for name, text in _changed(parameters, names).items():
-        words += [f"--{name.replace('_', '-')}", text]
-    return words
-
-
-def _release_options(release: ReleaseParameters | None) -> list[str]:
-    words = []
-    if release is not None:
-        own = {*BY_TRAINING, *(["prefix"] if release.prefix == folder_of(release.name) else [])}
-        for name, text in _changed(release, set(type(release).model_fields) - own).items():
-            words += [f"--{name}", text] if name in NAMED else ["-p", name, text]
-    return words
-
-
-def _changed(parameters: BaseModel, names: Collection[str]) -> dict[str, str]:
-    """What is not the default, as the command line takes it."""
-    given = parameters.model_dump(mode="json", include=set(names), exclude_defaults=True)
-    return {
-        name: json.dumps(value) if isinstance(value, dict) else str(value)
-        for name, value in given.items()
-    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,6 @@ from heimdall_onnx.common.errors import (
 from heimdall_onnx.common.files import hash_file, replace_file
 from heimdall_onnx.common.logs import OnProgress, get_logger
 from heimdall_onnx.common.machine import usable_processors
-from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.data.dataset.dataset import Dataset, Split, open_dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
@@ -46,7 +46,7 @@ from heimdall_onnx.training.module import (
     TrainingRows,
     make_loader,
 )
-from heimdall_onnx.training.parameters import FIXED, TrainingParameters, command_of
+from heimdall_onnx.training.parameters import FIXED, TrainingParameters
 from heimdall_onnx.training.result import (
     BEST,
     DIVERGED,
@@ -74,7 +74,6 @@ class TrainingRun:
         folder: For what is made; with ``last.ckpt`` of an earlier sitting if it is to go on.
         settings: Where MLflow is; None logs nowhere.
         report: Called with the share of the training done, and what is being done.
-        release: How it is to be released, for the command that goes on.
     """
 
     def __init__(
@@ -83,10 +82,9 @@ class TrainingRun:
         folder: Path,
         settings: Settings | None,
         report: OnProgress | None,
-        release: ReleaseParameters | None = None,
     ) -> None:
         self.parameters, self.settings, self.report = parameters, settings, report
-        self.folder, self.release = folder, release
+        self.folder = folder
         self.progress = TrainingProgress()
         self.resume: Path | None = None
         self.tracker: MLflowTracker | None = None
@@ -115,9 +113,10 @@ class TrainingRun:
             if isinstance(error, KeyboardInterrupt):
                 status = "KILLED"
             if (self.folder / LAST).is_file():
-                command = command_of(self.parameters, self.folder, self.release)
-                kept = "the last whole epoch is kept; go on with"
-                error.add_note(f"{kept}:\n  {command} --resume-training")
+                error.add_note(
+                    "the last whole epoch is kept; go on with the same options and "
+                    f"--resume-training --checkpoint-dir {shlex.quote(str(self.folder))}"
+                )
             raise
         finally:
             if self.tracker is not None and self._opened:

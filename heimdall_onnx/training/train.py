@@ -93,9 +93,8 @@ def train(
     from heimdall_onnx.training.run import TrainingRun
 
     with first_signal_interrupts():
-        result = TrainingRun(
-            parameters, _folder_of(parameters, settings), settings, report, release
-        ).execute()
+        folder = _folder_of(parameters, settings)
+        result = TrainingRun(parameters, folder, settings, report).execute()
     if not parameters.release or settings is None or result.stopped == DIVERGED:
         return result
     return _released(result, parameters, settings, release, progress)
