@@ -68,7 +68,13 @@ class Glob:
     def __init__(self, text: str, folder: Path) -> None:
         stored = text.startswith(_S3)
         names = text.removeprefix(_S3).split("/") if stored else PurePosixPath(text).parts
-        at = next((at for at, name in enumerate(names) if _is_pattern(name)), len(names) - 1)
+        at = 0
+        # A folder that is there is not read as a pattern.
+        while at < len(names) - 1 and (
+            not _is_pattern(names[at])
+            or (not stored and kind_of(folder / "/".join(names[: at + 1])) == "a folder")
+        ):
+            at += 1
         before = "/".join(names[:at]) if stored else str(PurePosixPath(*names[:at]))
         self._names = list(names[at:])
         if stored and not before:
@@ -82,58 +88,26 @@ class Glob:
             self._names.append("*")
         self.root = absolute(folder, _S3 + before if stored else before)
         self.start = _WILDCARD.split(self._names[0])[0] if self._names else ""
-        self._tests = [
-            None if name == "**" else re.compile(fnmatch.translate(name)).match
-            for name in self._names
-        ]
 
     def fits(self, path: str) -> bool:
         """Whether an absolute path or an address is one of its."""
         root = self.root.rstrip("/") + "/"
-        if not path.startswith(root):
-            return False
-        reached = self._opened({0})
-        for name in path[len(root) :].split("/"):
-            reached = self._after(reached, name)
-        return len(self._tests) in reached
+        return path.startswith(root) and _fit(self._names, path.removeprefix(root).split("/"))
 
     def files(self) -> list[str]:
-        """The files on disk that are its, sorted.
+        """The files on disk that are its, sorted; as in a shell, what can't be read has none."""
+        found = Path(self.root).glob("/".join(self._names))
+        return sorted(str(path) for path in found if path.is_file())
 
-        Raises:
-            OSError: If a folder that may have some can't be read.
-        """
-        found: list[str] = []
-        left = [(self.root, self._opened({0}))] if kind_of(self.root) == "a folder" else []
-        while left:
-            folder, reached = left.pop()
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    after = self._after(reached, entry.name, linked=entry.is_symlink())
-                    if len(self._tests) in after and entry.is_file():
-                        found.append(entry.path)
-                    if after - {len(self._tests)} and entry.is_dir():
-                        left.append((entry.path, after))
-        return sorted(found)
 
-    def _after(self, reached: set[int], name: str, *, linked: bool = False) -> set[int]:
-        """How many of its names are used up, in each possible way, after one more of a path's."""
-        after = set()
-        for at in reached - {len(self._tests)}:
-            test = self._tests[at]
-            if test is None:
-                if not linked:
-                    after.add(at)
-            elif test(name) or name == self._names[at]:
-                after.add(at + 1)
-        return self._opened(after)
-
-    def _opened(self, reached: set[int]) -> set[int]:
-        """The same with those where ``**`` stands for no folder at all."""
-        for at, test in enumerate(self._tests):
-            if test is None and at in reached:
-                reached.add(at + 1)
-        return reached
+def _fit(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether the names of a pattern fit those of a path, of which ``**`` takes any number."""
+    if not names or not parts:
+        return not names and not parts
+    name, *left = names
+    if name == "**":
+        return _fit(left, parts) or _fit(names, parts[1:])
+    return (name == parts[0] or fnmatch.fnmatchcase(parts[0], name)) and _fit(left, parts[1:])
 
 
 def find_checkpoints(folder: Path, text: str) -> list[str]:
@@ -152,12 +126,7 @@ def find_checkpoints(folder: Path, text: str) -> list[str]:
         keys = list_stored(bucket, f"{within}/{glob.start}" if within else glob.start)
         found = [uri for uri in (format_uri(bucket, key) for key in keys) if glob.fits(uri)]
     else:
-        try:
-            found = glob.files()
-        except OSError as error:
-            raise ParameterError(
-                f"can't look for {shown(repr(text))}: {shown(str(error))}"
-            ) from error
+        found = glob.files()
     if not found:
         raise ParameterError(f"no file matches {shown(repr(text))} (from {shown(glob.root)})")
     for checkpoint in found:
