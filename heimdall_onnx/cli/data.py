@@ -25,8 +25,6 @@ _output = click.option(
     metavar="DATASET",
     help="The folder to make.",
 )
-_share = click.FloatRange(min=0, max=1, max_open=True)
-
 
 receivers_option = click.option(
     "--receiver",
@@ -138,27 +136,14 @@ def features(
 
 @data.command(example="heimdall-onnx data info captures.zarr --verify")
 @click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--validation-split", type=_share, default=0.2, show_default=True)
-@click.option("--test-split", type=_share, default=0.1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the split.")
 @click.option("--verify", is_flag=True, help="Read everything and hold it against the digest.")
 @json_option
-def info(
-    dataset: Path,
-    validation_split: float,
-    test_split: float,
-    seed: int,
-    verify: bool,
-    as_json: bool,
-) -> None:
-    """Say what is in DATASET, where it comes from, and how it divides."""
+def info(dataset: Path, verify: bool, as_json: bool) -> None:
+    """Say what is in DATASET, and where it comes from."""
     from heimdall_onnx.data.dataset.dataset import open_dataset
 
     opened = open_dataset(dataset)
-    described = {
-        **_describe(opened),
-        "split": _describe_split(opened, validation_split, test_split, seed),
-    }
+    described = _describe(opened)
     if verify:
         opened.verify()
         described["verified"] = True
@@ -212,28 +197,10 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _describe_split(dataset: Dataset, validation: float, test: float, seed: int) -> dict[str, Any]:
-    """Samples and events of each part, or why there is no such split."""
-    import numpy as np
-
-    from heimdall_onnx.common.errors import DataError
-
-    try:
-        split = dataset.split(validation=validation, test=test, seed=seed)
-    except DataError as error:
-        return {"error": str(error)}
-    return {
-        name: {"samples": len(rows), "events": len(np.unique(dataset.event[rows]))}
-        for name in ("train", "validation", "test")
-        for rows in (getattr(split, name),)
-    }
-
-
 def _as_text(described: dict[str, Any]) -> str:
     """As lines of text, which may hold words of the dataset's writer."""
     from heimdall_onnx.common.text import shown, visible
 
-    split = described["split"]
     receivers = (
         f"{shown(n)} {lat:.4f} {lon:.4f}" for n, (lat, lon) in described["receivers"].items()
     )
@@ -246,13 +213,6 @@ def _as_text(described: dict[str, Any]) -> str:
         ("provenance", shown(described["provenance"] or "not recorded")),
         *(("receiver", text) for text in receivers),
     ]
-    if "error" in split:
-        lines.append(("split", split["error"]))
-    else:
-        lines += [
-            (name, f"{part['samples']:,} samples of {part['events']:,} events")
-            for name, part in split.items()
-        ]
     if described.get("verified"):
         lines.append(("verified", "every value is the one that was written"))
     return "\n".join(f"{label:<12}{visible(text)}" for label, text in lines)

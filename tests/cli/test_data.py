@@ -72,11 +72,8 @@ def test_features_takes_real_recordings(tmp_path):
     assert f"samples of {len(paths) // 3} events" in done.stdout
 
 
-def test_info_says_what_is_in_it_and_how_it_divides(simulated):
-    done = call(
-        *("info", simulated[0] / "data", "--validation-split", 0.4, "--test-split", 0),
-        *("--seed", 1, "--verify"),
-    )
+def test_info_says_what_is_in_it(simulated):
+    done = call("info", simulated[0] / "data", "--verify")
     assert done.exit_code == 0, done.output
     for said in (
         "samples     8 of 4 events",
@@ -84,23 +81,15 @@ def test_info_says_what_is_in_it_and_how_it_divides(simulated):
         "in 4 shards",
         "provenance  simulated",
         "receiver    JO51xl 51.4660 11.9772",
-        "train       ",
-        "validation  ",
-        "test        0 samples of 0 events",
         "verified    ",
     ):
         assert said in done.stdout
 
 
-def test_info_as_json_says_why_there_is_no_such_split(simulated):
-    found = json.loads(call("info", simulated[0] / "data", "--json", "--seed", 0).stdout)
+def test_info_as_json(simulated):
+    found = json.loads(call("info", simulated[0] / "data", "--json").stdout)
     assert found["samples"] == 8
     assert found["arrays"]["event"] == {"dtype": "int64", "shape": [8]}
-    assert ("error" in found["split"]) or found["split"]["train"]["samples"]
-    two = json.loads(
-        call("info", simulated[0] / "data", "--json", "--validation-split", 0.001).stdout
-    )
-    assert "take" in two["split"]["error"]
 
 
 def test_info_leaves_a_damaged_dataset_with_an_exit_code(simulated, tmp_path):
@@ -125,7 +114,6 @@ def test_info_leaves_a_damaged_dataset_with_an_exit_code(simulated, tmp_path):
         (("simulate",), "--output"),
         (("features", "missing.wav", "-o", "x"), "missing.wav"),
         (("info", "missing"), "missing"),
-        (("info", "missing", "--validation-split", "1"), "--validation-split"),
     ],
 )
 def test_bad_usage_exits_with_2(tmp_path, monkeypatch, arguments, says):

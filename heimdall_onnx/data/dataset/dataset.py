@@ -196,7 +196,7 @@ class Dataset:
             raise DataError(
                 f"dataset {self.address}: with seed {seed} no event falls into {', '.join(empty)} "
                 f"({len(self.event_names)} events, shares of validation {validation:g} and test "
-                f"{test:g}); {self._remedy(validation, test, sum(asked.values()))}"
+                f"{test:g}); take another seed, larger shares, or more events"
             )
         rows = part[self.event]
         return Split(*(np.flatnonzero(rows == i).astype(np.int64) for i in range(3)))
@@ -270,15 +270,6 @@ class Dataset:
 
     def _input_names(self) -> list[str]:
         return [name for name in self.arrays if name.startswith(INPUTS)]
-
-    def _remedy(self, validation: float, test: float, parts: int) -> str:
-        if len(self.event_names) < parts:
-            return f"{parts} parts need {parts} events at least: add recordings, or ask for fewer"
-        for seed in range(1000):
-            part = _parts(self.event_names, validation, test, seed)
-            if len(np.unique(part)) == parts:
-                return f"take seed {seed}, larger shares, or more events"
-        return "take larger shares, or more events"
 
 
 def _open_again(files: Files, digest: str) -> Dataset:

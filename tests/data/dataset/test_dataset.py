@@ -180,20 +180,11 @@ class TestSplit:
         split = dataset.split(validation=0, test=0)
         assert (len(split.train), len(split.validation), len(split.test)) == (COUNT, 0, 0)
 
-    def test_a_part_without_events_is_refused_with_a_seed_that_works(self, tmp_path):
+    def test_a_part_without_events_is_refused(self, tmp_path):
         inputs, positions, _ = samples(6)
         found = write(tmp_path / "d", (inputs, positions, list("aabbcc")))
-        with pytest.raises(DataError, match=r"with seed 3 no event.*\(3 events") as error:
+        with pytest.raises(DataError, match=r"with seed 3 no event.*\(3 events.* another seed"):
             found.split(validation=0.2, test=0.1, seed=3)
-        seed = int(str(error.value).split("take seed ")[1].split(",")[0])
-        split = found.split(validation=0.2, test=0.1, seed=seed)
-        assert min(map(len, (split.train, split.validation, split.test))) == 2
-
-    def test_fewer_events_than_parts_are_refused(self, tmp_path):
-        inputs, positions, _ = samples(4)
-        found = write(tmp_path / "d", (inputs, positions, list("aabb")))
-        with pytest.raises(DataError, match="3 parts need 3 events"):
-            found.split(validation=0.4, test=0.4)
 
     @pytest.mark.parametrize("shares", [(-0.1, 0.1), (0.5, 0.5), (1.0, 0.0), (float("nan"), 0)])
     def test_shares_out_of_range_are_refused(self, dataset, shares):
