@@ -53,16 +53,8 @@ def data() -> None:
     help="Samples of each event.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option(
-    "--recordings",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Write the recordings too, three KiwiSDR files of each event, and positions.csv.",
-)
 @json_option
-def simulate(
-    output: Path, events: int, windows: int, seed: int, recordings: Path | None, as_json: bool
-) -> None:
+def simulate(output: Path, events: int, windows: int, seed: int, as_json: bool) -> None:
     """Simulate transmissions between three receivers; equal seeds give equal datasets."""
     from heimdall_onnx.localization.simulate import simulate_dataset
 
@@ -72,7 +64,6 @@ def simulate(
             events=events,
             windows_per_event=windows,
             seed=seed,
-            recordings=recordings,
             progress=progress,
         )
     _say_written(made, as_json)

@@ -33,7 +33,6 @@ MAX_CHUNKS = 1_000_000
 
 _SECONDS_PER_WEEK = 604_800.0
 _NO_FIX = 255
-_BLOCK = 512
 _NAME = re.compile(r"(?P<start>\d{8}T\d{6}Z)_(?P<frequency>\d+)(?:_(?P<receiver>.+))?_iq\.wav")
 _FULL_SCALE = {"int16": 2.0**15, "int32": 2.0**31, "float32": 1.0, "float64": 1.0}
 
@@ -104,44 +103,6 @@ def read_recording(path: Path | str) -> Recording:
         log.info("recording.gaps", file=path.name, dropped_samples=dropped, samples=iq.size)
     digest = hashlib.sha256(content).hexdigest()
     return Recording(path, iq, rate, start, receiver, frequency, gnss_start, dropped, digest)
-
-
-def write_recording(
-    path: Path | str, iq: Samples, *, sample_rate_hz: int, gnss_start_s: float
-) -> None:
-    """Write samples as a KiwiSDR does: 16 bits, in blocks of 512 that each follow a time stamp.
-
-    Args:
-        path: The file; its name tells what `read_recording` takes from it.
-        iq: Complex samples, 1-D, full scale ±1; what is beyond is clipped.
-        sample_rate_hz: Their rate.
-        gnss_start_s: GPS second of the week of the first sample.
-
-    Raises:
-        DataError: If the file can't be written.
-    """
-    steps = np.rint(np.ascontiguousarray(iq, np.complex64).view(np.float32) * 2.0**15)
-    values = np.clip(steps, -(2**15), 2**15 - 1).astype("<i2").reshape(-1, 2)
-    rate = sample_rate_hz
-    parts = [b"WAVE", _chunk(b"fmt ", struct.pack("<HHIIHH", 1, 2, rate, 4 * rate, 4, 16))]
-    for first in range(0, len(values), _BLOCK):
-        seconds = (gnss_start_s + first / rate) % _SECONDS_PER_WEEK
-        nanoseconds = round(seconds % 1 * 1e9)
-        stamp = struct.pack("<BBII", 1, 0, int(seconds) + nanoseconds // 10**9, nanoseconds % 10**9)
-        parts += [
-            _chunk(b"kiwi", stamp),
-            _chunk(b"data", values[first : first + _BLOCK].tobytes()),
-        ]
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_chunk(b"RIFF", b"".join(parts)))
-    except OSError as error:
-        raise DataError(f"recording {path} can't be written: {error}") from error
-
-
-def _chunk(name: bytes, payload: bytes) -> bytes:
-    return name + struct.pack("<I", len(payload)) + payload
 
 
 def wrap_week(seconds: npt.ArrayLike) -> npt.NDArray[np.float64]:

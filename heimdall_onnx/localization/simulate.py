@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from scipy import fft
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.common.files import replace_file
 from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
@@ -46,7 +44,6 @@ from heimdall_onnx.localization.propagation import (
     loss_db,
     rayleigh_gains,
 )
-from heimdall_onnx.localization.recordings import write_recording
 
 # The sites of the KiwiSDR recordings of DCF77 of 2020-08-13, degrees latitude and longitude.
 RECEIVERS = {
@@ -74,9 +71,6 @@ CHANNEL = {
     "region_scale": 1.4,  # the sites' triangle, enlarged about its middle
 }
 
-_FIRST_START = datetime(2026, 1, 4, tzinfo=UTC)  # a Sunday, when a GPS week begins
-_BETWEEN_EVENTS = timedelta(seconds=120)
-_GPS_AHEAD_S = 18  # of UTC, since 2017
 _MARGIN = 256  # samples before and after, which delays and filters reach into
 _ROLL_OFF_HZ = 300.0
 _FULL_SCALE = 2.0**15
@@ -91,7 +85,6 @@ class SimulatedEvent:
     Attributes:
         iq: Complex samples (sites, samples), complex64, full scale ±1, in steps of 2⁻¹⁵.
         position: True latitude and longitude, degrees.
-        start: UTC time of the first sample, which all sites share.
         modulation: One of `MODULATIONS`.
         conditions: ITU's name for the state of the ionosphere.
         carrier_offset_hz: Carrier less tuned frequency, as sent.
@@ -102,19 +95,12 @@ class SimulatedEvent:
 
     iq: npt.NDArray[np.complex64] = field(repr=False)
     position: tuple[float, float]
-    start: datetime
     modulation: str
     conditions: str
     carrier_offset_hz: float
     shifts_hz: tuple[float, ...]
     snr_db: tuple[float, ...]
     delays_s: tuple[float, ...]
-
-    @property
-    def gnss_start_s(self) -> float:
-        """GPS second of the week of the first sample."""
-        second = (self.start - _FIRST_START).total_seconds() + _GPS_AHEAD_S
-        return second % 604_800
 
 
 def simulate_event(
@@ -123,7 +109,6 @@ def simulate_event(
     *,
     windows: int = 1,
     modulation: str | None = None,
-    start: datetime = _FIRST_START,
 ) -> SimulatedEvent:
     """Simulate one transmission.
 
@@ -133,7 +118,6 @@ def simulate_event(
             the sites' triangle enlarged by ``CHANNEL["region_scale"]``.
         windows: How many windows of features to record.
         modulation: One of `MODULATIONS`; None draws one.
-        start: UTC time of the first sample.
 
     Raises:
         ParameterError: If there is no such modulation, or less than one window.
@@ -179,7 +163,6 @@ def simulate_event(
     return SimulatedEvent(
         iq=recorded,
         position=(float(where[0]), float(where[1])),
-        start=start,
         modulation=kind,
         conditions=conditions.name,
         carrier_offset_hz=float(offset),
@@ -192,7 +175,7 @@ def simulate_event(
 def simulate_numbered(seed: int, number: int, windows: int) -> SimulatedEvent:
     """An event of a seed, which depends on these alone; see `simulate_event`."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
-    return simulate_event(rng, windows=windows, start=_FIRST_START + number * _BETWEEN_EVENTS)
+    return simulate_event(rng, windows=windows)
 
 
 def simulate_dataset(
@@ -201,7 +184,6 @@ def simulate_dataset(
     events: int,
     windows_per_event: int = 1,
     seed: int = 0,
-    recordings: Path | str | None = None,
     progress: OnProgress | None = None,
 ) -> Dataset:
     """Write a dataset of simulated transmissions, each one event.
@@ -214,13 +196,11 @@ def simulate_dataset(
         events: Number of transmissions.
         windows_per_event: Samples of each.
         seed: Seed of all randomness.
-        recordings: A folder that also gets the recordings, three WAV files of each event, and
-            their true positions as ``positions.csv``.
         progress: Called with the share of the work done, 0 to 1, and what is being done.
 
     Raises:
         ParameterError: If a number is out of range.
-        DataError: If ``path`` exists, or a file can't be written.
+        DataError: If ``path`` exists, or can't be written.
         UnavailableError: Without the package Zarr.
     """
     problems = [
@@ -243,10 +223,9 @@ def simulate_dataset(
         "features": asdict(PARAMETERS),
     }
 
-    def make(number: int) -> tuple[npt.NDArray[np.float32], tuple[float, float], list[Path]]:
+    def make(number: int) -> tuple[npt.NDArray[np.float32], tuple[float, float]]:
         event = simulate_numbered(seed, number, windows_per_event)
-        files = [] if recordings is None else write_recordings(event, recordings)
-        return mel_windows(event.iq, SAMPLE_RATE_HZ, PARAMETERS), event.position, files
+        return mel_windows(event.iq, SAMPLE_RATE_HZ, PARAMETERS), event.position
 
     say = progress or (lambda share, what: None)
     # NumPy and SciPy let go of the interpreter where they compute, so threads use the cores.
@@ -254,39 +233,16 @@ def simulate_dataset(
         create_dataset(path, meta=meta, receivers=RECEIVERS) as writer,
         ThreadPoolExecutor(usable_processors()) as pool,
     ):
-        table = ["recording,latitude,longitude\n"]
         for first in range(0, events, EVENTS_A_STEP):
             say(first / events, "simulating events")
             numbers = range(first, min(first + EVENTS_A_STEP, events))
             made = list(pool.map(make, numbers))
-            windows = np.concatenate([features for features, _, _ in made])
-            positions = np.repeat([where for _, where, _ in made], windows_per_event, axis=0)
+            windows = np.concatenate([features for features, _ in made])
+            positions = np.repeat([where for _, where in made], windows_per_event, axis=0)
             names = [f"simulated-{seed}-{n}" for n in numbers for _ in range(windows_per_event)]
             writer.append({"mel_spectrogram": windows}, positions, names)
-            table += [f"{f.name},{w[0]!r},{w[1]!r}\n" for _, w, files in made for f in files]
-        if recordings is not None:
-            with replace_file(Path(recordings) / "positions.csv") as file:
-                file.write("".join(table).encode())
     say(1.0, "simulating events")
     return open_dataset(path)
-
-
-def write_recordings(event: SimulatedEvent, folder: Path | str) -> list[Path]:
-    """Write what each site recorded as a KiwiSDR does; returns the files, one of each site.
-
-    Raises:
-        DataError: If a file can't be written.
-    """
-    stamp = event.start.strftime("%Y%m%dT%H%M%SZ")
-    frequency = int(CHANNEL["frequency_hz"])
-    paths = []
-    for receiver, iq in zip(RECEIVERS, event.iq, strict=True):
-        path = Path(folder) / f"{stamp}_{frequency}_{receiver}_iq.wav"
-        write_recording(
-            path, iq, sample_rate_hz=int(SAMPLE_RATE_HZ), gnss_start_s=event.gnss_start_s
-        )
-        paths.append(path)
-    return paths
 
 
 def level_db(position: Sequence[float] | Floats, sites: Floats) -> Floats:

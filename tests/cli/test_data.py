@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from captures import simulate_events, write_recordings
 from click.testing import CliRunner
 
 from heimdall_onnx.cli.main import main
@@ -20,9 +21,9 @@ def simulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli-data")
     done = call(
         *("simulate", "-o", folder / "data", "--events", 4, "--windows", 2, "--seed", 5),
-        *("--recordings", folder / "wav"),
     )
     assert done.exit_code == 0, done.output
+    write_recordings(simulate_events(4, windows=2, seed=5), folder / "wav")
     return folder, done
 
 
@@ -33,22 +34,25 @@ def test_simulate_says_what_it_has_written(simulated):
     assert done.stdout.strip() == (
         f"{folder / 'data'}: 8 samples of 4 events, digest {dataset.digest}"
     )
-    assert len(list((folder / "wav").glob("*_iq.wav"))) == 12
 
 
 def test_features_takes_recordings_with_their_positions(simulated, tmp_path):
     folder, _ = simulated
+    files, table = sorted((folder / "wav").glob("*.wav")), tmp_path / "positions.csv"
+    places = "".join(f"{path.name},50,9\n" for path in files)
+    table.write_text("recording,latitude,longitude\n" + places)
     done = call(
-        *("features", *sorted((folder / "wav").glob("*.wav")), "-o", tmp_path / "d"),
-        *("--positions", folder / "wav" / "positions.csv"),
+        *("features", *files, "-o", tmp_path / "d", "--positions", table),
         *("--receiver", "HB9ODP", 46.499351, 8.798828, "--json"),
     )
     assert done.exit_code == 0, done.output
     described = json.loads(done.stdout.splitlines()[-1])
     made, direct = open_dataset(tmp_path / "d"), open_dataset(folder / "data")
+    assert made.positions.tolist() == [[50.0, 9.0]] * 8
     assert described["digest"] == made.digest
     assert described["receivers"] == {"HB9ODP": [46.499351, 8.798828]}
-    assert made.arrays["positions"] == direct.arrays["positions"]
+    inputs = "inputs/mel_spectrogram"
+    assert made.arrays[inputs] == direct.arrays[inputs]
 
 
 def test_features_takes_one_position_for_all(simulated, tmp_path):

@@ -6,20 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from captures import simulate_events
+from captures import simulate_events, write_recording, write_recordings
 
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.localization.dataset import ingest_recordings, read_positions
 from heimdall_onnx.localization.features import write_features
-from heimdall_onnx.localization.recordings import write_recording
-from heimdall_onnx.localization.simulate import RECEIVERS, write_recordings
+from heimdall_onnx.localization.simulate import RECEIVERS
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """Three events of one window: the files of each."""
     folder = tmp_path_factory.mktemp("recordings")
-    return [write_recordings(event, folder) for event in simulate_events(3, windows=1, seed=0)]
+    return write_recordings(simulate_events(3, windows=1, seed=0), folder)
 
 
 @pytest.fixture
@@ -82,8 +81,8 @@ class TestEvents:
 
     def test_events_that_share_a_recording_are_one(self, recorded, tmp_path):
         first, other, _ = recorded
-        (same_time,) = simulate_events(1, windows=1, seed=1)
-        second = write_recordings(same_time, tmp_path / "second")
+        same_time = simulate_events(1, windows=1, seed=1)
+        (second,) = write_recordings(same_time, tmp_path / "second")
         shared = [*first, *other, first[0], *second[1:], *second]
         made = ingest_recordings(unnamed(shared, tmp_path / "copies"), tmp_path / "d")
         assert made.event.tolist() == [0, 1, 0, 0]  # first and second by way of the mixed one
@@ -104,7 +103,7 @@ class TestEvents:
             short.append(tmp_path / f"20250101T000000Z_1850000_{name}_iq.wav")
             noise = np.random.default_rng(len(short)).standard_normal((1024, 2)) * 0.1
             iq = (noise @ [1, 1j]).astype(np.complex64)
-            write_recording(short[-1], iq, sample_rate_hz=12_000, gnss_start_s=1.0)
+            write_recording(short[-1], iq, rate=12_000, gnss_start_s=1.0)
         made = ingest_recordings([*short, *recorded[0]], tmp_path / "d")
         assert [e["windows"] for e in made.meta["events"]] == [0, 1]
         assert made.count == 1

@@ -13,7 +13,7 @@ from scipy.io import wavfile
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.localization import recordings as module
 from heimdall_onnx.localization.events import align_recordings, group_recordings
-from heimdall_onnx.localization.recordings import read_recording, write_recording
+from heimdall_onnx.localization.recordings import read_recording
 
 RATE = 12_000
 BLOCK = 512
@@ -258,48 +258,6 @@ def recording(save):
 
 def names(groups):
     return ["".join(r.receiver for r in group) for group in groups]
-
-
-class TestWriting:
-    @pytest.mark.parametrize("count", [1, 512, 513, 2000])
-    def test_what_is_written_is_read(self, tmp_path, count):
-        steps = np.random.default_rng(0).integers(-(2**15), 2**15, (count, 2))
-        iq = (steps.astype(np.float32) / 2**15).view(np.complex64)[:, 0]
-        path = tmp_path / "new" / NAME.format("A")
-        write_recording(path, iq, sample_rate_hz=RATE, gnss_start_s=1000.25)
-        recording = read_recording(path)
-        np.testing.assert_array_equal(recording.iq, iq)
-        assert (recording.sample_rate_hz, recording.dropped_samples) == (RATE, 0)
-        assert recording.gnss_start_s == (1000.25 if count > BLOCK else None)
-
-    def test_it_is_what_a_kiwisdr_writes(self, tmp_path):
-        values = numbered(0, 3 * BLOCK)
-        iq = (values / np.float32(2**15)).astype(np.float32).view(np.complex64)[:, 0]
-        write_recording(tmp_path / "a.wav", iq, sample_rate_hz=RATE, gnss_start_s=1000.25)
-        assert (tmp_path / "a.wav").read_bytes() == kiwi(steady(1000.25, 3))
-
-    def test_stamps_go_on_across_the_end_of_the_gps_week(self, tmp_path):
-        iq = np.zeros(5 * BLOCK, np.complex64)
-        start = 604_800 - 2 * BLOCK / RATE
-        write_recording(tmp_path / "a.wav", iq, sample_rate_hz=RATE, gnss_start_s=start)
-        recording = read_recording(tmp_path / "a.wav")
-        assert recording.iq.size == 5 * BLOCK
-        assert recording.gnss_start_s == pytest.approx(start, abs=1e-9)
-
-    def test_what_is_beyond_full_scale_is_clipped(self, tmp_path):
-        iq = np.array([2 - 3j], np.complex64)
-        write_recording(tmp_path / "a.wav", iq, sample_rate_hz=RATE, gnss_start_s=0)
-        assert read_recording(tmp_path / "a.wav").iq[0] == np.complex64(1 - 2**-15 - 1j)
-
-    def test_a_folder_that_can_t_be_made_is_an_input_error(self, tmp_path):
-        (tmp_path / "file").write_bytes(b"")
-        with pytest.raises(DataError, match="can't be written"):
-            write_recording(
-                tmp_path / "file" / "a.wav",
-                np.zeros(3, np.complex64),
-                sample_rate_hz=RATE,
-                gnss_start_s=0,
-            )
 
 
 class TestGroups:
