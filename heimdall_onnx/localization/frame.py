@@ -23,8 +23,6 @@ from heimdall_onnx.evidence.parity.ground import difference_degrees, metres_per_
 
 # There a degree of longitude is two kilometres, and shrinks by as much with every degree further.
 _MAX_LATITUDE = 89.0
-# Of the mean squared score from 1, once calibrated.
-_TOLERATED = 0.1
 
 
 class LocalFrame(nn.Module):
@@ -145,41 +143,6 @@ def calibration_of(residuals: npt.ArrayLike, deviations: npt.ArrayLike) -> Float
     """
     scores = np.asarray(residuals, np.float64) / np.asarray(deviations, np.float64)
     return np.asarray(np.sqrt(np.mean(np.square(scores), axis=0)))
-
-
-def calibration_advice(
-    residuals: npt.ArrayLike, deviations: npt.ArrayLike, limits: tuple[float, float] | None = None
-) -> str:
-    """What to do where a model's deviations stay wrong after it was calibrated; empty where not.
-
-    A model that keeps its deviations within limits keeps them there when they are multiplied with
-    the factors of `calibration_of`. The mean squared score of honest deviations is 1; more than a
-    tenth from it is wrong.
-
-    Args:
-        residuals: Answers less labels (N, 2), of rows that it was calibrated on.
-        deviations: As the calibrated model gives them (N, 2), same unit, above 0.
-        limits: Smallest and largest deviation that the model declares, same unit.
-    """
-    scores = np.square(calibration_of(residuals, deviations))
-    if np.all(np.abs(scores - 1) <= _TOLERATED):
-        return ""
-    found = (
-        "the mean squared score of the calibrated deviations is "
-        f"{scores[0]:.3g} (latitude) and {scores[1]:.3g} (longitude), expected 1 ± {_TOLERATED:g}"
-    )
-    values, advice = np.asarray(deviations, np.float64), []
-    for limit, name, what in zip(
-        limits or (), ("uncertainty_min", "uncertainty_max"), ("lower", "raise"), strict=False
-    ):
-        bound = np.mean(np.isclose(values, limit, rtol=1e-5, atol=0), axis=0)
-        wrong = scores < 1 - _TOLERATED if what == "lower" else scores > 1 + _TOLERATED
-        if np.any(wrong & (bound > 0)):
-            advice.append(
-                f"{bound[wrong].max():.0%} of them are held at the limit of {limit:g}; {what} the "
-                f"model's {name} and train again"
-            )
-    return "; ".join([found, *advice])
 
 
 def _checked(centroid: Any, scale_m: Any) -> tuple[float, float]:

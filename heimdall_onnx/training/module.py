@@ -125,16 +125,6 @@ class Objective:
             spread = torch.exp(0.5 * spread)
         return positions, spread.reshape(len(positions), -1).expand_as(positions)
 
-    def claims(self, inputs: Mapping[str, Tensor]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Positions and deviations (batch, 2) in degrees as ``forward`` gives them.
-
-        With the frame's calibration, and within what limits the model sets.
-        """
-        outputs = {n: v.detach().float().cpu().numpy() for n, v in self._outputs(inputs).items()}
-        deviations = self._signature.deviations(outputs)
-        assert deviations is not None
-        return outputs[self.position.name].astype(np.float64), deviations
-
     def _outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result = self._order.call(self._model, inputs)
         return named_outputs(self._model, result, self._signature)

@@ -32,9 +32,9 @@ from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.data.dataset.dataset import Dataset, Split, open_dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
-from heimdall_onnx.evidence.parity.ground import difference_degrees, distance_m, middle_of
+from heimdall_onnx.evidence.parity.ground import distance_m, middle_of
 from heimdall_onnx.evidence.parity.uncertainty import assess_model
-from heimdall_onnx.localization.frame import calibration_advice, calibration_of, placement_of
+from heimdall_onnx.localization.frame import calibration_of, placement_of
 from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.construction import import_model
 from heimdall_onnx.model.signature import signature_of
@@ -325,24 +325,15 @@ class TrainingRun:
         rows, names = split.validation, [spec.name for spec in signature_of(model).inputs]
         part = TrainingRows(dataset, rows, objective.targets(positions[rows]), names, cache=False)
         places = [range(at, min(at + 64, len(rows))) for at in range(0, len(rows), 64)]
-        residuals, deviations, claims = [], [], []
+        residuals, deviations = [], []
         with torch.inference_mode():
             for some in places:
                 inputs, targets, _ = part.__getitems__(some)
                 answers, spread = objective.answers(inputs)
                 residuals.append(answers - targets)
                 deviations.append(spread)
-            scale = calibration_of(torch.cat(residuals).numpy(), torch.cat(deviations).numpy())
-            objective.frame.deviation_scale.copy_(torch.from_numpy(scale))
-            # What the model's own limits leave of it.
-            for some in places:
-                claims.append(objective.claims(part.__getitems__(some)[0]))
-        answered, claimed = map(np.concatenate, zip(*claims, strict=True))
-        limits = None if objective.spread.log_variance_of else objective.spread.range
-        missed = difference_degrees(answered, positions[rows])
+        scale = calibration_of(torch.cat(residuals).numpy(), torch.cat(deviations).numpy())
         log.info("calibrated", deviation_scale=[round(float(s), 3) for s in scale])
-        if advice := calibration_advice(missed, claimed, limits):
-            log.warning("calibration_limited", reason=advice)
         content = torch.load(best, map_location="cpu", weights_only=True)
         content["state_dict"]["model.frame.deviation_scale"] = torch.tensor(scale).float()
         path = self.folder / BEST

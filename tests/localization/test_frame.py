@@ -11,7 +11,6 @@ from pyproj import Geod
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.localization.frame import (
     LocalFrame,
-    calibration_advice,
     calibration_of,
     placement_of,
 )
@@ -146,29 +145,3 @@ def test_calibrated_deviations_are_as_large_as_the_errors():
     _, sigma = frame(torch.zeros(20_000, 2), torch.from_numpy(deviations))
     inside = np.abs(residuals * frame.degrees_per_unit.numpy()) < sigma.numpy()
     np.testing.assert_allclose(inside.mean(0), 0.683, atol=0.02)
-
-
-@pytest.mark.parametrize(
-    ("spread", "words"),
-    [
-        (1.0, []),  # the factors do it
-        (3.0, ["9.", "held at the limit of 1;", "raise the model's uncertainty_max"]),
-        (0.05, ["held at the limit of 0.1;", "lower the model's uncertainty_min"]),
-    ],
-)
-def test_deviations_that_the_limits_keep_wrong_are_told_of(spread, words):
-    rng = np.random.default_rng(0)
-    claimed = rng.uniform(0.9, 1.1, (20_000, 2)) * min(spread, 1.0)
-    residuals = rng.normal(size=claimed.shape) * spread
-    limits = (0.1, 1.0) if words else (0.01, 9.0)
-    calibrated = (claimed * calibration_of(residuals, claimed)).clip(*limits)
-    advice = calibration_advice(residuals, calibrated, limits)
-    assert bool(advice) == bool(words)
-    assert [word for word in words if word not in advice] == []
-
-
-def test_wrong_deviations_without_limits_are_told_of_too():
-    residuals = np.random.default_rng(0).normal(size=(1000, 2)) * (1.0, 2.0)
-    advice = calibration_advice(residuals, np.ones((1000, 2)))
-    assert "mean squared score" in advice
-    assert "limit" not in advice
