@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from difflib import unified_diff
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
-from heimdall_onnx.common.text import shown
+from heimdall_onnx.common.text import count_of, shown
 from heimdall_onnx.model.onnx.file import read_model
 
-_SCALARS = ("ir_version", "producer_name", "producer_version", "domain", "model_version")
+_SHOWN = 4
 
 
 def describe_differences(recorded: Path, found: Path) -> tuple[str, ...]:
-    """Where two models of different bytes depart, in words; of each kind the first place.
+    """Where two models of different bytes depart, in words: the first lines and the first weight.
 
     Args:
         recorded: The model that was expected; external data is looked for beside it.
@@ -28,8 +28,7 @@ def describe_differences(recorded: Path, found: Path) -> tuple[str, ...]:
     """
     (before, old), (after, new) = read_model(recorded), read_model(found)
     differences = (
-        *_header(before, after),
-        *_nodes(before.graph, after.graph),
+        *_text(before, after),
         *_initializers(old, new, recorded.parent, found.parent),
     )
     return differences or (
@@ -38,48 +37,14 @@ def describe_differences(recorded: Path, found: Path) -> tuple[str, ...]:
     )
 
 
-def _header(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
-    for name in _SCALARS:
-        yield from _unequal(name.replace("_", " "), getattr(before, name), getattr(after, name))
-    yield from _unequal("opset", _opsets(before), _opsets(after))
-    for what, old, new in (
-        ("metadata", before.metadata_props, after.metadata_props),
-        ("functions", before.functions, after.functions),
-        ("inputs", before.graph.input, after.graph.input),
-        ("outputs", before.graph.output, after.graph.output),
-    ):
-        if list(old) != list(new):
-            yield f"{what}: {_first_unequal(map(_one_line, old), map(_one_line, new))}"
-
-
-def _opsets(model: onnx.ModelProto) -> str:
-    found = sorted((entry.domain, entry.version) for entry in model.opset_import)
-    return ", ".join(f"{domain} {version}".strip() for domain, version in found)
-
-
-def _nodes(before: onnx.GraphProto, after: onnx.GraphProto) -> Iterator[str]:
-    for index, (old, new) in enumerate(zip_longest(before.node, after.node)):
-        if old != new:
-            yield f"nodes, {len(before.node)} and {len(after.node)}: " + _node(index, old, new)
-            return
-
-
-def _node(index: int, old: onnx.NodeProto | None, new: onnx.NodeProto | None) -> str:
-    if old is None or new is None or (old.op_type, old.name) != (new.op_type, new.name):
-        return f"node {index} was {_named(old)}, is {_named(new)}"
-    for what, was, has in (
-        ("inputs", old.input, new.input),
-        ("outputs", old.output, new.output),
-        ("attributes", map(_one_line, old.attribute), map(_one_line, new.attribute)),
-        ("metadata", map(_one_line, old.metadata_props), map(_one_line, new.metadata_props)),
-    ):
-        if unequal := _first_unequal(was, has):
-            return f"node {index}, {_named(old)}, has other {what}: {unequal}"
-    return f"node {index}, {_named(old)}, is written differently"
-
-
-def _named(node: onnx.NodeProto | None) -> str:
-    return "none" if node is None else f"{shown(node.op_type)} '{shown(node.name)}'"
+def _text(*models: onnx.ModelProto) -> Iterator[str]:
+    """The first lines that differ of header and graph as ONNX prints them, and how many do."""
+    for model in models:
+        del model.graph.value_info[:]  # calculates nothing
+    old, new = (onnx.printer.to_text(model).splitlines() for model in models)
+    lines = [*unified_diff(old, new, n=0, lineterm="")][2:]
+    if changes := [shown(line, 1000) for line in lines if line[0] in "+-"]:
+        yield f"{count_of(len(changes), 'line')} of the graph, first {'; '.join(changes[:_SHOWN])}"
 
 
 def _initializers(
@@ -87,7 +52,8 @@ def _initializers(
 ) -> Iterator[str]:
     names = [[tensor.name for tensor in tensors] for tensors in (recorded, found)]
     if names[0] != names[1]:
-        yield f"weights, {len(names[0])} and {len(names[1])}: {_first_unequal(*names)}"
+        was, has = next(pair for pair in zip_longest(*names) if pair[0] != pair[1])
+        yield f"weights, {len(names[0])} and {len(names[1])}: was {shown(was)}, is {shown(has)}"
         return
     different, first = 0, ""
     for old, new in zip(recorded, found, strict=True):
@@ -111,20 +77,3 @@ def _tensor(old: onnx.TensorProto, new: onnx.TensorProto, before: Path, after: P
     if was.dtype.kind not in "fiub":
         return "in its values"
     return f"by {np.abs(was.astype(np.float64) - has.astype(np.float64)).max():.3g} at most"
-
-
-def _unequal(what: str, old: object, new: object) -> Iterator[str]:
-    if old != new:
-        yield f"{what}: was {shown(old)}, is {shown(new)}"
-
-
-def _first_unequal(old: Iterable[str], new: Iterable[str]) -> str:
-    """The first place where two sequences differ; empty where they do not."""
-    for was, has in zip_longest(old, new):
-        if was != has:
-            return f"was {shown(was or 'none')}, is {shown(has or 'none')}"
-    return ""
-
-
-def _one_line(message: Any) -> str:
-    return " ".join(str(message).split())

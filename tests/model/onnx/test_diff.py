@@ -27,7 +27,8 @@ def changed(exported: Path, folder: Path, change, **options) -> tuple[str, ...]:
 
 def test_another_opset_is_named(exported, tmp_path):
     other = export_model(SmallNet(), tmp_path / "model.onnx", opset=13).path
-    assert describe_differences(exported, other)[0] == "opset: was 14, is 13"
+    found = describe_differences(exported, other)[0]
+    assert re.search(r'lines of the graph, first - .*"" : 14\].*; \+ .*"" : 13\]', found)
 
 
 def test_another_producer_is_named(exported, tmp_path):
@@ -35,7 +36,9 @@ def test_another_producer_is_named(exported, tmp_path):
         model.producer_version = "0.1"
 
     (found,) = changed(exported, tmp_path, change)
-    assert found == f"producer version: was {torch.__version__.partition('+')[0]}, is 0.1"
+    version = torch.__version__.partition("+")[0]
+    assert found.startswith("2 lines of the graph")
+    assert f'- producer_version: "{version}"; + producer_version: "0.1"' in found
 
 
 def test_weights_are_named_with_their_largest_difference(exported, tmp_path):
@@ -97,11 +100,11 @@ def reshape_weight(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (rename_node, r"node 2 was \w+ '/body.*', is \w+ '/body/elsewhere'"),
-        (change_attribute, "node 0, Conv '.*', has other attributes: was .*pads.*, is .*ints: 7"),
-        (drop_node, r"nodes, (\d+) and (?!\1)\d+: node \d+ was Clip .*, is none"),
-        (add_metadata, "metadata: was none, is .*made.*elsewhere"),
-        (rename_axis, "inputs: was .*batch.*, is .*samples"),
+        (rename_node, r"^2 lines of the graph, first - .*/body/.*; \+ .*/body/elsewhere"),
+        (change_attribute, r"^2 lines .* - .*Conv .*pads: ints = \[1, .*; \+ .*pads: ints = \[7,"),
+        (drop_node, r"^1 line of the graph, first - .* Clip"),
+        (add_metadata, r'\+ metadata_props: \["made": "elsewhere"\]'),
+        (rename_axis, r"^2 lines of the graph, first -.*batch.*; \+.*samples"),
         (rename_weight, "weights, .*: was .*, is other"),
         (reshape_weight, r"first 'position_head.bias', which was float32 \(2,\), is .*\(1, 2\)"),
     ],
@@ -127,4 +130,4 @@ def test_names_reach_the_terminal_as_text(exported, tmp_path):
     (found,) = changed(exported, tmp_path, change)
     assert found.isprintable()
     assert "x1b[2J" in found
-    assert len(found) < 500
+    assert len(found) < 3000
