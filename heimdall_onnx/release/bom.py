@@ -33,7 +33,7 @@ from heimdall_onnx.services.store import format_uri
 
 if TYPE_CHECKING:
     from heimdall_onnx.archive.record import Record
-    from heimdall_onnx.evidence.variants.figures import VariantFigures, VariantsFigures
+    from heimdall_onnx.evidence.variants.figures import VariantFigures
 
 _Json = dict[str, Any]
 
@@ -147,7 +147,7 @@ def _model(manifest: Manifest, record: Record) -> _Json:
                 "trained_parameters": described["pytorch_params"]["total"],
                 "mlflow:run_id": said.mlflow.run_id,
                 "mlflow:model_version": manifest.model_version,
-                **dict(_describe_variants(record.variants)),
+                **({"variants:recommended": manifest.recommended} if record.variants else {}),
             }
         ),
         components=[
@@ -167,21 +167,6 @@ def _judged(record: Record) -> list[VariantFigures]:
     """Every variant that was asked for, the model itself left out."""
     judged = record.variants.judged if record.variants else ()
     return [one for one in judged if one.name != FP32]
-
-
-def _describe_variants(variants: VariantsFigures | None) -> Iterator[tuple[str, Any]]:
-    """Properties: which variant is recommended, and what became of each."""
-    if variants is None:
-        return
-    yield "variants:recommended", variants.recommended
-    calibration = variants.calibration
-    for what in ("source", "samples", "sha256", "left_out"):
-        yield f"variants:calibration:{what}", getattr(calibration, what)
-    for one in variants.judged:
-        said = ["status", "reason", "precision", "ran_on", *(["file"] if one.passed else [])]
-        if one.name != FP32:
-            found = {what: getattr(one, what) for what in said}
-            yield f"variant:{one.name}", {what: value for what, value in found.items() if value}
 
 
 def _variant_files(manifest: Manifest, record: Record) -> Iterator[_Json]:
@@ -343,8 +328,19 @@ def _metrics(record: Record) -> Iterator[_Json]:
 
     Those of broken gates too; numbers in the fewest digits that read back as the same number.
     """
+    intervals: dict[str, tuple[float, float]] = {
+        f"coverage_{100 * one.nominal:.0f}_{found.who.lower()}": (one.low, one.high)
+        for found in record.parity.uncertainty
+        for one in (found.calibration.coverage if found.calibration else ())
+    }
+    if record.latency is not None:
+        intervals["speedup"] = (record.latency.speedup.low, record.latency.speedup.high)
     for name, value in record.metrics.items():
-        yield {"type": name, "value": str(value), "slice": FP32}
+        metric: _Json = {"type": name, "value": str(value), "slice": FP32}
+        if name in intervals:
+            low, high = map(str, intervals[name])
+            metric["confidenceInterval"] = {"lowerBound": low, "upperBound": high}
+        yield metric
     for one in _judged(record):
         for gate in one.gates:
             kept = "held" if gate.passed else "broken"
