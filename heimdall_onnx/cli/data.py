@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from heimdall_onnx.cli.help import Group, json_option, progress_bar
+from heimdall_onnx.cli.help import Group, as_yaml, json_option, progress_bar
 
 if TYPE_CHECKING:
     from heimdall_onnx.data.dataset.dataset import Dataset
@@ -138,7 +138,7 @@ def info(dataset: Path, verify: bool, as_json: bool) -> None:
     if verify:
         opened.verify()
         described["verified"] = True
-    click.echo(json.dumps(described, allow_nan=False) if as_json else _as_text(described))
+    click.echo(json.dumps(described, allow_nan=False) if as_json else as_yaml(described))
 
 
 @data.command(example="heimdall-onnx data upload captures.zarr s3://datasets/captures.zarr")
@@ -186,24 +186,3 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "provenance": dataset.meta.get("provenance"),
         "receivers": {name: list(where) for name, where in dataset.receivers.items()},
     }
-
-
-def _as_text(described: dict[str, Any]) -> str:
-    """As lines of text, which may hold words of the dataset's writer."""
-    from heimdall_onnx.common.text import shown, visible
-
-    receivers = (
-        f"{shown(n)} {lat:.4f} {lon:.4f}" for n, (lat, lon) in described["receivers"].items()
-    )
-    arrays = (f"{n} {a['dtype']} {tuple(a['shape'])}" for n, a in described["arrays"].items())
-    lines = [
-        ("samples", f"{described['samples']:,} of {described['events']:,} events"),
-        *(("array", text) for text in arrays),
-        ("stored", f"{described['bytes'] / 1e6:,.1f} MB in {described['shards']} shards"),
-        ("digest", described["digest"]),
-        ("provenance", shown(described["provenance"] or "not recorded")),
-        *(("receiver", text) for text in receivers),
-    ]
-    if described.get("verified"):
-        lines.append(("verified", "every value is the one that was written"))
-    return "\n".join(f"{label:<12}{visible(text)}" for label, text in lines)

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from heimdall_onnx.common.text import visible_lines
+
 
 class Command(click.Command):
     """A command with an example that can be typed as it stands.
@@ -39,6 +41,14 @@ def all_of(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def as_yaml(found: dict[str, Any]) -> str:
+    """What was found as YAML for a terminal, which its text must not steer."""
+    import yaml
+
+    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
+    return visible_lines(yaml.safe_dump(found, width=10**6, **style))
 
 
 @contextmanager

@@ -18,7 +18,14 @@ from uuid import uuid4
 
 import click
 
-from heimdall_onnx.cli.help import Command, ParameterOption, all_of, json_option, progress_bar
+from heimdall_onnx.cli.help import (
+    Command,
+    ParameterOption,
+    all_of,
+    as_yaml,
+    json_option,
+    progress_bar,
+)
 from heimdall_onnx.common.errors import EvidenceError, HeimdallError, ParameterError
 from heimdall_onnx.common.signals import first_signal_interrupts
 from heimdall_onnx.common.text import visible_lines
@@ -131,16 +138,10 @@ def release(checkpoints: tuple[str, ...], **options: Any) -> None:
 @json_option
 def inspect(checkpoint: str, as_json: bool) -> None:
     """Show what CHECKPOINT holds, and how to go on. Nothing in it is executed."""
-    import yaml
-
     from heimdall_onnx.model.readings import describe_content, read_content
 
     found = describe_content(read_content(checkpoint))
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    style: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None}
-    click.echo(visible_lines(yaml.safe_dump(found, width=10**6, **style)))
+    click.echo(json.dumps(found) if as_json else as_yaml(found))
 
 
 @click.command(

@@ -80,12 +80,13 @@ def test_info_says_what_is_in_it(simulated):
     done = call("info", simulated[0] / "data", "--verify")
     assert done.exit_code == 0, done.output
     for said in (
-        "samples     8 of 4 events",
-        "inputs/mel_spectrogram float32 (8, 3, 128, 32)",
-        "in 4 shards",
-        "provenance  simulated",
-        "receiver    JO51xl 51.4660 11.9772",
-        "verified    ",
+        "samples: 8\nevents: 4\n",
+        "inputs/mel_spectrogram:",
+        "shape: [8, 3, 128, 32]",
+        "shards: 4",
+        "provenance: simulated",
+        "JO51xl: [51.466044, 11.977189]",
+        "verified: true",
     ):
         assert said in done.stdout
 
