@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,11 +52,11 @@ from heimdall_onnx.common.errors import (
     VerificationError,
 )
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.common.text import shown
+from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.data.evaluation import unknown_ids
 from heimdall_onnx.model.examples import generic_inputs
 from heimdall_onnx.model.inference import run_onnx
-from heimdall_onnx.model.signature import Signature, TensorSpec
+from heimdall_onnx.model.signature import Signature, TensorSpec, differences
 from heimdall_onnx.services.connection import open_for_reading
 
 if TYPE_CHECKING:
@@ -488,53 +488,39 @@ def _backed_off(seconds: float, failures: int) -> float:
 
 def require_compatible(old: Signature, new: Signature) -> None:
     """Raise unless callers of a model with the old signature can go on with the new one."""
-    if problems := [*_input_problems(old, new), *_output_problems(old, new)]:
+    inputs, outputs = ({s.name: s for s in specs} for specs in (old.inputs, old.outputs))
+    taken = (_widened(spec, inputs.get(spec.name, spec)) for spec in new.inputs)
+    given = (
+        replace(s, shape=_wider(outputs[s.name].shape, s.shape), range=outputs[s.name].range)
+        for s in new.outputs
+        if s.name in outputs
+    )
+    seen = Signature(tuple(taken), tuple(given), old.axes)
+    if problems := [
+        f"{kind} {name}: it was {was}; it is {now}"
+        for kind, name, was, now in differences(old, seen)
+        if name != "order"
+    ]:
         raise InvalidModelError(
             "it has another signature, with which callers can't go on without a change; change "
-            "them and restart the service, or release it under another name:\n  - "
-            + "\n  - ".join(problems)
+            f"them and restart the service, or release it under another name:{listed(problems)}"
         )
 
 
-def _input_problems(old: Signature, new: Signature) -> Iterator[str]:
-    before, after = ({spec.name: spec for spec in one.inputs} for one in (old, new))
-    for name in sorted(before.keys() | after.keys()):
-        was, now = before.get(name), after.get(name)
-        if was is None or now is None:
-            word = "takes a new input" if was is None else "takes no input"
-            yield f"it {word} {(now or was).describe()}"  # type: ignore[union-attr]
-            continue
-        yield from _changes("input", was, now, _fits(now.shape, was.shape))
-        if now.masks != was.masks:
-            yield f"input {name} masks {now.masks or 'nothing'}; it masked {was.masks or 'nothing'}"
-        # Identities beyond the end of the new table; other ranges are those of examples.
-        if np.issubdtype(np.dtype(now.dtype), np.integer) and now.range is not None:
-            low, high = was.range or (-math.inf, math.inf)
-            if now.range[0] > low or now.range[1] < high:
-                yield f"input {name} has the range {now.range}; it had {was.range}"
+def _widened(now: TensorSpec, was: TensorSpec) -> TensorSpec:
+    """An input as before where it takes all that it took, and more lengths or identities."""
+    low, high = now.range or (-math.inf, math.inf)
+    least, most = was.range or (-math.inf, math.inf)
+    # Of floating-point inputs the range is that of examples.
+    floats = not np.issubdtype(np.dtype(now.dtype), np.integer)
+    same = floats or (low <= least and most <= high)
+    shape = was.shape if _wider(now.shape, was.shape) == now.shape else now.shape
+    return replace(now, shape=shape, range=was.range if same else now.range)
 
 
-def _output_problems(old: Signature, new: Signature) -> Iterator[str]:
-    after = {spec.name: spec for spec in new.outputs}
-    for was in old.outputs:
-        now = after.get(was.name)
-        if now is None:
-            yield f"it gives no output {was.describe()}"
-            continue
-        yield from _changes("output", was, now, _fits(was.shape, now.shape))
-        if (was.sigma_of, was.log_variance_of) != (now.sigma_of, now.log_variance_of):
-            yield f"output {was.name} is the spread of something else, or of another kind"
-
-
-def _fits(taken: tuple[int | str, ...], given: tuple[int | str, ...]) -> bool:
-    """Whether who takes one shape can be given the other; a named axis takes any length."""
-    return len(taken) == len(given) and all(
-        isinstance(want, str) or want == have for want, have in zip(taken, given, strict=True)
+def _wider(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The one shape if the other fits into it, where a named axis has any length, else that."""
+    fits = len(one) == len(other) and all(
+        isinstance(want, str) or want == have for want, have in zip(one, other, strict=True)
     )
-
-
-def _changes(kind: str, was: TensorSpec, now: TensorSpec, fits: bool) -> Iterator[str]:
-    if was.dtype != now.dtype or not fits:
-        yield f"{kind} {now.describe()}; it was {was.describe()}"
-    if was.unit != now.unit:
-        yield f"{kind} {now.name} in {now.unit or 'no unit'}; it was in {was.unit or 'no unit'}"
+    return one if fits else other

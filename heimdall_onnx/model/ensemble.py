@@ -18,8 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ from heimdall_onnx.model.checkpoint import (
 )
 from heimdall_onnx.model.construction import import_model
 from heimdall_onnx.model.inference import input_order, named_outputs
-from heimdall_onnx.model.signature import Axis, Signature, TensorSpec, signature_of
+from heimdall_onnx.model.signature import Signature, TensorSpec, differences, signature_of
 
 log = get_logger(__name__)
 
@@ -48,7 +48,6 @@ TOTAL, ALEATORIC, EPISTEMIC = "uncertainties", "aleatoric", "epistemic"
 _FULL_CIRCLE = 360.0
 # What a model may define of its own example inputs, beside its signature.
 _EXAMPLES = ("example_inputs", "adversarial_inputs")
-_Specs = tuple[TensorSpec | Axis, ...]
 # Some hundred times what a member's constructor takes.
 _MOST_VALUES, _MOST_DEEP = 10_000, 20
 
@@ -189,7 +188,7 @@ def agreed_signature(signatures: Mapping[str, Signature]) -> Signature:
     problems = [
         f"member {other}: {kind} {what} expected as in member {first}: {want}; found {have}"
         for other, found in others
-        for kind, what, want, have in _differences(expected, found)
+        for kind, what, want, have in differences(*map(_without_ranges, (expected, found)))
     ]
     if problems:
         raise ParameterError(
@@ -199,6 +198,10 @@ def agreed_signature(signatures: Mapping[str, Signature]) -> Signature:
     together = zip(*(signature.outputs for signature in signatures.values()), strict=True)
     outputs = (replace(specs[0], range=_span([spec.range for spec in specs])) for specs in together)
     return replace(expected, outputs=tuple(outputs))
+
+
+def _without_ranges(signature: Signature) -> Signature:
+    return replace(signature, outputs=tuple(replace(o, range=None) for o in signature.outputs))
 
 
 def mixture_signature(single: Signature) -> Signature:
@@ -416,31 +419,6 @@ def _declare(members: Iterable[nn.Module], signature: Mapping[str, Any]) -> None
         ) from error
     for member in members:
         member.signature = declared  # type: ignore[assignment]
-
-
-def _differences(expected: Signature, found: Signature) -> Iterator[tuple[str, str, str, str]]:
-    """Kind, name, what was expected and what was found, of all that differs."""
-    mine, theirs = (tuple(replace(o, range=None) for o in s.outputs) for s in (expected, found))
-    kinds: tuple[tuple[str, _Specs, _Specs], ...] = (
-        ("input", expected.inputs, found.inputs),
-        ("output", mine, theirs),
-        ("axis", expected.axes, found.axes),
-    )
-    for kind, want, have in kinds:
-        wanted, had = ({spec.name: spec for spec in specs} for specs in (want, have))
-        for name in dict.fromkeys((*wanted, *had)):
-            if wanted.get(name) != had.get(name):
-                yield kind, repr(name), _described(wanted.get(name)), _described(had.get(name))
-        if [*wanted] != [*had] and wanted.keys() == had.keys():
-            yield kind, "order", ", ".join(wanted), ", ".join(had)
-
-
-def _described(spec: Any) -> str:
-    """Everything a spec says that is not left to its default; ``none`` where there is no spec."""
-    if spec is None:
-        return "none"
-    said = {name: value for name, value in asdict(spec).items() if value not in (None, (), False)}
-    return ", ".join(f"{name} {shown(value)}" for name, value in said.items() if name != "name")
 
 
 def _plain_arguments(loaded: LoadedModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Rows, parts
 from heimdall_onnx.common.errors import DataError
-from heimdall_onnx.common.text import DEGREES, listed
+from heimdall_onnx.common.text import DEGREES, listed, shown
 
 DEFAULT_LENGTHS = (1, 2, 3, 8)
 UNDECLARED_LENGTHS = (16, 8)
@@ -415,6 +415,30 @@ def _nonfinite_rows(array: Rows) -> npt.NDArray[np.intp]:
         finite = np.isfinite(part).reshape(len(part), -1).all(axis=1)
         found.append(start + np.flatnonzero(~finite))
     return np.concatenate(found)
+
+
+def differences(expected: Signature, found: Signature) -> Iterator[tuple[str, str, str, str]]:
+    """Kind, name, what was expected and what was found, of all in which two signatures differ."""
+    kinds: tuple[tuple[str, Sequence[TensorSpec | Axis], Sequence[TensorSpec | Axis]], ...] = (
+        ("input", expected.inputs, found.inputs),
+        ("output", expected.outputs, found.outputs),
+        ("axis", expected.axes, found.axes),
+    )
+    for kind, want, have in kinds:
+        wanted, had = ({spec.name: spec for spec in specs} for specs in (want, have))
+        for name in dict.fromkeys((*wanted, *had)):
+            if wanted.get(name) != had.get(name):
+                yield kind, repr(name), _described(wanted.get(name)), _described(had.get(name))
+        if [*wanted] != [*had] and wanted.keys() == had.keys():
+            yield kind, "order", ", ".join(wanted), ", ".join(had)
+
+
+def _described(spec: Any) -> str:
+    """Everything a spec says that is not left to its default; ``none`` where there is no spec."""
+    if spec is None:
+        return "none"
+    said = {name: value for name, value in asdict(spec).items() if value not in (None, (), False)}
+    return ", ".join(f"{name} {shown(value)}" for name, value in said.items() if name != "name")
 
 
 def signature_of(model: object) -> Signature:

@@ -367,8 +367,8 @@ def test_version_with_another_signature_is_refused(settings, factory, uri, monke
             factory(error_degrees=0.25)
         status = model.refresh()
         assert status.refused.model_version == "2"
-        assert "takes a new input iq: float32 (batch, 2)" in status.refused.reason
-        assert "takes no input signal: float32 (batch, 2)" in status.refused.reason
+        assert "input 'iq': it was none; it is dtype float32" in status.refused.reason
+        assert "input 'signal': it was dtype float32" in status.refused.reason
         assert missed(model.predict(SIGNAL)) == 0.01
     with ServedModel(uri, settings=settings) as restarted:
         assert missed(restarted.predict({"iq": SIGNAL["signal"]})) == 0.25
@@ -431,11 +431,11 @@ OUT = LOCALIZATION_SIGNATURE.outputs
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"dtype": "int32"}, "input ids: int32"),
-        ({"shape": ("batch", 3)}, r"ids: int64 \(batch, 3\); it was ids: int64 \(batch, receivers"),
-        ({"range": (0, 4)}, r"range \(0, 4\); it had \(0, 5\)"),
+        ({"dtype": "int32"}, "input 'ids': it was dtype int64, .*; it is dtype int32"),
+        ({"shape": ("batch", 3)}, r"shape \('batch', 'receivers'\).*; it is .* \('batch', 3\)"),
+        ({"range": (0, 4)}, r"range \(0, 5\); it is .* range \(0, 4\)"),
         ({"masks": ("x",)}, "masks"),
-        ({"unit": "Hz"}, "in Hz; it was in no unit"),
+        ({"unit": "Hz"}, "it is .* unit Hz"),
     ],
 )
 def test_what_callers_could_not_feed_is_another_signature(change, problem):
@@ -449,8 +449,8 @@ def test_what_callers_could_not_read_is_another_signature():
     radians = (replace(OUT[0], unit="radians"), replace(OUT[1], sigma_of=None, dtype="float64"))
     with pytest.raises(InvalidModelError) as caught:
         require_compatible(old, replace(old, outputs=radians))
-    assert str(caught.value).count("\n  - ") == 3
-    with pytest.raises(InvalidModelError, match="gives no output uncertainties"):
+    assert str(caught.value).count("\n  - ") == 2
+    with pytest.raises(InvalidModelError, match=r"output 'uncertainties': .*; it is none"):
         require_compatible(old, replace(old, outputs=OUT[:1]))
 
 

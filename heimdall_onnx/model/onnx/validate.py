@@ -17,7 +17,7 @@ from heimdall_onnx.common.errors import InvalidModelError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.model.onnx.file import read_model
-from heimdall_onnx.model.signature import Signature, TensorSpec
+from heimdall_onnx.model.signature import Signature, TensorSpec, differences
 
 log = get_logger(__name__)
 
@@ -211,10 +211,7 @@ def _describe(
     graph = structure.graph
     inputs = tuple(map(_spec, graph.input))
     outputs = tuple(map(_spec, graph.output))
-    problems: list[str] = []
-    if signature is not None:
-        problems += _differences("input", signature.inputs, inputs)
-        problems += _differences("output", signature.outputs, outputs)
+    problems = () if signature is None else _differences(signature, inputs, outputs)
     return ModelInfo(
         inputs=inputs,
         outputs=outputs,
@@ -248,24 +245,14 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _differences(
-    kind: str, specs: tuple[TensorSpec, ...], found: tuple[TensorSpec, ...]
-) -> list[str]:
-    by_name = {tensor.name: tensor for tensor in found}
-    expected = {spec.name for spec in specs}
-    problems = [f"unexpected {kind} {t.name!r}" for t in found if t.name not in expected]
-    for spec in specs:
-        tensor = by_name.get(spec.name)
-        if tensor is None:
-            problems.append(f"no {kind} {spec.name!r}; found {sorted(by_name)}")
-            continue
-        if tensor.dtype != np.dtype(spec.dtype).name:
-            problems.append(f"{kind} {spec.name} has dtype {tensor.dtype}, not {spec.dtype}")
-        if len(tensor.shape) != len(spec.shape):
-            problems.append(f"{kind} {spec.name} has shape {tensor.shape}, not {spec.shape}")
-            continue
-        problems += [
-            f"axis {axis} of {kind} {spec.name} is {have!r}, not {want!r}"
-            for axis, (want, have) in enumerate(zip(spec.shape, tensor.shape, strict=True))
-            if want != have
-        ]
-    return problems
+    signature: Signature, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> Iterator[str]:
+    """In what a file's inputs and outputs, in whichever order, are not those of a signature."""
+
+    def told(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(s.name, np.dtype(s.dtype).name, s.shape) for s in specs)
+
+    declared = Signature(told(signature.inputs), told(signature.outputs))
+    for kind, name, want, have in differences(declared, Signature(inputs, outputs)):
+        if name != "order":
+            yield f"{kind} {name}: expected {want}, found {have}"

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -105,24 +106,20 @@ def test_weights_in_external_data_are_counted_and_sized(external):
 @pytest.mark.parametrize(
     ("changes", "problems"),
     [
-        ({"inputs": ("z", "float32", ("batch", 3))}, ["unexpected input 'x'", "no input 'z'"]),
-        ({"outputs": ("z", "float32", ("batch", 2))}, ["unexpected output 'y'", "no output 'z'"]),
-        ({"inputs": ("x", "float16", ("batch", 3))}, ["input x has dtype float32, not float16"]),
-        ({"inputs": ("x", "float32", ("batch", 4))}, ["axis 1 of input x is 3, not 4"]),
-        ({"outputs": ("y", "float32", ("batch", 2, 1))}, ["output y has shape ('batch', 2), not"]),
-        ({"outputs": ("y", "float32", ("time", 2))}, ["axis 0 of output y is 'batch', not 'time'"]),
-        ({"inputs": ("x", "float32", (2, 3))}, ["axis 0 of input x is 'batch', not 2"]),
-        (
-            {"inputs": ("x", "int64", ("b", 4))},
-            ["dtype float32, not int64", "axis 0 of input x", "axis 1 of input x"],
-        ),
+        ({"inputs": ("z", "float32", ("batch", 3))}, ["input 'z': .*none", "input 'x': .*none, f"]),
+        ({"outputs": ("z", "float32", ("batch", 2))}, ["output 'z': ", "output 'y': .*none, f"]),
+        ({"inputs": ("x", "float16", ("batch", 3))}, ["dtype float16, .*found dtype float32"]),
+        ({"inputs": ("x", "float32", ("batch", 4))}, [r"'batch', 4\), found .*'batch', 3\)"]),
+        ({"outputs": ("y", "float32", ("batch", 2, 1))}, [r"2, 1\), found .*'batch', 2\)"]),
+        ({"outputs": ("y", "float32", ("time", 2))}, [r"'time', 2\), found .*'batch', 2\)"]),
+        ({"inputs": ("x", "float32", (2, 3))}, [r"\(2, 3\), found .*\('batch', 3\)"]),
     ],
 )
 def test_differences_from_the_signature_are_returned(path, changes, problems):
     signature = replace(SIGNATURE, **{k: (TensorSpec(*spec),) for k, spec in changes.items()})
     found = validate_model(path, signature=signature).signature_problems
     assert len(found) == len(problems)
-    assert all(problem in text for problem, text in zip(problems, found, strict=True))
+    assert all(re.search(*pair) for pair in zip(problems, found, strict=True))
 
 
 @pytest.mark.parametrize("batch", [2, None])
@@ -130,10 +127,7 @@ def test_axis_that_is_not_dynamic_by_name_differs(tmp_path, batch):
     onnx.save(tiny_model(batch=batch), tmp_path / "a.onnx")
     found = validate_model(tmp_path / "a.onnx", signature=SIGNATURE).signature_problems
     shown = repr(batch) if batch else "'?'"
-    assert found == (
-        f"axis 0 of input x is {shown}, not 'batch'",
-        f"axis 0 of output y is {shown}, not 'batch'",
-    )
+    assert [f"found dtype float32, shape ({shown}, " in text for text in found] == [True, True]
 
 
 def test_every_weight_that_is_no_number_is_named(tmp_path):
