@@ -47,7 +47,7 @@ _option = partial(
 @_option("--num-workers", type=int, help="Processes that read data.")
 @_option("--accelerator", help="auto, cpu, gpu, …")
 @_option("--devices", type=int, help="Number of devices.")
-@click.option("--threads", type=int, help="On the CPU.  [default: all or one, as is faster]")
+@click.option("--threads", type=int, help="On the CPU.  [default: one for each processor]")
 @_option("--max-time", type=float, metavar="SECONDS", help="Of the training.")
 @_option("--checkpoint-dir", help="For what is made.  [default: below HEIMDALL_HOME]")
 @_option("--checkpoint", help="To start or go on from, or to release.")

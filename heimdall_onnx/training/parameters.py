@@ -43,7 +43,8 @@ class TrainingParameters(Parameters):
         num_workers: Processes that read data; none where the data fit into memory.
         accelerator: Lightning's name of it.
         devices: Number of devices.
-        threads: Of PyTorch on the CPU; 0 takes all or one, whichever is faster here.
+        threads: Of PyTorch on the CPU; 0 takes one for each processor. Beside other programs that
+            compute, several only wait for each other, and 1 is faster.
         max_time: Wall-clock seconds until the evaluation, all sittings together; the learning rate
             comes down with them.
         checkpoint_dir: For what is made; a folder below the settings' home by default.

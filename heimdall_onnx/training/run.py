@@ -55,7 +55,7 @@ from heimdall_onnx.training.result import (
     TRAINING_RECORD,
     TrainingResult,
 )
-from heimdall_onnx.training.trainer import fastest_threads, fit, precision_of, read_training
+from heimdall_onnx.training.trainer import fit, precision_of, read_training
 
 if TYPE_CHECKING:
     from heimdall_onnx.services.registry import MLflowTracker
@@ -265,7 +265,7 @@ class TrainingRun:
             make_loader(
                 rows,
                 module,
-                workers=0 if cache else allowed_workers(chosen.num_workers),
+                workers=0 if cache else min(chosen.num_workers, usable_processors()),
                 shuffled=shuffled,
             )
             for rows, shuffled in zip(parts, (True, False), strict=True)
@@ -274,10 +274,7 @@ class TrainingRun:
         if precision == "32-true" and chosen.accelerator in ("auto", "cpu"):
             # Another number of threads adds up in another order: who goes on takes the same.
             threads = chosen.threads or self.progress.about.get("threads")
-            if not threads:
-                batch = parts[0].__getitems__(range(min(len(split.train), chosen.batch_size)))
-                threads = fastest_threads(module, batch)
-                log.info("threads", taken=threads, of=torch.get_num_threads())
+            threads = threads or min(torch.get_num_threads(), usable_processors())
             self.progress.about["threads"] = threads
             torch.set_num_threads(threads)
         fit(
@@ -422,14 +419,6 @@ def _own_randomness(seed: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-def allowed_workers(wanted: int) -> int:
-    """As many as asked for, but no more than there are processors."""
-    allowed = min(wanted, usable_processors())
-    if allowed < wanted:
-        log.info("fewer_workers", asked=wanted, taken=allowed, reason="processors")
-    return allowed
 
 
 def _device_of(accelerator: str) -> str:

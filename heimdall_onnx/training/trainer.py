@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -29,7 +27,7 @@ from heimdall_onnx.common.logs import OnProgress, get_logger
 from heimdall_onnx.common.signals import was_interrupted
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.model.checkpoint import read_plain
-from heimdall_onnx.training.module import Batch, TrainingModule
+from heimdall_onnx.training.module import TrainingModule
 from heimdall_onnx.training.result import LAST
 
 log = get_logger(__name__)
@@ -182,36 +180,6 @@ def precision_of(accelerator: str) -> str:
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-
-
-def fastest_threads(module: TrainingModule, batch: Batch) -> int:
-    """Threads with which a step on the CPU takes least, all or one.
-
-    On a machine that is busy with other things, several only wait for each other: each operator
-    ends when the last of them has had its turn.
-    """
-    most = torch.get_num_threads()
-    if most == 1:
-        return 1
-    trial = copy.deepcopy(module.objective)
-    inputs, targets, _ = batch
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        start = time.monotonic()
-        torch.autograd.backward(trial.losses(*trial.answers(inputs), targets)[0])
-        return time.monotonic() - start
-
-    try:
-        with torch.random.fork_rng(devices=[]):
-            seconds(1)  # allocates memory, and counts for nothing
-            single, several = seconds(1), seconds(most)
-            # A second look, except where the first has said it all and another one would take long.
-            if several < 2 * single:
-                single, several = min(single, seconds(1)), min(several, seconds(most))
-    finally:
-        torch.set_num_threads(most)
-    return most if several < single else 1
 
 
 def read_training(path: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from heimdall_onnx.localization.network import LocalizationNet
 from heimdall_onnx.training.module import Objective, TrainingModule, TrainingProgress, TrainingRows
 from heimdall_onnx.training.module import make_loader as our_loader
 from heimdall_onnx.training.parameters import TrainingParameters
-from heimdall_onnx.training.trainer import fastest_threads, fit, quiet
+from heimdall_onnx.training.trainer import fit, quiet
 
 BATCH, TRAIN, VALIDATION, EPOCHS, ROUNDS = 32, 768, 64, 1, 6
 RATE, DECAY, CLIP = 1e-3, 0.05, 1.0
@@ -206,8 +206,6 @@ def main(rounds: int) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        module, (train, _) = bench.module()
-        torch.set_num_threads(fastest_threads(module, train.__getitems__(range(BATCH))))
         ways: dict[str, Callable[[], Rate]] = {
             ENTRY: bench.entry,
             LIGHTNING: bench.lightning,

@@ -333,11 +333,6 @@ def test_streamed_by_workers_it_is_the_same_training(result, data, tmp_path, mon
     assert same(resumed.history) == same(result.history)
 
 
-def test_more_workers_than_processors_are_not_started(capsys):
-    assert training_run.allowed_workers(1000) <= os.cpu_count()
-    assert "fewer_workers" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
