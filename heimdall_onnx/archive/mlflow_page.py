@@ -78,15 +78,6 @@ def name_data(record: Record, bucket: str, given: str) -> dict[str, str]:
     }
 
 
-def describe_model(model_name: str) -> str:
-    """What a registered model's page says where nobody has said anything."""
-    return (
-        "ONNX models exported from PyTorch. The page of each version says what was measured, and "
-        "where its report is.\n\n"
-        f"Who moved its aliases, and why: `heimdall-onnx history {model_name}`."
-    )
-
-
 def describe_version(record: Record, manifest: Manifest, run: Mapping[str, Any]) -> str:
     """What a version's page says, in Markdown; text from outside stands in it as such.
 

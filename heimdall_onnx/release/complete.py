@@ -21,7 +21,7 @@ from heimdall_onnx.archive.manifest import (
     Manifest,
     parse_manifest,
 )
-from heimdall_onnx.archive.mlflow_page import describe_model, describe_version
+from heimdall_onnx.archive.mlflow_page import describe_version
 from heimdall_onnx.common.errors import StoreError
 from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.retention import Protection, retain
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from heimdall_onnx.archive.signing import Signer
     from heimdall_onnx.common.parameters import ReleaseParameters
     from heimdall_onnx.services.store import StoredObject
-
-_FEW_VERSIONS = 100
 
 
 def describe_manifest(
@@ -176,7 +174,7 @@ def complete_release(
 
 
 def present_release(connection: Connection, manifest: Manifest, record: Record) -> None:
-    """Say on MLflow's own pages what a complete release is.
+    """Say on the version's page in MLflow what a complete release is.
 
     Args:
         connection: Store and registry.
@@ -189,6 +187,3 @@ def present_release(connection: Connection, manifest: Manifest, record: Record) 
     tracker, name, version = connection.tracker, manifest.model_name, manifest.model_version
     text = describe_version(record, manifest, tracker.get_run_info(manifest.said.mlflow.run_id))
     tracker.describe_version(name, version, text)
-    # To say anything of a model, MLflow reads all its versions.
-    if int(version) <= _FEW_VERSIONS:
-        tracker.describe_model(name, describe_model(name))

@@ -434,12 +434,6 @@ class MLflowTracker:
         with self._errors(f"describe version {version} of {name}"):
             self._client.update_model_version(name, version, text)
 
-    def describe_model(self, name: str, text: str) -> None:
-        """Set what a registered model's page says, unless somebody has said something there."""
-        with self._errors(f"describe {name}"):
-            if not self._client.get_registered_model(name).description:
-                self._client.update_registered_model(name, text)
-
     def get_version(self, name: str, version: str) -> RegisteredVersion:
         """A version by its number."""
         with self._errors(f"find version {version} of {name}"):

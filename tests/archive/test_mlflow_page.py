@@ -10,7 +10,6 @@ from heimdall_onnx.archive.manifest import parse_manifest
 from heimdall_onnx.archive.mlflow_page import (
     MOST_CHARACTERS,
     add_review,
-    describe_model,
     describe_version,
     name_data,
     review_line,
@@ -220,7 +219,3 @@ def test_any_output_gives_names_that_mlflow_takes(output):
     for name in names:
         _validate_metric_name(name)
         assert name.count("/") == 1
-
-
-def test_a_model_says_who_moved_its_aliases():
-    assert "`heimdall-onnx history net`" in describe_model("net")
