@@ -29,6 +29,7 @@ _FEWEST_EVENTS, _MOST_EVENTS = 96, 1800
 _EVALUATING = 0.02  # share of the budget
 _UNCERTAINTY_MAX = 10.0  # degrees: at the start of training the model knows that little
 _FILES = {"checkpoint": "demo.ckpt", "eval_data": "demo-eval.npz"}
+_MEASURED = ("median_error_m", "baseline_median_error_m")
 _RECORD = "demo.json"
 
 
@@ -39,12 +40,8 @@ class Demo:
     Attributes:
         checkpoint: In the layout of PyTorch Lightning.
         eval_data: Labelled events that training has not seen, ``.npz``.
-        train_samples: Number of events trained on.
-        eval_samples: Number of events in ``eval_data``.
-        epochs: How often training saw each event; the last time perhaps not all of them.
         median_error_m: Median error on the ground over ``eval_data``, in metres.
         baseline_median_error_m: The same for always answering the training centroid.
-        seconds: Wall-clock time that making it took.
         reused: Whether it was there already.
     """
 
@@ -52,12 +49,8 @@ class Demo:
 
     checkpoint: Path
     eval_data: Path
-    train_samples: int
-    eval_samples: int
-    epochs: int
     median_error_m: float
     baseline_median_error_m: float
-    seconds: float
     reused: bool = False
 
     def completing(self, given: ReleaseParameters) -> dict[str, str]:
@@ -163,12 +156,8 @@ def _make(folder: Path, recipe: dict[str, Any], seconds: float, progress: OnProg
         demo = Demo(
             checkpoint=folder / _FILES["checkpoint"],
             eval_data=folder / _FILES["eval_data"],
-            train_samples=result.samples["train"],
-            eval_samples=result.samples["test"],
-            epochs=len(result.history),
             median_error_m=result.median_error_m,
             baseline_median_error_m=result.baseline_median_error_m,
-            seconds=time.monotonic() - began,
         )
         _write(demo, result.best, result.eval_data, recipe)
     log.info("demo.made", **{k: v for k, v in asdict(demo).items() if not isinstance(v, Path)})
@@ -180,7 +169,7 @@ def _write(demo: Demo, checkpoint: Path, eval_data: Path, recipe: dict[str, Any]
     for source, target in ((eval_data, demo.eval_data), (checkpoint, demo.checkpoint)):
         with source.open("rb") as made, replace_file(target) as file:
             shutil.copyfileobj(made, file)
-    result = {k: v for k, v in asdict(demo).items() if k not in (*_FILES, "reused")}
+    result = {name: getattr(demo, name) for name in _MEASURED}
     record = {"recipe": recipe, "result": result, "sha256": _digests(demo)}
     with replace_file(demo.checkpoint.with_name(_RECORD)) as file:
         file.write(json.dumps(record, indent=2).encode())
@@ -193,7 +182,8 @@ def existing_demo(folder: Path, recipe: dict[str, Any]) -> Demo | None:
         demo = Demo(
             checkpoint=folder / _FILES["checkpoint"],
             eval_data=folder / _FILES["eval_data"],
-            **{**record["result"], "reused": True},
+            **{name: record["result"][name] for name in _MEASURED},
+            reused=True,
         )
         complete = record["recipe"] == recipe and record["sha256"] == _digests(demo)
     except (OSError, DataError, ValueError, KeyError, TypeError) as error:
