@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from pydantic import (
 )
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.common.text import listed, meant, shown
 
 ProfileName = Literal["smoke", "quick", "audit"]
 
@@ -358,13 +357,7 @@ def explain(kind: type[BaseModel], entry: Any) -> str:
         found = entry["input"]  # quotes are part of what was given
         found = shown(repr(found[:200]) if isinstance(found, str) else found)
         return f"{name} = {found}: {shown(entry['msg'], 300)}"
-    near = difflib.get_close_matches(name, kind.model_fields, n=3, cutoff=0.5)
-    known = (
-        f"did you mean {' or '.join(near)}?"
-        if near
-        else (f"known are {', '.join(kind.model_fields)}")
-    )
-    return f"{name} is not a parameter; {known}"
+    return f"{name} is not a parameter; {meant(name, kind.model_fields)}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import reprlib
@@ -46,6 +47,13 @@ def listed(problems: Sequence[str]) -> str:
     more = len(problems) - _MOST_PROBLEMS
     lines = [*problems[:_MOST_PROBLEMS], *([f"and {more:,} more"] if more > 0 else [])]
     return "".join(f"\n  - {line}" for line in lines)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Which known names may be meant by one that is not; all of them where none is near."""
+    names = [*known]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
 
 
 def name(text: str, limit: int = 28) -> str:

@@ -19,7 +19,6 @@ axes:
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heimdall_onnx.common.errors import DataError
-from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.common.text import listed, meant, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
 from heimdall_onnx.model.signature import DEFAULT_LENGTHS, Signature, TensorSpec
 
@@ -221,10 +220,7 @@ def _said(entry: Any, path: Sequence[str | int]) -> str:
     last = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
         model = _KNOWN.get(str(path[0]), _File) if len(path) > 1 else _File
-        known = list(model.model_fields)
-        near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        return f"is not known here; {hint}"
+        return f"is not known here; {meant(last, model.model_fields)}"
     if kind == "missing":
         return "is missing"
     names = [part for part in path if isinstance(part, str)]

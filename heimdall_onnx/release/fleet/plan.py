@@ -22,7 +22,6 @@ its folder's name; characters in them that names don't allow become ``-``.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -54,7 +53,7 @@ from heimdall_onnx.common.parameters import (
     explain,
     explained,
 )
-from heimdall_onnx.common.text import listed, shown
+from heimdall_onnx.common.text import listed, meant, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
 from heimdall_onnx.release.fleet.files import (
     Glob,
@@ -398,11 +397,7 @@ class _Planner:
             said = explain(ReleaseParameters, {**entry, "loc": path[depth:], "msg": said})
             self._refuse(path[:depth], said, within=path[depth:])
         elif entry["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, _Plan.model_fields, n=1, cutoff=0.5)
-            known = f"known are {', '.join(_Plan.model_fields)}"
-            self._refuse(
-                path, f"is not known here; {f'did you mean {near[0]}?' if near else known}"
-            )
+            self._refuse(path, f"is not known here; {meant(name, _Plan.model_fields)}")
         elif entry["type"] in ("missing", "value_error"):
             self._refuse(path, "is missing" if entry["type"] == "missing" else said)
         else:
