@@ -9,7 +9,6 @@ load strictly, but torchvision itself is not needed.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import sys
 from collections.abc import Sequence
@@ -305,11 +304,7 @@ def _head(features: int) -> nn.Sequential:
 def _checked_size(name: str) -> _Size:
     size = BACKBONES.get(name)
     if size is None:
-        near = difflib.get_close_matches(str(name), BACKBONES, n=1)
-        raise ParameterError(
-            f"backbone_size must be one of {', '.join(BACKBONES)}; found {name!r}"
-            + (f". Did you mean {near[0]!r}?" if near else "")
-        )
+        raise ParameterError(f"backbone_size must be one of {', '.join(BACKBONES)}; found {name!r}")
     return size
 
 

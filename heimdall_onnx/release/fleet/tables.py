@@ -171,19 +171,18 @@ def outliers_table(frame: pd.DataFrame, bucket: str = "") -> Markdown:
     found = outliers(frame)
     if found.empty:
         return Markdown("No item stands out in any figure.")
-    items = found.groupby("row", sort=False)
+    items = found.drop_duplicates("row")
     rows = [
         (
-            _linked(frame.loc[row], bucket),
-            figures.figure.iloc[0],
-            number(figures.value.iloc[0], 4),
-            number(figures["median"].iloc[0], 4),
-            number(figures.score.iloc[0], 2),
-            ", ".join(figures.figure[1:]) or "none",
+            _linked(frame.loc[one.row], bucket),
+            one.figure,
+            number(one.value, 4),
+            number(one.median, 4),
+            number(one.score, 2),
         )
-        for row, figures in [*items][:_ROWS]
+        for one in items.head(_ROWS).itertuples()
     ]
-    head = ("item", "figure", "its value", "median", "modified z-score", "stands out in, too")
+    head = ("item", "figure", "its value", "median", "modified z-score")
     return _with_rest(_table(head, rows), len(items))
 
 
