@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import shutil
 import tempfile
 import threading
@@ -35,10 +34,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from heimdall_onnx.archive.load import load_model
 from heimdall_onnx.archive.manifest import RECOMMENDED, Manifest
@@ -47,11 +47,11 @@ from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import (
     DataError,
     InvalidModelError,
-    ParameterError,
     ServiceError,
     VerificationError,
 )
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import Parameters, check_as
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.data.evaluation import unknown_ids
 from heimdall_onnx.model.examples import generic_inputs
@@ -69,8 +69,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-_URI = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
-_SHORTEST_S, _LONGEST_S = 0.1, 86_400.0
 # After a failure it is waited longer and longer, but no longer than this or `refresh_seconds`.
 _BACK_OFF_S = 300.0
 # A call to a service gives up within seconds, and is repeated a few times.
@@ -141,6 +139,12 @@ class ServingStatus:
     def current(self) -> bool:
         """Whether, as far as is known, the version that answers is the alias's."""
         return self.refused is None and self.unreachable_since is None
+
+
+class _Asked(Parameters):
+    uri: str = Field(pattern="^models:/[^/@]+@[^/@]+$")
+    refresh_seconds: float = Field(ge=0.1, le=86_400, strict=True)
+    warm_up: list[Annotated[int, Field(ge=1, strict=True)]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +218,9 @@ class ServedModel:
         settings: Settings | None = None,
         threads: int | None = None,
     ) -> None:
-        self._name, self._alias = _checked(uri, refresh_seconds, warm_up)
+        given = {"uri": uri, "refresh_seconds": refresh_seconds, "warm_up": list(warm_up)}
+        check_as(_Asked, given)
+        self._name, self._alias = uri.removeprefix("models:/").split("@")
         self.uri, self._refresh_s = uri, float(refresh_seconds)
         self._variant, self._warm_up = variant, tuple(warm_up)
         self._trust, self._threads = trust, threads
@@ -424,25 +430,6 @@ class ServedModel:
     def _clean_up(self) -> None:
         self._scratch.cleanup()
         self._connection.client.close()
-
-
-def _checked(uri: str, refresh_seconds: object, warm_up: Sequence[int]) -> tuple[str, str]:
-    """Name and alias of a model."""
-    problems = []
-    match = _URI.fullmatch(uri)
-    if match is None:
-        problems.append(f"uri must be models:/NAME@ALIAS, found {uri!r}")
-    number = isinstance(refresh_seconds, int | float) and not isinstance(refresh_seconds, bool)
-    if not number or not _SHORTEST_S <= float(refresh_seconds) <= _LONGEST_S:  # type: ignore[arg-type]
-        problems.append(
-            f"refresh_seconds must be a number from {_SHORTEST_S:g} to {_LONGEST_S:g}, found "
-            f"{refresh_seconds!r}"
-        )
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in warm_up):
-        problems.append(f"warm_up must be batch sizes of 1 or more, found {warm_up!r}")
-    if match is None or problems:
-        raise ParameterError("a model can't be served so: " + "; ".join(problems))
-    return match["name"], match["alias"]
 
 
 def checked_inputs(inputs: Mapping[str, npt.ArrayLike], signature: Signature) -> Arrays:

@@ -191,7 +191,7 @@ def served(settings, tmp_path_factory):
 
 @pytest.mark.parametrize("seconds", [0, -1, 0.05, 1e6, float("nan"), "30", True, None])
 def test_refresh_seconds_must_be_a_number_of_seconds(seconds, settings):
-    with pytest.raises(ParameterError, match="refresh_seconds must be a number from"):
+    with pytest.raises(ParameterError, match="refresh_seconds = .*(nput should|expected a number)"):
         ServedModel("models:/served@staging", refresh_seconds=seconds, settings=settings)
 
 
@@ -199,8 +199,8 @@ def test_every_argument_that_can_not_be_used_is_named(settings):
     for address in ("models:/served/1", "s3://bucket/v1", "models:/a/b@c", "models:/served"):
         with pytest.raises(ParameterError) as caught:
             ServedModel(address, refresh_seconds=0, warm_up=(1, 0), settings=settings)
-        assert str(caught.value).count(";") == 2
-        assert f"models:/NAME@ALIAS, found '{address}'" in str(caught.value)
+        assert str(caught.value).count("\n  - ") == 3
+        assert f"uri = '{address}'" in str(caught.value)
 
 
 def test_what_can_not_be_served_from_the_start_leaves_nothing(settings, factory, uri, s3, scratch):
