@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import pytest
+from captures import simulate_events, write_positions, write_recordings
 from click.testing import CliRunner
 from documents import READMES, ROOT, blocks
 from dotenv import dotenv_values
@@ -247,7 +248,10 @@ def test_signature_file_is_read(tmp_path):
 @pytest.mark.thorough
 def test_dataset_is_made_trained_on_uploaded_and_evaluated(workshop):
     quick = " --profile smoke -p opset 14"
-    script = block("Datasets", "# transmissions")
+    events = simulate_events(2, windows=1, seed=0)
+    recordings = write_recordings(events, workshop.folder)
+    write_positions(workshop.folder / "positions.csv", events, recordings)
+    script = block("Datasets", "heimdall-onnx data simulate")
     assert "--events 2000" in script
     workshop.shell(script.replace("2000", "24"))
     script = block("Training", "heimdall-onnx train").rstrip()

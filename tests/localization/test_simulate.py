@@ -7,6 +7,7 @@ from captures import (
     GPS_AHEAD_S,
     simulate_captures,
     simulate_events,
+    write_positions,
     write_recordings,
 )
 
@@ -223,13 +224,7 @@ class TestDataset:
         made = simulate_dataset(tmp_path / "a", events=3, windows_per_event=2)
         events = simulate_events(3, windows=2, seed=0)
         written = write_recordings(events, tmp_path / "r")
-        table = tmp_path / "positions.csv"
-        places = (
-            f"{path.name},{event.position[0]!r},{event.position[1]!r}\n"
-            for event, paths in zip(events, written, strict=True)
-            for path in paths
-        )
-        table.write_text("recording,latitude,longitude\n" + "".join(places))
+        table = write_positions(tmp_path / "positions.csv", events, written)
         files = [path for paths in written for path in paths]
         read = ingest_recordings(files, tmp_path / "b", positions=table)
         for name in ("inputs/mel_spectrogram", "positions", "event"):

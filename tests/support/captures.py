@@ -53,6 +53,16 @@ def write_recordings(
     return made
 
 
+def write_positions(
+    path: Path, events: Sequence[SimulatedEvent], recordings: Sequence[Sequence[Path]]
+) -> Path:
+    """Where each recording's transmitter was, as `data features --positions` reads it."""
+    pairs = ((file, e.position) for e, own in zip(events, recordings, strict=True) for file in own)
+    lines = (f"{file.name},{place[0]!r},{place[1]!r}\n" for file, place in pairs)
+    path.write_text("recording,latitude,longitude\n" + "".join(lines))
+    return path
+
+
 def write_recording(path: Path, iq: np.ndarray, *, rate: int, gnss_start_s: float) -> None:
     """Samples in 16 bits, in blocks of 512 that each follow a time stamp."""
     steps = np.rint(np.ascontiguousarray(iq, np.complex64).view(np.float32) * 2.0**15)
