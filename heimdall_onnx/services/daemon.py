@@ -72,6 +72,15 @@ class Daemon:
                     found.append(process)
         return sorted(found, key=psutil.Process.create_time)
 
+    def listens(self, port: int) -> bool:
+        """Whether the port is one of its processes', and not of another home's server."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                for at in process.net_connections("tcp"):
+                    if at.status == psutil.CONN_LISTEN and at.laddr.port == port:
+                        return True
+        return False
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from starting or stopping it meanwhile."""

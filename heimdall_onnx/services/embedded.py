@@ -125,7 +125,7 @@ def _status(settings: Settings, service: Daemon) -> ServiceStatus:
     running = bool(processes and record) and (
         _store_answers(_with_store(settings, record), record)
         if service.name == "store"
-        else _mlflow_answers(record["address"])
+        else _mlflow_answers(service, record)
     )
     pid = processes[0].pid if running else None
     return ServiceStatus(service.name, running, record.get("address"), pid, service.log)
@@ -268,28 +268,31 @@ def _ensure_mlflow(settings: Settings) -> None:
         record = service.read_record()
         if service.processes():
             same = record.get("fingerprint") == fingerprint
-            if same and service.wait(partial(_mlflow_answers, record["address"]), ANSWER_TIMEOUT_S):
+            if same and service.wait(partial(_mlflow_answers, service, record), ANSWER_TIMEOUT_S):
                 return
             service.stop()
-        port = free_ports({"mlflow": record.get("port", 5000)}, ("mlflow",))["mlflow"]
-        record = {
-            "port": port,
-            "address": f"http://{LOOPBACK}:{port}",
-            "fingerprint": fingerprint,
-        }
-        service.write_record(record)
-        service.start(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK),
-                *("--port", str(port), "--workers", "1", "--no-serve-artifacts"),
-                *("--default-artifact-root", settings.artifact_uri),
-            ],
-            environment,
-        )
-        if not service.wait(partial(_mlflow_answers, record["address"]), _START_TIMEOUT_S):
+        while True:
+            port = free_ports({"mlflow": record.get("port", 5000)}, ("mlflow",))["mlflow"]
+            record = {
+                "port": port,
+                "address": f"http://{LOOPBACK}:{port}",
+                "fingerprint": fingerprint,
+            }
+            service.write_record(record)
+            service.start(
+                [
+                    *(sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK),
+                    *("--port", str(port), "--workers", "1", "--no-serve-artifacts"),
+                    *("--default-artifact-root", settings.artifact_uri),
+                ],
+                environment,
+            )
+            if service.wait(partial(_mlflow_answers, service, record), _START_TIMEOUT_S):
+                log.info("MLflow server started", address=record["address"])
+                return
             service.stop()
-            raise service.failure()
-        log.info("MLflow server started", address=record["address"])
+            if not is_listening(port):  # or another's server was quicker to take the port
+                raise service.failure()
 
 
 def _mlflow_environment(settings: Settings) -> dict[str, str]:
@@ -311,9 +314,9 @@ def _absolute_sqlite(uri: str) -> str:
     return f"{separator}{Path(path).absolute()}" if separator and not scheme else uri
 
 
-def _mlflow_answers(address: str) -> bool:
+def _mlflow_answers(service: Daemon, record: Mapping[str, Any]) -> bool:
     try:
-        return _fetch(f"{address}/health") == b"OK"
+        return _fetch(f"{record['address']}/health") == b"OK" and service.listens(record["port"])
     except OSError:
         return False
 

@@ -6,13 +6,16 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +29,7 @@ from pydantic import SecretStr
 from heimdall_onnx.common.errors import RegistryError, StoreError
 from heimdall_onnx.services import embedded as services
 from heimdall_onnx.services.client import make_client
-from heimdall_onnx.services.daemon import is_listening
+from heimdall_onnx.services.daemon import Daemon, is_listening
 from heimdall_onnx.services.embedded import (
     ensure_store,
     services_down,
@@ -43,6 +46,7 @@ pytestmark = pytest.mark.services
 
 STARTER = """
 import sys
+import threading
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.settings import Settings
 print(ensure_store(Settings(_env_file=None, HEIMDALL_HOME=sys.argv[1])).s3_endpoint_url)
@@ -351,7 +355,21 @@ def log_artifact(bare: Settings, address: str) -> str:
     return run.info.run_id
 
 
-def test_an_mlflow_server_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
+class Healthy(BaseHTTPRequestHandler):
+    """What another home's MLflow answers."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"OK")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_mlflow_server_that_cannot_start_shows_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mlflow.db").write_text("not a database, but long enough to be read as one" * 50)
     settings = Settings(
         _env_file=None,
@@ -359,9 +377,31 @@ def test_an_mlflow_server_that_cannot_start_shows_the_end_of_its_log(tmp_path: P
         MLFLOW_S3_ENDPOINT_URL="http://127.0.0.1:9",
         MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path / 'mlflow.db'}",
     )
-    with pytest.raises(RegistryError, match=r"mlflow\.log:\n(.*\n)+.*database"):
-        services_up(settings)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        # Another one has taken the port since it was looked at, and another port is tried.
+        taken, search = [{"mlflow": other.server_port}], services.free_ports
+        monkeypatch.setattr(
+            services, "free_ports", lambda *asked: taken.pop() if taken else search(*asked)
+        )
+        with pytest.raises(RegistryError, match=r"mlflow\.log:\n(.*\n)+.*database"):
+            services_up(settings)
+        other.shutdown()
+    assert not taken
     assert not processes_of(settings.home)
+
+
+def test_a_port_of_another_is_told_from_its_own(tmp_path: Path, unused_port: int) -> None:
+    (tmp_path / "own").mkdir()
+    service = Daemon("own", tmp_path / "own", RegistryError)
+    listen = f"import socket, time; s = socket.create_server(('127.0.0.1', {unused_port})); "
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        service.start([sys.executable, "-c", f"{listen}time.sleep(600)"], os.environ)
+        try:
+            assert service.wait(lambda: service.listens(unused_port), 60)
+            assert not service.listens(other.getsockname()[1])
+        finally:
+            service.stop()
 
 
 def test_a_tracking_server_is_not_served_by_another(embedded_settings: Settings) -> None:
