@@ -130,6 +130,8 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        # An export makes millions of objects, few of them garbage in circles.
+        gc.set_threshold(50_000, 20, 20)
         gc.enable()
 
 

@@ -71,8 +71,15 @@ def test_masked_receivers_and_their_order_are_of_no_consequence(model_class):
         np.testing.assert_allclose(moved[spec.name], expected, rtol=1e-5, atol=1e-6)
 
 
-@each_model
-@pytest.mark.parametrize("opset", [14, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model_class", "opset"),
+    [
+        (Triangulator, 14),
+        pytest.param(Triangulator, 20, marks=pytest.mark.thorough),
+        (MultiModalNet, 14),
+        pytest.param(MultiModalNet, 20, marks=pytest.mark.slow),
+    ],
+)
 def test_export_answers_every_length_and_every_kind_of_input(model_class, opset, tmp_path):
     model = model_class()
     signature, examples = model.signature, Examples(model.signature, model)

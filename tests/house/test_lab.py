@@ -140,10 +140,15 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
         # Kept out of the command line, which everyone can read.
         "JUPYTER_TOKEN": token,
     }
-    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    quiet = {"fetchNews": "false", "checkForUpdates": False}
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+    settings = {
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        # Or a cell that is not in view is drawn when there is time for it.
+        "notebook-extension/tracker": {"windowingMode": "none"},
+    }
+    for name, chosen in settings.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(chosen))
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
             [

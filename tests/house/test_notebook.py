@@ -13,6 +13,7 @@ import pytest
 import records
 
 from heimdall_onnx.common.parameters import ReleaseParameters
+from heimdall_onnx.report.engine import ENGINE
 from heimdall_onnx.report.judge import judge_notebook
 from heimdall_onnx.report.notebook import notebook_path
 from heimdall_onnx.review.compare.pair import ComparisonParameters
@@ -124,37 +125,34 @@ def test_papermill_alone_gives_a_report_and_publishes_nothing(small, tmp_path):
     assert not (home / "mlflow.db").exists()
 
 
-def test_bad_parameters_through_papermill_stop_the_notebook(tmp_path):
-    executed = tmp_path / "out.ipynb"
-    bad = ("-p", "tolerence", "1", "-p", "batch_size", "many", "-p", "profile", "quik")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "papermill", str(notebook_path()), str(executed)),
-            *(*bad, "--no-progress-bar"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HEIMDALL_HOME": str(tmp_path)},
-    )
-    assert done.returncode != 0
-    judgement = judge_notebook(executed)
+def executed_to_an_error(name, folder, warm_kernels, **parameters):
+    """The notebook where papermill gives it up, in a kernel that has imported all it needs."""
+    executed = folder / "out.ipynb"
+    with (
+        warm_kernels().started({**os.environ, "HEIMDALL_HOME": str(folder)}) as kernel,
+        pytest.raises(papermill.PapermillExecutionError),
+    ):
+        papermill.execute_notebook(
+            str(notebook_path(name)),
+            str(executed),
+            parameters,
+            engine_name=ENGINE,
+            kernel=kernel,
+            progress_bar=False,
+        )
+    return executed
+
+
+def test_bad_parameters_through_papermill_stop_the_notebook(tmp_path, warm_kernels):
+    bad = {"tolerence": 1, "batch_size": "many", "profile": "quik"}
+    judgement = judge_notebook(executed_to_an_error("release", tmp_path, warm_kernels, **bad))
     assert judgement.error_name == "ParameterError"
     for words in ("did you mean tolerance", "batch_size", "smoke"):
         assert words in judgement.error_message
 
 
-def test_comparison_without_releases_says_what_to_set(tmp_path):
-    executed = tmp_path / "out.ipynb"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "papermill", str(notebook_path("compare")), str(executed)),
-            *("-p", "a", "v20261120_143000", "--no-progress-bar"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HEIMDALL_HOME": str(tmp_path)},
-    )
-    assert done.returncode != 0
+def test_comparison_without_releases_says_what_to_set(tmp_path, warm_kernels):
+    executed = executed_to_an_error("compare", tmp_path, warm_kernels, a="v20261120_143000")
     judgement = judge_notebook(executed, "comparison")
     assert judgement.error_name == "ParameterError"
     assert "which releases are compared? Set b" in judgement.error_message

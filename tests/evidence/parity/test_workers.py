@@ -29,7 +29,7 @@ from heimdall_onnx.evidence.parity.workers import evaluate_on, part_ranges
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.model.onnx.export import export_model
 
-COUNT = 3000
+COUNT = 1200
 # Quantiles of that many values are estimates; everything else is exact.
 ESTIMATES = {"p50", "p99", "p999", "ulp_p50", "ulp_p999"}
 TWO = EvaluationWorkers(count=2)
@@ -51,11 +51,11 @@ def dataset(tmp_path_factory):
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("data") / "own.zarr"
     with create_dataset(path, meta={"provenance": "drawn"}) as writer:
-        for start in range(0, COUNT, 500):
-            scale = rng.lognormal(0, 2, (500, 1, 1, 1))
-            inputs = {"signal": (scale * rng.standard_normal((500, 2, 8, 8))).astype(np.float32)}
-            positions = rng.uniform([45, 5], [55, 15], (500, 2))
-            writer.append(inputs, positions, [f"event {start + i}" for i in range(500)])
+        for start in range(0, COUNT, 400):
+            scale = rng.lognormal(0, 2, (400, 1, 1, 1))
+            inputs = {"signal": (scale * rng.standard_normal((400, 2, 8, 8))).astype(np.float32)}
+            positions = rng.uniform([45, 5], [55, 15], (400, 2))
+            writer.append(inputs, positions, [f"event {start + i}" for i in range(400)])
     return open_dataset(path)
 
 
@@ -183,16 +183,16 @@ def test_workers_of_which_one_is_lost_say_what_one_process_says(model, onnx_path
     np.testing.assert_array_equal(looked_at, data.rows([worst.sample])["signal"])
 
 
+def scheduler_of(**options):
+    """A scheduler on loopback and its worker, a thread of this process unless told otherwise."""
+    there = {"host": "127.0.0.1", "protocol": "tcp://", "dashboard_address": "127.0.0.1:0"}
+    one = {"n_workers": 1, "threads_per_worker": 1, "processes": False}
+    return LocalCluster(**{**there, **one, **options})
+
+
 @pytest.fixture(scope="module")
-def cluster(embedded_settings):
-    """A scheduler whose workers may read the store, of which most tests need one alone."""
-    with LocalCluster(
-        n_workers=1,
-        threads_per_worker=1,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-        env={**environment(embedded_settings), "OMP_NUM_THREADS": "1"},
-    ) as started:
+def cluster():
+    with scheduler_of() as started:
         yield started
 
 
@@ -202,26 +202,26 @@ def shared(cluster):
 
 
 @pytest.mark.services
-def test_workers_of_a_scheduler_read_a_dataset_in_the_bucket(
-    model, onnx_path, dataset, alone, s3, bucket, mlflow_environment, cluster, shared
+def test_worker_of_a_scheduler_reads_a_dataset_in_the_bucket(
+    model, onnx_path, dataset, alone, embedded_settings, bucket, mlflow_environment
 ):
     address = upload_dataset(bucket, dataset, "sets/own")
     data = load_evaluation_data(address, model.signature, verify=False)
-    cluster.scale(2)
-    cluster.wait_for_workers(2, timeout=60)
-    found = compare_outputs(model, onnx_path, data, model.signature, workers=shared)
+    own = {**environment(embedded_settings), "OMP_NUM_THREADS": "1"}
+    with scheduler_of(processes=True, env=own) as cluster:
+        shared = EvaluationWorkers(scheduler=cluster.scheduler_address)
+        found = compare_outputs(model, onnx_path, data, model.signature, workers=shared)
     expected = alone[1]
-    assert found.evaluated_by.startswith("2 workers, 1 machine: ")
+    assert found.evaluated_by.startswith("1 worker, 1 machine: ")
     assert [(o.count, o.violations) for o in found.evaluation] == [
         (o.count, o.violations) for o in expected.evaluation
     ]
-    # These workers share the processors, so that a sum may be rounded elsewhere.
+    # It is not held to the processors that a sum is rounded by.
     for ours, theirs in zip(found.evaluation, expected.evaluation, strict=True):
         assert ours.mean == pytest.approx(theirs.mean, rel=0.5)
     assert [u.samples for u in found.uncertainty] == [COUNT, COUNT]
 
 
-@pytest.mark.services
 def test_values_that_are_not_those_of_the_digest_are_refused(model, onnx_path, own, shared):
     shard = own / "positions" / "c" / "0" / "0"
     other = open_dataset(own)
@@ -236,7 +236,6 @@ def test_values_that_are_not_those_of_the_digest_are_refused(model, onnx_path, o
         load_evaluation_data(own, model.signature)
 
 
-@pytest.mark.services
 def test_model_that_can_not_run_is_said_as_by_one_process(onnx_path, alone, shared):
     class Deaf(SmallNet):
         def forward(self, signal):
@@ -298,12 +297,11 @@ def test_what_keeps_a_worker_from_taking_part_is_said(model, onnx_path, dataset,
             evaluate_on(workers, model, onnx_path, evaluated, settings)
         return str(refused.value)
 
-    options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0", "threads_per_worker": 1}
-    with LocalCluster(n_workers=1, **{**options, "threads_per_worker": 2}) as cluster:
+    with scheduler_of(threads_per_worker=2) as cluster:
         assert "takes 2 parts at a time" in refusal(cluster, SchedulerError)
-    with LocalCluster(n_workers=0, **options) as cluster:
+    with scheduler_of(n_workers=0) as cluster:
         assert "has no workers" in refusal(cluster, SchedulerError)
-    with LocalCluster(n_workers=1, **options) as cluster:
+    with scheduler_of() as cluster:
         # As on another machine, where the folder is not, or another one is.
         own.rename(tmp_path / "gone.zarr")
         assert "can't be opened" in refusal(cluster, DataError)
@@ -323,12 +321,7 @@ def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone
         closed.append(time.monotonic())
 
     monkeypatch.setattr("heimdall_onnx.evidence.parity.workers.RECONNECTS_WITHIN_S", 0.5)
-    with LocalCluster(
-        n_workers=1,
-        threads_per_worker=1,
-        host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:
+    with scheduler_of() as cluster:
         workers = EvaluationWorkers(scheduler=cluster.scheduler_address)
         with pytest.raises(SchedulerError, match=LOST):
             evaluate_on(workers, model, onnx_path, data, settings_of(data), close)
@@ -336,7 +329,6 @@ def test_scheduler_that_is_lost_is_a_service_that_failed(model, onnx_path, alone
     assert time.monotonic() - closed[0] < 25
 
 
-@pytest.mark.services
 def test_scheduler_keeps_nothing_when_only_the_connection_is_lost(
     model, onnx_path, alone, cluster, shared
 ):

@@ -666,7 +666,11 @@ def test_model_on_cuda_is_exported_and_stays_there(net, tmp_path, opset):
 # All sizes are of the same blocks; the larger the longer it takes.
 @pytest.mark.parametrize(
     ("opset", "size"),
-    [(14, "atto"), (20, "atto"), pytest.param(20, "tiny", marks=pytest.mark.thorough)],
+    [
+        pytest.param(14, "atto", marks=pytest.mark.thorough),
+        (20, "atto"),
+        pytest.param(20, "tiny", marks=pytest.mark.thorough),
+    ],
 )
 def test_reference_model_is_exported_faithfully(tmp_path, opset, size):
     torch.manual_seed(0)
