@@ -53,6 +53,7 @@ _REASONS = {
     ),
     "NoSuchBucket": "there is no such bucket; check its name or create it",
     "NoSuchKey": "there is no such object",
+    "NotImplemented": "the store can't do that; use another, or another version of it",
     "404": "there is no such object or bucket",
     **dict.fromkeys(("PreconditionFailed", "412"), "there is already an object of that name"),
     "ConditionalRequestConflict": "somebody else is writing an object of that name",
@@ -114,7 +115,11 @@ def make_client(
             region_name=session.region_name or "us-east-1",
             config=Config(
                 signature_version="s3v4",
-                s3={"addressing_style": "path"},
+                # The signature holds the content's SHA-256 over TLS too. botocore's own checksum
+                # would follow the content there, which Ceph refuses.
+                s3={"addressing_style": "path", "payload_signing_enabled": True},
+                request_checksum_calculation="when_required",
+                max_pool_connections=16,
                 connect_timeout=CONNECT_TIMEOUT_S,
                 read_timeout=read_timeout_s,
                 retries={"mode": "standard", "total_max_attempts": attempts},

@@ -36,6 +36,8 @@ MLFLOW_DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "AWS_RETRY_MODE": "standard",
     "AWS_MAX_ATTEMPTS": str(ATTEMPTS),
+    # A checksum that follows the content is refused by Ceph and others.
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
 }
 
 

@@ -6,6 +6,7 @@ meant. Whatever botocore raises becomes a `StoreError` that says what to do.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -15,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -39,7 +41,7 @@ from heimdall_onnx.common.errors import (
 )
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.services.client import error_code, store_errors
+from heimdall_onnx.services.client import error_code, redact_url, store_errors
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -63,7 +65,13 @@ _TRANSFER = TransferConfig(
     multipart_threshold=64 << 20, multipart_chunksize=16 << 20, max_concurrency=4
 )
 CLAIM_TRIES = 120
+# Where every role that writes on a condition may write.
+_PROOFS = "aliases/.store/"
+_RACERS = 16
+_PROVEN: set[tuple[str, str]] = set()
 _READS = 3
+# Metadata: by it a write whose answer was lost is known again.
+_WRITE_ID = "write-id"
 _BROKEN_OFF = (
     ResponseStreamingError,
     IncompleteReadError,
@@ -209,18 +217,22 @@ class Bucket:
             StoreError: If the store fails, or returns something else than was sent.
         """
         expected = sha256 or hash_file(path)
-        extra = _extra_args(expected, metadata, media_type(key))
-        with self.errors(f"upload {path} to {self.uri(key)}"):
-            self.client.upload_file(
-                str(path),
-                self.name,
-                key,
-                ExtraArgs={**extra, "ChecksumAlgorithm": "SHA256"},
-                Callback=_logged(path),
-                Config=_TRANSFER,
-            )
+        write_id = secrets.token_hex(16)
+        extra = _extra_args(expected, {**(metadata or {}), _WRITE_ID: write_id}, media_type(key))
+        if path.stat().st_size < _TRANSFER.multipart_threshold:
+            # Of what goes in parts the signature of each part holds one.
+            extra |= _checksum(expected)
         try:
-            return self._verify(key, expected, delete_damaged=delete_damaged)
+            with self.errors(f"upload {path} to {self.uri(key)}"):
+                self.client.upload_file(
+                    str(path),
+                    self.name,
+                    key,
+                    ExtraArgs=extra,
+                    Callback=_logged(path),
+                    Config=_TRANSFER,
+                )
+            return self._verify(key, expected, write_id if delete_damaged else None)
         except StoreError as error:
             # Hashed again only now, so that a large file is read no more often than needed.
             if (found := hash_file(path)) != expected:
@@ -248,26 +260,69 @@ class Bucket:
 
         Raises:
             ObjectExistsError: If ``if_absent`` and there is such an object.
-            StoreError: If the store fails, or returns something else than was sent (the object is
-                deleted then).
+            StoreError: If the store fails, does not keep the condition, or returns something else
+                than was sent (it is deleted then, unless somebody else has written it).
         """
         sha256, write_id = hashlib.sha256(data).hexdigest(), secrets.token_hex(16)
-        extra: dict[str, Any] = _extra_args(sha256, {}, media_type(key))
+        extra = _extra_args(sha256, {_WRITE_ID: write_id}, media_type(key))
         if lock_until is not None:
             extra |= {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": lock_until}
         if if_absent:
+            self.prove_conditional_writes()
             extra["IfNoneMatch"] = "*"
-            extra["Metadata"]["write-id"] = write_id
         try:
             with self.errors(f"upload {self.uri(key)}"):
                 self.client.put_object(
-                    Bucket=self.name, Key=key, Body=data, ChecksumAlgorithm="SHA256", **extra
+                    Bucket=self.name, Key=key, Body=data, **extra, **_checksum(sha256)
                 )
         except ObjectExistsError:
             # A call whose answer was lost is repeated, and finds the object it has made itself.
             if not self._was_written(key, write_id):
                 raise
-        return self._verify(key, sha256)
+        return self._verify(key, sha256, write_id)
+
+    def prove_conditional_writes(self) -> None:
+        """Prove that of several writers of one name the store takes one, and remember it there.
+
+        Versions and the logs of aliases rest on it, and a store that ignores ``If-None-Match``
+        takes every write without a word. A store at another address, or that calls itself otherwise
+        in its answers (``Server``), is asked anew.
+
+        Raises:
+            StoreError: If the store fails, or takes more than one.
+        """
+        address = self.client.meta.endpoint_url
+        if (address, self.name) in _PROVEN:
+            return
+        with self.errors(f"look what bucket {self.name} can do"):
+            there = self.client.list_objects_v2(Bucket=self.name, Prefix=_PROOFS)
+        server = there["ResponseMetadata"]["HTTPHeaders"].get("server", "")
+        proof = _PROOFS + hashlib.sha256(f"{address} {server}".encode()).hexdigest()[:16]
+        if proof not in (known["Key"] for known in there.get("Contents", ())):
+            key = f"{proof}-{secrets.token_hex(8)}"
+            with ThreadPoolExecutor(_RACERS) as pool:
+                taken = sum(pool.map(lambda _: self._write_first(key), range(_RACERS)))
+            # None, if the answer to the one was lost and its repetition refused.
+            if taken > 1 or self._write_first(key):
+                raise StoreError(
+                    f"the store at {redact_url(address)} can't keep two releases apart: of "
+                    f"{_RACERS} writes at once to {self.uri(key)}, each on condition that there is "
+                    f"no such object (If-None-Match: *), it took {taken}; expected one. Nothing "
+                    "was published. Use a store that honours conditional writes: Amazon S3, Ceph, "
+                    "SeaweedFS or another"
+                )
+            self._write_first(proof)
+            log.info("conditional writes proven", bucket=self.name, writers=_RACERS)
+        _PROVEN.add((address, self.name))
+
+    def _write_first(self, key: str) -> bool:
+        """Write an empty object unless there is one; whether the store took it."""
+        try:
+            with self.errors(f"write {self.uri(key)} unless it is there"):
+                self.client.put_object(Bucket=self.name, Key=key, IfNoneMatch="*")
+        except ObjectExistsError:
+            return False
+        return True
 
     def claim_version(
         self,
@@ -495,18 +550,13 @@ class Bucket:
         Raises:
             StoreError: If the store fails or keeps an object.
         """
-        with self.errors(f"delete {len(keys)} objects of bucket {self.name}"):
-            for start in range(0, len(keys), 1000):
-                batch = [{"Key": key} for key in keys[start : start + 1000]]
-                response = self.client.delete_objects(
-                    Bucket=self.name,
-                    Delete={"Objects": batch, "Quiet": True},  # type: ignore[typeddict-item]
-                )
-                if failed := response.get("Errors", []):
-                    raise StoreError(
-                        f"{len(failed)} objects of bucket {self.name} could not be deleted, "
-                        f"first {failed[0].get('Key')}: {failed[0].get('Message')}"
-                    )
+        # One by one: stores want another checksum each of a request for many.
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(self._delete, keys))
+
+    def _delete(self, key: str) -> None:
+        with self.errors(f"delete {self.uri(key)}"):
+            self.client.delete_object(Bucket=self.name, Key=key)
 
     def copy(self, key: str, to_key: str) -> StoredObject:
         """Copy an object within the bucket, then read it back and compare.
@@ -517,7 +567,8 @@ class Bucket:
         """
         with self.errors(f"copy {self.uri(key)} to {self.uri(to_key)}"):
             metadata = self._copy(key, to_key)
-        return self._verify(to_key, metadata.get("sha256") or self.hash_object(key)[0])
+        expected = metadata.get("sha256") or self.hash_object(key)[0]
+        return self._verify(to_key, expected, metadata.get(_WRITE_ID))
 
     def touch(self, key: str) -> None:
         """Date an object anew, by copying it onto itself within the store.
@@ -528,12 +579,12 @@ class Bucket:
         with self.errors(f"date {self.uri(key)} anew"):
             self._copy(key, key)
 
-    def _copy(self, key: str, to_key: str) -> Mapping[str, str]:
-        """Copy an object with its metadata, and return that; in parts where it is large."""
+    def _copy(self, key: str, to_key: str) -> dict[str, str]:
+        """Copy an object with its metadata, and return the copy's; in parts where it is large."""
         there = self.client.head_object(Bucket=self.name, Key=key)
         # A copy in parts would lose the metadata, so it is always given anew.
         extra: dict[str, Any] = {
-            "Metadata": there["Metadata"],
+            "Metadata": {**there["Metadata"], _WRITE_ID: secrets.token_hex(16)},
             "MetadataDirective": "REPLACE",
             "ContentType": there.get("ContentType", "binary/octet-stream"),
         }
@@ -543,7 +594,7 @@ class Bucket:
             self.client.copy_object(Bucket=self.name, Key=to_key, CopySource=source, **extra)
         else:
             self.client.copy(source, self.name, to_key, ExtraArgs=extra)
-        return there["Metadata"]
+        return extra["Metadata"]
 
     def hash_object(self, key: str) -> tuple[str, int]:
         """SHA-256 in hexadecimal and length in bytes of an object's content, as read back."""
@@ -581,24 +632,24 @@ class Bucket:
 
     def _was_written(self, key: str, write_id: str) -> bool:
         try:
-            return self._head(key)["Metadata"].get("write-id") == write_id
+            return self._head(key)["Metadata"].get(_WRITE_ID) == write_id
         except MissingObjectError:
             # Somebody else's write may be under way, or be taken back already.
             return False
 
-    def _verify(self, key: str, expected: str, *, delete_damaged: bool = True) -> StoredObject:
+    def _verify(self, key: str, expected: str, write_id: str | None) -> StoredObject:
+        """What was written, if it reads back so; else it is deleted, if it is from that write."""
         uri = self.uri(key)
         found, size = self.hash_object(key)
         if found != expected:
             # What is sent in parts has no checksum on its way back: a look may be damaged, not it.
             found, size = self.hash_object(key)
         if found != expected:
-            if delete_damaged:
-                with self.errors(f"delete the damaged {uri}"):
-                    self.client.delete_object(Bucket=self.name, Key=key)
+            if ours := write_id is not None and self._was_written(key, write_id):
+                self._delete(key)
             raise StoreError(
                 f"{uri} reads back differently: expected SHA-256 {expected}, found {found} "
-                f"({size} bytes); {'it was deleted, ' if delete_damaged else ''}run again"
+                f"({size} bytes); {'it was deleted, ' if ours else ''}run again"
             )
         log.debug("object stored", uri=uri, size_bytes=size, sha256=found)
         return StoredObject(uri, self.name, key, size, found)
@@ -647,6 +698,11 @@ def _extra_args(
             f"since stores rewrite others; found {', '.join(problems)}"
         )
     return {"Metadata": entries, "ContentType": content_type}
+
+
+def _checksum(sha256: str) -> dict[str, Any]:
+    """What lets a store check the content of a request: a header, where stores know no trailers."""
+    return {"ChecksumSHA256": base64.b64encode(bytes.fromhex(sha256)).decode()}
 
 
 _MEDIA_TYPES = {
