@@ -117,7 +117,10 @@ def make_client(
                 signature_version="s3v4",
                 # The signature holds the content's SHA-256 over TLS too. botocore's own checksum
                 # would follow the content there, which Ceph refuses.
-                s3={"addressing_style": "path", "payload_signing_enabled": True},
+                s3={
+                    "addressing_style": settings.addressing_style,
+                    "payload_signing_enabled": True,
+                },
                 request_checksum_calculation="when_required",
                 max_pool_connections=16,
                 connect_timeout=CONNECT_TIMEOUT_S,
@@ -132,6 +135,11 @@ def make_client(
             "MLFLOW_S3_ENDPOINT_URL is not an address; expected e.g. http://127.0.0.1:9000"
         ) from error
     log_store_calls(client.meta.events)
+    for operation in ("PutObject", "CreateMultipartUpload", "CopyObject"):
+        client.meta.events.register(
+            f"provide-client-params.s3.{operation}",
+            lambda params, **_: {**settings.upload_extra_args, **params},
+        )
     return client
 
 

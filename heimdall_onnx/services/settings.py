@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from dotenv import find_dotenv
@@ -42,6 +42,9 @@ class Settings(BaseSettings):
         aws_access_key_id: With the next two, the usual AWS variables.
         aws_secret_access_key: Its other half.
         aws_session_token: Of temporary credentials.
+        addressing_style: Whether a bucket's name is in the path of its addresses or in their host.
+        upload_extra_args: What every upload says besides, as boto3 names it, e.g.
+            ``{"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "…"}``.
         artifact_uri: Where MLflow keeps the artifacts of new experiments.
         experiment_name: MLflow experiment of the release runs.
         home: Folder of the embedded services and of local working files.
@@ -67,6 +70,11 @@ class Settings(BaseSettings):
     aws_access_key_id: SecretStr | None = Field(None, validation_alias="AWS_ACCESS_KEY_ID")
     aws_secret_access_key: SecretStr | None = Field(None, validation_alias="AWS_SECRET_ACCESS_KEY")
     aws_session_token: SecretStr | None = Field(None, validation_alias="AWS_SESSION_TOKEN")
+    # MLflow's own names, which its S3 client obeys too.
+    addressing_style: Literal["path", "virtual", "auto"] = Field(
+        "path", validation_alias="MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"
+    )
+    upload_extra_args: dict[str, str] = Field({}, validation_alias="MLFLOW_S3_UPLOAD_EXTRA_ARGS")
     artifact_uri: str = Field("s3://heimdall-mlflow", validation_alias="MLFLOW_ARTIFACT_URI")
     experiment_name: str = Field("heimdall-localization", validation_alias="MLFLOW_EXPERIMENT_NAME")
     home: Path = Field(Path(".heimdall"), validation_alias="HEIMDALL_HOME")

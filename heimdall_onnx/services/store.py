@@ -179,18 +179,18 @@ class Bucket:
             return
         with self.errors(f"make bucket {self.name}"):
             region = self.client.meta.region_name
-            # us-east-1 is the one region that S3 refuses to see named.
-            where: dict[str, Any] = (
-                {}
-                if region == "us-east-1"
-                else {"CreateBucketConfiguration": {"LocationConstraint": region}}
-            )
-            try:
-                self.client.create_bucket(Bucket=self.name, **where)
-            except ClientError as error:
-                if error_code(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-                    raise
-                self.client.head_bucket(Bucket=self.name)
+            # us-east-1 is the one region that S3 refuses to see named; other stores know no names.
+            where: dict[str, Any] = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+            for named in ({},) if region == "us-east-1" else (where, {}):
+                try:
+                    self.client.create_bucket(Bucket=self.name, **named)
+                except ClientError as error:
+                    if named and "LocationConstraint" in error_code(error):
+                        continue
+                    if error_code(error) not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+                        raise
+                    self.client.head_bucket(Bucket=self.name)
+                return
 
     def upload_file(
         self,
