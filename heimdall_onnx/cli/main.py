@@ -19,7 +19,7 @@ from heimdall_onnx.cli.fleet import fleet
 from heimdall_onnx.cli.gallery import gallery
 from heimdall_onnx.cli.help import Group
 from heimdall_onnx.cli.train import train
-from heimdall_onnx.common.errors import HeimdallError
+from heimdall_onnx.common.errors import HeimdallError, ServiceError
 from heimdall_onnx.common.signals import interrupt_once, was_interrupted
 from heimdall_onnx.common.text import visible_lines
 
@@ -146,3 +146,22 @@ def status() -> None:
     from heimdall_onnx.services.embedded import services_status
 
     _show_services(services_status)
+
+
+@services.command(example="heimdall-onnx services check")
+@click.option(
+    "--bucket", default="heimdall-models", show_default=True, help="Bucket of the releases."
+)
+def check(bucket: str) -> None:
+    """Try what releases ask of the store and the registry in use."""
+    from heimdall_onnx.services.abilities import abilities
+    from heimdall_onnx.services.connection import open_for_reading
+
+    connection = open_for_reading()
+    lacking = 0
+    for one in abilities(connection, connection.bucket(bucket)):
+        lacking += one.needed and not one.holds
+        state = "yes" if one.holds else "NO" if one.needed else "no"
+        click.echo(f"{one.name:<30}{state:<5}{one.found}")
+    if lacking:
+        raise ServiceError(f"{lacking} of the things that a release needs are not there")

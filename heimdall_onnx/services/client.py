@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
@@ -138,9 +138,13 @@ def make_client(
     for operation in ("PutObject", "CreateMultipartUpload", "CopyObject"):
         client.meta.events.register(
             f"provide-client-params.s3.{operation}",
-            lambda params, **_: {**settings.upload_extra_args, **params},
+            functools.partial(_add, settings.upload_extra_args),
         )
     return client
+
+
+def _add(extra: Mapping[str, str], *, params: dict[str, Any], **_: Any) -> None:
+    params.update({**extra, **params})
 
 
 @functools.cache

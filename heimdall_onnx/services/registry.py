@@ -151,6 +151,16 @@ class MLflowTracker:
             )
         return str(experiment.experiment_id)
 
+    def artifact_location(self) -> str:
+        """Where the experiment keeps its artifacts, or will; nothing is made.
+
+        Raises:
+            RegistryError: If MLflow can't be reached or refuses.
+        """
+        with self._errors(f"look at experiment {self.experiment_name}"):
+            experiment = self._client.get_experiment_by_name(self.experiment_name)
+        return str(experiment.artifact_location if experiment else self._artifact_uri)
+
     def __repr__(self) -> str:
         return f"MLflowTracker({redact_url(self.uri)!r}, {self.experiment_name!r})"
 

@@ -67,12 +67,12 @@ def prepare_bucket(bucket: Bucket, settings: Settings) -> Protection:
     """
     lacking, days = "", settings.retention_days
     # Looked at first: who may release need not be allowed to change the bucket.
-    if (settings.versioning or days) and not _is_versioned(bucket):
+    if (settings.versioning or days) and not is_versioned(bucket):
         on = {"Status": "Enabled"}
         lacking = _turn_on(
             bucket, "versioning", "put_bucket_versioning", VersioningConfiguration=on
         )
-    if days and not lacking and not _is_locked(bucket):
+    if days and not lacking and not is_locked(bucket):
         on = {"ObjectLockEnabled": "Enabled"}
         operation = "put_object_lock_configuration"
         lacking = _turn_on(bucket, "Object Lock", operation, ObjectLockConfiguration=on)
@@ -80,7 +80,7 @@ def prepare_bucket(bucket: Bucket, settings: Settings) -> Protection:
     if days and not lacking:
         until = datetime.now(UTC) + timedelta(days=days)
     return Protection(
-        versioning=_is_versioned(bucket),
+        versioning=is_versioned(bucket),
         retained_until=until.isoformat(timespec="seconds") if until else None,
         note=lacking,
     )
@@ -113,13 +113,15 @@ def retain(bucket: Bucket, keys: Iterable[str], protection: Protection) -> None:
             )
 
 
-def _is_locked(bucket: Bucket) -> bool:
+def is_locked(bucket: Bucket) -> bool:
+    """Whether objects of a bucket can be kept from deletion (Object Lock)."""
     looking = f"look at the Object Lock of {bucket.name}"
     found, _ = _ask(bucket, looking, "get_object_lock_configuration")
     return bool(found.get("ObjectLockConfiguration", {}).get("ObjectLockEnabled") == "Enabled")
 
 
-def _is_versioned(bucket: Bucket) -> bool:
+def is_versioned(bucket: Bucket) -> bool:
+    """Whether a bucket keeps what is deleted or replaced."""
     looking = f"look at the versioning of {bucket.name}"
     found, _ = _ask(bucket, looking, "get_bucket_versioning")
     return bool(found.get("Status") == "Enabled")

@@ -583,8 +583,9 @@ class Bucket:
         """Copy an object with its metadata, and return the copy's; in parts where it is large."""
         there = self.client.head_object(Bucket=self.name, Key=key)
         # A copy in parts would lose the metadata, so it is always given anew.
+        metadata = {**there["Metadata"], _WRITE_ID: secrets.token_hex(16)}
         extra: dict[str, Any] = {
-            "Metadata": {**there["Metadata"], _WRITE_ID: secrets.token_hex(16)},
+            "Metadata": metadata,
             "MetadataDirective": "REPLACE",
             "ContentType": there.get("ContentType", "binary/octet-stream"),
         }
@@ -594,7 +595,7 @@ class Bucket:
             self.client.copy_object(Bucket=self.name, Key=to_key, CopySource=source, **extra)
         else:
             self.client.copy(source, self.name, to_key, ExtraArgs=extra)
-        return extra["Metadata"]
+        return metadata
 
     def hash_object(self, key: str) -> tuple[str, int]:
         """SHA-256 in hexadecimal and length in bytes of an object's content, as read back."""
