@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import boto3
 import pytest
 import structlog
-from botocore.awsrequest import AWSPreparedRequest
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest
 from botocore.exceptions import (
     ClientError,
     ConnectionClosedError,
@@ -41,12 +41,16 @@ from heimdall_onnx.common.errors import (
 )
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.services import store
+from heimdall_onnx.services.abilities import abilities
 from heimdall_onnx.services.client import explain_store_error, make_client, redact_url, store_errors
+from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.settings import Settings
 from heimdall_onnx.services.store import Bucket
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+    from heimdall_onnx.services.registry import MLflowTracker
 
 pytestmark = pytest.mark.services
 
@@ -276,6 +280,7 @@ def test_an_interrupted_upload_leaves_no_object(
 import sys
 from pathlib import Path
 from heimdall_onnx.services import store
+from heimdall_onnx.services.abilities import abilities
 from heimdall_onnx.services.client import make_client
 from heimdall_onnx.services.settings import Settings
 bucket = store.Bucket(make_client(Settings(_env_file=None)), sys.argv[2])
@@ -338,6 +343,102 @@ def test_a_conditional_write_whose_answer_is_lost_is_its_own(
     assert Bucket(client, bucket.name).claim_version("models", **claim) == "v20261120_143000"
     assert next(answers) == 2
     assert Bucket(client, bucket.name).claim_version("models", **claim) == "v20261120_143001"
+
+
+# --- what a store can do
+
+
+def calls_of(client: S3Client) -> list[str]:
+    made: list[str] = []
+    client.meta.events.register("before-call.s3", lambda model, **_: made.append(model.name))
+    return made
+
+
+def test_a_store_that_takes_every_writer_is_refused(
+    embedded_settings: Settings, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(embedded_settings)
+
+    def ignore(request: AWSRequest, **_: object) -> None:
+        del request.headers["If-None-Match"]
+
+    client.meta.events.register("before-sign.s3.PutObject", ignore)
+    careless = Bucket(client, bucket.name)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"it took 16; expected one\. Nothing was published"):
+            careless.claim_version("models", name="metadata.json", content=str.encode)
+    assert not bucket.list_keys("models")
+
+
+def test_a_store_is_proven_once_and_asked_for_the_proof_once_in_a_process(
+    embedded_settings: Settings, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(embedded_settings)
+    mine = Bucket(client, bucket.name)
+    with structlog.testing.capture_logs() as logs:
+        mine.upload_bytes(b"1", "a", if_absent=True)
+        monkeypatch.setattr(store, "_PROVEN", set())  # as in another process
+        made = calls_of(client)
+        mine.upload_bytes(b"2", "b", if_absent=True)
+        mine.upload_bytes(b"3", "c", if_absent=True)
+    assert [log["event"] for log in logs].count("conditional writes proven") == 1
+    put = ["PutObject", "GetObject"]
+    assert made == ["ListObjectsV2", *put, *put]
+
+
+def test_a_bucket_is_made_where_regions_are_not_known(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
+    client = make_client(embedded_settings)
+    asked: list[bool] = []
+
+    def refuse(params: dict[str, Any], **_: object) -> None:
+        asked.append("CreateBucketConfiguration" in params)
+        if asked[-1]:
+            answer = {"Error": {"Code": "InvalidLocationConstraint", "Message": "no such place"}}
+            raise ClientError(answer, "CreateBucket")
+
+    client.meta.events.register("provide-client-params.s3.CreateBucket", refuse)
+    made = Bucket(client, f"test-{os.urandom(6).hex()}")
+    made.ensure()
+    assert made.is_there()
+    assert asked == [True, False]
+    client.delete_bucket(Bucket=made.name)
+
+
+def test_what_every_upload_says_besides_is_said(
+    embedded_settings: Settings, bucket: Bucket, tmp_path: Path
+) -> None:
+    extra = {"CacheControl": "no-store", "ContentType": "text/never"}
+    client = make_client(embedded_settings.model_copy(update={"upload_extra_args": extra}))
+    (tmp_path / "b.json").write_bytes(b"{}")
+    mine = Bucket(client, bucket.name)
+    mine.upload_bytes(b"{}", "a.json")
+    mine.upload_file(tmp_path / "b.json", "b.json")
+    mine.copy("a.json", "c.json")
+    for key in ("a.json", "b.json", "c.json"):
+        found = client.head_object(Bucket=bucket.name, Key=key)
+        assert (found["CacheControl"], found["ContentType"]) == ("no-store", "application/json")
+
+
+def test_abilities_are_shown_one_by_one(
+    embedded_settings: Settings, bucket: Bucket, sqlite_tracker: MLflowTracker
+) -> None:
+    connection = Connection(embedded_settings, bucket.client, lambda: sqlite_tracker)
+    found = {one.name: one for one in abilities(connection, bucket)}
+    assert [one.name for one in found.values() if one.needed] == [
+        "store",
+        "one of many writers of a name",
+        "registry",
+        "aliases",
+        "artifacts",
+    ]
+    assert all(one.holds for one in found.values() if one.needed)
+    assert bucket.name in found["store"].found
+    nowhere = Bucket(bucket.client, "not-there-at-all")
+    assert "is not there yet" in next(iter(abilities(connection, nowhere))).found
+    assert not nowhere.is_there()
 
 
 # --- versions
