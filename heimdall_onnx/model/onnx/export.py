@@ -336,7 +336,11 @@ def _quiet_exporter() -> Iterator[list[warnings.WarningMessage]]:
     logger = logging.getLogger("torch")
     level = logger.level
     printed = io.StringIO()
+    # On failure it writes the graph past Python's streams, and its own switch is always on.
+    torch_c: Any = torch._C  # noqa: SLF001
+    log_graph = getattr(torch_c, "_jit_onnx_log", None)
     try:
+        torch_c._jit_onnx_log = lambda *_: None  # noqa: SLF001
         logger.setLevel(logging.CRITICAL)
         with (
             contextlib.redirect_stdout(printed),
@@ -346,6 +350,7 @@ def _quiet_exporter() -> Iterator[list[warnings.WarningMessage]]:
             warnings.simplefilter("always")
             yield caught
     finally:
+        torch_c._jit_onnx_log = log_graph  # noqa: SLF001
         logger.setLevel(level)
 
 
