@@ -7,7 +7,8 @@ place in the file until it is asked for, and costs no memory before that.
 
 Hashing is all that a pickle can still spend time with: a few hundred bytes can nest tuples so that
 the hash of one takes two to the power of its depth steps, which no signal interrupts. These steps
-are counted as tuples are made, which only the unpickler that is written in Python lets one do.
+are counted as tuples are made, and the time they take, which only the unpickler that is written in
+Python lets one do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import mmap
 import pickle
 import re
 import struct
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,8 +29,10 @@ from typing import Any, BinaryIO
 
 _PythonUnpickler: Any = pickle._Unpickler  # noqa: SLF001 - the one whose operations can be set
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
-# A hash of so many steps takes a fraction of a second; PyTorch's own tuples have some ten.
-_MOST_STEPS = 1_000_000
+# A hash of so many steps takes milliseconds; PyTorch's own tuples have some ten.
+_MOST_STEPS = 100_000
+# Some twenty times what is needed; in seconds, and for each byte that was read.
+_MOST_TIME, _TIME_OF_A_BYTE = 1.0, 1e-5
 # No training leaves these in a checkpoint; they are there to be run.
 _HOSTILE = re.compile(
     r"(os|posix|nt|sys|subprocess|shutil|socket|runpy|importlib)\..*"
@@ -189,6 +193,7 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         # Python 2 wrote names as bytes.
         super().__init__(file, encoding="latin1")
         self.storage, self.steps = storage, dict[int, int]()
+        self.file, self.began = file, time.thread_time()
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{_PYTHON_2.get(module, module)}.{name}"
@@ -217,15 +222,18 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         self.stack.pop()
         self.load_reduce()
 
-    def load_counted(self, load: Callable[[Any], None]) -> None:
-        """Make a tuple, and count the steps that its hash takes."""
+    def load_watched(self, load: Callable[[Any], None]) -> None:
+        """Go on, count the steps that the hash of a tuple takes, and look at the time."""
         load(self)
-        made = self.stack[-1]
-        steps = self.steps[id(made)] = 1 + sum(self.steps.get(id(one), 1) for one in made)
-        if steps > _MOST_STEPS:
-            raise ValueError(
-                f"it nests tuples so that hashing one takes more than {_MOST_STEPS:,} steps"
-            )
+        made, read = self.stack[-1], self.file.tell()
+        if type(made) is tuple:
+            steps = self.steps[id(made)] = 1 + sum(self.steps.get(id(one), 1) for one in made)
+            if steps > (most := _MOST_STEPS + read):
+                raise ValueError(
+                    f"it nests tuples so that hashing one takes more than {most:,} steps"
+                )
+        if time.thread_time() - self.began > _MOST_TIME + _TIME_OF_A_BYTE * read:
+            raise ValueError("it takes longer to read than its size explains")
 
     dispatch = {  # noqa: RUF012 - so it is in the class that this one is made of
         **_PythonUnpickler.dispatch,
@@ -235,8 +243,11 @@ class _Unpickler(_PythonUnpickler):  # type: ignore[misc]
         pickle.NEWOBJ[0]: _PythonUnpickler.load_reduce,
         pickle.NEWOBJ_EX[0]: load_newobj_ex,
     }
-    for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-        dispatch[_code[0]] = partial(load_counted, load=_PythonUnpickler.dispatch[_code[0]])
+    for _code in (
+        *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.REDUCE, pickle.NEWOBJ),
+        *(pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS, pickle.FROZENSET, pickle.DICT),
+    ):
+        dispatch[_code[0]] = partial(load_watched, load=dispatch[_code[0]])
 
 
 def read_pickle(file: BinaryIO, storage: Callable[..., Any] | None = None) -> Any:
