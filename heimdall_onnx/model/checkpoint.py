@@ -33,6 +33,7 @@ from heimdall_onnx.model.pickles import StoredTensor, name_of
 from heimdall_onnx.model.readings import (
     Content,
     Reading,
+    labels_of,
     must_be_converted,
     read_content,
     read_weights,
@@ -330,14 +331,15 @@ def _choose(
     known = {*fresh().state_dict()}
     readings = [found for reading in content.readings for found in reading.fitted(known)]
     path, chosen = content.source.path, weights.strip("/").replace("/", ".")
-    named = [r for r in readings if chosen in ("", r.label, ".".join(r.keys))]
+    named = [r for r in readings if chosen in ("", r.label, ".".join(r.keys)) or r.path == weights]
     if not named:
         labels = shown(", ".join(dict.fromkeys(reading.label for reading in readings)))
         raise CheckpointError(f"{path} holds no weights {chosen!r}; it holds {labels}")
     most = max(reading.matches for reading in named)
     tried = [(r, load_reading(fresh(), r)[0]) for r in named if 2 * r.matches >= most]
     fitting = sorted((r for r, problems in tried if not problems), key=lambda r: r.pickled != "")
-    fits = [reading for reading in fitting if reading.label == chosen] or fitting
+    fits = [r for r in fitting if r.path == weights] or fitting
+    fits = [r for r in fits if r.label == chosen] or fits
     keys = content.tree if isinstance(content.tree, dict) else ()
     # The same saved twice is no question; averages always are one, whichever of both they are.
     if len(fits) > 1 and not any(AVERAGED.search(str(key)) for key in keys):
@@ -369,9 +371,9 @@ def _choose(
             raise must_be_converted(content, fits[0])
         return fits[0]
     ways = [
-        f"--weights {shown(r.label)}: {count_of(len(r.values), 'value')}"
+        f"--weights {shown(label)}: {count_of(len(r.values), 'value')}"
         + (f", in a pickled {shown(r.pickled)}, not taken" if r.pickled else "")
-        for r in fits
+        for label, r in zip(labels_of(fits), fits, strict=True)
     ]
     raise CheckpointError(
         f"{path} holds several sets of weights that may be meant for {about}; choose one with "

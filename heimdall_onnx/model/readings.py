@@ -11,7 +11,7 @@ import re
 import shlex
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -76,6 +76,11 @@ class Reading:
     def label(self) -> str:
         """What chooses it: keys and prefix with dots between them; ``.`` for the whole file."""
         return ".".join((*self.keys, *self.prefix.split(".")[:-1])) or "."
+
+    @property
+    def path(self) -> str:
+        """What chooses it where another has its label: keys with slashes, a colon and prefix."""
+        return "/".join(self.keys) + (self.prefix and f":{self.prefix[:-1]}") or "."
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -190,9 +195,16 @@ def read_content(given: Path | str) -> Content:
     return content
 
 
+def labels_of(readings: Sequence[Reading]) -> list[str]:
+    """What chooses each: its label, or where several have the same their paths."""
+    counts = Counter(reading.label for reading in readings)
+    return [one.label if counts[one.label] == 1 else one.path for one in readings]
+
+
 def describe_content(content: Content) -> dict[str, Any]:
     """What a checkpoint holds, as JSON has it, with the command to go on with."""
-    counts = {one.label: len(one.tensors) for one in content.readings if not one.pickled}
+    named = [*zip(labels_of(content.readings), content.readings, strict=True)]
+    counts = {label: len(one.tensors) for label, one in named if not one.pickled}
     likely = [label for label, count in counts.items() if 2 * count >= max(counts.values())]
     command = ["heimdall-onnx", "release", str(content.source.path), "--model", "PACKAGE:CLASS"]
     command += ["--weights", likely[0]] if len(likely) > 1 else []
@@ -202,14 +214,14 @@ def describe_content(content: Content) -> dict[str, Any]:
         "kind": content.source.kind,
         "readings": [
             {
-                "weights": one.label,
+                "weights": label,
                 "names": [*one.tensors][:3],
                 "tensors": len(one.tensors),
                 "elements": sum(tensor.elements for tensor in one.tensors.values()),
                 "dtypes": dict(Counter(tensor.dtype for tensor in one.tensors.values())),
                 "pickled_in": one.pickled,
             }
-            for one in content.readings
+            for label, one in named
         ],
         "not_loaded": content.skipped,
         "hyper_parameters": hyper,

@@ -248,6 +248,27 @@ def test_several_that_fit_are_a_question(state, tmp_path, wrap, labels):
         load_checkpoint(tmp_path / "a.pt", model=NET, weights="other")
 
 
+@pytest.mark.parametrize(
+    ("wrap", "labels"),
+    [
+        (lambda one, other: {"a.b": one, "a": {"b": other}}, ("a.b", "a/b")),
+        (
+            lambda one, other: {"a": {**{f"b.{n}": v for n, v in one.items()}, "b": other}},
+            ("a:b", "a/b"),
+        ),
+    ],
+)
+def test_each_of_two_with_one_label_can_be_chosen(tmp_path, wrap, labels):
+    one, other = Net().state_dict(), Net().state_dict()
+    torch.save(wrap(one, other), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="choose one") as caught:
+        load_checkpoint(tmp_path / "a.pt", model=NET)
+    for label, meant in zip(labels, (one, other), strict=True):
+        assert f"--weights {label}:" in str(caught.value)
+        loaded = load_checkpoint(tmp_path / "a.pt", model=NET, weights=label)
+        assert torch.equal(loaded.model.conv.weight, meant["conv.weight"])
+
+
 def test_the_same_saved_twice_is_no_question(state, tmp_path):
     found = loaded({"model": state, "net": {n: v.clone() for n, v in state.items()}}, tmp_path)
     assert is_loaded(found, state)
