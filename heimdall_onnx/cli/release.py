@@ -60,7 +60,7 @@ model_options = all_of(
 
 # What is released under which name, and how; None means the default of the parameters.
 parameter_options = all_of(
-    parameter_option("--name", help="Name of the registered model."),
+    parameter_option("--name", help="Name of the registered model.  [default: its class's]"),
     parameter_option("--bucket", help="Bucket of the releases."),
     parameter_option("--prefix", help="Their folder in the bucket.  [default: models/NAME]"),
     parameter_option("--tolerance", type=float, help="Limit of the mean absolute error."),

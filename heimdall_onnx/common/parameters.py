@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ class ReleaseParameters(Parameters):
     weights: str = Field("", max_length=1000)
     submodule: str = Field("", max_length=1000)
     eval_data: str = ""
-    name: str = Field(REFERENCE_MODEL, pattern=NAME, max_length=200)
+    name: str = Field("", pattern=rf"^$|{NAME}", max_length=200, validate_default=True)
     bucket: str = Field("heimdall-models", pattern=BUCKET)
     prefix: str = Field("", pattern=rf"^$|{PREFIX}", max_length=500, validate_default=True)
     # MLflow takes no dots in an alias.
@@ -185,6 +186,16 @@ class ReleaseParameters(Parameters):
     run_id: str = Field("", pattern=r"^([0-9a-zA-Z][0-9a-zA-Z_-]{0,255})?$")
     output_dir: str = ""
     publish: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _after_its_class(cls, value: str, info: ValidationInfo) -> str:
+        spec = info.data.get("model", "")
+        if value or not spec or spec.startswith(("heimdall_onnx:", "heimdall_onnx.")):
+            return value or REFERENCE_MODEL
+        made = spec.rpartition(":")[2].split(".")[0]
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", made).lower()
+        return re.sub(r"[^a-z0-9]+", "-", words).strip("-")[:200] or "model"
 
     @field_validator("prefix")
     @classmethod

@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from heimdall_onnx.common.errors import ParameterError, UnavailableError
 from heimdall_onnx.common.logs import OnProgress
-from heimdall_onnx.common.parameters import ReleaseParameters
+from heimdall_onnx.common.parameters import ReleaseParameters, check_parameters
 from heimdall_onnx.common.text import listed
 from heimdall_onnx.training.parameters import TrainingParameters as TrainingParameters
 from heimdall_onnx.training.parameters import check_training as check_training
@@ -119,14 +119,13 @@ def _released(
     """The result with its release, which logs into the training's run."""
     from heimdall_onnx.release.runner import release_checkpoint
 
-    chosen = (release or ReleaseParameters()).model_copy(
-        update={
-            "checkpoint": str(result.best),
-            "eval_data": str(result.eval_data),
-            "model": parameters.model,
-            "model_kwargs": parameters.model_kwargs,
-            "run_id": result.run_id,
-        }
-    )
-    done = release_checkpoint(chosen, settings, progress=progress)
+    given = {} if release is None else release.model_dump(exclude_unset=True)
+    given |= {
+        "checkpoint": str(result.best),
+        "eval_data": str(result.eval_data),
+        "model": parameters.model,
+        "model_kwargs": parameters.model_kwargs,
+        "run_id": result.run_id,
+    }
+    done = release_checkpoint(check_parameters(given), settings, progress=progress)
     return result.model_copy(update={"release": done})

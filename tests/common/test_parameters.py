@@ -61,6 +61,27 @@ def test_folder_of_releases_is_called_after_their_model_unless_it_is_given(given
     assert check_parameters(made.model_dump()) == made
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("", "heimdall-localization-onnx"),
+        ("heimdall_onnx:LocalizationNet", "heimdall-localization-onnx"),
+        ("heimdall_onnx_mine:Net", "net"),
+        ("nets/deep.py:MyUNet2", "my-u-net2"),
+        ("transformers:BertModel.from_pretrained", "bert-model"),
+        ("nets:build_lstm", "build-lstm"),
+        ("nets:__", "model"),
+    ],
+)
+def test_model_without_a_name_is_called_after_its_class(model, name):
+    made = check_parameters({"model": model})
+    assert (made.name, made.prefix) == (
+        name,
+        "models/localization" if "localization" in name else f"models/{name}",
+    )
+    assert check_parameters({"model": model, "name": "mine"}).name == "mine"
+
+
 def test_every_problem_is_named_at_once_with_the_nearest_names():
     with pytest.raises(ParameterError) as caught:
         check_parameters({"tolerence": 1, "batch_size": "many", "profile": "quik", "zzz": 1})
@@ -154,7 +175,7 @@ def test_each_profile_measures_more_than_the_one_before():
         {"publish": "perhaps"},
         {"checkpoint": None},
         {"profile": "Quick"},
-        {"name": ""},
+        {"name": " "},
         {"name": "<script>"},
         {"name": "a/b"},
         {"name": ".."},
