@@ -49,7 +49,7 @@ parameter_option = partial(
 # Of which model the checkpoints are, and what it is compared on.
 model_options = all_of(
     parameter_option("--model", help="Model, pkg.mod:Class or file.py:Class, or what makes it."),
-    parameter_option("--model-kwargs", help="Its keyword arguments, JSON."),
+    parameter_option("--model-kwargs", help="Its keyword arguments, JSON; null drops a **kwarg."),
     parameter_option("--weights", help="Which weights of the checkpoint, where several fit."),
     parameter_option("--submodule", help="The network is this module of the model."),
     parameter_option(

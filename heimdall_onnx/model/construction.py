@@ -98,9 +98,10 @@ def plan_model(
     """Say how the model of a checkpoint is built.
 
     Hyper-parameters that the checkpoint records become arguments where there are parameters of
-    those names, all of them where it takes any; ``given`` ones win over them. ``pretrained`` is
-    always off, and devices are the CPU. What a class lists in ``arguments_of_caller`` is never
-    taken from the file. A bound method ``from_pretrained`` gets the checkpoint's folder.
+    those names, all of them where it takes any; ``given`` ones win over them, and None leaves out
+    one without a parameter of its own. ``pretrained`` is always off, and devices are the CPU. What
+    a class lists in ``arguments_of_caller`` is never taken from the file. A bound method
+    ``from_pretrained`` gets the checkpoint's folder.
 
     Raises:
         ParameterError: If the model can't be imported or does not take these arguments.
@@ -133,7 +134,9 @@ def plan_model(
     unused = [name for name in content.hyper_parameters if name not in {*taken, *unread}]
     if unused and not getattr(make, "made_of_checkpoints", False):
         notes.append(f"hyper-parameters that {spec} does not take: {shown(', '.join(unused))}")
-    kwargs = recorded | dict(given)
+    # What has no parameter of its own has no default to go back to: null leaves it out.
+    swallowed = hyper.keys() - {*names}
+    kwargs = recorded | {n: v for n, v in given.items() if v is not None or n not in swallowed}
     if kwargs.get("pretrained", "pretrained" in names and parameters["pretrained"].default):
         kwargs["pretrained"] = False
     unknown = [] if takes_any else [name for name in given if name not in names]

@@ -170,6 +170,11 @@ def test_constructor_with_open_arguments_takes_all_of_them(tmp_path):
         tmp_path / "a.ckpt", model=f"{__name__}:TakesAnything", model_kwargs={"any": 1}
     )
     assert loaded.model.options == {"lr": 1, "any": 1, "pretrained": False}
+    fewer = {"lr": None, "other": None}
+    loaded = load_checkpoint(
+        tmp_path / "a.ckpt", model=f"{__name__}:TakesAnything", model_kwargs=fewer
+    )
+    assert loaded.model.options == {"other": None, "pretrained": False}
 
 
 def test_every_unfit_weight_is_named_once(state, tmp_path):
