@@ -26,7 +26,12 @@ from heimdall_onnx.common.errors import DataError, EvidenceError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.text import shown
 from heimdall_onnx.model.copies import copy_model
-from heimdall_onnx.model.inference import call_pytorch, flatten_outputs, input_order
+from heimdall_onnx.model.inference import (
+    call_pytorch,
+    flatten_outputs,
+    input_order,
+    plain_attention,
+)
 from heimdall_onnx.model.signature import Axis, Signature, TensorSpec
 
 log = get_logger(__name__)
@@ -238,7 +243,11 @@ class _Search:
         shapes = {n: dict.fromkeys(range(tensors[n].ndim), auto) for n in order.names}
         printed = io.StringIO()
         try:
-            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            with (
+                contextlib.redirect_stdout(printed),
+                contextlib.redirect_stderr(printed),
+                plain_attention(),
+            ):
                 program = torch.export.export(
                     self._model,
                     tuple(tensors[name] for name in order.positional),

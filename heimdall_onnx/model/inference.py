@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from torch import nn
 
+_CAUSAL = "_detect_is_causal_mask"  # of PyTorch's transformers
 OptimizationLevel = Literal["none", "basic", "extended", "all"]
 
 
@@ -97,15 +98,22 @@ def call_pytorch(
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """Run attention as the products it is made of, not as the one operator it is at inference."""
-    from torch.backends import mha
+    """Run attention as the products it is made of, not as the one operator it is at inference.
 
-    fused = mha.get_fastpath_enabled()
+    Nor does PyTorch compare a mask with a causal one, a branch on values that can't be traced: the
+    hint that it takes from that changes no answer, since the mask itself is given.
+    """
+    from torch.backends import mha
+    from torch.nn.modules import transformer
+
+    fused, compare = mha.get_fastpath_enabled(), vars(transformer)[_CAUSAL]
     mha.set_fastpath_enabled(False)
+    setattr(transformer, _CAUSAL, lambda mask, is_causal=None, size=None: is_causal is True)
     try:
         yield
     finally:
         mha.set_fastpath_enabled(fused)
+        setattr(transformer, _CAUSAL, compare)
 
 
 def in_calls(run: Callable[[Arrays], Arrays], inputs: Arrays, signature: Signature) -> Arrays:

@@ -381,7 +381,8 @@ def _torch_export(
 ) -> None:
     from onnx_ir.passes.common import NameFixPass
 
-    exported = export(dynamo=True, optimize=fold, verbose=False, dynamic_shapes=shapes).model
+    with plain_attention():
+        exported = export(dynamo=True, optimize=fold, verbose=False, dynamic_shapes=shapes).model
     # The exporter gives inputs and outputs the names it was told last, whoever else has them.
     NameFixPass()(exported)
     _strip_machine(exported)

@@ -289,6 +289,28 @@ def test_attention_is_exported_by_the_older_exporter_too(tmp_path):
     np.testing.assert_allclose(run(path, x.numpy())[0], model(x).detach(), atol=1e-5)
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_mask_that_is_causal_may_be_any_other(tmp_path, part):
+    class Causal(nn.Module):
+        signature = signature(shape=("batch", "length", 6))
+
+        def __init__(self):
+            super().__init__()
+            options = {"d_model": 6, "nhead": 2, "dim_feedforward": 8, "batch_first": True}
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**options), 1)
+            self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**options), 1)
+
+        def forward(self, x):
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+            return self.encoder(x, mask) if part == "encoder" else self.decoder(x, x, mask)
+
+    model = Causal().eval()
+    path = export_model(model, tmp_path / "model.onnx", opset=20).path
+    for length in (3, 7):
+        x = torch.randn(2, length, 6)
+        np.testing.assert_allclose(run(path, x.numpy())[0], model(x).detach(), atol=1e-5)
+
+
 class Unpadded(nn.Module):
     """Needs five samples in time."""
 
