@@ -25,7 +25,7 @@ def refuse(words):
 
 def begin_and_sleep(begun):
     begun.touch()
-    time.sleep(60)
+    time.sleep(600)
 
 
 def die():
@@ -59,13 +59,12 @@ def test_a_process_that_dies_is_named_with_what_it_did():
 
 
 def test_what_is_under_way_ends_with_the_block(tmp_path):
-    started, begun = time.monotonic(), tmp_path / "begun"
+    begun = tmp_path / "begun"
     with ThreadPoolExecutor(1) as beside:
         with WorkerProcess() as process:
             asked = beside.submit(process, begin_and_sleep, begun)
-            assert wait_for(begun.exists, 20)
-        assert isinstance(asked.exception(timeout=30), BenchmarkError)
-    assert time.monotonic() - started < 30
+            assert wait_for(begun.exists, 60)
+        assert isinstance(asked.exception(timeout=60), BenchmarkError)
 
 
 CHILD = "import os, time; from heimdall_onnx.common.processes import exit_with_process; "
@@ -82,7 +81,7 @@ def test_child_ends_when_its_parent_is_killed():
         orphan = psutil.Process(int(process.stdout.readline()))
         assert orphan.ppid() == process.pid
         process.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs([orphan], timeout=10)
+    _, alive = psutil.wait_procs([orphan], timeout=60)
     assert alive == []
 
 

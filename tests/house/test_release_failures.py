@@ -285,7 +285,7 @@ def interrupt(process: subprocess.Popen, number: int, ready: Callable[[], bool])
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
 
 

@@ -90,7 +90,10 @@ REFUSED = [
         marks=THOROUGH,
     ),
     # An axis frozen by a loop, and by a number made of the length.
-    (LoopNet, 14, r"does not run at receivers = 1.*exported with receivers = 8"),
+    pytest.param(
+        *(LoopNet, 14, r"does not run at receivers = 1.*exported with receivers = 8"),
+        marks=THOROUGH,
+    ),
     (LoopNet, 20, r"axis 1 \(receivers\) of features is frozen at 8: .*a loop"),
     (TableNet, 14, r"at receivers = 1 .*exported with receivers = 8.*integer"),
     (NeighbourNet, 14, r"does not run at batch 1.*exported with batch = 2"),

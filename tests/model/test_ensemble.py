@@ -444,6 +444,7 @@ def test_graph_gives_numpys_mixture_on_both_sides_of_the_date_line(tmp_path):
         assert np.isnan(value).any()
 
 
+@pytest.mark.parametrize("exported", [20], indirect=True)
 def test_fault_in_one_member_is_found_there(ensemble, exported, tmp_path):
     graph = onnx.load(exported)
     weight = next(w for w in graph.graph.initializer if w.name == "members.1.body.3.weight")

@@ -127,9 +127,9 @@ def test_nothing_that_outlives_the_reading_can_be_changed(change):
 
 def test_an_object_that_is_there_a_million_times_is_restored_once():
     twice = b"\x80\x02]" + b"".join(b"q\x00]h\x00ah\x00a" for _ in range(60)) + b"."
-    start = time.monotonic()
+    start = time.process_time()
     assert len(copy.deepcopy(unpickled(twice))) == 2
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_key_that_takes_years_to_hash_is_refused(tmp_path, layout):
         zipped(path, doubled(200))
     else:
         path.write_bytes((MAGIC if layout == "legacy" else b"") + doubled(200))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match="so that hashing one takes more than 100,"):
         read(path)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_keys_that_take_long_to_hash_again_and_again_are_refused():

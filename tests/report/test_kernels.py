@@ -92,5 +92,5 @@ def test_kernel_ends_with_a_killed_runner_before_and_after_it_has_started(tmp_pa
             time.sleep(seconds)
             assert kernel.is_running()
             runner.kill()
-        _, alive = psutil.wait_procs([kernel], timeout=10)
+        _, alive = psutil.wait_procs([kernel], timeout=60)
         assert alive == []

@@ -6,7 +6,7 @@ from email.utils import format_datetime
 import pytest
 import structlog
 from botocore.exceptions import ClientError
-from proxy import Fault, proxied
+from proxy import Fault, proxied, wait_for
 
 from heimdall_onnx.common.errors import StoreError
 from heimdall_onnx.services.client import aws_descriptions, explain_store_error, make_client
@@ -53,7 +53,7 @@ def test_lasting_fault_is_given_up_after_so_many_attempts(proxy, embedded_settin
         pytest.raises(StoreError, match="reach"),
     ):
         Bucket(client, bucket.name).is_there()
-    assert fault.hits == 2
+    assert wait_for(lambda: fault.hits == 2, 60)
 
 
 def test_refusal_is_no_fault_and_is_neither_repeated_nor_logged(client, proxy):

@@ -215,7 +215,7 @@ def test_a_killed_store_comes_back_with_its_data_and_port(bare: Settings) -> Non
     put(before, "a")
     process = store_process(bare)
     process.kill()
-    process.wait(5)
+    process.wait(60)
     assert not services_status(bare)[0].running
     after = ensure_store(bare)
     assert after == before
@@ -320,7 +320,7 @@ def test_up_and_down_are_idempotent_and_leave_nothing_behind(
         assert not signing.keys() & process.environ().keys(), "neither signs anything"
     run_id = log_artifact(bare, up[1].address)
     preview = f"{up[1].address}/get-artifact?path=note.txt&run_uuid={run_id}"
-    with urllib.request.urlopen(preview, timeout=20) as response:
+    with urllib.request.urlopen(preview, timeout=60) as response:
         assert response.read() == b"seen in the browser"
     sockets = [
         c

@@ -121,7 +121,7 @@ def test_an_unreachable_store_fails_within_seconds_without_its_secret(unused_por
         StoreError, match=r"look for bucket bucket at http://127.*can't be reached"
     ) as caught:
         Bucket(client, "bucket").ensure()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert "secret" not in str(caught.value)
 
 

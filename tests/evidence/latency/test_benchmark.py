@@ -58,7 +58,7 @@ def worker(tmp_path):
     return lambda job, name="contender", threads=1: Worker(name, job, tmp_path, threads)
 
 
-def gone(pid, seconds=10.0):
+def gone(pid, seconds=60.0):
     """Whether the process ends in time; one that waits to be reaped has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -97,7 +97,7 @@ def test_percentile_without_enough_samples_is_not_given(count, given):
 
 
 @pytest.mark.parametrize(
-    "count", [11, 64, *(pytest.param(n, marks=pytest.mark.thorough) for n in (130, 662)), 200]
+    "count", [11, *(pytest.param(n, marks=pytest.mark.thorough) for n in (64, 130, 662)), 200]
 )
 def test_intervals_cover_the_true_percentile_as_often_as_they_say(count):
     """Also with the fewest samples allowed, where an end may be the largest one."""
@@ -138,7 +138,7 @@ def test_interval_of_few_pairs_is_their_range():
     assert (speedup.low, speedup.ratio, speedup.high, speedup.pairs) == (2, 3, 4, 3)
 
 
-@pytest.mark.parametrize("pairs", [6, 20])
+@pytest.mark.parametrize("pairs", [6, pytest.param(20, marks=pytest.mark.thorough)])
 def test_interval_of_the_speedup_covers_the_true_ratio(pairs):
     rng = np.random.default_rng(pairs)
     hits = 0

@@ -656,7 +656,7 @@ def get(url: str, **headers: str) -> tuple[int, str, dict]:
     """Status, body and headers of an answer."""
     request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode(), dict(answer.headers)
     except urllib.error.HTTPError as error:
         with error:
@@ -725,7 +725,7 @@ def test_script_in_a_report_does_not_run(place, browser, served):
 def test_nothing_but_page_and_reports_is_served(place, served, path):
     _, token, _ = served.url.removeprefix("http://").split("/", 2)
     target = f"/{token}/" + path.format(version=place.versions["first"], token=token)
-    connection = http.client.HTTPConnection("127.0.0.1", served.server_port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", served.server_port, timeout=60)
     connection.putrequest("GET", target)  # as it is, where urllib would tidy it up
     connection.endheaders()
     answer = connection.getresponse()
@@ -773,7 +773,7 @@ def test_serving_ends_with_ctrl_c(settings, place, tmp_path):
         found = json.loads(process.stdout.readline())
         status, body, _ = get(found["url"])
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=20)
+        _, told = process.communicate(timeout=60)
     assert (status, found["releases"]) == (200, 4)
     assert place.versions["first"] in body
     assert process.returncode == 0, told
