@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ with warnings.catch_warnings():
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema
     from mlflow.types import TensorSpec as MlflowTensorSpec
+    from mlflow.utils import environment
 
 _PACKAGES = ("mlflow", "numpy", "onnx", "onnxruntime")
 
@@ -49,7 +52,7 @@ def write_mlmodel_folder(
         signature=ModelSignature(_schema(signature.inputs), _schema(signature.outputs)),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="heimdall-mlmodel-") as scratch, _installed():
         saved = Path(scratch) / "model"
         mlflow.onnx.save_model(
             onnx.ModelProto(),
@@ -64,6 +67,21 @@ def write_mlmodel_folder(
         model.save(saved / "MLmodel")
         for path in saved.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
+
+
+@contextmanager
+def _installed() -> Iterator[None]:
+    """Save requirements that are what is installed without holding them against it.
+
+    MLflow looks through the files of all packages for that, most of a small upload's time.
+    """
+    name = "warn_dependency_requirement_mismatches"
+    check = getattr(environment, name, None)
+    setattr(environment, name, lambda _: None)
+    try:
+        yield
+    finally:
+        setattr(environment, name, check)
 
 
 def _schema(specs: tuple[TensorSpec, ...]) -> Schema:
