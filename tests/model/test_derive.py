@@ -158,6 +158,23 @@ def test_an_axis_is_fixed_where_the_export_would_fix_it():
     assert made.notes[1] == "axis 1 of steps: fixed, since its length is a constant when exported"
 
 
+class Keeping(nn.Module):
+    """Makes its mask anew where it has one of another length."""
+
+    mask = None
+
+    def forward(self, x):
+        if self.mask is None or len(self.mask) != x.shape[1]:
+            self.mask = torch.ones(x.shape[1]).cumsum(0)
+        return x * self.mask
+
+
+def test_an_axis_is_fixed_where_an_export_after_a_call_would_fix_it():
+    made = found(Keeping(), x=normal(3, 5))
+    assert lines(made.signature) == ["x: float32 (batch, 5)", "output: float32 (batch, 5)"]
+    assert "a constant when exported" in made.notes[-1]
+
+
 class One(nn.Module):
     def forward(self, x):
         return x.reshape(1, 8) * 2
