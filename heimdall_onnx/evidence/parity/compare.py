@@ -227,6 +227,8 @@ def _notes(model: nn.Module, rounding: Rounding) -> Iterator[str]:
         yield "PyTorch ran without its fast path of attention, which answers 0 for what is padded."
     if rounding.raised:
         yield "Casts, constants and states of less precision went on in float64 in the reference."
+    if rounding.halved:
+        yield "Parts run in half precision: what PyTorch's rounding to that leaves open is allowed."
     if rounding.missing:
         yield f"PyTorch's rounding was measured without float64, in which {rounding.missing}."
 

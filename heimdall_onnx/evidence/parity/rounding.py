@@ -61,16 +61,19 @@ class Rounding:
 
     Attributes:
         raised: Whether the model's own code asked for less than float64 where it ran in that.
+        halved: Whether it computes something in half precision.
         missing: Why there is no reference in float64; empty where there is one.
     """
 
     def __init__(self, model: nn.Module, signature: Signature) -> None:
         self._model, self._signature = model, signature
-        self.raised, self.missing = False, ""
+        self.raised, self.halved, self.missing = False, False, ""
 
     @cached_property
-    def _double(self) -> nn.Module:
-        return copy_model(self._model).double()
+    def _double(self) -> Any:
+        # What is kept in half precision stays: other values may be cast to its type.
+        double: Any = copy_model(self._model)
+        return double._apply(lambda t: t.double() if t.dtype == torch.float32 else t)  # noqa: SLF001
 
     def exact(self, batch: Arrays) -> Arrays:
         """What PyTorch answers in float64.
@@ -82,16 +85,21 @@ class Rounding:
             name: array.astype(np.float64) if array.dtype.kind == "f" else array
             for name, array in batch.items()
         }
-        double = self._double
+        double, usual, mode = self._double, _InDouble(), _InDouble()  # type: ignore[no-untyped-call]
         try:
-            with _InDouble() as mode:  # type: ignore[no-untyped-call]
+            usual.wide = {}
+            with usual:
+                run_pytorch(self._model, batch, self._signature)
+            with mode:
                 answers = run_pytorch(double, inputs, self._signature)
         except EvidenceError:
-            return run_pytorch(double, inputs, self._signature)
-        self.raised |= mode.used
+            return run_pytorch(double.double(), inputs, self._signature)
+        self.raised, self.halved = self.raised or mode.used, self.halved or usual.halved
         return answers
 
-    def spread(self, batch: Arrays, expected: Arrays) -> Callable[[], dict[str, Floats]]:
+    def spread(
+        self, batch: Arrays, expected: Arrays, limits: Mapping[str, Limit]
+    ) -> Callable[[], dict[str, Floats]]:
         """How far PyTorch's answers lie from ``expected``, its usual ones, element by element.
 
         Returns:
@@ -166,17 +174,20 @@ class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
     in float64: otherwise all that the rounding does would count as an error of PyTorch.
     """
 
-    used = False
+    used, halved, wide = False, False, _WIDE
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def raised(value: Any) -> Any:
             dtype = value.dtype if isinstance(value, torch.Tensor) else value
-            wide = _WIDE.get(dtype) if isinstance(dtype, torch.dtype) else None
+            self.halved |= dtype in _HALF
+            wide = self.wide.get(dtype) if isinstance(dtype, torch.dtype) else None
             if wide is None or (dtype is value and dtype in _HALF):
                 return value
             self.used = True
             return value.to(wide) if isinstance(value, torch.Tensor) else wide
 
+        if func in (_aten.type_as.default, _aten.to.other):  # as what they are made of
+            func, args, kwargs = _aten._to_copy.default, args[:1], {"dtype": args[1].dtype}  # noqa: SLF001
         args, kwargs = tree_map(raised, (args, kwargs or {}))
         return tree_map(raised, func(*args, **kwargs))
 
