@@ -31,7 +31,9 @@ from heimdall_onnx.model.signature import Signature, TensorSpec
 SAMPLES = 8
 
 Sides = Mapping[str, Callable[[Arrays], Arrays]]
-Limits = Mapping[str, Limit]
+# The excess of an output, by its name, over another, where inputs are of no consequence.
+Excess = Callable[[Arrays, str, npt.NDArray[Any], npt.NDArray[Any]], tuple[float, float]]
+_Moves = Iterator[tuple[Arrays, Arrays, Arrays]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class OrderCheck:
 
 
 def check_masks(
-    sides: Sides, signature: Signature, examples: Examples, data: Arrays, limits: Limits
+    sides: Sides, signature: Signature, examples: Examples, data: Arrays, excess_at: Excess
 ) -> tuple[MaskCheck, ...]:
     """Change what each mask hides, how much, and what it does not; see whether the answers do.
 
@@ -114,7 +116,7 @@ def check_masks(
         signature: Says which inputs are masks, and of what.
         examples: Makes further inputs, among them some in which a single element is not hidden.
         data: A few samples of the evaluation data.
-        limits: How far each output may move.
+        excess_at: How far an output moves that should stay, for these inputs.
     """
     masks = [spec for spec in signature.inputs if spec.masks]
     if not masks:
@@ -127,16 +129,16 @@ def check_masks(
         padded_pairs = list(_padded_pairs(mask, signature, examples, data))
         for side, run in sides.items():
             looks = [look for base in bases if (look := _look(mask, run, signature, base))]
-            moved = ((look.before, look.beneath) for look in looks)
+            moved = ((look.inputs, look.before, look.beneath) for look in looks)
             counted = _padded_answers(mask, run, signature, padded_pairs)
             checks.append(
                 MaskCheck(
                     mask.name,
                     side,
-                    *_largest_move(moved, signature, limits),
+                    *_largest_move(moved, signature, excess_at),
                     any(look.seen for look in looks),
                     sum(look.samples for look in looks),
-                    *_largest_move(counted, signature, limits),
+                    *_largest_move(counted, signature, excess_at),
                 )
             )
     return tuple(checks)
@@ -145,6 +147,7 @@ def check_masks(
 class _Look(NamedTuple):
     """What a model answers, and what when the elements that a mask hides are others."""
 
+    inputs: Arrays
     before: Arrays
     beneath: Arrays
     seen: bool
@@ -166,7 +169,7 @@ def _look(
     beneath = visible(run(garbled(signature, mask, part, hidden=True)))
     beside = visible(run(garbled(signature, mask, part, hidden=False)))
     seen = any(not np.array_equal(value, beside[name]) for name, value in before.items())
-    return _Look(before, beneath, seen, int(partly.sum()))
+    return _Look(part, before, beneath, seen, int(partly.sum()))
 
 
 def _padded_pairs(
@@ -199,12 +202,12 @@ def _padded_answers(
     run: Callable[[Arrays], Arrays],
     signature: Signature,
     pairs: Iterable[tuple[Arrays, Arrays]],
-) -> Iterator[tuple[Arrays, Arrays]]:
-    """What is answered without and with further hidden elements, as far as both have it."""
+) -> _Moves:
+    """What is answered to inputs without and with further hidden elements, which both have."""
     for base, more in pairs:
         lengths = found_lengths(signature, base)
         visible = partial(_visible, signature, mask, base[mask.name])
-        yield visible(run(base)), visible(_cut(run(more), signature, lengths))
+        yield base, visible(run(base)), visible(_cut(run(more), signature, lengths))
 
 
 def _cut(outputs: Arrays, signature: Signature, lengths: Mapping[str, int]) -> Arrays:
@@ -243,7 +246,7 @@ def _visible(
 
 
 def check_orders(
-    sides: Sides, signature: Signature, examples: Examples, data: Arrays, limits: Limits
+    sides: Sides, signature: Signature, examples: Examples, data: Arrays, excess_at: Excess
 ) -> tuple[OrderCheck, ...]:
     """Change the order along each permutable axis, in all inputs alike.
 
@@ -254,19 +257,18 @@ def check_orders(
         signature: Says which axes are permutable.
         examples: Makes further inputs.
         data: A few samples of the evaluation data.
-        limits: How far each output may move.
+        excess_at: How far an output moves that should stay, for these inputs.
     """
     axes = [axis.name for axis in signature.dynamic_axes if axis.permutable]
     bases = [data, examples.valid(SAMPLES)] if axes else []
 
-    def answers(axis: str, run: Callable[[Arrays], Arrays]) -> Iterator[tuple[Arrays, Arrays]]:
+    def answers(axis: str, run: Callable[[Arrays], Arrays]) -> _Moves:
         for base in bases:
-            before = run(base)
-            expected = before | permuted(signature.outputs, before, axis)
-            yield expected, run(base | permuted(signature.inputs, base, axis))
+            before, other = run(base), base | permuted(signature.inputs, base, axis)
+            yield other, before | permuted(signature.outputs, before, axis), run(other)
 
     return tuple(
-        OrderCheck(axis, side, *_largest_move(answers(axis, run), signature, limits))
+        OrderCheck(axis, side, *_largest_move(answers(axis, run), signature, excess_at))
         for axis in axes
         for side, run in sides.items()
     )
@@ -291,14 +293,12 @@ def excess(
     return float(share.max(initial=0)), float(error.max(initial=0))
 
 
-def _largest_move(
-    pairs: Iterable[tuple[Arrays, Arrays]], signature: Signature, limits: Limits
-) -> tuple[float, str]:
+def _largest_move(moves: _Moves, signature: Signature, excess_at: Excess) -> tuple[float, str]:
     """The largest change between answers before and after, and the output that has it."""
     worst, output = 0.0, signature.outputs[0].name
-    for before, after in pairs:
+    for inputs, before, after in moves:
         for name, value in before.items():
-            moved, _ = excess(value, after[name], limits[name])
+            moved, _ = excess_at(inputs, name, value, after[name])
             if moved > worst:
                 worst, output = moved, name
     return worst, output

@@ -130,7 +130,7 @@ def pass_settings(
         found = [answer[spec.name] for answer in answers]
         if any(array.shape[:1] != (n,) for array, n in zip(found, counts, strict=True)):
             loose.add(spec.name)
-        limits[spec.name] = limit_of(np.concatenate([a.ravel() for a in found]), tolerance)
+        limits[spec.name] = limit_of(found, spec.shape, tolerance)
     return PassSettings(
         signature=signature,
         limits=limits,
@@ -323,7 +323,7 @@ def pass_over(
     found = EvaluationPass(settings)
     for part, batch, truth in data.batches(settings.batch_size, rows):
         expected, answers = models.run(batch, settings.signature)
-        spread = models.rounding.spread(batch, expected)
+        spread = models.rounding.spread(batch, expected, settings.limits)
         found.update(part.start, batch, expected, answers, truth, spread)
         if progress is not None:
             progress(part.stop - rows.start, len(rows))

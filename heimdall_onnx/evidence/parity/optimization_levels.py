@@ -93,10 +93,11 @@ def compare_levels(
     """
     some, rounding = data.spread(samples), Rounding(model, report.signature)
     batches = [(1.0, batch) for _, batch, _ in some.batches(report.cells[0].batch_size)]
-    cases = []
+    cases, limits = [], {o.output: o.limit for o in report.evaluation}
     for factor, batch in (*batches, (report.worst_factor, report.worst_inputs)):
         expected = run_pytorch(model, batch, report.signature)
-        cases.append(_Case(factor, batch, expected, rounding.spread(batch, expected)))
+        spread = rounding.spread(batch, expected, limits)
+        cases.append(_Case(factor, batch, expected, spread))
     levels = tuple(_at_level(level, onnx_path, cases, report) for level in LEVELS)
     source = f"{some.count} samples of {report.source}, and the worst batch: {report.worst_where}"
     log.info("compared_levels", excess={found.level: found.excess for found in levels})

@@ -240,7 +240,9 @@ class ParityReport(ParityFigures):
         ]
         count = sum(o.violations for o, _ in statistics)
         limits = dict.fromkeys(
-            f"{factor * o.atol:.3g} + {factor * o.rtol:.3g}·|{o.output}|" for o in self.evaluation
+            f"{factor * o.atol:.3g} + {factor * o.rtol:.3g}·|{o.output}|"
+            + " (less in small columns)" * (o.shares != 1.0)
+            for o in self.evaluation
         )
         if not found:
             found = [

@@ -9,7 +9,7 @@ Wilkinson ("Rounding Errors in Algebraic Processes", 1963).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from itertools import product
@@ -105,8 +105,9 @@ class Rounding:
         Returns:
             What finds it when it is first called. By output, of the same shape: ten times the
             largest difference in the element, of floating-point outputs at least ten times its RMS
-            in the sample. Infinite where an answer has another shape, or is a number on one side
-            only. Nothing where the usual answers hang on chance or on the calls before.
+            in the sample, or in the column where ``limits`` tell columns apart. Infinite where an
+            answer has another shape, or is a number on one side only. Nothing where the usual
+            answers hang on chance or on the calls before.
         """
 
         @cache
@@ -114,19 +115,22 @@ class Rounding:
             again = run_pytorch(self._model, batch, self._signature)
             alike = all(_alike(again[name], array) for name, array in expected.items())
             answers = list(self._answers(batch)) if alike else []
-            return {name: self._spread_of(name, array, answers) for name, array in expected.items()}
+            named = {name: [answer[name] for answer in answers] for name in expected}
+            return {n: self._spread_of(a, named[n], limits[n]) for n, a in expected.items()}
 
         return found
 
-    def _spread_of(self, name: str, expected: npt.NDArray[Any], answers: list[Arrays]) -> Floats:
-        found = [answer[name].astype(np.float64) for answer in answers]
+    def _spread_of(self, expected: npt.NDArray[Any], answers: list[Any], limit: Limit) -> Floats:
+        expected = np.atleast_1d(expected)
+        found = [np.atleast_1d(answer).astype(np.float64) for answer in answers]
         if any(other.shape != expected.shape for other in found):
             return np.full(expected.shape, np.inf)
         usual = expected.astype(np.float64)
         errors = (element_errors(usual, other, Limit(1.0, 0.0))[0] for other in found)
         apart = np.max([np.zeros(expected.shape), *errors], axis=0)
         if expected.dtype.kind == "f" and apart.size:
-            within = tuple(range(1, apart.ndim))
+            columns = enumerate(np.shape(limit.shares))
+            within = tuple(i for i, n in columns if n == 1) or tuple(range(1, apart.ndim))
             finite = np.where(np.isfinite(apart), apart, 0.0)
             # Of what is no choice that was made otherwise: a few of those are all there is.
             most = SPREAD_FACTOR * finite.mean(axis=within, keepdims=True)
@@ -195,15 +199,20 @@ class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Tied(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Has values that tie within a share of themselves chosen as chance has it.
 
-    Only which of them are chosen changes, not what they are. Whole numbers stay as they are.
+    Only which of them are chosen changes, not what they are. Whole numbers stay as they are. What
+    runtimes approximate, to a unit in the last place of 1, is moved by that.
     """
 
     def __init__(self, sign: float, seed: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._share, self._chance = sign * _TIED, torch.Generator().manual_seed(seed)
+        self._ulp = sign * torch.finfo(torch.float32).eps
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         usual = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (_aten.sigmoid, _aten.silu):
+            off = self._ulp * torch.rand(usual.shape, generator=self._chance).to(usual)
+            return usual + off * (args[0] if func.overloadpacket is _aten.silu else 1)
         indices = usual[1] if isinstance(usual, tuple) else usual
         values = args[0] if func.overloadpacket in _CHOOSING else None
         whole = isinstance(indices, torch.Tensor) and not indices.is_floating_point()

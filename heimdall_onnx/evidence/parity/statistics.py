@@ -239,6 +239,7 @@ class ErrorStatistics:
         nan: Elements of the ONNX model's output that are NaN.
         atol: Absolute part of what is allowed.
         rtol: Relative part.
+        shares: Of the absolute part, at each place along the output's axes.
 
     A record holds the single figures alone; read from one, ``worst`` is empty.
     """
@@ -265,11 +266,12 @@ class ErrorStatistics:
     nan: int = 0
     atol: float = 1e-5
     rtol: float = RTOL
+    shares: _NotRecorded[Any] = 1.0
 
     @property
     def limit(self) -> Limit:
         """What an element may be off by."""
-        return Limit(self.atol, self.rtol)
+        return Limit(self.atol, self.rtol, self.shares)
 
 
 def element_errors(reference: Floats, value: Floats, limit: Limit) -> tuple[Floats, Floats, Floats]:
@@ -325,12 +327,9 @@ def worst_elements(
     step = max(1, _ELEMENTS_AT_ONCE // width)
     parts = []
     for start in range(0, max(len(reference), 1), step):
-        a, b = (
-            array[start : start + step].reshape(-1, width).astype(np.float64)
-            for array in (reference, value)
-        )
+        a, b = (array[start : start + step].astype(np.float64) for array in (reference, value))
         error, excess, _ = element_errors(a, b, limit)
-        parts.append(_worst_of_rows(a, b, error, excess))
+        parts.append(_worst_of_rows(*(s.reshape(-1, width) for s in (a, b, error, excess))))
     return WorstElements(*map(np.concatenate, zip(*parts, strict=True)))
 
 

@@ -112,7 +112,7 @@ def judge_accuracy(
     statistics, noise, broken = [], [], []
     for spec in signature.outputs:
         a, b = reference[spec.name], found[spec.name]
-        accumulator = ErrorAccumulator(spec, limit_of(a, 1e-5))
+        accumulator = ErrorAccumulator(spec, limit_of([a], spec.shape, 1e-5))
         accumulator.update(a, b, 0)
         statistics.append(accumulator.result())
         finite = np.isfinite(a)

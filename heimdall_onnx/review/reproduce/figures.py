@@ -28,7 +28,7 @@ SKETCHED = 384
 # Of the value; three standard errors of a sketch's rank are a tenth of this for a smooth quantity.
 ESTIMATE = 0.05
 _QUANTILES = ("p50", "p99", "p999", "ulp_p50", "ulp_p999")
-_NO_FIGURES = {"output", "unit", "worst", "left_open", "atol", "rtol"}
+_NO_FIGURES = {"output", "unit", "worst", "left_open", "atol", "rtol", "shares"}
 # One degree of a meridian at the poles, where it is longest (WGS84).
 METRES_PER_DEGREE = 111_700.0
 

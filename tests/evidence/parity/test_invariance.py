@@ -23,8 +23,11 @@ WEIGHED = replace(SET, outputs=(WEIGHTS,))
 def check(promise, answer, signature=WEIGHED, data=None):
     examples = Examples(signature)
     sides = {"PyTorch": lambda inputs: {"weights": answer(inputs)}}
-    limits = {spec.name: LIMIT for spec in signature.outputs}
-    return promise(sides, signature, examples, data or examples.valid(4, seed=5), limits)
+    return promise(sides, signature, examples, data or examples.valid(4, seed=5), excess_at)
+
+
+def excess_at(inputs, name, before, after):
+    return excess(before, after, LIMIT)
 
 
 def first(inputs):
@@ -107,8 +110,7 @@ def test_two_coordinates_are_not_taken_for_two_receivers(output):
     signature = replace(SET, inputs=inputs, outputs=(output,), axes=())
     examples = Examples(signature)
     sides = {"ONNX": lambda inputs: {"position": inputs["features"] + 0}}
-    limits = {output.name: LIMIT}
-    (found,) = check_masks(sides, signature, examples, examples.valid(8), limits)
+    (found,) = check_masks(sides, signature, examples, examples.valid(8), excess_at)
     assert (found.problem is None) == (length == "receivers")
 
 
@@ -147,7 +149,7 @@ def test_each_mask_and_each_side_is_checked():
     )
     sides = {side: lambda inputs: {"weights": first(inputs)} for side in ("PyTorch", "ONNX")}
     examples = Examples(signature)
-    found = check_masks(sides, signature, examples, examples.valid(4), {"weights": LIMIT})
+    found = check_masks(sides, signature, examples, examples.valid(4), excess_at)
     assert [(c.mask, c.side, c.seen) for c in found] == [
         ("mask", "PyTorch", True),
         ("mask", "ONNX", True),

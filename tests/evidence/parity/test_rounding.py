@@ -11,6 +11,7 @@ from heimdall_onnx.common.errors import EvidenceError, ExportError
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
 from heimdall_onnx.evidence.parity.compare import compare_outputs
 from heimdall_onnx.evidence.parity.rounding import Rounding
+from heimdall_onnx.evidence.parity.tolerance import Limit
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.onnx.export import export_model
@@ -89,6 +90,30 @@ CASES = {
         lambda y, wrong: gelu(y.bfloat16().float(), approximate="tanh" if wrong else "none"),
     ),
     "without a cast": (outputs(Y), lambda y, wrong: (y if wrong else y.half().float()).sin()),
+    "small column": (
+        outputs(TensorSpec("y", "float32", ("batch", 2))),
+        lambda y, wrong: torch.stack(
+            [100 + y[:, 0], (4e-7 + 1e-8 * y[:, 1]) * (1.3 if wrong else 1.0)], 1
+        ),
+    ),
+    "small channel": (
+        outputs(TensorSpec("y", "float32", ("batch", 2, 4))),
+        lambda y, wrong: torch.stack([50 * y[:, :4], y[:, 4:] * (1.3e-6 if wrong else 1e-6)], 1),
+    ),
+    "column that cancels": (
+        outputs(TensorSpec("y", "float32", ("batch", 2))),
+        lambda y, wrong: torch.stack(
+            [y[:, 0], y.sum(1) - y[:, :4].sum(1) - y[:, 4:].sum(1) + (1e-4 if wrong else 0.0)], 1
+        ),
+    ),
+    "rare label": (
+        outputs(TensorSpec("y", "float32", ("batch", 2))),
+        lambda y, wrong: torch.sigmoid(y[:, :2] - torch.tensor([0.0, 12.0 if wrong else 15.0])),
+    ),
+    "number": (
+        outputs(Y, TensorSpec("scale", "float32", ())),
+        lambda y, wrong: (y, 0 * y.sum() + (1.001 if wrong else 1.0)),
+    ),
     "huge": (outputs(Y), lambda y, wrong: y * 1e5 * (1.0001 if wrong else 1.0)),
 }
 
@@ -123,6 +148,36 @@ class Neighbours(nn.Module):
         return torch.gather(points, 1, at).unflatten(1, edges.shape[1:]), edges
 
 
+class Ranked(nn.Module):
+    """The places of the two best marks, of which none are where the mask hides."""
+
+    signature = Signature(
+        (
+            TensorSpec("marks", "float32", ("batch", "length", 2)),
+            TensorSpec("hidden", "bool", ("batch", "length"), masks=("marks",)),
+        ),
+        (TensorSpec("best", "int64", ("batch", 3)), TensorSpec("top", "float32", ("batch", 3))),
+        (Axis("length", lengths=(4, 6, 9)),),
+    )
+
+    def __init__(self, leaks=False):
+        super().__init__()
+        self.leaks = float(leaks)
+        self.eval()
+
+    def forward(self, marks, hidden):
+        shown = marks.sum(-1).masked_fill(hidden, float("-inf"))
+        found = shown.topk(3, dim=1)
+        values = found.values.clamp(-9, 9)
+        return found.indices, values + 1e-3 * marks.mean((1, 2))[:, None] * self.leaks
+
+
+def test_ties_of_what_a_mask_hides_are_no_fault_and_leaks_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("heimdall_onnx.model.onnx.export.prove_axes", lambda *args: None)
+    assert failed(compare(Ranked(), tmp_path, opset=20)) == {}
+    assert "masked elements" in failed(compare(Ranked(leaks=True), tmp_path, opset=20))
+
+
 def test_choice_between_values_that_tie_is_counted_and_no_fault(tmp_path):
     report = compare(Neighbours(), tmp_path)
     assert failed(report) == {}
@@ -145,7 +200,8 @@ def test_rounding_leaves_open_what_ties_and_nothing_else():
     rounding = Rounding(model, model.signature)
     with torch.inference_mode():
         near, edges = (tensor.numpy() for tensor in model(torch.from_numpy(points)))
-    spread = rounding.spread(batch, {"near": near, "edges": edges})()
+    limits = dict.fromkeys(("near", "edges"), Limit(1e-5, 1e-6))
+    spread = rounding.spread(batch, {"near": near, "edges": edges}, limits)()
     assert (spread["edges"][0] > 0).any(-1).all()
     assert (spread["edges"][1] == 0).all()
     assert (spread["near"] < 1e-4).all()
@@ -168,6 +224,23 @@ def test_whole_numbers_are_rounded_and_divided_as_is_defined(tmp_path):
     data = EvaluationData({"x": halves}, None, {}, "halves", "0" * 64, {})
     assert failed(compare(Halves(), tmp_path, data=data)) == {}
     assert ELEMENTS in failed(compare(Halves(), tmp_path, Halves(away=True), data=data))
+
+
+class Typed(Small):
+    """Casts to the type of what it keeps in half precision."""
+
+    def __init__(self, wrong=False):
+        super().__init__(wrong=wrong)
+        self.register_buffer("kept", torch.ones(1).half())
+
+    def forward(self, x):
+        cast = super().forward(x).type_as(self.kept).float()
+        return gelu(cast, approximate="tanh" if self.wrong else "none")
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_cast_to_the_type_of_a_buffer_loosens_nothing(tmp_path, wrong):
+    assert bool(failed(compare(Typed(), tmp_path, Typed(wrong)))) == wrong
 
 
 class Half(Small):
@@ -317,6 +390,18 @@ def test_as_many_rows_as_are_found_are_compared(tmp_path):
     assert report.evaluation[0].count > 64
     with pytest.raises(EvidenceError, match="another number of rows"):
         compare(Found(), tmp_path, Found(0.5))
+
+
+class Autocast(Small):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_half_precision_by_the_context_is_said(tmp_path):
+    report = compare(Autocast(), tmp_path, Small())
+    assert any("half precision" in note for note in report.notes)
+    assert not any("half precision" in note for note in compare(Small(), tmp_path).notes)
 
 
 class Insists(Small):
