@@ -158,8 +158,9 @@ def errors_by_sample(report: ParityReport) -> Chart:
     """
     columns = worst_columns(report)
     errors = {column.spec.name: _errors_of(column, report) for column in columns}
-    # Of the samples that were kept whatever their error.
-    medians = {n: float(found.reindex(report.plotted).median()) for n, found in errors.items()}
+    # Of the samples that were kept whatever their error; outputs of other shapes have none.
+    known = {n: found for n, found in errors.items() if not found.empty}
+    medians = {n: float(found.reindex(report.plotted).median()) for n, found in known.items()}
     worst = _worst(errors)
     differing = next((column for column in columns if column.shapes), None)
     title = (
@@ -177,7 +178,7 @@ def errors_by_sample(report: ParityReport) -> Chart:
     middle = "; ".join(f"{output}, {number(median)}" for output, median in medians.items())
     alt = (
         "Largest error of a sample in units of what is allowed. "
-        f"Worst: {named or 'none'}. Median sample: {middle}."
+        f"Worst: {named or 'none'}. Median sample: {middle or 'none'}."
     )
     return Chart(figure, title, alt)
 
