@@ -27,7 +27,8 @@ def saved(path, array, name="x"):
         torch.save({name: torch.from_numpy(array)}, path)
     elif path.suffix == ".zarr":
         zarr = pytest.importorskip("zarr")
-        zarr.open_group(str(path), mode="w", zarr_format=3).create_array(name, data=array)
+        group = zarr.open_group(str(path), mode="w", zarr_format=3)
+        group.create_array(name, shape=array.shape, dtype=array.dtype)[:] = array
     else:
         np.savez(path, **{name: array})
     return path

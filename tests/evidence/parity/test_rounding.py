@@ -318,7 +318,7 @@ class Padded(nn.Module):
 
     def forward(self, frames, padding):
         mask = padding & torch.zeros_like(padding) if self.wrong else padding
-        return self.encoder(frames, src_key_padding_mask=mask) + 0 * padding.unsqueeze(-1)
+        return self.encoder(frames, src_key_padding_mask=mask) + 0.0 * padding.float().unsqueeze(-1)
 
 
 def test_encoder_is_compared_without_its_fast_path_and_that_is_said(tmp_path):
