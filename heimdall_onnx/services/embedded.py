@@ -154,6 +154,7 @@ def _with_store(settings: Settings, record: Mapping[str, Any]) -> Settings:
     return settings.model_copy(
         update={
             "s3_endpoint_url": record["address"],
+            "is_embedded": True,
             "s3_access_key_id": SecretStr(record["access_key_id"]),
             "s3_secret_access_key": SecretStr(record["secret_access_key"]),
         }

@@ -17,7 +17,7 @@ from typing import Any
 from heimdall_onnx.common.errors import DataError, NotRegisteredError, ParameterError, RegistryError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.signals import interrupted_after
-from heimdall_onnx.services.client import make_client, redact_url
+from heimdall_onnx.services.client import make_client, redact_url, set_default_session
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.registry_errors import (
     limit_waits,
@@ -25,8 +25,8 @@ from heimdall_onnx.services.registry_errors import (
     probe,
     registry_errors,
 )
-from heimdall_onnx.services.retries import MLFLOW_DEFAULTS, log_http_requests, set_default_session
-from heimdall_onnx.services.settings import Settings, bypass_proxy, with_driver
+from heimdall_onnx.services.retries import MLFLOW_DEFAULTS, log_http_requests
+from heimdall_onnx.services.settings import Settings, bypass_proxy, drop_blanks, with_driver
 from heimdall_onnx.services.store import Bucket, parse_uri
 
 with warnings.catch_warnings():
@@ -117,6 +117,7 @@ class MLflowTracker:
         artifact_uri: str = "s3://heimdall-mlflow",
         experiment_name: str = "heimdall-localization",
     ) -> None:
+        drop_blanks()
         self.uri = limit_waits(with_driver(tracking_uri))
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)

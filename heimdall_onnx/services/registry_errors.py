@@ -16,15 +16,21 @@ from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.exceptions import MlflowException
 
 from heimdall_onnx.common.errors import NotRegisteredError, RegistryError, SettingsError
-from heimdall_onnx.services.client import explain_store_error, redact_url
+from heimdall_onnx.services.client import (
+    explain_store_error,
+    is_of_settings,
+    redact_url,
+    shorten,
+)
 from heimdall_onnx.services.retries import CONNECT_TIMEOUT_S, READ_TIMEOUT_S
 
 # One statement may wait for another's lock; MLflow's own are done within a second.
 _STATEMENT_TIMEOUT_S = 60
+_LOGIN = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
 _REASONS = {
-    "PERMISSION_DENIED": "access is forbidden; check user name and password",
-    "UNAUTHENTICATED": "the user name or password is wrong",
-    "CUSTOMER_UNAUTHORIZED": "the user name or password is wrong",
+    "PERMISSION_DENIED": f"access is forbidden: the user of {_LOGIN} may not do this",
+    "UNAUTHENTICATED": f"the user is not known; check {_LOGIN}",
+    "CUSTOMER_UNAUTHORIZED": f"the user is not known; check {_LOGIN}",
 }
 
 
@@ -50,31 +56,41 @@ def registry_errors(uri: str, doing: str) -> Iterator[None]:
     ) as error:
         message = f"could not {doing} at {redact_url(uri)}: {_explain(error, uri)}"
         # A traceback would show the original's text.
-        leaks = _explain(error, "") != _explain(error, uri) or redact_url(str(error)) != str(error)
+        leaks = _redact(str(error), uri) != str(error)
         missing = getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
-        kind = NotRegisteredError if missing else RegistryError
+        refused = NotRegisteredError if missing else RegistryError
+        kind = SettingsError if is_of_settings(error) else refused
         raise kind(message) from (None if leaks else error)
 
 
 def _explain(error: Exception, uri: str) -> str:
-    if isinstance(error, BotoCoreError | ClientError | Boto3Error):
+    if isinstance(error, BotoCoreError | ClientError | Boto3Error) or is_of_settings(error):
         return explain_store_error(error)
-    if isinstance(error, MlflowException):
-        if error.error_code in _REASONS:
-            return _REASONS[error.error_code]
-        cause = error.__cause__ or error.__context__
-        if "CERTIFICATE_VERIFY_FAILED" in str(cause):
-            return (
-                "its certificate was not accepted; check MLFLOW_TRACKING_URI, and name your own "
-                "authority in MLFLOW_TRACKING_SERVER_CERT_PATH"
-            )
-        if isinstance(cause, OSError):
-            return "it can't be reached; check that it runs and that MLFLOW_TRACKING_URI is right"
-    if isinstance(error, sqlalchemy.exc.DBAPIError):
-        error = error.orig if isinstance(error.orig, Exception) else error
-    text = redact_url(" ".join(str(error).split()))
+    if isinstance(error, sqlalchemy.exc.DBAPIError) and isinstance(error.orig, Exception):
+        error = error.orig
+    text = _redact(str(error), uri)
+    # What MLflow says around an answer that is not its own is of no use.
+    said = shorten(text.partition("Response body: '")[2].removesuffix("'") or text)
+    if not isinstance(error, MlflowException):
+        return said
+    if "host header" in said.lower():
+        return f"name the host of MLFLOW_TRACKING_URI in the server's --allowed-hosts ({said})"
+    if error.error_code in _REASONS:
+        return f"{_REASONS[error.error_code]} ({said})"
+    cause = error.__cause__ or error.__context__
+    if "certificate" in str(cause).lower():
+        return (
+            "its certificate was not accepted; check MLFLOW_TRACKING_URI, and name your own "
+            "authority in MLFLOW_TRACKING_SERVER_CERT_PATH, a file that is there"
+        )
+    if isinstance(cause, OSError):
+        return "it can't be reached; check that it runs and that MLFLOW_TRACKING_URI is right"
+    return said
+
+
+def _redact(text: str, uri: str) -> str:
     password = urlsplit(uri).password if "://" in uri else None
-    return text.replace(password, "***") if password else text
+    return redact_url(text.replace(password, "***") if password else text)
 
 
 def probe(uri: str) -> None:
@@ -115,7 +131,7 @@ def limit_waits(uri: str) -> str:
         "keepalives_count": "3",
         "tcp_user_timeout": str(1000 * READ_TIMEOUT_S),
     }
-    if "PGOPTIONS" not in os.environ:
+    if not os.environ.get("PGOPTIONS"):
         limits["options"] = f"-c statement_timeout={_STATEMENT_TIMEOUT_S}s"
     missing = {name: value for name, value in limits.items() if name not in url.query}
     return url.update_query_dict(missing).render_as_string(hide_password=False)

@@ -10,10 +10,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, cast
 
-import boto3
-import botocore.session
-from botocore.config import Config
-
 from heimdall_onnx.common.logs import get_logger
 
 if TYPE_CHECKING:
@@ -70,16 +66,6 @@ def _log_failed_attempt(
         of=request_dict["context"].get("retries", {}).get("max"),
         reason=reason,
     )
-
-
-def set_default_session() -> None:
-    """Give MLflow's own S3 client, which takes boto3's default session, the same limits."""
-    session = botocore.session.get_session()
-    session.set_default_client_config(
-        Config(connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S)
-    )
-    log_store_calls(session.get_component("event_emitter"))
-    boto3.setup_default_session(botocore_session=session)
 
 
 def log_http_requests() -> None:

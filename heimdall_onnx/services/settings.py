@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_onnx.common.errors import SettingsError
 
+AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -36,6 +37,7 @@ class Settings(BaseSettings):
         mlflow_tracking_uri: ``http(s)://…``, ``sqlite:///…`` or ``postgresql://…``; None means
             SQLite below ``home``.
         s3_endpoint_url: The S3 store; None means that the embedded store is started.
+        is_embedded: Whether that is the embedded store, which AWS's own settings are not for.
         s3_access_key_id: With ``s3_secret_access_key``, the store's credentials; see
             `credentials` for what takes their place.
         s3_secret_access_key: Its other half.
@@ -63,6 +65,7 @@ class Settings(BaseSettings):
 
     mlflow_tracking_uri: SecretStr | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
     s3_endpoint_url: str | None = Field(None, validation_alias="MLFLOW_S3_ENDPOINT_URL")
+    is_embedded: bool = Field(False, validation_alias="HEIMDALL_EMBEDDED_STORE")
     s3_access_key_id: SecretStr | None = Field(None, validation_alias="MLFLOW_S3_ACCESS_KEY_ID")
     s3_secret_access_key: SecretStr | None = Field(
         None, validation_alias="MLFLOW_S3_SECRET_ACCESS_KEY"
@@ -166,12 +169,19 @@ class Settings(BaseSettings):
         """Put every setting into the environment, or into the one of a process to be started.
 
         Child processes inherit it from there, and MLflow's own S3 client finds the store's
-        address and credentials, and no proxy in front of a store on this machine.
+        address and credentials, and no proxy in front of a store on this machine; with the
+        embedded store none of AWS's own settings stays.
 
         Raises:
             SettingsError: If only one half of a pair of credentials is set.
         """
         credentials = self.credentials
+        drop_blanks(environment)
+        if self.is_embedded:
+            files = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
+            for name in {n for n in environment if n.startswith("AWS_")} - {*files, *AWS_KEYS}:
+                environment.pop(name, None)
+            environment.update(files)
         environment["MLFLOW_TRACKING_URI"] = self.tracking_uri.get_secret_value()
         environment["MLFLOW_ARTIFACT_URI"] = self.artifact_uri
         environment["MLFLOW_EXPERIMENT_NAME"] = self.experiment_name
@@ -207,8 +217,20 @@ def bypass_proxy(address: str, environment: MutableMapping[str, str] = os.enviro
     """Let no proxy of the environment stand before an address of this machine."""
     if is_loopback(address):
         beside = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
-        hosts = (*filter(None, beside.split(",")), *LOOPBACK_HOSTS)
-        environment["no_proxy"] = ",".join(dict.fromkeys(hosts))
+        hosts = (*filter(None, map(str.strip, beside.split(","))), *LOOPBACK_HOSTS)
+        # All hosts, which it means only where it stands alone.
+        environment["no_proxy"] = "*" if "*" in hosts else ",".join(dict.fromkeys(hosts))
+
+
+def drop_blanks(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Take away what CI systems pass empty because it is not set.
+
+    AWS's and MLflow's libraries take these for values: a profile without a name, or a bundle of
+    no certificates.
+    """
+    for name, value in list(environment.items()):
+        if name.startswith(("AWS_", "MLFLOW_", "REQUESTS_CA_")) and not value.strip():
+            environment.pop(name, None)
 
 
 def with_driver(uri: str) -> str:

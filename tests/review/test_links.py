@@ -15,7 +15,7 @@ import records
 from proxy import wait_for
 
 from heimdall_onnx.archive.release import Release
-from heimdall_onnx.common.errors import ParameterError, StoreError, VerificationError
+from heimdall_onnx.common.errors import ParameterError, SettingsError, VerificationError
 from heimdall_onnx.common.logs import configure_logs, get_logger
 from heimdall_onnx.review.links import LONGEST_S, Link, share_release
 from heimdall_onnx.services.client import make_client
@@ -142,7 +142,7 @@ def test_a_link_needs_credentials(embedded_settings, folder_uri, monkeypatch, tm
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     nobody = {"s3_access_key_id": None, "s3_secret_access_key": None}
     client = make_client(embedded_settings.model_copy(update=nobody))
-    with pytest.raises(StoreError, match="there are no credentials"):
+    with pytest.raises(SettingsError, match="there are no credentials"):
         share(client, folder_uri, expires_s=60)
 
 

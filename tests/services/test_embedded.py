@@ -28,7 +28,7 @@ from pydantic import SecretStr
 
 from heimdall_onnx.common.errors import RegistryError, StoreError
 from heimdall_onnx.services import embedded as services
-from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.client import make_client, set_default_session
 from heimdall_onnx.services.daemon import Daemon, is_listening
 from heimdall_onnx.services.embedded import (
     ensure_store,
@@ -130,6 +130,49 @@ def test_the_second_call_finds_the_running_store(embedded_settings: Settings) ->
     pid = store_process(bare).pid
     assert ensure_store(bare) == embedded_settings
     assert store_process(bare).pid == pid
+
+
+def test_the_callers_aws_settings_are_not_for_it(
+    embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").write_text("[profile ci\nregion")
+    caller = {
+        "AWS_PROFILE": "nobody",
+        "AWS_CONFIG_FILE": str(tmp_path / "broken"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "broken"),
+        "AWS_CA_BUNDLE": str(tmp_path / "none.pem"),
+        "AWS_DEFAULT_REGION": "us east",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "never",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "never",
+        "AWS_RETRY_MODE": "odd",
+        "AWS_MAX_ATTEMPTS": "many",
+        "AWS_S3_US_EAST_1_REGIONAL_ENDPOINT": "odd",
+        "AWS_DEFAULTS_MODE": "odd",
+        "AWS_DATA_PATH": str(tmp_path / "broken"),
+        "AWS_ENDPOINT_URL_S3": "http://s3.example",
+        "HTTP_PROXY": "http://127.0.0.1:1",
+    }
+    for name, value in caller.items():
+        monkeypatch.setenv(name, value)
+    bare = Settings(_env_file=None, HEIMDALL_HOME=embedded_settings.home)
+    before = services_status(bare)[0]
+    started = time.monotonic()
+    filled = ensure_store(bare)
+    assert time.monotonic() - started < services.ANSWER_TIMEOUT_S
+    assert filled == embedded_settings
+    assert before.running
+    assert services_status(bare)[0] == before
+    # Nor has the caller's own use of AWS changed, until MLflow is to find the store.
+    assert os.environ["AWS_PROFILE"] == "nobody"
+    filled.apply()
+    set_default_session()
+    bucket = Bucket(make_client(filled), "of-nobodys-profile")
+    bucket.ensure()
+    bucket.upload_bytes(b"content", "key")
+    # As MLflow makes its own.
+    mlflows = boto3.client("s3", endpoint_url=filled.s3_endpoint_url)
+    assert mlflows.get_object(Bucket=bucket.name, Key="key")["Body"].read() == b"content"
+    assert make_client(Settings(_env_file=None)).list_buckets()["Buckets"]
 
 
 def test_credentials_are_random_and_for_the_owner_only(

@@ -27,6 +27,7 @@ import onnxruntime
 import pytest
 import sqlalchemy
 import sqlalchemy.orm
+from answers import LOGIN_PAGE, answering, refusal
 from onnx import TensorProto, helper
 from proxy import Fault, proxied
 from urllib3 import Retry
@@ -677,8 +678,86 @@ def test_a_server_without_stages_is_told_apart_from_one_that_refuses(
     forbidden = {"transition_stage": (403, "PERMISSION_DENIED")}
     with gateway(mlflow_server, **forbidden) as address:
         tracker = MLflowTracker(address, experiment_name=name)
-        with pytest.raises(RegistryError, match="access is forbidden; check user name"):
+        with pytest.raises(RegistryError, match="access is forbidden: the user"):
             tracker.transition_model_stage(name, version, "Staging")
+
+
+FORBIDDEN = json.dumps({"error_code": "PERMISSION_DENIED", "message": "needs EDIT on it"})
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (200, LOGIN_PAGE, "at http.*: a web page, 'Sign in & go on'$"),
+        (403, LOGIN_PAGE, "forbidden: the user .*'Sign in & go on'"),
+        (401, "You are not authenticated.", "check MLFLOW_TRACKING_USER.*not authenticated"),
+        (403, "Permission denied", r"may not do this \(Permission denied\)"),
+        (403, FORBIDDEN, "may not do this .*needs EDIT on it"),
+        (403, "Invalid Host header - possible attack", r"--allowed-hosts \(Invalid Host header"),
+        (404, "no\n such   path", "no such path$"),
+        (413, "quota of http://me:hidden@h is full", r"quota of http://\*\*\*@h is full$"),
+    ],
+)
+def test_a_refusal_says_what_the_server_said(
+    status: int, body: str, words: str, reset_mlflow: None
+) -> None:
+    with answering(status, body) as address:
+        tracker = MLflowTracker(address)
+        with pytest.raises(RegistryError, match=words) as caught:
+            tracker.model_names()
+    assert len(str(caught.value)) < 500
+    assert "hidden" not in told_by(caught.value)
+
+
+def test_a_refusal_of_the_artifact_store_is_not_taken_for_mlflows(
+    sqlite_tracker: MLflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    sqlite_tracker.start_run()
+    with answering(403, refusal("AccessDenied", "aws:kms is demanded")) as address:
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", address)
+        boto3.setup_default_session()
+        with pytest.raises(RegistryError, match=r"MLFLOW_S3_UPLOAD_EXTRA_ARGS.*is demanded"):
+            sqlite_tracker.log_artifact(tmp_path / "a.txt")
+
+
+def test_credentials_that_mlflow_does_not_get_are_a_setting(
+    sqlite_tracker: MLflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    sqlite_tracker.start_run()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/ci")
+    boto3.setup_default_session()
+    with pytest.raises(SettingsError, match="/token'; check AWS_WEB_IDENTITY_TOKEN_FILE"):
+        sqlite_tracker.log_artifact(tmp_path / "a.txt")
+
+
+def test_a_bundle_of_certificates_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reset_mlflow: None
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "none.pem"))
+    with answering(200) as address:
+        tracker = MLflowTracker(address.replace("http", "https"))
+        with pytest.raises(RegistryError, match="MLFLOW_TRACKING_SERVER_CERT_PATH, a file"):
+            tracker.model_names()
+
+
+def test_blank_variables_of_mlflow_are_not_set(
+    mlflow_server: str, reset_mlflow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blank = (
+        *("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"),
+        *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_INSECURE_TLS"),
+        *("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_AUTH", "AWS_MAX_ATTEMPTS"),
+    )
+    for name in blank:
+        monkeypatch.setenv(name, "")
+    assert isinstance(MLflowTracker(mlflow_server).model_names(), tuple)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
 
 
 def test_a_server_that_goes_away_is_noticed_within_seconds(

@@ -8,7 +8,8 @@ import structlog
 import urllib3
 from proxy import Fault, proxied
 
-from heimdall_onnx.services.retries import ATTEMPTS, log_http_requests, set_default_session
+from heimdall_onnx.services.client import set_default_session
+from heimdall_onnx.services.retries import ATTEMPTS, log_http_requests
 
 pytestmark = pytest.mark.services
 

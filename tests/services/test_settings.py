@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import urllib.request
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr, ValidationError
 
 from heimdall_onnx.common.errors import SettingsError
-from heimdall_onnx.services.settings import Credentials, Settings, with_driver
+from heimdall_onnx.services.settings import Credentials, Settings, bypass_proxy, with_driver
 
 VARIABLES = {
     "MLFLOW_TRACKING_URI": "postgresql://user:tracking-secret@db/mlflow",
@@ -243,6 +244,59 @@ def test_no_proxy_stands_before_a_store_on_this_machine(
     Settings.load().apply()
     Settings.load().apply()
     assert os.environ.get("no_proxy", os.environ["NO_PROXY"]) == expected
+
+
+@pytest.mark.parametrize("written", ["*", " * ", "internal.example, *"])
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
+def test_no_proxy_at_all_stays_none_beside_a_store_on_this_machine(
+    name: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv(name, written)
+    for _ in range(2):
+        bypass_proxy("http://127.0.0.1:9000")
+    assert urllib.request.proxy_bypass("mlflow.example")
+    assert urllib.request.proxy_bypass("127.0.0.1")
+
+
+def test_hosts_without_a_proxy_stay_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "internal.example, s3.example")
+    bypass_proxy("http://127.0.0.1:9000")
+    bypassed = ("internal.example", "s3.example", "localhost", "127.0.0.1", "other.example")
+    assert [bool(urllib.request.proxy_bypass(host)) for host in bypassed] == [True] * 4 + [False]
+
+
+def test_children_find_none_of_the_callers_aws_settings_beside_the_embedded_store() -> None:
+    caller = {
+        **AWS,
+        "AWS_PROFILE": "nobody",
+        "AWS_CA_BUNDLE": "/none.pem",
+        "AWS_CONFIG_FILE": "/none/config",
+        "AWS_DEFAULT_REGION": "us east",
+        "PATH": "/bin",
+    }
+    own = {"s3_access_key_id": SecretStr("id"), "s3_secret_access_key": SecretStr("secret")}
+    settings = Settings(_env_file=None).model_copy(
+        update={"s3_endpoint_url": "http://127.0.0.1:9", **own}
+    )
+    environment = dict(caller)
+    settings.apply(environment)
+    assert environment["AWS_PROFILE"] == "nobody"
+    settings.model_copy(update={"is_embedded": True}).apply(environment)
+    assert {n: v for n, v in environment.items() if n.startswith("AWS_")} == {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    assert environment["PATH"] == "/bin"
+
+
+def test_children_get_no_blanks() -> None:
+    environment = {"AWS_PROFILE": "", "AWS_CA_BUNDLE": " ", "MLFLOW_RUN_ID": "", "OTHER": ""}
+    Settings(_env_file=None).apply(environment)
+    assert not environment.keys() & {"AWS_PROFILE", "AWS_CA_BUNDLE", "MLFLOW_RUN_ID"}
+    assert environment["OTHER"] == ""
 
 
 def test_what_is_unset_stays_unset() -> None:

@@ -142,7 +142,7 @@ def test_missing_credentials_are_named(
     anonymous = embedded_settings.model_copy(
         update={"s3_access_key_id": None, "s3_secret_access_key": None}
     )
-    with pytest.raises(StoreError, match=r"no credentials; check MLFLOW_S3_ACCESS_KEY_ID"):
+    with pytest.raises(SettingsError, match=r"no credentials; check MLFLOW_S3_ACCESS_KEY_ID"):
         Bucket(make_client(anonymous), bucket.name).list_keys("")
 
 
@@ -390,7 +390,7 @@ def test_a_bucket_is_made_where_regions_are_not_known(
     embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
-    client = make_client(embedded_settings)
+    client = make_client(embedded_settings.model_copy(update={"is_embedded": False}))
     asked: list[bool] = []
 
     def refuse(params: dict[str, Any], **_: object) -> None:
@@ -672,7 +672,7 @@ def test_what_is_named_is_deleted_and_nothing_else(s3: S3Client, bucket: Bucket)
     [
         (ClientError({"Error": {"Code": "SlowDown"}}, "PutObject"), "overloaded"),
         (ClientError({"Error": {"Code": "RequestTimeTooSkewed"}}, "PutObject"), "set the clock"),
-        (ClientError({"Error": {"Code": "Odd", "Message": "why"}}, "Put"), "answered Odd: why"),
+        (ClientError({"Error": {"Code": "Odd", "Message": "why"}}, "Put"), "refuses (Odd: why)"),
         (NoCredentialsError(), "no credentials"),
         (SSLError(endpoint_url="https://x", error="e"), "certificate was not accepted"),
         (ReadTimeoutError(endpoint_url="https://x"), "can't be reached"),
