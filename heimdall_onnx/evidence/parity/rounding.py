@@ -61,13 +61,14 @@ class Rounding:
 
     Attributes:
         raised: Whether the model's own code asked for less than float64 where it ran in that.
-        halved: Whether it computes something in half precision.
+        halved: Whether it computes something in half precision; None before it ran in float64.
         missing: Why there is no reference in float64; empty where there is one.
     """
 
     def __init__(self, model: nn.Module, signature: Signature) -> None:
         self._model, self._signature = model, signature
-        self.raised, self.halved, self.missing = False, False, ""
+        self.raised, self.missing = False, ""
+        self.halved: bool | None = None
 
     @cached_property
     def _double(self) -> Any:
@@ -87,14 +88,16 @@ class Rounding:
         }
         double, usual, mode = self._double, _InDouble(), _InDouble()  # type: ignore[no-untyped-call]
         try:
-            usual.wide = {}
-            with usual:
-                run_pytorch(self._model, batch, self._signature)
+            if self.halved is None:
+                usual.wide = {}
+                with usual:
+                    run_pytorch(self._model, batch, self._signature)
+                self.halved = usual.halved
             with mode:
                 answers = run_pytorch(double, inputs, self._signature)
         except EvidenceError:
             return run_pytorch(double.double(), inputs, self._signature)
-        self.raised, self.halved = self.raised or mode.used, self.halved or usual.halved
+        self.raised |= mode.used
         return answers
 
     def spread(
