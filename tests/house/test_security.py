@@ -392,7 +392,9 @@ def test_store_with_an_unknown_certificate_is_refused(
     embedded_settings, bucket, certificate, monkeypatch
 ):
     with behind_tls(embedded_settings.s3_endpoint_url, certificate) as address:
-        settings = embedded_settings.model_copy(update={"s3_endpoint_url": address})
+        settings = embedded_settings.model_copy(
+            update={"s3_endpoint_url": address, "is_embedded": False}
+        )
         with pytest.raises(StoreError, match=r"certificate was not accepted; .* AWS_CA_BUNDLE"):
             Bucket(make_client(settings), bucket.name).list_keys("")
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate[0]))
