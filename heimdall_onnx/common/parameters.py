@@ -311,11 +311,11 @@ def check_as(kind: type[_Parameters], values: Mapping[str, Any]) -> _Parameters:
 def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
     """The parameters as they stand in a notebook's namespace, checked.
 
-    papermill only warns about a name that the notebook does not know, so the names in the cell
-    it injected are read back and checked as well.
+    papermill only warns about a name that the notebook does not know, and puts its cell first in a
+    notebook that has lost the tag of its parameters, so what it injected is read back and checked.
 
     Raises:
-        ParameterError: As `check_parameters`.
+        ParameterError: As `check_parameters`, or if another value is used than was injected.
     """
     return read_notebook_as(ReleaseParameters, namespace)
 
@@ -323,18 +323,30 @@ def parameters_of_notebook(namespace: Mapping[str, Any]) -> ReleaseParameters:
 def read_notebook_as(kind: type[_Parameters], namespace: Mapping[str, Any]) -> _Parameters:
     """`parameters_of_notebook` for another notebook, with parameters of a ``kind`` of its own."""
     known = set(kind.model_fields)
-    names = known | injected_names(namespace.get("In", ()))
+    injected = injected_values(namespace.get("In", ()))
+    for name, expression in injected.items():
+        try:
+            given = ast.literal_eval(expression)
+        except ValueError:  # no literal, such as float("nan")
+            continue
+        if name in namespace and namespace[name] != given:
+            raise ParameterError(
+                f"{name} = {shown(repr(namespace[name]))} is used, but papermill was given "
+                f"{shown(repr(given))}; does the notebook's cell of parameters still have its tag "
+                "'parameters', and does no cell after it assign it again?"
+            )
+    names = known | injected.keys()
     return check_as(kind, {n: namespace[n] for n in names if n in namespace})
 
 
-def injected_names(history: Sequence[str]) -> set[str]:
-    """Names assigned by the cells of ``history`` that papermill injected.
+def injected_values(history: Sequence[str]) -> dict[str, ast.expr]:
+    """What the cells of ``history`` that papermill injected assign, by name.
 
     Raises:
         ParameterError: If such a cell is no Python.
     """
     return {
-        target.id
+        target.id: statement.value
         for source in history
         if source.startswith("# Parameters")
         for statement in _parsed(source)

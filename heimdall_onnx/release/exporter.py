@@ -239,6 +239,8 @@ class ONNXExporter:
         with tempfile.TemporaryDirectory(prefix="heimdall-metadata-") as folder:
             path = Path(folder) / "metadata.json"
             path.write_bytes(to_json(metadata))
+            if (artifacts := self.mlflow_tracker.artifact_location()).startswith("s3://"):
+                locate(self.s3_client, artifacts)[0].ensure()
             self.mlflow_tracker.log_artifact(path, run_id=run_id)
         version = self.mlflow_tracker.register_model(
             model_name, source, run_id=run_id, tags=version_tags(metadata)

@@ -21,7 +21,7 @@ from heimdall_onnx.common.parameters import (
     PROFILES,
     ReleaseParameters,
     check_parameters,
-    injected_names,
+    injected_values,
     parameters_of_notebook,
 )
 from heimdall_onnx.model.onnx.export import OPSETS
@@ -291,7 +291,7 @@ def test_names_that_papermill_injects_are_found_in_the_cell_it_writes(comment):
         load_notebook_node(str(notebook_path())), AWKWARD, comment=comment
     )
     sources = [c.source for c in notebook.cells if c.cell_type == "code"]
-    assert injected_names(sources) == set(AWKWARD)
+    assert injected_values(sources).keys() == set(AWKWARD)
 
 
 def test_injected_cell_as_a_kernel_sees_it_is_checked(tmp_path):
@@ -312,6 +312,25 @@ def test_injected_cell_as_a_kernel_sees_it_is_checked(tmp_path):
     assert "seed" not in str(caught.value)
     del shell.user_ns["tolerence"]
     assert parameters_of_notebook(shell.user_ns).seed == 7
+
+
+def test_what_was_injected_is_what_is_used(tmp_path):
+    """An editor has dropped the tag, so papermill puts its cell before the one of parameters."""
+    notebook = load_notebook_node(str(notebook_path()))
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.metadata["tags"] = []
+            own = cell.source
+    first = parameterize_notebook(notebook, {"checkpoint": "mine.pt"}).cells[0].source
+    shell = InteractiveShell(
+        config=Config({"HistoryManager": {"enabled": False}}), ipython_dir=str(tmp_path)
+    )
+    for source in (first, own):
+        assert shell.run_cell(source, store_history=True).success
+    with pytest.raises(ParameterError, match=r"checkpoint = '' is used.* given 'mine.pt'.* tag"):
+        parameters_of_notebook(shell.user_ns)
+    shell.run_cell(first, store_history=True)
+    assert parameters_of_notebook(shell.user_ns).checkpoint == "mine.pt"
 
 
 def test_unknown_injected_name_is_refused_and_a_variable_of_the_user_is_not():
@@ -354,7 +373,7 @@ def test_value_that_can_not_be_shown_is_abbreviated(values, message):
 @pytest.mark.parametrize("code", ["seed = (", "seed = \0", "seed = " + "-" * 100_000 + "1"])
 def test_injected_cell_that_is_no_python_is_a_parameter_error(code):
     with pytest.raises(ParameterError, match="cell of parameters can't be read: "):
-        injected_names(["# Parameters\n" + code])
+        injected_values(["# Parameters\n" + code])
 
 
 @pytest.mark.parametrize(

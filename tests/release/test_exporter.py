@@ -24,6 +24,7 @@ from heimdall_onnx.common.errors import (
     RegistryError,
     StoreError,
 )
+from heimdall_onnx.services.registry import MLflowTracker
 from heimdall_onnx.services.store import Bucket
 
 pytestmark = pytest.mark.services
@@ -187,6 +188,19 @@ class TestONNXExporter:
         client = mlflow.MlflowClient()
         assert [a.path for a in client.list_artifacts(run_id)] == ["metadata.json"]
         assert s3.head_object(Bucket=bucket.name, Key="models/v1.onnx")
+
+    def test_bucket_of_artifacts_is_made_at_the_first_write(
+        self, s3, bucket, onnx_path, model, sqlite_tracker
+    ):
+        artifacts = f"{bucket.name}-artifacts"
+        tracker = MLflowTracker(sqlite_tracker.uri, f"s3://{artifacts}/below", "of its own")
+        run_id = tracker.create_run("training")
+        exporter = ONNXExporter(s3, tracker)
+        uri = exporter.upload_to_minio(onnx_path, bucket.name, object_name="models/v1.onnx")
+        metadata = exporter.get_model_metadata(onnx_path, model, run_id)
+        assert exporter.register_with_mlflow("first", uri, metadata)["model_version"] == "1"
+        (key,) = Bucket(s3, artifacts).list_keys("below/")
+        assert key.endswith("/metadata.json")
 
     def test_alias_stays_with_its_version_when_moving_it_fails(
         self, exporter, bucket, run_id, tmp_path, monkeypatch
