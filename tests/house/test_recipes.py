@@ -161,6 +161,7 @@ def test_github_shows_the_gates_of_a_release_that_failed(runner, s3, make_settin
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_gitlab_releases_and_reports_its_gates(runner, s3, monkeypatch, reset_mlflow):
     job = gitlab_job()
     (line,) = job["script"]

@@ -412,6 +412,7 @@ def test_store_with_an_unknown_certificate_is_refused(
 def test_mlflow_with_an_unknown_certificate_is_refused(
     mlflow_server, certificate, monkeypatch, reset_mlflow, variable
 ):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with behind_tls(mlflow_server, certificate) as address:
         with pytest.raises(RegistryError, match=r"certificate was not accepted; .*_CERT_PATH"):
             assert MLflowTracker(address).experiment_id

@@ -506,10 +506,10 @@ def test_a_page_of_versions_takes_as_many_requests_as_it_is_long(
     s3: S3Client, bucket: Bucket
 ) -> None:
     """However many releases, and reports of failed ones, come before and behind it."""
-    days = [f"v202601{day:02}" for day in range(1, 31)]
+    days = [f"v202601{day:02}" for day in range(1, 27)]
     known = [f"{day}_{number:06}" for day in days for number in range(40)]
     put = [f"m/{version}/manifest.json" for version in known]
-    put += [f"m/failed/{version}/report.html" for version in known]
+    put += [f"m/failed/{version}/report.html" for version in known[:40]]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda key: s3.put_object(Bucket=bucket.name, Key=key), put))
     asked: list[str] = []
