@@ -490,8 +490,9 @@ def test_of_another_checkpoint_than_the_best_nothing_is_claimed(result):
 
 def test_the_loss_is_that_of_a_normal_distribution():
     objective = Objective(Plain(), Plain.signature, beta=0.5)
-    answers, deviations = torch.randn(50, 2), torch.rand(50, 2) + 0.1
-    targets = torch.randn(50, 2)
+    torch.manual_seed(0)
+    answers, targets = torch.randn(2, 50, 2, dtype=torch.float64)
+    deviations = torch.rand(50, 2, dtype=torch.float64) + 0.1
     weighted, nats = objective.losses(answers, deviations, targets)
     each = -torch.distributions.Normal(answers, deviations).log_prob(targets)
     torch.testing.assert_close(nats, each.mean())
