@@ -51,7 +51,7 @@ def abilities(connection: Connection, bucket: Bucket) -> Iterator[Ability]:
         return
     yield Ability("registry", True, True, redact_url(tracker.uri))
     yield _tried("aliases", True, lambda: _known(tracker))
-    yield _tried("artifacts", True, tracker.artifact_location)
+    yield _tried("artifacts", True, lambda: _reach_artifacts(connection, tracker))
 
 
 def _tried(name: str, needed: bool, ask: Callable[[], str]) -> Ability:
@@ -81,3 +81,10 @@ def _known(tracker: MLflowTracker) -> str:
     with contextlib.suppress(NotRegisteredError):
         tracker.version_by_alias("heimdall-onnx-check", "staging")
     return "are known"
+
+
+def _reach_artifacts(connection: Connection, tracker: MLflowTracker) -> str:
+    where = tracker.artifact_location()
+    if where.startswith("s3://") and not connection.locate(where)[0].is_there():
+        return f"{where}, whose bucket is not there yet: a release makes it"
+    return where

@@ -272,7 +272,7 @@ def _ensure_mlflow(settings: Settings) -> None:
             if same and service.wait(partial(_mlflow_answers, service, record), ANSWER_TIMEOUT_S):
                 return
             service.stop()
-        while True:
+        for _ in range(_START_TRIES):
             port = free_ports({"mlflow": record.get("port", 5000)}, ("mlflow",))["mlflow"]
             record = {
                 "port": port,
@@ -293,7 +293,8 @@ def _ensure_mlflow(settings: Settings) -> None:
                 return
             service.stop()
             if not is_listening(port):  # or another's server was quicker to take the port
-                raise service.failure()
+                break
+        raise service.failure()
 
 
 def _mlflow_environment(settings: Settings) -> dict[str, str]:

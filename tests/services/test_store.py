@@ -36,6 +36,7 @@ from heimdall_onnx.common.errors import (
     DataError,
     ObjectExistsError,
     ParameterError,
+    RegistryError,
     SettingsError,
     StoreError,
 )
@@ -368,6 +369,16 @@ def test_a_store_that_takes_every_writer_is_refused(
         with pytest.raises(StoreError, match=r"it took 16; expected one\. Nothing was published"):
             careless.claim_version("models", name="metadata.json", content=str.encode)
     assert not bucket.list_keys("models")
+    shown = abilities(Connection(embedded_settings, client, no_registry), careless)
+    assert [(one.name, one.holds) for one in shown if one.needed] == [
+        ("store", True),
+        ("one of many writers of a name", False),
+        ("registry", False),
+    ]
+
+
+def no_registry() -> MLflowTracker:
+    raise RegistryError("it can't be reached")
 
 
 def test_a_store_is_proven_once_and_asked_for_the_proof_once_in_a_process(
