@@ -10,6 +10,7 @@ import bare
 import psutil
 import pytest
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 
 from heimdall_onnx.report import kernels
 from heimdall_onnx.report.kernels import started_kernel
@@ -37,6 +38,19 @@ def test_no_other_kernel_of_the_same_name_is_taken(another):
         process = psutil.Process(kernel.provisioner.pid)
         assert process.cmdline()[0] == sys.executable
         assert process.environ()["HEIMDALL_TEST"] == "here"
+        assert kernel.get_connection_info()["transport"] == "ipc"
+
+
+def test_kernel_below_a_deep_temporary_folder_is_reached_by_ports(tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with started_kernel(os.environ) as kernel:
+        client = kernel.client()
+        client.start_channels()
+        run_sync(client.wait_for_ready)(timeout=120)
+        client.stop_channels()
+    assert list(deep.iterdir()) == []
 
 
 def test_kernel_is_told_the_settings_in_use_and_nothing_of_the_signer(monkeypatch, tmp_path):
