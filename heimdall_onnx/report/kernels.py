@@ -31,8 +31,8 @@ def started_kernel(
     Outside a virtual environment of the user's own, Jupyter prefers a kernel ``python3`` that is
     registered in the home folder, whichever interpreter that one names; here none of these counts.
 
-    It is spoken to over Unix sockets. TCP ports are picked seconds before the kernel takes them, and
-    by then another process may have one; besides, every user of the machine reaches them.
+    It is spoken to over Unix sockets. TCP ports are picked seconds before the kernel takes them,
+    and by then another process may have one; besides, every user of the machine reaches them.
 
     Args:
         environment: Its environment variables.
@@ -53,8 +53,8 @@ def started_kernel(
         try:
             run_sync(kernel.start_kernel)(
                 extra_arguments=[
-                    # It prints a traceback when it is interrupted, and warns of TCP; what matters of
-                    # it is in the notebook.
+                    # It prints a traceback when it is interrupted, and warns of TCP; what matters
+                    # of it is in the notebook.
                     "--IPKernelApp.log_level=CRITICAL",
                     "--HistoryManager.hist_file=:memory:",
                     f"--IPKernelApp.extra_extensions={__package__}.preload",
