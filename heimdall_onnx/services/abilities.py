@@ -49,7 +49,7 @@ def abilities(connection: Connection, bucket: Bucket) -> Iterator[Ability]:
         # A database that is not there yet is made by a release.
         yield Ability("registry", True, isinstance(error, NotRegisteredError), str(error))
         return
-    yield Ability("registry", True, True, redact_url(tracker.uri))
+    yield Ability("registry", True, True, redact_url(tracker.uri, tracker.uri))
     yield _tried("aliases", True, lambda: _known(tracker))
     yield _tried("artifacts", True, lambda: _reach_artifacts(connection, tracker))
 

@@ -35,10 +35,11 @@ from heimdall_onnx.services.retries import (
     READ_TIMEOUT_S,
     log_store_calls,
 )
-from heimdall_onnx.services.settings import AWS_KEYS, drop_blanks, is_loopback
+from heimdall_onnx.services.settings import AWS_KEYS, clean_environment, is_loopback, known_secrets
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from pydantic import SecretStr
 
     from heimdall_onnx.services.settings import Settings
 
@@ -97,6 +98,11 @@ _REMEDIES = {
 }
 _AWS_FILES = "~/.aws/config and ~/.aws/credentials, or what AWS_PROFILE and AWS_CONFIG_FILE name"
 _CREDENTIAL_MODULES = ("botocore.credentials", "botocore.tokens")
+# Where a request's secrets stand in it, for what repeats them.
+_SHOWN = re.compile(
+    r"((?:password|signature|credential|security-token)[=:]\s*|(?-i:Basic|Bearer) )[^&,\s'\"]+",
+    re.I,
+)
 _PAGE = re.compile("<!doctype html|<html", re.I)
 _UNREACHABLE = (aws.ConnectionError, aws.HTTPClientError)
 # What else botocore raises that is no fault of the settings.
@@ -175,8 +181,8 @@ def make_client(
     return client
 
 
-def _add(extra: Mapping[str, str], *, params: dict[str, Any], **_: Any) -> None:
-    params.update({**extra, **params})
+def _add(extra: Mapping[str, SecretStr], *, params: dict[str, Any], **_: Any) -> None:
+    params.update({name: value.get_secret_value() for name, value in extra.items()} | params)
 
 
 def set_default_session() -> None:
@@ -198,7 +204,7 @@ def set_default_session() -> None:
 
 def _open_session(*, alone: bool) -> Session:
     """A session of botocore that looks at the caller's AWS settings, or one that is ``alone``."""
-    drop_blanks()
+    clean_environment()
     session = Session()
     session.register_component("data_loader", aws_descriptions())
     if alone:
@@ -215,12 +221,16 @@ def _aws_settings() -> Iterator[None]:
     try:
         yield
     except (aws.BotoCoreError, ValueError, OSError) as error:
-        raise SettingsError(_explain_settings(error)) from error
+        raise SettingsError(_explain_settings(error)) from None
 
 
-def _see_page(*, response: tuple[Any, Any] | None, operation: Any, **_: Any) -> None:
+def _see_page(*, response: tuple[Any, Any] | None, operation: Any, **event: Any) -> None:
     """Refuse what answers as no store does: botocore follows it without end, or hides its text."""
     if response is None:
+        # Nor does it know a header that can't be sent from a failure worth another attempt.
+        cause = getattr(event["caught_exception"], "kwargs", {}).get("error")
+        if type(cause) in (ValueError, UnicodeEncodeError):
+            raise SettingsError(f"each credential must be one line; check {_AWS_FILES}")
         return
     answer, parsed = response
     # botocore makes a failure of a success that it can't read, and tries again.
@@ -259,10 +269,9 @@ def store_errors(client: S3Client, doing: str) -> Iterator[None]:
         where = redact_url(client.meta.endpoint_url)
         refused = _KINDS.get(error_code(_root(error)), StoreError)
         kind = SettingsError if is_of_settings(error) else refused
-        # A traceback would show the original's text.
-        leaks = redact_url(str(error)) != str(error)
         message = f"could not {doing} at {where}: {explain_store_error(error)}"
-        raise kind(message) from (None if leaks else error)
+        # A traceback would show the original's text, and of a request its headers.
+        raise kind(message) from None
 
 
 def is_of_settings(error: Exception) -> bool:
@@ -283,11 +292,13 @@ def shorten(text: str) -> str:
     return redact_url(" ".join(text.split()))[:300]
 
 
-def redact_url(text: str) -> str:
-    """The text with user names and passwords of addresses in it replaced by ``***``."""
+def redact_url(text: str, address: str = "") -> str:
+    """The text with secrets in use, such as the password in ``address``, replaced by ``***``."""
+    for secret in filter(None, known_secrets(address)):
+        text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", text)
     # Greedy up to the last @: a password may hold any character but white space and quotes.
     text = re.sub(r"(?<=://)[^\s'\"]*@", "***@", text)
-    return re.sub(r"(?<=password=)[^&\s'\"]+", "***", text)
+    return _SHOWN.sub(r"\1***", text)
 
 
 def explain_store_error(error: Exception) -> str:

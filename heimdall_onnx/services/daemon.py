@@ -18,6 +18,7 @@ import filelock
 import psutil
 
 from heimdall_onnx.common.errors import ServiceError
+from heimdall_onnx.services.client import redact_url
 
 LOOPBACK = "127.0.0.1"
 
@@ -151,7 +152,7 @@ class Daemon:
             tail = self.log.read_text(errors="replace").splitlines()[-15:]
             return self.error(
                 f"the embedded {self.name} service did not start; the end of {self.log}:\n  "
-                + "\n  ".join(tail)
+                + redact_url("\n  ".join(tail))
             )
         return self.error(f"the embedded {self.name} service did not start and wrote no log")
 

@@ -26,7 +26,7 @@ from heimdall_onnx.services.registry_errors import (
     registry_errors,
 )
 from heimdall_onnx.services.retries import MLFLOW_DEFAULTS, log_http_requests
-from heimdall_onnx.services.settings import Settings, bypass_proxy, drop_blanks, with_driver
+from heimdall_onnx.services.settings import Settings, bypass_proxy, clean_environment, with_driver
 from heimdall_onnx.services.store import Bucket, parse_uri
 
 with warnings.catch_warnings():
@@ -117,7 +117,7 @@ class MLflowTracker:
         artifact_uri: str = "s3://heimdall-mlflow",
         experiment_name: str = "heimdall-localization",
     ) -> None:
-        drop_blanks()
+        clean_environment()
         self.uri = limit_waits(with_driver(tracking_uri))
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
@@ -163,7 +163,7 @@ class MLflowTracker:
         return str(experiment.artifact_location if experiment else self._artifact_uri)
 
     def __repr__(self) -> str:
-        return f"MLflowTracker({redact_url(self.uri)!r}, {self.experiment_name!r})"
+        return f"MLflowTracker({redact_url(self.uri, self.uri)!r}, {self.experiment_name!r})"
 
     def start_run(
         self,

@@ -54,13 +54,12 @@ def registry_errors(uri: str, doing: str) -> Iterator[None]:
         Boto3Error,
         OSError,
     ) as error:
-        message = f"could not {doing} at {redact_url(uri)}: {_explain(error, uri)}"
-        # A traceback would show the original's text.
-        leaks = _redact(str(error), uri) != str(error)
+        message = f"could not {doing} at {redact_url(uri, uri)}: {_explain(error, uri)}"
         missing = getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
         refused = NotRegisteredError if missing else RegistryError
         kind = SettingsError if is_of_settings(error) else refused
-        raise kind(message) from (None if leaks else error)
+        # A traceback would show the original's text, and of a request its headers.
+        raise kind(message) from None
 
 
 def _explain(error: Exception, uri: str) -> str:
@@ -68,7 +67,7 @@ def _explain(error: Exception, uri: str) -> str:
         return explain_store_error(error)
     if isinstance(error, sqlalchemy.exc.DBAPIError) and isinstance(error.orig, Exception):
         error = error.orig
-    text = _redact(str(error), uri)
+    text = redact_url(str(error), uri)
     # What MLflow says around an answer that is not its own is of no use.
     said = shorten(text.partition("Response body: '")[2].removesuffix("'") or text)
     if not isinstance(error, MlflowException):
@@ -86,11 +85,6 @@ def _explain(error: Exception, uri: str) -> str:
     if isinstance(cause, OSError):
         return "it can't be reached; check that it runs and that MLFLOW_TRACKING_URI is right"
     return said
-
-
-def _redact(text: str, uri: str) -> str:
-    password = urlsplit(uri).password if "://" in uri else None
-    return redact_url(text.replace(password, "***") if password else text)
 
 
 def probe(uri: str) -> None:
@@ -165,8 +159,8 @@ def _probe_server(uri: str) -> None:
         socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise RegistryError(
-            f"MLflow can't be reached at {redact_url(uri)} ({error}); check that it runs and that "
-            "MLFLOW_TRACKING_URI is its address"
+            f"MLflow can't be reached at {redact_url(uri, uri)} ({error}); check that it runs and "
+            "that MLFLOW_TRACKING_URI is its address"
         ) from error
 
 

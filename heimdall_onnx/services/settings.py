@@ -7,19 +7,28 @@ arguments. Secrets are `SecretStr`, so that printing a `Settings` never shows th
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+import re
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from dotenv import find_dotenv
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, Json, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_onnx.common.errors import SettingsError
+from heimdall_onnx.common.logs import get_logger
+
+log = get_logger(__name__)
 
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+# What libraries read, and of it what unlocks something or may be an address with a password.
+_READ = re.compile("AWS_|MLFLOW_|HEIMDALL_|REQUESTS_CA_|PGPASSWORD$")
+_CREDENTIAL = re.compile(r"\w*(KEY_ID|ACCESS_KEY|TOKEN|USERNAME|PASSWORD)")
+_ADDRESS = re.compile(r"(AWS|MLFLOW)_\w+_UR[IL]|\w+_PROXY", re.I)
+_BREAKS = "\r\n\ufeff\u200b"
 
 
 class Credentials(NamedTuple):
@@ -61,7 +70,9 @@ class Settings(BaseSettings):
     """
 
     # Compose files and CI systems pass what is not set as an empty string.
-    model_config = SettingsConfigDict(extra="ignore", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        extra="ignore", frozen=True, env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     mlflow_tracking_uri: SecretStr | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
     s3_endpoint_url: str | None = Field(None, validation_alias="MLFLOW_S3_ENDPOINT_URL")
@@ -77,7 +88,9 @@ class Settings(BaseSettings):
     addressing_style: Literal["path", "virtual", "auto"] = Field(
         "path", validation_alias="MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"
     )
-    upload_extra_args: dict[str, str] = Field({}, validation_alias="MLFLOW_S3_UPLOAD_EXTRA_ARGS")
+    upload_extra_args: Json[dict[str, SecretStr]] = Field(
+        {}, validation_alias="MLFLOW_S3_UPLOAD_EXTRA_ARGS", validate_default=False
+    )
     artifact_uri: str = Field("s3://heimdall-mlflow", validation_alias="MLFLOW_ARTIFACT_URI")
     experiment_name: str = Field("heimdall-localization", validation_alias="MLFLOW_EXPERIMENT_NAME")
     home: Path = Field(Path(".heimdall"), validation_alias="HEIMDALL_HOME")
@@ -95,6 +108,12 @@ class Settings(BaseSettings):
     )
     versioning: bool = Field(False, validation_alias="HEIMDALL_VERSIONING")
     retention_days: int = Field(0, ge=0, le=36500, validation_alias="HEIMDALL_RETENTION_DAYS")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _clean(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(cls.model_fields[str(info.field_name)].validation_alias)
+        return cleaned(name, value) if isinstance(value, str) else value
 
     @field_validator("home")
     @classmethod
@@ -154,6 +173,7 @@ class Settings(BaseSettings):
             SettingsError: With every variable that can't be used; values are not repeated, since
                 they may be secrets.
         """
+        clean_environment()
         try:
             return cls(_env_file=find_dotenv(usecwd=True) or None)
         except ValidationError as error:
@@ -176,7 +196,7 @@ class Settings(BaseSettings):
             SettingsError: If only one half of a pair of credentials is set.
         """
         credentials = self.credentials
-        drop_blanks(environment)
+        clean_environment(environment)
         if self.is_embedded:
             files = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
             for name in {n for n in environment if n.startswith("AWS_")} - {*files, *AWS_KEYS}:
@@ -222,22 +242,65 @@ def bypass_proxy(address: str, environment: MutableMapping[str, str] = os.enviro
         environment["no_proxy"] = "*" if "*" in hosts else ",".join(dict.fromkeys(hosts))
 
 
-def drop_blanks(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Take away what CI systems pass empty because it is not set.
+def clean_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Take away blank variables, and what `cleaned` leaves out of others.
 
-    AWS's and MLflow's libraries take these for values: a profile without a name, or a bundle of
-    no certificates.
+    CI systems pass empty what is not set, which AWS's and MLflow's libraries take for values: a
+    profile without a name, or a bundle of no certificates.
+
+    Raises:
+        SettingsError: If a variable holds what no credential or address can.
     """
     for name, value in list(environment.items()):
-        if name.startswith(("AWS_", "MLFLOW_", "REQUESTS_CA_")) and not value.strip():
-            environment.pop(name, None)
+        if _READ.match(name) or _ADDRESS.fullmatch(name):
+            used = cleaned(name, value)
+            if not used.strip():
+                environment.pop(name, None)
+            elif used != value:
+                environment[name] = used
+
+
+def cleaned(name: str, value: str) -> str:
+    """A variable's value without what only a mistake can have put around it; that is logged.
+
+    A secret that ``echo`` wrote ends with a line break, and errors show the header it breaks.
+
+    Raises:
+        SettingsError: If it holds what no credential or address can; it is named, and not shown.
+    """
+    # A password may begin or end with a blank or a quote.
+    exact = name.endswith("PASSWORD")
+    used = value.strip(_BREAKS if exact else _BREAKS + " \t")
+    if not exact and (quoted := re.fullmatch(r"([\"'])(.*)\1", used)):
+        used = quoted[2]
+    if used and used != value:
+        log.warning("left out line breaks, blanks or quotes around a value", variable=name)
+    fits = used.isprintable() and (used.isascii() or not name.endswith(("KEY_ID", "TOKEN")))
+    if not fits and (_CREDENTIAL.fullmatch(name) or _ADDRESS.fullmatch(name)):
+        raise SettingsError(
+            f"{name} must be one line of characters that can be sent, and holds others, such as a "
+            "line break or a typographic quote; set it without"
+        )
+    return used
+
+
+def known_secrets(address: str = "") -> Iterator[str]:
+    """The secrets in the environment and in ``address``, as they are and unquoted."""
+    for name, value in [*os.environ.items(), ("MLFLOW_TRACKING_URI", address)]:
+        if _ADDRESS.fullmatch(name) and (user := re.match(r"[\w+.-]+://(.*)@", value)):
+            # A user without a password may be a token.
+            secret = user[1].partition(":")[2] or user[1]
+            yield from (secret, unquote(secret))
+        elif _READ.match(name) and _CREDENTIAL.fullmatch(name) and "USERNAME" not in name:
+            yield value
 
 
 def with_driver(uri: str) -> str:
-    """Name the PostgreSQL driver in a tracking address.
+    """Name the PostgreSQL driver in a tracking address, which is `cleaned`.
 
     SQLAlchemy 2.1 reads a bare ``postgresql://`` as psycopg 3; MLflow's servers ship psycopg2.
     """
+    uri = cleaned("MLFLOW_TRACKING_URI", uri)
     for scheme in ("postgresql://", "postgres://"):
         if uri.startswith(scheme):
             return "postgresql+psycopg2://" + uri.removeprefix(scheme)

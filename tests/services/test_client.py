@@ -1,16 +1,17 @@
 """What a call does that fails on its way, and what is said of it."""
 
 import os
+import traceback
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
 import structlog
-from answers import LOGIN_PAGE, answering, refusal
+from answers import HEADERS, LOGIN_PAGE, answering, refusal
 from botocore.exceptions import ClientError
 from proxy import Fault, proxied, wait_for
 
-from heimdall_onnx.common.errors import MissingObjectError, SettingsError, StoreError
+from heimdall_onnx.common.errors import HeimdallError, MissingObjectError, SettingsError, StoreError
 from heimdall_onnx.services.client import (
     aws_descriptions,
     explain_store_error,
@@ -259,6 +260,43 @@ def test_a_refusal_without_words_is_told_by_its_head(status, headers, kind, word
         bucket = Bucket(make_client(settings), "b")
         with pytest.raises(kind, match=words), bucket.errors("look"):
             bucket.client.head_bucket(Bucket="b")
+
+
+@pytest.mark.parametrize("end", ["\n  hidden", "\u2019\N{EURO SIGN}"])
+def test_a_file_s_credential_that_is_no_header_is_refused_at_once_and_not_shown(
+    end, tmp_path, monkeypatch
+):
+    file = tmp_path / "credentials"
+    keys = "[default]\naws_access_key_id = an-id\naws_secret_access_key = a-secret\n"
+    file.write_text(f"{keys}aws_session_token = hidden{end}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    with answering(403) as address:
+        bucket = Bucket(make_client(Settings(_env_file=None, MLFLOW_S3_ENDPOINT_URL=address)), "b")
+        with structlog.testing.capture_logs() as events, pytest.raises(HeimdallError) as caught:
+            bucket.list_keys("")
+    if "\n" in end:
+        assert caught.type is SettingsError
+        assert "must be one line; check ~/.aws" in str(caught.value)
+    assert len(events) <= 1
+    assert "hidden" not in told_by(caught.value)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 500])
+def test_a_store_that_repeats_a_request_shows_no_secret(status, monkeypatch):
+    ours = {"AWS_ACCESS_KEY_ID": "hidden-id", "AWS_SECRET_ACCESS_KEY": "hidden-key"}
+    for name, value in {**ours, "AWS_SESSION_TOKEN": "hidden-token"}.items():
+        monkeypatch.setenv(name, value)
+    with answering(status, refusal("Odd", f"hidden-token: {HEADERS}")) as address:
+        settings = Settings(_env_file=None, MLFLOW_S3_ENDPOINT_URL=address)
+        with pytest.raises(StoreError, match="Odd") as caught:
+            Bucket(make_client(settings, attempts=1), "b").upload_bytes(b"x", "key")
+    assert "hidden" not in told_by(caught.value)
+
+
+def told_by(error):
+    """All that a traceback shows, but for source lines."""
+    lines = traceback.format_exception(error)
+    return "".join(line for line in lines if not line.startswith("  File "))
 
 
 def test_a_page_of_something_in_front_that_fails_for_a_moment_is_asked_again():

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import traceback
 import urllib.request
 from pathlib import Path
 
 import pytest
+import structlog
 from pydantic import SecretStr, ValidationError
 
 from heimdall_onnx.common.errors import SettingsError
-from heimdall_onnx.services.settings import Credentials, Settings, bypass_proxy, with_driver
+from heimdall_onnx.services.settings import (
+    Credentials,
+    Settings,
+    bypass_proxy,
+    clean_environment,
+    with_driver,
+)
 
 VARIABLES = {
     "MLFLOW_TRACKING_URI": "postgresql://user:tracking-secret@db/mlflow",
@@ -31,7 +39,7 @@ AWS = {
 @pytest.fixture(autouse=True)
 def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder to work in, and none of the variables set."""
-    for name in (*VARIABLES, *AWS, "no_proxy", "NO_PROXY"):
+    for name in (*VARIABLES, *AWS, *SECRETS, "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -132,10 +140,11 @@ def test_the_home_does_not_depend_on_where_one_stands_later(
 def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_S3_UPLOAD_EXTRA_ARGS", '{"SSECustomerKey": "sse-secret"}')
     settings = Settings.load()
     for shown in (repr(settings), str(settings), settings.model_dump_json(), f"{settings!r}"):
         assert "https://s3.example" in shown
-        for secret in ("tracking-secret", "s3-secret", "an-id"):
+        for secret in ("tracking-secret", "s3-secret", "an-id", "sse-secret"):
             assert secret not in shown
 
 
@@ -190,8 +199,8 @@ def test_temporary_credentials_replace_all_others(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     settings = Settings.load()
     monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
-    monkeypatch.setenv("MLFLOW_S3_ACCESS_KEY_ID", "of another store")
-    monkeypatch.setenv("MLFLOW_S3_SECRET_ACCESS_KEY", "of another store")
+    monkeypatch.setenv("MLFLOW_S3_ACCESS_KEY_ID", "of-another-store")
+    monkeypatch.setenv("MLFLOW_S3_SECRET_ACCESS_KEY", "of-another-store")
     settings.apply()
     assert {name: os.environ[name] for name in AWS} == AWS
     assert plain(Settings.load().credentials) == ["aws-id", "aws-secret", "aws-token"]
@@ -212,7 +221,7 @@ def test_a_token_does_not_stay_beside_credentials_it_was_not_made_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
-    monkeypatch.setenv("MLFLOW_S3_ACCESS_KEY_ID", "of another store")
+    monkeypatch.setenv("MLFLOW_S3_ACCESS_KEY_ID", "of-another-store")
     settings = Settings(_env_file=None).model_copy(
         update={"s3_access_key_id": SecretStr("id"), "s3_secret_access_key": SecretStr("secret")}
     )
@@ -297,6 +306,93 @@ def test_children_get_no_blanks() -> None:
     Settings(_env_file=None).apply(environment)
     assert not environment.keys() & {"AWS_PROFILE", "AWS_CA_BUNDLE", "MLFLOW_RUN_ID"}
     assert environment["OTHER"] == ""
+
+
+SECRETS = (
+    *AWS,
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_S3_ACCESS_KEY_ID",
+    "MLFLOW_S3_SECRET_ACCESS_KEY",
+    "HEIMDALL_SIGNING_KEY_PASSWORD",
+    "PGPASSWORD",
+    "https_proxy",
+)
+
+
+@pytest.mark.parametrize("around", ["{}\n", "{}\r\n", "\ufeff{}", "\n{}\n\n", "{}\u200b"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_slip_around_a_secret_is_left_out_and_told(
+    name: str, around: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, around.format("a-secret"))
+    with structlog.testing.capture_logs() as events:
+        for _ in range(2):
+            Settings.load()
+    assert os.environ[name] == "a-secret"
+    assert [event["variable"] for event in events] == [name]
+    assert "a-secret" not in str(events)
+
+
+@pytest.mark.parametrize("around", ["{} ", " {}", '"{}"', "'{}'\n"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_blanks_and_quotes_belong_to_nothing_but_a_password(
+    name: str, around: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, around.format("a-secret"))
+    clean_environment()
+    kept = around.format("a-secret").strip("\n")
+    assert os.environ[name] == (kept if name.endswith("PASSWORD") else "a-secret")
+
+
+@pytest.mark.parametrize("between", ["\n", "\r", "\t", "\x1b", "\ufeff", "\x85", "\udcff"])
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_that_cannot_be_one_is_named_and_not_shown(
+    name: str, between: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, f"hidden{between}hidden")
+    with pytest.raises(SettingsError, match=f"{name} must be one line") as caught:
+        Settings.load()
+    assert "hidden" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_only_what_becomes_a_header_as_it_is_must_be_ascii(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "geheim\u2019")
+    if name.endswith(("KEY_ID", "TOKEN")):
+        with pytest.raises(SettingsError, match=name):
+            clean_environment()
+    else:
+        clean_environment()
+        assert os.environ[name] == "geheim\u2019"
+
+
+def test_a_file_of_settings_is_looked_at_as_the_environment_is(empty: Path) -> None:
+    file = empty / ".env"
+    file.write_text('AWS_ACCESS_KEY_ID="an-id\\n"\nAWS_SECRET_ACCESS_KEY="a-secret\\r\\n"\n')
+    assert plain(Settings.load().credentials) == ["an-id", "a-secret", None]
+    file.write_text('AWS_SESSION_TOKEN="hidden\\nhidden"\n')
+    with pytest.raises(SettingsError, match="AWS_SESSION_TOKEN must be one line") as caught:
+        Settings.load()
+    assert "hidden" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_settings_that_are_not_json_are_named_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_S3_UPLOAD_EXTRA_ARGS", '{\n"SSECustomerKey": "hidden"')
+    with pytest.raises(SettingsError, match="MLFLOW_S3_UPLOAD_EXTRA_ARGS: Invalid JSON") as caught:
+        Settings.load()
+    assert "hidden" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(ValidationError) as invalid:
+        Settings()
+    assert "hidden" not in "".join(traceback.format_exception(invalid.value))
+    monkeypatch.setenv("MLFLOW_S3_UPLOAD_EXTRA_ARGS", '{\n"ServerSideEncryption": "AES256"\n}')
+    assert Settings.load().upload_extra_args["ServerSideEncryption"].get_secret_value() == "AES256"
 
 
 def test_what_is_unset_stays_unset() -> None:

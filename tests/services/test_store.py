@@ -31,6 +31,7 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.httpsession import URLLib3Session
+from pydantic import SecretStr
 
 from heimdall_onnx.common.errors import (
     DataError,
@@ -422,7 +423,8 @@ def test_what_every_upload_says_besides_is_said(
     embedded_settings: Settings, bucket: Bucket, tmp_path: Path
 ) -> None:
     extra = {"CacheControl": "no-store", "ContentType": "text/never"}
-    client = make_client(embedded_settings.model_copy(update={"upload_extra_args": extra}))
+    given = {name: SecretStr(value) for name, value in extra.items()}
+    client = make_client(embedded_settings.model_copy(update={"upload_extra_args": given}))
     (tmp_path / "b.json").write_bytes(b"{}")
     mine = Bucket(client, bucket.name)
     mine.upload_bytes(b"{}", "a.json")

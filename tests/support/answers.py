@@ -14,6 +14,10 @@ LOGIN_PAGE = (
 )
 
 
+# Stands in a body for the request's headers, which some services repeat in what they refuse.
+HEADERS = "HEADERS"
+
+
 def refusal(code: str, message: str, **details: str) -> str:
     """What S3 answers."""
     more = "".join(f"<{name}>{value}</{name}>" for name, value in details.items())
@@ -29,7 +33,7 @@ def answering(
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            content = body.encode()
+            content = body.replace(HEADERS, " ".join(str(self.headers).split())).encode()
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
                 self.send_header(name, value)
