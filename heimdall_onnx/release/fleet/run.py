@@ -22,6 +22,7 @@ import itertools
 import math
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ from heimdall_onnx.release.fleet.item import ItemOutcome
 from heimdall_onnx.release.fleet.plan import FleetItem, FleetPlan
 from heimdall_onnx.release.fleet.worker import CORES, MEMORY, RELEASE, FleetWorker, run_item
 from heimdall_onnx.report.notebook import kernel_environment
+from heimdall_onnx.services.client import redact_url
 from heimdall_onnx.services.connection import connect
 from heimdall_onnx.services.settings import Settings
 
@@ -308,6 +310,7 @@ def _outcome_of(future: Future, item: FleetItem) -> ItemOutcome:
         exit_code = SchedulerError.exit_code
         problem = "the connection to the scheduler was lost"
     except Exception as error:  # a fault of ours, or of Dask's, in one item of many
-        log.exception("item broke off", item=item.label)
-        problem = f"it broke off with {type(error).__name__}: {error}"
+        told = redact_url("".join(traceback.format_exception(error)))
+        log.error("item broke off", item=item.label, exception=told)
+        problem = f"it broke off with {type(error).__name__}: {redact_url(str(error))}"
     return ItemOutcome.of_failure(item, problem, exit_code)
