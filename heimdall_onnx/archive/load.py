@@ -162,7 +162,7 @@ def _verified_model(release: Release, variant: Variant, cache: Path, trust: Trus
     from heimdall_onnx.services.registry_errors import missing_database
 
     path, hashes = release.fetch_model(variant, cache)
-    missing = missing_database(release.connection.settings.tracking_uri.get_secret_value())
+    missing = missing_database(release.connection.settings.registry_uri.get_secret_value())
     if missing:
         # An address in the store is enough for who has no registry; a signature takes its place.
         log.warning("not held against a registry", uri=release.uri, missing=str(missing))

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from heimdall_onnx.common.errors import NotRegisteredError, ServiceError, StoreError
+from heimdall_onnx.common.errors import NotRegisteredError, ServiceError, SettingsError, StoreError
 from heimdall_onnx.services.client import redact_url
 from heimdall_onnx.services.retention import is_locked, is_versioned
 from heimdall_onnx.services.store import Bucket
@@ -49,7 +49,9 @@ def abilities(connection: Connection, bucket: Bucket) -> Iterator[Ability]:
         # A database that is not there yet is made by a release.
         yield Ability("registry", True, isinstance(error, NotRegisteredError), str(error))
         return
-    yield Ability("registry", True, True, redact_url(tracker.uri, tracker.uri))
+    addresses = dict.fromkeys((tracker.uri, tracker.registry_uri))
+    found = " and, for models, ".join(redact_url(one, one) for one in addresses)
+    yield Ability("registry", True, True, found)
     yield _tried("aliases", True, lambda: _known(tracker))
     yield _tried("artifacts", True, lambda: _reach_artifacts(connection, tracker))
 
@@ -57,7 +59,7 @@ def abilities(connection: Connection, bucket: Bucket) -> Iterator[Ability]:
 def _tried(name: str, needed: bool, ask: Callable[[], str]) -> Ability:
     try:
         return Ability(name, needed, True, ask())
-    except ServiceError as error:
+    except (ServiceError, SettingsError) as error:
         return Ability(name, needed, False, str(error))
 
 
@@ -85,6 +87,12 @@ def _known(tracker: MLflowTracker) -> str:
 
 def _reach_artifacts(connection: Connection, tracker: MLflowTracker) -> str:
     where = tracker.artifact_location()
-    if where.startswith("s3://") and not connection.locate(where)[0].is_there():
+    if not where.startswith("s3://"):
+        from heimdall_onnx.services.artifacts import check_artifacts
+
+        check_artifacts(where, tracker.uri, write=False)
+    elif not (bucket := connection.locate(where)[0]).is_there():
+        if not connection.settings.artifact_uri.startswith(bucket.uri().rstrip("/")):
+            raise StoreError(f"{where}, the experiment's, whose bucket is not there: make it")
         return f"{where}, whose bucket is not there yet: a release makes it"
     return where

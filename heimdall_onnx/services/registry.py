@@ -17,6 +17,7 @@ from typing import Any
 from heimdall_onnx.common.errors import DataError, NotRegisteredError, ParameterError, RegistryError
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.signals import interrupted_after
+from heimdall_onnx.services.artifacts import check_artifacts, check_plugins
 from heimdall_onnx.services.client import make_client, redact_url, set_default_session
 from heimdall_onnx.services.embedded import ensure_store
 from heimdall_onnx.services.registry_errors import (
@@ -48,6 +49,7 @@ _DATASET = ("name", "digest", "source_type", "source", "schema", "profile")
 # between makes that fail, and the next look sees it.
 _ALIAS_TRIES = 3
 
+_TRACKING, _REGISTRY = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 # With these MLflow takes any certificate.
 _UNCHECKED = ("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_S3_IGNORE_TLS")
 
@@ -105,9 +107,11 @@ class MLflowTracker:
         artifact_uri: Where a new experiment keeps its artifacts; the bucket must exist when the
             first artifact is logged (`initialize_mlflow` makes it).
         experiment_name: Experiment of the runs.
+        registry_uri: Where the registered models are; by default where the runs are.
 
     Raises:
-        SettingsError: If ``tracking_uri`` is none of these addresses, or needs a missing driver.
+        SettingsError: If an address is none of these, or needs a missing driver; or a plugin of
+            MLflow's is missing or fails.
         RegistryError: If it can't be reached within seconds or refuses.
     """
 
@@ -116,19 +120,24 @@ class MLflowTracker:
         tracking_uri: str,
         artifact_uri: str = "s3://heimdall-mlflow",
         experiment_name: str = "heimdall-localization",
+        registry_uri: str | None = None,
     ) -> None:
         clean_environment()
         self.uri = limit_waits(with_driver(tracking_uri))
+        self.registry_uri = limit_waits(with_driver(registry_uri or tracking_uri))
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         log_http_requests()
         for name in _UNCHECKED:
             if os.environ.get(name, "").lower() in ("true", "1"):
                 log.warning("certificates are not checked", variable=name)
-        bypass_proxy(self.uri)
-        probe(self.uri)
+        for address in dict.fromkeys((self.registry_uri, self.uri)):
+            bypass_proxy(address)
+            probe(address, _TRACKING if address == self.uri else _REGISTRY)
+            if address.startswith("http"):
+                check_plugins()
         with self._errors("open the registry"):
-            self._client = _Client(self.uri, self.uri)
+            self._client = _Client(self.uri, self.registry_uri)
         self.experiment_name = experiment_name
         self._artifact_uri = artifact_uri
 
@@ -214,12 +223,17 @@ class MLflowTracker:
         """Refuse a run that can't be logged into.
 
         Raises:
+            SettingsError: If its artifacts are where they can't be kept from here.
             RegistryError: If there is no such run, or it is deleted.
         """
         with self._errors(f"go on with run {run_id}"):
-            stage = self._client.get_run(run_id).info.lifecycle_stage
-        if stage != "active":
-            raise RegistryError(f"run {run_id} is {stage}; restore it, or name another one")
+            run = self._client.get_run(run_id).info
+        if run.lifecycle_stage != "active":
+            raise RegistryError(
+                f"run {run_id} is {run.lifecycle_stage}; restore it, or name another one"
+            )
+        if run.experiment_id != self.__dict__.get("experiment_id"):
+            check_artifacts(run.artifact_uri, self.uri)  # those of another experiment
 
     def close_run(self, run_id: str, status: str) -> None:
         """End a run that `create_run` made, as ``FINISHED``, ``FAILED`` or ``KILLED``."""
@@ -305,9 +319,9 @@ class MLflowTracker:
         """
         self._check_source(source)
         # Where requests are repeated, and their results can be told apart.
-        own = run_id if run_id and self.uri.startswith("http") else ""
+        own = run_id if run_id and self.registry_uri.startswith("http") else ""
         before = self.find_versions(name, source, own) if own else ()
-        with self._errors(f"register {source} as {name}"):
+        with self._model_errors(f"register {source} as {name}"):
             add = partial(
                 self._client.create_model_version,
                 name,
@@ -348,7 +362,7 @@ class MLflowTracker:
         """
         if stage not in STAGES:
             raise ParameterError(f"there is no stage {stage!r}; expected one of {STAGES}")
-        with self._errors(f"move version {version} of {name} to {stage}"):
+        with self._model_errors(f"move version {version} of {name} to {stage}"):
             if not hasattr(self._client, "transition_model_version_stage"):
                 return False
             with _Unless("ENDPOINT_NOT_FOUND"), warnings.catch_warnings():
@@ -402,7 +416,7 @@ class MLflowTracker:
             raise ParameterError(
                 f"MLflow keeps the aliases 'latest' and 'v1', 'v2', … for itself; found {alias!r}"
             )
-        with self._errors(f"set alias {alias} of {name}"):
+        with self._model_errors(f"set alias {alias} of {name}"):
             for left in reversed(range(_ALIAS_TRIES)):
                 try:
                     self._client.set_registered_model_alias(name, alias, version)
@@ -413,7 +427,7 @@ class MLflowTracker:
 
     def delete_alias(self, name: str, alias: str) -> None:
         """Take an alias from the version that it points at."""
-        with self._errors(f"delete alias {alias} of {name}"):
+        with self._model_errors(f"delete alias {alias} of {name}"):
             self._client.delete_registered_model_alias(name, alias)
 
     def set_version_tags(self, name: str, version: str, tags: Mapping[str, Any]) -> None:
@@ -424,7 +438,7 @@ class MLflowTracker:
                 release is held against its tags.
         """
         wanted = _strings(tags)
-        with self._errors(f"tag version {version} of {name}"):
+        with self._model_errors(f"tag version {version} of {name}"):
             for key, value in wanted.items():
                 try:
                     self._client.set_model_version_tag(name, version, key, value)
@@ -442,17 +456,17 @@ class MLflowTracker:
 
     def describe_version(self, name: str, version: str, text: str) -> None:
         """Set what a version's page says, Markdown of at most 5,000 characters."""
-        with self._errors(f"describe version {version} of {name}"):
+        with self._model_errors(f"describe version {version} of {name}"):
             self._client.update_model_version(name, version, text)
 
     def get_version(self, name: str, version: str) -> RegisteredVersion:
         """A version by its number."""
-        with self._errors(f"find version {version} of {name}"):
+        with self._model_errors(f"find version {version} of {name}"):
             return _describe_version(self._client.get_model_version(name, version))
 
     def version_by_alias(self, name: str, alias: str) -> RegisteredVersion:
         """The version that an alias points at."""
-        with self._errors(f"find {name}@{alias}"):
+        with self._model_errors(f"find {name}@{alias}"):
             try:
                 return _describe_version(self._client.get_model_version_by_alias(name, alias))
             except MlflowException as error:
@@ -463,7 +477,7 @@ class MLflowTracker:
 
     def alias_target(self, name: str, alias: str) -> str | None:
         """The version that an alias points at, or None."""
-        looking = self._errors(f"look at alias {alias} of {name}")
+        looking = self._model_errors(f"look at alias {alias} of {name}")
         # There is no such alias; of a model that is missing it says something else.
         with looking, _Unless("INVALID_PARAMETER_VALUE"):
             # Not by `aliases`, for which MLflow reads every version of the model.
@@ -472,24 +486,24 @@ class MLflowTracker:
 
     def aliases(self, name: str) -> dict[str, str]:
         """The versions that a model's aliases point at."""
-        with self._errors(f"look at the aliases of {name}"):
+        with self._model_errors(f"look at the aliases of {name}"):
             found = self._client.get_registered_model(name).aliases
         return {alias: str(version) for alias, version in found.items()}
 
     def delete_version_tag(self, name: str, version: str, tag: str) -> None:
         """Delete a tag of a version."""
-        with self._errors(f"delete a tag of version {version} of {name}"):
+        with self._model_errors(f"delete a tag of version {version} of {name}"):
             self._client.delete_model_version_tag(name, version, tag)
 
     def model_names(self) -> tuple[str, ...]:
         """Every registered model."""
-        with self._errors("list the registered models"):
+        with self._model_errors("list the registered models"):
             found = tuple(_pages(self._client.search_registered_models))
         return tuple(model.name for model in found)
 
     def versions(self, name: str) -> tuple[RegisteredVersion, ...]:
         """Every version of a registered model."""
-        with self._errors(f"list the versions of {name}"):
+        with self._model_errors(f"list the versions of {name}"):
             quote = '"' if "'" in name else "'"
             return self._search_versions(f"name = {quote}{name}{quote}")
 
@@ -510,7 +524,7 @@ class MLflowTracker:
 
     def versions_of_run(self, run_id: str) -> tuple[RegisteredVersion, ...]:
         """The versions of any model that a run has registered."""
-        with self._errors(f"look for what run {run_id} has registered"):
+        with self._model_errors(f"look for what run {run_id} has registered"):
             return self._search_versions(f"run_id = '{run_id}'")
 
     def _search_versions(self, query: str) -> tuple[RegisteredVersion, ...]:
@@ -519,7 +533,7 @@ class MLflowTracker:
 
     def delete_version(self, name: str, version: str) -> None:
         """Delete a version and the aliases that point at it; one that is gone is no error."""
-        deleting = self._errors(f"delete version {version} of {name}")
+        deleting = self._model_errors(f"delete version {version} of {name}")
         with deleting, _Unless("RESOURCE_DOES_NOT_EXIST"):
             self._client.delete_model_version(name, version)
 
@@ -543,12 +557,16 @@ class MLflowTracker:
             )
 
     @contextlib.contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
+    def _errors(self, doing: str, *, models: bool = False) -> Iterator[None]:
+        uri, apart = (self.registry_uri if models else self.uri), self.registry_uri != self.uri
         # A transaction that is struck locks the file until its traceback is gone.
-        local = self.uri.startswith("sqlite")
+        local = uri.startswith("sqlite")
         whole = interrupted_after() if local else contextlib.nullcontext()
-        with whole, registry_errors(self.uri, doing):
+        with whole, registry_errors(uri, doing, _REGISTRY if models and apart else _TRACKING):
             yield
+
+    def _model_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return self._errors(doing, models=True)
 
 
 def initialize_mlflow(settings: Settings) -> MLflowTracker:
@@ -557,7 +575,7 @@ def initialize_mlflow(settings: Settings) -> MLflowTracker:
     MLflow's own S3 client finds the store's address and credentials in the environment afterwards.
 
     Raises:
-        SettingsError: If the tracking address can't be used.
+        SettingsError: If an address can't be used, or the place of the experiment's artifacts.
         StoreError: If the store can't be reached or refuses.
         RegistryError: If MLflow can't be reached or refuses.
     """
@@ -568,6 +586,8 @@ def initialize_mlflow(settings: Settings) -> MLflowTracker:
     if settings.artifact_uri.startswith("s3://"):
         Bucket(make_client(settings), parse_uri(settings.artifact_uri)[0]).ensure()
     tracker = _tracker(settings)
+    # Before an experiment is made, whose location can't be changed.
+    check_artifacts(tracker.artifact_location(), tracker.uri)
     experiment_id = tracker.experiment_id  # made here, where it is missing
     log.debug("MLflow reached", experiment_id=experiment_id)
     return tracker
@@ -583,17 +603,24 @@ def open_registry(settings: Settings) -> MLflowTracker:
         NotRegisteredError: If it is a SQLite file that is not there.
         RegistryError: If MLflow can't be reached or refuses.
     """
-    if missing := missing_database(settings.tracking_uri.get_secret_value()):
+    models = settings.registry_uri
+    if missing := missing_database(models.get_secret_value()):
         raise NotRegisteredError(
             f"there is no registry in {missing}; nothing was released into it yet, or "
-            "MLFLOW_TRACKING_URI or HEIMDALL_HOME is another one's"
+            "MLFLOW_TRACKING_URI, MLFLOW_REGISTRY_URI or HEIMDALL_HOME is another one's"
         )
+    if missing_database(settings.tracking_uri.get_secret_value()):
+        # Who only reads models has no runs.
+        settings = settings.model_copy(update={"mlflow_tracking_uri": models})
     return _tracker(settings)
 
 
 def _tracker(settings: Settings) -> MLflowTracker:
     return MLflowTracker(
-        settings.tracking_uri.get_secret_value(), settings.artifact_uri, settings.experiment_name
+        settings.tracking_uri.get_secret_value(),
+        settings.artifact_uri,
+        settings.experiment_name,
+        settings.registry_uri.get_secret_value(),
     )
 
 

@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     Attributes:
         mlflow_tracking_uri: ``http(s)://…``, ``sqlite:///…`` or ``postgresql://…``; None means
             SQLite below ``home``.
+        mlflow_registry_uri: The same of the models' versions and aliases; None means that they
+            are where the runs are.
         s3_endpoint_url: The S3 store; None means that the embedded store is started.
         is_embedded: Whether that is the embedded store, which AWS's own settings are not for.
         s3_access_key_id: With ``s3_secret_access_key``, the store's credentials; see
@@ -75,6 +77,7 @@ class Settings(BaseSettings):
     )
 
     mlflow_tracking_uri: SecretStr | None = Field(None, validation_alias="MLFLOW_TRACKING_URI")
+    mlflow_registry_uri: SecretStr | None = Field(None, validation_alias="MLFLOW_REGISTRY_URI")
     s3_endpoint_url: str | None = Field(None, validation_alias="MLFLOW_S3_ENDPOINT_URL")
     is_embedded: bool = Field(False, validation_alias="HEIMDALL_EMBEDDED_STORE")
     s3_access_key_id: SecretStr | None = Field(None, validation_alias="MLFLOW_S3_ACCESS_KEY_ID")
@@ -143,6 +146,13 @@ class Settings(BaseSettings):
         return SecretStr(with_driver(self.mlflow_tracking_uri.get_secret_value()))
 
     @property
+    def registry_uri(self) -> SecretStr:
+        """The address of the registered models, likewise."""
+        if self.mlflow_registry_uri is None:
+            return self.tracking_uri
+        return SecretStr(with_driver(self.mlflow_registry_uri.get_secret_value()))
+
+    @property
     def credentials(self) -> Credentials | None:
         """The store's credentials; None leaves the choice to boto3's chain (profile, role).
 
@@ -203,6 +213,8 @@ class Settings(BaseSettings):
                 environment.pop(name, None)
             environment.update(files)
         environment["MLFLOW_TRACKING_URI"] = self.tracking_uri.get_secret_value()
+        if self.mlflow_registry_uri is not None:
+            environment["MLFLOW_REGISTRY_URI"] = self.registry_uri.get_secret_value()
         environment["MLFLOW_ARTIFACT_URI"] = self.artifact_uri
         environment["MLFLOW_EXPERIMENT_NAME"] = self.experiment_name
         environment["HEIMDALL_HOME"] = str(self.home)

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ import sqlalchemy.orm
 from answers import HEADERS, LOGIN_PAGE, answering, refusal
 from onnx import TensorProto, helper
 from proxy import Fault, proxied
+from pydantic import SecretStr
 from urllib3 import Retry
 
 from heimdall_onnx.archive.mlflow_page import MOST_CHARACTERS
@@ -46,7 +48,9 @@ from heimdall_onnx.common.signals import first_signal_interrupts
 from heimdall_onnx.localization.network import localization_signature
 from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.services import store
+from heimdall_onnx.services.abilities import abilities
 from heimdall_onnx.services.client import make_client
+from heimdall_onnx.services.connection import Connection
 from heimdall_onnx.services.embedded import ensure_store, services_down
 from heimdall_onnx.services.registry import (
     MLflowTracker,
@@ -519,6 +523,58 @@ def test_another_store_in_the_same_process_is_used(
         client.close()
     finally:
         services_down(bare)
+
+
+def test_models_are_registered_where_the_environment_says(
+    embedded_settings: Settings,
+    empty_database: Path,
+    mlflow_server: str,
+    bucket: Bucket,
+    release: str,
+    name: str,
+    tmp_path: Path,
+    mlflow_environment: None,
+    reset_mlflow: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", mlflow_server)
+    told = Settings(_env_file=None).mlflow_registry_uri
+    (tmp_path / "home").mkdir()
+    shutil.copyfile(empty_database, tmp_path / "home" / "mlflow.db")
+    changed = {"home": tmp_path / "home", "mlflow_registry_uri": told}
+    settings = embedded_settings.model_copy(update=changed)
+    tracker = initialize_mlflow(settings)
+    run_id = tracker.create_run("a run")
+    version = tracker.register_model(name, release, run_id, {"sha256": "abc"})
+    tracker.set_alias(name, version, "staging")
+    tracker.set_version_tags(name, version, {"more": "1"})
+    tracker.check_run(run_id)
+
+    server = mlflow.MlflowClient(mlflow_server, mlflow_server)
+    assert server.get_model_version_by_alias(name, "staging").run_id == run_id
+    database = settings.tracking_uri.get_secret_value()
+    assert not mlflow.MlflowClient(database, database).search_registered_models()
+    assert mlflow.get_registry_uri() == mlflow_server, "MLflow's own functions go there too"
+    assert [one.version for one in tracker.versions_of_run(run_id)] == [version]
+
+    connection = Connection(settings, bucket.client, lambda: tracker)
+    shown = {one.name: one for one in abilities(connection, bucket)}["registry"]
+    assert shown.found == f"{database} and, for models, {mlflow_server}"
+    # Who only reads models needs no runs, and makes no database for them.
+    reader = settings.model_copy(update={"home": tmp_path / "other"})
+    assert open_registry(reader).version_by_alias(name, "staging").version == version
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_folder_on_the_servers_machine_is_not_made_on_this_one(
+    embedded_settings: Settings, mlflow_server: str, mlflow_environment: None, reset_mlflow: None
+) -> None:
+    client = mlflow.MlflowClient(mlflow_server, mlflow_server)
+    client.create_experiment("there", "file:///var/lib/of-the-server/7")
+    changed = {"mlflow_tracking_uri": SecretStr(mlflow_server), "experiment_name": "there"}
+    with pytest.raises(SettingsError, match="folder of the server's machine and not here"):
+        initialize_mlflow(embedded_settings.model_copy(update=changed))
+    assert not Path("/var/lib/of-the-server").exists()
 
 
 # --- what goes wrong

@@ -62,7 +62,7 @@ log = get_logger(__name__)
 
 _NOTEBOOK, _RECORDED = "notebook.ipynb", "recorded"
 # The notebook publishes nothing this time, so its kernel gets no credentials.
-_CREDENTIALS = ("AWS_", "HEIMDALL_SIGNING_", "MLFLOW_S3_", "MLFLOW_TRACKING_")
+_CREDENTIALS = ("AWS_", "HEIMDALL_SIGNING_", "MLFLOW_S3_", "MLFLOW_TRACKING_", "MLFLOW_REGISTRY_")
 # What is shown even where it is as recorded, and how many failures an error names.
 _MAIN = (", mean (all ", ", maximum (all ", "localization error", "speedup", ", status")
 _SHOWN = 12
