@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -90,26 +90,53 @@ def _run_as(user: int | None, command: list[str | Path], cwd: Path) -> None:
     )
 
 
+def other_mlflow() -> Path:
+    """The program of another MLflow, in an environment of its own; skips where there is none."""
+    program = os.environ.get("HEIMDALL_TEST_MLFLOW2", "")
+    if not os.access(program, os.X_OK):
+        pytest.skip("HEIMDALL_TEST_MLFLOW2 names no program mlflow of MLflow 2 (with psycopg2)")
+    return Path(program)
+
+
 @contextmanager
-def mlflow_server(database_uri: str, folder: Path) -> Iterator[str]:
-    """Address of a real ``mlflow server`` on a database, without access to the store."""
+def mlflow_server(
+    database_uri: str,
+    folder: Path,
+    options: Sequence[str] = ("--no-serve-artifacts",),
+    program: Path | None = None,
+    prefix: str = "",
+) -> Iterator[str]:
+    """Address of a real ``mlflow server`` on a database, without access to the store.
+
+    Args:
+        database_uri: PostgreSQL's or SQLite's.
+        folder: What it is started in.
+        options: Of its command line.
+        program: Another MLflow's.
+        prefix: What its paths begin with, e.g. ``/mlflow``.
+    """
     port = free_port()
-    address = f"http://127.0.0.1:{port}"
+    root = f"http://127.0.0.1:{port}"
+    address = f"{root}{prefix}"
     environment = {
         **os.environ,
         "MLFLOW_BACKEND_STORE_URI": with_driver(database_uri),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--no-serve-artifacts"]
-    command += ["--default-artifact-root", "s3://heimdall-mlflow"]
+    if program:
+        environment.pop("PYTHONPATH", None)
+    command = [program] if program else [sys.executable, "-m", "mlflow"]
+    command += ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--default-artifact-root", "s3://heimdall-mlflow", *options]
+    command += ["--static-prefix", prefix] if prefix else []
     with (folder / "log").open("wb") as output:
         server = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=output
         )
     try:
         deadline = time.monotonic() + 120
-        while not answers(f"{address}/health"):
+        # MLflow 2 does not put its prefix before this one.
+        while not any(answers(f"{begin}/health") for begin in (address, root)):
             if server.poll() is not None or time.monotonic() > deadline:
                 pytest.fail("mlflow server did not start:\n" + (folder / "log").read_text())
             time.sleep(0.2)
