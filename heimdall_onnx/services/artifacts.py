@@ -27,6 +27,10 @@ _PACKAGES = {
     "abfss": "azure-storage-file-datalake azure-identity",
     "sftp": "pysftp",
 }
+_HINT = (
+    "An experiment keeps its location: set MLFLOW_EXPERIMENT_NAME to the name of a new one, and "
+    "MLFLOW_ARTIFACT_URI to where that is to keep them, e.g. s3://bucket"
+)
 # MLflow's names for parts of runs, of models and of Databricks.
 _NO_PLACES = {"runs", "models", "dbfs"}
 
@@ -46,17 +50,14 @@ def check_artifacts(location: str, uri: str, *, write: bool = True) -> None:
     """
     scheme = location.partition(":")[0].lower() if ":" in location else ""
     place = f"{redact_url(location)}, where the experiment keeps its artifacts"
-    hint = (
-        "An experiment keeps its location: set MLFLOW_EXPERIMENT_NAME to the name of a new one, "
-        "and MLFLOW_ARTIFACT_URI to where that is to keep them, e.g. s3://bucket"
-    )
+    why = ""
     if scheme not in get_registered_artifact_repositories().keys() - _NO_PLACES:
-        raise SettingsError(
-            f"no installed plugin of MLflow knows {scheme}:// of {place}; install it. {hint}"
-        )
-    if scheme in ("", "file"):
-        _check_folder(local_file_uri_to_path(location), uri, f"can't use {place}: ", f". {hint}")
-    with _failing(SettingsError, f"can't use {place}", hint, _PACKAGES.get(scheme)):
+        why = f"no installed plugin of MLflow knows {scheme}://; install the one that does"
+    elif scheme in ("", "file"):
+        why = _why_no_folder(Path(local_file_uri_to_path(location)), uri)
+    if why:
+        raise SettingsError(f"can't use {place}: {why}. {_HINT}")
+    with _failing(SettingsError, f"can't use {place}", _HINT, _PACKAGES.get(scheme)):
         # A folder of its own, since of mlflow-artifacts:/ itself MLflow forgets a server's prefix.
         repository = get_artifact_repository(
             f"{location.rstrip('/')}/heimdall-onnx-check", tracking_uri=uri
@@ -66,7 +67,7 @@ def check_artifacts(location: str, uri: str, *, write: bool = True) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "check.txt")
             path.write_text("It can be written here.\n")
-            failing = _failing(RegistryError, f"could not {doing}", hint)
+            failing = _failing(RegistryError, f"could not {doing}", _HINT)
             with failing, registry_errors(uri, doing):
                 repository.log_artifact(str(path))
         # Not every place can delete, nor has to.
@@ -74,21 +75,20 @@ def check_artifacts(location: str, uri: str, *, write: bool = True) -> None:
             repository.delete_artifacts()
 
 
-def _check_folder(path: str, uri: str, begin: str, end: str) -> None:
-    folder, there = Path(path), [Path(path), *Path(path).parents]
+def _why_no_folder(path: Path, uri: str) -> str:
+    there = [path, *path.parents]
     if uri.startswith("http"):
         # A server makes the experiment's folder with the first artifact. Of another machine's
         # folders those that are here can only be shared ones.
         there = there[: 2 if is_loopback(uri) and len(there) > 2 else 1]
     found = next(filter(Path.is_dir, there), None)
-    if not folder.is_absolute() or found is None:
-        raise SettingsError(
-            f"{begin}it is a folder of the server's machine and not here; let the server pass "
-            "artifacts on (--serve-artifacts, --artifacts-destination), or make the folder if both "
-            f"machines share it{end}"
+    if not path.is_absolute() or found is None:
+        return (
+            "it is a folder of the server's machine and not here; let the server pass artifacts "
+            "on (--serve-artifacts, --artifacts-destination), or make it if both machines share it"
         )
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise SettingsError(f"{begin}this user may not write into {found}{end}")
+    writable = os.access(found, os.W_OK | os.X_OK)
+    return "" if writable else f"this user may not write into {found}"
 
 
 def check_plugins() -> None:

@@ -94,7 +94,7 @@ def other_mlflow() -> Path:
     """The program of another MLflow, in an environment of its own; skips where there is none."""
     program = os.environ.get("HEIMDALL_TEST_MLFLOW2", "")
     if not os.access(program, os.X_OK):
-        pytest.skip("HEIMDALL_TEST_MLFLOW2 names no program mlflow of MLflow 2 (with psycopg2)")
+        pytest.skip("HEIMDALL_TEST_MLFLOW2 names no program mlflow of MLflow 2")
     return Path(program)
 
 
