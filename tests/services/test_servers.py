@@ -20,7 +20,7 @@ from heimdall_onnx.services.store import Bucket
 pytestmark = [pytest.mark.services, pytest.mark.thorough]
 
 
-@pytest.fixture(params=["as it is", "prefix", "proxied", "2", "2, prefix", "2, proxied"])
+@pytest.fixture(params=["as it is", "prefix", "proxied", "2", "2, proxied"])
 def connection(
     request: pytest.FixtureRequest,
     embedded_settings: Settings,
@@ -32,7 +32,7 @@ def connection(
     options = ["--serve-artifacts", "--artifacts-destination", str(tmp_path / "artifacts")]
     if not kind.endswith("proxied"):
         options = ["--no-serve-artifacts"]
-    prefix = "/ml/flow" if kind.endswith("prefix") else ""
+    prefix = "/ml/flow" if kind == "prefix" else ""
     database = f"sqlite:///{tmp_path / 'server.db'}"
     program = other_mlflow() if kind.startswith("2") else None
     with mlflow_server(database, tmp_path, options, program, prefix) as address:
