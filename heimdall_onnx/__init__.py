@@ -30,6 +30,10 @@ import os
 from importlib import import_module
 from typing import Any
 
+from heimdall_onnx.common.surroundings import furnish_process
+
+# Before any library looks for its folders.
+furnish_process()
 # MLflow reads this when it is imported; what somebody releases is not ours to report.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 

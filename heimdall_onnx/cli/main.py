@@ -21,6 +21,7 @@ from heimdall_onnx.cli.help import Group
 from heimdall_onnx.cli.train import train
 from heimdall_onnx.common.errors import HeimdallError, ServiceError
 from heimdall_onnx.common.signals import interrupt_once, was_interrupted
+from heimdall_onnx.common.surroundings import own_streams, told
 from heimdall_onnx.common.text import visible_lines
 
 if TYPE_CHECKING:
@@ -33,15 +34,17 @@ class _Group(Group):
     def main(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
         if args is None:  # the process's own, which ends with the command
             interrupt_once()
+            own_streams()
         return super().main(args, *others, **options)
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except HeimdallError as error:
-            click.echo(visible_lines(f"error: {error}"), err=True)
-            context.exit(error.exit_code)
         except (KeyboardInterrupt, Exception) as error:
+            known = error if isinstance(error, HeimdallError) else told(error)
+            if known is not None:
+                click.echo(visible_lines(f"error: {known}"), err=True)
+                context.exit(known.exit_code)
             if not was_interrupted(error):
                 raise
             click.echo("interrupted", err=True)

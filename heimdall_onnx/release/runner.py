@@ -7,7 +7,6 @@ last, and only then moves the alias. Whatever goes wrong before that is taken ba
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -31,11 +30,11 @@ from heimdall_onnx.common.errors import (
     NotebookError,
     ParameterError,
     ServiceError,
-    SettingsError,
 )
 from heimdall_onnx.common.logs import get_logger
 from heimdall_onnx.common.parameters import VARIANTS_FOLDER, ReleaseParameters
 from heimdall_onnx.common.signals import first_signal_interrupts, uninterrupted
+from heimdall_onnx.common.surroundings import told
 from heimdall_onnx.data.evaluation import is_dataset
 from heimdall_onnx.evidence.costs import CostWatch
 from heimdall_onnx.model.readings import read_weights
@@ -72,8 +71,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-
 
 def release_checkpoint(
     parameters: ReleaseParameters,
@@ -107,8 +104,11 @@ def release_checkpoint(
             structlog.contextvars.bound_contextvars(release=run.id, run_id=parameters.run_id),
         ):
             return run.execute(notebook or notebook_path(), cell_timeout, progress)
-    except HeimdallError as error:
-        return run.failed(error)
+    except (HeimdallError, OSError) as error:
+        known = _known(error)
+        if known is None:
+            raise
+        return run.failed(known)
 
 
 class _Run:
@@ -205,7 +205,7 @@ class _Run:
                 result = self._keep_failed(connection, judgement)
         except BaseException as error:
             # Whatever it is, a bug of ours or Ctrl-C: what was begun must not stay.
-            known = _known(error, self.folder)
+            known = _known(error)
             status = "FAILED" if known else "KILLED"
             with uninterrupted():
                 left = self._take_back(connection)
@@ -434,17 +434,8 @@ class _Run:
         return f"{word} (smoke)" if self.parameters.profile == "smoke" else word
 
 
-def _known(error: BaseException, folder: Path) -> HeimdallError | None:
-    """An error of this package's, or of a full or broken disk in words; None for any other."""
-    if isinstance(error, HeimdallError):
-        return error
-    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
-        return None
-    return SettingsError(
-        f"HEIMDALL_HOME or the folder for temporary files can't be written to: {error.strerror} "
-        f"({error.filename or folder}); free some space, or name others with HEIMDALL_HOME and "
-        "TMPDIR"
-    )
+def _known(error: BaseException) -> HeimdallError | None:
+    return error if isinstance(error, HeimdallError) else told(error)
 
 
 def _with_left(error: HeimdallError, left: tuple[str, ...]) -> HeimdallError:

@@ -162,6 +162,11 @@ def _with_store(settings: Settings, record: Mapping[str, Any]) -> Settings:
 
 
 def _start_store(settings: Settings, service: Daemon, record: dict[str, Any]) -> Settings:
+    if not os.access(folder := Path(_SOCKETS).parent, os.W_OK):
+        raise StoreError(
+            f"the embedded store keeps its sockets in {folder}, which can't be written to; set "
+            "MLFLOW_S3_ENDPOINT_URL to use a store that is there"
+        )
     # Somebody may take a port between our look at it and the store's.
     for _ in range(_START_TRIES):
         record["ports"] = free_ports(record["ports"], _STORE_PORTS, _GRPC_OFFSET)
@@ -224,7 +229,8 @@ def _stop_store(service: Daemon) -> None:
     service.stop()
     for path in left:
         if path.startswith(_SOCKETS):
-            Path(path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(path).unlink()
 
 
 def _store_answers(settings: Settings, record: Mapping[str, Any]) -> bool:

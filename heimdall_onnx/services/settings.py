@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from heimdall_onnx.common.errors import SettingsError
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.surroundings import told
 
 log = get_logger(__name__)
 
@@ -193,6 +194,11 @@ class Settings(BaseSettings):
             )
             raise SettingsError(
                 f"the environment can't be used as configuration: {problems}"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise told(error) or SettingsError(
+                f"the file `.env`, here or in a folder above, can't be read: {error}; expected "
+                "NAME=value on each line, in UTF-8"
             ) from None
 
     def apply(self, environment: MutableMapping[str, str] = os.environ) -> None:
