@@ -307,6 +307,9 @@ def show_result(result: ReleaseResult, *, as_json: bool = False) -> None:
 
 def summary(result: ReleaseResult) -> str:
     """What a person wants to know of a release, and what to do next."""
+    from heimdall_onnx.services.client import redact_url
+    from heimdall_onnx.services.settings import Settings
+
     judged = result.exit_code in (0, EvidenceError.exit_code)
     lines = [("verdict", result.verdict)] if judged else []
     if result.speedup is not None:
@@ -345,11 +348,13 @@ def summary(result: ReleaseResult) -> str:
         python = "python" if here else shlex.quote(sys.executable)
         program = "heimdall-onnx" if here else f"{python} -m heimdall_onnx"
         folder = str(result.s3_uri).removesuffix("/model.onnx")
+        tracking = Settings.load().tracking_uri.get_secret_value()
+        page = redact_url(tracking) if tracking.startswith("http") else f"{program} services up"
         text += (
             f'\nopen the model:    {python} -c "import heimdall_onnx; '
             f"print(heimdall_onnx.load_model('{result.s3_uri}'))\""
             f"\ncheck the release: {program} verify {folder}"
-            f"\nbrowse in MLflow:  {program} services up"
+            f"\nbrowse in MLflow:  {page}"
         )
     return text
 

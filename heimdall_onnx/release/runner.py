@@ -173,10 +173,11 @@ class _Run:
                 # Before anything is spent on a release that could not be signed in the end.
                 self._signer = open_signer(self.settings)
                 connection = connect(settings)
+                bucket = connection.bucket(self.parameters.bucket)
+                bucket.ensure()
+                bucket.prove_conditional_writes()
                 if settings.versioning or settings.retention_days:
                     # Before the first upload: what is there already has no version.
-                    bucket = connection.bucket(self.parameters.bucket)
-                    bucket.ensure()
                     self._protection = prepare_bucket(bucket, settings)
                 given, tracker = self.parameters.run_id, connection.tracker
                 # Never the process's active run, which is its caller's, as are name and end of a

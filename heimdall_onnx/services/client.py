@@ -77,6 +77,7 @@ _REASONS = {
     "ConditionalRequestConflict": "somebody else is writing an object of that name",
     "BadDigest": "the data was damaged on its way; try again",
     "XAmzContentChecksumMismatch": "the data was damaged on its way; try again",
+    "XAmzContentSHA256Mismatch": "the data was damaged on its way; try again",
     "RequestTimeTooSkewed": "this machine's clock and the store's differ too much; set the clock",
     **dict.fromkeys(
         ("SlowDown", "ServiceUnavailable", "502", "503", "504"),

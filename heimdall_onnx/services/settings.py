@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from dotenv import find_dotenv
+from dotenv import dotenv_values, find_dotenv
 from pydantic import Field, Json, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -185,8 +185,14 @@ class Settings(BaseSettings):
                 they may be secrets.
         """
         clean_environment()
+        file = find_dotenv(usecwd=True) or os.devnull
+        own = {str(field.validation_alias) for field in cls.model_fields.values()}
+        # The rest is for libraries, which look for it in the environment alone.
+        for name, value in dotenv_values(file).items():
+            if name not in own and _READ.match(name) and (used := cleaned(name, value or "")):
+                os.environ.setdefault(name, used)
         try:
-            return cls(_env_file=find_dotenv(usecwd=True) or None)
+            return cls(_env_file=file)
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}"

@@ -302,14 +302,19 @@ class Bucket:
             key = f"{proof}-{secrets.token_hex(8)}"
             with ThreadPoolExecutor(_RACERS) as pool:
                 taken = sum(pool.map(lambda _: self._write_first(key), range(_RACERS)))
+            found = (
+                f"of {_RACERS} writes at once to {self.uri(key)}, each on condition that there is "
+                f"no such object (If-None-Match: *), it took {taken}; expected one"
+            )
+            # moto's two steps are so close that few races show them.
+            if lax := "Werkzeug" in server:
+                found = f"{server} serves development: it looks for an object, then writes it"
             # None, if the answer to the one was lost and its repetition refused.
-            if taken > 1 or self._write_first(key):
+            if lax or taken > 1 or self._write_first(key):
                 raise StoreError(
-                    f"the store at {redact_url(address)} can't keep two releases apart: of "
-                    f"{_RACERS} writes at once to {self.uri(key)}, each on condition that there is "
-                    f"no such object (If-None-Match: *), it took {taken}; expected one. Nothing "
-                    "was published. Use a store that honours conditional writes: Amazon S3, Ceph, "
-                    "SeaweedFS or another"
+                    f"the store at {redact_url(address)} can't keep two releases apart: {found}. "
+                    "Nothing was published. Use a store that honours conditional writes: Amazon "
+                    "S3, Ceph, SeaweedFS or another"
                 )
             self._write_first(proof)
             log.info("conditional writes proven", bucket=self.name, writers=_RACERS)

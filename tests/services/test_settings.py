@@ -86,6 +86,35 @@ def test_every_variable_is_read_from_a_dotenv_file_here_or_above(
     assert found(Settings.load()) == VARIABLES
 
 
+def test_what_libraries_read_is_found_in_the_dotenv_file_too(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", "")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
+    given = {
+        "AWS_CA_BUNDLE": "/etc/own.pem",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "MLFLOW_TRACKING_USERNAME": "ann",
+        "MLFLOW_TRACKING_PASSWORD": "a b",
+        "MLFLOW_TRACKING_TOKEN": "",
+        "MLFLOW_EXPERIMENT_NAME": "ours",
+        "PATH_OF_ANOTHER": "x",
+    }
+    (empty / ".env").write_text("".join(f'{n}="{v}"\n' for n, v in given.items()))
+    assert Settings.load().experiment_name == "ours"
+    read = {name: os.environ.get(name) for name in given}
+    assert read == {
+        **dict.fromkeys(given),
+        "AWS_CA_BUNDLE": "/etc/own.pem",
+        "AWS_DEFAULT_REGION": "eu-west-3",
+        "MLFLOW_TRACKING_USERNAME": "ann",
+        "MLFLOW_TRACKING_PASSWORD": "a b",
+    }
+    (empty / ".env").write_text('MLFLOW_TRACKING_TOKEN="of\ntwo lines"\n')
+    with pytest.raises(SettingsError, match="MLFLOW_TRACKING_TOKEN must be one line"):
+        Settings.load()
+
+
 def test_the_environment_wins_over_the_dotenv_file(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

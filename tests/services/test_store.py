@@ -378,6 +378,20 @@ def test_a_store_that_takes_every_writer_is_refused(
     ]
 
 
+def test_a_store_whose_races_seldom_show_is_refused_by_its_name(
+    embedded_settings: Settings, bucket: Bucket
+) -> None:
+    client = make_client(embedded_settings)
+
+    def call_itself(parsed: dict[str, Any], **_: object) -> None:
+        parsed["ResponseMetadata"]["HTTPHeaders"]["server"] = "Werkzeug/3.1.3 Python/3.11.7"
+
+    client.meta.events.register("after-call.s3.ListObjectsV2", call_itself)
+    with pytest.raises(StoreError, match=r"two releases apart: Werkzeug/3\.1\.3 .* was published"):
+        Bucket(client, bucket.name).claim_version("m", name="metadata.json", content=str.encode)
+    assert not bucket.list_keys("m")
+
+
 def no_registry() -> MLflowTracker:
     raise RegistryError("it can't be reached")
 

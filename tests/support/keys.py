@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -43,6 +44,32 @@ def make_certificate(folder: Path, name: str = "signer") -> tuple[Path, Path, Pa
     return paths
 
 
+def make_server_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for this machine's loopback that nobody vouches for, and its key."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), _name("test")
+    now = datetime.now(UTC)
+    hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=6))
+        .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    _write_private(folder / "key.pem", key, "")
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+
 def _write_private(path: Path, key: ec.EllipticCurvePrivateKey, password: str) -> None:
     encryption = (
         serialization.BestAvailableEncryption(password.encode())
@@ -62,9 +89,6 @@ def _certificate(
     *,
     is_root: bool,
 ) -> x509.Certificate:
-    def name(common: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
     now = datetime.now(UTC)
     usage = x509.KeyUsage(
         digital_signature=not is_root,
@@ -79,8 +103,8 @@ def _certificate(
     )
     return (
         x509.CertificateBuilder()
-        .subject_name(name(subject))
-        .issuer_name(name(issuer))
+        .subject_name(_name(subject))
+        .issuer_name(_name(issuer))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import socket
 import struct
@@ -14,6 +15,11 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 _BLOCK = 1 << 16
+_WHO_ARE_YOU = (
+    b"HTTP/1.1 401 Unauthorized\r\n"
+    b'WWW-Authenticate: Basic realm="here"\r\n'
+    b"Content-Length: 0\r\n\r\n"
+)
 KINDS = (
     "gone",  # connections are refused, this one is reset
     "hang",  # it is read and never answered
@@ -87,11 +93,13 @@ class Proxy:
         target: The real service.
         requests: ``METHOD path`` of every request, in order.
         sizes: Bytes of the bodies of each request that was answered, and of its answer.
+        login: ``user:password`` that every request must be sent with; none for all.
     """
 
     target: str
     requests: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    login: str = ""
     _fault: Fault | None = None
 
     def __post_init__(self) -> None:
@@ -197,6 +205,10 @@ class Proxy:
             _exactly(client, int(request.headers.get("content-length", 0)) // 2)
             raise OSError("reset")
         body = list(_body(client, request.headers))
+        basic = f"Basic {base64.b64encode(self.login.encode()).decode()}"
+        if self.login and request.headers.get("authorization") != basic:
+            connection.sendall(_WHO_ARE_YOU)
+            return True
         if fault.kind == "gone":
             self._leave(fault)
             raise OSError("gone")
@@ -247,9 +259,9 @@ class Proxy:
 
 
 @contextmanager
-def proxied(target: str) -> Iterator[Proxy]:
-    """A proxy before ``target`` for the length of the block."""
-    proxy = Proxy(target)
+def proxied(target: str, login: str = "") -> Iterator[Proxy]:
+    """A proxy before ``target`` for the length of the block, which may ask for a login."""
+    proxy = Proxy(target, login=login)
     try:
         yield proxy
     finally:
