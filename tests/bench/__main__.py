@@ -26,6 +26,7 @@ import fleets
 import growth
 import numpy as np
 import pages
+import quality
 import search
 import steps
 from processes import PSS_EVERY_S, Run, run
@@ -387,6 +388,12 @@ def case_rows(bench: Bench) -> Iterator[Row]:
     yield Row("all cases", None, "s", (seconds,), f"{len(found)}, in {processes} processes")
 
 
+def quality_rows(bench: Bench) -> Iterator[Row]:
+    """How often a contract on quality is passed by what loses as much as is allowed."""
+    for name, target, unit, values, method in quality.rows(bench.share):
+        yield Row(name, target, unit, values, method)
+
+
 PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "startup": startup,
     "steps": single_steps,
@@ -400,6 +407,7 @@ PARTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "evaluation": evaluation_rows,
     "pages": page_rows,
     "cases": case_rows,
+    "quality": quality_rows,
 }
 
 
@@ -450,8 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     work = Path(tempfile.mkdtemp(prefix="work-", dir=output))
     try:
-        # Cases take a release's steps, which need no services.
-        alone = chosen.parts == ["cases"] and not chosen.whole
+        # Neither these nor a release's steps, which cases take, need services.
+        alone = bool(chosen.parts) and {*chosen.parts} <= {"cases", "quality"} and not chosen.whole
         with nullcontext(dict(os.environ)) if alone else services(work) as environment:
             only = tuple(chosen.only)
             bench = Bench(work, chosen.pairs, environment, chosen.share, only, chosen.whole)
