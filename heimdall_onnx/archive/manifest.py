@@ -188,7 +188,7 @@ class EvaluationInputs(_Strict):
         provenance: Where it comes from, in words.
         sha256: SHA-256 of the file, or the digest of the dataset; None for synthetic inputs.
         samples: How many there are.
-        labelled: Whether the true positions are known.
+        labelled: Whether labels or true positions are known.
         inputs: Of each input.
     """
 
@@ -377,6 +377,12 @@ class Manifest:
     def sha256(self) -> str:
         """SHA-256 of the manifest itself."""
         return hashlib.sha256(self.text).hexdigest()
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Arrays of its evaluation data that nothing is to use."""
+        given = str(self.said.parameters.get("ignore", ""))
+        return tuple(name.strip() for name in given.split(",") if name.strip())
 
     @property
     def data(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def name_data(record: Record, bucket: str, given: str) -> dict[str, str]:
     ]
     profile = {
         "samples": data.samples,
-        "true positions": "yes" if data.labelled else "no",
+        "labels": "yes" if data.labelled else "no",
         "provenance": shown(data.provenance, 300),
     }
     uploaded = record.uploaded

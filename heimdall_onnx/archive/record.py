@@ -256,7 +256,7 @@ def record_results(
             provenance=data.provenance,
             sha256=data.sha256,
             samples=data.count,
-            labelled=data.positions is not None,
+            labelled=bool(data.truth),
             inputs={
                 name: InputArray(dtype=str(array.dtype), shape=array.shape[1:])
                 for name, array in data.inputs.items()

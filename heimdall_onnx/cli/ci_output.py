@@ -25,7 +25,8 @@ _NO_XML = re.compile(r"[^\t\n\r -\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
 def junit(result: ReleaseResult) -> bytes:
     """The gates as JUnit XML in UTF-8.
 
-    A gate that does not hold is a failure. A run that ended for another reason has an error, in a
+    A gate that does not hold is a failure, of the type ``fail``, or ``not shown`` where there were
+    too few samples to tell. A run that ended for another reason has an error, in a
     test case called ``release``, so that no run without gates counts as one in which all hold.
     """
     gates = [Gate(**gate) for gate in result.gates]
@@ -41,7 +42,10 @@ def junit(result: ReleaseResult) -> bytes:
     for gate in gates:
         case = _case(suite, gate.name)
         if not gate.passed:
-            failure = ElementTree.SubElement(case, "failure", message=_xml(gate.summary()))
+            kind = gate.result.lower()
+            failure = ElementTree.SubElement(
+                case, "failure", message=_xml(gate.summary()), type=kind
+            )
             failure.text = _xml(gate.detail)
         ElementTree.SubElement(case, "system-out").text = _xml(gate.summary())
     case = _case(suite, "release")

@@ -175,7 +175,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "path": str(dataset.path),
         "samples": dataset.count,
         "events": len(dataset.event_names),
-        "labelled": dataset.positions is not None,
+        "labelled": not {"positions", "labels"}.isdisjoint(dataset.arrays),
         "arrays": {
             name: {"dtype": spec.dtype, "shape": list(spec.shape)}
             for name, spec in dataset.arrays.items()

@@ -55,6 +55,7 @@ model_options = all_of(
     parameter_option(
         "--eval-data", help="Evaluation inputs: .npz or dataset.  [default: synthetic]"
     ),
+    parameter_option("--ignore", help="Arrays of it that nothing is to use, with commas."),
 )
 
 
@@ -64,6 +65,8 @@ parameter_options = all_of(
     parameter_option("--bucket", help="Bucket of the releases."),
     parameter_option("--prefix", help="Their folder in the bucket.  [default: models/NAME]"),
     parameter_option("--tolerance", type=float, help="Limit of the mean absolute error."),
+    parameter_option("--metric", help="How good answers are: top1, f1, rmse, pkg:function…"),
+    parameter_option("--max-loss", type=float, help="How much of it may be lost."),
     parameter_option("--alias", help="Registry alias that is moved to the release."),
     parameter_option("--profile", help="How much is measured: smoke, quick or audit."),
     parameter_option("--variants", help="Other forms of the model: all, or names with commas."),

@@ -88,6 +88,20 @@ _decision_options = all_of(
 )
 
 
+_quality_options = all_of(
+    click.option(
+        "--metric",
+        help="How good answers are: top1, f1, rmse, pkg:function…  [default: as it was released]",
+    ),
+    click.option("--max-loss", type=click.FloatRange(min=0), help="How much of it may be lost."),
+    click.option(
+        "--confidence",
+        type=click.FloatRange(min=0.5, max=1, max_open=True),
+        help="How surely that is shown.",
+    ),
+)
+
+
 def _reference_model() -> str:
     from heimdall_onnx.common.parameters import REFERENCE_MODEL
 
@@ -247,10 +261,11 @@ def verify(
 @click.argument("version")
 @_place_options
 @click.option("--to", "alias", default="production", show_default=True, help="The alias.")
-@click.option("--max-error-growth", type=click.FloatRange(min=0), help="Share; 0.05 by default.")
+@_quality_options
 @click.option("--max-slowdown", type=click.FloatRange(min=0), help="Share; 0.1 by default.")
 @click.option("--calls", type=click.IntRange(min=12), help="Timed calls of each; 200 by default.")
 @click.option("--allow-smoke", is_flag=True, help="Take a test run too.")
+@click.option("--allow-not-shown", is_flag=True, help="Take it though too few samples tell.")
 @click.option("--no-compare", is_flag=True, help="Don't run it against what it would replace.")
 @_decision_options
 def promote(
@@ -263,7 +278,6 @@ def promote(
     settings: Settings,
     as_json: bool,
     no_compare: bool,
-    max_error_growth: float | None,
     max_slowdown: float | None,
     **limits: Any,
 ) -> None:
@@ -271,7 +285,7 @@ def promote(
     from heimdall_onnx.review.compare.gates import Limits
     from heimdall_onnx.review.promotion import promote_release
 
-    given = {"error_growth": max_error_growth, "slowdown": max_slowdown, **limits}
+    given = {"slowdown": max_slowdown, **limits}
     review = promote_release(
         _release(version, bucket, prefix, settings),
         alias=alias,
@@ -325,10 +339,12 @@ def rollback(
 
 
 def _show_review(review: Review, as_json: bool) -> None:
-    from dataclasses import asdict
+    from pydantic_core import to_jsonable_python
+
+    from heimdall_onnx.review.compare.words import loss_words
 
     if as_json:
-        _print_json(asdict(review))
+        _print_json(to_jsonable_python(review, inf_nan_mode="strings"))
         return
     before = f"version {review.previous}" if review.previous else "nothing"
     click.echo(
@@ -337,8 +353,9 @@ def _show_review(review: Review, as_json: bool) -> None:
         + (f"\npage     {review.page_uri}" if review.page_uri else "")
     )
     if review.comparison:
-        for line in (*map(str, review.comparison.ratios), *review.comparison.notes):
-            click.echo(f"         {line}")
+        found = review.comparison
+        for line in (*map(loss_words, found.quality), *map(str, found.ratios), *found.notes):
+            _say(line, indent=9)
 
 
 @click.command(cls=Command, example="heimdall-onnx history detector")
@@ -417,6 +434,7 @@ def reproduce(
     metavar="FILE.npz",
     help="Other evaluation inputs, or a dataset; by default the newer release's own.",
 )
+@_quality_options
 @click.option("--no-latency", is_flag=True, help="Leave latency out.")
 @click.option("--calls", type=click.IntRange(min=12), help="Timed calls of each; 200 by default.")
 @click.option(
@@ -443,6 +461,7 @@ def compare(
     settings: Settings,
     cell_timeout: int | None,
     as_json: bool,
+    **quality: Any,
 ) -> None:
     """Run releases A and B on the same inputs, and say in what they differ.
 
@@ -465,6 +484,7 @@ def compare(
         "eval_data": eval_data,
         "calls": calls,
         "output_dir": output and str(output),
+        **quality,
     }
     try:
         result = compare_releases(
@@ -483,6 +503,8 @@ def compare(
     _say(f"{result['sentence']}.")
     for reason in result["worse"]:
         _say(f"worse than a promotion allows: {reason}")
+    for reason in result["not_shown"]:
+        _say(f"refused by a promotion without --allow-not-shown: {reason}")
     _say(f"report    {result['report']}")
     _say(f"rendered  file://{result['report_html']}")
     for address in filter(None, (result["report_uri"], result["report_html_uri"])):

@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -28,6 +28,9 @@ ProfileName = Literal["smoke", "quick", "audit"]
 
 # The documented limit of the mean absolute error.
 TOLERANCE = 1e-5
+
+# Of the names of metrics that are asked for.
+MOST_METRICS = 500
 
 _Parameters = TypeVar("_Parameters", bound=BaseModel)
 
@@ -150,6 +153,25 @@ class Parameters(BaseModel):
         return value
 
 
+@dataclass(frozen=True)
+class Quality:
+    """How much worse answers may be in their task, and how surely that must be shown.
+
+    Attributes:
+        metric: Names of metrics with commas between them, all of which must hold; empty for those
+            that suit the labels.
+        max_loss: What may be lost: as a share of the reference's value for errors that have a unit,
+            else as a difference.
+        confidence: With which the upper end of the interval, which must be within it, holds.
+        binding: Whether somebody asked for it, so that what is not shown does not pass.
+    """
+
+    metric: str = ""
+    max_loss: float = 0.01
+    confidence: float = 0.95
+    binding: bool = False
+
+
 class ReleaseParameters(Parameters):
     """What a release is made of; the fields are the notebook's parameters, in its order."""
 
@@ -159,6 +181,7 @@ class ReleaseParameters(Parameters):
     weights: str = Field("", max_length=1000)
     submodule: str = Field("", max_length=1000)
     eval_data: str = ""
+    ignore: str = Field("", max_length=1000)
     name: str = Field("", pattern=rf"^$|{NAME}", max_length=200, validate_default=True)
     bucket: str = Field("heimdall-models", pattern=BUCKET)
     prefix: str = Field("", pattern=rf"^$|{PREFIX}", max_length=500, validate_default=True)
@@ -177,8 +200,9 @@ class ReleaseParameters(Parameters):
     profile: ProfileName = "quick"
     variants: str = Field("none", max_length=1000)
     calibration_data: str = ""
-    max_error_growth: float = Field(0.01, ge=0)
-    max_nll_growth: float = Field(0.01, ge=0)
+    metric: str = Field(Quality.metric, max_length=MOST_METRICS)
+    max_loss: float = Field(Quality.max_loss, ge=0)
+    confidence: float = Field(Quality.confidence, ge=0.5, lt=1)
     max_displacement_sigma: float = Field(0.25, gt=0)
     max_output_noise: float = Field(0.01, gt=0)
     min_coverage: float = Field(0.0, ge=0, lt=1)
@@ -244,12 +268,27 @@ class ReleaseParameters(Parameters):
     @property
     def accuracy_limits(self) -> AccuracyLimits:
         """How much a lossy variant may lose."""
-        return AccuracyLimits(
-            self.max_error_growth,
-            self.max_nll_growth,
-            self.max_displacement_sigma,
-            self.max_output_noise,
-        )
+        return AccuracyLimits(self.max_displacement_sigma, self.max_output_noise)
+
+    def quality(self, declared: Quality | None = None) -> Quality:
+        """The contract on quality.
+
+        A test run binds nobody to it, since nothing can be shown with so few samples.
+
+        Args:
+            declared: That of the model's signature file, of which each part that is given here is
+                replaced.
+        """
+        declared = declared or Quality()
+        given = {n: getattr(self, n) for n in ("metric", "max_loss", "confidence")}
+        own = {n: v for n, v in given.items() if v != getattr(Quality, n)}
+        binding = (declared.binding or bool(own)) and self.profile != "smoke"
+        return replace(declared, **own, binding=binding)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Arrays of the evaluation data that nothing is to use."""
+        return tuple(name.strip() for name in self.ignore.split(",") if name.strip())
 
     @property
     def limits(self) -> Profile:
@@ -402,17 +441,11 @@ class AccuracyLimits:
     """How much a variant may lose.
 
     Attributes:
-        error_growth: Share by which the median and the 95th percentile of the localization error
-            may grow.
-        nll_growth: Share by which the negative log-likelihood may grow; of one nat where it is
-            smaller than that.
         displacement_sigma: Without labels: largest 99th percentile of the displacement, in units of
             the predicted standard deviation.
         output_noise: For a model without positions and their deviation: largest relative error
             of an output, its RMS over the RMS of the reference about its mean.
     """
 
-    error_growth: float = 0.01
-    nll_growth: float = 0.01
     displacement_sigma: float = 0.25
     output_noise: float = 0.01

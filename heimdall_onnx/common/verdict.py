@@ -22,6 +22,7 @@ class Gate:
         measured: The measured value.
         passed: Whether the condition holds.
         detail: Where the measured value was found, or what is wrong.
+        undecided: Whether too few samples were there to show it either way.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Gate:
     measured: float | int | str
     passed: bool
     detail: str = ""
+    undecided: bool = False
 
     def __post_init__(self) -> None:
         # As a record has them, where a number that JSON has no form for is text.
@@ -57,6 +59,12 @@ class Gate:
             return texts[0]
         return next((text for text in texts if float(text) > float(limit)), texts[-1])
 
+    @property
+    def result(self) -> str:
+        """What came of it, in capitals where it does not hold."""
+        word = "not shown" if self.undecided else "pass" if self.passed else "fail"
+        return word if self.passed else word.upper()
+
     def summary(self) -> str:
         """The gate on one line, with its limit and measured value."""
         found = f"{self.name}: expected {self.limit}, measured {self.shown}"
@@ -64,7 +72,7 @@ class Gate:
 
     def as_shown(self) -> dict[str, Any]:
         """The gate as a reader sees it: its measured value as text."""
-        return {**self.to_dict(), "measured": self.shown}
+        return {**self.to_dict(), "measured": self.shown, "result": self.result}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable copy; a measured NaN or Inf becomes text, as JSON has neither."""
@@ -96,15 +104,24 @@ class Verdict:
         """The gates that do not hold."""
         return tuple(gate for gate in self.gates if not gate.passed)
 
+    @property
+    def word(self) -> str:
+        """``"pass"``, ``"fail"``, or ``"not shown"`` where only samples are missing."""
+        undecided = all(gate.undecided for gate in self.failed_gates)
+        return "pass" if self.passed else "not shown" if self.gates and undecided else "fail"
+
+    @property
+    def _count(self) -> str:
+        what = "are not shown to hold" if self.word == "not shown" else "failed"
+        return f"{len(self.failed_gates)} of {len(self.gates)} gates {what}"
+
     def summary(self) -> str:
         """How many gates do not hold, and which."""
-        names = ", ".join(gate.name for gate in self.failed_gates)
-        return f"{len(self.failed_gates)} of {len(self.gates)} gates failed: {names}"
+        return f"{self._count}: {', '.join(gate.name for gate in self.failed_gates)}"
 
     def reasons(self) -> str:
         """Every gate that does not hold, with its limit and measured value, one a line."""
-        lines = [gate.summary() for gate in self.failed_gates]
-        return f"{len(lines)} of {len(self.gates)} gates failed:{listed(lines)}"
+        return f"{self._count}:{listed([gate.summary() for gate in self.failed_gates])}"
 
     def require(self) -> None:
         """Return if every gate holds.
@@ -125,7 +142,8 @@ class Verdict:
         for gate in self.failed_first():
             told = (gate.name, gate.limit, gate.shown, gate.detail)
             name, *further = map(escape_markdown, told)
-            rows.append((name, "pass" if gate.passed else "**FAIL**", *further))
+            result = gate.result if gate.passed else f"**{gate.result}**"
+            rows.append((name, result, *further))
         return markdown_table(("gate", "result", "limit", "measured", "where"), rows)
 
     def _repr_markdown_(self) -> str:

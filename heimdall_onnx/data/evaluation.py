@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,9 +23,18 @@ from heimdall_onnx.common.arrays import (
 )
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.common.text import shown
+from heimdall_onnx.common.text import meant, shown
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
-from heimdall_onnx.data.dataset.schema import HEADER, INPUTS, POSITIONS, beyond_globe
+from heimdall_onnx.data.dataset.schema import (
+    EVENT,
+    HEADER,
+    INPUTS,
+    LABELS,
+    POSITIONS,
+    WEIGHTS,
+    beyond_globe,
+    weight_problems,
+)
 from heimdall_onnx.data.files import converted, read_arrays, type_of
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.signature import Signature
@@ -33,7 +42,7 @@ from heimdall_onnx.model.signature import Signature
 log = get_logger(__name__)
 
 SYNTHETIC_SAMPLES = 64
-META = "meta"
+META, GROUPS = "meta", "groups"
 READ_BYTES = 8 << 20
 
 
@@ -52,6 +61,10 @@ class EvaluationData:
         receivers: Name to (latitude, longitude) in degrees, where the file gives them.
         dataset: The dataset that the samples are the first of; None for a file.
         conversions: From which to which type inputs were converted, in words.
+        labels: What is true of each sample (N, …), for the metrics of its task; or None.
+        weights: What each sample counts (N,), positive; None where all count the same.
+        groups: Which samples belong together (N,), of any values; None where each stands for
+            itself. Those of a dataset belong to its events.
     """
 
     inputs: Mapping[str, Rows] = field(repr=False)
@@ -62,6 +75,15 @@ class EvaluationData:
     receivers: dict[str, tuple[float, float]]
     dataset: Dataset | None = field(default=None, repr=False)
     conversions: tuple[str, ...] = ()
+    labels: Rows | None = field(default=None, repr=False)
+    weights: Rows | None = field(default=None, repr=False)
+    groups: Rows | None = field(default=None, repr=False)
+
+    @property
+    def truth(self) -> dict[str, Rows]:
+        """What is known of the samples: ``"positions"`` and ``"labels"``, as far as they are."""
+        known = {POSITIONS: self.positions, LABELS: self.labels}
+        return {name: rows for name, rows in known.items() if rows is not None}
 
     @property
     def count(self) -> int:
@@ -99,8 +121,8 @@ class EvaluationData:
 
     def batches(
         self, size: int, rows: range | None = None
-    ) -> Iterator[tuple[slice, Arrays, npt.NDArray[np.float64] | None]]:
-        """Samples in order, at most ``size`` at a time: which, their inputs and true positions.
+    ) -> Iterator[tuple[slice, Arrays, Arrays]]:
+        """Samples in order, at most ``size`` at a time: which, their inputs and their `truth`.
 
         Args:
             size: Samples in a batch.
@@ -112,10 +134,10 @@ class EvaluationData:
             # Some megabytes at a time: of data in a bucket every read is a request.
             read = slice(first, min(first + step, rows.stop))
             inputs = {name: array[read] for name, array in self.inputs.items()}
-            positions = None if self.positions is None else self.positions[read]
+            known = {name: rows[read] for name, rows in self.truth.items()}
             for start, batch in in_batches(inputs, size):
                 part = slice(first + start, min(first + start + size, read.stop))
-                yield part, batch, None if positions is None else positions[start : start + size]
+                yield part, batch, {n: rows[start : start + size] for n, rows in known.items()}
 
     @property
     def row_bytes(self) -> int:
@@ -131,7 +153,7 @@ class EvaluationData:
 
     def head(self, count: int) -> EvaluationData:
         """The first ``count`` samples."""
-        return self._taken(slice(0, count)) if count < self.count else self
+        return self.taken(slice(0, count)) if count < self.count else self
 
     def spread(self, count: int) -> EvaluationData:
         """At most ``count`` samples and 256 MiB, evenly spaced; in memory where there are more."""
@@ -139,15 +161,15 @@ class EvaluationData:
         if count >= self.count:
             return self
         return replace(
-            self._taken(np.linspace(0, self.count - 1, count).astype(np.int64)), dataset=None
+            self.taken(np.linspace(0, self.count - 1, count).astype(np.int64)), dataset=None
         )
 
-    def _taken(self, rows: slice | npt.NDArray[np.int64]) -> EvaluationData:
-        return replace(
-            self,
-            inputs={name: array[rows] for name, array in self.inputs.items()},
-            positions=None if self.positions is None else self.positions[rows],
-        )
+    def taken(self, rows: slice | npt.NDArray[np.int64]) -> EvaluationData:
+        """Some of the samples."""
+        named = {n: getattr(self, n) for n in (POSITIONS, LABELS, WEIGHTS, GROUPS)}
+        beside: dict[str, Any] = {n: a[rows] for n, a in named.items() if a is not None}
+        inputs = {name: array[rows] for name, array in self.inputs.items()}
+        return replace(self, inputs=inputs, **beside)
 
 
 def load_evaluation_data(
@@ -156,18 +178,21 @@ def load_evaluation_data(
     model: object = None,
     *,
     verify: bool = True,
+    ignore: Sequence[str] = (),
 ) -> EvaluationData:
     """Read evaluation data, or make synthetic inputs where there is none.
 
     Args:
         path: A file or Zarr group as `read_arrays` takes them with one array per input, in which
-            ``positions`` (N, 2) and ``meta`` (JSON text) are optional; or a dataset, open or in a
-            folder or at ``s3://bucket/folder``, of which only what is asked for comes into memory.
-            None gives 64 seeded samples.
+            ``positions`` (N, 2), ``labels`` (N, …), ``weights`` (N,), ``groups`` (N,) and ``meta``
+            (JSON text) are optional; or a dataset, open or in a folder or at
+            ``s3://bucket/folder``, of which only what is asked for comes into memory. None gives 64
+            seeded samples.
         signature: What the arrays must fit.
         model: Makes the samples where it has a method for that; see `model.examples`.
         verify: Read all of a dataset and hold it against its digest; who does without must do so
             before anything is said of it.
+        ignore: Arrays of a file that are meant to be used by nothing.
 
     Raises:
         DataError: If it can't be read or does not fit; every problem is named.
@@ -202,19 +227,24 @@ def load_evaluation_data(
         if array.dtype != arrays[name].dtype
     )
     problems: list[str] = []
-    known = {*(s.name for s in signature.inputs), POSITIONS, META}
-    if found and (unused := arrays.keys() - known):
-        problems.append(
-            f"nothing uses {shown(', '.join(sorted(unused)))}: expected {', '.join(sorted(known))};"
-            " leave out what the model does not take, or name it as it is expected"
-        )
+    known = (*signature.input_names, POSITIONS, LABELS, WEIGHTS, GROUPS, META)
+    problems += [
+        f"nothing uses {shown(name)}: {meant(name, known)}; name it as it is expected, leave it "
+        "out, or say that nothing is to use it (--ignore)"
+        for name in sorted(arrays.keys() - {*known, *ignore} if found else ())
+    ]
+    problems += [
+        f"there is no array {shown(name)} to be ignored" for name in ignore if name not in arrays
+    ]
     inputs, count = _checked_inputs(found or arrays, signature, path, problems)
-    positions = _read_positions(arrays, count, problems)
-    meta = _read_meta(arrays, problems)
+    beside = {n: a for n, a in arrays.items() if n not in {*signature.input_names, *ignore}}
+    positions = _read_positions(beside, count, problems)
+    meta = _read_meta(beside, problems)
     receivers = _read_receivers(meta, problems)
+    judged = _read_labels(beside, count, problems)
     _require_none(problems, path)
     return EvaluationData(
-        inputs, positions, meta, path.name, sha256, receivers, conversions=conversions
+        inputs, positions, meta, path.name, sha256, receivers, conversions=conversions, **judged
     )
 
 
@@ -236,7 +266,11 @@ def first_rows(path: Path | str | None) -> Arrays | None:
         arrays = {n.removeprefix(INPUTS): r for n, r in readers.items() if n.startswith(INPUTS)}
     else:
         arrays = read_arrays(Path(path))[0]
-    first = {n: array[:FIRST_ROWS] for n, array in arrays.items() if array.ndim and n != POSITIONS}
+    first = {
+        name: array[:FIRST_ROWS]
+        for name, array in arrays.items()
+        if array.ndim and name not in (POSITIONS, LABELS, WEIGHTS, GROUPS)
+    }
     return {
         name: converted(rows, "float32" if type_of(rows) == "bfloat16" else rows.dtype.name)
         for name, rows in first.items()
@@ -263,6 +297,8 @@ def _of_dataset(dataset: Dataset, signature: Signature, *, verify: bool) -> Eval
     positions = arrays.get(POSITIONS)
     if positions is not None:
         problems += beyond_globe(positions)
+    if (weights := arrays.get(WEIGHTS)) is not None:
+        problems += weight_problems(weights)
     _check_centre(dataset.meta, problems)
     _require_none(problems, path)
     if verify:
@@ -276,6 +312,9 @@ def _of_dataset(dataset: Dataset, signature: Signature, *, verify: bool) -> Eval
         dataset.digest,
         dataset.receivers,
         dataset,
+        labels=arrays.get(LABELS),
+        weights=weights,
+        groups=arrays[EVENT],
     )
 
 
@@ -350,9 +389,9 @@ def _check_centre(meta: Mapping[str, Any], problems: list[str]) -> None:
 def _read_positions(
     arrays: Arrays, count: int | None, problems: list[str]
 ) -> npt.NDArray[np.float64] | None:
-    if "positions" not in arrays:
+    if POSITIONS not in arrays:
         return None
-    positions = arrays["positions"]
+    positions = arrays[POSITIONS]
     samples = positions.shape[:1] if count is None else (count,)
     if positions.shape == (*samples, 1, 2):
         positions = positions[:, 0]
@@ -365,6 +404,29 @@ def _read_positions(
     degrees = positions.astype(np.float64)
     problems += beyond_globe(degrees)
     return degrees
+
+
+def _read_labels(arrays: Arrays, count: int | None, problems: list[str]) -> dict[str, Any]:
+    """Labels, weights and groups, as far as there are any."""
+    found: dict[str, Any] = {name: arrays.get(name) for name in (LABELS, WEIGHTS, GROUPS)}
+    for name, array in found.items():
+        if array is None:
+            continue
+        words = name == GROUPS and array.dtype.kind in "US"
+        if array.dtype.kind not in "fiub" and not words:
+            problems.append(f"`{name}` must be numbers, found {array.dtype}")
+        elif array.shape[:1] != (count or len(np.atleast_1d(array)),) or (
+            name != LABELS and array.ndim != 1
+        ):
+            problems.append(
+                f"`{name}` must have one entry for each of {count} samples, found the shape "
+                f"{array.shape}"
+            )
+        elif name == LABELS and array.dtype.kind == "f" and not np.isfinite(array).all():
+            problems.append("`labels` have NaN or Inf: leave samples out that have no label")
+        elif name == WEIGHTS:
+            problems += weight_problems(array)
+    return found
 
 
 def _read_receivers(meta: dict[str, Any], problems: list[str]) -> dict[str, tuple[float, float]]:

@@ -28,6 +28,7 @@ _PATHS = tuple(
         (r"(.+)_max_abs_error", r"parity/\1_max_1e-6", _MILLIONTHS),
         (r"(.+)_p99_abs_error", r"parity/\1_p99_1e-6", _MILLIONTHS),
         (r"displacement_p99_m", r"parity/displacement_p99_m", 1.0),
+        (r"quality_(.+)", r"quality/\1", 1.0),
         (r"speedup", r"speedup/ratio", 1.0),
         (r"speedup_(low|high)", r"speedup/ratio_\1", 1.0),
         (r"inference_time_(pytorch|onnx)_ms", r"latency/\1_p50_ms", 1.0),
@@ -63,6 +64,14 @@ def summarize_metrics(
             f"{output.output}_mae": output.mean,
             f"{output.output}_max_abs_error": output.maximum,
             f"{output.output}_p99_abs_error": output.p99,
+        }
+    for judged in parity.quality:
+        name = _NOT_IN_NAMES.sub("_", judged.metric)
+        metrics |= {
+            f"quality_{name}_pytorch": judged.reference,
+            f"quality_{name}_onnx": judged.value,
+            f"quality_{name}_loss": judged.loss,
+            f"quality_{name}_loss_high": judged.high,
         }
     if parity.ground is not None:
         metrics["displacement_p99_m"] = parity.ground.displacement_p99_m

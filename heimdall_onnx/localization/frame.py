@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.errors import DataError, ParameterError
-from heimdall_onnx.evidence.parity.ground import difference_degrees, metres_per_degree, middle_of
+from heimdall_onnx.evidence.geodesy import difference_degrees, metres_per_degree
+from heimdall_onnx.evidence.parity.ground import middle_of
 
 # There a degree of longitude is two kilometres, and shrinks by as much with every degree further.
 _MAX_LATITUDE = 89.0

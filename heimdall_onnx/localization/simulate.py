@@ -34,7 +34,7 @@ from heimdall_onnx.common.logs import OnProgress
 from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.data.dataset.dataset import Dataset, open_dataset
 from heimdall_onnx.data.dataset.writer import create_dataset
-from heimdall_onnx.evidence.parity.ground import geodesics
+from heimdall_onnx.evidence.geodesy import geodesics
 from heimdall_onnx.localization.mel import FeatureParameters, mel_windows
 from heimdall_onnx.localization.modulation import MODULATIONS
 from heimdall_onnx.localization.propagation import (

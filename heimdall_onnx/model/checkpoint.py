@@ -24,6 +24,7 @@ from heimdall_onnx.common.arrays import Rows
 from heimdall_onnx.common.errors import CheckpointError, DataError
 from heimdall_onnx.common.files import hash_file
 from heimdall_onnx.common.logs import get_logger
+from heimdall_onnx.common.parameters import Quality
 from heimdall_onnx.common.text import count_of, listed, shown
 from heimdall_onnx.model.construction import plan_model
 from heimdall_onnx.model.copies import remember_maker
@@ -136,6 +137,11 @@ class LoadedModel:
     def found(self) -> tuple[str, ...]:
         """How the signature was found, in words; empty where it is declared."""
         return self._known[1]
+
+    @property
+    def quality(self) -> Quality | None:
+        """How much worse answers may be, where the file beside the checkpoint says it."""
+        return None if self.signature_file is None else self.signature_file.quality
 
     @property
     def signature_source(self) -> str:

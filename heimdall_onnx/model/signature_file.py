@@ -14,6 +14,7 @@ outputs:
   - {name: log_variance, dtype: float32, shape: [batch, 2], log_variance_of: position}
 axes:
   - {name: receivers, lengths: [1, 2, 3, 8], permutable: true}
+quality: {metric: localization, max_loss: 0.02, confidence: 0.95}
 ```
 """
 
@@ -30,6 +31,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from heimdall_onnx.common.errors import DataError
+from heimdall_onnx.common.parameters import MOST_METRICS, Quality
 from heimdall_onnx.common.text import listed, meant, shown
 from heimdall_onnx.common.yaml import line_of, parse, place_of
 from heimdall_onnx.model.signature import DEFAULT_LENGTHS, Signature, TensorSpec
@@ -75,13 +77,25 @@ class _Axis(_Strict):
 _Tensors = Annotated[list[_Tensor], Field(min_length=1, max_length=_MOST)]
 
 
+class _Quality(_Strict):
+    metric: Annotated[str, Field(max_length=MOST_METRICS)] = ""
+    max_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Quality.max_loss
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = Quality.confidence
+
+
 class _File(_Strict):
     inputs: _Tensors
     outputs: _Tensors
     axes: Annotated[list[_Axis], Field(max_length=_MOST)] = Field(default_factory=list)
+    quality: _Quality | None = None
 
 
-_KNOWN: dict[str, type[BaseModel]] = {"inputs": _Tensor, "outputs": _Tensor, "axes": _Axis}
+_KNOWN: dict[str, type[BaseModel]] = {
+    "inputs": _Tensor,
+    "outputs": _Tensor,
+    "axes": _Axis,
+    "quality": _Quality,
+}
 
 
 @dataclass(frozen=True)
@@ -92,11 +106,13 @@ class SignatureFile:
         path: The file.
         sha256: SHA-256 of the bytes that were read.
         signature: What it declares.
+        quality: How much worse answers may be; None where it does not say.
     """
 
     path: Path
     sha256: str
     signature: Signature = field(repr=False)
+    quality: Quality | None = None
 
 
 def signature_path(checkpoint: Path | str) -> Path:
@@ -137,8 +153,8 @@ def read_signature_file(path: Path | str) -> SignatureFile:
         raise DataError(
             f"{source} is no signature: expected at most {_MAX_BYTES:,} bytes of YAML, found more"
         )
-    signature = _parse(content, source)
-    return SignatureFile(source, hashlib.sha256(content).hexdigest(), signature)
+    signature, quality = _parse(content, source)
+    return SignatureFile(source, hashlib.sha256(content).hexdigest(), signature, quality)
 
 
 def write_signature_file(signature: Signature, path: Path | str) -> Path:
@@ -181,7 +197,7 @@ def _described(spec: TensorSpec) -> dict[str, Any]:
     return {n: list(value) if isinstance(value, tuple) else value for n, value in given.items()}
 
 
-def _parse(content: bytes, source: Path) -> Signature:
+def _parse(content: bytes, source: Path) -> tuple[Signature, Quality | None]:
     try:
         data, node = parse(content)
     except ValueError as error:
@@ -198,10 +214,12 @@ def _parse(content: bytes, source: Path) -> Signature:
         # Each alternative of an entry has its own error, which reads alike here.
         said = dict.fromkeys(_explain(entry, node) for entry in error.errors(include_url=False))
         raise DataError(f"{source} is no signature:{listed(list(said))}") from None
-    signature = Signature.from_dict(read.model_dump())
+    signature = Signature.from_dict(read.model_dump(exclude={"quality"}))
     if problems := [*signature.problems(), *_too_large(signature)]:
         raise DataError(f"the signature {source} contradicts itself:{listed(problems)}")
-    return signature
+    if read.quality is None:
+        return signature, None
+    return signature, Quality(**read.quality.model_dump(), binding=True)
 
 
 def _explain(entry: Any, node: yaml.Node) -> str:
@@ -244,6 +262,9 @@ _EXPECTED = {
     "masks": "a list of names of inputs",
     "lengths": f"a list of 1 to 20 lengths, whole numbers from 1 to {_MAX_ELEMENTS:,}",
     "permutable": "true or false",
+    "metric": "names of metrics with commas between them",
+    "max_loss": "a number, 0 or more",
+    "confidence": "a number from 0.5 to below 1",
 }
 
 

@@ -357,8 +357,8 @@ def _limitations(record: Record) -> Iterator[str]:
     )
     if data.sha256 is None:
         yield "Those samples are random numbers, which say little about recordings."
-    if record.parity.ground is None or not record.parity.ground.task:
-        yield "How far the model's answers are from the truth was not measured."
+    if not record.parity.quality:
+        yield "How good the model's answers are in their task was not measured."
     if record.profile == "smoke":
         yield "It was measured with the profile smoke, which is for tests: this is no evidence."
     yield (

@@ -233,7 +233,7 @@ class _Run:
             self.result,
             success=False,
             exit_code=error.exit_code,
-            verdict=self._verdict(passed=False),
+            verdict=self._verdict(self._word if isinstance(error, GateError) else "fail"),
             local_report=self.result.local_report or (str(report) if report.is_file() else None),
             error=str(error),
         )
@@ -290,7 +290,7 @@ class _Run:
             record,
             self.parameters,
             written,
-            verdict=self._verdict(passed=True),
+            verdict=self._verdict("pass"),
             costs=self.result.costs,
             signer=self._signer,
             protection=self._protection or prepare_bucket(bucket, connection.settings),
@@ -430,8 +430,13 @@ class _Run:
             except HeimdallError as error:
                 yield f"alias {self.parameters.alias} of {manifest.model_name}: {error}"
 
-    def _verdict(self, *, passed: bool) -> str:
-        word = "pass" if passed else "fail"
+    @property
+    def _word(self) -> str:
+        """What the gates say; that they fail where none were judged."""
+        judged = self._judgement and self._judgement.verdict
+        return judged.word if judged else "fail"
+
+    def _verdict(self, word: str) -> str:
         return f"{word} (smoke)" if self.parameters.profile == "smoke" else word
 
 

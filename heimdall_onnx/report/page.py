@@ -43,8 +43,10 @@ def put_verdict_first(
     import nbformat
 
     notebook = read_notebook(path)
+    word = "pass" if passed else "not shown" if gates and gates.word == "not shown" else "fail"
     found = {
         "passed": passed,
+        "word": word.upper(),
         "title": title,
         "sentences": list(sentences),
         "problem": problem,
@@ -53,7 +55,7 @@ def put_verdict_first(
         # nbformat sorts the keys of mappings.
         "facts": [list(fact) for fact in facts.items()],
     }
-    lines = [f"# {'✔ PASS' if passed else '✘ FAIL'} — {escape_markdown(title)}"]
+    lines = [f"# {'✔' if passed else '✘'} {word.upper()} — {escape_markdown(title)}"]
     if problem:
         quoted = (f"> {escape_markdown(line)}  " for line in problem.splitlines())
         lines += ["**What went wrong**", "\n".join(quoted)]

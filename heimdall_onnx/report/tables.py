@@ -35,6 +35,7 @@ from heimdall_onnx.evidence.parity.ground import MIDDLE
 from heimdall_onnx.evidence.parity.report import THIS_PROCESS, ParityReport
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
 from heimdall_onnx.evidence.parity.uncertainty import REPORTED, UncertaintyReport
+from heimdall_onnx.evidence.quality.contract import Judged
 from heimdall_onnx.evidence.variants.tuning import LATENCY, THROUGHPUT
 
 if TYPE_CHECKING:
@@ -179,6 +180,36 @@ def worst_table(report: ParityReport) -> Markdown:
     )
 
 
+def quality_table(parity: ParityReport) -> Markdown:
+    """What the ONNX model loses in its task beside the PyTorch model, by each metric."""
+    if not parity.quality:
+        return Markdown(
+            "What is true of the samples is not known (arrays `labels` or `positions` in the "
+            "evaluation data): how good the answers are in their task, and whether a variant or "
+            "another version is worse, can't be judged."
+        )
+    head = ("metric", "PyTorch", "ONNX", "loss", "may be lost", "is", "samples", "interval by")
+    rows = [
+        (
+            judged.metric,
+            number(judged.reference, 4),
+            number(judged.value, 4),
+            _loss_text(judged),
+            judged.said(judged.max_loss),
+            judged.missing or judged.outcome,
+            f"{judged.samples:,}{judged.grouped}",
+            judged.method,
+        )
+        for judged in parity.quality
+    ]
+    return table(head, rows)
+
+
+def _loss_text(judged: Judged) -> str:
+    ends = " to ".join(map(judged.said, (judged.low, judged.high)))
+    return f"{judged.said(judged.loss)} ({ends}, each with {100 * judged.confidence:.3g}%)"
+
+
 def uncertainty_table(
     parity: ParityReport, members: Sequence[UncertaintyReport] | None = None
 ) -> Markdown:
@@ -310,8 +341,7 @@ def variants_table(report: VariantsReport | None) -> Markdown:
         f"samples/s at batch {report.batch_size}",
         "cold start, ms",
         "displacement p99",
-        "median error",
-        "NLL, nats",
+        "loss in the task",
     )
     order = sorted(report.judged, key=lambda v: (v.name != report.recommended, not v.passed))
     found = table(head, [tuple(_variant_row(report, variant)) for variant in order])
@@ -340,20 +370,15 @@ def _variant_row(report: VariantsReport, variant: JudgedVariant) -> Iterator[str
         yield _throughput_text(measured.throughput[1])
         yield f"{measured.second.load_ms + measured.second.first_call_ms:,.0f}"
     if accuracy is None:
-        yield from ("the reference",) * 3 if variant.name == FP32 else ("–",) * 3
+        yield from ("the reference",) * 2 if variant.name == FP32 else ("–",) * 2
         return
-    moved, task, before = accuracy.displacement_p99_m, accuracy.task, accuracy.reference
+    moved = accuracy.displacement_p99_m
     yield f"noise {max(accuracy.noise):.2g}" if moved is None else distance(moved)
-    if task is None or before is None:
-        yield from ("no labels",) * 2
-        return
-    # A perfect reference can't grow by a share.
-    grown = f" ({task.median_m / before.median_m - 1:+.2%})" if before.median_m > 0 else ""
-    yield f"{distance(task.median_m)}{grown}"
-    if task.nll is None or before.nll is None:
-        yield "none predicted"
-    else:
-        yield f"{task.nll:.4f} ({task.nll - before.nll:+.4f})"
+    yield "; ".join(map(_loss, accuracy.quality)) or "no labels"
+
+
+def _loss(judged: Judged) -> str:
+    return f"{judged.metric} {_loss_text(judged)}, {judged.outcome}"
 
 
 @unless_not_measured

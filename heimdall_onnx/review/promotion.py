@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic_core import to_jsonable_python
+
 from heimdall_onnx.archive.aliases import AliasLog, Move, alias_logs
 from heimdall_onnx.archive.content import fetch_evaluation_data
 from heimdall_onnx.archive.find import release_of
@@ -140,7 +142,7 @@ def promote_release(
         trust: Whose signature it must have; what the settings name by default.
 
     Raises:
-        ParameterError: If alias, reviewer or note can't be used.
+        ParameterError: If alias, reviewer, note or metric can't be used.
         PromotionError: With every reason that speaks against it; nothing is changed then.
         VerificationError: If there is no such release.
         ServiceError: If a service can't be reached or refuses.
@@ -158,9 +160,11 @@ def promote_release(
     comparison = None
     # What does not verify is not run.
     if compare and verified and case.holder != version:
+        limits = limits.as_released(release.record.parity.quality)
         try:
             comparison = _compare(release, case.holder, limits)
             reasons += comparison.worse
+            reasons += () if limits.allow_not_shown else comparison.not_shown
         except EvidenceError as error:
             reasons.append(f"it can't be compared with version {case.holder}: {error}")
     if reasons:
@@ -318,7 +322,14 @@ def _compare(release: Release, holder: str | None, limits: Limits) -> HeadToHead
         )
         data = fetch_evaluation_data(release, Path(folder))
         return compare_models(
-            candidate, other, data, signature, limits, version=holder, takes=takes
+            candidate,
+            other,
+            data,
+            signature,
+            limits,
+            version=holder,
+            takes=takes,
+            ignore=release.manifest.ignored,
         )
 
 
@@ -353,7 +364,7 @@ def _decide(
             "manifest_sha256": manifest.sha256,
             "time": now.isoformat(timespec="seconds"),
             "verified": [finding.what for finding in findings],
-            "comparison": comparison and asdict(comparison),
+            "comparison": comparison and to_jsonable_python(comparison, inf_nan_mode="strings"),
             "limits": limits and vars(limits),
             "environment": asdict(capture_environment()),
         }

@@ -34,7 +34,7 @@ from torchmetrics.aggregation import CatMetric
 from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.data.dataset.dataset import Dataset
-from heimdall_onnx.evidence.parity.ground import error_m
+from heimdall_onnx.evidence.geodesy import error_m
 from heimdall_onnx.localization.frame import LocalFrame
 from heimdall_onnx.model.inference import InputOrder, input_order, named_outputs
 from heimdall_onnx.model.signature import Signature, TensorSpec

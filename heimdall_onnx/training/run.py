@@ -32,7 +32,8 @@ from heimdall_onnx.common.machine import usable_processors
 from heimdall_onnx.common.text import listed, shown
 from heimdall_onnx.data.dataset.dataset import Dataset, Split, open_dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
-from heimdall_onnx.evidence.parity.ground import distance_m, middle_of
+from heimdall_onnx.evidence.geodesy import distance_m
+from heimdall_onnx.evidence.parity.ground import middle_of
 from heimdall_onnx.evidence.parity.uncertainty import assess_model
 from heimdall_onnx.localization.frame import calibration_of, placement_of
 from heimdall_onnx.model.checkpoint import load_checkpoint

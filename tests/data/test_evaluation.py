@@ -132,7 +132,9 @@ def test_batches_cover_every_sample_once_in_order(file, monkeypatch, read):
     parts, batches, truth = zip(*data.batches(2), strict=True)
     assert [(p.start, p.stop) for p in parts] == [(0, 2), (2, 4), (4, 5)]
     np.testing.assert_array_equal(np.concatenate([b["x"] for b in batches]), data.inputs["x"])
-    np.testing.assert_array_equal(np.concatenate(truth), data.positions)
+    np.testing.assert_array_equal(
+        np.concatenate([known["positions"] for known in truth]), data.positions
+    )
     (only,) = data.batches(2, range(2, 4))
     assert only[0] == slice(2, 4)
 

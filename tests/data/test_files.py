@@ -107,9 +107,48 @@ def test_floats_that_the_models_type_can_not_hold_are_refused(tmp_path):
         load_evaluation_data(file, signature(x="float32"))
 
 
-def test_what_nobody_uses_is_named_and_not_left_out(tmp_path):
-    np.savez(tmp_path / "a.npz", x=X, position=np.zeros((4, 2)), labels=np.arange(4))
-    with pytest.raises(DataError, match="nothing uses labels, position: expected meta, positions"):
+def test_what_nobody_uses_is_named_with_the_nearest_name_unless_it_is_meant(tmp_path):
+    np.savez(tmp_path / "a.npz", x=X, position=np.zeros((4, 2)), label=np.arange(4), labels=X)
+    with pytest.raises(DataError) as refused:
+        load_evaluation_data(tmp_path / "a.npz", signature(x="float32"))
+    assert "nothing uses label: did you mean labels?" in str(refused.value)
+    assert "nothing uses position: did you mean positions?" in str(refused.value)
+    meant = ("label", "labels", "position")
+    found = load_evaluation_data(tmp_path / "a.npz", signature(x="float32"), ignore=meant)
+    assert (found.truth, found.groups, found.weights) == ({}, None, None)
+    with pytest.raises(DataError, match="there is no array lable to be ignored"):
+        load_evaluation_data(tmp_path / "a.npz", signature(x="float32"), ignore=(*meant, "lable"))
+
+
+def test_labels_weights_and_groups_are_read_beside_the_inputs(tmp_path):
+    beside = {
+        "labels": np.arange(8).reshape(4, 2),
+        "weights": [1.0, 2, 1, 1],
+        "groups": list("aabb"),
+    }
+    np.savez(tmp_path / "a.npz", x=X, **beside)
+    found = load_evaluation_data(tmp_path / "a.npz", signature(x="float32"))
+    assert found.truth.keys() == {"labels"}
+    last = found.taken(np.array([1, 3]))
+    np.testing.assert_array_equal(last.labels, [[2, 3], [6, 7]])
+    assert (list(last.weights), list(last.groups)) == ([2.0, 1.0], ["a", "b"])
+    (_, _, truth), _ = found.batches(2)
+    np.testing.assert_array_equal(truth["labels"], [[0, 1], [2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "problem"),
+    [
+        ("labels", np.arange(3), "one entry for each of 4 samples, found the shape \\(3,\\)"),
+        ("labels", np.array(list("abcd")), "`labels` must be numbers"),
+        ("labels", np.array([0, 1, np.nan, 2]), "leave samples out that have no label"),
+        ("weights", np.array([1.0, 0, 1, 1]), "weights must be positive"),
+        ("groups", np.zeros((4, 1), int), "one entry for each of 4 samples"),
+    ],
+)
+def test_labels_that_fit_no_sample_are_refused(tmp_path, name, array, problem):
+    np.savez(tmp_path / "a.npz", **{"x": X, name: array})
+    with pytest.raises(DataError, match=problem):
         load_evaluation_data(tmp_path / "a.npz", signature(x="float32"))
 
 

@@ -27,7 +27,7 @@ from browser import DESKTOP, NARROW, chromium
 from models import SmallNet
 
 from heimdall_onnx.common.text import distance, number
-from heimdall_onnx.evidence.parity.ground import distance_m
+from heimdall_onnx.evidence.geodesy import distance_m
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION
 from heimdall_onnx.model.inference import open_session, run_onnx, run_pytorch
 from heimdall_onnx.report.explore.entry import NOTE, WIDGET_VIEW

@@ -184,7 +184,10 @@ def test_addresses_of_services_are_read_from_the_file(tmp_path):
     settings = Settings(_env_file=file)
     assert settings.mlflow_tracking_uri.get_secret_value() == "https://mlflow.example.org"
     assert settings.s3_endpoint_url == "https://s3.example.org"
-    assert [part.get_secret_value() for part in settings.credentials[:2]] == ["…", "…"]
+    assert [part.get_secret_value() for part in settings.credentials[:2]] == [
+        "your-key-id",
+        "your-secret-key",
+    ]
     assert {*dotenv_values(file)} < {
         str(f.validation_alias) for f in Settings.model_fields.values()
     }

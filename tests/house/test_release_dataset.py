@@ -138,8 +138,8 @@ def test_candidate_is_promoted_on_its_dataset(released, connection, s3, tmp_path
         model, model, opened, signature, Limits(calls=60), version="1", takes=signature
     )
     assert found.evaluation_data == f"{COUNT} samples, {released.dataset.digest}"
-    (error,) = (r for r in found.ratios if r.what == "median localization error")
-    assert error.ratio == 1.0
+    (judged,) = (one for one in found.quality if one.metric == "localization")
+    assert (judged.loss, judged.groups) == (0.0, COUNT // 2)
 
 
 def test_dataset_that_a_release_names_is_no_leftover(released, connection, s3):

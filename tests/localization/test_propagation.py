@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from heimdall_onnx.evidence.parity.ground import geodesics
+from heimdall_onnx.evidence.geodesy import geodesics
 from heimdall_onnx.localization.propagation import (
     CONDITIONS,
     SPEED_OF_LIGHT,

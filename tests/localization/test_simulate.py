@@ -12,7 +12,7 @@ from captures import (
 )
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.evidence.parity.ground import distance_m
+from heimdall_onnx.evidence.geodesy import distance_m
 from heimdall_onnx.localization import simulate
 from heimdall_onnx.localization.dataset import ingest_recordings
 from heimdall_onnx.localization.events import align_recordings

@@ -252,7 +252,7 @@ def test_mlflow_says_what_was_released_on_which_data(released, inputs):
     assert (named.dataset.name, named.dataset.digest) == ("eval.npz", digest[:36])
     kept = f"s3://{released.bucket}/objects/sha256/{digest}"
     assert json.loads(named.dataset.source) == {"uri": kept}
-    assert json.loads(named.dataset.profile)["true positions"] == "yes"
+    assert json.loads(named.dataset.profile)["labels"] == "yes"
     (point,) = client.get_metric_history(released.result.run_id, "speedup/ratio")
     assert (point.value, str(point.step)) == (
         pytest.approx(released.result.speedup),

@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from bs4 import BeautifulSoup
 from keys import make_key
@@ -18,14 +20,16 @@ from heimdall_onnx.archive.release import Release
 from heimdall_onnx.archive.signing import Trust
 from heimdall_onnx.archive.verify import verify_release
 from heimdall_onnx.common.errors import (
+    DataError,
     EvidenceError,
     ParameterError,
     PromotionError,
     RegistryError,
     StoreError,
+    VerificationError,
 )
 from heimdall_onnx.evidence.latency.statistics import Speedup
-from heimdall_onnx.model.signature import Signature
+from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.review.compare import head_to_head
 from heimdall_onnx.review.compare.gates import Limits
 from heimdall_onnx.review.promotion import alias_history, promote_release, roll_back
@@ -136,10 +140,12 @@ def test_promotion_moves_alias_and_stage_and_leaves_a_record(connection, release
     assert record["reviewer"] == "reviewer"
     assert record["note"] == "better\nby far"
     assert record["manifest_sha256"] == second.sha256
-    assert {r["what"] for r in record["comparison"]["ratios"]} == {
-        "median localization error",
+    (judged,), (ratio,) = (record["comparison"][what] for what in ("quality", "ratios"))
+    assert (judged["metric"], judged["outcome"], ratio["what"]) == (
+        "localization",
+        "shown",
         "latency",
-    }
+    )
     assert holds(connection, first)
     assert holds(connection, second)
 
@@ -222,12 +228,12 @@ def test_less_accurate_or_slower_model_is_refused_with_both_reasons(connection, 
     with pytest.raises(PromotionError) as raised:
         promote(connection, worse)
     error, latency = str(raised.value).splitlines()[1:]
-    assert error.startswith("  - median localization error: 2.0")
-    assert "limit 1.050" in error
+    told = "  - median localization error 1.1 km to 2.2 km, a loss of 100% (100% to 100%), limit 1%"
+    assert error == told
     assert latency.startswith("  - latency: ")
     assert pointed_at(connection) == held.model_version
     assert not connection.bucket(worse.bucket).list_keys(f"{worse.folder}/reviews/")
-    loose = Limits(error_growth=2, slowdown=1e6, calls=60)
+    loose = Limits(max_loss=2, slowdown=1e6, calls=60)
     assert promote(connection, worse, limits=loose).version == worse.model_version
 
 
@@ -236,7 +242,7 @@ def test_test_run_that_is_worse_is_refused_for_both(connection, release, equally
     with pytest.raises(PromotionError) as raised:
         promote(connection, release(error_degrees=0.02, verdict="pass (smoke)"))
     assert "it is a test run" in str(raised.value)
-    assert "median localization error: 2.0" in str(raised.value)
+    assert "median localization error 1.1 km to 2.2 km" in str(raised.value)
 
 
 def test_promotion_can_be_made_without_a_comparison(connection, release):
@@ -249,7 +255,7 @@ def test_data_without_labels_leaves_accuracy_to_the_reviewer(connection, release
     promote(connection, release())
     review = promote(connection, release(labelled=False), limits=Limits(slowdown=1e6, calls=60))
     assert [ratio.what for ratio in review.comparison.ratios] == ["latency"]
-    assert "true positions are not known" in review.comparison.notes[0]
+    assert "what is true of the samples is not known" in review.comparison.notes[0]
 
 
 def test_every_reason_is_given_at_once(connection, fresh, tmp_path):
@@ -311,6 +317,97 @@ def test_answers_that_are_no_numbers_refuse_a_promotion(connection, release, equ
     with pytest.raises(PromotionError, match="64 values are NaN or Inf in one of them"):
         promote(connection, release(error_degrees=math.nan), limits=Limits(slowdown=9, calls=60))
     assert pointed_at(connection) == held.model_version
+
+
+# The same model as a classifier: its class is which of two values is larger.
+CLASSES = Signature(SIGNATURE.inputs, (TensorSpec("positions", "float32", ("batch", 2)),))
+
+
+def classifier(release, count, *, shift=0.0, **more):
+    """A release whose labels are told by the larger value, but for about one in ten."""
+    rng = np.random.default_rng(0)
+    signal = rng.standard_normal((count, 2)).astype(np.float32)
+    labels = np.where(rng.uniform(size=count) < 0.1, signal.argmin(1), signal.argmax(1))
+    options = {"error_degrees": shift, "signature": CLASSES, "arrays": {"signal": signal}, **more}
+    options["arrays"] = {"labels": labels, **options["arrays"]}
+    return release(**options)
+
+
+def recorded(metric="top1", max_loss=0.01, confidence=0.95):
+    """What a release was judged by, in its record."""
+    contract = {"metric": metric, "max_loss": max_loss, "confidence": confidence}
+    values = dict.fromkeys(("reference", "value", "loss", "low", "high"), 0.0)
+    beside = {"relative": False, "samples": 9, "groups": 9, "needed": 9, "method": "none"}
+    return {"parity": {"quality": [{**contract, **values, **beside, "outcome": "shown"}]}}
+
+
+def test_classifier_that_is_as_good_is_promoted_as_far_as_samples_show_it(
+    connection, fresh, equally_fast
+):
+    held = classifier(fresh, 2000)
+    promote(connection, held)
+    few = classifier(fresh, 30, shift=0.002)
+    with pytest.raises(PromotionError) as raised:
+        promote(connection, few)
+    (reason,) = str(raised.value).splitlines()[1:]
+    assert re.search(
+        r"- top1 .* a loss of 0 \(.*\), limit 0\.01; not shown: about \d+ samples", reason
+    )
+    (judged,) = promote(connection, few, limits=Limits(allow_not_shown=True)).comparison.quality
+    assert (judged.outcome, judged.samples, judged.binding) == ("not shown", 30, False)
+    assert 100 < judged.needed < 2000
+    review = promote(connection, classifier(fresh, 2000, shift=0.002))
+    (judged,) = review.comparison.quality
+    assert (judged.metric, judged.outcome, review.comparison.not_shown) == ("top1", "shown", ())
+    # Where it is shown to be worse nothing is allowed.
+    bad = classifier(fresh, 2000, shift=1.0)
+    with pytest.raises(PromotionError, match=r"- top1 0\.\d+ to 0\.\d+, a loss of 0\.[12]"):
+        promote(connection, bad, limits=Limits(allow_not_shown=True))
+    assert pointed_at(connection) == review.version
+
+
+def test_contract_is_the_candidates_unless_another_one_is_given(connection, fresh, equally_fast):
+    promote(connection, classifier(fresh, 2000))
+    loose = {"recorded": recorded("nll", 0.5, 0.9)}
+    review = promote(connection, classifier(fresh, 200, shift=0.1, **loose))
+    (judged,) = review.comparison.quality
+    assert (judged.metric, judged.max_loss, judged.confidence) == ("nll", 0.5, 0.9)
+    limits = json.loads(read(connection, review.record_uri))["limits"]
+    assert (limits["max_loss"], limits["released"]) == (0.5, ["nll"])
+    strict = Limits(metric="top1", max_loss=0.001)
+    with pytest.raises(PromotionError, match=r"- top1 .*limit 0\.001; not shown") as raised:
+        promote(connection, classifier(fresh, 200, shift=0.1, **loose), limits=strict)
+    assert "nll" not in str(raised.value)
+    with pytest.raises(VerificationError, match=r"in a contract, found 0\.1 and 2"):
+        promote(connection, classifier(fresh, 200, recorded=recorded(max_loss=0.1, confidence=2.0)))
+
+
+def test_code_that_a_record_names_is_run_only_for_who_names_it(
+    connection, fresh, equally_fast, tmp_path, monkeypatch
+):
+    code = "def close(outputs, labels):\n    return labels * 0.0\nclose.higher_is_better = False\n"
+    (tmp_path / "somebodys_metric.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    promote(connection, classifier(fresh, 64))
+    for name in ("close", "somebodys_metric:close"):
+        comparison = promote(connection, classifier(fresh, 64, recorded=recorded(name))).comparison
+        assert comparison.quality == ()
+        assert "is code of somebody's own, name it with --metric" in comparison.notes[0]
+        assert "somebodys_metric" not in sys.modules
+    named = Limits(metric="somebodys_metric:close")
+    (judged,) = promote(connection, classifier(fresh, 64), limits=named).comparison.quality
+    assert (judged.metric, judged.outcome) == ("close", "shown")
+
+
+def test_arrays_that_a_release_ignores_are_ignored_here_too(connection, fresh, equally_fast):
+    promote(connection, classifier(fresh, 2000))
+    beside = {"arrays": {"signal": np.zeros((64, 2), np.float32), "noise": np.zeros(64)}}
+    ignoring = {"described": {"parameters": {"ignore": "noise, labels"}}}
+    with pytest.raises(DataError, match="nothing uses noise"):
+        promote(connection, fresh(signature=CLASSES, **beside))
+    beside["arrays"]["labels"] = np.zeros(64)
+    review = promote(connection, fresh(signature=CLASSES, **beside, **ignoring))
+    assert "what is true of the samples is not known" in review.comparison.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ class Factory:
         alias: str | None = "staging",
         signer: Signer | None = None,
         labelled: bool = True,
+        arrays: Mapping[str, Any] | None = None,
         recommended: str = "",
         signature: Signature | None = None,
         described: Mapping[str, Any] | None = None,
@@ -78,6 +79,7 @@ class Factory:
 
         What is ``described`` changes its manifest, and its notebook's record where that says it
         too; what is ``recorded`` changes the record alone, which comes after these ``cells``.
+        Other ``arrays`` take the place of its evaluation data.
         """
         client, tracker = self.connection.client, self.connection.tracker
         Bucket(client, self.bucket).ensure()
@@ -112,6 +114,8 @@ class Factory:
         number = tracker.register_model(self.name, uri)
         keep = partial(keep_content, Bucket(client, self.bucket))
         checkpoint, data = self.folder / "model.ckpt", self._evaluation_data(labelled)
+        if arrays is not None:
+            np.savez(data := self.folder / f"eval-{version}.npz", **arrays)
         checkpoint.write_bytes(b"weights")
         content = [
             keep(checkpoint, hash_file(checkpoint), "checkpoint").model_dump(),

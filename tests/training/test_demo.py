@@ -12,7 +12,8 @@ import torch
 
 from heimdall_onnx.common.errors import DataError, ParameterError
 from heimdall_onnx.data.evaluation import load_evaluation_data
-from heimdall_onnx.evidence.parity.ground import distance_m, middle_of
+from heimdall_onnx.evidence.geodesy import distance_m
+from heimdall_onnx.evidence.parity.ground import middle_of
 from heimdall_onnx.localization.network import LOCALIZATION_SIGNATURE
 from heimdall_onnx.localization.simulate import RECEIVERS
 from heimdall_onnx.model.checkpoint import load_checkpoint

@@ -26,8 +26,8 @@ from trained import (
 from heimdall_onnx.common.errors import CheckpointError, DataError, EvidenceError, ParameterError
 from heimdall_onnx.data.dataset.dataset import open_dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
+from heimdall_onnx.evidence.geodesy import distance_m
 from heimdall_onnx.evidence.parity.compare import compare_outputs
-from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.localization.network import LocalizationNet
 from heimdall_onnx.model.checkpoint import load_checkpoint
 from heimdall_onnx.model.onnx.export import export_model

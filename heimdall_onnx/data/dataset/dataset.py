@@ -8,7 +8,9 @@ shuffled within a buffer only.
 ```
 DATASET/                 attributes: schema_version, meta, receivers, arrays, digest
   inputs/NAME            one array per input of the model
-  positions              (N, 2) float64, degrees latitude and longitude; absent without labels
+  positions              (N, 2) float64, degrees latitude and longitude; where they are known
+  labels                 (N, …) any dtype, what is true of each sample; where it is known
+  weights                (N,) float64, what each sample counts; where they differ
   event                  (N,) int64, the event of each sample, counted from 0
   event_names            the events' names as UTF-8, each ended by a newline
 ```
@@ -39,7 +41,9 @@ from heimdall_onnx.data.dataset.schema import (
     EVENT_NAMES,
     HEADER,
     INPUTS,
+    LABELS,
     POSITIONS,
+    WEIGHTS,
     GroupFile,
     header_problems,
     label_problems,
@@ -240,8 +244,9 @@ class Dataset:
         if not wanted.size:
             raise DataError(f"dataset {self.address}: no samples to write to {path}")
         arrays: Arrays = self.rows(wanted)
-        if self.positions is not None:
-            arrays[POSITIONS] = self.positions[wanted]
+        known = (POSITIONS, LABELS, WEIGHTS)
+        arrays |= {n: self.readers[n][wanted] for n in known if n in self.arrays}
+        arrays["groups"] = self.event[wanted]
         all_meta = {"schema": SCHEMA, **self.meta, "receivers": receiver_list(self.receivers)}
         if isinstance(events := self.meta.get("events"), list):
             named = {self.event_names[i] for i in np.unique(self.event[wanted])}

@@ -18,11 +18,12 @@ from heimdall_onnx.data.dataset.shards import DTYPES, ArraySpec, Sha256, Strict
 DATASET_VERSION = 1
 HEADER = "zarr.json"
 INPUTS, POSITIONS, EVENT, EVENT_NAMES = "inputs/", "positions", "event", "event_names"
+LABELS, WEIGHTS = "labels", "weights"
 
 _MOST_ROW_BYTES = 1 << 30
 _MOST_EVENT_NAME = 200
 # What a file of evaluation data holds beside the inputs; the last is an argument of NumPy's.
-_TAKEN = {"positions", "meta", "file"}
+_TAKEN = {POSITIONS, LABELS, WEIGHTS, "groups", "meta", "file"}
 _INPUT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -65,7 +66,7 @@ def sample_problems(rows: Mapping[str, npt.NDArray[Any]], events: Sequence[str])
         problems.append("there is no input")
     for name, array in rows.items():
         own = name.removeprefix(INPUTS)
-        if name != POSITIONS and not _INPUT_NAME.fullmatch(own):
+        if name not in (POSITIONS, LABELS, WEIGHTS) and not _INPUT_NAME.fullmatch(own):
             problems.append(f"an input can't be called {own!r}")
         elif name.startswith(INPUTS) and own in _TAKEN:
             problems.append(f"an input can't be called {own!r}, as evaluation data have that name")
@@ -83,6 +84,7 @@ def header_problems(header: Header) -> Iterator[str]:
     """What in a header does not hold together."""
     arrays = header.arrays
     fixed = {POSITIONS: ("float64", (2,)), EVENT: ("int64", ()), EVENT_NAMES: ("uint8", ())}
+    fixed[WEIGHTS] = ("float64", ())
     for name in (EVENT, EVENT_NAMES):
         if name not in arrays:
             yield f"there is no array {name}"
@@ -90,7 +92,8 @@ def header_problems(header: Header) -> Iterator[str]:
         yield "there is no input"
     for name, spec in arrays.items():
         own = name.removeprefix(INPUTS)
-        if name not in fixed and not (name.startswith(INPUTS) and _INPUT_NAME.fullmatch(own)):
+        known = name in fixed or name == LABELS
+        if not known and not (name.startswith(INPUTS) and _INPUT_NAME.fullmatch(own)):
             yield f"{shown(repr(name))} is no name of an array"
         elif not spec.shape:
             yield f"{name} has no samples"
@@ -148,6 +151,12 @@ def beyond_globe(positions: Rows) -> Iterator[str]:
             "positions must be latitudes in [-90, 90] and longitudes in [-180, 180]; they are not "
             f"in {elsewhere.size} samples, first in sample {elsewhere[0]}"
         )
+
+
+def weight_problems(weights: Rows) -> Iterator[str]:
+    """What is wrong with the weights of samples, in words."""
+    if not all((np.isfinite(part) & (part > 0)).all() for _, part in parts(weights)):
+        yield "weights must be positive numbers; leave samples out that count nothing"
 
 
 def _name_problems(names: set[str]) -> Iterator[str]:

@@ -20,7 +20,9 @@ from heimdall_onnx.data.dataset.schema import (
     EVENT,
     EVENT_NAMES,
     INPUTS,
+    LABELS,
     POSITIONS,
+    WEIGHTS,
     digest_of,
     sample_problems,
 )
@@ -96,6 +98,9 @@ class DatasetWriter:
         inputs: Mapping[str, npt.NDArray[Any]],
         positions: npt.NDArray[np.floating[Any]] | None,
         events: Sequence[str],
+        *,
+        labels: npt.NDArray[Any] | None = None,
+        weights: npt.NDArray[np.floating[Any]] | None = None,
     ) -> None:
         """Add samples.
 
@@ -104,6 +109,8 @@ class DatasetWriter:
                 a sample as in the first call.
             positions: (n, 2) degrees latitude and longitude; None in every call or in none.
             events: The name of each sample's event.
+            labels: What is true of each sample (n, …); as positions.
+            weights: What each sample counts (n,), positive; as positions.
 
         Raises:
             DataError: With everything about the samples that can't be written; none of them is.
@@ -111,6 +118,10 @@ class DatasetWriter:
         rows = {f"{INPUTS}{name}": np.asarray(array) for name, array in inputs.items()}
         if positions is not None:
             rows[POSITIONS] = np.asarray(positions, np.float64)
+        if labels is not None:
+            rows[LABELS] = np.asarray(labels)
+        if weights is not None:
+            rows[WEIGHTS] = np.asarray(weights, np.float64)
         problems = sample_problems(rows, events)
         now = {name: describe_rows(array) for name, array in rows.items()}
         before = self._rows or now

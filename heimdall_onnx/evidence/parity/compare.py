@@ -21,7 +21,7 @@ from torch import nn
 from heimdall_onnx.common.arrays import Arrays, Floats, in_batches
 from heimdall_onnx.common.errors import EvidenceError, ParameterError, UnavailableError
 from heimdall_onnx.common.logs import get_logger
-from heimdall_onnx.common.parameters import TOLERANCE, EvaluationWorkers
+from heimdall_onnx.common.parameters import TOLERANCE, EvaluationWorkers, Quality
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.invariance import (
     SAMPLES,
@@ -45,6 +45,7 @@ from heimdall_onnx.evidence.parity.report import (
 from heimdall_onnx.evidence.parity.rounding import SPREAD_FACTOR, Rounding
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION, RTOL, tolerance_factor
+from heimdall_onnx.evidence.quality.metric import metrics_for
 from heimdall_onnx.model.examples import Examples
 from heimdall_onnx.model.inference import open_session
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -64,6 +65,7 @@ def compare_outputs(
     reference_samples: int = 32,
     progress: Callable[[int, int], None] | None = None,
     workers: EvaluationWorkers | None = None,
+    quality: Quality | None = None,
 ) -> ParityReport:
     """Compare the ONNX model with the PyTorch model on evaluation data and adversarial inputs.
 
@@ -84,17 +86,19 @@ def compare_outputs(
         progress: Called with (samples done, samples in all) over the evaluation data.
         workers: Who takes the models over the evaluation data, a dataset, and holds all of it
             against its digest; by default this process does the former.
+        quality: By what the answers are judged beside what is true of the samples, and how much may
+            be lost; where it names no metric, by what suits the labels, if there are any.
 
     Raises:
         DataError: If the model's own examples do not fit the signature.
         InvalidModelError: If ONNX Runtime can't load the file.
-        ParameterError: If there are workers and ``onnx`` is a session.
+        ParameterError: If there are workers and ``onnx`` is a session, or there is no such metric.
         UnavailableError: If there are workers, without the package distributed.
         EvidenceError: If a model can't run on an input of the signature's shape, or the outputs
             have different shapes.
     """
     session = open_session(onnx, spinning=False) if isinstance(onnx, Path) else onnx
-    examples = Examples(signature, model)
+    examples, quality = Examples(signature, model), quality or Quality()
     models = Models.of(model, session, signature)
     del session
     largest = max(batch_size, 1)
@@ -105,6 +109,7 @@ def compare_outputs(
         batch_size=largest,
         reference_samples=reference_samples,
         pytorch=models.pytorch,
+        metrics=metrics_for(quality.metric, signature, data.truth),
     )
     first = settings.batch_size
     if workers is None:
@@ -157,6 +162,7 @@ def compare_outputs(
         orders=orders,
         valid_inputs=examples.declared,
         uncertainty=found.uncertainty(),
+        quality=found.quality(data, quality),
         worst_factor=run.worst.factor,
         evaluated_by=found.evaluated_by,
         notes=tuple(_notes(model, rounding)),

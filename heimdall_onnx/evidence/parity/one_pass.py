@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays, Floats, in_batches
 from heimdall_onnx.common.errors import EvidenceError
+from heimdall_onnx.common.parameters import Quality
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.parity.ground import GroundAccumulator, GroundReport, middle_of
 from heimdall_onnx.evidence.parity.report import THIS_PROCESS
@@ -35,6 +36,8 @@ from heimdall_onnx.evidence.parity.uncertainty import (
     UncertaintyReport,
     answers_positions,
 )
+from heimdall_onnx.evidence.quality.contract import Judged, Scores, judge_quality
+from heimdall_onnx.evidence.quality.metric import POSITIONS, Metric
 from heimdall_onnx.model.inference import run_onnx, run_pytorch
 from heimdall_onnx.model.signature import Signature
 
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PLOTTED_SAMPLES = 2000
+# Of answers that are judged all together, and so are kept.
+_RANKED_SAMPLES = 10_000
 
 
 class Models(NamedTuple):
@@ -99,6 +104,7 @@ class PassSettings:
         middle: The constant answer that the task error is held against, degrees; None without
             labels.
         reference_rows: Samples to keep for the float64 reference.
+        metrics: What both models' answers are judged by.
     """
 
     signature: Signature
@@ -109,6 +115,15 @@ class PassSettings:
     labelled: bool
     middle: tuple[float, float] | None
     reference_rows: tuple[int, ...]
+    metrics: tuple[Metric, ...] = ()
+
+    def spread(self, samples: int) -> frozenset[int]:
+        """The first samples of evenly spaced batches with at most so many."""
+        # The beginning of the data may be a single event.
+        size = self.batch_size
+        batches = -(-self.samples // size)
+        spaced = np.linspace(0, batches - 1, min(batches, max(1, samples // size)))
+        return frozenset((size * spaced.astype(np.int64)).tolist())
 
 
 def pass_settings(
@@ -119,6 +134,7 @@ def pass_settings(
     batch_size: int,
     reference_samples: int,
     pytorch: Callable[[Arrays], Arrays],
+    metrics: tuple[Metric, ...] = (),
 ) -> PassSettings:
     """The settings of a pass over all of ``data``, some of which ``pytorch`` is run on."""
     rows = np.linspace(0, data.count - 1, min(reference_samples, data.count)).astype(int)
@@ -140,6 +156,7 @@ def pass_settings(
         labelled=answers_positions(data, signature),
         middle=middle_of(data.positions, data.meta),
         reference_rows=tuple(map(int, np.unique(rows))),
+        metrics=metrics,
     )
 
 
@@ -176,7 +193,7 @@ class EvaluationPass(Accumulator):
 
     merging: ClassVar = {
         **dict.fromkeys(("_outputs", "_ground", "_uncertainty"), added),
-        **dict.fromkeys(("_reference", "_kept"), operator.ior),
+        **dict.fromkeys(("_reference", "_kept", "_scores"), operator.ior),
         "worst": _worse,
     }
 
@@ -197,14 +214,13 @@ class EvaluationPass(Accumulator):
             if settings.labelled
         )
         self._reference_rows = np.array(settings.reference_rows, np.int64)
-        # Evenly spaced: the beginning of the data may be a single event.
-        size = settings.batch_size
-        batches = -(-settings.samples // size)
-        spaced = np.linspace(0, batches - 1, min(batches, max(1, PLOTTED_SAMPLES // size)))
-        self._plotted = frozenset((size * spaced.astype(np.int64)).tolist())
+        self._plotted = settings.spread(PLOTTED_SAMPLES)
+        self._ranked = settings.spread(_RANKED_SAMPLES)
         # By the index of their first sample, since parts come in any order.
         self._reference: dict[int, tuple[Arrays, Arrays, Arrays]] = {}
         self._kept: dict[int, tuple[Arrays, Arrays]] = {}
+        # By the place of a metric too.
+        self._scores: dict[tuple[int, int], Scores] = {}
         self.worst = WorstBatch(-1.0, 0, {})
         self.evaluated_by = THIS_PROCESS
 
@@ -214,7 +230,7 @@ class EvaluationPass(Accumulator):
         batch: Arrays,
         expected: Arrays,
         found: Arrays,
-        truth: npt.NDArray[np.float64] | None,
+        truth: Arrays,
         spread: Callable[[], Mapping[str, Floats]] | None = None,
     ) -> None:
         """Add a batch.
@@ -224,7 +240,7 @@ class EvaluationPass(Accumulator):
             batch: Its inputs.
             expected: The PyTorch model's outputs.
             found: The ONNX model's.
-            truth: The true positions (n, 2) in degrees where they are known.
+            truth: What is true of the samples, as `EvaluationData.batches` gives it.
             spread: As `ErrorAccumulator` takes it.
         """
         signature = self._settings.signature
@@ -236,10 +252,12 @@ class EvaluationPass(Accumulator):
         for ground in self._ground:
             position = signature.position_output
             assert position is not None
-            ground.update(expected[position.name], found[position.name], truth)
-        if truth is not None:
-            for told, outputs in zip(self._uncertainty, (expected, found), strict=False):
-                told.update(outputs, truth, first)
+            ground.update(expected[position.name], found[position.name], truth.get(POSITIONS))
+        for told, outputs in zip(self._uncertainty, (expected, found), strict=False):
+            told.update(outputs, truth[POSITIONS], first)
+        for place, metric in enumerate(self._settings.metrics):
+            if metric.ranked is None or first in self._ranked:
+                self._scores[place, first] = Scores.of(metric, expected, found, truth)
         self._keep(first, batch, expected, found)
 
     def _keep(self, first: int, batch: Arrays, expected: Arrays, found: Arrays) -> None:
@@ -275,6 +293,17 @@ class EvaluationPass(Accumulator):
     def uncertainty(self) -> tuple[UncertaintyReport, ...]:
         """Of the PyTorch and of the ONNX model; empty without labels or positions."""
         return tuple(accumulator.result() for accumulator in self._uncertainty)
+
+    def quality(self, data: EvaluationData, contract: Quality) -> tuple[Judged, ...]:
+        """What the ONNX model loses by each metric."""
+        judged = []
+        for place, metric in enumerate(self._settings.metrics):
+            parts = {first: s for (one, first), s in self._scores.items() if one == place}
+            rows = [np.arange(first, first + len(parts[first].found)) for first in sorted(parts)]
+            scores = Scores.joined([parts[first] for first in sorted(parts)])
+            scores = scores.beside(np.concatenate(rows), data.weights, data.groups)
+            judged.append(judge_quality(metric, scores, contract))
+        return tuple(judged)
 
     def reference(self) -> list[tuple[Arrays, Arrays, Arrays]]:
         """Inputs and both models' outputs of the reference rows, in order."""

@@ -24,6 +24,7 @@ from heimdall_onnx.evidence.parity.tolerance import (
     tolerance_factor,
 )
 from heimdall_onnx.evidence.parity.uncertainty import UncertaintyReport
+from heimdall_onnx.evidence.quality.contract import Judged
 from heimdall_onnx.model.examples import ALL_BUT_ONE
 from heimdall_onnx.model.signature import Signature
 
@@ -115,6 +116,7 @@ class ParityFigures:
             without labels or positions.
         evaluated_by: Who took the models over the evaluation data, in words.
         notes: What else is to be known of how PyTorch was run, a sentence each.
+        quality: What the ONNX model loses in its task by each metric; empty without labels.
     """
 
     samples: int
@@ -127,6 +129,7 @@ class ParityFigures:
     uncertainty: tuple[UncertaintyReport, ...] = ()
     evaluated_by: str = THIS_PROCESS
     notes: tuple[str, ...] = ()
+    quality: tuple[Judged, ...] = ()
 
     @property
     def evaluation(self) -> tuple[ErrorStatistics, ...]:
@@ -205,6 +208,7 @@ class ParityReport(ParityFigures):
             ),
             *self._range_gates(),
             *self._declared_gates(),
+            *(judged.gate for judged in self.quality),
         )
 
     def _mean_gate(self, cells: list[ParityCell]) -> Gate:

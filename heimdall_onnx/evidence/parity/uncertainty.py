@@ -24,7 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Floats
-from heimdall_onnx.evidence.parity.ground import difference_degrees, error_m, metres_per_degree
+from heimdall_onnx.evidence.geodesy import (
+    difference_degrees,
+    error_m,
+    metres_per_degree,
+    negative_log_likelihood,
+    squared_scores,
+    usable_rows,
+)
 from heimdall_onnx.evidence.parity.statistics import Accumulator, ExactSums, Quantiles, added
 from heimdall_onnx.evidence.ratios import CONFIDENCE
 from heimdall_onnx.model.inference import run_pytorch
@@ -134,33 +141,6 @@ class UncertaintyReport:
     calibration: Calibration | None
 
 
-def negative_log_likelihood(residual: Floats, deviations: Floats) -> Floats:
-    """Negative log-likelihood (N,) in nats of independent normal errors.
-
-    Args:
-        residual: Prediction minus truth (N, 2).
-        deviations: Predicted standard deviations (N, 2) in the same unit.
-
-    Returns:
-        Infinite where a residual is no number or a deviation not a finite, positive one.
-    """
-    nats = np.full(len(residual), np.inf)
-    usable = _usable(residual, deviations)
-    squares, sigma = _squared_scores(residual[usable], deviations[usable]), deviations[usable]
-    nats[usable] = (0.5 * squares + np.log(sigma) + 0.5 * math.log(2 * math.pi)).sum(axis=1)
-    return nats
-
-
-def _squared_scores(residual: Floats, deviations: Floats) -> Floats:
-    with np.errstate(over="ignore"):  # of a deviation next to zero
-        return np.asarray((residual / deviations) ** 2)
-
-
-def _usable(residual: Floats, deviations: Floats) -> npt.NDArray[np.bool_]:
-    sound = np.isfinite(residual) & np.isfinite(deviations) & (deviations > 0)
-    return np.asarray(sound.all(axis=1))
-
-
 class UncertaintyAccumulator(Accumulator):
     """Collects an `UncertaintyReport` batch by batch, in constant memory; to be pickled and merged.
 
@@ -211,10 +191,10 @@ class UncertaintyAccumulator(Accumulator):
     def _add(
         self, residual: Floats, deviations: Floats, latitude: npt.NDArray[Any], start: int
     ) -> None:
-        usable = _usable(residual, deviations)
+        usable = usable_rows(residual, deviations)
         self._nonfinite += int((~usable).sum())
         squares = np.full(residual.shape, np.inf)
-        squares[usable] = _squared_scores(residual[usable], deviations[usable])
+        squares[usable] = squared_scores(residual[usable], deviations[usable])
         self._sums.add(negative_log_likelihood(residual, deviations), *squares.T)
         # The first ellipse of the grid that holds it; one beyond the grid for none.
         first = np.searchsorted(_SQUARED_RADII, squares.sum(axis=1))
@@ -326,6 +306,5 @@ def assess_model(
     """
     accumulator = UncertaintyAccumulator(who, signature)
     for part, batch, truth in data.batches(_BATCH):
-        assert truth is not None
-        accumulator.update(run_pytorch(model, batch, signature), truth, part.start)
+        accumulator.update(run_pytorch(model, batch, signature), truth["positions"], part.start)
     return accumulator.result()

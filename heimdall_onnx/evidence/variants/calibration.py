@@ -95,11 +95,8 @@ def split_calibration(
             "there is nothing left to judge with"
         )
     kept = rest[fresh]
-    evaluation = replace(
-        data,
-        inputs={name: array[fresh] for name, array in held.items()},
-        positions=None if data.positions is None else data.positions[kept],
-    )
+    inputs_of = {name: array[fresh] for name, array in held.items()}
+    evaluation = replace(data.taken(kept), inputs=inputs_of)
     content = b"".join(_bytes(inputs[name]) for name in sorted(inputs))
     return CalibrationSplit(
         inputs=inputs,

@@ -21,7 +21,8 @@ class VariantFigures:
         name: Its name.
         what: What it is, in a few words.
         precision: Of its multiplications.
-        status: ``"passed"``, ``"failed"`` (a gate) or ``"unavailable"``.
+        status: ``"passed"``, ``"failed"`` (a gate), ``"not shown"`` (too few samples to tell) or
+            ``"unavailable"``.
         reason: Why it is not passed, in words.
         file: Its name within the release folder.
         sha256: SHA-256 of its file, that of fp32 where it has none of its own.

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from heimdall_onnx.common.arrays import Arrays
-    from heimdall_onnx.common.parameters import ReleaseParameters
+    from heimdall_onnx.common.parameters import Quality, ReleaseParameters
     from heimdall_onnx.data.evaluation import EvaluationData
     from heimdall_onnx.model.signature import Signature
 
@@ -68,6 +69,7 @@ class JudgedVariant(VariantFigures):
         settings: What it was opened with, before it was tuned.
         path: Its file on this machine; that of fp32 where it has none of its own.
         noise: Where it loses accuracy, with every node quantized; None where nodes can't be chosen.
+        attempts: How often it was judged, each time as something else.
     """
 
     latency: PairLatency | None = field(default=None, repr=False)
@@ -75,6 +77,7 @@ class JudgedVariant(VariantFigures):
     settings: SessionSettings = field(default_factory=SessionSettings)
     path: Path | None = field(default=None, repr=False)
     noise: NoiseProfile | None = field(default=None, repr=False)
+    attempts: int = field(default=0, repr=False)
 
     @property
     def multiplies_in(self) -> str:
@@ -126,6 +129,7 @@ def compare_variants(
     signature: Signature,
     parameters: ReleaseParameters,
     *,
+    quality: Quality | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VariantsReport | None:
     """Make, judge and time the variants that the parameters ask for.
@@ -137,6 +141,7 @@ def compare_variants(
             that.
         signature: Names, dtypes and ranges of inputs and outputs.
         parameters: Of the release.
+        quality: How much a variant may lose in the task; what the parameters say by default.
         progress: Called with the name of each variant as its turn comes.
 
     Returns:
@@ -160,7 +165,8 @@ def compare_variants(
         seed=parameters.seed,
         calibration=calibration,
     )
-    search = _Search(model, onnx_path, split, signature, parameters)
+    contract = quality or parameters.quality()
+    search = _Search(model, onnx_path, split, signature, parameters, contract)
     judged = search.judge(recipes, progress or (lambda name: None))
     timed = [search.time(variant) for variant in judged]
     best = search.confirmed(sorted((v for v in timed if v.passed), key=_gain, reverse=True))
@@ -195,7 +201,9 @@ class _Search:
         split: CalibrationSplit,
         signature: Signature,
         parameters: ReleaseParameters,
+        contract: Quality,
     ) -> None:
+        self._contract = contract
         self._model, self._onnx, self._split = model, onnx_path, split
         self._signature, self._parameters = signature, parameters
         self._inputs: Arrays = dict(split.evaluation.inputs)  # type: ignore[arg-type]
@@ -207,6 +215,8 @@ class _Search:
         self, recipes: Sequence[Recipe], progress: Callable[[str], None]
     ) -> list[JudgedVariant]:
         """Make every variant and hold it against the gates, in a process that gives back memory."""
+        # The error that the confidence leaves is shared among all that may lose anything.
+        self._lossy = sum(recipe.lossy for recipe in recipes)
         judged = []
         with WorkerProcess() as worker, tempfile.TemporaryDirectory(prefix="heimdall-") as cache:
             self._reference = worker(
@@ -264,8 +274,9 @@ class _Search:
             )
             variant = replace(variant, noise=noise)
             half = len(noise.groups) // 2
-            for count in sorted({*(2**n for n in range(half.bit_length())), half} - {0}):
-                if variant.passed:
+            counts = sorted({*(2**n for n in range(half.bit_length())), half} - {0})
+            for count in counts:
+                if variant.passed or self._hopeless:
                     break
                 kept = noise.most_sensitive(count)
                 make(tuple(node for group in kept for node in group.nodes))
@@ -275,26 +286,39 @@ class _Search:
 
     def _held(self, variant: JudgedVariant, path: Path, worker: WorkerProcess) -> JudgedVariant:
         """The variant held against the gates."""
-        accuracy, gates = self._accuracy(variant.name, path, variant.settings, worker)
-        failed = [gate.summary() for gate in gates if not gate.passed]
-        return replace(
-            variant,
-            accuracy=accuracy,
-            gates=gates,
-            status="failed" if failed else "passed",
-            reason="; ".join(failed),
-        )
-
-    def _accuracy(
-        self, name: str, path: Path, settings: SessionSettings, worker: WorkerProcess
-    ) -> tuple[Accuracy, tuple[Gate, ...]]:
-        found = worker(_answers, path, self._signature, settings, self._inputs)
-        accuracy = judge_accuracy(self._reference, found, self._split.evaluation, self._signature)
+        recipe, data = RECIPES[variant.name], self._split.evaluation
+        found = worker(_answers, path, self._signature, variant.settings, self._inputs)
+        # Halved with each attempt, so that however many there are the sum is what a variant has.
+        attempts = variant.attempts + 1
+        share = 0.5**attempts / self._lossy if recipe.lossy else 1.0
+        accuracy = self._accuracy(found, share, binding=recipe.lossy)
         gates = accuracy_gates(accuracy, self._parameters.accuracy_limits)
-        if RECIPES[name].lossy and self._split.evaluation.synthetic:
+        if recipe.lossy and data.synthetic:
             noise = "the inputs are random numbers, on which rounding is nobody's loss"
             gates = (*gates, Gate.none_of("evaluation data", [noise]))
-        return accuracy, gates
+        failed = [gate for gate in gates if not gate.passed]
+        status = "not shown" if all(gate.undecided for gate in failed) else "failed"
+        return replace(
+            variant,
+            attempts=attempts,
+            accuracy=accuracy,
+            gates=gates,
+            status=status if failed else "passed",
+            reason="; ".join(gate.summary() for gate in failed),
+        )
+
+    def _accuracy(self, found: Arrays, share: float, *, binding: bool) -> Accuracy:
+        # A test run shows nothing with its few samples.
+        binding = binding and self._parameters.profile != "smoke"
+        contract = replace(self._contract, binding=binding)
+        data = self._split.evaluation
+        return judge_accuracy(self._reference, found, data, self._signature, contract, share)
+
+    @cached_property
+    def _hopeless(self) -> bool:
+        """Whether there are too few samples to show even the fp32 model's own answers."""
+        own = self._accuracy(self._reference, 0.25 / max(self._lossy, 1), binding=True)
+        return any(judged.outcome == "not shown" for judged in own.quality)
 
     def time(self, variant: JudgedVariant) -> JudgedVariant:
         """Measure a variant that could be opened in turns with fp32, and fp32 with PyTorch."""
@@ -380,11 +404,11 @@ class _Search:
         sessions, tuning = dict(variant.sessions), {}
         with WorkerProcess() as worker:
             for purpose, (settings, trials) in tuned.items():
-                gates: tuple[Gate, ...] = ()
                 # Another level of optimization runs other kernels, which have to be judged, too.
+                judged = replace(variant, settings=settings)
                 if settings != variant.settings:
-                    _, gates = self._accuracy(variant.name, variant.path, settings, worker)
-                if all(gate.passed for gate in gates):
+                    judged = self._held(judged, variant.path, worker)
+                if judged.passed:
                     sessions[purpose], tuning[purpose] = settings, trials
         return replace(variant, sessions=sessions, tuning=tuning)
 

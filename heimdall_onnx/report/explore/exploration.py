@@ -21,8 +21,8 @@ from torch import nn
 from heimdall_onnx.common.arrays import Arrays, Floats, in_batches
 from heimdall_onnx.common.errors import ParameterError
 from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.geodesy import error_m
 from heimdall_onnx.evidence.parity.compare import first_rows, further_kinds
-from heimdall_onnx.evidence.parity.ground import error_m
 from heimdall_onnx.evidence.parity.one_pass import Models
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import worst_elements

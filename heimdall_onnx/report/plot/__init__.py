@@ -15,6 +15,7 @@ from heimdall_onnx.report.plot.errors import error_by_magnitude, errors_by_sampl
 from heimdall_onnx.report.plot.latency import latency, pair_latency, throughput
 from heimdall_onnx.report.plot.parity import parity_grid, parity_scatter
 from heimdall_onnx.report.plot.positions import position_map
+from heimdall_onnx.report.plot.quality import quality
 from heimdall_onnx.report.plot.runtime import operator_times, optimization_levels
 from heimdall_onnx.report.plot.uncertainty import reliability
 from heimdall_onnx.report.plot.variants import noise_along_depth, variants
@@ -33,6 +34,7 @@ __all__ = [
     "parity_grid",
     "parity_scatter",
     "position_map",
+    "quality",
     "reliability",
     "throughput",
     "variants",

@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from heimdall_onnx.common.arrays import Floats
 from heimdall_onnx.common.text import count_of, distance, metre_scale, name
 from heimdall_onnx.data.evaluation import EvaluationData
-from heimdall_onnx.evidence.parity.ground import mean_place, metres_per_degree, offset_km
+from heimdall_onnx.evidence.geodesy import metres_per_degree, offset_km
+from heimdall_onnx.evidence.parity.ground import mean_place
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.report.plot.chart import (
     Chart,

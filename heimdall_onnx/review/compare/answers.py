@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from heimdall_onnx.common.arrays import Arrays, Floats, whole
-from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
-from heimdall_onnx.common.text import count_of, listed
+from heimdall_onnx.common.arrays import Floats, whole
+from heimdall_onnx.common.errors import EvidenceError, InvalidModelError, ParameterError
+from heimdall_onnx.common.text import count_of, listed, shown
 from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.geodesy import distance_m
 from heimdall_onnx.evidence.latency.benchmark import PairLatency, measure_pair
 from heimdall_onnx.evidence.latency.contenders import Contestant
-from heimdall_onnx.evidence.parity.ground import distance_m, error_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator, ErrorStatistics
 from heimdall_onnx.evidence.parity.tolerance import Limit
-from heimdall_onnx.evidence.ratios import Ratio, error_ratio
+from heimdall_onnx.evidence.quality.contract import Judged, Scores, judge_quality
+from heimdall_onnx.evidence.quality.metric import NAMES, Metric, metrics_for
+from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.model.inference import open_session, run_onnx
 from heimdall_onnx.model.runtimes import SessionSettings
 from heimdall_onnx.model.signature import Signature, TensorSpec
@@ -68,38 +70,6 @@ class Displacement:
 
 
 @dataclass(frozen=True)
-class LocalizationErrors:
-    """How far the positions of both lie from the true ones.
-
-    Attributes:
-        a_m: Errors of A (N,) in metres; infinite for a position that is NaN or Inf.
-        b_m: Those of B.
-        ratio: Of the medians of the samples that are finite in both, B over A; None where these
-            are fewer than two.
-    """
-
-    a_m: Floats = field(repr=False)
-    b_m: Floats = field(repr=False)
-    ratio: Ratio | None
-
-    @property
-    def left_out(self) -> int:
-        """Samples that the ratio leaves out: their error is not finite in A or in B."""
-        return int((~(np.isfinite(self.a_m) & np.isfinite(self.b_m))).sum())
-
-    @property
-    def medians_m(self) -> tuple[float, float]:
-        """Median error of A and of B."""
-        return float(np.median(self.a_m)), float(np.median(self.b_m))
-
-    @property
-    def p95s_m(self) -> tuple[float, float]:
-        """95th percentile of the error of A and of B."""
-        a, b = (np.quantile(e, 0.95, method="inverted_cdf") for e in (self.a_m, self.b_m))
-        return float(a), float(b)
-
-
-@dataclass(frozen=True)
 class Answers:
     """What both models say of the same inputs.
 
@@ -110,7 +80,10 @@ class Answers:
         positions: Those of A and of B (N, 2) in degrees; None for models without positions.
         truth: True positions (N, 2) in degrees, where they are known and there are positions.
         displacement: How far the positions move; None for models without.
-        errors: How far they are from the true ones; None where these are not known.
+        quality: What B loses beside A by each metric; empty where nothing is known to be true.
+        by_sample: What the answers of A and of B are worth by the metrics that are values of single
+            samples, both (N,).
+        not_judged: By which metrics a release was judged and these are not, and why, in words.
         alone: Outputs that only one of the two gives, in words.
     """
 
@@ -120,15 +93,10 @@ class Answers:
     positions: tuple[Floats, Floats] | None = field(repr=False)
     truth: Floats | None = field(repr=False)
     displacement: Displacement | None
-    errors: LocalizationErrors | None
+    quality: tuple[Judged, ...] = ()
+    by_sample: dict[str, tuple[Floats, Floats]] = field(default_factory=dict, repr=False)
+    not_judged: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
-
-    @property
-    def error_unknown(self) -> str:
-        """Why the localization errors have no ratio, in words; empty if they have one."""
-        if self.errors is None:
-            return "true positions are not known" if self.positions else "there are no positions"
-        return "" if self.errors.ratio else "fewer than two samples are finite in both"
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -208,44 +176,83 @@ def compare_answers(
         data: The samples; of more than `MOST_SAMPLES` take a spread.
         signature: What both take and both give, see `shared_signature`.
         alone: What only one of the two gives, in words.
-        limits: How much worse B may be; those of a promotion by default.
+        limits: How much worse B may be, and by what; those of a promotion by default.
 
     Raises:
-        EvidenceError: If one of them can't be run on the samples.
+        EvidenceError: If one of them can't be run on the samples, or a metric fails.
         InvalidModelError: If one of them can't be opened.
+        DataError: If what is true of the samples does not fit the answers.
+        ParameterError: If they can't be judged by the metric that the limits name.
     """
+    limits = limits or Limits()
+    metrics, not_judged = _metrics(limits, signature, data)
     accumulators = [ErrorAccumulator(spec, Limit(0.0, 0.0)) for spec in signature.outputs]
     output = signature.position_output
     wanted = output.name if output is not None and output.shape[1:] == (2,) else None
     positions: tuple[list[Any], list[Any]] = ([], [])
-    first = 0
-    pairs = zip(*(_run_batches(side, data, signature) for side in (a, b)), strict=True)
-    for ours, theirs in pairs:
+    parts: list[list[Scores]] = [[] for _ in metrics]
+    sessions = [open_session(side) for side in (a, b)]
+    for rows, inputs, truth in data.batches(_BATCH):
+        ours, theirs = (run_onnx(session, inputs, signature) for session in sessions)
         for spec, accumulator in zip(signature.outputs, accumulators, strict=True):
-            accumulator.update(ours[spec.name], theirs[spec.name], first)
+            accumulator.update(ours[spec.name], theirs[spec.name], rows.start)
         if wanted is not None:
             for who, kept, side in zip((A, B), positions, (ours, theirs), strict=True):
                 kept.append(_checked_positions(side[wanted], who))
-        first += len(ours[signature.outputs[0].name])
-    both, truth = None, None
+        for metric, part in zip(metrics, parts, strict=True):
+            part.append(Scores.of(metric, ours, theirs, truth))
+    both, known = None, None
     if wanted is not None:
         both = (np.concatenate(positions[0]), np.concatenate(positions[1]))
-        truth = None if data.positions is None else whole(data.positions).astype(np.float64)
+        known = None if data.positions is None else whole(data.positions).astype(np.float64)
+    scores = [
+        Scores.joined(part).beside(np.arange(data.count), data.weights, data.groups)
+        for part in parts
+    ]
     return Answers(
         source=data.source,
         samples=data.count,
         outputs=tuple(accumulator.result() for accumulator in accumulators),
         positions=both,
-        truth=truth,
+        truth=known,
         displacement=None if both is None else Displacement.between(*both),
-        errors=None if both is None or truth is None else _errors(both, truth, limits or Limits()),
+        quality=tuple(map(judge_quality, metrics, scores, [limits.contract] * len(metrics))),
+        by_sample={
+            metric.name: (_each(metric, one.reference), _each(metric, one.found))
+            for metric, one in zip(metrics, scores, strict=True)
+            if metric.ranked is None
+        },
+        not_judged=not_judged,
         alone=tuple(alone),
     )
 
 
-def _run_batches(path: Path, data: EvaluationData, signature: Signature) -> Iterator[Arrays]:
-    session = open_session(path)
-    return (run_onnx(session, inputs, signature) for _, inputs, _ in data.batches(_BATCH))
+def _metrics(
+    limits: Limits, signature: Signature, data: EvaluationData
+) -> tuple[list[Metric], tuple[str, ...]]:
+    """By what the answers are judged, and by what they can't be, in words."""
+    if limits.metric:
+        return list(metrics_for(limits.metric, signature, data.truth)), ()
+    if not data.truth:
+        return [], ("what is true of the samples is not known",)
+    found: list[Metric] = []
+    problems = []
+    for name in limits.released or ("",):
+        if name and name not in NAMES:
+            # Whose code that is nobody knows who has only read its name in a release.
+            problems.append(f"{shown(name)} is code of somebody's own, name it with --metric")
+            continue
+        try:
+            found += metrics_for(name, signature, data.truth)
+        except ParameterError as error:
+            problems.append(str(error))
+    return found, tuple(problems)
+
+
+def _each(metric: Metric, rows: npt.NDArray[Any]) -> Floats:
+    """The metric (N,) of each sample by itself."""
+    alone = rows[:, 0] if metric.score is None else metric.score(rows, np.ones(len(rows)))
+    return np.asarray(alone, np.float64)
 
 
 def _checked_positions(found: npt.NDArray[Any], who: str) -> Floats:
@@ -254,14 +261,6 @@ def _checked_positions(found: npt.NDArray[Any], who: str) -> Floats:
             f"{who} gives positions of shape {found.shape}, which its signature says are (batch, 2)"
         )
     return found.astype(np.float64)
-
-
-def _errors(both: tuple[Floats, Floats], truth: Floats, limits: Limits) -> LocalizationErrors:
-    a, b = (error_m(side, truth) for side in both)
-    # What is infinitely far off has no ratio, and resampling may bring it into any median.
-    known = np.isfinite(a) & np.isfinite(b)
-    ratio = error_ratio(b[known], a[known], 1 + limits.error_growth) if known.sum() > 1 else None
-    return LocalizationErrors(a, b, ratio)
 
 
 def measure_both(

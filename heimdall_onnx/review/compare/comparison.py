@@ -1,9 +1,8 @@
 """Two releases on the same evaluation inputs: how far they differ, and what changed around them.
 
-A is the one that is there, B the one that would take its place; every ratio is B over A. Each is
-one of the two things that a promotion holds a candidate against, on the same terms
-(`evidence.ratios`): a median localization error by a paired bootstrap over samples, and
-a latency by blocks of calls in turns.
+A is the one that is there, B the one that would take its place. They are held against each other on
+the terms of a promotion: by what B loses in its task, on the same samples (`evidence.quality`), and
+by B's latency over A's, by blocks of calls in turns (`evidence.ratios`).
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.review.compare.answers import Answers, latency_ratio
 from heimdall_onnx.review.compare.gates import GatePair, Limits, verdict_reasons
 from heimdall_onnx.review.compare.words import (
-    error_words,
     gate_words,
+    losses_of,
     moved_words,
+    quality_words,
     ratio_words,
     sentence_of,
     speed_words,
@@ -106,12 +106,6 @@ class ReleaseComparison:
         return latency_ratio(self.latency, self.limits)
 
     @property
-    def ratios(self) -> tuple[Ratio, ...]:
-        """Every ratio that there is, B over A."""
-        errors = self.answers.errors
-        return tuple(r for r in (self.latency_ratio, errors and errors.ratio) if r)
-
-    @property
     def changed_gates(self) -> tuple[GatePair, ...]:
         """The gates whose outcome changes."""
         return tuple(gate for gate in self.gates if gate.change)
@@ -120,10 +114,11 @@ class ReleaseComparison:
     def worse(self) -> tuple[str, ...]:
         """In what B is worse than A beyond the limits, in words; empty if in nothing."""
         return (
+            *losses_of(self.answers.quality, "worse"),
             *(
-                f"{ratio.what} {ratio_words(ratio)} that of A, limit {ratio.limit:.3g}"
-                for ratio in self.ratios
-                if not ratio.holds
+                f"latency {ratio_words(ratio)} that of A, limit {ratio.limit:.3g}"
+                for ratio in (self.latency_ratio,)
+                if ratio and not ratio.holds
             ),
             *(
                 f"B: {reason}"
@@ -134,12 +129,17 @@ class ReleaseComparison:
         )
 
     @property
+    def not_shown(self) -> tuple[str, ...]:
+        """What B is not shown to be good enough in, with how many samples would, in words."""
+        return losses_of(self.answers.quality, "not shown")
+
+    @property
     def not_judged(self) -> tuple[str, ...]:
         """What a promotion asks for and is not known here, in words."""
-        latency, unknown = self.latency, self.answers.error_unknown
+        latency = self.latency
         return (
             *([f"latency ({latency.reason})"] if isinstance(latency, NotMeasured) else []),
-            *([f"localization error ({unknown})"] if unknown else []),
+            *(f"quality ({why})" for why in self.answers.not_judged),
         )
 
     @property
@@ -149,7 +149,7 @@ class ReleaseComparison:
             (
                 speed_words(self.latency_ratio),
                 self._unsteady,
-                *error_words(self.answers.errors),
+                *quality_words(self.answers),
                 moved_words(self.answers),
                 gate_words(self.changed_gates),
             )
@@ -170,6 +170,7 @@ class ReleaseComparison:
             "evaluation data": f"{answers.samples:,} samples, {answers.source}",
             "latency of B over A": "; ".join(filter(None, measured)),
             "B is worse in": "; ".join(self.worse) or "nothing that was judged",
+            **({"not shown": "; ".join(few)} if (few := self.not_shown) else {}),
             **({"not judged": "; ".join(missing)} if (missing := self.not_judged) else {}),
             "PASS allows": f"that B is worse: {self.limits.in_words}",
         }
@@ -181,12 +182,13 @@ class ReleaseComparison:
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON without arrays; NaN and Inf as text, as JSON has neither."""
         answers, latency = self.answers, self.latency
-        moved, errors, ratio = answers.displacement, answers.errors, self.latency_ratio
+        moved, ratio = answers.displacement, self.latency_ratio
         missing = latency.reason if isinstance(latency, NotMeasured) else None
         text = to_json(
             {
                 "sentence": self.sentence,
                 "worse": list(self.worse),
+                "not_shown": list(self.not_shown),
                 "not_judged": list(self.not_judged),
                 "a": self.a.to_dict(),
                 "b": self.b.to_dict(),
@@ -196,17 +198,11 @@ class ReleaseComparison:
                 "given_by_one_alone": list(answers.alone),
                 "displacement_m": moved
                 and {"p50": moved.p50_m, "p99": moved.p99_m, "max": moved.max_m},
-                "localization_error": errors
-                and {
-                    "median_m": dict(zip(("a", "b"), errors.medians_m, strict=True)),
-                    "p95_m": dict(zip(("a", "b"), errors.p95s_m, strict=True)),
-                    "left_out": errors.left_out,
-                    "ratio": errors.ratio and _ratio_dict(errors.ratio),
-                },
+                "quality": answers.quality,
                 "latency": None
                 if isinstance(latency, NotMeasured)
                 else {
-                    "ratio": ratio and _ratio_dict(ratio),
+                    "ratio": ratio and {**vars(ratio), "holds": ratio.holds},
                     "unsteady": self._unsteady,
                     **_LATENCY.dump_python(latency),
                 },
@@ -228,13 +224,3 @@ class ReleaseComparison:
         )
         found: dict[str, Any] = from_json(text)
         return found
-
-
-def _ratio_dict(ratio: Ratio) -> dict[str, float | bool]:
-    return {
-        "ratio": ratio.ratio,
-        "low": ratio.low,
-        "high": ratio.high,
-        "limit": ratio.limit,
-        "holds": ratio.holds,
-    }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.data.dataset.dataset import Dataset
 from heimdall_onnx.data.evaluation import load_evaluation_data
+from heimdall_onnx.evidence.quality.contract import Judged
 from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.model.signature import Signature
 from heimdall_onnx.review.compare.answers import (
@@ -17,6 +19,7 @@ from heimdall_onnx.review.compare.answers import (
     measure_both,
 )
 from heimdall_onnx.review.compare.gates import Limits
+from heimdall_onnx.review.compare.words import losses_of
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,10 @@ class HeadToHead:
     Attributes:
         holder: That version; None if there is none.
         evaluation_data: What both were run on, in words.
-        ratios: What could be compared.
-        notes: What could not, and why.
+        ratios: What takes how much longer.
+        notes: What could not be compared, and why.
         lost: Values that are NaN or Inf in one of them alone, in words.
+        quality: What the candidate loses by each metric.
     """
 
     holder: str | None
@@ -36,11 +40,18 @@ class HeadToHead:
     ratios: tuple[Ratio, ...]
     notes: tuple[str, ...]
     lost: tuple[str, ...] = ()
+    quality: tuple[Judged, ...] = ()
 
     @property
     def worse(self) -> tuple[str, ...]:
         """In what the candidate is worse than the limits allow, in words; empty if in nothing."""
-        return (*(str(ratio) for ratio in self.ratios if not ratio.holds), *self.lost)
+        slower = (str(ratio) for ratio in self.ratios if not ratio.holds)
+        return (*losses_of(self.quality, "worse"), *slower, *self.lost)
+
+    @property
+    def not_shown(self) -> tuple[str, ...]:
+        """What is not shown to be good enough, with how many samples would, in words."""
+        return losses_of(self.quality, "not shown")
 
 
 def compare_models(
@@ -52,6 +63,7 @@ def compare_models(
     *,
     version: str,
     takes: Signature,
+    ignore: Sequence[str] = (),
 ) -> HeadToHead:
     """Run both models on the same data and time them in turns, as a comparison does.
 
@@ -65,12 +77,14 @@ def compare_models(
         limits: How much worse it may be.
         version: The version that holds the alias.
         takes: Its own signature; where the data do not fit its inputs, nothing is compared.
+        ignore: Arrays of the data that nothing is to use.
 
     Raises:
         DataError: If the evaluation data does not fit the candidate.
         EvidenceError: If one of them can't be opened, run or timed for another reason.
+        ParameterError: If the answers can't be judged by the metric that the limits name.
     """
-    given = load_evaluation_data(eval_data, signature, verify=False)
+    given = load_evaluation_data(eval_data, signature, verify=False, ignore=ignore)
     data = given.spread(MOST_SAMPLES)
     of = f" of {given.count}" if data.count < given.count else ""
     try:
@@ -82,12 +96,12 @@ def compare_models(
         return HeadToHead(version, f"{data.count}{of} samples, {data.source}", (), (note,))
     answers = compare_answers(holder, candidate, data, signature, limits=limits)
     latency = measure_both(holder, candidate, data, signature, calls=limits.calls)
-    unknown = answers.error_unknown
-    ratios = (answers.errors and answers.errors.ratio, latency_ratio(latency, limits))
+    ratio = latency_ratio(latency, limits)
     return HeadToHead(
         version,
         f"{data.count}{of} samples, {data.source}",
-        tuple(ratio for ratio in ratios if ratio),
-        (f"localization error: {unknown}",) if unknown else (),
+        (ratio,) if ratio else (),
+        tuple(f"quality is not judged: {why}" for why in answers.not_judged),
         answers.lost,
+        answers.quality,
     )

@@ -70,6 +70,10 @@ class ComparisonParameters(Parameters):
     measure_latency: bool = True
     calls: int = Field(200, ge=12, le=1_000_000)
     seed: int = Field(0, ge=0)
+    metric: str = Field("", max_length=500)
+    # Papermill explains no types with None.
+    max_loss: float = Field(-1.0, ge=-1)
+    confidence: float = Field(0.0, ge=0, lt=1)
     output_dir: str = ""
 
 
@@ -84,6 +88,7 @@ class Pair:
         alone: Outputs that only one of them gives, in words.
         eval_data: The newer one's evaluation data, or those that were given; None for synthetic.
         verify_data: Whether a dataset's values are still to be held against its digest.
+        limits: How much worse B may be.
     """
 
     a: VerifiedRelease
@@ -92,6 +97,7 @@ class Pair:
     alone: tuple[str, ...]
     eval_data: Path | str | Dataset | None = field(repr=False)
     verify_data: bool
+    limits: Limits
 
     @property
     def sides(self) -> tuple[VerifiedRelease, VerifiedRelease]:
@@ -105,7 +111,9 @@ class Pair:
             DataError: If they can't be read, or don't fit both models.
             StoreError: If the store of a dataset fails.
         """
-        data = load_evaluation_data(self.eval_data, self.signature, verify=self.verify_data)
+        given = self.verify_data
+        ignore = () if given else newer_of(*self.sides).manifest.ignored
+        data = load_evaluation_data(self.eval_data, self.signature, verify=given, ignore=ignore)
         return data.spread(MOST_SAMPLES)
 
 
@@ -179,7 +187,11 @@ def open_pair(parameters: ComparisonParameters, settings: Settings) -> Pair:
         data: Path | str | Dataset | None = _given(parameters.eval_data)
     else:
         data = fetch_evaluation_data(newer, folder)
-    return Pair(a, b, signature, alone, data, verify_data=bool(parameters.eval_data))
+    loss = None if parameters.max_loss < 0 else parameters.max_loss
+    limits = Limits(
+        metric=parameters.metric, max_loss=loss, confidence=parameters.confidence or None
+    ).as_released(b.record.parity.quality)
+    return Pair(a, b, signature, alone, data, bool(parameters.eval_data), limits)
 
 
 def _given(path: str) -> Path | str:
@@ -201,7 +213,8 @@ def _open(who: str, release: Release, *, content: bool) -> VerifiedRelease:
 
 def compare_pair(pair: Pair, data: EvaluationData) -> Answers:
     """What both models say of the evaluation data; raises as `compare_answers` does."""
-    return compare_answers(pair.a.model, pair.b.model, data, pair.signature, alone=pair.alone)
+    a, b = (one.model for one in pair.sides)
+    return compare_answers(a, b, data, pair.signature, alone=pair.alone, limits=pair.limits)
 
 
 def time_pair(
@@ -230,7 +243,7 @@ def conclude(pair: Pair, answers: Answers, latency: PairLatency | NotMeasured) -
         gates=pair_gates(*(one.record.gates for one in pair.sides)),
         parameters=_parameter_differences(pair),
         environment=environment_differences(*(one.record for one in pair.sides)),
-        limits=Limits(),
+        limits=pair.limits,
     )
     a, b = (one.manifest.uri for one in pair.sides)
     log.info("compared", a=a, b=b, sentence=found.sentence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +16,9 @@ from heimdall_onnx.common.text import (
     metre_scale,
     name,
 )
-from heimdall_onnx.evidence.parity.ground import mean_place, offset_km
+from heimdall_onnx.evidence.geodesy import offset_km
+from heimdall_onnx.evidence.parity.ground import mean_place
+from heimdall_onnx.evidence.quality.metric import LOCALIZATION
 from heimdall_onnx.report.plot.chart import (
     Chart,
     Color,
@@ -33,13 +36,14 @@ from heimdall_onnx.report.plot.positions import (
 )
 from heimdall_onnx.review.compare.answers import A, Answers, B
 from heimdall_onnx.review.compare.words import (
-    error_words,
     moved_words,
+    quality_words,
     sentence_of,
+    value_text,
 )
 
 _MAPPED = 60  # with the lines between them, more can't be read
-_OUTPUTS_SHOWN = 4
+_FEW = 2  # values, of which each sample is right or wrong
 _COLORS, _MARKERS, _LINES = (Color.A, Color.B), ("o", "X"), ("-", "--")
 
 
@@ -91,27 +95,31 @@ def _draw_map(
 
 
 @styled
-def localization_errors(answers: Answers) -> Chart | None:
-    """Which release is closer to the true positions?
+def values_by_sample(answers: Answers) -> Chart | None:
+    """Which release's answers are worth more, sample by sample?
 
-    Which share of the answers is within so many metres of the truth, for both. None where the true
-    positions are not known.
+    Which share of the samples has at most so much of the first metric whose values differ from
+    sample to sample, for both. None where there is no such metric.
     """
-    errors = answers.errors
-    if errors is None:
+    every = answers.by_sample.items()
+    metric, sides = next(((n, s) for n, s in every if len(np.unique(s)) > _FEW), ("", ()))
+    if not metric:
         return None
-    medians = errors.medians_m
-    title = sentence_of(error_words(errors))
+    shown = tuple(judged for judged in answers.quality if judged.metric == metric)
+    title = sentence_of(quality_words(replace(answers, quality=shown)))
     subtitle = (
-        f"{name(answers.source, 60)}, {count_of(answers.samples, 'labelled sample')} · 95% interval"
-        " of the ratio by a paired bootstrap · marked: medians"
+        f"{name(answers.source, 60)}, {count_of(answers.samples, 'labelled sample')} · marked: "
+        "medians of the samples"
     )
     figure = new_figure(title, subtitle, height=3.4)
     axes = figure.subplots()
-    sides = (errors.a_m, errors.b_m)
     finite = [side[np.isfinite(side)] for side in sides]
-    largest = max((float(side.max()) for side in finite if side.size), default=0.0)
-    factor, unit = metre_scale(largest)
+    factor, unit = 1.0, name(metric)
+    if metric == LOCALIZATION:
+        largest = max((float(side.max()) for side in finite if side.size), default=0.0)
+        factor, scale = metre_scale(largest)
+        unit = f"distance to the true position ({scale})"
+    told = []
     for index, (who, found) in enumerate(zip((A, B), finite, strict=True)):
         shares = 100 * np.arange(1, found.size + 1) / answers.samples
         axes.step(
@@ -120,9 +128,12 @@ def localization_errors(answers: Answers) -> Chart | None:
             where="post",
             color=_COLORS[index],
             ls=_LINES[index],
-            gid=f"errors {who}",
+            gid=f"values {who}",
         )
-        median = medians[index]
+        every_one = np.where(np.isfinite(sides[index]), sides[index], np.inf)
+        median, p95 = (float(np.quantile(every_one, q, method="inverted_cdf")) for q in (0.5, 0.95))
+        words = f"median {value_text(metric, median)}, 95% within {value_text(metric, p95)}"
+        told.append(f"{who}: {words}.")
         axes.plot(
             median / factor if math.isfinite(median) else math.nan,
             50.0,
@@ -132,23 +143,15 @@ def localization_errors(answers: Answers) -> Chart | None:
             ms=(13, 8)[index],
             mfc="none" if index == 0 else _COLORS[index],
             mew=1.6,
-            label=f"{who}  median {distance(median)}, 95% within {distance(errors.p95s_m[index])}",
+            label=f"{who}  {words}",
             gid=f"median {who}",
             zorder=4,
         )
-    positive = np.concatenate(finite)
-    positive = positive[positive > 0]
-    if positive.size and positive.max() > 20 * positive.min():
+    values = np.concatenate(finite)
+    positive = values[values > 0]
+    if positive.size and values.min() >= 0 and positive.max() > 20 * positive.min():
         axes.set_xscale("log")
         log_axis(axes.xaxis)
-    axes.set(
-        ylim=(0, 104),
-        xlabel=f"distance to the true position ({unit})",
-        ylabel="answers within it (%)",
-    )
+    axes.set(ylim=(0, 104), xlabel=unit, ylabel="samples within it (%)")
     axes.legend(frameon=True, framealpha=1, handlelength=3)
-    alt = " ".join(
-        f"{who}: median {distance(median)}, 95th percentile {distance(p95)}."
-        for who, median, p95 in zip((A, B), medians, errors.p95s_m, strict=True)
-    )
-    return Chart(figure, title, alt)
+    return Chart(figure, title, " ".join(told))

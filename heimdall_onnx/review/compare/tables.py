@@ -16,6 +16,7 @@ from heimdall_onnx.report.tables import table, value_text
 from heimdall_onnx.review.compare.answers import Answers
 from heimdall_onnx.review.compare.comparison import ReleaseComparison
 from heimdall_onnx.review.compare.pair import Pair, newer_of
+from heimdall_onnx.review.compare.words import loss_words
 from heimdall_onnx.review.reproduce.figures import Difference, Figure
 
 _LONGEST = 120
@@ -23,7 +24,7 @@ _LONGEST = 120
 
 @functools.cache
 def _macros() -> Any:
-    return inert_macros(Path(__file__).with_suffix(".md.j2"), {})
+    return inert_macros(Path(__file__).with_suffix(".md.j2"), {"loss": loss_words})
 
 
 def releases_table(pair: Pair) -> Markdown:
@@ -32,7 +33,7 @@ def releases_table(pair: Pair) -> Markdown:
 
 
 def changes_table(answers: Answers) -> Markdown:
-    """How far B's outputs lie from A's, in their own units and on the ground."""
+    """How far B's outputs lie from A's, in their own units and on the ground, and in their task."""
     labels = (
         ("elements", "count"),
         ("of these different", "violations"),

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from heimdall_onnx.common.text import after, count_of, distance, name, number
 from heimdall_onnx.evidence.parity.statistics import ErrorStatistics
+from heimdall_onnx.evidence.quality.contract import Judged
+from heimdall_onnx.evidence.quality.metric import LOCALIZATION
 from heimdall_onnx.evidence.ratios import Ratio
-from heimdall_onnx.review.compare.answers import Answers, LocalizationErrors
+from heimdall_onnx.review.compare.answers import Answers
 from heimdall_onnx.review.compare.gates import GatePair
 
 # With fewer samples the 99th percentile is the largest by another name.
@@ -59,28 +61,52 @@ def _growth(ratio: float, low: float, high: float, word: str) -> str:
     return f"{growth}% {word} ({least} to {most})"
 
 
-def error_words(errors: LocalizationErrors | None) -> Iterator[str]:
-    """How the two compare in localization error, in words."""
-    if errors is None:
-        yield "localization error was not compared"
-        return
-    ratio = errors.ratio
-    a, b = errors.medians_m
-    if ratio is None:
-        yield f"median localization error {distance(a)} (A) and {distance(b)} (B), not compared"
-    elif not _clear(ratio):
-        yield f"no clear difference in localization error (median {distance(b)})"
-    elif ratio.ratio >= 2:
-        yield f"B's median error is {ratio_words(ratio)} that of A"
-    elif ratio.ratio > 1:
-        yield f"B's median error is {_growth(ratio.ratio, ratio.low, ratio.high, 'larger')}"
-    else:
-        less, least, most = (
-            number(100 * (1 - end)) for end in (ratio.ratio, ratio.high, ratio.low)
-        )
-        yield f"B's median error is {less}% smaller ({least} to {most})"
-    if ratio is not None and errors.left_out:
-        yield f"{count_of(errors.left_out, 'sample')} left out of that (NaN or Inf in one or both)"
+def value_text(metric: str, value: float) -> str:
+    """A value of a metric in its unit."""
+    return distance(value) if metric == LOCALIZATION else number(value, 4)
+
+
+def _called(judged: Judged) -> str:
+    return "median localization error" if judged.metric == LOCALIZATION else judged.metric
+
+
+def losses_of(quality: Iterable[Judged], outcome: str) -> tuple[str, ...]:
+    """What is lost by the metrics of which that came out, with its limit, in words."""
+    return tuple(loss_words(judged) for judged in quality if judged.outcome == outcome)
+
+
+def loss_words(judged: Judged) -> str:
+    """What is lost by a metric with its interval, its limit, and what would show it."""
+    if math.isinf(judged.loss):
+        return f"{_called(judged)}: {judged.method}"
+    before, now = (value_text(judged.metric, v) for v in (judged.reference, judged.value))
+    values = judged.loss, judged.low, judged.high, judged.max_loss
+    loss, low, high, limit = map(judged.said, values)
+    told = f"{_called(judged)} {before} to {now}, a loss of {loss} ({low} to {high}), limit {limit}"
+    return "; ".join(filter(None, (told, judged.missing)))
+
+
+def quality_words(answers: Answers) -> Iterator[str]:
+    """How the two compare in their task, in words."""
+    if not answers.quality:
+        yield "quality was not compared"
+    for judged in answers.quality:
+        yield ", ".join(filter(None, (_difference(judged), judged.missing)))
+    least = min((judged.samples for judged in answers.quality), default=answers.samples)
+    if left_out := answers.samples - least:
+        yield f"{count_of(left_out, 'sample')} left out of that (NaN or Inf in one or both)"
+
+
+def _difference(judged: Judged) -> str:
+    if math.isinf(judged.loss):
+        return f"{judged.method} in B by the {_called(judged)}"
+    before, now = (value_text(judged.metric, v) for v in (judged.reference, judged.value))
+    if judged.low <= 0 <= judged.high:
+        return f"no clear difference in {_called(judged)} ({now})"
+    ends = sorted(map(abs, (judged.low, judged.high)))
+    loss, low, high = map(judged.said, (abs(judged.loss), *ends))
+    word = "worse" if judged.loss > 0 else "better"
+    return f"B's {_called(judged)} is {loss} {word} ({low} to {high}), {now} after {before}"
 
 
 def moved_words(answers: Answers) -> str:

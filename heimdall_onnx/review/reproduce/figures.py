@@ -147,6 +147,7 @@ def compare_accuracy(recorded: Record, found: Record, *, exact: bool) -> tuple[C
         yield from _cells(record.parity)
         yield from _noise_floor(record.parity)
         yield from _independence(record.parity)
+        yield from _quality(record.parity)
         yield from _ground(record)
         yield from _uncertainty(record.parity)
 
@@ -338,6 +339,15 @@ def _uncertainty(parity: ParityFigures) -> _Figures:
             yield f"coverage of the {c.nominal:.0%} ellipse, {who}", c.observed, rule
         yield f"negative log-likelihood, {who}", found.nll, _SHOWN
         yield f"calibration error, {who}", found.calibration_error, _SHOWN
+
+
+def _quality(parity: ParityFigures) -> _Figures:
+    for judged in parity.quality:
+        # What may be lost to another model may not be lost to a repetition.
+        most = _Rule(abs(judged.high - judged.low) / 2, "half of the interval of the loss")
+        yield f"{judged.metric} of PyTorch", judged.reference, _SHOWN
+        yield f"{judged.metric} of ONNX", judged.value, _SHOWN
+        yield f"loss of {judged.metric}", judged.loss, most
 
 
 def _ground(record: Record) -> _Figures:

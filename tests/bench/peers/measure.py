@@ -12,7 +12,7 @@ from typing import Any
 from table import Accuracy, Ratio
 
 from heimdall_onnx.common.arrays import Arrays
-from heimdall_onnx.common.parameters import AccuracyLimits
+from heimdall_onnx.common.parameters import AccuracyLimits, Quality
 from heimdall_onnx.common.processes import WorkerProcess
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import measure_pair
@@ -71,20 +71,15 @@ class Judge:
             answers_apart(model, self.data, self.signature),
             self.data,
             self.signature,
+            Quality(),
         )
         gates = accuracy_gates(found, AccuracyLimits())
         lost = tuple(f"lost: {gate.summary()}" for gate in gates if not gate.passed)
-        task, before = found.task, found.reference
-        if task is None or before is None:
-            return Accuracy(None, None, None, found.displacement_sigma_p99, lost)
-        nats = None if task.nll is None or before.nll is None else task.nll - before.nll
-        return Accuracy(
-            task.median_m / before.median_m,
-            task.p95_m / before.p95_m,
-            nats,
-            found.displacement_sigma_p99,
-            lost,
-        )
+        losses = {judged.metric: judged.loss for judged in found.quality}
+        if "localization" not in losses:
+            return Accuracy(None, None, found.displacement_sigma_p99, lost)
+        median = 1 + losses["localization"]
+        return Accuracy(median, losses.get("nll"), found.displacement_sigma_p99, lost)
 
     def latency(self, model: Model) -> tuple[float, float, Ratio]:
         """Median milliseconds of the model and of this project's, and their ratio."""

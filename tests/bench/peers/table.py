@@ -15,14 +15,12 @@ class Accuracy:
 
     Attributes:
         median: Median localization error over that of fp32; None without labels.
-        p95: The same for its 95th percentile.
         nats: Growth of the mean negative log-likelihood.
         displacement: 99th percentile of the displacement, in predicted deviations.
         lost: The gates that do not hold, in words; none of them: equal accuracy.
     """
 
     median: float | None
-    p95: float | None
     nats: float | None
     displacement: float | None
     lost: tuple[str, ...] = ()
@@ -33,10 +31,10 @@ class Accuracy:
         return not self.lost
 
     def __str__(self) -> str:
-        if self.median is None or self.p95 is None:
+        if self.median is None:
             return "" if self.displacement is None else f"moved {self.displacement:.3f} σ"
         nats = "" if self.nats is None else f" {self.nats:+.3f}"
-        return f"{100 * (self.median - 1):+.2f}% {100 * (self.p95 - 1):+.2f}%{nats}"
+        return f"{100 * (self.median - 1):+.2f}%{nats}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def verdict(row: Row, own: Row) -> str:
 
 def render(own: Row, peers: Sequence[Row], width: int = 118) -> str:
     """The table, a method below each row, and what it comes to in the last lines."""
-    head = f"{'':30}{'latency':>24}{'median, p95, nats':>24}{'size':>8}{'time':>8}{'memory':>8}"
+    head = f"{'':30}{'latency':>24}{'median, nats':>24}{'size':>8}{'time':>8}{'memory':>8}"
     lines = [
         f"{head}  verdict",
         f"{own.name:30.30}{own.latency_ms:>21.2f} ms{own.accuracy or ''!s:>24}"

@@ -6,16 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts import partings, read_in_parts
 
-from heimdall_onnx.evidence.parity.ground import (
-    GroundAccumulator,
+from heimdall_onnx.evidence.geodesy import (
     difference_degrees,
     distance_m,
     error_m,
-    mean_place,
     metres_per_degree,
-    middle_of,
     offset_km,
 )
+from heimdall_onnx.evidence.parity.ground import GroundAccumulator, mean_place, middle_of
 
 LATITUDES, LONGITUDES = st.floats(-90, 90), st.floats(-180, 180)
 

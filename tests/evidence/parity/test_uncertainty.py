@@ -21,15 +21,14 @@ from heimdall_onnx.common.parameters import ReleaseParameters
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.gates import coverage_gates, decide
+from heimdall_onnx.evidence.geodesy import distance_m, negative_log_likelihood
 from heimdall_onnx.evidence.metrics import summarize_metrics
 from heimdall_onnx.evidence.parity.compare import compare_outputs
-from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.evidence.parity.uncertainty import (
     NOMINAL,
     Coverage,
     UncertaintyAccumulator,
     assess_members,
-    negative_log_likelihood,
 )
 from heimdall_onnx.model.ensemble import Ensemble
 from heimdall_onnx.model.examples import generic_inputs

@@ -265,7 +265,7 @@ memory: lots
     assert lines[0] == f"the plan {folder}/july.yml can't be used:"
     said = {line.removeprefix("  - ").partition(": ")[0]: line for line in lines[1:]}
     for place, words in {
-        "line 2, parameters": "tolerence is not a parameter; did you mean tolerance?",
+        "line 2, parameters": "tolerence is not a parameter; did you mean tolerance",
         "line 3, parameters": "publish = True: can't be set here; the fleet sets it for each item",
         "line 4, parameters": f"eval_data = 'nothing.npz': expected a file, found none at {folder}",
         "line 5, parameters": "only {stem} and {parent} can be filled in",

@@ -15,8 +15,8 @@ from torch import nn
 
 from heimdall_onnx.common.errors import InvalidModelError, ParameterError
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.evidence.geodesy import distance_m
 from heimdall_onnx.evidence.parity.compare import compare_outputs
-from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.evidence.parity.report import ParityReport
 from heimdall_onnx.evidence.parity.statistics import worst_elements
 from heimdall_onnx.evidence.parity.tolerance import EVALUATION, Limit

@@ -28,6 +28,7 @@ from heimdall_onnx.common.arrays import Arrays
 from heimdall_onnx.common.text import apart, distance, name, number, share
 from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData
+from heimdall_onnx.evidence.geodesy import distance_m
 from heimdall_onnx.evidence.latency.benchmark import (
     ONNX,
     BatchLatency,
@@ -44,7 +45,7 @@ from heimdall_onnx.evidence.parity.departure import (
     locate_departure,
     trace_depth,
 )
-from heimdall_onnx.evidence.parity.ground import GroundAccumulator, distance_m, middle_of
+from heimdall_onnx.evidence.parity.ground import GroundAccumulator, middle_of
 from heimdall_onnx.evidence.parity.optimization_levels import (
     LevelParity,
     LevelReport,

@@ -9,22 +9,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.text import Text
 
+from heimdall_onnx.common.parameters import Quality
 from heimdall_onnx.common.text import DEGREES
 from heimdall_onnx.common.verdict import NotMeasured
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import paired_speedup
-from heimdall_onnx.evidence.parity.ground import error_m
 from heimdall_onnx.evidence.parity.statistics import ErrorAccumulator
 from heimdall_onnx.evidence.parity.tolerance import Limit
-from heimdall_onnx.evidence.ratios import error_ratio
-from heimdall_onnx.model.signature import TensorSpec
+from heimdall_onnx.evidence.quality.contract import Scores, judge_quality
+from heimdall_onnx.evidence.quality.metric import metrics_for
+from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.report import plot, tables
 from heimdall_onnx.report.plot.chart import Color
 from heimdall_onnx.review.compare.answers import Answers, Displacement
-from heimdall_onnx.review.compare.answers import LocalizationErrors as Errors
-from heimdall_onnx.review.compare.plots import localization_errors, position_changes
+from heimdall_onnx.review.compare.plots import position_changes, values_by_sample
 from heimdall_onnx.review.compare.words import output_words
 
 COUNT = 300
@@ -42,11 +42,15 @@ def answers_of(moved_degrees: float, names=("positions",), unit: str | None = DE
         )
         accumulator.update(a, b, 0)
         found.append(accumulator.result())
-    errors = Errors(
-        error_m(a, truth), error_m(b, truth), error_ratio(error_m(b, truth), error_m(a, truth), 1)
-    )
+    spec = TensorSpec("positions", "float64", ("batch", 2), unit=DEGREES)
+    (metric,) = metrics_for("", Signature((), (spec,)), known := {"positions": truth})
+    scores = Scores.of(metric, {"positions": a}, {"positions": b}, known)
+    judged = judge_quality(metric, scores, Quality())
+    errors = scores.reference[:, 0], scores.found[:, 0]
     moved = Displacement.between(a, b)
-    return Answers("eval.npz", COUNT, tuple(found), (a, b), truth, moved, errors)
+    return Answers(
+        "eval.npz", COUNT, tuple(found), (a, b), truth, moved, (judged,), {metric.name: errors}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,8 @@ def lightness(color: str) -> float:
 def test_no_text_is_below_nine_points_or_cut_off(answers, latency):
     charts = [
         position_changes(answers),
-        localization_errors(answers),
+        values_by_sample(answers),
+        plot.quality(answers),
         plot.pair_latency(latency),
     ]
     for chart in charts:
@@ -113,10 +118,10 @@ def test_the_table_of_a_pair_begins_with_the_denominator(latency):
 
 
 def test_a_and_b_differ_in_marker_line_and_lightness(answers):
-    chart = localization_errors(answers)
+    chart = values_by_sample(answers)
     a, b = (drawn(chart, f"median {who}") for who in "AB")
     assert (a.get_marker(), b.get_marker()) == ("o", "X")
-    assert drawn(chart, "errors A").get_linestyle() != drawn(chart, "errors B").get_linestyle()
+    assert drawn(chart, "values A").get_linestyle() != drawn(chart, "values B").get_linestyle()
     assert [to_hex(line.get_color()).upper() for line in (a, b)] == [Color.A, Color.B]
     assert lightness(Color.A) / lightness(Color.B) > 3
     assert not {Color.A, Color.B} & {Color.PYTORCH, Color.ONNX}
@@ -150,9 +155,10 @@ def test_lost_positions_are_counted_in_the_title(answers):
 
 
 def test_model_without_positions_has_no_map_and_no_errors(answers):
-    without = replace(answers, positions=None, displacement=None, errors=None)
+    without = replace(answers, positions=None, displacement=None, quality=(), by_sample={})
     assert position_changes(without) is None
-    assert localization_errors(without) is None
+    assert values_by_sample(without) is None
+    assert plot.quality(without) is None
 
 
 def test_differences_are_told_in_the_unit_of_the_output():
@@ -166,14 +172,27 @@ def test_of_several_outputs_it_is_said_by_what_they_are_ranked():
     assert words.startswith("the values of positions change most relative to their span, by 0.0")
 
 
-def test_errors_are_titled_with_their_ratio(answers):
-    worse = answers_of(0.2)
-    assert localization_errors(worse).title.startswith("B's median error is ")
-    assert localization_errors(answers).title.startswith(
-        "No clear difference in localization error"
-    )
-    unknown = replace(answers, errors=replace(answers.errors, ratio=None))
-    assert localization_errors(unknown).title.endswith(" (B), not compared")
+def test_values_of_samples_are_titled_with_the_loss_and_drawn_in_their_unit(answers):
+    worse = values_by_sample(answers_of(0.2))
+    assert worse.title.startswith("B's median localization error is ")
+    assert worse.figure.axes[0].get_xlabel() == "distance to the true position (km)"
+    (judged,) = answers_of(0.2).quality
+    assert drawn(worse, "median B").get_xdata()[0] == pytest.approx(judged.value / 1000, rel=0.02)
+    same = values_by_sample(answers).title
+    assert same.startswith("No clear difference in median localization error")
+    assert "not shown, and no number of samples as these would show it" in same
+
+
+def test_other_metrics_are_drawn_by_their_names(answers):
+    (a, b) = answers.by_sample["localization"]
+    (judged,) = answers.quality
+    other = replace(answers, quality=(replace(judged, metric="mae"),), by_sample={"mae": (a, b)})
+    chart = values_by_sample(other)
+    assert chart.figure.axes[0].get_xlabel() == "mae"
+    assert chart.alt.startswith(f"A: median {np.median(a):,.0f}"[:10])
+    # Where each sample is right or wrong there is nothing to be seen sample by sample.
+    right = {"top1": (np.ones(COUNT), np.arange(COUNT) % 2.0)}
+    assert values_by_sample(replace(answers, by_sample=right)) is None
 
 
 def test_latency_of_a_pair_names_both_and_keeps_what_was_not_measured(latency):

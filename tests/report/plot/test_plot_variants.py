@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from models import BlockNet
 
-from heimdall_onnx.common.parameters import AccuracyLimits
+from heimdall_onnx.common.parameters import AccuracyLimits, Quality
 from heimdall_onnx.data.evaluation import EvaluationData
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
@@ -73,7 +73,9 @@ def report():
 
     def judged(name, ms, degrees, **values):
         found = reference | {"positions": reference["positions"] + np.float32(degrees)}
-        accuracy = judge_accuracy(reference, found, split.evaluation, SIGNATURE)
+        accuracy = judge_accuracy(
+            reference, found, split.evaluation, SIGNATURE, Quality(max_loss=0.1)
+        )
         gates = accuracy_gates(accuracy, AccuracyLimits())
         passed = all(gate.passed for gate in gates)
         reason = "; ".join(gate.summary() for gate in gates if not gate.passed)
@@ -180,7 +182,7 @@ def test_the_table_leads_with_the_recommended_and_says_why_others_are_out(report
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert rows[0].startswith("| int8-minmax, recommended | passed | 10.0 |")
     assert "2.50 (2.25 to 2.75)" in rows[0]
-    assert "- int4-weights, failed: median localization error" in text
+    assert "- int4-weights, failed: loss of localization" in text
     assert "- int8-minmax keeps in float: blocks" in text
     assert "no CUDA &#124; here" in text
     assert "No variants were asked for" in tables.variants_table(None).data

@@ -13,15 +13,15 @@ from pydantic import TypeAdapter
 from quick_release import SIGNATURE, make_model
 
 from heimdall_onnx.archive.manifest import parse_manifest
-from heimdall_onnx.common.errors import EvidenceError, InvalidModelError
+from heimdall_onnx.common.errors import EvidenceError, InvalidModelError, ParameterError
 from heimdall_onnx.common.verdict import Gate, NotMeasured
 from heimdall_onnx.data.evaluation import EvaluationData, load_evaluation_data
+from heimdall_onnx.evidence.geodesy import distance_m
 from heimdall_onnx.evidence.latency.benchmark import PairLatency
 from heimdall_onnx.evidence.latency.contenders import ContenderLatency
 from heimdall_onnx.evidence.latency.figures import PairFigures
 from heimdall_onnx.evidence.latency.machine_state import MachineState
 from heimdall_onnx.evidence.latency.statistics import Speedup
-from heimdall_onnx.evidence.parity.ground import distance_m
 from heimdall_onnx.evidence.ratios import Ratio
 from heimdall_onnx.model.signature import Signature, TensorSpec
 from heimdall_onnx.report.summary import three_sentences
@@ -118,30 +118,37 @@ def test_positions_move_by_what_one_model_is_off_the_other(compare):
     assert output.violations == SAMPLES
 
 
-def test_error_ratio_is_that_of_the_offsets_and_its_interval_holds_it(compare):
-    errors = compare("one", "two").errors
-    a, b = errors.medians_m
-    assert b / a == pytest.approx(2, rel=1e-3)
-    assert errors.ratio.ratio == pytest.approx(b / a)
-    assert errors.ratio.low <= errors.ratio.ratio <= errors.ratio.high
-    assert errors.ratio.low > 1.9
-    assert not errors.ratio.holds
+def test_loss_is_that_of_the_offsets_and_its_interval_holds_it(compare):
+    found = compare("one", "two")
+    (judged,) = found.quality
+    assert judged.value / judged.reference == pytest.approx(2, rel=1e-3)
+    assert judged.loss == pytest.approx(judged.value / judged.reference - 1)
+    assert judged.low <= judged.loss <= judged.high
+    assert judged.low > 0.9
+    assert (judged.outcome, judged.binding) == ("worse", True)
+    a, b = found.by_sample["localization"]
+    assert (np.median(a), np.median(b)) == pytest.approx((judged.reference, judged.value), rel=1e-3)
+    assert (
+        "- median localization error 1.1 km to 2.2 km, a loss of 100% ("
+        in changes_table(found).data
+    )
 
 
 def test_equal_models_differ_in_nothing(compare):
     found = comparison(compare("one", "one"))
     assert found.sentence == (
-        "Latency was not compared, no clear difference in localization error (median 1.1 km), no "
+        "Latency was not compared, no clear difference in median localization error (1.1 km), no "
         "position moves, no gate changes"
     )
-    assert found.worse == ()
+    assert (found.worse, found.not_shown) == ((), ())
 
 
 def test_lost_positions_are_counted_and_worse(compare):
     found = comparison(compare("one", "lost"))
     assert found.answers.displacement.lost == SAMPLES
-    assert found.answers.errors.ratio is None
-    assert found.answers.errors.medians_m[1] == math.inf
+    (judged,) = found.answers.quality
+    assert (judged.loss, judged.outcome) == (math.inf, "worse")
+    assert "200 samples without a finite value in B" in found.sentence
     assert f"{SAMPLES} of {SAMPLES} positions are NaN or Inf in one of them" in found.sentence
     assert any("NaN or Inf" in reason for reason in found.worse)
     # JSON has neither NaN nor Inf.
@@ -171,9 +178,9 @@ def test_p99_is_not_told_of_few_samples(compare, data):
 
 def test_model_without_positions_is_compared_in_its_own_unit(compare):
     found = comparison(compare("exact", "one", Signature(SIGNATURE.inputs, (LEVEL,))))
-    assert (found.answers.displacement, found.answers.errors) == (None, None)
+    assert (found.answers.displacement, found.answers.quality) == (None, ())
     assert found.sentence == (
-        "Latency was not compared, localization error was not compared, the values of "
+        "Latency was not compared, quality was not compared, the values of "
         "positions change by 0.01 dB at p99, no gate changes"
     )
 
@@ -181,7 +188,7 @@ def test_model_without_positions_is_compared_in_its_own_unit(compare):
 def test_synthetic_inputs_have_no_truth(models):
     synthetic = load_evaluation_data(None, SIGNATURE)
     found = compare_answers(models["one"], models["two"], synthetic, SIGNATURE)
-    assert (found.source, found.samples, found.errors) == ("synthetic inputs", 64, None)
+    assert (found.source, found.samples, found.quality) == ("synthetic inputs", 64, ())
     assert found.displacement.max_m > 1000
 
 
@@ -247,10 +254,13 @@ def test_speed_is_said_with_its_interval(compare, ratio, words, worse):
 
 def test_error_is_said_with_its_interval(compare):
     larger = comparison(compare("one", "two"))
-    assert "B's median error is 2.000× (" in larger.sentence
-    assert larger.worse[0].startswith("median localization error 2.000× (")
+    told = "B's median localization error is 100% worse (100% to 100%), 2.2 km after 1.1 km"
+    assert told in larger.sentence
+    assert larger.worse[0].startswith(
+        "median localization error 1.1 km to 2.2 km, a loss of 100% (100% to 100%), limit 1%"
+    )
     smaller = comparison(compare("two", "one"))
-    assert "B's median error is 50% smaller (50 to 50)" in smaller.sentence
+    assert "B's median localization error is 50% better (50% to 50%)" in smaller.sentence
     assert smaller.worse == ()
 
 
@@ -270,6 +280,10 @@ def test_gates_are_paired_by_name_and_order():
         ("order", "is new and fails", True),
     ]
     assert GatePair("x", fails, GATE).change == "passes now"
+    few = replace(GATE, undecided=True)
+    assert GatePair("x", GATE, few).change == "is not shown now"
+    assert GatePair("x", few, GATE).change == "passes now"
+    assert GatePair("x", None, replace(few, passed=False)).change == "is new and is not shown"
 
 
 @pytest.mark.parametrize(
@@ -297,13 +311,17 @@ def test_everything_is_json(compare):
     )
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert told["latency"]["ratio"] == {
+        "what": "latency",
         "ratio": 1.2,
         "low": 1.1,
         "high": 1.3,
         "limit": 1.1,
         "holds": True,
     }
-    assert told["localization_error"]["ratio"]["ratio"] == pytest.approx(2, rel=1e-3)
+    (judged,) = told["quality"]
+    assert (judged["metric"], judged["outcome"]) == ("localization", "worse")
+    assert judged["loss"] == pytest.approx(1, rel=1e-3)
+    assert told["not_shown"] == []
     assert told["parameters"][0]["what"] == "opset"
     assert told["environment"] == []
     assert told["gates"][0]["change"] == ""
@@ -325,9 +343,10 @@ def test_sample_that_is_lost_in_both_leaves_the_others_compared(compare, data):
     signal = data.inputs["signal"].copy()
     signal[3] = np.nan
     found = comparison(compare("one", "two", inputs={"signal": signal}))
-    assert found.answers.errors.left_out == 1
-    assert found.answers.errors.ratio.ratio == pytest.approx(2, rel=1e-3)
-    assert found.worse[0].startswith("median localization error 2.000× (")
+    (judged,) = found.answers.quality
+    assert judged.samples == SAMPLES - 1
+    assert judged.loss == pytest.approx(1, rel=1e-3)
+    assert found.worse[0].startswith("median localization error 1.1 km to 2.2 km, a loss of 100%")
     assert "1 sample left out of that" in found.sentence
 
 
@@ -344,16 +363,43 @@ def test_release_that_is_not_promoted_for_its_verdict_is_worse(compare, verdict,
     assert comparison(compare("one", "one"), a=side("A", verdict)).worse == ()
 
 
+def test_what_few_samples_do_not_show_is_told_apart_from_what_is_worse(compare, data):
+    few = data.head(20)
+    same = comparison(compare("one", "one", inputs=few.inputs, positions=few.positions))
+    (reason,) = same.not_shown
+    assert reason.endswith("; not shown: about 30 samples as these would show it")
+    assert same.worse == ()
+    assert "not shown: about 30 samples" in same.sentence
+    assert same.facts["not shown"] == reason
+    assert same.to_dict()["not_shown"] == [reason]
+    assert "Not shown, which a promotion refuses too:" in conclusion(same).data
+    assert "not shown" not in comparison(compare("one", "one")).facts
+
+
+def test_metric_that_does_not_fit_is_refused_where_it_is_asked_for(models, data):
+    def run(**given):
+        limits = Limits(**given)
+        return compare_answers(models["one"], models["one"], data, SIGNATURE, limits=limits)
+
+    with pytest.raises(ParameterError, match="the metric top1 needs the array `labels`"):
+        run(metric="top1")
+    # What a release says of itself is no order.
+    found = run(released=("top1", "nll", "localization"))
+    assert [judged.metric for judged in found.quality] == ["localization"]
+    assert "needs the array `labels`" in found.not_judged[0]
+    assert "the metric nll needs the deviations" in found.not_judged[1]
+
+
 def test_what_is_not_judged_is_named(compare):
     found = comparison(compare("one", "one", positions=None))
     assert found.not_judged == (
         "latency (not asked for)",
-        "localization error (true positions are not known)",
+        "quality (what is true of the samples is not known)",
     )
     assert found.worse == ()
     said = conclusion(found).data
     assert "Not judged: latency" in said
-    assert "localization error was not compared" in found.sentence
+    assert "quality was not compared" in found.sentence
     facts = found.facts
     assert facts["not judged"] == "; ".join(found.not_judged)
     assert facts["B is worse in"] == "nothing that was judged"

@@ -119,7 +119,8 @@ def test_what_is_compared_is_what_the_releases_say(opened, releases):
     found = conclude(pair, answers, time_pair(pair, data, ComparisonParameters(calls=12)))
     left_out = time_pair(pair, data, ComparisonParameters(measure_latency=False))
     assert isinstance(left_out, NotMeasured)
-    assert found.answers.errors.ratio.ratio == pytest.approx(2, rel=1e-3)
+    (judged,) = found.answers.quality
+    assert judged.loss == pytest.approx(1, rel=1e-3)
     assert found.latency.first.samples_ms.size >= 12
     assert [gate.change for gate in found.gates] == ["", "fails now"]
     assert any("order" in reason and "fails now" in reason for reason in found.worse)
@@ -249,8 +250,26 @@ def test_kept_or_given_dataset_is_read_row_by_row(opened, factory, releases, tmp
     for pair, ratio in zip(pairs, (4, 2), strict=True):
         data = pair.load_data()
         assert (data.count, data.sha256) == (40, dataset.digest)
-        errors = compare_pair(pair, data).errors
-        assert errors.ratio.ratio == pytest.approx(ratio, rel=1e-3)
+        (judged,) = compare_pair(pair, data).quality
+        assert judged.loss == pytest.approx(ratio - 1, rel=1e-3)
+
+
+def test_contract_is_that_of_b_unless_another_one_is_given(opened, factory, releases):
+    judged = dict.fromkeys(("reference", "value", "loss", "low", "high"), 0.0)
+    judged |= {"metric": "localization", "max_loss": 2.0, "confidence": 0.9, "outcome": "shown"}
+    judged |= {"relative": True, "samples": 9, "groups": 9, "needed": 9, "method": "none"}
+    lenient = factory(error_degrees=0.02, recorded={"parity": {"quality": [judged]}})
+    pair = opened(releases[0], lenient)
+    found = conclude(pair, compare_pair(pair, pair.load_data()), NotMeasured("not asked for"))
+    (one,) = found.answers.quality
+    assert (one.outcome, one.max_loss, one.confidence) == ("shown", 2.0, 0.9)
+    assert (found.worse, found.not_shown) == ((), ())
+    # A's own contract counts for nothing.
+    (one,) = compare_pair(other := opened(lenient, releases[1]), other.load_data()).quality
+    assert (one.max_loss, one.confidence) == (0.01, 0.95)
+    pair = opened(releases[0], lenient, max_loss=0.5, confidence=0.99)
+    (one,) = compare_pair(pair, pair.load_data()).quality
+    assert (one.outcome, one.max_loss, one.confidence) == ("worse", 0.5, 0.99)
 
 
 def test_release_on_synthetic_inputs_is_compared_on_such(opened, factory, releases):
@@ -258,7 +277,7 @@ def test_release_on_synthetic_inputs_is_compared_on_such(opened, factory, releas
     pair = opened(releases[0], synthetic)
     data = pair.load_data()
     assert data.synthetic
-    assert compare_pair(pair, data).errors is None
+    assert compare_pair(pair, data).quality == ()
     # The newer release's data count, on whichever side it is.
     assert newer_of(pair.b, pair.a) is pair.b
 

@@ -76,15 +76,16 @@ def told(settings, releases, tmp_path_factory):
 def test_command_tells_what_was_known_beforehand(told, releases):
     assert told["success"] is True
     assert [told[side]["uri"] for side in ("a", "b")] == [one.uri for one in releases]
-    error = told["localization_error"]
-    assert error["ratio"]["ratio"] == pytest.approx(2, rel=1e-3)
-    assert error["ratio"]["low"] <= error["ratio"]["ratio"] <= error["ratio"]["high"]
+    (judged,) = told["quality"]
+    assert (judged["metric"], judged["outcome"], told["not_shown"]) == ("localization", "worse", [])
+    assert judged["loss"] == pytest.approx(1, rel=1e-3)
+    assert judged["low"] <= judged["loss"] <= judged["high"]
     assert 1111 < told["displacement_m"]["p50"] < 1113
     assert told["latency"]["ratio"]["low"] > 1
     words = told["sentence"]
     assert words.startswith("B is ")
     assert "slower" in words
-    assert "B's median error is 2.0" in words
+    assert "B's median localization error is 100% worse" in words
     assert "positions move by 1.1 km at most" in words  # of 64 samples
     assert len(told["worse"]) == 2
     assert [gate["change"] for gate in told["gates"]] == ["", "is new"]
@@ -96,8 +97,8 @@ def test_report_was_executed_and_holds_the_figures(told):
     assert notebook.cells[0].source.startswith("# ✘ FAIL — B is ")
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     assert not [o for o in outputs if o.output_type == "error"]
-    # Positions, errors and latency.
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 3
+    # Positions, the loss, errors by sample and latency.
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
     assert sorted(path.name for path in report.parent.iterdir()) == [
         "events.jsonl",
         "report.html",
@@ -139,7 +140,8 @@ def test_another_comparison_takes_no_place_of_the_first(call, told, releases):
     # Beside the newer one still, though that is A now.
     assert other["report_uri"].startswith(f"{releases[1].uri}/{COMPARISONS}/{old}-")
     assert other["report_uri"] != told["report_uri"]
-    assert other["sentence"].startswith("Latency was not compared, B's median error is 50% smaller")
+    better = "Latency was not compared, B's median localization error is 50% better"
+    assert other["sentence"].startswith(better)
     assert nbformat.read(other["report"], 4).cells[0].source.startswith("# ✔ PASS")
     assert call("verify", new).exit_code == 0
 
@@ -236,6 +238,7 @@ def test_models_of_other_inputs_end_with_3(call, settings, releases, tmp_path):
         (("v20200101_000000", "net/2"), 2, "there is no release at"),
         (("net@nobody", "net/2"), 2, "nobody"),
         (("net/1", "net/2", "--calls", "1"), 2, "calls"),
+        (("net/1", "net/2", "--confidence", "1"), 2, "confidence"),
         (("net/1", "net/2", "--eval-data", "missing.npz"), 2, "found no such file"),
         (("net/1", "net/2", "--prefix", "../x"), 2, "prefix"),
         (("net/1",), 2, "Missing argument 'B'"),

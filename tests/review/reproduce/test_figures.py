@@ -191,8 +191,7 @@ def varied(count: int = 24) -> dict:
         "outputs": [records.output(count=count, mean=0.1, p99=0.2)],
         "noise": [0.01],
         **dict.fromkeys(f"displacement_{what}" for what in MOVED),
-        "task": {"median_m": 5000.0, "p95_m": 9000.0, "nll": None},
-        "reference": None,
+        "quality": [records.judged("localization", value=5000.0)],
     }
     timed = records.pair("fp32", "int8", 2.0)
     int8 = records.variant("int8", accuracy=accuracy, latency=timed, kept_in_float=["head"])
@@ -225,8 +224,8 @@ def test_same_variants_are_identical_and_none_are_nothing(exact):
         ),
         (lambda v: v.update(status="failed"), "status", "differs", "flagged"),
         (
-            lambda v: v["accuracy"]["task"].update(median_m=5000.1),
-            "task median_m",
+            lambda v: v["accuracy"]["quality"][0].update(value=5000.1),
+            "quality 0 value",
             "differs",
             "not judged",
         ),
