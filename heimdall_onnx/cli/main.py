@@ -21,7 +21,7 @@ from heimdall_onnx.cli.help import Group
 from heimdall_onnx.cli.train import train
 from heimdall_onnx.common.errors import HeimdallError, ServiceError
 from heimdall_onnx.common.signals import interrupt_once, was_interrupted
-from heimdall_onnx.common.surroundings import own_streams, told
+from heimdall_onnx.common.surroundings import own_streams, own_warnings, told
 from heimdall_onnx.common.text import visible_lines
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class _Group(Group):
         if args is None:  # the process's own, which ends with the command
             interrupt_once()
             own_streams()
+            own_warnings()
         return super().main(args, *others, **options)
 
     def invoke(self, context: click.Context) -> Any:

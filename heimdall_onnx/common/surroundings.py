@@ -11,6 +11,7 @@ import os
 import pwd
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 from heimdall_onnx.common.errors import SettingsError
@@ -85,6 +86,19 @@ def own_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode))
         elif mode == "w" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def own_warnings() -> None:
+    """Let no library's warning be an error, here or in processes that are started from here.
+
+    For a process that is this package's, which issues no warnings: a pipeline that makes errors of
+    them means its own code, and what libraries deprecate in each other must not stop a release.
+    """
+    kept = [option for option in sys.warnoptions if not option.lstrip().startswith("e")]
+    if kept != sys.warnoptions:
+        sys.warnoptions[:] = kept
+        os.environ["PYTHONWARNINGS"] = ",".join(kept)
+        warnings.filters[:] = [one for one in warnings.filters if one[0] != "error"]  # type: ignore[index]
 
 
 def told(error: BaseException) -> SettingsError | None:

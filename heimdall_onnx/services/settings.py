@@ -185,13 +185,13 @@ class Settings(BaseSettings):
                 they may be secrets.
         """
         clean_environment()
-        file = find_dotenv(usecwd=True) or os.devnull
         own = {str(field.validation_alias) for field in cls.model_fields.values()}
-        # The rest is for libraries, which look for it in the environment alone.
-        for name, value in dotenv_values(file).items():
-            if name not in own and _READ.match(name) and (used := cleaned(name, value or "")):
-                os.environ.setdefault(name, used)
         try:
+            file = find_dotenv(usecwd=True) or os.devnull
+            # The rest is for libraries, which look for it in the environment alone.
+            for name, value in dotenv_values(file).items():
+                if name not in own and _READ.match(name) and (used := cleaned(name, value or "")):
+                    os.environ.setdefault(name, used)
             return cls(_env_file=file)
         except ValidationError as error:
             problems = "; ".join(
@@ -202,7 +202,8 @@ class Settings(BaseSettings):
                 f"the environment can't be used as configuration: {problems}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise told(error) or SettingsError(
+            gone = told(error) if isinstance(error, FileNotFoundError) else None
+            raise gone or SettingsError(
                 f"the file `.env`, here or in a folder above, can't be read: {error}; expected "
                 "NAME=value on each line, in UTF-8"
             ) from None

@@ -147,3 +147,38 @@ def test_ours_is_looked_for_as_settings_are(bare, tmp_path):
     (tmp_path / ".env").write_text("HEIMDALL_HOME=elsewhere\n")
     furnish_process()
     assert Path.home() == tmp_path / "elsewhere" / "tmp"
+
+
+@pytest.mark.parametrize("option", ["error", "e::DeprecationWarning", "ignore::UserWarning"])
+def test_a_librarys_warning_ends_no_command(option, tmp_path):
+    code = """
+import os, sys, warnings
+import click
+from heimdall_onnx.cli.main import main
+main.add_command(click.command("warn")(lambda: warnings.warn("old", DeprecationWarning)))
+sys.argv = ["heimdall-onnx", "warn"]
+try:
+    main()
+finally:
+    print(os.environ["PYTHONWARNINGS"])
+"""
+    (tmp_path / "run.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "run.py"],
+        env={**os.environ, "PYTHONWARNINGS": option},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("" if option.startswith("e") else option)
+
+
+def test_a_file_of_variables_that_may_not_be_read_is_named(bare, tmp_path):
+    (tmp_path / ".env").write_text("A=b")
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", ".env")
+
+    bare.setattr("heimdall_onnx.services.settings.dotenv_values", refused)
+    with pytest.raises(SettingsError, match=r"the file `\.env`.*Permission denied"):
+        Settings.load()

@@ -202,6 +202,7 @@ def shared(cluster):
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_worker_of_a_scheduler_reads_a_dataset_in_the_bucket(
     model, onnx_path, dataset, alone, embedded_settings, bucket, mlflow_environment
 ):
