@@ -41,7 +41,7 @@ def _fidelity(record: Record) -> str:
         f"the values of {worst.output} differ by {number(worst.maximum)}{after(worst.unit)} at "
         f"most, and nowhere by more than {number(worst.excess)} of what is allowed"
     ]
-    told += [judged.in_words for judged in parity.quality]
+    told += [judged.headline for judged in parity.quality]
     if parity.ground is not None:
         moved = distance(parity.ground.displacement_p99_m)
         told.append(f"99% of the positions move by at most {moved}")

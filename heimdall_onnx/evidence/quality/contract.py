@@ -19,7 +19,7 @@ import numpy.typing as npt
 from heimdall_onnx.common.arrays import Arrays, Floats, Rows
 from heimdall_onnx.common.errors import DataError
 from heimdall_onnx.common.parameters import Quality
-from heimdall_onnx.common.text import after, count_of
+from heimdall_onnx.common.text import after, count_of, number
 from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.evidence.quality.intervals import (
     LEAST_GROUPS,
@@ -80,9 +80,24 @@ class Judged:
     def in_words(self) -> str:
         """The loss with its interval, and what came of it."""
         return (
-            f"{self.metric} {self.reference:.4g} to {self.value:.4g}{after(self.unit)}: loss "
+            f"{self.metric} {self._told(self.reference)} to {self._told(self.value)}: loss "
             f"{self.said(self.loss)} ({self.said(self.low)} to {self.said(self.high)}, each with "
             f"{100 * self.confidence:.3g}%) over {count_of(self.samples, 'sample')}{self.grouped}"
+        )
+
+    @property
+    def headline(self) -> str:
+        """What must be known at once."""
+        found = {
+            "shown": f"at most {self.said(self.high)} is lost",
+            "not shown": self.missing,
+            "worse": f"at least {self.said(self.low)} is lost"
+            if math.isfinite(self.low)
+            else self.method,
+        }
+        return (
+            f"{self.metric} is {self._told(self.value)}, PyTorch's {self._told(self.reference)}: "
+            f"{found[self.outcome]}"
         )
 
     @property
@@ -101,7 +116,10 @@ class Judged:
 
     def said(self, loss: float) -> str:
         """A loss in its unit."""
-        return f"{100 * loss:.3g}%" if self.relative else f"{loss:.3g}"
+        return f"{number(100 * loss, 3)}%" if self.relative else number(loss, 3)
+
+    def _told(self, value: float) -> str:
+        return number(value, 4) + after(self.unit)
 
     @property
     def gate(self) -> Gate:

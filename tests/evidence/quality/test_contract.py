@@ -44,6 +44,11 @@ def test_the_three_outcomes_are_told_apart():
     assert few.missing == f"not shown: about {few.needed:,} samples as these would show it"
     assert judged("top1", *decided(few.needed)).outcome == "shown"
     assert bad.missing == ""
+    assert (
+        good.headline == f"top1 is 0.9495, PyTorch's 0.949: at most {good.said(good.high)} is lost"
+    )
+    assert few.headline.endswith(few.missing)
+    assert bad.headline.endswith(f"at least {bad.said(bad.low)} is lost")
 
 
 @pytest.mark.parametrize("binding", [True, False])
@@ -106,6 +111,7 @@ def test_one_answer_that_is_no_number_is_an_infinite_loss():
     found[7, 0] = np.nan
     lost = judged("rmse", labels + 0.1, found, labels)
     assert (lost.outcome, lost.loss, lost.needed) == ("worse", np.inf, None)
+    assert lost.headline.endswith("1 sample without a finite value")
     # What the reference has no number for either says nothing.
     both = judged("rmse", found, found, labels)
     assert (both.outcome, both.samples) == ("shown", 99)
