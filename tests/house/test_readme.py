@@ -168,6 +168,7 @@ def test_release_is_what_the_readme_draws(reviewed):
         assert Bucket(reviewed.client, BUCKET).list_keys(top)
 
 
+@pytest.mark.thorough
 def test_environment_of_make_lists_the_releases_and_serves_mlflow(workshop):
     # The demo is released by `make release` alone; here it is a model of one's own.
     script = block("What did just happen?", ". .venv").replace(

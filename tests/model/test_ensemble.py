@@ -690,6 +690,7 @@ def test_home_that_is_no_folder_is_said(paths, monkeypatch, tmp_path):
 
 
 @pytest.mark.services
+@pytest.mark.thorough
 def test_ensemble_is_released_verified_and_made_again(make_settings, s3, paths, tmp_path):
     settings, bucket = make_settings("ensemble"), "test-ensemble"
     settings.apply()
