@@ -115,7 +115,7 @@ def told(error: BaseException) -> SettingsError | None:
     if error.errno not in _DISK_ERRORS and "usable temporary directory" not in reason:
         return None
     return SettingsError(
-        f"what a run has to write could not be written: {reason} ({error.filename or 'no file'}); "
+        f"what a run needs can't be read or written: {reason} ({error.filename or 'no file'}); "
         "free some space, or set HEIMDALL_HOME to a folder that can be written to: temporary files "
         "go there too where TMPDIR has no place for them"
     )

@@ -208,9 +208,13 @@ def judge_quality(
         which = which[:: -(-len(which) // MOST_SAMPLES) or 1]
     paired = _Paired(metric, scores.taken(which))
     confidence = 1 - (1 - contract.confidence) * error_share
-    if lost or not len(which):
+    if lost:
         what = f"{count_of(lost, 'sample')} without a finite value"
         interval = Interval(math.inf, math.inf, math.inf, math.inf, what)
+    elif not len(which):
+        # A faithful export keeps what is no number.
+        what = "no sample has a finite value in both"
+        interval = Interval(math.nan, -math.inf, math.inf, math.inf, what)
     else:
         interval = paired.interval(contract.max_loss, confidence)
     outcome: Literal["shown", "not shown", "worse"] = "not shown"

@@ -289,7 +289,10 @@ def _unfit(answers: npt.NDArray[Any], labels: npt.NDArray[Any], expected: str) -
 def _wrong(most: int, answers: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Floats:
     """Share of a sample's elements whose class is not among the first ``most``."""
     if answers.dtype.kind != "f":  # the classes themselves
-        return np.asarray((answers != labels).reshape(len(labels), -1).mean(axis=1))[:, None]
+        if answers.size != labels.size:
+            raise _unfit(answers, labels, "a class for each of them")
+        wrong = answers != labels.reshape(answers.shape)
+        return np.asarray(wrong.reshape(len(labels), -1).mean(axis=1))[:, None]
     from torchmetrics.functional.classification import multiclass_accuracy
 
     scores, known, classes = _as_classes(answers, labels)
@@ -302,7 +305,8 @@ def _wrong(most: int, answers: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Fl
         multidim_average="samplewise",
         ignore_index=-1,
     )
-    return 1 - right.double().numpy()[:, None]
+    # What nobody knows any element of is neither right nor wrong.
+    return np.where((known < 0).all(1).numpy(), np.nan, 1 - right.double().numpy())[:, None]
 
 
 def _counted(answers: npt.NDArray[Any], labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -336,7 +340,7 @@ def _cross_entropy(answers: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Float
     likely = bool((scores >= 0).all()) and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
     logs = scores.log() if likely else scores.log_softmax(1)
     nats = nll_loss(logs, known, ignore_index=-1, reduction="none")
-    return np.asarray(nats.mean(dim=1).numpy())[:, None]
+    return np.asarray((nats.sum(dim=1) / (known >= 0).sum(dim=1)).numpy())[:, None]
 
 
 def _kept(answers: npt.NDArray[Any], _: npt.NDArray[Any]) -> npt.NDArray[Any]:

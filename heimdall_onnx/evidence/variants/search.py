@@ -318,7 +318,7 @@ class _Search:
     def _hopeless(self) -> bool:
         """Whether there are too few samples to show even the fp32 model's own answers."""
         own = self._accuracy(self._reference, 0.25 / max(self._lossy, 1), binding=True)
-        return any(judged.outcome == "not shown" for judged in own.quality)
+        return not all(judged.gate.passed for judged in own.quality)
 
     def time(self, variant: JudgedVariant) -> JudgedVariant:
         """Measure a variant that could be opened in turns with fp32, and fp32 with PyTorch."""

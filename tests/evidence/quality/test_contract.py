@@ -117,6 +117,14 @@ def test_one_answer_that_is_no_number_is_an_infinite_loss():
     assert (both.outcome, both.samples) == ("shown", 99)
 
 
+def test_what_is_no_number_in_both_is_not_worse():
+    labels = np.zeros((40, 3))
+    nothing = np.full((40, 3), np.nan)
+    found = judged("rmse", nothing, nothing, labels)
+    assert (found.outcome, found.samples, found.needed) == ("not shown", 0, None)
+    assert found.gate.passed
+
+
 def test_batches_make_what_all_samples_at_once_make():
     (metric,) = metrics_for("top1", LOGITS, {"labels": np.zeros(1)})
     reference, found, labels = decided(100, 20, lost=3, gained=2)

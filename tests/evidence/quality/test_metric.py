@@ -83,6 +83,24 @@ def test_elements_that_nobody_labelled_do_not_count(last):
     assert value_of("top1", {"map": given}, labels, takes) == pytest.approx(right)
 
 
+def test_a_sample_of_which_nobody_knows_anything_is_neither_right_nor_wrong(classified):
+    outputs, labels = classified
+    known = labels.copy()
+    known[5] = -1
+    for name in ("top1", "nll"):
+        (metric,) = metrics_for(name, LOGITS, {"labels": known})
+        rows = metric.rows(outputs, known)[:, 0]
+        assert np.flatnonzero(np.isnan(rows)).tolist() == [5]
+
+
+def test_classes_that_are_answered_are_held_against_labels_of_any_shape():
+    classes, labels = np.array([0, 1, 2]), np.array([[0], [2], [2]])
+    takes = signature(("classes", "int64", ()))
+    assert value_of("top1", {"classes": classes}, labels, takes) == pytest.approx(2 / 3)
+    with pytest.raises(DataError, match="a class for each of them"):
+        value_of("top1", {"classes": classes}, np.zeros((3, 2)), takes)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 def test_one_number_stands_for_two_classes(threshold):
     labels = np.array([0, 1, 1, 0, 1, 0])
