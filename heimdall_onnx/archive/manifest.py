@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Va
 from heimdall_onnx.common.environment import DISTRIBUTION, Environment
 from heimdall_onnx.common.errors import MissingObjectError, ParameterError, VerificationError
 from heimdall_onnx.common.parameters import FP32, MODEL, VARIANTS_FOLDER
-from heimdall_onnx.common.text import shown
+from heimdall_onnx.common.text import names_in, shown
 from heimdall_onnx.common.verdict import Gate
 from heimdall_onnx.evidence.costs import StepCost
 from heimdall_onnx.model.runtimes import CPU, CUDA, TENSORRT, SessionSettings
@@ -381,8 +381,7 @@ class Manifest:
     @property
     def ignored(self) -> tuple[str, ...]:
         """Arrays of its evaluation data that nothing is to use."""
-        given = str(self.said.parameters.get("ignore", ""))
-        return tuple(name.strip() for name in given.split(",") if name.strip())
+        return names_in(str(self.said.parameters.get("ignore", "")))
 
     @property
     def data(self) -> dict[str, Any]:

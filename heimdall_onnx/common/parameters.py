@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from heimdall_onnx.common.errors import ParameterError
-from heimdall_onnx.common.text import listed, meant, shown
+from heimdall_onnx.common.text import listed, meant, names_in, shown
 
 ProfileName = Literal["smoke", "quick", "audit"]
 
@@ -288,7 +288,7 @@ class ReleaseParameters(Parameters):
     @property
     def ignored(self) -> tuple[str, ...]:
         """Arrays of the evaluation data that nothing is to use."""
-        return tuple(name.strip() for name in self.ignore.split(",") if name.strip())
+        return names_in(self.ignore)
 
     @property
     def limits(self) -> Profile:

@@ -120,6 +120,11 @@ def unit_of(unit: str | None) -> str:
     return "degrees" if unit == DEGREES else name(unit or "")
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in a text that has commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def after(unit: str | None) -> str:
     """``unit`` as it follows a number."""
     return f" {unit_of(unit)}" if unit_of(unit) else ""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from heimdall_onnx.common.arrays import Arrays, Floats
 from heimdall_onnx.common.errors import DataError, EvidenceError, HeimdallError, ParameterError
-from heimdall_onnx.common.text import meant, shown
+from heimdall_onnx.common.text import meant, names_in, shown
 from heimdall_onnx.evidence.geodesy import difference_degrees, error_m, negative_log_likelihood
 from heimdall_onnx.model.signature import Signature
 
@@ -87,7 +87,7 @@ def metrics_for(spec: str, signature: Signature, labels: Mapping[str, Any]) -> t
     """
     position = signature.position_output
     located = POSITIONS in labels and position is not None and position.shape[1:] == (2,)
-    names = [name.strip() for name in spec.split(",") if name.strip()]
+    names = [*names_in(spec)]
     if not names and located:
         names = [LOCALIZATION, *(["nll"] if signature.sigma_output is not None else [])]
     elif not names and LABELS in labels:
