@@ -177,7 +177,7 @@ def signature(checkpoint: str, **options: Any) -> None:
         model_kwargs=given.model_kwargs,
         weights=given.weights,
         submodule=given.submodule,
-        arrays=lambda: first_rows(given.eval_data_path),
+        arrays=lambda: first_rows(given.eval_data_path, given.ignored),
     )
     write_signature_file(loaded.signature, target)
     click.echo("\n".join(visible_lines(line) for line in (*loaded.found, f"written: {target}")))

@@ -248,11 +248,12 @@ def load_evaluation_data(
     )
 
 
-def first_rows(path: Path | str | None) -> Arrays | None:
+def first_rows(path: Path | str | None, ignore: Sequence[str] = ()) -> Arrays | None:
     """The first rows of every array of evaluation data, as `derive_signature` looks at them.
 
     Args:
         path: As for `load_evaluation_data`; None gives None.
+        ignore: Arrays that nothing is to use.
 
     Raises:
         DataError: If it can't be read.
@@ -269,7 +270,7 @@ def first_rows(path: Path | str | None) -> Arrays | None:
     first = {
         name: array[:FIRST_ROWS]
         for name, array in arrays.items()
-        if array.ndim and name not in (POSITIONS, LABELS, WEIGHTS, GROUPS)
+        if array.ndim and name not in (POSITIONS, LABELS, WEIGHTS, GROUPS, *ignore)
     }
     return {
         name: converted(rows, "float32" if type_of(rows) == "bfloat16" else rows.dtype.name)

@@ -5,7 +5,7 @@ import torch
 from safetensors.numpy import save_file
 
 from heimdall_onnx.common.errors import DataError
-from heimdall_onnx.data.evaluation import load_evaluation_data
+from heimdall_onnx.data.evaluation import first_rows, load_evaluation_data
 from heimdall_onnx.model.signature import Signature, TensorSpec
 
 X = np.linspace(-2, 2, 12, dtype=np.float32).reshape(4, 3)
@@ -116,6 +116,7 @@ def test_what_nobody_uses_is_named_with_the_nearest_name_unless_it_is_meant(tmp_
     meant = ("label", "labels", "position")
     found = load_evaluation_data(tmp_path / "a.npz", signature(x="float32"), ignore=meant)
     assert (found.truth, found.groups, found.weights) == ({}, None, None)
+    assert [*first_rows(tmp_path / "a.npz", meant)] == ["x"]
     with pytest.raises(DataError, match="there is no array lable to be ignored"):
         load_evaluation_data(tmp_path / "a.npz", signature(x="float32"), ignore=(*meant, "lable"))
 
